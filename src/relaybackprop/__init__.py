@@ -1,0 +1,25 @@
+"""Relay backpropagation for any PyTorch model: declare how far down each loss may reach.
+
+    relay = Relay(model, plan, heads)
+    criterion = RelayLoss(nn.CrossEntropyLoss(), plan)
+    criterion(relay(images), labels).backward()
+"""
+
+from relaybackprop.errors import RelayError
+from relaybackprop.heads import AuxiliaryHead, LinearHead
+from relaybackprop.plan import Plan, Window
+from relaybackprop.reach import Reach, reach
+from relaybackprop.relay import Relay, RelayLoss, RelayOutput
+
+__all__ = [
+    "AuxiliaryHead",
+    "LinearHead",
+    "Plan",
+    "Reach",
+    "Relay",
+    "RelayError",
+    "RelayLoss",
+    "RelayOutput",
+    "Window",
+    "reach",
+]

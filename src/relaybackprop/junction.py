@@ -1,0 +1,207 @@
+"""HOW gradients split and join: the autograd node at each boundary of a window. The method's equation lives here.
+
+For every parameter theta (paper, section 4):
+
+    grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
+
+A *junction* is an identity in the forward pass. It sits wherever a head attaches or a window ends and hands the trunk
+on, once upwards and once to each head. In the backward pass all that arrives from above and from the heads meets in it.
+
+Note [Lanes]
+1. The ordinary autograd pass carries the sum of all losses that are active in a segment. That sum is right for every
+   parameter of the segment, so each weight gradient is computed once and each `AccumulateGrad` node fires once.
+2. Where a window ends, the ended losses have to be taken out of the sum. A sum cannot be taken apart, so the part that
+   goes on travels beside it in a *lane*: a nested `torch.autograd.grad` from junction to junction. It computes input
+   gradients only, because nobody asks it for others.
+3. A lane is named by its set of losses: it is the sum of the gradients of exactly these losses at this boundary. A
+   junction where windows end drops the sum that arrives and passes on the lane of the losses that do not end there.
+4. A segment with G distinct sums (the ordinary pass and its lanes) costs one weight-gradient pass and G input-gradient
+   passes, W + G*D. Outside of overlaps G is 1 and nothing is computed twice.
+5. Lanes hop from a junction to the next ones below, where losses that start there join them. Where a path leads around
+   a junction (a head inside a residual branch), one hop has several targets, one of them above another. The upper one
+   then answers "nothing" when the hop runs through it: what arrived there has already been delivered to it.
+6. A junction refers to what lies below it in the graph, never to itself or above. Otherwise a forward pass without a
+   backward pass would be a reference cycle through C++, which Python's garbage collector cannot free.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import GradientEdge
+
+from relaybackprop.errors import DoubleBackwardError
+
+Losses = frozenset[str]
+Gradients = list[Tensor | None]
+"""One gradient per tensor of a boundary; None counts as zero."""
+
+
+@dataclass(eq=False)
+class Lanes:
+    """The lanes of one forward pass that have been delivered and not yet taken. Shared by its junctions."""
+
+    delivered: dict[tuple[int, Losses], Gradients] = field(default_factory=dict[tuple[int, Losses], Gradients])
+    hopping: bool = False
+    backward_id: int = -1
+
+    def begin(self) -> None:
+        """Forget what an earlier, broken-off backward pass over the same graph has left."""
+        backward_id = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
+        if backward_id != self.backward_id:
+            self.backward_id = backward_id
+            self.delivered.clear()
+
+    def deliver(self, index: int, losses: Losses, gradients: Gradients) -> None:
+        """Add to the lane of `losses` at junction number `index`."""
+        arrived = self.delivered.get((index, losses))
+        self.delivered[index, losses] = gradients if arrived is None else add(arrived, gradients)
+
+
+@dataclass(eq=False, frozen=True)
+class Hop:
+    """One lane's way from a junction to the next ones below: (number, name of the lane there) of each target."""
+
+    losses: Losses
+    targets: tuple[tuple[int, Losses], ...]
+
+
+@dataclass(eq=False, frozen=True)
+class Route:
+    """What one junction does in the backward pass; see `relaybackprop.schedule`.
+
+    Args:
+        arriving: the losses whose gradients arrive from above.
+        onward: the losses whose gradients go on below.
+        hops: the lanes to send ahead of the ordinary pass.
+    """
+
+    arriving: Losses
+    onward: Losses
+    hops: tuple[Hop, ...]
+
+
+@dataclass(eq=False)
+class Junction:
+    """One boundary in one forward pass.
+
+    Args:
+        boundary: its place in words, for error messages.
+        index: number of the junction, counted from the lowest.
+        heads: names of the losses whose heads attach here.
+        lanes: shared by the junctions of the forward pass.
+        sources: edges to where the boundary's tensors come from.
+    """
+
+    boundary: str
+    index: int
+    heads: tuple[str, ...]
+    lanes: Lanes
+    sources: list[GradientEdge]
+    # Both are set when the forward pass is over. Until then a junction is a plain identity.
+    route: Route | None = None
+    below: dict[int, list[GradientEdge]] = field(default_factory=dict[int, list[GradientEdge]])
+
+    def pass_down(self, gradients: Gradients) -> Gradients:
+        """From the gradients of the trunk and of each head, what goes on below. Sends the lanes ahead."""
+        width = len(self.sources)
+        if self.lanes.hopping:  # Note [Lanes] 5
+            return [None] * width
+        groups = [gradients[start : start + width] for start in range(0, len(gradients), width)]
+        arrived, heads = groups[0], dict(zip(self.heads, groups[1:], strict=True))
+        if self.route is None:
+            return add(arrived, *heads.values())
+        self.lanes.begin()
+        for hop in self.route.hops:
+            self._send(hop, self._sum_of(hop.losses, arrived, heads))
+        onward = self._sum_of(self.route.onward, arrived, heads)
+        for key in [key for key in self.lanes.delivered if key[0] == self.index]:
+            del self.lanes.delivered[key]
+        return onward
+
+    def _sum_of(self, losses: Losses, arrived: Gradients, heads: dict[str, Gradients]) -> Gradients:
+        """The gradient of exactly these losses at this boundary."""
+        assert self.route is not None
+        from_above = losses & self.route.arriving
+        own = [gradients for name, gradients in heads.items() if name in losses]
+        if from_above == self.route.arriving:
+            return add(arrived, *own)
+        lane = self.lanes.delivered.get((self.index, from_above))
+        return add([None] * len(arrived) if lane is None else lane, *own)
+
+    def _send(self, hop: Hop, gradients: Gradients) -> None:
+        """Carry one lane to the next junctions below by a nested pass that computes input gradients only."""
+        sent = [(edge, g) for edge, g in zip(self.sources, gradients, strict=True) if g is not None]
+        if not sent:
+            return
+        edges = [edge for target, _ in hop.targets for edge in self.below[target]]
+        self.lanes.hopping = True
+        try:
+            received = torch.autograd.grad(
+                outputs=[edge for edge, _ in sent],
+                inputs=edges,
+                grad_outputs=[g for _, g in sent],
+                retain_graph=True,  # the ordinary pass comes through here next
+                allow_unused=True,
+            )
+        finally:
+            self.lanes.hopping = False
+        rest = list[Tensor | None](received)
+        for target, losses in hop.targets:
+            width = len(self.below[target])
+            self.lanes.deliver(target, losses, rest[:width])
+            rest = rest[width:]
+
+
+class _Cross(torch.autograd.Function):
+    """Identity upwards; `Junction.pass_down` downwards."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, junction: Junction, copy: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.junction = junction  # pyright: ignore[reportAttributeAccessIssue]
+        # Detached tensors share memory and version counter with their source but are no views to autograd: an in-place
+        # ReLU right after the boundary works, and one that spoils a saved tensor is still found out.
+        trunk = [tensor.detach() for tensor in tensors]
+        heads = [tensor.clone() if copy else tensor.detach() for _ in junction.heads for tensor in tensors]
+        return *trunk, *heads
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError(
+                "a backward pass with create_graph=False",
+                "create_graph=True, or autograd.grad inside a graph that is being recorded",
+                "Higher derivatives through relay windows are not defined; use relay.model for them.",
+            )
+        junction: Junction = ctx.junction  # pyright: ignore[reportAttributeAccessIssue]
+        return None, None, *junction.pass_down(list(gradients))
+
+
+def cross(junction: Junction, tensors: Sequence[Tensor], *, copy: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Put a junction across tensors that require gradients.
+
+    Args:
+        junction: a new one, whose sources are the tensors' edges.
+        tensors: all tensors of the boundary.
+        copy: give the heads memory of their own, for a trunk that goes on in place.
+
+    Returns:
+        The trunk's tensors, and the tensors for each head; same shapes and values as `tensors`.
+    """
+    crossed: tuple[Tensor, ...] = _Cross.apply(junction, copy, *tensors)  # pyright: ignore
+    width = len(tensors)
+    groups = [list(crossed[start : start + width]) for start in range(0, len(crossed), width)]
+    return groups[0], groups[1:]
+
+
+def add(*terms: Gradients) -> Gradients:
+    """The sum of gradients, tensor by tensor, where None counts as zero. Never in place: autograd owns what arrives."""
+    total = list(terms[0])
+    for term in terms[1:]:
+        for position, gradient in enumerate(term):
+            held = total[position]
+            total[position] = gradient if held is None else held if gradient is None else held + gradient
+    return total

@@ -1,0 +1,226 @@
+"""One training forward pass: junctions go in at the plan's boundaries, and nothing stays behind."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from relaybackprop.errors import BoundaryError, CompiledOverlapError, ModuleNameError, WindowError
+from relaybackprop.graph import edges_of
+from relaybackprop.junction import Junction, Lanes, cross
+from relaybackprop.plan import PRIMARY, Boundary, Plan
+from relaybackprop.schedule import LossPath
+from relaybackprop.structure import replace_tensors, tensors_in
+
+Crossing = Callable[[Any], Any]
+"""What a boundary does to the value that crosses it."""
+
+
+class Passage:
+    """The state of one forward pass. It lives as long as `Relay.forward` runs.
+
+    Args:
+        plan: where heads attach and windows end.
+        copies: for a boundary, whether its heads need memory of their own because the trunk goes on in place.
+    """
+
+    def __init__(self, plan: Plan, copies: Callable[[Boundary], bool]) -> None:
+        self.plan = plan
+        self.copies = copies
+        self.order: list[Boundary] = []
+        self.junctions: list[Junction] = []
+        self.edges: list[list[GradientEdge]] = []  # above each junction
+        self.head_inputs: dict[str, Any] = {}
+        self.versions: dict[Boundary, tuple[list[Tensor], list[int]]] = {}
+        self._lanes = Lanes()
+        self._at: dict[Boundary, Junction] = {}
+        self._records = torch.is_grad_enabled()
+
+    def cross(self, boundary: Boundary, value: Any) -> Any:
+        """Let a value cross a boundary: the trunk's side of it is returned, the heads' sides are kept."""
+        if torch.compiler.is_compiling():
+            raise CompiledOverlapError(
+                f"to run the {boundary} eagerly, so that gradients can split and join there",
+                "a compiler that traces through it",
+                "Compile the modules between the plan's boundaries, one by one.",
+            )
+        if boundary in self.order:
+            raise BoundaryError(
+                f"the {boundary} once in a forward pass",
+                "a second time",
+                "Choose a boundary at a module that runs once; modules inside a window may run many times.",
+            )
+        if self._records and not torch.is_grad_enabled():
+            raise BoundaryError(
+                f"the {boundary} to run while gradients are recorded",
+                "torch.no_grad() inside of the model, or reentrant checkpointing",
+                "Use checkpoint(..., use_reentrant=False), or move the boundary out of the part without gradients.",
+            )
+        self.order.append(boundary)
+        heads = tuple(name for name, window in self.plan.auxiliary.items() if window.upper == boundary)
+        copy = bool(heads) and self.copies(boundary)
+        tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad and torch.is_grad_enabled()]
+        trunk, branches = self._join(boundary, str(boundary), tensors, heads, copy)
+        if heads:
+            plain = [tensor for tensor in tensors_in(value) if not any(tensor is other for other in tensors)]
+            for name, branch in zip(heads, branches, strict=True):
+                owned = [tensor.clone() for tensor in plain] if copy else plain
+                self.head_inputs[name] = replace_tensors(value, [*tensors, *plain], [*branch, *owned])
+            watched = [tensor for tensor in (*trunk, *plain) if not tensor.is_inference()]
+            self.versions[boundary] = watched, [tensor._version for tensor in watched]
+        return replace_tensors(value, tensors, trunk)
+
+    def leave(self, output: Any) -> Any:
+        """Let the model's output cross the last junction, from which the primary loss's lanes start."""
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        trunk, _ = self._join(None, "model's output", tensors, (), False)
+        return replace_tensors(output, tensors, trunk)
+
+    def modified(self) -> dict[Boundary, bool]:
+        """For each boundary with a head, whether the trunk has since changed its tensors in place."""
+        return {
+            boundary: [tensor._version for tensor in tensors] != versions
+            for boundary, (tensors, versions) in self.versions.items()
+        }
+
+    def check(self) -> None:
+        """Raise unless the forward pass met every boundary, and no window upside down."""
+        for boundary in self.plan.boundaries:
+            if boundary not in self.order:
+                raise BoundaryError(
+                    f"the forward pass to run {boundary.module!r}, a boundary of the plan",
+                    "a forward pass that never called it",
+                    "Name a module that the forward pass calls; containers such as nn.ModuleList are never called.",
+                )
+        for loss, window in self.plan.windows.items():
+            if window.upper is None or window.lower is None:
+                continue
+            if self.order.index(window.lower) >= self.order.index(window.upper):
+                raise WindowError(
+                    f"the window of {loss!r} to have its top above its lower end",
+                    f"top, the {window.upper}, which the forward pass meets before the {window.lower}",
+                    "Swap them, or name other modules.",
+                )
+
+    def paths(self, outputs: Mapping[str, Any]) -> dict[str, LossPath]:
+        """Each loss's way through the graph, from its output to the end of its window."""
+        paths: dict[str, LossPath] = {}
+        for loss, window in self.plan.windows.items():
+            edges = edges_of(tensors_in(outputs[loss]))
+            start = None if window.upper is None else self._at.get(window.upper)
+            top = edges if loss == PRIMARY else [] if start is None else start.sources
+            paths[loss] = LossPath(edges, top, None if window.lower is None else self._at.get(window.lower))
+        return paths
+
+    def _join(
+        self, boundary: Boundary | None, place: str, tensors: list[Tensor], heads: tuple[str, ...], copy: bool
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        if not tensors:  # nothing below needs a gradient
+            return [], [[] for _ in heads]
+        sources = [get_gradient_edge(tensor) for tensor in tensors]
+        junction = Junction(place, len(self.junctions), heads, self._lanes, sources)
+        trunk, branches = cross(junction, tensors, copy=copy)
+        self.junctions.append(junction)
+        self.edges.append([get_gradient_edge(tensor) for tensor in trunk])
+        if boundary is not None:
+            self._at[boundary] = junction
+        return trunk, branches
+
+
+@contextmanager
+def boundaries(model: nn.Module, passage: Passage) -> Iterator[None]:
+    """While this context is open, calls of the plan's modules cross its boundaries. Afterwards no trace is left."""
+    with ExitStack() as stack:
+        for boundary in passage.plan.boundaries:
+            module = find_module(model, boundary.module)
+
+            _attach(stack, module, boundary.side, partial(passage.cross, boundary))
+        yield
+
+
+@contextmanager
+def node_names(model: nn.Module, enabled: bool) -> Iterator[dict[Node, str]]:
+    """Note which module makes which node of the graph, the innermost one first. For error messages."""
+    names: dict[Node, str] = {}
+    with ExitStack() as stack:
+        for name, module in _eager_modules(model, "") if enabled else ():
+
+            def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+                for tensor in tensors_in(output):
+                    if tensor.grad_fn is not None:
+                        names.setdefault(tensor.grad_fn, name)
+
+            stack.callback(module.register_forward_hook(note).remove)
+        yield names
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of this name.
+
+    Raises:
+        ModuleNameError: there is none; the message lists the nearest names.
+        CompiledOverlapError: it lies inside of a compiled module, where no boundary can be.
+    """
+    module = model
+    for depth, part in enumerate(name.split(".")):
+        if _is_compiled(module):
+            raise CompiledOverlapError(
+                f"the boundary {name!r} outside of compiled code",
+                f"{'.'.join(name.split('.')[:depth]) or 'the whole model'!r} compiled as one",
+                "Compile the modules between the plan's boundaries, one by one.",
+            )
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            near = difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], cutoff=0.4)
+            raise ModuleNameError(
+                "the name of a module of the model",
+                f"{name!r}, which {type(model).__name__} does not have",
+                f"Nearest: {', '.join(near)}." if near else "print(model) shows the names.",
+            )
+        module = child
+    return module
+
+
+def _attach(stack: ExitStack, module: nn.Module, side: str, crossing: Crossing) -> None:
+    """Let what goes into, or comes out of, a module's calls cross a boundary, until the stack is closed."""
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return crossing((args, kwargs))
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return crossing(output)
+
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is not None:  # module.compile(): a hook would be traced into the compiled code, so stay outside of it
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if side == "output":
+                return crossing(compiled(*args, **kwargs))
+            args, kwargs = crossing((args, kwargs))
+            return compiled(*args, **kwargs)
+
+        module._compiled_call_impl = call
+        stack.callback(setattr, module, "_compiled_call_impl", compiled)
+    elif side == "input":
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    else:
+        stack.callback(module.register_forward_hook(after).remove)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether calls of the module run compiled code: by module.compile(), or as what torch.compile(module) returns."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "dynamo_ctx")
+
+
+def _eager_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """A module and those below it, by name, without what is compiled: hooks in there would change the compiled code."""
+    if _is_compiled(module):
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _eager_modules(child, f"{name}.{child_name}" if name else child_name)

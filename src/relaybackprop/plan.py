@@ -1,0 +1,349 @@
+"""WHERE gradients go: windows and heads as frozen values, checked when they are made. No autograd in here.
+
+A *window* is the run of consecutive layers that one loss trains. The paper's Figure 2 and Table 2 are such plans.
+The training schemes that the field compares are transformations of one plan:
+
+    plan                 relay: bounded windows that overlap
+    plan.multi_loss()    every window reaches the first layer
+    plan.isolated()      windows that do not overlap (greedy, local learning)
+    plan.standard()      no auxiliary losses at all
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import nn
+
+from relaybackprop.errors import PlanError, WindowError
+
+PRIMARY = "primary"
+PRIMARY_WEIGHT = 1.0
+AUXILIARY_WEIGHT = 0.3  # the paper's, sections 5.1 and 5.2
+
+@dataclass(frozen=True)
+class Boundary:
+    """A place in the forward pass: all tensors that go into, or come out of, one module."""
+
+    side: Literal["input", "output"]
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.side} of {self.module}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The layers that one loss trains (paper, section 4).
+
+    Args:
+        top: name of the module whose output the loss's head reads. The primary loss has none.
+        bottom: name of the lowest module of the window: the loss's gradient stops at its input.
+        above: the other way to say it: the gradient stops at the output of this module, which lies just below the
+            window. With neither `bottom` nor `above` the window reaches the first layer.
+        weight: what the loss is multiplied by, positive and finite. Left out, the plan fills in 1.0 for the primary
+            loss and 0.3 for an auxiliary one.
+
+    Raises:
+        PlanError: both `bottom` and `above`, an empty or non-text name, `above` equal to `top`, a bad weight.
+    """
+
+    top: str | None = None
+    bottom: str | None = None
+    above: str | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        for role in ("top", "bottom", "above"):
+            name = getattr(self, role)
+            if name is not None and (not isinstance(name, str) or not name):
+                raise PlanError(
+                    f"{role} to be the name of a module, as model.named_modules() lists it, or None",
+                    f"{role}={name!r}",
+                    "Give a name such as 'layer3.0'.",
+                )
+        if self.bottom is not None and self.above is not None:
+            raise PlanError(
+                "one way to say where a window ends",
+                f"both bottom={self.bottom!r} and above={self.above!r}",
+                "Keep `bottom` (ends at its input) or `above` (ends at its output), and drop the other.",
+            )
+        if self.above is not None and self.above == self.top:
+            raise PlanError(
+                "a window with layers in it",
+                f"above={self.above!r} equal to top, which leaves none",
+                "Let the window start above a lower module.",
+            )
+        if self.weight is not None and not _is_positive(self.weight):
+            raise PlanError(
+                "a weight that is positive and finite",
+                f"weight={self.weight!r}",
+                "To drop a loss, leave its window out of the plan.",
+            )
+
+    @property
+    def upper(self) -> Boundary | None:
+        """Where the loss's head is attached; None for the primary loss, which is on the model's output."""
+        return None if self.top is None else Boundary("output", self.top)
+
+    @property
+    def lower(self) -> Boundary | None:
+        """Where the loss's gradient stops; None if it reaches the first layer."""
+        if self.bottom is not None:
+            return Boundary("input", self.bottom)
+        if self.above is not None:
+            return Boundary("output", self.above)
+        return None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a plan learns from a model's first training forward.
+
+    Args:
+        order: the boundaries in the order in which the forward pass meets them, the lowest first.
+        depths: by loss, the number of weight layers on the longest path through its window and its own head: the
+            paper's N. Layers without trainable weights do not count.
+    """
+
+    order: tuple[Boundary, ...]
+    depths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far down each loss may reach.
+
+    Args:
+        primary: the window of the loss on the model's output.
+        auxiliary: by name, the windows of the losses on heads inside the model, the lowest head first.
+        binding: filled in by `Relay` at the first training forward; not part of a plan's value.
+
+    Raises:
+        PlanError: a primary window with a `top`, an auxiliary one without, a name that cannot name a head.
+
+    Example:
+        >>> plan = Plan(primary=Window(bottom="layer3.0"), auxiliary={"aux": Window(top="layer3.3")})
+        >>> print(plan)
+        loss     weight  from                down to            depth
+        primary  1       the model's output  input of layer3.0  -
+        aux      0.3     output of layer3.3  the first layer    -
+    """
+
+    primary: Window = Window()
+    auxiliary: Mapping[str, Window] = field(default_factory=dict[str, Window])
+    binding: Binding | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_is_window(PRIMARY, self.primary)
+        if self.primary.top is not None:
+            raise PlanError(
+                "a primary window without `top`: the primary loss is on the model's output",
+                f"top={self.primary.top!r}",
+                "Leave `top` out, or make it an auxiliary loss.",
+            )
+        if not isinstance(self.auxiliary, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                "auxiliary to be a mapping from names to windows",
+                f"{type(self.auxiliary).__name__}",
+                "Write auxiliary={'aux': Window(top=...)}.",
+            )
+        for name, window in self.auxiliary.items():
+            _check_head_name(name)
+            _check_is_window(name, window)
+            if window.top is None:
+                raise PlanError(
+                    f"a `top` for the auxiliary loss {name!r}: the module whose output its head reads",
+                    f"{window}",
+                    "Name that module.",
+                )
+        # Defaults are made explicit, so that equal plans compare equal however they were written.
+        object.__setattr__(self, "primary", _with_weight(self.primary, PRIMARY_WEIGHT))
+        windows = {name: _with_weight(window, AUXILIARY_WEIGHT) for name, window in self.auxiliary.items()}
+        object.__setattr__(self, "auxiliary", MappingProxyType(windows))
+
+    def __hash__(self) -> int:
+        return hash((self.primary, tuple(self.auxiliary.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or deep-copied
+        return Plan, (self.primary, dict(self.auxiliary), self.binding)
+
+    @property
+    def windows(self) -> dict[str, Window]:
+        """All windows by the name of their loss, the primary one first."""
+        return {PRIMARY: self.primary, **self.auxiliary}
+
+    @property
+    def boundaries(self) -> list[Boundary]:
+        """Every place where a head attaches or a window ends, each once, in no particular order."""
+        places = [place for window in self.windows.values() for place in (window.upper, window.lower)]
+        return list(dict.fromkeys(place for place in places if place is not None))
+
+    def standard(self) -> "Plan":
+        """Standard backpropagation: the primary loss alone, down to the first layer."""
+        return Plan(Window(weight=self.primary.weight))
+
+    def multi_loss(self) -> "Plan":
+        """The paper's second baseline: the same losses, all of them down to the first layer."""
+        return self._with_windows({name: _ending(window) for name, window in self.windows.items()})
+
+    def isolated(self) -> "Plan":
+        """Local learning: each window starts just above the next lower head, so nothing overlaps.
+
+        Heads count from low to high as they are listed in `auxiliary`, or as the model runs them once the plan is
+        bound. Heads on the same module share their window.
+        """
+        windows = self.windows
+        for lower, upper in self._neighbours():
+            windows[upper] = _ending(windows[upper], above=windows[lower].top)
+        lowest = next(iter(self._by_height()))
+        for name, window in windows.items():
+            if window.top == windows[lowest].top:
+                windows[name] = _ending(window)
+        return self._with_windows(windows)
+
+    def check_relay(self) -> None:
+        """Raise unless each window overlaps the next lower one, as relay backpropagation asks (section 4).
+
+        Complete once the plan is bound to a model. Before that, only what the names alone say can be checked: a
+        window that starts above the lower one's head, and the order of numbered modules in one container.
+
+        Raises:
+            WindowError: two neighbouring windows have no layer in common.
+        """
+        windows = self.windows
+        for lower, upper in self._neighbours():
+            end, head = windows[upper].lower, windows[lower].upper
+            assert head is not None, "only the primary window has no upper boundary, and it is the highest"
+            if end is not None and self._is_at_or_above(end, head):
+                raise WindowError(
+                    f"the window of {upper!r} to reach below the head of {lower!r}, the {head}",
+                    f"a window that ends at the {end}",
+                    f"Lower the end of {upper!r}, or raise the head of {lower!r}.",
+                )
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `Plan.from_json` reads it back. What it learnt from a model is left out."""
+        windows = {name: _without_none(window) for name, window in self.windows.items()}
+        return json.dumps({PRIMARY: windows.pop(PRIMARY), "auxiliary": windows}, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Read a plan that `to_json` wrote, or one written by hand in that form.
+
+        Raises:
+            PlanError: not JSON, unknown or repeated names, or anything that `Plan` and `Window` refuse.
+        """
+        try:
+            data = json.loads(text, object_pairs_hook=_dict_without_duplicates)
+        except json.JSONDecodeError as error:
+            raise PlanError("a plan as JSON text", f"text that is not JSON ({error})", "See Plan.to_json.") from None
+        _check_keys("a plan", data, {PRIMARY, "auxiliary"})
+        auxiliary = data.get("auxiliary", {})
+        _check_keys("auxiliary", auxiliary, None)
+        return Plan(
+            _window_from_json(PRIMARY, data.get(PRIMARY, {})),
+            {name: _window_from_json(name, window) for name, window in auxiliary.items()},
+        )
+
+    def __str__(self) -> str:
+        rows = [("loss", "weight", "from", "down to", "depth")]
+        for name, window in self.windows.items():
+            depth = "-" if self.binding is None else str(self.binding.depths.get(name, "-"))
+            start = "the model's output" if window.upper is None else str(window.upper)
+            end = "the first layer" if window.lower is None else str(window.lower)
+            rows.append((name, f"{window.weight:g}", start, end, depth))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _with_windows(self, windows: Mapping[str, Window]) -> "Plan":
+        auxiliary = {name: window for name, window in windows.items() if name != PRIMARY}
+        return Plan(windows[PRIMARY], auxiliary)
+
+    def _by_height(self) -> list[str]:
+        """Losses from the lowest head to the primary loss."""
+        names = list(self.auxiliary)
+        if self.binding is not None:
+            heights = {str(boundary): height for height, boundary in enumerate(self.binding.order)}
+            names.sort(key=lambda name: heights[str(self.auxiliary[name].upper)])
+        return [*names, PRIMARY]
+
+    def _neighbours(self) -> Iterable[tuple[str, str]]:
+        """Pairs (lower, upper) of losses whose heads follow each other; heads on one module count as one."""
+        names, windows = self._by_height(), self.windows
+        for position, upper in enumerate(names):
+            below = [name for name in names[:position] if windows[name].top != windows[upper].top]
+            if below:
+                yield below[-1], upper
+
+    def _is_at_or_above(self, end: Boundary, head: Boundary) -> bool:
+        if self.binding is not None:
+            return self.binding.order.index(end) >= self.binding.order.index(head)
+        if end == head:
+            return True
+        # 'features.9' runs before 'features.16' in any container that counts its modules.
+        end_parent, _, end_leaf = end.module.rpartition(".")
+        head_parent, _, head_leaf = head.module.rpartition(".")
+        if end_parent != head_parent or not (end_leaf.isdecimal() and head_leaf.isdecimal()):
+            return False
+        return int(end_leaf) > int(head_leaf)
+
+
+def _ending(window: Window, *, above: str | None = None) -> Window:
+    return Window(top=window.top, above=above, weight=window.weight)
+
+
+def _with_weight(window: Window, default: float) -> Window:
+    return window if window.weight is not None else dataclasses.replace(window, weight=default)
+
+
+def _is_positive(weight: object) -> bool:
+    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight) and weight > 0
+
+
+def _check_is_window(name: str, window: object) -> None:
+    if not isinstance(window, Window):
+        raise PlanError(
+            f"a Window for the loss {name!r}", f"{type(window).__name__} {window!r}", "Write Window(top=..., bottom=...)."
+        )
+
+
+def _check_head_name(name: object) -> None:
+    # Heads live in an nn.ModuleDict, which refuses dots and its own attributes' names.
+    if not isinstance(name, str) or not name or "." in name or name == PRIMARY or hasattr(nn.ModuleDict(), name):
+        raise PlanError(
+            f"a name for an auxiliary loss that can name its head: text without a dot, not {PRIMARY!r}, "
+            "not an attribute of nn.ModuleDict",
+            f"{name!r}",
+            "Rename the loss, for example 'aux'.",
+        )
+
+
+def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise PlanError("each name once", f"{name!r} twice in one JSON object", "Rename one of them.")
+    return dict(pairs)
+
+
+def _check_keys(what: str, data: object, allowed: set[str] | None) -> None:
+    if not isinstance(data, dict):
+        raise PlanError(f"{what} as a JSON object", f"{type(data).__name__}", "See Plan.to_json.")
+    unknown = set() if allowed is None else set(data) - allowed  # pyright: ignore[reportUnknownArgumentType]
+    if unknown:
+        raise PlanError(f"the fields {sorted(allowed or ())} in {what}", f"{sorted(unknown)}", "Remove or rename them.")
+
+
+def _window_from_json(name: str, data: Any) -> Window:
+    _check_keys(f"the window {name!r}", data, {entry.name for entry in dataclasses.fields(Window)})
+    return Window(**data)
+
+
+def _without_none(window: Window) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(window).items() if value is not None}

@@ -1,0 +1,112 @@
+"""The method written down slowly and plainly: one `autograd.grad` per loss, masked, summed. The oracle of every test.
+
+It shares no code with the engine but the plan. It costs one whole backward pass per loss and another per window.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relaybackprop.plan import PRIMARY, Boundary, Plan
+
+Losses = Callable[[dict[str, Any]], dict[str, Tensor]]
+
+
+def reference_gradients(
+    model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], losses: Losses, *inputs: Any
+) -> dict[str, Tensor]:
+    """The relay gradient of every parameter, from the definition.
+
+        grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
+
+    A parameter lies below a window if the tensors at the window's lower end depend on it.
+
+    Args:
+        model: the plain model.
+        plan: its windows.
+        heads: by name of the auxiliary loss. Their parameters are in the result as `"heads.<name>.<parameter>"`.
+        losses: from the outputs by loss (`"primary"` and the plan's names) to the scalar losses by the same names.
+        inputs: of the model.
+
+    Returns:
+        By name, as in the state dict of a `Relay` ("model." and "heads." in front), the gradient. Zeros where no loss
+        reaches. Parameters that require no gradient are left out.
+    """
+    outputs, crossings = _plain_forward(model, plan, heads, *inputs)
+    every = {f"model.{name}": p for name, p in model.named_parameters()}
+    for head_name, head in heads.items():
+        every |= {f"heads.{head_name}.{name}": p for name, p in head.named_parameters()}
+    every = {name: p for name, p in every.items() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in every.items()}
+    for loss_name, loss in losses(outputs).items():
+        window = plan.windows[loss_name]
+        below = set[str]() if window.lower is None else _depends_on(crossings[window.lower], every)
+        for name, gradient in zip(every, _grad([loss], every), strict=True):
+            if gradient is not None and name not in below:
+                assert window.weight is not None
+                total[name] += window.weight * gradient
+    return total
+
+
+def _plain_forward(
+    model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], *inputs: Any
+) -> tuple[dict[str, Any], dict[Boundary, list[Tensor]]]:
+    """Outputs by loss, and the tensors at each boundary, of an ordinary forward pass."""
+    values: dict[Boundary, Any] = {}
+    handles: list[Any] = []
+    for boundary in plan.boundaries:
+        module = model.get_submodule(boundary.module)
+        if boundary.side == "input":
+            handles.append(module.register_forward_pre_hook(_note_input(values, boundary), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(_note_output(values, boundary)))
+    try:
+        outputs: dict[str, Any] = {PRIMARY: model(*inputs)}
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, window in plan.auxiliary.items():
+        assert window.upper is not None
+        outputs[name] = heads[name](values[window.upper])
+    return outputs, {boundary: _flatten(value) for boundary, value in values.items()}
+
+
+def _note_input(values: dict[Boundary, Any], boundary: Boundary) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        values[boundary] = (args, kwargs)
+
+    return hook
+
+
+def _note_output(values: dict[Boundary, Any], boundary: Boundary) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        values[boundary] = output
+
+    return hook
+
+
+def _depends_on(tensors: list[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters that these tensors were computed from."""
+    tensors = [tensor for tensor in tensors if tensor.requires_grad]
+    if not tensors:
+        return set()
+    gradients = _grad([tensor.sum() for tensor in tensors], parameters)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def _grad(scalars: list[Tensor], parameters: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(scalars, list(parameters.values()), retain_graph=True, allow_unused=True)
+
+
+def _flatten(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _flatten(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _flatten(item)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [tensor for item in vars(value).values() for tensor in _flatten(item)]
+    return []

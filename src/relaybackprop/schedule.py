@@ -1,0 +1,145 @@
+"""WHO goes where: from the graph of one forward pass, each junction's route for the backward pass.
+
+Also the place where a window that cannot work is found out: a path around its end, or compiled code in an overlap.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.autograd.graph import GradientEdge, Node
+
+from relaybackprop import graph
+from relaybackprop.errors import CompiledOverlapError, LeakError
+from relaybackprop.junction import Hop, Junction, Losses, Route
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """One loss's way as the forward pass laid it out.
+
+    Args:
+        outputs: edges under the loss's output.
+        top: edges at the top of its window, under its head.
+        end: the junction where its window ends; None if it goes down to the first layer.
+    """
+
+    outputs: Sequence[GradientEdge]
+    top: Sequence[GradientEdge]
+    end: Junction | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The routes of all junctions, from the lowest up, and the depth of each loss's window in weight layers."""
+
+    routes: tuple[Route, ...]
+    depths: Mapping[str, int]
+
+    def apply(self, junctions: Sequence[Junction], edges: Sequence[list[GradientEdge]]) -> None:
+        """Set the junctions of one forward pass on their routes.
+
+        Args:
+            junctions: from the lowest up.
+            edges: the edges above each of them, to which lanes are sent.
+
+        Raises:
+            CompiledOverlapError: a lane would have to run through compiled code.
+        """
+        for junction, route in zip(junctions, self.routes, strict=True):
+            targets = {target for hop in route.hops for target, _ in hop.targets}
+            junction.below = {target: edges[target] for target in targets}
+            junction.route = route
+            if route.hops:
+                _check_eager(junction)
+
+
+def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], names: Mapping[Node, str]) -> Schedule:
+    """Walk the graph of one forward pass and decide each junction's route.
+
+    Args:
+        junctions: all of the pass, from the lowest up.
+        paths: by loss.
+        names: by node, the module that made it, for error messages.
+
+    Raises:
+        LeakError: a loss finds a way around the end of its window.
+    """
+    arriving = [set[str]() for _ in junctions]
+    depths: dict[str, int] = {}
+    for loss, path in paths.items():
+
+        def follow(node: Node, output: int, loss: str = loss, path: LossPath = path) -> bool:
+            junction = _junction_at(node, output)
+            if junction is not None:
+                arriving[junction.index].add(loss)
+            return junction is None or junction is not path.end
+
+        came_from = graph.walk(path.outputs, follow)
+        if path.end is not None:
+            _check_leak(loss, came_from, path.end, names)
+        depths[loss] = graph.longest_path(path.top, follow)
+    return Schedule(tuple(_routes(junctions, paths, arriving)), depths)
+
+
+def _routes(
+    junctions: Sequence[Junction], paths: Mapping[str, LossPath], arriving: Sequence[set[str]]
+) -> Iterator[Route]:
+    """Note [Lanes] in `relaybackprop.junction`, from the lowest junction up."""
+    needed: list[set[Losses]] = []  # by junction, the lanes that have to be delivered to it
+    for junction in junctions:
+        above = frozenset(arriving[junction.index])
+        kept = frozenset(loss for loss in above if paths[loss].end is not junction)
+        onward = kept.union(junction.heads)
+        targets: dict[Losses, list[tuple[int, Losses]]] = {}
+        for lower in sorted(_next_below(junction)):
+            for lane in needed[lower]:
+                if lane & onward:
+                    targets.setdefault(lane & onward, []).append((lower, lane))
+        # What arrives as a whole needs no lane: it is the ordinary pass.
+        needed.append({kept, *(losses & above for losses in targets)} - {frozenset(), above})
+        yield Route(above, onward, tuple(Hop(losses, tuple(to)) for losses, to in targets.items()))
+
+
+def _next_below(junction: Junction) -> set[int]:
+    """The junctions that a way down from here meets first."""
+    met: set[int] = set()
+
+    def follow(node: Node, output: int) -> bool:
+        lower = _junction_at(node, output)
+        if lower is not None:
+            met.add(lower.index)
+        return lower is None
+
+    graph.walk(junction.sources, follow)
+    return met
+
+
+def _junction_at(node: Node, output: int) -> Junction | None:
+    """The junction at this node, if the walk enters it from the trunk's side and not from a head's."""
+    junction = getattr(node, "junction", None)
+    return junction if isinstance(junction, Junction) and output < len(junction.sources) else None
+
+
+def _check_leak(loss: str, came_from: Mapping[Node, Node | None], end: Junction, names: Mapping[Node, str]) -> None:
+    below = graph.walk(end.sources, lambda node, output: True)
+    for node, parent in came_from.items():
+        # Parameters may be shared: each use counts where it happens.
+        if node in below and not graph.is_leaf(node):
+            lower = graph.nearest_name_below(node, names) or node.name()
+            upper = graph.nearest_name(parent, names, came_from) or f"the loss {loss!r}"
+            raise LeakError(
+                f"every way down from the loss {loss!r} to pass the end of its window, the {end.boundary}",
+                f"a way around it: from {lower} (below) to {upper} (above)",
+                "Let the window end where the two ways have joined or have not yet parted, such as the input or "
+                "output of the whole block.",
+            )
+
+
+def _check_eager(junction: Junction) -> None:
+    region = graph.walk(junction.sources, lambda node, output: _junction_at(node, output) is None)
+    if any(node.name().startswith("CompiledFunction") for node in region):
+        raise CompiledOverlapError(
+            f"eager layers below the {junction.boundary}, where windows overlap and gradients pass more than once",
+            "compiled code, whose buffers may be gone, or silently stale, when the second gradient comes",
+            "Compile the layers outside of the overlap only, module by module.",
+        )

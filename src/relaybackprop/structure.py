@@ -1,0 +1,54 @@
+"""Tensors out of, and back into, whatever modules take and return."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclasses, each object once, in a fixed order."""
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        return found.setdefault(id(tensor), tensor)
+
+    map_tensors(note, value)
+    return list(found.values())
+
+
+def replace_tensors(value: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
+    """The same structure with each tensor of `old` replaced by its counterpart in `new`."""
+    replacement = {id(before): after for before, after in zip(old, new, strict=True)}
+    return map_tensors(lambda tensor: replacement.get(id(tensor), tensor), value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to every tensor of a nested structure and build the structure anew around the results.
+
+    Containers keep their type: named tuples, subclasses of dict, and dataclasses such as the output classes of
+    transformers. Anything else is handed through as it is.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {key: map_tensors(function, item) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        changed = copy.copy(value)
+        for key, item in items.items():
+            changed[key] = item  # pyright: ignore[reportIndexIssue]
+        return changed
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = copy.copy(value)
+        for entry in dataclasses.fields(value):
+            item = getattr(value, entry.name)
+            object.__setattr__(changed, entry.name, map_tensors(function, item))  # frozen ones too
+        return changed
+    return value
