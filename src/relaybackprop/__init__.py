@@ -1,8 +1,8 @@
 """Relay backpropagation for any PyTorch model: declare how far down each loss may reach.
 
-    relay = Relay(model, plan, heads)
-    criterion = RelayLoss(nn.CrossEntropyLoss(), plan)
-    criterion(relay(images), labels).backward()
+relay = Relay(model, plan, heads)
+criterion = RelayLoss(nn.CrossEntropyLoss(), plan)
+criterion(relay(images), labels).backward()
 """
 
 from relaybackprop.errors import RelayError

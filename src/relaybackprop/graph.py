@@ -19,6 +19,11 @@ def edges_of(tensors: Iterable[Tensor]) -> list[GradientEdge]:
     return [get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad]
 
 
+def everywhere(_node: Node, _output: int) -> bool:
+    """Follow every edge."""
+    return True
+
+
 def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | None]:
     """All nodes under `starts`, the lower bounds excepted, each with the node that the walk came from."""
     came_from: dict[Node, Node | None] = {}
@@ -34,7 +39,7 @@ def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | No
 
 
 def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
-    """The number of weight layers (convolutions, linear layers, embeddings with a trainable weight) on the longest way down.
+    """The number of weight layers on the longest way down: trainable convolutions, linear layers and embeddings.
 
     Only weights with at least two dimensions count, so normalisation layers and biases do not. Shortcuts count as the
     shorter way that they are: ResNet-50 has 50.

@@ -26,6 +26,7 @@ Note [Lanes]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, junction: Junction, copy: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.junction = junction  # pyright: ignore[reportAttributeAccessIssue]
+        cast(Any, ctx).junction = junction
         # Detached tensors share memory and version counter with their source but are no views to autograd: an in-place
         # ReLU right after the boundary works, and one that spoils a saved tensor is still found out.
         trunk = [tensor.detach() for tensor in tensors]
@@ -176,7 +177,8 @@ class _Cross(torch.autograd.Function):
                 "create_graph=True, or autograd.grad inside a graph that is being recorded",
                 "Higher derivatives through relay windows are not defined; use relay.model for them.",
             )
-        junction: Junction = ctx.junction  # pyright: ignore[reportAttributeAccessIssue]
+        junction = cast(Any, ctx).junction
+        assert isinstance(junction, Junction)
         return None, None, *junction.pass_down(list(gradients))
 
 

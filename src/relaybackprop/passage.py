@@ -1,10 +1,10 @@
 """One training forward pass: junctions go in at the plan's boundaries, and nothing stays behind."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class Passage:
 
 
 @contextmanager
-def boundaries(model: nn.Module, passage: Passage) -> Iterator[None]:
+def boundaries(model: nn.Module, passage: Passage) -> Generator[None]:
     """While this context is open, calls of the plan's modules cross its boundaries. Afterwards no trace is left."""
     with ExitStack() as stack:
         for boundary in passage.plan.boundaries:
@@ -144,7 +144,7 @@ def boundaries(model: nn.Module, passage: Passage) -> Iterator[None]:
 
 
 @contextmanager
-def node_names(model: nn.Module, enabled: bool) -> Iterator[dict[Node, str]]:
+def node_names(model: nn.Module, enabled: bool) -> Generator[dict[Node, str]]:
     """Note which module makes which node of the graph, the innermost one first. For error messages."""
     names: dict[Node, str] = {}
     with ExitStack() as stack:
@@ -176,7 +176,9 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             )
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
-            near = difflib.get_close_matches(name, [other for other, _ in model.named_modules() if other], cutoff=0.4)
+            modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+            names = [other for other, _ in modules if other]
+            near = difflib.get_close_matches(name, names, cutoff=0.4)
             raise ModuleNameError(
                 "the name of a module of the model",
                 f"{name!r}, which {type(model).__name__} does not have",
@@ -204,7 +206,7 @@ def _attach(stack: ExitStack, module: nn.Module, side: str, crossing: Crossing) 
             args, kwargs = crossing((args, kwargs))
             return compiled(*args, **kwargs)
 
-        module._compiled_call_impl = call
+        module._compiled_call_impl = call  # pyright: ignore[reportPrivateUsage]
         stack.callback(setattr, module, "_compiled_call_impl", compiled)
     elif side == "input":
         stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

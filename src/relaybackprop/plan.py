@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from relaybackprop.errors import PlanError, WindowError
 PRIMARY = "primary"
 PRIMARY_WEIGHT = 1.0
 AUXILIARY_WEIGHT = 0.3  # the paper's, sections 5.1 and 5.2
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -178,6 +179,11 @@ class Plan:
         return {PRIMARY: self.primary, **self.auxiliary}
 
     @property
+    def weights(self) -> dict[str, float]:
+        """What each loss is multiplied by."""
+        return {name: window.weight for name, window in self.windows.items() if window.weight is not None}
+
+    @property
     def boundaries(self) -> list[Boundary]:
         """Every place where a head attaches or a window ends, each once, in no particular order."""
         places = [place for window in self.windows.values() for place in (window.upper, window.lower)]
@@ -256,7 +262,7 @@ class Plan:
             depth = "-" if self.binding is None else str(self.binding.depths.get(name, "-"))
             start = "the model's output" if window.upper is None else str(window.upper)
             end = "the first layer" if window.lower is None else str(window.lower)
-            rows.append((name, f"{window.weight:g}", start, end, depth))
+            rows.append((name, f"{self.weights[name]:g}", start, end, depth))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
@@ -309,7 +315,9 @@ def _is_positive(weight: object) -> bool:
 def _check_is_window(name: str, window: object) -> None:
     if not isinstance(window, Window):
         raise PlanError(
-            f"a Window for the loss {name!r}", f"{type(window).__name__} {window!r}", "Write Window(top=..., bottom=...)."
+            f"a Window for the loss {name!r}",
+            f"{type(window).__name__} {window!r}",
+            "Write Window(top=..., bottom=...).",
         )
 
 
@@ -335,7 +343,7 @@ def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_keys(what: str, data: object, allowed: set[str] | None) -> None:
     if not isinstance(data, dict):
         raise PlanError(f"{what} as a JSON object", f"{type(data).__name__}", "See Plan.to_json.")
-    unknown = set() if allowed is None else set(data) - allowed  # pyright: ignore[reportUnknownArgumentType]
+    unknown = set[str]() if allowed is None else set(cast(dict[str, Any], data)) - allowed
     if unknown:
         raise PlanError(f"the fields {sorted(allowed or ())} in {what}", f"{sorted(unknown)}", "Remove or rename them.")
 

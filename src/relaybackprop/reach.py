@@ -1,6 +1,6 @@
 """Read-only: which loss reaches which parameter, measured on the real graph."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -68,20 +68,24 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
                 raise HeadError(
                     f"an output of {name!r} that depends on a trainable parameter", "none", "Unfreeze a layer."
                 )
-            gradients = torch.autograd.grad(
-                [tensor.sum() for tensor in tensors], list(parameters.values()), retain_graph=True, allow_unused=True
-            )
-            losses[name] = frozenset(p for p, g in zip(parameters, gradients, strict=True) if g is not None)
+            losses[name] = frozenset(_reached([tensor.sum() for tensor in tensors], parameters))
     return Reach(relay.plan, losses, {name: p.numel() for name, p in parameters.items()})
 
 
+def _reached(scalars: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:
+    gradients: Sequence[Any] = torch.autograd.grad(
+        scalars, list(parameters.values()), retain_graph=True, allow_unused=True
+    )
+    return (name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
+
+
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
+def _undisturbed(module: nn.Module) -> Generator[None]:
     """Training mode for a while; afterwards mode, buffers and random generators are as before."""
     modes = {part: part.training for part in module.modules()}
     buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    devices = {p.device for p in module.parameters() if p.device.type != "cpu"}
-    with torch.random.fork_rng(devices=[device.index for device in devices if device.type == "cuda"]):
+    gpus = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(gpus)):  # pyright: ignore[reportUnknownMemberType]
         try:
             module.train()
             yield

@@ -1,6 +1,7 @@
 """The method written down slowly and plainly: one `autograd.grad` per loss, masked, summed. The oracle of every test.
 
-It shares no code with the engine but the plan. It costs one whole backward pass per loss and another per window.
+It shares nothing with the engine but the plan and the walk over nested values. It costs one whole backward pass per
+loss and another per window.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relaybackprop.plan import PRIMARY, Boundary, Plan
+from relaybackprop.structure import map_tensors, tensors_in
 
 Losses = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -45,8 +47,7 @@ def reference_gradients(
         below = set[str]() if window.lower is None else _depends_on(crossings[window.lower], every)
         for name, gradient in zip(every, _grad([loss], every), strict=True):
             if gradient is not None and name not in below:
-                assert window.weight is not None
-                total[name] += window.weight * gradient
+                total[name] += plan.weights[loss_name] * gradient
     return total
 
 
@@ -70,19 +71,19 @@ def _plain_forward(
     for name, window in plan.auxiliary.items():
         assert window.upper is not None
         outputs[name] = heads[name](values[window.upper])
-    return outputs, {boundary: _flatten(value) for boundary, value in values.items()}
+    return outputs, {boundary: tensors_in(value) for boundary, value in values.items()}
 
 
 def _note_input(values: dict[Boundary, Any], boundary: Boundary) -> Callable[..., None]:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        values[boundary] = (args, kwargs)
+        values[boundary] = map_tensors(Tensor.clone, (args, kwargs))  # the trunk may go on in place
 
     return hook
 
 
 def _note_output(values: dict[Boundary, Any], boundary: Boundary) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        values[boundary] = output
+        values[boundary] = map_tensors(Tensor.clone, output)
 
     return hook
 
@@ -98,15 +99,3 @@ def _depends_on(tensors: list[Tensor], parameters: Mapping[str, Tensor]) -> set[
 
 def _grad(scalars: list[Tensor], parameters: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(scalars, list(parameters.values()), retain_graph=True, allow_unused=True)
-
-
-def _flatten(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _flatten(item)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _flatten(item)]
-    if hasattr(value, "__dataclass_fields__"):
-        return [tensor for item in vars(value).values() for tensor in _flatten(item)]
-    return []

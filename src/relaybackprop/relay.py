@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +64,10 @@ class Relay(nn.Module):
 
     def __init__(self, model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, Relay):
                 raise AppliedTwiceError(
-                    "a plain model", f"a model with a Relay in it, at {name!r}", "Pass relay.model, with a new plan."
+                    "a plain model", "a Relay, or a model with a Relay in it", "Pass relay.model, with a new plan."
                 )
         heads = {} if heads is None else heads
         _check_heads(plan, heads)
@@ -150,13 +150,14 @@ class RelayLoss(nn.Module):
         self.criterion: nn.Module
         # Modules, so that class weights in a criterion move to the device with this one.
         if isinstance(criterion, (Mapping, nn.ModuleDict)):
-            if set(criterion) != set(plan.windows):
+            criteria = dict(cast(Mapping[str, Criterion], criterion).items())
+            if set(criteria) != set(plan.windows):
                 raise HeadError(
                     f"one criterion for each of {list(plan.windows)}",
-                    f"criteria for {list(criterion)}",
+                    f"criteria for {list(criteria)}",
                     "Add the missing ones and remove the others, or give a single criterion for all.",
                 )
-            self.criterion = nn.ModuleDict({name: _as_module(criterion[name]) for name in criterion})
+            self.criterion = nn.ModuleDict({name: _as_module(each) for name, each in criteria.items()})
         else:
             self.criterion = _as_module(criterion)
 
@@ -171,7 +172,7 @@ class RelayLoss(nn.Module):
             HeadError: a head's output does not fit the target, or differs in shape from the model's output where one
                 criterion serves both.
         """
-        weighted = [self.plan.windows[name].weight * term for name, term in self.terms(output, target).items()]
+        weighted = [self.plan.weights[name] * term for name, term in self.terms(output, target).items()]
         return sum(weighted[1:], start=weighted[0])
 
     def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
@@ -223,7 +224,7 @@ def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:
     if missing or unknown:
         raise HeadError(
             f"one head for each auxiliary window: {list(plan.auxiliary) or 'none'}",
-            f"heads {list(heads) or 'none'}; without a head: {missing or 'none'}; without a window: {unknown or 'none'}",
+            f"{list(heads) or 'none'}; without a head: {missing or 'none'}; without a window: {unknown or 'none'}",
             "Make the names of heads and windows agree.",
         )
     for name, head in heads.items():

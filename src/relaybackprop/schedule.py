@@ -121,7 +121,7 @@ def _junction_at(node: Node, output: int) -> Junction | None:
 
 
 def _check_leak(loss: str, came_from: Mapping[Node, Node | None], end: Junction, names: Mapping[Node, str]) -> None:
-    below = graph.walk(end.sources, lambda node, output: True)
+    below = graph.walk(end.sources, graph.everywhere)
     for node, parent in came_from.items():
         # Parameters may be shared: each use counts where it happens.
         if node in below and not graph.is_leaf(node):

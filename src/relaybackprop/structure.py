@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -33,18 +33,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Mapping):
-        items = {key: map_tensors(function, item) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        changed = copy.copy(value)
-        for key, item in items.items():
-            changed[key] = item  # pyright: ignore[reportIndexIssue]
+    kind: Any = cast(Any, type(value))
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(cast(MutableMapping[Any, Any], value))
+        for key, item in changed.items():
+            changed[key] = map_tensors(function, item)
         return changed
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
+        items = [map_tensors(function, item) for item in cast(Sequence[Any], value)]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changed = copy.copy(value)
         for entry in dataclasses.fields(value):

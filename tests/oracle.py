@@ -1,0 +1,72 @@
+"""Comparisons with the reference. They raise; none of them returns a verdict that could be dropped."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relaybackprop import Plan, Relay, RelayOutput
+from relaybackprop.reference import reference_gradients
+from relaybackprop.structure import tensors_in
+
+RELATIVE_ERROR = 1e-12  # float64; the largest norm of a difference over the norm of what is right
+
+
+def losses_of(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By loss, a smooth scalar that weighs every output differently."""
+    losses: dict[str, Tensor] = {}
+    for name, value in outputs.items():
+        tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+        terms = [(t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view_as(t)).tanh().sum() for t in tensors]
+        losses[name] = torch.stack(terms).sum()
+    return losses
+
+
+def by_loss(output: RelayOutput) -> dict[str, Any]:
+    return {"primary": output.primary, **output.auxiliary}
+
+
+def weighted_sum(losses: Mapping[str, Tensor], plan: Plan) -> Tensor:
+    return torch.stack([plan.weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    """What is in `.grad`, by parameter; zeros where there is nothing."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7) -> dict[str, Tensor]:
+    """One ordinary forward and one ordinary backward."""
+    relay.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)  # dropout masks as in `expected_gradients`
+    output = relay(*inputs)
+    weighted_sum(losses_of(by_loss(output)), relay.plan).backward()
+    return gradients_of(relay)
+
+
+def expected_gradients(relay: Relay, *inputs: Any, plan: Plan | None = None, seed: int = 7) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return reference_gradients(relay.model, plan or relay.plan, dict(relay.heads.items()), losses_of, *inputs)
+
+
+def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = RELATIVE_ERROR) -> None:
+    """Raise unless each gradient is within `tolerance` of what is expected, relative to its norm.
+
+    Where zero is expected, zero must come. The floor for the norm is 1e-6 of the largest gradient's, so that sums
+    that cancel to nothing are not held to a relative error of their rounding.
+    """
+    assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
+    assert got, "nothing to compare"
+    largest = max(float(tensor.norm()) for tensor in expected.values())
+    assert largest > 0, "every expected gradient is zero: this comparison could not fail"
+    for name, right in expected.items():
+        if not right.any():
+            assert not got[name].any(), f"{name}: expected no gradient, got {got[name].norm():.3e}"
+            continue
+        error = float((got[name] - right).norm() / max(float(right.norm()), 1e-6 * largest))
+        assert error <= tolerance, f"{name}: relative error {error:.3e} above {tolerance:.0e}"
