@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,8 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
 
 
 def _reached(scalars: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:
-    gradients: Sequence[Any] = torch.autograd.grad(
-        scalars, list(parameters.values()), retain_graph=True, allow_unused=True
-    )
+    found = torch.autograd.grad(scalars, list(parameters.values()), retain_graph=True, allow_unused=True)
+    gradients = cast(Sequence[Tensor | None], found)
     return (name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
 
 

@@ -1,0 +1,357 @@
+"""What autograd users do besides one forward and one backward: each has a defined behaviour."""
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from nets import CASES, make_case
+from oracle import (
+    assert_same,
+    by_loss,
+    expected_gradients,
+    gradients_of,
+    losses_of,
+    relay_gradients,
+    weighted_sum,
+)
+from torch import Tensor, nn
+
+from relaybackprop import LinearHead, Plan, Relay, Window, passage
+from relaybackprop.errors import BoundaryError, DoubleBackwardError, LeakError
+from relaybackprop.junction import Junction
+
+
+def loss_of(relay: Relay, *inputs: Tensor, seed: int = 7) -> Tensor:
+    torch.manual_seed(seed)
+    return weighted_sum(losses_of(by_loss(relay(*inputs))), relay.plan)
+
+
+def make_relay(name: str) -> tuple[Relay, tuple]:
+    case = make_case(name)
+    return Relay(case.model, case.plan, case.heads), case.inputs
+
+
+def chain(count: int = 4, width: int = 3) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(count))).double()
+
+
+OVERLAP = Plan(primary=Window(bottom="2"), auxiliary={"aux": Window(top="2")})
+
+
+def chain_relay(plan: Plan = OVERLAP, count: int = 4) -> tuple[Relay, Tensor]:
+    heads = {name: nn.Linear(3, 2).double() for name in plan.auxiliary}
+    return Relay(chain(count), plan, heads), torch.randn(2, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_forwards_before_one_backward(name: str) -> None:
+    relay, inputs = make_relay(name)
+    expected = expected_gradients(relay, *inputs)
+    for parameter, gradient in expected_gradients(relay, *inputs, seed=8).items():
+        expected[parameter] += gradient
+    first, second = loss_of(relay, *inputs, seed=7), loss_of(relay, *inputs, seed=8)
+    (first + second).backward()
+    assert_same(gradients_of(relay), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_accumulation_over_two_backwards(name: str) -> None:
+    relay, inputs = make_relay(name)
+    expected = expected_gradients(relay, *inputs)
+    loss_of(relay, *inputs).backward()
+    loss_of(relay, *inputs).backward()
+    assert_same(gradients_of(relay), {name: 2 * gradient for name, gradient in expected.items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_retain_graph_gives_the_same_gradients_again(name: str) -> None:
+    relay, inputs = make_relay(name)
+    expected = expected_gradients(relay, *inputs)
+    loss = loss_of(relay, *inputs)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_same(gradients_of(relay), {name: 2 * gradient for name, gradient in expected.items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_one_after_the_other(name: str) -> None:
+    relay, inputs = make_relay(name)
+    expected = expected_gradients(relay, *inputs)
+    torch.manual_seed(7)
+    losses = losses_of(by_loss(relay(*inputs)))
+    for loss, value in losses.items():
+        (relay.plan.weights[loss] * value).backward(retain_graph=True)
+    assert_same(gradients_of(relay), expected)
+
+
+def test_a_backward_that_breaks_off_leaves_nothing_for_the_next() -> None:
+    relay, inputs = make_relay("vgg")
+    expected = expected_gradients(relay, *inputs)
+    loss = loss_of(relay, *inputs)
+
+    def fail(_gradient: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    handle = relay.model.segment3[0].weight.register_hook(fail)  # after lanes have been delivered, before they are taken
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    relay.zero_grad()
+    loss.backward()
+    assert_same(gradients_of(relay), expected)
+
+
+def test_create_graph_is_refused() -> None:
+    relay, x = chain_relay()
+    with pytest.raises(DoubleBackwardError, match=r"create_graph=False.*received create_graph=True"):
+        torch.autograd.grad(loss_of(relay, x), relay.model[0][0].weight, create_graph=True)
+    assert x.grad is None
+
+
+def test_input_gradients_follow_the_windows() -> None:
+    relay, x = chain_relay()
+    x.requires_grad_()
+    output = relay(x)
+    (gradient,) = torch.autograd.grad(output.primary.sum(), x, allow_unused=True, retain_graph=True)
+    assert gradient is None
+    (gradient,) = torch.autograd.grad(output.auxiliary["aux"].sum(), x)
+    right = torch.autograd.grad(relay.heads["aux"](relay.model[:3](x)).sum(), x)[0]
+    torch.testing.assert_close(gradient, right, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_without_backward_is_freed_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reference cycle through the graph, as there would be if junctions held their own tensors."""
+    relay, inputs = make_relay(name)
+    made: list[weakref.ref[Junction]] = []
+    crossed = passage.cross
+
+    def cross(junction: Junction, *args: Any, **kwargs: Any) -> Any:
+        made.append(weakref.ref(junction))
+        return crossed(junction, *args, **kwargs)
+
+    monkeypatch.setattr(passage, "cross", cross)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):  # the first pass also walks the graph
+            output = relay(*inputs)
+            assert len(made) >= 3
+            assert all(junction() is not None for junction in made)
+            del output
+            assert all(junction() is None for junction in made)
+            made.clear()
+    finally:
+        gc.enable()
+
+
+def test_no_grad_forward_in_training_mode() -> None:
+    relay, inputs = make_relay("vgg")
+    with torch.no_grad():
+        output = relay(*inputs)
+    assert not output.primary.requires_grad
+    assert output.auxiliary.keys() == relay.plan.auxiliary.keys()
+    with torch.inference_mode():
+        relay(*inputs)
+    assert_same(relay_gradients(relay, *inputs), expected_gradients(relay, *inputs))
+
+
+def test_no_grad_inside_of_the_model_is_refused_at_a_boundary() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.low(x)
+            return self.high(x)
+
+    relay = Relay(Half(), Plan(auxiliary={"aux": Window(top="low")}), {"aux": nn.Linear(3, 2)})
+    with pytest.raises(BoundaryError, match="output of low to run while gradients are recorded"):
+        relay(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("frozen", [["0"], ["0", "1"], ["2"], ["2", "3"], ["0", "1", "2"], ["3"]])
+def test_frozen_layers(frozen: list[str]) -> None:
+    relay, x = chain_relay()
+    for name in frozen:
+        relay.model.get_submodule(name).requires_grad_(False)
+    got = relay_gradients(relay, x)
+    assert not any(parameter.split(".")[1] in frozen for parameter in got if parameter.startswith("model."))
+    assert_same(got, expected_gradients(relay, x))
+    for name in frozen:  # and thawed again, as in gradual unfreezing
+        relay.model.get_submodule(name).requires_grad_(True)
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+
+
+class InPlace(nn.Module):
+    """A boundary at a convolution that an in-place ReLU follows at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.conv1(x))
+        x = torch.relu_(self.conv2(x))
+        return self.conv3(x).mean(dim=(2, 3))
+
+
+def test_in_place_relu_right_after_a_boundary() -> None:
+    plan = Plan(primary=Window(above="conv1"), auxiliary={"aux": Window(top="conv2")})
+    relay = Relay(InPlace(), plan, {"aux": LinearHead(2, 2)}).double()
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    for _ in range(3):  # the first pass copies to be safe, later ones because they have learnt that they must
+        assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+    with torch.no_grad():
+        before_relu = relay.model.conv2(torch.relu(relay.model.conv1(x)))
+    torch.testing.assert_close(relay(x).auxiliary["aux"], relay.heads["aux"](before_relu))
+
+
+def test_a_head_gets_no_copy_where_the_trunk_leaves_its_input_alone() -> None:
+    relay, inputs = make_relay("vgg")
+    addresses: list[tuple[int, int]] = []
+    relay.model.segment3.register_forward_hook(lambda _m, _a, out: addresses.append((0, out.data_ptr())))
+    relay.heads["aux1"].register_forward_pre_hook(lambda _m, args: addresses.append((1, args[0].data_ptr())))
+    for _ in range(2):
+        relay(*inputs)
+    (_, first), (_, copied), (_, second), (_, shared) = addresses
+    assert first != copied
+    assert second == shared
+
+
+def test_a_trunk_that_starts_to_go_on_in_place_is_found_out() -> None:
+    model = InPlace()
+    relay = Relay(model, Plan(auxiliary={"aux": Window(top="conv3")}), {"aux": LinearHead(2, 2)})
+    x = torch.randn(2, 2, 4, 4)
+    relay(x)
+    mean = Tensor.mean
+
+    def forward(x: Tensor) -> Tensor:
+        return mean(torch.relu_(model.conv3(model.conv2(model.conv1(x)))), dim=(2, 3))
+
+    model.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(BoundaryError, match="change in place"):
+        relay(x)
+    relay(x)  # from now on the head gets a copy
+
+
+class CalledTwice(nn.Module):
+    """One layer runs below the boundary and again above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = (nn.Linear(3, 3) for _ in range(4))
+        self.again = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return self.fc(torch.tanh(self.again(torch.tanh(self.c(x)))))
+
+
+def test_a_layer_used_below_and_above_counts_each_use_where_it_happens() -> None:
+    """The oracle is the same network with two copies of the layer: their gradients add up to the shared one's."""
+    plan = Plan(primary=Window(bottom="c"), auxiliary={"aux": Window(top="c")})
+    x = torch.randn(2, 3, dtype=torch.float64)
+    relay = Relay(CalledTwice(), plan, {"aux": nn.Linear(3, 3)}).double()
+    untied = copy.deepcopy(relay)
+    untied.model.again = copy.deepcopy(untied.model.a)
+    apart = relay_gradients(untied, x)
+    assert apart["model.a.weight"].any()
+    assert apart["model.again.weight"].any()
+    for kind in ("weight", "bias"):
+        apart[f"model.a.{kind}"] += apart.pop(f"model.again.{kind}")
+    assert_same(relay_gradients(relay, x), apart)
+
+
+def test_tied_weights() -> None:
+    """An embedding tied to the classifier: the primary loss trains its upper use, the auxiliary loss its lower one."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 3)
+            self.low, self.high = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, words: Tensor, top: Tensor | None = None) -> Tensor:
+            x = self.high(torch.tanh(self.low(self.embed(words))))
+            return nn.functional.linear(x, self.embed.weight if top is None else top)
+
+    model = Tied().double()
+    plan = Plan(primary=Window(bottom="high"), auxiliary={"aux": Window(top="high")})
+    relay = Relay(model, plan, {"aux": nn.Linear(3, 2).double()})
+    words = torch.tensor([1, 2, 5])
+    got = relay_gradients(relay, words)["model.embed.weight"]
+
+    upper = model.embed.weight.detach().clone().requires_grad_()
+    primary = losses_of({"primary": model(words, upper)})["primary"]
+    aux = losses_of({"aux": relay.heads["aux"](model.high(torch.tanh(model.low(model.embed(words)))))})["aux"]
+    right = torch.autograd.grad(primary, upper)[0] + 0.3 * torch.autograd.grad(aux, model.embed.weight)[0]
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-15)
+
+
+class UNet(nn.Module):
+    """A skip connection from the first encoder to the last decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder1, self.encoder2, self.decoder2, self.decoder1 = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.tanh(self.encoder1(x))
+        x = torch.tanh(self.decoder2(torch.tanh(self.encoder2(skip))))
+        return self.decoder1(x + skip)
+
+
+def test_a_leak_around_a_window_is_named() -> None:
+    plan = Plan(primary=Window(bottom="decoder2"), auxiliary={"aux": Window(top="decoder2")})
+    relay = Relay(UNet(), plan, {"aux": nn.Linear(3, 3)})
+    with pytest.raises(LeakError, match=r"'primary'.*input of decoder2.*from encoder1 \(below\) to decoder1 \(above\)"):
+        relay(torch.randn(2, 3))
+
+
+def test_heads_above_a_skip_are_fine_when_no_window_ends_inside_it() -> None:
+    plan = Plan(auxiliary={"aux": Window(top="decoder2"), "high": Window(top="decoder1", bottom="decoder1")})
+    relay = Relay(UNet(), plan, {name: nn.Linear(3, 3) for name in plan.auxiliary}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+
+
+def test_the_primary_loss_may_go_around_a_head() -> None:
+    """A way around a head's junction straight to a window's end: the lane starts at the model's output."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.low, self.branch, self.join = (nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.low(torch.tanh(self.stem(x))))
+            return self.join(torch.tanh(self.branch(x)) + x)
+
+    plan = Plan(
+        primary=Window(), auxiliary={"aux": Window(top="branch", above="low"), "deep": Window(top="branch")}
+    )
+    relay = Relay(Around(), plan, {name: nn.Linear(3, 3) for name in plan.auxiliary}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+
+
+def test_an_auxiliary_loss_of_the_users_own_is_plain_autograd() -> None:
+    """A term on the trunk that the plan does not know travels with the sum that it joins."""
+    relay, x = chain_relay()
+    kept: list[Tensor] = []
+    handle = relay.model[3].register_forward_hook(lambda _m, _a, out: kept.append(out))
+    expected = expected_gradients(relay, x)
+    kept.clear()
+    loss = loss_of(relay, x)
+    (loss + 0.1 * kept[0].square().sum()).backward()
+    handle.remove()
+    got = gradients_of(relay)
+    for name, right in expected.items():
+        inside = name.startswith(("model.2.", "model.3."))  # the primary window, whose sum the term has joined
+        assert torch.allclose(got[name], right, rtol=1e-12, atol=0) != inside, name
