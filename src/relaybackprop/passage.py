@@ -43,12 +43,7 @@ class Passage:
 
     def cross(self, boundary: Boundary, value: Any) -> Any:
         """Let a value cross a boundary: the trunk's side of it is returned, the heads' sides are kept."""
-        if torch.compiler.is_compiling():
-            raise CompiledOverlapError(
-                f"to run the {boundary} eagerly, so that gradients can split and join there",
-                "a compiler that traces through it",
-                "Compile the modules between the plan's boundaries, one by one.",
-            )
+        refuse_tracing(f"the {boundary}")
         if boundary in self.order:
             raise BoundaryError(
                 f"the {boundary} once in a forward pass",
@@ -130,6 +125,25 @@ class Passage:
         if boundary is not None:
             self._at[boundary] = junction
         return trunk, branches
+
+
+def refuse_tracing(place: str) -> None:
+    """Raise where a compiler traces through a boundary.
+
+    Raises:
+        CompiledOverlapError: it does.
+    """
+
+    def refuse() -> None:
+        raise CompiledOverlapError(
+            f"{place} to run eagerly, so that gradients can split and join there",
+            "a compiler that traces through it",
+            "Compile the modules between the plan's boundaries, one by one.",
+        )
+
+    # The compiler would take an exception in traced code for a reason to run the code without it, and go on.
+    if torch.compiler.is_compiling():
+        torch.compiler.disable(refuse)()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError
-from relaybackprop.passage import Passage, boundaries, find_module, node_names
+from relaybackprop.passage import Passage, boundaries, find_module, node_names, refuse_tracing
 from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
 from relaybackprop.schedule import Schedule, make_schedule
 
@@ -91,6 +91,7 @@ class Relay(nn.Module):
         """
         if not self.training:
             return self.model(*args, **kwargs)
+        refuse_tracing("a training forward pass of Relay")
         frozen = tuple(parameter.requires_grad for parameter in self.model.parameters())
         # Until a boundary has been seen once, its heads get memory of their own: the trunk may go on in place.
         passage = Passage(self.plan, lambda boundary: self._copies.get(boundary, True))

@@ -1,0 +1,244 @@
+"""The demo: one network, three ways to train it, measured side by side."""
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from relaybackprop import LinearHead, Plan, Relay, RelayLoss, RelayOutput, Window
+from relaylab.config import DemoConfig
+from relaylab.demo_data import ImageSet
+from relaylab.errors import NonFiniteLossError
+from relaylab.progress import Task
+
+MOMENTUM, WEIGHT_DECAY, DROPOUT = 0.9, 2e-4, 0.5  # the paper's, section 5.1
+LR_DROPS = (0.6, 0.85)  # DEVIATION: the paper divides by 10 when the error stops falling; fixed points need no patience
+GRADIENT_BATCH = 256
+
+
+@dataclass
+class Run:
+    """One scheme trained from one seed.
+
+    Attributes:
+        scheme: its key in `schemes`.
+        seed: of weights, batches, crops and dropout.
+        depths: by loss, the number of weight layers that it trains, its head's included.
+        epochs: by epoch, the mean training loss of the main classifier and the validation errors in per cent.
+        gradients: "start" and "end": by weight layer, the mean absolute gradient and weight on a fixed batch.
+        seconds: time spent in training steps.
+    """
+
+    scheme: str
+    seed: int
+    depths: dict[str, int] = field(default_factory=dict[str, int])
+    epochs: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    gradients: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict[str, dict[str, dict[str, float]]])
+    seconds: float = 0.0
+
+
+def build_network(channels: int, classes: int, config: DemoConfig) -> nn.Sequential:
+    """A plain VGG in the shape of the paper's model A: segments that end in max-pooling, then three fc layers.
+
+    No batch normalisation, He's initialisation. The last segment keeps its map of at least 2x2 (the paper's ends in a
+    pooling pyramid). Model A has five segments for 224 pixels; 8 pixels have room for three.
+    """
+    side, width = cast(int, config.size), cast(int, config.width)
+    count = min(5, int(math.log2(side)))
+    parts = OrderedDict[str, nn.Module]()
+    for number in range(count):
+        filters = width * min(2**number, 8)
+        layers = OrderedDict[str, nn.Module]()
+        for i in range(1, cast(int, config.convs) + 1):
+            layers[f"conv{i}"] = nn.Conv2d(channels, filters, 3, padding=1)
+            layers[f"relu{i}"] = nn.ReLU()
+            channels = filters
+        if number < count - 1:
+            layers["pool"] = nn.MaxPool2d(2)
+            side //= 2
+        parts[f"segment{number + 1}"] = nn.Sequential(layers)
+    parts["classifier"] = _classifier(channels * side * side, 8 * width, classes)
+    network = nn.Sequential(parts)
+    initialise(network)
+    return network
+
+
+def _classifier(features: int, hidden: int, classes: int) -> nn.Sequential:
+    layers = OrderedDict[str, nn.Module](flatten=nn.Flatten())
+    for i in (1, 2):
+        layers[f"fc{i}"] = nn.Linear(features, hidden)
+        layers[f"relu{i}"] = nn.ReLU()
+        layers[f"dropout{i}"] = nn.Dropout(DROPOUT)
+        features = hidden
+    layers["fc3"] = nn.Linear(features, classes)
+    return nn.Sequential(layers)
+
+
+def initialise(module: nn.Module) -> None:
+    """He's initialisation of all weight layers, in place; biases start at zero."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def relay_plan(network: nn.Sequential) -> Plan:
+    """The paper's Table 2: head and overlap at the last segment but one."""
+    segments = [name for name, _ in network.named_children() if name.startswith("segment")]
+    return Plan(primary=Window(bottom=segments[-2]), auxiliary={"aux": Window(top=segments[-2])})
+
+
+def schemes(plan: Plan) -> dict[str, Plan]:
+    """The three rows of the paper's Table 3."""
+    return {"standard": plan.standard(), "multi_loss": plan.multi_loss(), "relay": plan}
+
+
+def build(scheme: str, data: ImageSet, config: DemoConfig, seed: int) -> Relay:
+    """The network under one scheme. One seed gives all schemes the same network, and both heads the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network(data.train.images.shape[1], len(data.classes), config)
+        plan = relay_plan(network)
+        channels = next(m.out_channels for m in reversed(list(_segment(network, plan))) if isinstance(m, nn.Conv2d))
+        # The library's AuxiliaryHead has 2 million weights, more than this whole network; the smallest head will do.
+        head = LinearHead(channels, len(data.classes))
+        initialise(head)
+    plan = schemes(plan)[scheme]
+    return Relay(network, plan, {"aux": head} if plan.auxiliary else None)
+
+
+def _segment(network: nn.Sequential, plan: Plan) -> nn.Sequential:
+    return cast(nn.Sequential, network.get_submodule(cast(str, plan.auxiliary["aux"].top)))
+
+
+def train(scheme: str, data: ImageSet, config: DemoConfig, seed: int, task: Task) -> Run:
+    """Train one scheme from one seed.
+
+    Args:
+        scheme: a key of `schemes`.
+        data: what to train on and to validate with.
+        config: resolved options.
+        seed: of weights, batches, crops and dropout; all schemes see the same ones.
+        task: is told of every image trained on.
+
+    Raises:
+        NonFiniteLossError: before the update that the loss would have spoilt.
+    """
+    relay = build(scheme, data, config, seed)
+    criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
+    optimizer = torch.optim.SGD(relay.parameters(), cast(float, config.lr), MOMENTUM, weight_decay=WEIGHT_DECAY)
+    run, crops = Run(scheme, seed), Crops(data, config)
+    epochs, step, where = cast(int, config.epochs), 0, f"{scheme.replace('_', '-')}, seed {seed}"
+    batches = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        run.gradients["start"] = gradient_magnitudes(relay, criterion, crops)
+        for epoch in range(epochs):
+            relay.train()
+            lr = cast(float, config.lr) * 0.1 ** sum(epoch >= drop * epochs for drop in LR_DROPS)
+            optimizer.param_groups[0]["lr"] = lr
+            total, started = 0.0, time.perf_counter()
+            for images, labels in crops.training(batches):
+                # Seeded per step, so that the head's dropout cannot shift the masks of the network's own.
+                torch.manual_seed(seed * 1_000_003 + step)
+                output: RelayOutput = relay(images)
+                loss = criterion(output, labels)
+                if not math.isfinite(loss.item()):
+                    raise NonFiniteLossError(f"the loss is {loss.item()} ({where}, step {step}); try a smaller --lr")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += functional.cross_entropy(output.primary.detach(), labels, reduction="sum").item()
+                step += 1
+                task.advance(len(labels))
+            run.seconds += time.perf_counter() - started
+            run.epochs.append({"lr": lr, "train_loss": total / len(data.train.labels), **validate(relay, crops)})
+            task.advance(0, _note(where, run, epochs))
+        run.gradients["end"] = gradient_magnitudes(relay, criterion, crops)
+    assert relay.plan.binding is not None, "bound by the first step"
+    run.depths = dict(relay.plan.binding.depths)
+    return run
+
+
+def _note(where: str, run: Run, epochs: int) -> str:
+    last = run.epochs[-1]
+    return f"{where}, epoch {len(run.epochs)}/{epochs}: loss {last['train_loss']:.3f}, val. error {last['top1']:.2f} %"
+
+
+class Crops:
+    """Crops of a data set as the network sees them: float, zero mean, unit variance per channel.
+
+    Args:
+        data: the images.
+        config: resolved options.
+    """
+
+    def __init__(self, data: ImageSet, config: DemoConfig) -> None:
+        self.data = data
+        self.size, self.flip = cast(int, config.size), bool(config.flip)
+        self.batch_size = cast(int, config.batch_size)
+        some = data.train.images[:: max(1, len(data.train.images) // 4096)].float()
+        self.mean = some.mean(dim=(0, 2, 3), keepdim=True)
+        self.std = some.std(dim=(0, 2, 3), keepdim=True).clamp(min=1.0)
+
+    def training(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """All training images once in random order, each cropped at a random place and perhaps mirrored."""
+        images, labels = self.data.train.images, self.data.train.labels
+        margin = images.shape[-1] - self.size
+        for rows in torch.randperm(len(labels), generator=generator).split(self.batch_size):
+            corner = torch.randint(0, margin + 1, (2, len(rows), 1), generator=generator)
+            mirrored = torch.rand(len(rows), 1, generator=generator) < 0.5 * self.flip
+            y, x = corner + torch.arange(self.size)  # (batch, size) each
+            x = torch.where(mirrored, x.flip(1), x)
+            channels = torch.arange(images.shape[1])[:, None, None]
+            crops = images[rows[:, None, None, None], channels, y[:, None, :, None], x[:, None, None, :]]
+            yield self._normalised(crops), labels[rows]
+
+    def centre(self, images: Tensor) -> Tensor:
+        """The centre crop of each image."""
+        start = (images.shape[-1] - self.size) // 2
+        return self._normalised(images[..., start : start + self.size, start : start + self.size])
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return ((images.float() - self.mean) / self.std).contiguous()
+
+
+def validate(relay: Relay, crops: Crops) -> dict[str, float]:
+    """Top-1 and top-5 error in per cent, single centre crop. With five classes or fewer, top-5 errors are zero."""
+    relay.eval()
+    part, wrong = crops.data.val, torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        for images, labels in zip(part.images.split(256), part.labels.split(256), strict=True):
+            scores: Tensor = relay(crops.centre(images))
+            hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+            wrong += torch.stack([(~hits[:, :1]).all(1).sum(), (~hits).all(1).sum()])
+    top1, top5 = (100 * wrong.double() / len(part.labels)).tolist()
+    return {"top1": top1, "top5": top5}
+
+
+def gradient_magnitudes(relay: Relay, criterion: RelayLoss, crops: Crops) -> dict[str, dict[str, float]]:
+    """By weight layer, the mean absolute gradient and weight: the paper's Figure 1. The weights stay as they are."""
+    rows = torch.linspace(0, len(crops.data.train.labels) - 1, min(GRADIENT_BATCH, len(crops.data.train.labels))).long()
+    relay.train()
+    relay.zero_grad()
+    torch.manual_seed(0)  # the same dropout masks each time
+    criterion(relay(crops.centre(crops.data.train.images[rows])), crops.data.train.labels[rows]).backward()
+    magnitudes = {name: _magnitude(layer) for name, layer in weight_layers(relay.model).items()}
+    relay.zero_grad()
+    return magnitudes
+
+
+def weight_layers(network: nn.Module) -> Mapping[str, nn.Conv2d | nn.Linear]:
+    """Convolutions and fully connected layers by name, from the lowest up."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def _magnitude(layer: nn.Conv2d | nn.Linear) -> dict[str, float]:
+    gradient = cast(Tensor, layer.weight.grad)
+    return {"gradient": gradient.abs().mean().item(), "weight": layer.weight.detach().abs().mean().item()}

@@ -1,0 +1,80 @@
+"""Progress on stderr: a bar where a person watches, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Task(Protocol):
+    """One piece of work under way."""
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Say that `count` more units are done, and what is to be known just now."""
+        ...
+
+
+class Silent:
+    """The task nobody watches."""
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Do nothing."""
+
+
+class _Bar:
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task(what, total=total, note="")
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        if note is None:
+            self.progress.update(self.task, advance=count)
+        else:
+            self.progress.update(self.task, advance=count, note=note)
+
+
+class _Lines:
+    """A line every few seconds and one at the end, for log files."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self.note = what, total, 0, ""
+        self.last_line_at = time.monotonic()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        self.done += count
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if self.done >= self.total or now - self.last_line_at >= SECONDS_BETWEEN_LINES:
+            self.last_line_at = now
+            text = f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip()
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Task]:
+    """Show a piece of work on stderr while it lasts.
+
+    Args:
+        what: a word or two that name it.
+        total: its size in the units that `advance` counts.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(what, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield _Bar(bar, what, total)

@@ -1,0 +1,269 @@
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # benchmarks belong to the checkout, not to what is installed
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import engine, measure  # noqa: E402
+
+KEYS = {
+    "resnet50_flops_relay_over_standard",
+    "vgg22_time_relay_over_multi_loss",
+    "vgg22_flops_relay_over_multi_loss",
+    "vgg22_time_two_backward_over_relay",
+    "vgg22_time_overlap_twice_over_relay",
+    "junction_overhead",
+    "import_ms",
+    # beyond the issue's list
+    "resnet50_flops_lower_bound",
+    "resnet50_time_relay_over_multi_loss",
+    "resnet50_flops_relay_over_multi_loss",
+}
+TINY = engine.Settings(
+    width=2,
+    vgg22_pixels=32,
+    vgg22_batch=2,
+    resnet50_pixels=64,
+    resnet50_batch=1,
+    rounds=2,
+    vgg22_budget_s=0,
+    resnet50_budget_s=0,
+    imports=1,
+    import_budget_s=0,
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_of_a_convolution(device):
+    conv = nn.Conv2d(3, 5, 3, padding=1, device=device)
+    image = torch.zeros(2, 3, 8, 8, device=device, requires_grad=True)
+    one_pass = 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)  # multiply and add; output elements; what goes into each
+    assert measure.count_flops(lambda: conv(image)) == one_pass
+    assert measure.count_flops(lambda: conv(image).sum().backward()) == 3 * one_pass
+    assert measure.count_flops(lambda: conv(image.detach()).sum().backward()) == 2 * one_pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_of_a_linear_layer(device):
+    linear = nn.Linear(7, 11, device=device)
+    features = torch.zeros(4, 7, device=device, requires_grad=True)
+    one_pass = 2 * (4 * 11) * 7
+    assert measure.count_flops(lambda: linear(features)) == one_pass
+    assert measure.count_flops(lambda: linear(features).sum().backward()) == 3 * one_pass
+    # What FlopCounterMode fails at, and what the engine's lanes are.
+    output = linear(features)
+    assert measure.count_flops(lambda: torch.autograd.grad(output.sum(), features)) == one_pass
+
+
+def test_flops_on_the_meta_device_are_those_of_a_real_step():
+    names = list(engine.contenders(engine.vgg22(2, 32, 2)))
+    assert engine.flops(engine.vgg22(2, 32, 2, device="meta"), names) == engine.flops(engine.vgg22(2, 32, 2), names)
+
+
+def test_flops_of_vgg22_by_hand():
+    filters = [3, *[2] * 2, *[4] * 2, *[8] * 5, *[16] * 5, *[16] * 5]
+    pixels = [32**2] * 2 + [16**2] * 2 + [8**2] * 5 + [4**2] * 5 + [2**2] * 5
+    convolutions = [18 * a * b * area for a, b, area in zip(filters, filters[1:], pixels, strict=False)]
+    forward = sum(convolutions) + 2 * (16 * 128 + 128 * 128 + 128 * 100)
+    counts = engine.flops(engine.vgg22(2, 32, 1, device="meta"), ["standard", "multi_loss", "relay"])
+    assert len(convolutions) == 19
+    assert counts["standard"] == 3 * forward - convolutions[0]  # nobody asks for the images' gradient
+    assert counts["relay"] - counts["multi_loss"] == sum(convolutions[9:14])  # one more input-gradient pass
+    assert counts["lower_bound"] - counts["multi_loss"] == sum(convolutions[10:14])
+
+
+def test_resnet50_costs_what_the_design_says():
+    pytest.importorskip("torchvision")
+    names = ["standard", "multi_loss", "relay", "two_backward", "overlap_twice"]
+    counts = engine.flops(engine.resnet50(224, 1, device="meta"), names)
+    over_standard = {name: count / counts["standard"] for name, count in counts.items()}
+    assert over_standard["relay"] <= engine.RESNET50_FLOPS_LIMIT
+    expected = {"lower_bound": 1.069, "relay": 1.086, "two_backward": 1.154, "overlap_twice": 1.238}
+    assert {name: round(over_standard[name], 3) for name in expected} == expected
+
+
+def test_vgg22_is_the_papers():
+    model = engine.VGG22(64, 224, 1000)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 19
+    assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 3
+    assert [sum(isinstance(m, nn.Conv2d) for m in segment) for segment in list(model.children())[:5]] == [2, 2, 5, 5, 5]
+    assert [conv.out_channels for conv in convolutions] == [64] * 2 + [128] * 2 + [256] * 5 + [512] * 10
+
+
+def test_contenders_give_the_right_gradients_on_vgg22():
+    engine.check_gradients(engine.vgg22(2, 32, 2))
+
+
+def test_contenders_give_the_right_gradients_on_resnet50():
+    pytest.importorskip("torchvision")
+    subject = engine.resnet50(64, 1)
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    engine.check_gradients(subject)
+    after = subject.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in subject.parameters)
+
+
+@pytest.mark.parametrize(
+    ("broken", "by", "message"),
+    [
+        ("relay", "multi_loss", r"gradient of model\.segment1.* by relay and by two_backward"),
+        ("relay_multi_loss", "relay", "by relay_multi_loss and by multi_loss"),
+        ("overlap_twice", "standard", "by overlap_twice and by two_backward"),
+        ("two_backward", "standard", "by relay and by two_backward"),
+    ],
+)
+def test_a_contender_that_cheats_is_found_out(broken, by, message):
+    def cheating(subject):
+        steps = engine.contenders(subject)
+        return steps | {broken: steps[by]}
+
+    with pytest.raises(engine.WrongGradientsError, match=message):
+        engine.check_gradients(engine.vgg22(2, 32, 2), cheating)
+
+
+def test_a_plan_without_effect_is_found_out():
+    def cheating(subject):
+        steps = engine.contenders(subject)
+        return dict.fromkeys(steps, steps["multi_loss"])
+
+    with pytest.raises(engine.WrongGradientsError, match="The plan has no effect"):
+        engine.check_gradients(engine.vgg22(2, 32, 2), cheating)
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+def test_interleave_times_each_contender_once_a_round():
+    clock, calls = FakeClock(), []
+    seconds = itertools.count(1)
+
+    def contender(name):
+        def step():
+            calls.append(name)
+            clock.work(next(seconds))
+
+        return step
+
+    names = "abc"
+    times = measure.interleave({n: contender(n) for n in names}, rounds=4, warmup=1, seed=3, clock=clock)
+    rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
+    assert len(rounds) == 5
+    assert all(sorted(once) == list(names) for once in rounds)
+    assert len({tuple(once) for once in rounds}) > 1
+    # The n-th call took n seconds; the first three were the warm-up.
+    assert times == {n: [float(3 * r + rounds[r].index(n) + 1) for r in range(1, 5)] for n in names}
+
+
+def test_interleave_does_not_time_what_comes_before():
+    clock = FakeClock()
+    times = measure.interleave(
+        {"a": lambda: clock.work(2)}, rounds=3, warmup=0, clock=clock, before=lambda: clock.work(100)
+    )
+    assert times == {"a": [2.0] * 3}
+
+
+@pytest.mark.parametrize(("budget_s", "expected"), [(0, 3), (25, 3), (45, 4), (1000, 10)])
+def test_interleave_stops_at_its_budget_but_not_before_the_least_rounds(budget_s, expected):
+    clock = FakeClock()
+    times = measure.interleave(
+        {"a": lambda: clock.work(4), "b": lambda: clock.work(6)}, rounds=10, budget_s=budget_s, warmup=1, clock=clock
+    )
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": expected, "b": expected}
+
+
+def test_interleave_leaves_the_garbage_collector_as_it_was():
+    import gc
+
+    def fail():
+        assert not gc.isenabled()
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        measure.interleave({"a": fail}, rounds=1)
+    assert gc.isenabled()
+
+
+def test_a_ratio_is_taken_round_by_round():
+    # The machine slows down tenfold on the way; the ratios do not.
+    found = measure.ratio([1.0, 2.4, 30.0, 48.0, 13.0], [1.0, 2.0, 20.0, 40.0, 10.0])
+    assert found.median == pytest.approx(1.2)
+    assert (found.low, found.high, found.rounds) == (pytest.approx(1.2), pytest.approx(1.3), 5)
+    assert found.iqr == pytest.approx(0.1)
+    assert 0 < found.error < found.iqr
+
+
+def test_targets_compare_as_they_say():
+    assert measure.Target("<=", 1.0).is_met(1.0)
+    assert not measure.Target("<", 1.0).is_met(1.0)
+    assert measure.Target("<", 1.0).is_met(0.9)
+    assert not measure.Target(">", 1.0).is_met(1.0)
+    assert measure.Target(">", 1.0).is_met(1.1)
+    text = measure.table({"a": 2.0, "a_error": 0.5, "a_iqr": 0.1, "b": 3.0}, {"a": measure.Target("<", 1.0, "why")})
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["a", "2.0000", "+-", "0.5000", "<", "1", "(why)", "MISSED"],
+        ["b", "3"],
+    ]
+
+
+def test_main_writes_every_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(engine, "QUICK", TINY)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    file = tmp_path / "engine.json"
+    engine.main(["--quick", "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert set(result) == {"figures", "environment"}
+    assert set(result["figures"]) >= KEYS
+    assert all(isinstance(figure, (int, float)) for figure in result["figures"].values())
+    assert set(result["environment"]) >= {"torch", "python", "cpu", "cores", "threads", "commit", "date", "seed"}
+    assert str(ROOT) not in file.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.json"]
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in KEYS)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_result_is_whole_or_untouched(tmp_path):
+    file = tmp_path / "result.json"
+    measure.write_result(file, {"a": 1.0}, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        measure.write_result(file, {"a": float("nan")}, {})
+    with pytest.raises(TypeError):
+        measure.write_result(file, {"a": 1.0}, {"b": object()})
+    assert json.loads(file.read_text()) == {"figures": {"a": 1.0}, "environment": {}}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "{folder}/missing/result.json"], "expected a file in an existing folder"),
+        (["--json", "{folder}"], "expected a file, received the folder"),
+        (["--json"], "expected one argument"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_arguments_end_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "measure", lambda settings: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stopped:
+        engine.main([argument.format(folder=tmp_path) for argument in arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
