@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         state = Encoded(self.embed(words), self.position)
         for block in self.blocks:
             state = block(state)
-        return {"logits": self.fc(state.tokens.mean(1))}
+        return {"logits": self.fc(state.tokens.mean(1) + state.bias.mean(0))}
 
 
 class TokenHead(nn.Module):
@@ -194,7 +194,7 @@ def transformer() -> Case:
     heads: dict[str, nn.Module] = {"aux": TokenHead(), "other": TokenHead()}
     low = ("model.embed.", "model.position", "model.blocks.0.", "model.blocks.1.", "heads.aux.")
     reaches = {
-        "primary": ("model.blocks.4.layer", "model.fc."),
+        "primary": ("model.blocks.4.", "model.fc."),
         "aux": low,
         "other": ("model.blocks.1.", "model.blocks.2.", "heads.other."),
     }

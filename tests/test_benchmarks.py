@@ -90,7 +90,8 @@ def test_resnet50_costs_what_the_design_says():
 
 
 def test_vgg22_is_the_papers():
-    model = engine.VGG22(64, 224, 1000)
+    with torch.device("meta"):
+        model = engine.VGG22(64, 224, 1000)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 19
     assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 3
@@ -224,10 +225,13 @@ def test_targets_compare_as_they_say():
 
 def test_main_writes_every_figure(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torchvision")
+    checked = []
     monkeypatch.setattr(engine, "QUICK", TINY)
+    monkeypatch.setattr(engine, "check_gradients", checked.append)  # slow, and tested above
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     file = tmp_path / "engine.json"
     engine.main(["--quick", "--json", str(file)])
+    assert [type(subject.model).__name__ for subject in checked] == ["VGG22", "ResNet"]
     result = json.loads(file.read_text())
     assert set(result) == {"figures", "environment"}
     assert set(result["figures"]) >= KEYS
