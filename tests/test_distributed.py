@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor] | str]]:
     """By rank, each scenario's gradients. One pair of processes runs them all: starting one takes seconds."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     workers = [
         subprocess.Popen(
             [sys.executable, ranks.__file__, str(rank), str(folder)],

@@ -1,0 +1,113 @@
+"""The house's own rules: one direction of imports, no surprises at import, documents that name what exists."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHOD = ROOT / "src" / "relaybackprop"
+
+# Who may import whom inside the method: each module only from those before it.
+ORDER = [
+    "errors", "structure", "heads", "plan", "graph", "junction", "schedule", "passage", "relay", "reference", "reach",
+    "__init__",
+]  # fmt: skip
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of all modules that a file imports anywhere, in functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            assert node.module is not None
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_imports_go_one_way() -> None:
+    assert {path.stem for path in METHOD.glob("*.py")} == set(ORDER)
+    for path in METHOD.glob("*.py"):
+        inner = {name.split(".")[1] for name in imported_modules(path) if name.startswith("relaybackprop.")}
+        earlier = set(ORDER[: ORDER.index(path.stem)])
+        known = {name for name in inner if (METHOD / f"{name}.py").exists()}
+        assert known <= earlier, f"{path.name} imports {sorted(known - earlier)}, which come after it"
+
+
+def test_the_method_imports_torch_and_nothing_else() -> None:
+    for path in METHOD.glob("*.py"):
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        outside = roots - set(sys.stdlib_module_names) - {"relaybackprop"}
+        assert outside <= {"torch"}, f"{path.name} imports {sorted(outside)}"
+
+
+def test_the_lab_is_not_imported_by_the_method_nor_tests_by_either() -> None:
+    for path in (ROOT / "src").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        assert not roots & {"tests", "benchmarks", "nets", "oracle"}, path
+
+
+def test_importing_the_method_brings_in_nothing_unplanned() -> None:
+    code = "import torch, sys; a = set(sys.modules); import relaybackprop; print(*sorted(set(sys.modules) - a))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    outside = [name for name in run.stdout.split() if not name.startswith(("relaybackprop", "torch"))]
+    assert set(name.split(".")[0] for name in outside) <= set(sys.stdlib_module_names)
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "results").rglob("*.md")])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist(path: Path) -> None:
+    text = path.read_text()
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)(?:#[^)]*)?\)", text)
+    names = re.findall(r"`((?:src|tests|docs|results|benchmarks|examples)/[\w./-]+)`", text)
+    for name in (*(path.parent / link for link in links), *(ROOT / name for name in names)):
+        assert Path(name).exists(), f"{path.name} names {name}, which does not exist"
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_python_runs() -> None:
+    """In one process from top to bottom, on a stand-in for the reader's own data and model."""
+    blocks = readme_blocks("python")
+    assert len(blocks) >= 2
+    setup = """
+import torch
+from torch import nn
+from torchvision.models import resnet50
+torch.manual_seed(0)
+torch.set_num_threads(1)
+loader = [(torch.randn(2, 3, 64, 64), torch.tensor([1, 3]))]
+"""
+    pytest.importorskip("torchvision")
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-"], input=setup + "\n".join(blocks), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_readme_shell_commands_are_real() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    blocks = readme_blocks("bash")
+    assert blocks
+    for line in "\n".join(blocks).splitlines():
+        command = line.split("#")[0].split()
+        if command[:1] == ["make"]:
+            assert set(command[1:]) <= targets, line
+        elif command[:2] == ["python", "-m"]:
+            assert (ROOT / (command[2].replace(".", "/") + ".py")).exists(), line
+        elif command:
+            assert command[0] in {*scripts, "pip", "git", "cd"}, line
