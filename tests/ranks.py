@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from nets import Case, make_case
-from oracle import by_loss, gradients_of, losses_of, weighted_sum
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from nets import Case, make_case
+from oracle import by_loss, gradients_of, losses_of, weighted_sum
 from relaybackprop import Plan, Relay
 
 WORLD = 2

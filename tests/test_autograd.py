@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from nets import CASES, make_case
 from oracle import (
     assert_same,
@@ -17,8 +19,6 @@ from oracle import (
     relay_gradients,
     weighted_sum,
 )
-from torch import Tensor, nn
-
 from relaybackprop import LinearHead, Plan, Relay, Window, passage
 from relaybackprop.errors import BoundaryError, DoubleBackwardError, LeakError
 from relaybackprop.junction import Junction
@@ -95,7 +95,9 @@ def test_a_backward_that_breaks_off_leaves_nothing_for_the_next() -> None:
     def fail(_gradient: Tensor) -> None:
         raise KeyboardInterrupt
 
-    handle = relay.model.segment3[0].weight.register_hook(fail)  # after lanes have been delivered, before they are taken
+    handle = relay.model.segment3[0].weight.register_hook(
+        fail
+    )  # after lanes have been delivered, before they are taken
     with pytest.raises(KeyboardInterrupt):
         loss.backward(retain_graph=True)
     handle.remove()
@@ -314,6 +316,52 @@ def test_a_leak_around_a_window_is_named() -> None:
         relay(torch.randn(2, 3))
 
 
+class Opaque:
+    """A value whose tensors nobody can find."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Hides(nn.Module):
+    """Hands its result on in an object of its own, beside a tensor or alone."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.beside = beside
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.fc(x)
+        return (torch.tanh(x), Opaque(x)) if self.beside else Opaque(x)
+
+
+class Finds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, value: Any) -> Tensor:
+        return self.fc(value[0] + value[1].x if isinstance(value, tuple) else value.x)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("plan", ["head", "end", "output"])
+def test_tensors_that_cannot_be_found_are_no_silent_leak(plan: str, beside: bool) -> None:
+    plans = {
+        "head": Plan(auxiliary={"aux": Window(top="1")}),
+        "end": Plan(primary=Window(above="1")),
+        "output": Plan(primary=Window(bottom="1")),
+    }
+    model = nn.Sequential(nn.Linear(3, 3), Hides(beside), Finds())
+    if plan == "output":
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Hides(beside=False))
+    relay = Relay(model, plans[plan], {name: Finds() for name in plans[plan].auxiliary})
+    kind, text = (LeakError, "way around|nothing else") if beside and plan != "output" else (BoundaryError, "Opaque")
+    with pytest.raises(kind, match=text):
+        relay(torch.randn(2, 3))
+
+
 def test_heads_above_a_skip_are_fine_when_no_window_ends_inside_it() -> None:
     plan = Plan(auxiliary={"aux": Window(top="decoder2"), "high": Window(top="decoder1", bottom="decoder1")})
     relay = Relay(UNet(), plan, {name: nn.Linear(3, 3) for name in plan.auxiliary}).double()
@@ -333,9 +381,7 @@ def test_the_primary_loss_may_go_around_a_head() -> None:
             x = torch.tanh(self.low(torch.tanh(self.stem(x))))
             return self.join(torch.tanh(self.branch(x)) + x)
 
-    plan = Plan(
-        primary=Window(), auxiliary={"aux": Window(top="branch", above="low"), "deep": Window(top="branch")}
-    )
+    plan = Plan(primary=Window(), auxiliary={"aux": Window(top="branch", above="low"), "deep": Window(top="branch")})
     relay = Relay(Around(), plan, {name: nn.Linear(3, 3) for name in plan.auxiliary}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))

@@ -216,9 +216,11 @@ def test_targets_compare_as_they_say():
     assert measure.Target("<", 1.0).is_met(0.9)
     assert not measure.Target(">", 1.0).is_met(1.0)
     assert measure.Target(">", 1.0).is_met(1.1)
-    text = measure.table({"a": 2.0, "a_error": 0.5, "a_iqr": 0.1, "b": 3.0}, {"a": measure.Target("<", 1.0, "why")})
+    text = measure.table({"a": 2.0, "a_error": 0.6}, {"a": measure.Target("<", 1.0)})
+    assert text.endswith("MISSED?")
+    text = measure.table({"a": 2.0, "a_error": 0.4, "a_iqr": 0.1, "b": 3.0}, {"a": measure.Target("<", 1.0, "why")})
     assert [line.split() for line in text.splitlines()[1:]] == [
-        ["a", "2.0000", "+-", "0.5000", "<", "1", "(why)", "MISSED"],
+        ["a", "2.0000", "+-", "0.4000", "<", "1", "(why)", "MISSED"],
         ["b", "3"],
     ]
 

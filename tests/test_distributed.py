@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
-from oracle import assert_same, expected_gradients
 from torch import Tensor
+
+import ranks
+from oracle import assert_same, expected_gradients
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 

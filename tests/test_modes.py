@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from nets import CASES, make_case
-from oracle import assert_same, by_loss, expected_gradients, gradients_of, losses_of, relay_gradients, weighted_sum
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from nets import CASES, make_case
+from oracle import assert_same, by_loss, expected_gradients, gradients_of, losses_of, relay_gradients, weighted_sum
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, Window
 from relaybackprop.errors import BoundaryError, CompiledOverlapError
 

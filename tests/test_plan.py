@@ -23,9 +23,9 @@ FIGURE2 = Plan(
 def test_weights_are_filled_in() -> None:
     assert PAPER.weights == {"primary": 1.0, "aux": 0.3}
     assert Plan(Window(weight=2), {"aux": Window(top="a", weight=0.1)}).weights == {"primary": 2, "aux": 0.1}
-    assert PAPER == Plan(
-        Window(bottom="layer3.0", weight=1.0), {"aux": Window(top="layer3.3", weight=0.3)}
-    ), "equal plans compare equal however they were written"
+    assert PAPER == Plan(Window(bottom="layer3.0", weight=1.0), {"aux": Window(top="layer3.3", weight=0.3)}), (
+        "equal plans compare equal however they were written"
+    )
     assert hash(PAPER) == hash(copy.deepcopy(PAPER))
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from nets import CASES, make_case
-from oracle import assert_same, expected_gradients, relay_gradients
 from torch import Tensor, nn
 
 import relaybackprop
+from nets import CASES, make_case
+from oracle import assert_same, expected_gradients, relay_gradients
 from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, RelayOutput, Window, reach
 from relaybackprop.structure import map_tensors
 

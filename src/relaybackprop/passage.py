@@ -56,6 +56,7 @@ class Passage:
                 "torch.no_grad() inside of the model, or reentrant checkpointing",
                 "Use checkpoint(..., use_reentrant=False), or move the boundary out of the part without gradients.",
             )
+        self._check_has_tensors(f"the {boundary}", value)
         self.order.append(boundary)
         heads = tuple(name for name, window in self.plan.auxiliary.items() if window.upper == boundary)
         copy = bool(heads) and self.copies(boundary)
@@ -106,11 +107,22 @@ class Passage:
         """Each loss's way through the graph, from its output to the end of its window."""
         paths: dict[str, LossPath] = {}
         for loss, window in self.plan.windows.items():
+            self._check_has_tensors(f"the output for the loss {loss!r}", outputs[loss])
             edges = edges_of(tensors_in(outputs[loss]))
             start = None if window.upper is None else self._at.get(window.upper)
             top = edges if loss == PRIMARY else [] if start is None else start.sources
-            paths[loss] = LossPath(edges, top, None if window.lower is None else self._at.get(window.lower))
+            end = None if window.lower is None else self._at.get(window.lower)
+            paths[loss] = LossPath(edges, start, top, end)
         return paths
+
+    def _check_has_tensors(self, place: str, value: Any) -> None:
+        # Tensors that are not found would carry their gradients past every window's end without a word.
+        if self._records and not tensors_in(value):
+            raise BoundaryError(
+                f"tensors in {place}, bare or in tuples, lists, mappings or dataclasses",
+                f"{type(value).__name__} without any that can be found",
+                "Return the tensors in one of these, or choose another module.",
+            )
 
     def _join(
         self, boundary: Boundary | None, place: str, tensors: list[Tensor], heads: tuple[str, ...], copy: bool
@@ -143,7 +155,7 @@ def refuse_tracing(place: str) -> None:
 
     # The compiler would take an exception in traced code for a reason to run the code without it, and go on.
     if torch.compiler.is_compiling():
-        torch.compiler.disable(refuse)()
+        cast(Any, torch.compiler).disable(refuse)()
 
 
 @contextmanager

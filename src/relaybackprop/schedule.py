@@ -19,11 +19,13 @@ class LossPath:
 
     Args:
         outputs: edges under the loss's output.
+        start: the junction where its head attaches; None for the primary loss, or where nothing needs a gradient.
         top: edges at the top of its window, under its head.
         end: the junction where its window ends; None if it goes down to the first layer.
     """
 
     outputs: Sequence[GradientEdge]
+    start: Junction | None
     top: Sequence[GradientEdge]
     end: Junction | None
 
@@ -62,7 +64,7 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
         names: by node, the module that made it, for error messages.
 
     Raises:
-        LeakError: a loss finds a way around the end of its window.
+        LeakError: a loss finds a way around the end of its window, or a head reads more than its boundary.
     """
     arriving = [set[str]() for _ in junctions]
     depths: dict[str, int] = {}
@@ -75,6 +77,8 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
             return junction is None or junction is not path.end
 
         came_from = graph.walk(path.outputs, follow)
+        if path.start is not None:
+            _check_head(loss, path.outputs, path.start)
         if path.end is not None:
             _check_leak(loss, came_from, path.end, names)
         depths[loss] = graph.longest_path(path.top, follow)
@@ -133,6 +137,19 @@ def _check_leak(loss: str, came_from: Mapping[Node, Node | None], end: Junction,
                 "Let the window end where the two ways have joined or have not yet parted, such as the input or "
                 "output of the whole block.",
             )
+
+
+def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> None:
+    """A head that reads other inner values than its boundary's would send gradients past the lanes."""
+    head = graph.walk(outputs, lambda node, _output: getattr(node, "junction", None) is not start)
+    below = graph.walk(start.sources, graph.everywhere)
+    if any(node in below and not graph.is_leaf(node) for node in head):
+        raise LeakError(
+            f"the head {loss!r} to read the {start.boundary} and nothing else of the model",
+            "a head that also reads values from further below, directly or inside of an object of an unknown type",
+            "Let the module at the boundary return all that the head needs, as tensors in tuples, mappings or "
+            "dataclasses.",
+        )
 
 
 def _check_eager(junction: Junction) -> None:
