@@ -59,7 +59,7 @@ def test_importing_the_method_brings_in_nothing_unplanned() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr == ""
     outside = [name for name in run.stdout.split() if not name.startswith(("relaybackprop", "torch"))]
-    assert set(name.split(".")[0] for name in outside) <= set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in outside} <= set(sys.stdlib_module_names)
 
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "results").rglob("*.md")])

@@ -324,7 +324,7 @@ def test_boundaries_inside_of_compiled_code_are_refused() -> None:
     model = conv_net()
     model[3].compile(backend="aot_eager")
     plan = Plan(auxiliary={"aux": Window(top="3.0")})
-    with pytest.raises(CompiledOverlapError, match="boundary '3.0' outside of compiled code.*'3' compiled as one"):
+    with pytest.raises(CompiledOverlapError, match=r"boundary '3.0' outside of compiled code.*'3' compiled as one"):
         Relay(model, plan, {"aux": LinearHead(4, 5)})
     relay = conv_relay()
     relay.model.compile(backend="aot_eager")

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -183,7 +184,7 @@ class Plan:
         """What each loss is multiplied by."""
         return {name: window.weight for name, window in self.windows.items() if window.weight is not None}
 
-    @property
+    @cached_property
     def boundaries(self) -> list[Boundary]:
         """Every place where a head attaches or a window ends, each once, in no particular order."""
         places = [place for window in self.windows.values() for place in (window.upper, window.lower)]

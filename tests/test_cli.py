@@ -1,0 +1,170 @@
+"""The command line: quick to answer, and one clear line where the user went wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro", reason="needs the lab extra")
+
+from PIL import Image
+
+from relaylab import cli
+
+Make = Callable[..., Path]
+
+
+def relaylab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "relaylab.cli", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path) -> Make:
+    def make(**files: int) -> Path:
+        """By `split__class`, so many images."""
+        root = tmp_path / "tree"
+        for place, count in files.items():
+            folder = root / place.replace("__", "/")
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (12, 10), (20 * i, 100, 50)).save(folder / f"{i}.png")
+        return root
+
+    return make
+
+
+def test_help_answers_without_torch_in_half_a_second() -> None:
+    code = "import sys; from relaylab.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    seconds: list[float] = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert run.returncode == 0, run.stderr
+    assert "demo" in run.stdout
+    modules = run.stdout.split()
+    heavy = {"torch", "torchvision", "matplotlib", "sklearn", "numpy", "PIL", "relaybackprop"}
+    assert not heavy & set(modules)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["demo", "--help"]])
+def test_help_lists_what_there_is(arguments: list[str]) -> None:
+    run = relaylab(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "demo" in run.stdout
+    assert ("--train-per-class" in run.stdout) == ("demo" in arguments)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("relaylab 0.")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    assert cli.main(["demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    line = captured.err.splitlines()[-1]  # progress lines may stand above
+    assert line.startswith("relaylab: ")
+    assert "Traceback" not in captured.err
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--classes", "1"], "--classes must be at least 2, not 1"),
+        (["--classes", "11"], "--classes 11: there are only 10"),
+        (
+            ["--seeds", "0", "--lr", "-1"],
+            "--seeds must be 1 to 100, not 0; --lr must be above 0 and at most 10, not -1",
+        ),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--train-per-class", "0"], "--train-per-class must be at least 1, not 0"),
+        (["--size", "16"], "--size needs --data"),
+        (["--data", "nowhere.tar.xz"], "no such file or folder: nowhere.tar.xz"),
+    ],
+)
+def test_options_out_of_range(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "report"
+    assert said in refused(capsys, *arguments, "--out", str(folder))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"train__a": 2, "train__b": 2}, "no val part"),
+        ({"val__a": 2, "val__b": 2}, "no train part"),
+        ({"a": 2, "b": 2}, "no train/ and val/"),
+        ({"train__a": 0, "val__a": 0}, "no images in"),
+        ({"train__a": 1, "train__b": 1, "val__a": 1, "val__c": 1}, "classes with train images but no val images: b"),
+        ({"train__a": 1, "val__a": 1, "val__c": 1}, "classes with val images but no train images: c"),
+        ({"train__a": 2, "val__a": 2}, "one class only (a)"),
+    ],
+)
+def test_folders_that_are_no_data_set(
+    files: dict[str, int], said: str, image_tree: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "report"
+    assert said in refused(capsys, "--data", str(image_tree(**files)), "--out", str(folder))
+    assert not folder.exists()
+
+
+def test_an_unreadable_image_is_named(image_tree: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = image_tree(train__a=1, train__b=1, val__a=1, val__b=1)
+    (root / "train/b/broken.jpg").write_bytes(b"no picture")
+    said = refused(capsys, "--data", str(root), "--size", "8", "--out", str(tmp_path / "report"))
+    assert "unreadable image" in said
+    assert "train/b/broken.jpg" in said
+
+
+def test_a_file_that_is_no_tar(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "data.tar.xz"
+    file.write_bytes(b"no archive")
+    assert "as a tar file" in refused(capsys, "--data", str(file), "--out", str(tmp_path / "report"))
+
+
+def test_a_report_is_never_overwritten(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "old.html").write_text("precious")
+    assert "is not empty" in refused(capsys, "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
+
+
+def test_a_missing_package_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.delitem(sys.modules, "relaylab.config", raising=False)
+    assert 'pip install "relaybackprop[lab]"' in refused(capsys, "--out", str(tmp_path / "report"))
+
+
+def test_an_unknown_option_is_refused() -> None:
+    run = relaylab("demo", "--epoch", "3")
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+
+
+def test_ctrl_c_leaves_cleanly(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    command = [sys.executable, "-m", "relaylab.cli", "demo", "--epochs", "1000", "--out", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "relaylab: interrupted; no report was written"
+    assert not folder.exists()

@@ -1,0 +1,240 @@
+"""The demo, in miniature: fair starts, determinism, data from folders and tars, and a report that says what was measured."""
+
+import dataclasses
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="needs the lab extra")
+
+from PIL import Image
+
+from relaylab import cli, demo, demo_data, demo_report
+from relaylab.config import DemoConfig
+from relaylab.errors import NonFiniteLossError
+from relaylab.progress import Silent
+
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist_ci4000.tar.xz"
+TINY = DemoConfig(epochs=1, train_per_class=4, width=4, convs=1, seeds=2)
+
+
+@pytest.fixture(scope="module")
+def tiny_config() -> DemoConfig:
+    return TINY.resolved()
+
+
+@pytest.fixture(scope="module")
+def digits(tiny_config: DemoConfig) -> demo_data.ImageSet:
+    return demo_data.load(tiny_config)
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (12, 10)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:xz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("train/red/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return path
+
+
+def report_of(folder: Path, *options: str) -> dict:
+    assert cli.main(["demo", "--out", str(folder), *options]) == 0
+    return json.loads((folder / "figures.json").read_text())
+
+
+TINY_OPTIONS = "--epochs 1 --train-per-class 4 --width 4 --convs 1".split()
+
+
+def test_the_report_says_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = report_of(tmp_path / "report", *TINY_OPTIONS, "--seeds", "2")
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == f"Report: {(tmp_path / 'report' / 'report.html').resolve()}"
+    assert "val. error" in captured.err
+    html = (tmp_path / "report" / "report.html").read_text()
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    for scheme, title in demo.SCHEMES.items():
+        cells = [demo_report.cell(figures, scheme, error) for error in demo_report.ERRORS]
+        row = re.search(rf'<tr class="{scheme}">(.*?)</tr>', html, re.DOTALL)
+        assert row is not None
+        assert re.findall(r"<td>(.*?)<span", row[1]) == cells
+        assert re.search(rf"\| {re.escape(title)} \| {re.escape(cells[0])} ± ", markdown)
+        of_runs = [run["epochs"][-1]["top1"] for run in figures["runs"] if run["scheme"] == scheme]
+        assert len(of_runs) == 2
+        assert float(cells[0].split()[0]) == pytest.approx(sum(of_runs) / 2, abs=0.006)
+    assert "50.72 (0.19)" in html
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "figures.json"}
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    report_of(tmp_path / "report", *TINY_OPTIONS, "--seeds", "1")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "<script" not in html
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", html)
+    assert "url(" not in html
+    assert all("alt=" in image for image in re.findall(r"<img [^>]*>", html))
+    assert "With one seed nobody can tell" in html
+
+
+def test_all_schemes_start_from_the_same_weights(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:
+    relays = {scheme: demo.build(scheme, digits, tiny_config, seed=3) for scheme in demo.SCHEMES}
+    networks = [relay.model.state_dict() for relay in relays.values()]
+    for network in networks[1:]:
+        torch.testing.assert_close(network, networks[0], rtol=0, atol=0)
+    heads = [relays[scheme].heads.state_dict() for scheme in ("multi_loss", "relay")]
+    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=0)
+    assert len(relays["standard"].heads) == 0
+    other = demo.build("relay", digits, tiny_config, seed=4).model.state_dict()
+    assert any(not torch.equal(other[name], value) for name, value in networks[0].items())
+
+
+def test_all_schemes_see_the_same_batches_and_masks(
+    digits: demo_data.ImageSet, tiny_config: DemoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {scheme: [] for scheme in demo.SCHEMES}
+    build = demo.build
+
+    def watched(scheme: str, *arguments: object) -> object:
+        relay = build(scheme, *arguments)  # pyright: ignore[reportArgumentType]
+        classifier = relay.model.get_submodule("classifier")
+        relay.model.register_forward_pre_hook(lambda _, inputs: seen[scheme].append(inputs[0].clone()))
+        classifier.get_submodule("dropout1").register_forward_hook(
+            lambda _, inputs, output: seen[scheme].append((output == 0) & (inputs[0] != 0))
+        )
+        # A head with dropout of its own must not shift the masks of the network.
+        if relay.heads:
+            relay.heads["aux"] = torch.nn.Sequential(torch.nn.Dropout(0.5), relay.heads["aux"])
+        return relay
+
+    monkeypatch.setattr(demo, "build", watched)
+    for scheme in demo.SCHEMES:
+        demo.train(scheme, digits, dataclasses.replace(tiny_config, lr=1e-9), seed=0, task=Silent())
+    for scheme in ("multi_loss", "relay"):
+        assert len(seen[scheme]) == len(seen["standard"]) > 4
+        images = list(zip(seen[scheme][::2], seen["standard"][::2], strict=True))
+        assert all(torch.equal(ours, theirs) for ours, theirs in images)
+    # Weights move by next to nothing at this rate, so masks can be compared where units are active.
+    assert torch.equal(seen["relay"][-1], seen["multi_loss"][-1])
+    assert torch.equal(seen["relay"][-1], seen["standard"][-1])
+
+
+def test_runs_are_deterministic_and_leave_the_global_generator_alone(
+    digits: demo_data.ImageSet, tiny_config: DemoConfig
+) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    runs = [dataclasses.asdict(demo.train("relay", digits, tiny_config, 1, Silent())) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for run in runs:
+        run.pop("seconds")
+    assert runs[0] == runs[1]
+
+
+def test_windows_are_those_of_the_papers_table_2(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:
+    plan = demo.build("relay", digits, tiny_config, 0).plan
+    assert (plan.auxiliary["aux"].top, plan.auxiliary["aux"].bottom) == ("segment2", None)
+    assert plan.primary.bottom == "segment2"
+    run = demo.train("relay", digits, tiny_config, 0, Silent())
+    assert run.depths == {"primary": 5, "aux": 2}  # one convolution per segment, three fc layers
+    below, above = run.gradients["start"]["segment1.conv1"], run.gradients["start"]["segment3.conv1"]
+    standard = demo.train("standard", digits, tiny_config, 0, Silent()).gradients["start"]
+    assert above == standard["segment3.conv1"]
+    assert below["gradient"] != standard["segment1.conv1"]["gradient"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:
+    config = dataclasses.replace(tiny_config, lr=10.0, epochs=100)
+    with pytest.raises(NonFiniteLossError, match=r"Relay BP, seed 2, step \d+"):
+        demo.train("relay", digits, config, 2, Silent())
+
+
+def test_crops_are_cut_from_their_own_image_and_mirrored(tmp_path: Path) -> None:
+    ramp = torch.arange(6, dtype=torch.uint8).expand(64, 3, 6, 6) * 10
+    part = demo_data.Part(ramp, torch.arange(64))
+    options = dataclasses.replace(DemoConfig(data=(tmp_path,)).resolved(), size=4, batch_size=64)
+    crops = demo.Crops(demo_data.ImageSet("ramp", ("a", "b"), part, part), options)
+    ((images, labels),) = crops.training(torch.Generator().manual_seed(0))
+    assert images.shape == (64, 3, 4, 4)
+    assert sorted(labels.tolist()) == list(range(64))
+    steps = images.diff(dim=3)
+    rising, falling = (steps > 0).flatten(1).all(1), (steps < 0).flatten(1).all(1)
+    assert (rising ^ falling).all()
+    assert 16 < falling.sum() < 48
+    starts = images[rising][:, 0, 0, 0].unique()
+    assert len(starts) == 3  # crops of 4 out of 6 have three places
+    assert crops.centre(ramp)[0, 0, 0, 0] == starts[1]
+
+
+def test_a_folder_tree(tmp_path: Path) -> None:
+    colours = {"red": (250, 0, 0), "blue": (0, 0, 250)}
+    for split in ("train", "val"):
+        for name, colour in colours.items():
+            folder = tmp_path / "tree" / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                (folder / f"{i}.png").write_bytes(png(colour, (20, 10 + i)))
+            (folder / "notes.txt").write_text("no image")
+    data = demo_data.load(DemoConfig(data=(tmp_path / "tree",), size=8, train_per_class=2).resolved())
+    assert data.classes == ("blue", "red")
+    assert data.train.images.shape == (4, 3, 8, 8)
+    assert data.train.labels.tolist() == [0, 0, 1, 1]
+    assert data.val.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.val.images[data.val.labels == 1].float().mean(dim=(0, 2, 3)).tolist() == [250, 0, 0]
+    tree = str(tmp_path / "tree")
+    figures = report_of(tmp_path / "report", "--data", tree, "--size", "8", *TINY_OPTIONS)
+    assert figures["data"]["flip"]
+    assert demo_report.cell(figures, "relay", "top5") == "-"  # two classes have no top-5 error
+
+
+def test_tar_files_in_several_parts(tmp_path: Path) -> None:
+    names = b"0 00_blue /b/blue_sky\n1 01_red /r/red_car\n"
+    paths = (
+        write_tar(tmp_path / "train1.tar.xz", {"classes.txt": names, "train/01_red/a.png": png((250, 0, 0))}),
+        write_tar(tmp_path / "train2.tar.xz", {"train/00_blue/a.png": png((0, 0, 250)), "other/x.png": b"junk"}),
+        write_tar(tmp_path / "val.tar", {f"val/{name}/a.png": png((9, 9, 9)) for name in ("00_blue", "01_red")}),
+    )
+    data = demo_data.load(DemoConfig(data=paths, size=8).resolved())
+    assert data.classes == ("blue_sky", "red_car")
+    assert data.train.labels.tolist() == [1, 0]
+    assert data.train.images[:, :, 0, 0].tolist() == [[250, 0, 0], [0, 0, 250]]
+    assert len(data.val.labels) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train1.tar.xz", "train2.tar.xz", "val.tar"]
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="the MNIST subset is not beside this checkout (../shared/data)")
+def test_real_data_from_a_tar() -> None:
+    config = DemoConfig(data=(MNIST,), size=28, no_flip=True, train_per_class=5, classes=3).resolved()
+    data = demo_data.load(config)
+    assert data.train.images.shape == (15, 3, 32, 32)
+    assert data.classes == ("0", "1", "2")
+    assert len(data.val.labels) == 300
+    assert data.val.labels.bincount().tolist() == [100, 100, 100]
+
+
+@pytest.mark.parametrize(("size", "side"), [(64, 72), (32, 36), (28, 32), (224, 256), (8, 8)])
+def test_stored_images_are_larger_than_crops_as_in_the_paper(size: int, side: int) -> None:
+    assert demo_data.stored_side(size) == side
+
+
+@pytest.mark.parametrize(("size", "segments"), [(8, 3), (28, 4), (32, 5), (64, 5)])
+def test_the_network_has_as_many_segments_as_the_images_allow(size: int, segments: int) -> None:
+    config = dataclasses.replace(TINY.resolved(), size=size)
+    network = demo.build_network(3, 7, config)
+    assert [name for name, _ in network.named_children()] == [
+        *(f"segment{i + 1}" for i in range(segments)),
+        "classifier",
+    ]
+    assert network(torch.randn(2, 3, size, size)).shape == (2, 7)
