@@ -1,4 +1,4 @@
-"""The demo, in miniature: fair starts, determinism, data from folders and tars, and a report that says what was measured."""
+"""The demo in miniature: fair starts, determinism, data from folders and tars, a report that says what was measured."""
 
 import dataclasses
 import io
@@ -71,7 +71,7 @@ def test_the_report_says_what_was_measured(tmp_path: Path, capsys: pytest.Captur
         row = re.search(rf'<tr class="{scheme}">(.*?)</tr>', html, re.DOTALL)
         assert row is not None
         assert re.findall(r"<td>(.*?)<span", row[1]) == cells
-        assert re.search(rf"\| {re.escape(title)} \| {re.escape(cells[0])} ± ", markdown)
+        assert re.search(rf"\| {re.escape(title)} \| {re.escape(cells[0])} \u00b1 ", markdown)
         of_runs = [run["epochs"][-1]["top1"] for run in figures["runs"] if run["scheme"] == scheme]
         assert len(of_runs) == 2
         assert float(cells[0].split()[0]) == pytest.approx(sum(of_runs) / 2, abs=0.006)
@@ -86,7 +86,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", html)
     assert "url(" not in html
     assert all("alt=" in image for image in re.findall(r"<img [^>]*>", html))
-    assert "With one seed nobody can tell" in html
+    assert "With one seed and 797 validation images" in html
 
 
 def test_all_schemes_start_from_the_same_weights(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:

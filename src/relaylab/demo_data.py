@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import cast
@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.datasets.folder import has_file_allowed_extension
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from relaylab.config import DemoConfig
 from relaylab.errors import InputError
 from relaylab.progress import progress
 
-SPLITS = ("train", "val")
+SPLITS: tuple[str, str] = ("train", "val")
 DIGITS_TRAIN = 1000  # of 1,797; the rest is the validation part
 
 
@@ -84,6 +83,18 @@ def stored_side(size: int) -> int:
     return max(size, 4 * round(size * 256 / 224 / 4))
 
 
+def sample(data: ImageSet, config: DemoConfig) -> bytes | None:
+    """A PNG with twelve of the digits of each class, or None: other people's images stay out of reports."""
+    if config.data:
+        return None
+    rows = torch.stack([data.train.images[data.train.labels == label][:12] for label in range(len(data.classes))])
+    tiles = 255 - rows[:, :, 0].permute(1, 3, 0, 2)
+    file = io.BytesIO()
+    sheet = Image.fromarray(tiles.flatten(2).flatten(0, 1).numpy().T)
+    sheet.resize((sheet.width * 4, sheet.height * 4), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
 def _load_digits(config: DemoConfig) -> ImageSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -94,10 +105,20 @@ def _load_digits(config: DemoConfig) -> ImageSet:
     target = torch.from_numpy(labels.astype(np.int64))
     # The split does not depend on --seed: seeds then differ in training only.
     train, val = train_test_split(np.arange(len(labels)), train_size=DIGITS_TRAIN, stratify=labels, random_state=0)
-    count = min(config.classes or 10, 10)
+    count = _class_count(config, 10)
     parts = [_select(images, target, torch.from_numpy(rows), count) for rows in (train, val)]
-    parts[0] = _limit(parts[0], config.train_per_class)
+    parts = [_limit(part, limit) for part, limit in zip(parts, _limits(config), strict=True)]
     return ImageSet("scikit-learn's handwritten digits", tuple(str(digit) for digit in range(count)), *parts)
+
+
+def _class_count(config: DemoConfig, there_are: int) -> int:
+    if config.classes is not None and config.classes > there_are:
+        raise InputError(f"--classes {config.classes}: there are only {there_are}")
+    return config.classes or there_are
+
+
+def _limits(config: DemoConfig) -> tuple[int | None, int | None]:
+    return config.train_per_class, config.val_per_class
 
 
 def _select(images: Tensor, labels: Tensor, rows: Tensor, classes: int) -> Part:
@@ -121,8 +142,9 @@ def _load_files(config: DemoConfig) -> ImageSet:
             raise InputError(f"no images in {path}: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
         entries += found
         names |= names_here
-    folders = _check_classes(entries, config)[: config.classes]
-    wanted = _wanted(entries, folders, config.train_per_class)
+    folders = _check_classes(entries, config)
+    folders = folders[: _class_count(config, len(folders))]
+    wanted = _wanted(entries, folders, dict(zip(SPLITS, _limits(config), strict=True)))
     side = stored_side(cast(int, config.size))
     label_of = {folder: label for label, folder in enumerate(folders)}
     counts = {split: sum(entry.split == split for entry in wanted) for split in SPLITS}
@@ -130,7 +152,7 @@ def _load_files(config: DemoConfig) -> ImageSet:
         split: Part(torch.empty(count, 3, side, side, dtype=torch.uint8), torch.empty(count, dtype=torch.int64))
         for split, count in counts.items()
     }
-    rows = dict.fromkeys(SPLITS, 0)
+    rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
     with progress("reading images", len(wanted)) as task:
         for entry, data in _read(wanted):
             part, row = parts[entry.split], rows[entry.split]
@@ -159,7 +181,7 @@ def _list_tar(path: Path) -> tuple[list[Entry], dict[str, str]]:
     names: dict[str, str] = {}
     for archive, member in _members(path):
         split, folder, *rest = (*PurePosixPath(member.name).parts, "", "")
-        if member.name == "classes.txt":
+        if PurePosixPath(member.name) == PurePosixPath("classes.txt"):
             names = _class_names(_bytes(archive, member).decode(errors="replace"))
         elif split in SPLITS and any(rest) and _is_image(member.name):
             entries.append(Entry(path, member.name, split, folder))
@@ -211,17 +233,15 @@ def _check_classes(entries: Iterable[Entry], config: DemoConfig) -> list[str]:
     return sorted(folders["train"])
 
 
-def _wanted(entries: Iterable[Entry], folders: Sequence[str], train_per_class: int | None) -> list[Entry]:
-    taken = dict.fromkeys(folders, 0)
+def _wanted(entries: Iterable[Entry], folders: Sequence[str], limits: Mapping[str, int | None]) -> list[Entry]:
+    """The first so many entries of each class and split."""
+    taken = {(split, folder): 0 for split in SPLITS for folder in folders}
     wanted: list[Entry] = []
     for entry in entries:
-        if entry.folder not in taken:
-            continue
-        if entry.split == "train":
-            if train_per_class is not None and taken[entry.folder] >= train_per_class:
-                continue
-            taken[entry.folder] += 1
-        wanted.append(entry)
+        key, limit = (entry.split, entry.folder), limits[entry.split]
+        if key in taken and (limit is None or taken[key] < limit):
+            taken[key] += 1
+            wanted.append(entry)
     return wanted
 
 
