@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -401,3 +402,198 @@ def test_an_auxiliary_loss_of_the_users_own_is_plain_autograd() -> None:
     for name, right in expected.items():
         inside = name.startswith(("model.2.", "model.3."))  # the primary window, whose sum the term has joined
         assert torch.allclose(got[name], right, rtol=1e-12, atol=0) != inside, name
+
+
+def linears(count: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(3, 3) for _ in range(count))).double()
+
+
+def test_a_head_that_goes_on_in_place_disturbs_nobody() -> None:
+    plan = Plan(Window(bottom="2"), {"a": Window(top="3", bottom="2"), "b": Window(top="3")})
+    heads = {"a": nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), "b": nn.Linear(3, 3)}
+    relay = Relay(linears(4), plan, heads).double()  # the top is the model's output, which the head must not change
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for _ in range(3):
+        assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+        output = relay(x)
+        torch.testing.assert_close(output.primary, relay.model(x))
+        torch.testing.assert_close(output.auxiliary["b"], heads["b"](relay.model(x)))
+
+
+def test_a_head_that_starts_to_go_on_in_place_is_found_out() -> None:
+    relay = Relay(linears(3), Plan(auxiliary={"aux": Window(top="1")}), {"aux": nn.Sequential(nn.ReLU())}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    relay(x)
+    relay.heads["aux"][0].inplace = True
+    with pytest.raises(
+        BoundaryError, match=r"a head on the output of 1 to leave it alone.*The next .* will copy"
+    ):
+        relay(x)
+    assert torch.equal(relay(x).primary, relay.model(x))
+
+
+class Aliased(nn.Module):
+    """Memory at a boundary that is changed in place by another name than the boundary's own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 3) for _ in range(3))
+        self.same = nn.Identity()
+        self.block = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
+        self.two = Two(overlapping=how == "two names in one boundary")
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.how == "source changed":
+            inside = self.same(h)
+            return self.c(self.b(torch.relu_(h)) + inside)
+        if self.how == "source read":
+            return self.c(self.block(h) + h)
+        u, v = self.two(h)
+        u.mul_(2)
+        return self.c(self.b(u) + v)
+
+
+class Two(nn.Module):
+    """Two names for the same memory, or for two halves of it."""
+
+    def __init__(self, overlapping: bool) -> None:
+        super().__init__()
+        self.overlapping = overlapping
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        if self.overlapping:
+            return h, h[:, :3]
+        first, second = torch.cat([h, h.sin()], dim=1).split(3, dim=1)
+        return first, second
+
+
+ALIASED = {
+    "source changed": Plan(auxiliary={"aux": Window(top="same")}),
+    "source read": Plan(auxiliary={"aux": Window(top="block", bottom="block")}),
+    "two names in one boundary": Plan(auxiliary={"aux": Window(top="two")}),
+}
+
+
+@pytest.mark.parametrize("how", ALIASED)
+def test_memory_changed_by_another_name_is_no_silent_error(how: str) -> None:
+    class First(nn.Module):
+        def forward(self, value: Any) -> Tensor:
+            return value[0] if isinstance(value, tuple) else value
+
+    relay = Relay(Aliased(how), ALIASED[how], {"aux": First()}).double()
+    with pytest.raises(BoundaryError, match=r"changed in place by no other name.*inplace=False"):
+        relay(torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_neighbours_in_one_storage_may_be_changed_in_place() -> None:
+    class Sum(nn.Module):
+        def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
+            return value[0] + 2 * value[1]
+
+    plan = Plan(Window(above="two"), {"aux": Window(top="two")})
+
+    class Halves(Aliased):
+        def forward(self, x: Tensor) -> Tensor:
+            u, v = self.two(self.a(x))
+            return self.c(self.b(u * 2) + v)
+
+    relay = Relay(Halves("two halves"), plan, {"aux": Sum()}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+
+
+def test_modules_may_write_into_the_containers_that_they_are_given() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, state: dict[str, Tensor]) -> None:
+            state["h"] = self.fc(state["h"])
+
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Writes(), Writes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = {"h": x}
+            self.a(state)
+            self.b(state)
+            return state["h"]
+
+    model = Stateful().double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    relay = Relay(model, Plan(Window(bottom="a")))
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x, plan=Plan()))
+    with torch.no_grad():
+        assert torch.equal(Relay(model, Plan(Window(bottom="b")))(x).primary, model(x))
+
+
+def test_a_new_plan_on_the_same_relay_is_obeyed() -> None:
+    first = Plan(Window(bottom="2"), {"a": Window(top="4", bottom="1")})
+    second = Plan(Window(bottom="1"), {"a": Window(top="4", bottom="2")})
+    relay = Relay(linears(6), first, {"a": nn.Linear(3, 3)}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for plan in (first, second, first):
+        relay.plan = plan
+        assert_same(relay_gradients(relay, x), expected_gradients(relay, x, plan=plan))
+
+
+def test_inference_mode_first() -> None:
+    """Inference tensors have no versions: nothing is learnt from them, and heads get copies meanwhile."""
+    plan = Plan(auxiliary={"aux": Window(top="0")})
+    relay = Relay(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)), plan, {"aux": nn.Identity()})
+    x = torch.randn(2, 3)
+    for context in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.enable_grad, torch.enable_grad):
+        with context():
+            assert torch.equal(relay(x).auxiliary["aux"], relay.model[0](x))
+
+
+def test_depths_follow_what_is_frozen() -> None:
+    relay, x = chain_relay(Plan())
+    depths = []
+    for trainable in (True, False, True):
+        relay.model[0].requires_grad_(trainable)
+        relay(x)
+        depths.append(relay.plan.binding.depths["primary"])
+    assert depths == [4, 3, 4]
+    for number in range(3 * 64):  # freezing at random does not pile up
+        for bit in range(8):
+            list(relay.model.parameters())[bit].requires_grad_(bool(number >> bit & 1))
+        relay(x)
+    assert len(relay._schedules) <= 64
+
+
+def test_outputs_may_be_backwarded_one_by_one() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = linears(2), linears(2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    relay = Relay(Towers(), Plan(Window(bottom="a.1"), {"aux": Window(top="b.0")}), {"aux": nn.Linear(3, 3).double()})
+    first, second = relay(torch.randn(2, 3, dtype=torch.float64)).primary
+    first.sum().backward()
+    second.sum().backward()
+    assert relay.model.a[0].weight.grad is None
+    assert relay.model.b[0].weight.grad.any()
+
+
+def test_another_thread_may_evaluate_the_plain_model_meanwhile() -> None:
+    relay, x = chain_relay()
+    seen: list[Tensor] = []
+
+    def evaluate(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: seen.append(relay.model(x)))
+        handle.remove()
+        thread.start()
+        thread.join()
+
+    handle = relay.model[0].register_forward_hook(evaluate)
+    output = relay(x)
+    assert torch.equal(seen[0], output.primary)

@@ -164,7 +164,8 @@ def test_ctrl_c_leaves_cleanly(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # Python itself may end by the signal where it was raised inside an exec; a shell says 130 to both.
+    assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == "relaylab: interrupted; no report was written"
     assert not folder.exists()

@@ -45,6 +45,7 @@ BAD_WINDOWS = {
     "negative": ({"weight": -0.3}, "positive and finite", "weight=-0.3", "leave its window out"),
     "nan": ({"weight": float("nan")}, "positive and finite", "weight=nan", "leave its window out"),
     "infinite": ({"weight": float("inf")}, "positive and finite", "weight=inf", "leave its window out"),
+    "huge": ({"weight": 10**400}, "positive and finite", "weight=1000", "leave its window out"),
     "text": ({"weight": "0.3"}, "positive and finite", "weight='0.3'", "leave its window out"),
     "truth": ({"weight": True}, "positive and finite", "weight=True", "leave its window out"),
 }
@@ -138,6 +139,17 @@ def test_head_output_must_fit_the_target() -> None:
     criteria = {"primary": nn.CrossEntropyLoss(), "aux": nn.CrossEntropyLoss()}
     with raises(HeadError, "with this target ((2,))", "(2, 3), for which the criterion said: Target 4", "classes"):
         RelayLoss(criteria, plan)(output, labels)
+
+
+def test_errors_of_the_machine_are_handed_through() -> None:
+    def fails(_output: Tensor, _target: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    plan = Plan(auxiliary=AUX)
+    with pytest.raises(torch.OutOfMemoryError):
+        RelayLoss({"primary": nn.functional.mse_loss, "aux": fails}, plan)(
+            RelayOutput(torch.ones(1), {"aux": torch.ones(1)}), torch.ones(1)
+        )
 
 
 def test_plan_applied_twice() -> None:

@@ -26,6 +26,8 @@ def test_weights_are_filled_in() -> None:
     assert PAPER == Plan(Window(bottom="layer3.0", weight=1.0), {"aux": Window(top="layer3.3", weight=0.3)}), (
         "equal plans compare equal however they were written"
     )
+    a, b = Window(top="a"), Window(top="b")
+    assert hash(Plan(auxiliary={"a": a, "b": b})) == hash(Plan(auxiliary={"b": b, "a": a})), "as they compare equal"
     assert hash(PAPER) == hash(copy.deepcopy(PAPER))
 
 

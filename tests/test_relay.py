@@ -323,6 +323,31 @@ def test_reach_leaves_batch_statistics_alone() -> None:
     assert relay.training
 
 
+class Materialises(torch.autograd.Function):
+    """A function that turns missing gradients into zeros, as autograd functions do unless told otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def test_reach_is_not_fooled_by_zeros_nor_by_complex_outputs() -> None:
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Materialises.apply(super().forward(x))
+
+    class Complex(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.complex(x, x)
+
+    relay = Relay(nn.Sequential(Layer(3, 3), Layer(3, 3), Complex()), Plan(Window(bottom="1")))
+    assert reach(relay, torch.randn(2, 3)).losses["primary"] == {"model.1.weight", "model.1.bias"}
+
+
 def test_public_names() -> None:
     assert relaybackprop.__all__ == [
         "AuxiliaryHead", "LinearHead", "Plan", "Reach", "Relay", "RelayError", "RelayLoss", "RelayOutput", "Window",

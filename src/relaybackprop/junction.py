@@ -48,9 +48,8 @@ class Lanes:
     hopping: bool = False
     backward_id: int = -1
 
-    def begin(self) -> None:
+    def begin(self, backward_id: int) -> None:
         """Forget what an earlier, broken-off backward pass over the same graph has left."""
-        backward_id = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
         if backward_id != self.backward_id:
             self.backward_id = backward_id
             self.delivered.clear()
@@ -101,20 +100,24 @@ class Junction:
     heads: tuple[str, ...]
     lanes: Lanes
     sources: list[GradientEdge]
-    # Both are set when the forward pass is over. Until then a junction is a plain identity.
+    # These are set when the forward pass is over. Until then (it raised, or calls backward itself) a junction passes on
+    # all that arrives.
+    in_place: bool = False
     route: Route | None = None
     below: dict[int, list[GradientEdge]] = field(default_factory=dict[int, list[GradientEdge]])
 
     def pass_down(self, gradients: Gradients) -> Gradients:
         """From the gradients of the trunk and of each head, what goes on below. Sends the lanes ahead."""
         width = len(self.sources)
-        if self.lanes.hopping:  # Note [Lanes] 5
+        backward_id = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
+        # Note [Lanes] 5. A junction on another device may well be in the ordinary pass meanwhile.
+        if self.lanes.hopping and backward_id != self.lanes.backward_id:
             return [None] * width
         groups = [gradients[start : start + width] for start in range(0, len(gradients), width)]
         arrived, heads = groups[0], dict(zip(self.heads, groups[1:], strict=True))
         if self.route is None:
             return add(arrived, *heads.values())
-        self.lanes.begin()
+        self.lanes.begin(backward_id)
         for hop in self.route.hops:
             self._send(hop, self._sum_of(hop.losses, arrived, heads))
         onward = self._sum_of(self.route.onward, arrived, heads)

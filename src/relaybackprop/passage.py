@@ -1,6 +1,7 @@
 """One training forward pass: junctions go in at the plan's boundaries, and nothing stays behind."""
 
 import difflib
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from relaybackprop.errors import BoundaryError, CompiledOverlapError, ModuleName
 from relaybackprop.graph import edges_of
 from relaybackprop.junction import Junction, Lanes, cross
 from relaybackprop.plan import PRIMARY, Boundary, Plan
-from relaybackprop.schedule import LossPath
+from relaybackprop.schedule import LossPath, shared_memory_error
 from relaybackprop.structure import replace_tensors, tensors_in
 
 Crossing = Callable[[Any], Any]
@@ -36,14 +37,19 @@ class Passage:
         self.junctions: list[Junction] = []
         self.edges: list[list[GradientEdge]] = []  # above each junction
         self.head_inputs: dict[str, Any] = {}
-        self.versions: dict[Boundary, tuple[list[Tensor], list[int]]] = {}
+        self.copied: set[Boundary] = set()
+        self._watched: dict[Boundary, list[tuple[Tensor, int]]] = {}  # what trunk and heads read, with its version
+        self._trunks: list[tuple[Junction, list[tuple[Tensor, int]]]] = []
         self._lanes = Lanes()
         self._at: dict[Boundary, Junction] = {}
         self._records = torch.is_grad_enabled()
+        self._thread = threading.get_ident()
 
     def cross(self, boundary: Boundary, value: Any) -> Any:
         """Let a value cross a boundary: the trunk's side of it is returned, the heads' sides are kept."""
         refuse_tracing(f"the {boundary}")
+        if threading.get_ident() != self._thread:  # somebody evaluates the plain model meanwhile
+            return value
         if boundary in self.order:
             raise BoundaryError(
                 f"the {boundary} once in a forward pass",
@@ -59,30 +65,49 @@ class Passage:
         self._check_has_tensors(f"the {boundary}", value)
         self.order.append(boundary)
         heads = tuple(name for name, window in self.plan.auxiliary.items() if window.upper == boundary)
-        copy = bool(heads) and self.copies(boundary)
+        # Inference tensors have no version to tell by whether somebody has changed them: copy, and learn nothing.
+        inference = torch.is_inference_mode_enabled()
+        copy = bool(heads) and (inference or self.copies(boundary))
+        if copy:
+            self.copied.add(boundary)
         tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad and torch.is_grad_enabled()]
         trunk, branches = self._join(boundary, str(boundary), tensors, heads, copy)
         if heads:
             plain = [tensor for tensor in tensors_in(value) if not any(tensor is other for other in tensors)]
+            watched = [*trunk, *plain]
             for name, branch in zip(heads, branches, strict=True):
                 owned = [tensor.clone() for tensor in plain] if copy else plain
                 self.head_inputs[name] = replace_tensors(value, [*tensors, *plain], [*branch, *owned])
-            watched = [tensor for tensor in (*trunk, *plain) if not tensor.is_inference()]
-            self.versions[boundary] = watched, [tensor._version for tensor in watched]
-        return replace_tensors(value, tensors, trunk)
+                watched += [*branch, *owned]
+            if not inference:
+                self._watched[boundary] = _with_versions(watched)
+        # The very same object where nothing is replaced: modules may write into the containers that they are given.
+        return replace_tensors(value, tensors, trunk) if trunk else value
 
     def leave(self, output: Any) -> Any:
-        """Let the model's output cross the last junction, from which the primary loss's lanes start."""
+        """Let the model's output cross last junctions, one a tensor, from which the primary loss's lanes start."""
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        trunk, _ = self._join(None, "model's output", tensors, (), False)
-        return replace_tensors(output, tensors, trunk)
+        crossed = [self._join(None, "model's output", [tensor], (), False)[0][0] for tensor in tensors]
+        return replace_tensors(output, tensors, crossed) if crossed else output
 
     def modified(self) -> dict[Boundary, bool]:
-        """For each boundary with a head, whether the trunk has since changed its tensors in place."""
-        return {
-            boundary: [tensor._version for tensor in tensors] != versions
-            for boundary, (tensors, versions) in self.versions.items()
-        }
+        """For each boundary with a head, whether the trunk or a head has since changed what they read in place."""
+        return {boundary: any(map(_is_modified, watched)) for boundary, watched in self._watched.items()}
+
+    def check_in_place(self) -> None:
+        """Note where the trunk went on in place, and raise where that was by another name for the same memory.
+
+        A junction's tensors share memory with their sources, but autograd does not know: it would follow a change in
+        place through one of the names only.
+        """
+        for junction, trunk in self._trunks:
+            changed = [tensor for tensor, version in trunk if tensor._version != version]
+            own = {t.data_ptr() for t in changed if getattr(t.grad_fn, "junction", None) is not junction}
+            junction.in_place = bool(own)
+            foreign = [tensor for tensor in changed if getattr(tensor.grad_fn, "junction", None) is junction]
+            # Neighbours in one storage, as from chunk(), share their version but not their address.
+            if any(not own or tensor.data_ptr() in own for tensor in foreign):
+                raise shared_memory_error(junction.boundary)
 
     def check(self) -> None:
         """Raise unless the forward pass met every boundary, and no window upside down."""
@@ -120,7 +145,7 @@ class Passage:
         if self._records and not tensors_in(value):
             raise BoundaryError(
                 f"tensors in {place}, bare or in tuples, lists, mappings or dataclasses",
-                f"{type(value).__name__} without any that can be found",
+                f"{_kind_of(value)} without any that can be found",
                 "Return the tensors in one of these, or choose another module.",
             )
 
@@ -134,9 +159,27 @@ class Passage:
         trunk, branches = cross(junction, tensors, copy=copy)
         self.junctions.append(junction)
         self.edges.append([get_gradient_edge(tensor) for tensor in trunk])
+        self._trunks.append((junction, _with_versions(trunk)))
         if boundary is not None:
             self._at[boundary] = junction
         return trunk, branches
+
+
+def _with_versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+
+def _is_modified(watched: tuple[Tensor, int]) -> bool:
+    return watched[0]._version != watched[1]
+
+
+def _kind_of(value: Any) -> str:
+    """The value's type; of a module's arguments, their types."""
+    match value:
+        case ((*args,), {**kwargs}):
+            return f"({', '.join(type(item).__name__ for item in (*args, *kwargs.values()))})"
+        case _:
+            return type(value).__name__
 
 
 def refuse_tracing(place: str) -> None:
@@ -155,7 +198,7 @@ def refuse_tracing(place: str) -> None:
 
     # The compiler would take an exception in traced code for a reason to run the code without it, and go on.
     if torch.compiler.is_compiling():
-        cast(Any, torch.compiler).disable(refuse)()
+        torch.compiler.disable(refuse)()  # pyright: ignore
 
 
 @contextmanager
@@ -164,7 +207,6 @@ def boundaries(model: nn.Module, passage: Passage) -> Generator[None]:
     with ExitStack() as stack:
         for boundary in passage.plan.boundaries:
             module = find_module(model, boundary.module)
-
             _attach(stack, module, boundary.side, partial(passage.cross, boundary))
         yield
 

@@ -11,7 +11,7 @@ The training schemes that the field compares are transformations of one plan:
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,8 +108,9 @@ class Binding:
 
     Args:
         order: the boundaries in the order in which the forward pass meets them, the lowest first.
-        depths: by loss, the number of weight layers on the longest path through its window and its own head: the
-            paper's N. Layers without trainable weights do not count.
+        depths: by loss, the number of weight layers on the longest path through its window, its head left out: the
+            paper's N. Trainable convolutions, linear layers and embeddings count; weights that are computed anew in
+            each pass (weight_norm and the like) and fused recurrent layers do not.
     """
 
     order: tuple[Boundary, ...]
@@ -169,7 +170,7 @@ class Plan:
         object.__setattr__(self, "auxiliary", MappingProxyType(windows))
 
     def __hash__(self) -> int:
-        return hash((self.primary, tuple(self.auxiliary.items())))
+        return hash((self.primary, frozenset(self.auxiliary.items())))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or deep-copied
         return Plan, (self.primary, dict(self.auxiliary), self.binding)
@@ -217,7 +218,8 @@ class Plan:
         """Raise unless each window overlaps the next lower one, as relay backpropagation asks (section 4).
 
         Complete once the plan is bound to a model. Before that, only what the names alone say can be checked: a
-        window that starts above the lower one's head, and the order of numbered modules in one container.
+        window that starts above the lower one's head, and the order of numbered modules in one container, which is
+        taken to run them in the order of their numbers.
 
         Raises:
             WindowError: two neighbouring windows have no layer in common.
@@ -247,7 +249,7 @@ class Plan:
         """
         try:
             data = json.loads(text, object_pairs_hook=_dict_without_duplicates)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, TypeError) as error:
             raise PlanError("a plan as JSON text", f"text that is not JSON ({error})", "See Plan.to_json.") from None
         _check_keys("a plan", data, {PRIMARY, "auxiliary"})
         auxiliary = data.get("auxiliary", {})
@@ -276,8 +278,8 @@ class Plan:
         """Losses from the lowest head to the primary loss."""
         names = list(self.auxiliary)
         if self.binding is not None:
-            heights = {str(boundary): height for height, boundary in enumerate(self.binding.order)}
-            names.sort(key=lambda name: heights[str(self.auxiliary[name].upper)])
+            heights = {boundary: height for height, boundary in enumerate(self.binding.order)}
+            names.sort(key=lambda name: heights[cast(Boundary, self.auxiliary[name].upper)])
         return [*names, PRIMARY]
 
     def _neighbours(self) -> Iterable[tuple[str, str]]:
@@ -293,7 +295,6 @@ class Plan:
             return self.binding.order.index(end) >= self.binding.order.index(head)
         if end == head:
             return True
-        # 'features.9' runs before 'features.16' in any container that counts its modules.
         end_parent, _, end_leaf = end.module.rpartition(".")
         head_parent, _, head_leaf = head.module.rpartition(".")
         if end_parent != head_parent or not (end_leaf.isdecimal() and head_leaf.isdecimal()):
@@ -310,7 +311,9 @@ def _with_weight(window: Window, default: float) -> Window:
 
 
 def _is_positive(weight: object) -> bool:
-    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight) and weight > 0
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+        return False
+    return 0 < weight <= sys.float_info.max  # false for nan; math.isfinite cannot take huge integers
 
 
 def _check_is_window(name: str, window: object) -> None:

@@ -1,17 +1,20 @@
-"""Read-only: which loss reaches which parameter, measured on the real graph."""
+"""Read-only: which loss reaches which parameter, read off the real graph."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
+from relaybackprop import graph
 from relaybackprop.errors import HeadError
-from relaybackprop.plan import Plan
-from relaybackprop.relay import PRIMARY, Relay, RelayOutput
+from relaybackprop.plan import PRIMARY, Plan, Window
+from relaybackprop.relay import Relay, RelayOutput
+from relaybackprop.schedule import junction_at
 from relaybackprop.structure import tensors_in
 
 
@@ -43,9 +46,10 @@ class Reach:
 
 
 def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
-    """Measure which loss reaches which parameter: one training forward pass and one backward pass per loss.
+    """Which loss reaches which parameter, read off the autograd graph of one training forward pass.
 
-    Nothing changes: gradients, buffers (batch statistics) and random generators are as before.
+    Gradients, buffers (batch statistics), modes and random generators are as before; `relay.plan` is bound if it was
+    not yet.
 
     Args:
         relay: the model with its plan.
@@ -59,23 +63,28 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
         HeadError: a loss has no output that depends on a trainable parameter.
     """
     parameters = {name: p for name, p in relay.named_parameters() if p.requires_grad}
-    losses: dict[str, frozenset[str]] = {}
     with _undisturbed(relay), torch.enable_grad():
         output: RelayOutput = relay(*inputs, **named_inputs)
-        for name, value in {PRIMARY: output.primary, **output.auxiliary}.items():
-            tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
-            if not tensors:
-                raise HeadError(
-                    f"an output of {name!r} that depends on a trainable parameter", "none", "Unfreeze a layer."
-                )
-            losses[name] = frozenset(_reached([tensor.sum() for tensor in tensors], parameters))
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    losses: dict[str, frozenset[str]] = {}
+    for name, value in {PRIMARY: output.primary, **output.auxiliary}.items():
+        edges = graph.edges_of(tensors_in(value))
+        if not edges:
+            raise HeadError(f"an output of {name!r} that depends on a trainable parameter", "none", "Unfreeze a layer.")
+        reached = graph.walk(edges, _inside(relay.plan.windows[name]))
+        variables = (getattr(node, "variable", None) for node in reached)
+        losses[name] = frozenset(names[id(variable)] for variable in variables if id(variable) in names)
     return Reach(relay.plan, losses, {name: p.numel() for name, p in parameters.items()})
 
 
-def _reached(scalars: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:
-    found = torch.autograd.grad(scalars, list(parameters.values()), retain_graph=True, allow_unused=True)
-    gradients = cast(Sequence[Tensor | None], found)
-    return (name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
+def _inside(window: Window) -> graph.Follow:
+    """Follow the graph down to the end of a window."""
+
+    def follow(node: Node, output: int) -> bool:
+        junction = junction_at(node, output)
+        return junction is None or window.lower is None or junction.boundary != str(window.lower)
+
+    return follow
 
 
 @contextmanager

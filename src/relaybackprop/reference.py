@@ -70,7 +70,7 @@ def _plain_forward(
             handle.remove()
     for name, window in plan.auxiliary.items():
         assert window.upper is not None
-        outputs[name] = heads[name](values[window.upper])
+        outputs[name] = heads[name](map_tensors(Tensor.clone, values[window.upper]))  # heads may go on in place, too
     return outputs, {boundary: tensors_in(value) for boundary, value in values.items()}
 
 

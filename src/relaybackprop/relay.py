@@ -14,6 +14,7 @@ from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
 from relaybackprop.schedule import Schedule, make_schedule
 
 Criterion = Callable[[Any, Any], Tensor]
+SCHEDULES_KEPT = 64  # by what is frozen; training that freezes layers at random sees ever new ones
 
 
 class RelayOutput(NamedTuple):
@@ -76,14 +77,15 @@ class Relay(nn.Module):
         self.plan = plan
         self.model = model
         self.heads = nn.ModuleDict({name: heads[name] for name in plan.auxiliary})
-        self._schedules: dict[Any, Schedule] = {}
+        self._schedules: dict[Any, tuple[Schedule, Binding]] = {}
         self._copies: dict[Boundary, bool] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode; in training mode a `RelayOutput`.
 
         Raises:
-            BoundaryError: a boundary module ran never, twice, or where no gradients are recorded.
+            BoundaryError: a boundary module ran never, twice, or where no gradients are recorded; or what crosses it
+                is changed in place by another name.
             WindowError: a window whose top the forward pass meets before its lower end.
             LeakError: a path around the end of a window (looked for when the order of boundaries, or what is frozen,
                 is seen for the first time).
@@ -95,13 +97,16 @@ class Relay(nn.Module):
         frozen = tuple(parameter.requires_grad for parameter in self.model.parameters())
         # Until a boundary has been seen once, its heads get memory of their own: the trunk may go on in place.
         passage = Passage(self.plan, lambda boundary: self._copies.get(boundary, True))
-        with boundaries(self.model, passage), node_names(self.model, frozen not in self._seen()) as names:
+        is_new = not any(key[:2] == (self.plan, frozen) for key in self._schedules)
+        with boundaries(self.model, passage), node_names(self.model, is_new) as names:
             primary = self.model(*args, **kwargs)
         passage.check()
+        self._note_modified(passage, "the layers after")
+        passage.check_in_place()
         if any(window.lower is not None for window in self.plan.windows.values()):
             primary = passage.leave(primary)
-        self._note_modified(passage)
         auxiliary = {name: self.heads[name](passage.head_inputs.pop(name)) for name in self.plan.auxiliary}
+        self._note_modified(passage, "a head on")
         if torch.is_grad_enabled():
             self._set_routes(passage, {PRIMARY: primary, **auxiliary}, frozen, names)
         return RelayOutput(primary, auxiliary)
@@ -111,25 +116,25 @@ class Relay(nn.Module):
     ) -> None:
         # The routes depend on the graph's shape only. Two passes of the same shape share them.
         live = tuple(junction.boundary for junction in passage.junctions)
-        key = frozen, tuple(passage.order), live
+        key = self.plan, frozen, tuple(passage.order), live
         if key not in self._schedules:
-            self._schedules[key] = make_schedule(passage.junctions, passage.paths(outputs), names)
-            binding = Binding(tuple(passage.order), self._schedules[key].depths)
+            schedule = make_schedule(passage.junctions, passage.paths(outputs), names)
+            if len(self._schedules) == SCHEDULES_KEPT:
+                self._schedules.pop(next(iter(self._schedules)))
+            self._schedules[key] = schedule, Binding(tuple(passage.order), schedule.depths)
+        schedule, binding = self._schedules[key]
+        schedule.apply(passage.junctions, passage.edges)
+        if self.plan.binding is not binding:
             self.plan = dataclasses.replace(self.plan, binding=binding)
-        self._schedules[key].apply(passage.junctions, passage.edges)
 
-    def _seen(self) -> set[tuple[bool, ...]]:
-        return {key[0] for key in self._schedules}
-
-    def _note_modified(self, passage: Passage) -> None:
+    def _note_modified(self, passage: Passage, who: str) -> None:
         for boundary, modified in passage.modified().items():
-            known = self._copies.get(boundary)
-            self._copies[boundary] = modified or bool(known)
-            if modified and known is False:
+            self._copies[boundary] = modified or self._copies.get(boundary, False)
+            if modified and boundary not in passage.copied:
                 raise BoundaryError(
-                    f"the layer after the {boundary} to leave it alone, as it did before",
-                    "a change in place, so that the head would read the changed values",
-                    "Use inplace=False there, or attach the head after that layer. The next forward pass will copy.",
+                    f"{who} the {boundary} to leave it alone, as in the first forward pass",
+                    "a change in place of memory that others read too",
+                    "Use inplace=False there. The next forward pass will copy.",
                 )
 
 
@@ -192,6 +197,8 @@ class RelayLoss(nn.Module):
                 _check_same_shape(name, scores, output.primary)
             try:
                 terms[name] = self._criterion_of(name)(scores, target)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
             except (ValueError, IndexError, RuntimeError) as error:
                 raise HeadError(
                     f"the head {name!r} to give what its criterion takes with this target ({_shape(target)})",

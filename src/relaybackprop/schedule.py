@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.autograd.graph import GradientEdge, Node
 
 from relaybackprop import graph
-from relaybackprop.errors import CompiledOverlapError, LeakError
+from relaybackprop.errors import BoundaryError, CompiledOverlapError, LeakError
 from relaybackprop.junction import Hop, Junction, Losses, Route
 
 
@@ -65,24 +65,47 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
 
     Raises:
         LeakError: a loss finds a way around the end of its window, or a head reads more than its boundary.
+        BoundaryError: a boundary's value is changed in place and read around the junction.
     """
     arriving = [set[str]() for _ in junctions]
     depths: dict[str, int] = {}
+    reached: dict[Node, None] = {}
     for loss, path in paths.items():
 
         def follow(node: Node, output: int, loss: str = loss, path: LossPath = path) -> bool:
-            junction = _junction_at(node, output)
+            junction = junction_at(node, output)
             if junction is not None:
                 arriving[junction.index].add(loss)
             return junction is None or junction is not path.end
 
         came_from = graph.walk(path.outputs, follow)
+        reached |= dict.fromkeys(came_from)
         if path.start is not None:
             _check_head(loss, path.outputs, path.start)
         if path.end is not None:
             _check_leak(loss, came_from, path.end, names)
         depths[loss] = graph.longest_path(path.top, follow)
+    for junction in junctions:
+        if junction.in_place:
+            _check_in_place(junction, reached)
     return Schedule(tuple(_routes(junctions, paths, arriving)), depths)
+
+
+def shared_memory_error(boundary: str) -> BoundaryError:
+    """For values at a boundary that are changed in place and read by another name."""
+    return BoundaryError(
+        f"the tensors of the {boundary} to be changed in place by no other name than the boundary's own",
+        "a change in place of memory that is also read around the boundary, which autograd cannot follow there",
+        "Use inplace=False where the value is changed.",
+    )
+
+
+def _check_in_place(junction: Junction, reached: Mapping[Node, None]) -> None:
+    """The trunk goes on in place: whoever reads the boundary's source around the junction reads changed memory."""
+    sources = {(edge.node, edge.output_nr) for edge in junction.sources}
+    for node in reached:
+        if getattr(node, "junction", None) is not junction and not sources.isdisjoint(node.next_functions):
+            raise shared_memory_error(junction.boundary)
 
 
 def _routes(
@@ -109,7 +132,7 @@ def _next_below(junction: Junction) -> set[int]:
     met: set[int] = set()
 
     def follow(node: Node, output: int) -> bool:
-        lower = _junction_at(node, output)
+        lower = junction_at(node, output)
         if lower is not None:
             met.add(lower.index)
         return lower is None
@@ -118,7 +141,7 @@ def _next_below(junction: Junction) -> set[int]:
     return met
 
 
-def _junction_at(node: Node, output: int) -> Junction | None:
+def junction_at(node: Node, output: int) -> Junction | None:
     """The junction at this node, if the walk enters it from the trunk's side and not from a head's."""
     junction = getattr(node, "junction", None)
     return junction if isinstance(junction, Junction) and output < len(junction.sources) else None
@@ -153,7 +176,7 @@ def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> 
 
 
 def _check_eager(junction: Junction) -> None:
-    region = graph.walk(junction.sources, lambda node, output: _junction_at(node, output) is None)
+    region = graph.walk(junction.sources, lambda node, output: junction_at(node, output) is None)
     if any(node.name().startswith("CompiledFunction") for node in region):
         raise CompiledOverlapError(
             f"eager layers below the {junction.boundary}, where windows overlap and gradients pass more than once",
