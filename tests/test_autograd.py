@@ -425,9 +425,7 @@ def test_a_head_that_starts_to_go_on_in_place_is_found_out() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     relay(x)
     relay.heads["aux"][0].inplace = True
-    with pytest.raises(
-        BoundaryError, match=r"a head on the output of 1 to leave it alone.*The next .* will copy"
-    ):
+    with pytest.raises(BoundaryError, match=r"a head on the output of 1 to leave it alone.*The next .* will copy"):
         relay(x)
     assert torch.equal(relay(x).primary, relay.model(x))
 

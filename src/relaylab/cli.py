@@ -68,8 +68,15 @@ def run_demo(config: "DemoConfig", command: str) -> Path:
             raise InputError(f"no such file or folder: {path}")
     folder = _make_folder(config)
     try:
+        import torch
+
         from relaylab import demo, demo_data, demo_report
         from relaylab.progress import progress
+
+        if not config.data:
+            torch.set_num_threads(
+                1
+            )  # for images this small, threads cost more than they give, and much more where busy
 
         data = demo_data.load(config)
         with progress("training", demo.images_to_train_on(data, config)) as task:
