@@ -463,8 +463,8 @@ class Two(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         if self.overlapping:
             return h, h[:, :3]
-        first, second = torch.cat([h, h.sin()], dim=1).split(3, dim=1)
-        return first, second
+        both = torch.cat([h, h.sin()], dim=1)
+        return both[:, :3], both[:, 3:]
 
 
 ALIASED = {
@@ -485,6 +485,20 @@ def test_memory_changed_by_another_name_is_no_silent_error(how: str) -> None:
         relay(torch.randn(2, 3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("names", [["output of 0", "input of 1"], ["output of 0"], ["input of 1"]])
+def test_boundaries_in_a_row_before_an_in_place_layer(names: list[str]) -> None:
+    """The upper one's change in place is the lower one's too, and nobody else reads it."""
+    plan = Plan(
+        Window(bottom="1") if "input of 1" in names else Window(),
+        {"aux": Window(top="2"), **({"low": Window(top="0")} if "output of 0" in names else {})},
+    )
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Linear(3, 3))
+    relay = Relay(model, plan, {name: nn.Linear(3, 3) for name in plan.auxiliary}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for _ in range(3):
+        assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+
+
 def test_neighbours_in_one_storage_may_be_changed_in_place() -> None:
     class Sum(nn.Module):
         def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
@@ -495,7 +509,8 @@ def test_neighbours_in_one_storage_may_be_changed_in_place() -> None:
     class Halves(Aliased):
         def forward(self, x: Tensor) -> Tensor:
             u, v = self.two(self.a(x))
-            return self.c(self.b(u * 2) + v)
+            u.mul_(2)
+            return self.c(self.b(u) + v)
 
     relay = Relay(Halves("two halves"), plan, {"aux": Sum()}).double()
     x = torch.randn(2, 3, dtype=torch.float64)

@@ -39,7 +39,9 @@ class Passage:
         self.head_inputs: dict[str, Any] = {}
         self.copied: set[Boundary] = set()
         self._watched: dict[Boundary, list[tuple[Tensor, int]]] = {}  # what trunk and heads read, with its version
-        self._trunks: list[tuple[Junction, list[tuple[Tensor, int]]]] = []
+        self._trunks: list[
+            tuple[Junction, list[Tensor], list[tuple[Tensor, int]]]
+        ] = []  # below and above each junction
         self._lanes = Lanes()
         self._at: dict[Boundary, Junction] = {}
         self._records = torch.is_grad_enabled()
@@ -100,14 +102,17 @@ class Passage:
         A junction's tensors share memory with their sources, but autograd does not know: it would follow a change in
         place through one of the names only.
         """
-        for junction, trunk in self._trunks:
+        passed_on = set[int]()  # to another junction, above which the change in place was made
+        for junction, sources, trunk in reversed(self._trunks):
             changed = [tensor for tensor, version in trunk if tensor._version != version]
-            own = {t.data_ptr() for t in changed if getattr(t.grad_fn, "junction", None) is not junction}
-            junction.in_place = bool(own)
-            foreign = [tensor for tensor in changed if getattr(tensor.grad_fn, "junction", None) is junction]
+            foreign = [t for t in changed if id(t) not in passed_on and _is_at(t, junction)]
+            own = {tensor.data_ptr() for tensor in changed if not any(tensor is other for other in foreign)}
             # Neighbours in one storage, as from chunk(), share their version but not their address.
             if any(not own or tensor.data_ptr() in own for tensor in foreign):
                 raise shared_memory_error(junction.boundary)
+            if own:
+                junction.in_place = True
+                passed_on |= {id(tensor) for tensor in sources}
 
     def check(self) -> None:
         """Raise unless the forward pass met every boundary, and no window upside down."""
@@ -159,7 +164,7 @@ class Passage:
         trunk, branches = cross(junction, tensors, copy=copy)
         self.junctions.append(junction)
         self.edges.append([get_gradient_edge(tensor) for tensor in trunk])
-        self._trunks.append((junction, _with_versions(trunk)))
+        self._trunks.append((junction, tensors, _with_versions(trunk)))
         if boundary is not None:
             self._at[boundary] = junction
         return trunk, branches
@@ -171,6 +176,11 @@ def _with_versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
 
 def _is_modified(watched: tuple[Tensor, int]) -> bool:
     return watched[0]._version != watched[1]
+
+
+def _is_at(tensor: Tensor, junction: Junction) -> bool:
+    """Whether the tensor is still what the junction handed on, as far as autograd knows."""
+    return getattr(tensor.grad_fn, "junction", None) is junction
 
 
 def _kind_of(value: Any) -> str:
