@@ -238,3 +238,24 @@ def test_the_network_has_as_many_segments_as_the_images_allow(size: int, segment
         "classifier",
     ]
     assert network(torch.randn(2, 3, size, size)).shape == (2, 7)
+
+
+def test_data_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = {f"{split}/{name}/1.png": png((9, 9, 9)) for split in ("train", "val") for name in ("blue", "red")}
+    tar = write_tar(tmp_path / "a.tar.xz", images)
+    options = ["demo", "--out", str(tmp_path / "out"), "--data"]
+    assert cli.main([*options, str(tar), str(tmp_path / "." / "a.tar.xz")]) == 2
+    assert "more than once" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        for name in [*images, "train/red/1.png"]:
+            member = tarfile.TarInfo(name)
+            member.size = len(images[name])
+            archive.addfile(member, io.BytesIO(images[name]))
+    assert cli.main([*options, str(tmp_path / "b.tar")]) == 2
+    assert "train/red/1.png more than once" in capsys.readouterr().err
+
+
+def test_data_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["demo", "--data"], ["demo", "--data", "--seeds", "1"], ["demo", "--data", ""]):
+        assert cli.main(arguments) == 2
+        assert "--data needs a folder or tar files" in capsys.readouterr().err

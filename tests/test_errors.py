@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, RelayOutput, Window
+from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, RelayOutput, Window, reach
 from relaybackprop.errors import (
     AppliedTwiceError,
     BoundaryError,
@@ -150,6 +150,29 @@ def test_errors_of_the_machine_are_handed_through() -> None:
         RelayLoss({"primary": nn.functional.mse_loss, "aux": fails}, plan)(
             RelayOutput(torch.ones(1), {"aux": torch.ones(1)}), torch.ones(1)
         )
+
+
+def test_arguments_in_the_wrong_order() -> None:
+    plan = Plan(auxiliary=AUX)
+    with raises(PlanError, "a model and a plan", "a Plan and a Sequential", "Relay(model, plan"):
+        Relay(plan, net())  # type: ignore[arg-type]
+    with raises(
+        PlanError, "a criterion (an instance", "a Plan and a MSELoss", "RelayLoss(nn.CrossEntropyLoss()"
+    ):
+        RelayLoss(plan, nn.MSELoss())  # type: ignore[arg-type]
+    with raises(PlanError, "an instance", "the class MSELoss and a Plan", "RelayLoss(nn.CrossEntropyLoss(), plan)"):
+        RelayLoss(nn.MSELoss, plan)
+    with raises(HeadError, "heads by name", "a Linear", "heads={'aux'"):
+        Relay(net(), plan, nn.Linear(3, 3))  # type: ignore[arg-type]
+    with raises(PlanError, "a Relay", "a Sequential", "reach(Relay("):
+        reach(net(), torch.randn(2, 3))  # type: ignore[arg-type]
+
+
+def test_a_head_that_fails_is_named() -> None:
+    relay = Relay(net(), Plan(auxiliary=AUX), {"aux": nn.Linear(7, 3)})
+    with pytest.raises(RuntimeError) as caught:
+        relay(torch.randn(2, 3))
+    assert caught.value.__notes__ == ["in the head 'aux', which read (2, 3), the output of 1"]
 
 
 def test_plan_applied_twice() -> None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from relaybackprop import graph
-from relaybackprop.errors import HeadError
+from relaybackprop.errors import HeadError, PlanError
 from relaybackprop.plan import PRIMARY, Plan, Window
 from relaybackprop.relay import Relay, RelayOutput
 from relaybackprop.schedule import junction_at
 from relaybackprop.structure import tensors_in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reach:
     """Which loss reaches which parameter.
 
@@ -31,6 +31,9 @@ class Reach:
     plan: Plan
     losses: Mapping[str, frozenset[str]]
     parameters: Mapping[str, int]
+
+    def __repr__(self) -> str:  # a notebook shows this
+        return str(self)
 
     def __str__(self) -> str:
         names = list(self.losses)
@@ -62,6 +65,8 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
     Raises:
         HeadError: a loss has no output that depends on a trainable parameter.
     """
+    if not isinstance(relay, Relay):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError("a Relay", f"a {type(relay).__name__}", "Write reach(Relay(model, plan, heads), images).")
     parameters = {name: p for name, p in relay.named_parameters() if p.requires_grad}
     with _undisturbed(relay), torch.enable_grad():
         output: RelayOutput = relay(*inputs, **named_inputs)

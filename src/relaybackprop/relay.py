@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError
+from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError, PlanError
 from relaybackprop.passage import Passage, boundaries, find_module, node_names, refuse_tracing
 from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
 from relaybackprop.schedule import Schedule, make_schedule
@@ -65,6 +65,10 @@ class Relay(nn.Module):
 
     def __init__(self, model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module) or not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                "a model and a plan, in this order", f"{_kinds(model, plan)}", "Write Relay(model, plan, heads={...})."
+            )
         for module in model.modules():
             if isinstance(module, Relay):
                 raise AppliedTwiceError(
@@ -105,11 +109,18 @@ class Relay(nn.Module):
         passage.check_in_place()
         if any(window.lower is not None for window in self.plan.windows.values()):
             primary = passage.leave(primary)
-        auxiliary = {name: self.heads[name](passage.head_inputs.pop(name)) for name in self.plan.auxiliary}
+        auxiliary = {name: self._run_head(name, passage.head_inputs.pop(name)) for name in self.plan.auxiliary}
         self._note_modified(passage, "a head on")
         if torch.is_grad_enabled():
             self._set_routes(passage, {PRIMARY: primary, **auxiliary}, frozen, names)
         return RelayOutput(primary, auxiliary)
+
+    def _run_head(self, name: str, value: Any) -> Any:
+        try:
+            return self.heads[name](value)
+        except Exception as error:
+            error.add_note(f"in the head {name!r}, which read {_shape(value)}, the {self.plan.auxiliary[name].upper}")
+            raise
 
     def _set_routes(
         self, passage: Passage, outputs: dict[str, Any], frozen: tuple[bool, ...], names: dict[Node, str]
@@ -152,6 +163,12 @@ class RelayLoss(nn.Module):
 
     def __init__(self, criterion: Criterion | Mapping[str, Criterion], plan: Plan) -> None:
         super().__init__()
+        if not isinstance(plan, Plan) or isinstance(criterion, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                "a criterion (an instance or a function) and a plan, in this order",
+                f"{_kinds(criterion, plan)}",
+                "Write RelayLoss(nn.CrossEntropyLoss(), plan).",
+            )
         self.plan = plan
         self.criterion: nn.Module
         # Modules, so that class weights in a criterion move to the device with this one.
@@ -227,6 +244,8 @@ def _as_module(criterion: Criterion) -> nn.Module:
 
 
 def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:
+    if not isinstance(heads, (Mapping, nn.ModuleDict)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise HeadError("heads by name", f"{_kinds(heads)}", "Write heads={'aux': AuxiliaryHead(...)}.")
     missing = [name for name in plan.auxiliary if name not in heads]
     unknown = [name for name in heads if name not in plan.auxiliary]
     if missing or unknown:
@@ -248,6 +267,10 @@ def _check_same_shape(name: str, scores: Any, primary: Any) -> None:
             _shape(scores),
             "Give the head as many classes as the model has, or give each loss a criterion of its own.",
         )
+
+
+def _kinds(*values: Any) -> str:
+    return " and ".join(f"the class {v.__name__}" if isinstance(v, type) else f"a {type(v).__name__}" for v in values)
 
 
 def _shape(value: Any) -> str:

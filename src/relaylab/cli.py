@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"relaylab {metadata.version('relaybackprop')}")
         return 0
     try:
+        if "--data" in arguments and _has_no_value(arguments, "--data"):
+            raise InputError("--data needs a folder or tar files; leave it out for the handwritten digits")
         config = _parse(arguments or ["--help"])
         report = run_demo(config, shlex.join(["relaylab", *arguments]))
     except ModuleNotFoundError as error:
@@ -64,8 +67,12 @@ def run_demo(config: "DemoConfig", command: str) -> Path:
     """
     config = config.resolved()
     for path in config.data:  # before torch is imported, which takes seconds
-        if not path.exists():
-            raise InputError(f"no such file or folder: {path}")
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise InputError(f"no such file or folder: {path}") from None
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
     folder = _make_folder(config)
     try:
         import torch
@@ -109,9 +116,17 @@ def _make_folder(config: "DemoConfig") -> Path:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty; give a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # now, and not after minutes of training
+            pass
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
     return folder
+
+
+def _has_no_value(arguments: list[str], option: str) -> bool:
+    """As after `--data $UNSET`, which would mean the digits."""
+    following = arguments[arguments.index(option) + 1 :]
+    return not following or following[0].startswith("--") or not following[0]
 
 
 def _fail(message: str, exit_code: int) -> int:

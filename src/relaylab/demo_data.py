@@ -136,7 +136,7 @@ def _limit(part: Part, per_class: int | None) -> Part:
 def _load_files(config: DemoConfig) -> ImageSet:
     entries: list[Entry] = []
     names: dict[str, str] = {}
-    for path in config.data:
+    for path in _each_once(config.data):
         found, names_here = _list_tree(path) if path.is_dir() else _list_tar(path)
         if not found:
             raise InputError(f"no images in {path}: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
@@ -160,8 +160,18 @@ def _load_files(config: DemoConfig) -> ImageSet:
             part.labels[row] = label_of[entry.folder]
             rows[entry.split] = row + 1
             task.advance()
+    if rows != counts:  # rows that were not filled would be whatever lay in memory
+        raise InputError(f"{' '.join(map(str, config.data))} changed while it was read")
     title = " + ".join(path.name for path in config.data)
     return ImageSet(title, tuple(names.get(folder, folder) for folder in folders), parts["train"], parts["val"])
+
+
+def _each_once(paths: Sequence[Path]) -> Sequence[Path]:
+    resolved = [path.resolve() for path in paths]
+    for path, real in zip(paths, resolved, strict=True):
+        if resolved.count(real) > 1:
+            raise InputError(f"{path} is given more than once with --data")
+    return paths
 
 
 def _list_tree(root: Path) -> tuple[list[Entry], dict[str, str]]:
@@ -185,6 +195,10 @@ def _list_tar(path: Path) -> tuple[list[Entry], dict[str, str]]:
             names = _class_names(_bytes(archive, member).decode(errors="replace"))
         elif split in SPLITS and any(rest) and _is_image(member.name):
             entries.append(Entry(path, member.name, split, folder))
+    files = [entry.file for entry in entries]
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise InputError(f"{path} has {twice} more than once; make the tar file anew")
     return entries, names
 
 
@@ -251,7 +265,11 @@ def _read(wanted: Sequence[Entry]) -> Iterator[tuple[Entry, bytes]]:
         entries = {entry.file: entry for entry in wanted if entry.source == source}
         if source.is_dir():
             for entry in entries.values():
-                yield entry, Path(entry.file).read_bytes()
+                try:
+                    content = Path(entry.file).read_bytes()
+                except OSError as error:
+                    raise InputError(f"cannot read {entry.file}: {error.strerror}") from None
+                yield entry, content
             continue
         for archive, member in _members(source):
             entry = entries.pop(member.name, None)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -69,12 +70,12 @@ def progress(what: str, total: int) -> Iterator[Task]:
     if not console.is_terminal:
         yield _Lines(what, total)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+    columns = (  # where the terminal is narrow, the note gives way first
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         yield _Bar(bar, what, total)
