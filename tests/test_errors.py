@@ -156,9 +156,7 @@ def test_arguments_in_the_wrong_order() -> None:
     plan = Plan(auxiliary=AUX)
     with raises(PlanError, "a model and a plan", "a Plan and a Sequential", "Relay(model, plan"):
         Relay(plan, net())  # type: ignore[arg-type]
-    with raises(
-        PlanError, "a criterion (an instance", "a Plan and a MSELoss", "RelayLoss(nn.CrossEntropyLoss()"
-    ):
+    with raises(PlanError, "a criterion (an instance", "a Plan and a MSELoss", "RelayLoss(nn.CrossEntropyLoss()"):
         RelayLoss(plan, nn.MSELoss())  # type: ignore[arg-type]
     with raises(PlanError, "an instance", "the class MSELoss and a Plan", "RelayLoss(nn.CrossEntropyLoss(), plan)"):
         RelayLoss(nn.MSELoss, plan)
