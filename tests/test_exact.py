@@ -1,5 +1,8 @@
 """The method is exact: the engine against the reference, masks written by hand, and finite differences. float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,16 +100,18 @@ def test_negative_control_the_tolerance_is_tight(case: Case) -> None:
         assert_same(got, expected_gradients(relay, *case.inputs))
 
 
-def test_one_loss_over_the_whole_net_is_plain_backprop_bit_for_bit(case: Case) -> None:
-    relay = Relay(case.model, case.plan.standard())
-    relay.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    losses_of({"primary": relay(*case.inputs).primary})["primary"].backward()
-    got = gradients_of(case.model)
+def primary_gradients(case: Case, forward: Callable[..., Any]) -> dict[str, Tensor]:
+    """The model's gradients by the primary loss alone, on what `forward` makes of the inputs."""
     case.model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
-    losses_of({"primary": case.model(*case.inputs)})["primary"].backward()
-    for name, right in gradients_of(case.model).items():
+    losses_of({"primary": forward(*case.inputs)})["primary"].backward()
+    return gradients_of(case.model)
+
+
+def test_one_loss_over_the_whole_net_is_plain_backprop_bit_for_bit(case: Case) -> None:
+    relay = Relay(case.model, case.plan.standard())
+    got = primary_gradients(case, lambda *inputs: relay(*inputs).primary)
+    for name, right in primary_gradients(case, case.model).items():
         assert torch.equal(got[name], right), name
 
 
@@ -114,14 +119,9 @@ def test_one_loss_is_bit_for_bit_also_through_junctions() -> None:
     """With windows that end, one loss alone is still plain backpropagation inside of its window."""
     case = make_case("vgg")
     relay = Relay(case.model, case.plan, case.heads)
-    torch.manual_seed(7)
-    losses_of({"primary": relay(*case.inputs).primary})["primary"].backward()
-    got = gradients_of(case.model)
-    case.model.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    losses_of({"primary": case.model(*case.inputs)})["primary"].backward()
+    got = primary_gradients(case, lambda *inputs: relay(*inputs).primary)
     inside = [name for name in got if f"model.{name}".startswith(case.reaches["primary"])]
-    for name, right in gradients_of(case.model).items():
+    for name, right in primary_gradients(case, case.model).items():
         assert torch.equal(got[name], right if name in inside else torch.zeros_like(right)), name
 
 

@@ -1,8 +1,9 @@
 """Relay backpropagation for any PyTorch model: declare how far down each loss may reach.
 
-relay = Relay(model, plan, heads)
-criterion = RelayLoss(nn.CrossEntropyLoss(), plan)
-criterion(relay(images), labels).backward()
+Example:
+    >>> relay = Relay(model, plan, heads)  # doctest: +SKIP
+    >>> criterion = RelayLoss(nn.CrossEntropyLoss(), plan)  # doctest: +SKIP
+    >>> criterion(relay(images), labels).backward()  # doctest: +SKIP
 """
 
 from relaybackprop.errors import RelayError

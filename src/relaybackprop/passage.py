@@ -21,6 +21,9 @@ from relaybackprop.structure import replace_tensors, tensors_in
 Crossing = Callable[[Any], Any]
 """What a boundary does to the value that crosses it."""
 
+Versioned = tuple[Tensor, int]
+"""A tensor and the version that it had: another one means that somebody has changed it in place."""
+
 
 class Passage:
     """The state of one forward pass. It lives as long as `Relay.forward` runs.
@@ -38,10 +41,8 @@ class Passage:
         self.edges: list[list[GradientEdge]] = []  # above each junction
         self.head_inputs: dict[str, Any] = {}
         self.copied: set[Boundary] = set()
-        self._watched: dict[Boundary, list[tuple[Tensor, int]]] = {}  # what trunk and heads read, with its version
-        self._trunks: list[
-            tuple[Junction, list[Tensor], list[tuple[Tensor, int]]]
-        ] = []  # below and above each junction
+        self._watched: dict[Boundary, list[Versioned]] = {}  # what trunk and heads read
+        self._trunks: list[tuple[Junction, list[Tensor], list[Versioned]]] = []  # below and above each junction
         self._lanes = Lanes()
         self._at: dict[Boundary, Junction] = {}
         self._records = torch.is_grad_enabled()
@@ -104,7 +105,7 @@ class Passage:
         """
         passed_on = set[int]()  # to another junction, above which the change in place was made
         for junction, sources, trunk in reversed(self._trunks):
-            changed = [tensor for tensor, version in trunk if tensor._version != version]
+            changed = [tensor for tensor, version in trunk if _is_modified((tensor, version))]
             foreign = [t for t in changed if id(t) not in passed_on and _is_at(t, junction)]
             own = {tensor.data_ptr() for tensor in changed if not any(tensor is other for other in foreign)}
             # Neighbours in one storage, as from chunk(), share their version but not their address.
@@ -170,11 +171,11 @@ class Passage:
         return trunk, branches
 
 
-def _with_versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
+def _with_versions(tensors: list[Tensor]) -> list[Versioned]:
     return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
 
-def _is_modified(watched: tuple[Tensor, int]) -> bool:
+def _is_modified(watched: Versioned) -> bool:
     return watched[0]._version != watched[1]
 
 

@@ -63,6 +63,7 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
         The table; `print` it, or look at `.losses["aux"]`.
 
     Raises:
+        PlanError: something else than a `Relay`.
         HeadError: a loss has no output that depends on a trainable parameter.
     """
     if not isinstance(relay, Relay):  # pyright: ignore[reportUnnecessaryIsInstance]

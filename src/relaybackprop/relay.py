@@ -49,6 +49,7 @@ class Relay(nn.Module):
             criterion takes. It is called with that output, whatever its type.
 
     Raises:
+        PlanError: arguments of other types, or in another order.
         ModuleNameError: the plan names a module that the model does not have.
         HeadError: a window without a head, a head without a window, or a head that is no module.
         AppliedTwiceError: the model is, or contains, a `Relay`.
@@ -158,6 +159,7 @@ class RelayLoss(nn.Module):
         plan: whose weights are used.
 
     Raises:
+        PlanError: arguments of other types, or in another order.
         HeadError: criteria whose names are not those of the plan's losses.
     """
 

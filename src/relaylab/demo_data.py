@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -195,10 +196,9 @@ def _list_tar(path: Path) -> tuple[list[Entry], dict[str, str]]:
             names = _class_names(_bytes(archive, member).decode(errors="replace"))
         elif split in SPLITS and any(rest) and _is_image(member.name):
             entries.append(Entry(path, member.name, split, folder))
-    files = [entry.file for entry in entries]
-    if len(set(files)) < len(files):
-        twice = next(file for file in files if files.count(file) > 1)
-        raise InputError(f"{path} has {twice} more than once; make the tar file anew")
+    for file, count in Counter(entry.file for entry in entries).most_common(1):
+        if count > 1:
+            raise InputError(f"{path} has {file} more than once; make the tar file anew")
     return entries, names
 
 
