@@ -1,0 +1,131 @@
+"""Random numbers and permutations without state: pure functions of a key and a number.
+
+Note [Keyed]
+1. A generator with state has to be run from its start to reach draw 10^8, and saved to stop there. A keyed function
+   gives any draw at once, in any process, in any order: the sampler resumes in O(1), and what happens to an image does
+   not depend on the number of workers.
+2. `mix` is SplitMix64's output function (Steele, Lea and Flood, 2014): a bijection of 64-bit words.
+3. `permute` is a Feistel network on the fewest bits that hold the domain. Its round functions are multiplications of
+   which the upper bits are kept, with a new key each round. What falls outside the domain goes through again until it
+   is inside (cycle walking; Black and Rogaway, 2002), which leaves a permutation of exactly the domain, at less than
+   two passes on average. Halves are joined by exclusive or: with additions, which would waste fewer passes, neighbours
+   stay at the same few distances. On 5 bits and fewer, not all permutations would be equally likely: there, a position
+   goes to the rank of its hash among all positions' hashes.
+4. None of this is cryptography.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Integers = NDArray[np.int64]
+Words = NDArray[np.uint64]
+Halves = NDArray[np.uint32]
+
+ROUNDS = 8  # with 6, small domains fail a chi-squared test of their permutations
+FEW = 32  # see Note [Keyed] 3
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ODD_1, _ODD_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S11, _S27, _S30, _S31, _S32 = (np.uint64(shift) for shift in (11, 27, 30, 31, 32))
+_LCG, _STEP, _ONE, _S16 = (np.uint32(word) for word in (747796405, 2891336453, 1, 16))
+
+
+def mix(words: Words) -> Words:
+    """Scramble 64-bit words: each bit of the result depends on every bit of the argument."""
+    words = words + _GOLDEN
+    words = (words ^ (words >> _S30)) * _ODD_1
+    words = (words ^ (words >> _S27)) * _ODD_2
+    return words ^ (words >> _S31)
+
+
+def keys(seed: int, *counters: ArrayLike) -> Words:
+    """A 64-bit key for each combination of counters, broadcast against each other.
+
+    Args:
+        seed: any integer.
+        counters: integers or arrays of them; their order matters.
+    """
+    key = mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))  # an array: scalars would warn of wrapping round
+    for counter in counters:
+        key = mix(key ^ np.asarray(counter).astype(np.uint64))
+    return key
+
+
+def uniforms(seed: int, numbers: ArrayLike, count: int) -> NDArray[np.float64]:
+    """Random numbers uniform in [0, 1), a function of (seed, number, column) alone.
+
+    Args:
+        seed: any integer.
+        numbers: (n,) such as draw numbers.
+        count: of columns.
+
+    Returns:
+        (n, count).
+    """
+    key = keys(seed, np.asarray(numbers)[:, None], np.arange(count))
+    return (key >> _S11).astype(np.float64) * 2.0**-53
+
+
+def permute(positions: Integers, sizes: ArrayLike, key: Words) -> Integers:
+    """Where keyed permutations send positions, without the rest of the permutation. See Note [Keyed] 3.
+
+    Args:
+        positions: (n,), each in 0 .. size - 1.
+        sizes: of the domains that are permuted, from 1 to 2**31; one, which is faster, or one for each position.
+        key: from `keys`; one, or one for each position. Each key is another permutation.
+
+    Returns:
+        (n,), again in 0 .. size - 1. With one size and one key, different positions come out different.
+    """
+    size = np.atleast_1d(np.asarray(sizes).astype(np.uint32))
+    key = np.broadcast_to(key, positions.shape)
+    few = size <= FEW
+    if not few.any():
+        return _walk(positions, size, key)
+    size, few = np.broadcast_to(size, positions.shape), np.broadcast_to(few, positions.shape)
+    image = np.empty(positions.shape, np.int64)
+    image[few] = _ranks(positions[few], size[few], key[few])
+    many = ~few
+    image[many] = _walk(positions[many], size[many], key[many])
+    return image
+
+
+def _ranks(positions: Integers, sizes: Halves, key: Words) -> Integers:
+    """For few positions: how many of them have a smaller hash."""
+    others = np.arange(FEW)
+    hashes = mix(key[:, None] ^ mix(others.astype(np.uint64)))
+    own = np.take_along_axis(hashes, positions[:, None], axis=1)
+    return ((hashes < own) & (others < sizes[:, None])).sum(axis=1)
+
+
+def _walk(positions: Integers, sizes: Halves, key: Words) -> Integers:
+    """For many positions: through the network until they are inside."""
+    image = _feistel(positions.astype(np.uint32), sizes, key)
+    outside = np.flatnonzero(image >= sizes)
+    while len(outside):
+        sizes_here = sizes if len(sizes) == 1 else sizes[outside]
+        again = _feistel(image[outside], sizes_here, key[outside])
+        image[outside] = again
+        outside = outside[again >= sizes_here]
+    return image.astype(np.int64)
+
+
+def _feistel(words: Halves, sizes: Halves, key: Words) -> Halves:
+    """A permutation of 0 .. 2**bits - 1, where bits is the least that holds the size."""
+    bits = np.frexp((sizes - _ONE).astype(np.float64))[1].astype(np.uint32)
+    low_bits = bits >> _ONE
+    low_mask = (_ONE << low_bits) - _ONE
+    high_mask = (_ONE << (bits - low_bits)) - _ONE
+    high, low = words >> low_bits, words & low_mask
+    multipliers = key.astype(np.uint32), (key >> _S32).astype(np.uint32)
+    hashed = np.empty_like(words)
+    for number in range(ROUNDS):
+        to, by, mask = (high, low, high_mask) if number % 2 == 0 else (low, high, low_mask)
+        multiplier = multipliers[number % 2]
+        np.add(by, _STEP, out=hashed)
+        np.multiply(hashed, multiplier, out=hashed)
+        np.right_shift(hashed, _S16, out=hashed)
+        np.bitwise_and(hashed, mask, out=hashed)
+        np.bitwise_xor(to, hashed, out=to)
+        np.multiply(multiplier, _LCG, out=multiplier)
+        np.add(multiplier, _STEP, out=multiplier)
+    return (high << low_bits) | low

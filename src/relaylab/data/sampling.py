@@ -1,0 +1,282 @@
+"""Which image comes next: class-aware sampling (the paper's section 5.1), plain shuffling, and square-root sampling.
+
+Note [Sampling]
+The paper keeps a list of the classes and a list of each class's images, and shuffles a list when it runs out. With C
+classes, draw t falls into class cycle t // C, so its class is what that cycle's permutation has at t % C. That class
+has been drawn t // C times before; of its n images it is on reshuffle (t // C) // n, at position (t // C) % n. With
+keyed permutations (Note [Keyed]) the image is thus a function of (seed, t): nothing to save, and any draw is the first.
+Square-root sampling gives a class more than one turn in a cycle; the rest is the same.
+
+Rank r of R takes draws r, r + R, r + 2R, ...: together the ranks walk the one stream, and a global batch is as evenly
+filled as that of a single process. Contiguous slices for each rank would lose that.
+"""
+
+import math
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from operator import length_hint
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch.utils.data import Sampler
+
+from relaylab.data.keyed import Integers, keys, permute
+from relaylab.errors import InputError
+
+BLOCK = 1 << 16  # draws worked out at once: the fewer, the more calls for each
+SORTED_AT_ONCE = 1 << 20
+SQUARE_ROOT_TURNS = 10  # turns in a cycle of a class of one image: rounding a root to a whole number costs under 5 %
+SHUFFLE, CYCLE, CLASS = range(3)  # what a permutation is for: each has keys of its own
+
+
+class KeyedSampler(Sampler[int]):
+    """An endless stream of draws for one rank, as a PyTorch sampler that is read one epoch at a time.
+
+    Iterating it gives the draws from `position` to the end of the epoch; iterating again goes on from there. Draws are
+    counted when they are handed out: a DataLoader with workers asks for some batches more than it has delivered.
+    torchdata's StatefulDataLoader takes that into account; with the plain one, call `seek` with what was used.
+
+    Args:
+        labels: (n,) class numbers from 0, one for each image.
+        seed: of all permutations.
+        rank: of this process.
+        num_replicas: the number of processes that share the stream.
+        num_samples: draws of this rank in an epoch; by default its share of as many draws as there are images.
+        classes: names, for messages, and for classes without images.
+
+    Raises:
+        InputError: no images, labels that are no class numbers, or a rank that is none.
+    """
+
+    def __init__(
+        self,
+        labels: ArrayLike,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        num_replicas: int = 1,
+        num_samples: int | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        labels = _checked(labels, classes)
+        if not 0 <= rank < num_replicas:
+            raise InputError(f"rank {rank} of {num_replicas}: expected 0 <= rank < num_replicas")
+        if num_samples is not None and num_samples < 1:
+            raise InputError(f"num_samples must be at least 1, not {num_samples}")
+        self.counts: Integers = np.bincount(labels, minlength=0 if classes is None else len(classes)).astype(np.int64)
+        self.num_images = len(labels)
+        self.seed, self.rank, self.num_replicas = seed, rank, num_replicas
+        self.num_samples = num_samples or math.ceil(self.num_images / num_replicas)
+        self.seek(0)
+
+    @property
+    def position(self) -> int:
+        """How many draws this rank has handed out, or where `seek` has put it."""
+        return self._block_end - length_hint(self._block)
+
+    @abstractmethod
+    def draw(self, numbers: Integers) -> Integers:
+        """The images of draws, by their numbers in the stream of all ranks: a pure function of the seed.
+
+        Args:
+            numbers: (n,) from 0, in any order.
+
+        Returns:
+            (n,) image numbers.
+        """
+
+    def __len__(self) -> int:
+        """Draws in an epoch, also where the next iteration gives the rest of one."""
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        """The image numbers from `position` to the end of its epoch."""
+        end = (self.position // self.num_samples + 1) * self.num_samples
+        while self.position < end:
+            begin = self.position
+            self._block_end = min(begin + BLOCK, end)
+            # The iterator of a list knows how much is left of it: counting each draw here would halve the speed.
+            self._block = iter(self.draw(self.numbers(begin, self._block_end)).tolist())
+            yield from self._block
+
+    def numbers(self, begin: int, end: int) -> Integers:
+        """The global draw numbers of this rank's draws begin .. end - 1."""
+        return np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank
+
+    def seek(self, position: int) -> None:
+        """Go on from this rank's draw of that number. O(1).
+
+        Raises:
+            InputError: a negative number.
+        """
+        if position < 0:
+            raise InputError(f"position must be at least 0, not {position}")
+        self._block: Iterator[int] = iter([])
+        self._block_end = position
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, in draws of all ranks, and what it is a stream of."""
+        return {"draw": self.position * self.num_replicas, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another sampler was, of the same data and seed, perhaps with another number of ranks.
+
+        Raises:
+            InputError: a state of another stream, or one between two draws of this rank.
+        """
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise InputError(f"the sampler's state has {key} {state.get(key)!r}; this sampler has {here!r}")
+        position, remainder = divmod(int(state["draw"]), self.num_replicas)
+        if remainder:
+            raise InputError(f"draw {state['draw']} is no multiple of {self.num_replicas} ranks: end at a global batch")
+        self.seek(position)
+
+    def _identity(self) -> dict[str, Any]:
+        counts = zlib.crc32(self.counts.tobytes())
+        return {"sampling": type(self).__name__, "seed": self.seed, "images": self.num_images, "class_counts": counts}
+
+
+class ShuffledSampler(KeyedSampler):
+    """Every image once in each pass over the data, in a new order each time: instance-balanced."""
+
+    def draw(self, numbers: Integers) -> Integers:
+        """See the base class."""
+        cycles, positions = np.divmod(numbers, self.num_images)
+        return permute(positions, self.num_images, keys(self.seed, SHUFFLE, cycles))
+
+
+class _CyclicSampler(KeyedSampler):
+    """Cycles in which each class has a set number of turns. See Note [Sampling]; int32 of memory for each image."""
+
+    def __init__(self, labels: ArrayLike, **options: Any) -> None:
+        super().__init__(labels, **options)
+        empty = np.flatnonzero(self.counts == 0)
+        if len(empty):
+            classes = options.get("classes") or [f"class {number}" for number in range(len(self.counts))]
+            names = [str(classes[number]) for number in empty[:5]]
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            raise InputError(f"classes without images: {', '.join(names)}{more}; leave them out or give them images")
+        self._order = _by_class(np.asarray(labels), self.counts)
+        self._starts = np.cumsum(self.counts) - self.counts
+        self._turns = self.turns(self.counts)
+        self._ends = np.cumsum(self._turns)
+
+    @staticmethod
+    @abstractmethod
+    def turns(counts: Integers) -> Integers:
+        """How often each class comes up in a cycle.
+
+        Args:
+            counts: (C,) images of each class, at least 1.
+
+        Returns:
+            (C,), at least 1.
+        """
+
+    def draw(self, numbers: Integers) -> Integers:
+        """See the base class."""
+        length = int(self._ends[-1])
+        cycles, positions = np.divmod(numbers, length)
+        slots = permute(positions, length, keys(self.seed, CYCLE, cycles))
+        if length == len(self.counts):  # one turn each
+            label, earlier = slots, cycles
+        else:
+            label = np.searchsorted(self._ends, slots, side="right")
+            turns = self._turns[label]
+            earlier = cycles * turns + slots - (self._ends[label] - turns)
+        count = self.counts[label]
+        reshuffles, places = np.divmod(earlier, count)
+        key = keys(self.seed, CLASS, (reshuffles << 32) | label)
+        return self._order[self._starts[label] + permute(places, count, key)].astype(np.int64)
+
+
+class ClassAwareSampler(_CyclicSampler):
+    """The paper's class-aware sampling: each class once in a cycle, each of its images once in a pass over them."""
+
+    @staticmethod
+    def turns(counts: Integers) -> Integers:
+        """One each."""
+        return np.ones_like(counts)
+
+
+class SquareRootSampler(_CyclicSampler):
+    """Between the other two: a class comes up in proportion to the square root of its size (Mahajan et al., 2018)."""
+
+    @staticmethod
+    def turns(counts: Integers) -> Integers:
+        """Ten times the root, rounded."""
+        return np.rint(SQUARE_ROOT_TURNS * np.sqrt(counts)).astype(np.int64)
+
+
+class DrawBatches(Sampler[Any]):
+    """A batch sampler for this package's data sets: an image together with the number of the draw that chose it.
+
+    The draw's number is the key of all that is random about the image. No draw is ever dropped: an epoch is a whole
+    number of batches, and the next one begins with the next draw.
+
+    Args:
+        sampler: of the images.
+        batch_size: of this rank.
+
+    Raises:
+        InputError: a batch size below 1.
+    """
+
+    def __init__(self, sampler: KeyedSampler, batch_size: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        self.sampler, self.batch_size = sampler, batch_size
+
+    def __len__(self) -> int:
+        """Batches in an epoch, at least one."""
+        return max(1, self.sampler.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        """Arrays (batch, 2) of draw and image numbers, to the end of the epoch that the sampler is in."""
+        epoch = len(self) * self.batch_size
+        end = (self.sampler.position // epoch + 1) * epoch
+        at_once = max(1, BLOCK // self.batch_size) * self.batch_size
+        while (begin := self.sampler.position) < end:
+            numbers = self.sampler.numbers(begin, min(begin + at_once, end))
+            draws = np.stack([numbers, self.sampler.draw(numbers)], axis=1)
+            for first in range(0, len(draws), self.batch_size):
+                self.sampler.seek(begin + min(first + self.batch_size, len(draws)))
+                yield draws[first : first + self.batch_size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the sampler's."""
+        self.sampler.load_state_dict(state)
+
+
+def _checked(labels: ArrayLike, classes: Sequence[str] | None) -> NDArray[Any]:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels: expected integers of shape (images,), not {labels.dtype} of shape {labels.shape}")
+    if not len(labels):
+        raise InputError("no images to sample from")
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0:
+        raise InputError(f"labels must be class numbers from 0; there is a {least}: images without labels?")
+    if classes is not None and most >= len(classes):
+        raise InputError(f"label {most}, but only {len(classes)} classes")
+    return labels
+
+
+def _by_class(labels: NDArray[Any], counts: Integers) -> NDArray[np.int32]:
+    """Image numbers sorted by class, in order within each class. In pieces, for a small peak of memory."""
+    order = np.empty(len(labels), np.int32)
+    free = np.cumsum(counts) - counts
+    for begin in range(0, len(labels), SORTED_AT_ONCE):
+        piece = labels[begin : begin + SORTED_AT_ONCE]
+        here = np.bincount(piece, minlength=len(counts))
+        to = np.repeat(free - (np.cumsum(here) - here), here) + np.arange(len(piece))
+        order[to] = begin + np.argsort(piece, kind="stable")
+        free = free + here
+    return order
