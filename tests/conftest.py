@@ -1,5 +1,6 @@
 """What holds for every test: one thread for tiny tensors, fixed seeds, single precision by default."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ def _steady() -> None:
     torch.set_num_threads(1)  # threads cost more than they give at these sizes
     torch.manual_seed(0)
     assert torch.get_default_dtype() == torch.float32, "a test has changed the default dtype"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indexes and unpacked archives go to a folder of the tests, and not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELAYLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

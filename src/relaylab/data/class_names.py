@@ -1,0 +1,118 @@
+"""Files that say what classes are called: MiniPlaces' classes.txt, ImageNet's synsets, Places' categories."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from relaylab.data.listing import few, printable
+from relaylab.data.stamps import Stamp, stamp
+from relaylab.errors import InputError
+
+BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt")
+
+
+def files_beside(folders: Iterable[Path]) -> list[Path]:
+    """Those files in some folders that give classes names, the more particular first."""
+    return [folder / name for name in BESIDE for folder in folders if (folder / name).is_file()]
+
+
+def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]) -> dict[str, str]:
+    """Names for people by class folder, from the first of some files that knows every folder.
+
+    Args:
+        files: such as `files_beside` finds.
+        keys: folders of the classes.
+        stamps: what is read is added here.
+    """
+    wanted = set(keys)
+    for file in files:
+        stamps.append(stamp(file))
+        names = named_classes(file.read_text(encoding="utf-8", errors="replace"))
+        if wanted and wanted <= names.keys():
+            return names
+    return {}
+
+
+def named_classes(text: str) -> dict[str, str]:
+    """Names by folder: `4 004_market /m/market/outdoor` gives market/outdoor, `n01440764 tench, Tinca tinca` the tench.
+
+    Args:
+        text: of a file; lines of other forms are passed over.
+    """
+    names = dict[str, str]()
+    for line in text.splitlines():
+        if match := re.fullmatch(r"\s*\d+\s+(\S+)\s+(\S.*?)\s*", line):
+            names[match[1]] = without_letter(match[2])
+        elif match := re.fullmatch(r"\s*(n\d{8})\s+(\S.*?)\s*", line):
+            names[match[1]] = match[2]
+    return names
+
+
+def read_categories(file: Path) -> tuple[str, ...]:
+    """The classes of a file with a line `/a/airfield 0` for each, in the order of their numbers.
+
+    Raises:
+        InputError: a line of another form, a number twice or left out, or a file that cannot be read.
+    """
+    names = dict[int, str]()
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*(\S.*?)[\s,]+(\d{1,6})\s*", line)
+        if match is None:
+            raise InputError(f"{file.name}, line {number}: {printable(line)!r}; expected NAME NUMBER")
+        if int(match[2]) in names:
+            raise InputError(f"{file.name}, line {number}: class {match[2]} for the second time")
+        names[int(match[2])] = without_letter(match[1])
+    absent = [str(number) for number in range(max(names, default=0) + 1) if number not in names]
+    if absent:
+        raise InputError(f"{file.name} leaves out class {few(absent)}; expected all numbers from 0")
+    return tuple(names[number] for number in range(len(names)))
+
+
+def without_letter(name: str) -> str:
+    """A class's name without the letter that Places sorts by: /a/airfield gives airfield."""
+    return re.sub(r"^/?\w/", "", name.strip("/")) if "/" in name.strip("/") else name.strip("/")
+
+
+def synset_numbers(meta: Path) -> tuple[dict[int, str], dict[str, str]]:
+    """ImageNet's numbers of 2012 and names of synsets, from the development kit's meta.mat.
+
+    The numbers 1 to 1000 are not in the order of the sorted synsets, by which everyone numbers the classes.
+
+    Returns:
+        The synset of each number, and the name of each synset.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    from scipy.io import loadmat  # takes a while to import
+
+    try:
+        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        leaves = [one for one in synsets.flat if int(one["num_children"]) == 0]
+        numbers = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in leaves}
+        names = {str(one["WNID"]): str(one["words"]) for one in leaves}
+    except Exception as error:  # loadmat raises whatever the damage leads to
+        raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit of 2012: {error}") from None
+    return numbers, names
+
+
+def read_truth(file: Path) -> Sequence[int]:
+    """ImageNet's validation ground truth: a class number of 2012, from 1, on each line.
+
+    Raises:
+        InputError: a line that is no number, or a file that cannot be read.
+    """
+    lines = _text(file).split()
+    for number, line in enumerate(lines, 1):
+        if not line.isdecimal():
+            raise InputError(f"{file.name}, line {number}: {printable(line)!r}; expected a class number")
+    return [int(line) for line in lines]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None

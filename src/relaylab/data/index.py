@@ -1,0 +1,250 @@
+"""The index of a source: one safetensors file, written once, that every process reads in place.
+
+Note [Index]
+1. Labels are mapped from the file: all processes share the same pages, and a fork copies nothing.
+2. Names and places are not mapped but read one at a time with `pread`. Mapped pages that a worker has touched count as
+   its memory, and after an epoch of random access that is all of them: 300 MB per worker for 8.1 million names.
+3. `pread` has no position, so descriptors are shared safely with forked processes. A pickled source is a path and the
+   state of the file, and opens its own.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from relaylab.data.cache import written
+from relaylab.data.listing import Listing, Place, printable
+from relaylab.data.source import UNLABELLED, Labels
+from relaylab.data.stamps import Stamp, stale, unsettled
+from relaylab.errors import InputError
+
+FORMAT = "relaylab image index 1"
+LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+TYPES = {"I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+TYPES |= {"U64": np.uint64}
+
+
+class UnusableIndexError(InputError):
+    """An index that is damaged, of another version, or of data that have changed since."""
+
+
+def write_index(path: Path, listing: Listing) -> None:
+    """Write an index, whole or not at all.
+
+    Args:
+        path: of the file; an older one is replaced.
+        listing: what it says.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    about = {
+        "title": listing.title,
+        "classes": listing.classes,
+        "folders": listing.folders,
+        "places": listing.places,
+        "ignored": listing.ignored,
+        "stamps": listing.stamps,
+        "settled": not unsettled(listing.stamps),
+    }
+    tensors: dict[str, NDArray[Any]] = {"labels": listing.labels, "bounds": listing.bounds, "names": listing.names}
+    tensors["place"] = listing.place
+    if listing.spans is not None:
+        tensors["spans"] = listing.spans
+    with written(path) as file:
+        save_file(tensors, file, metadata={"format": FORMAT, "about": json.dumps(about)})
+
+
+class IndexedImages:
+    """The images of an index: a `Source`. See Note [Index].
+
+    Args:
+        path: of the index.
+        fresh: refuse an index of data that have changed since it was made.
+
+    Raises:
+        UnusableIndexError: the index is damaged, of another version, or no longer fits.
+
+    Attributes:
+        title: a name for people, without folders.
+        classes: names for people, in the order of the labels.
+        folders: the classes' folders or other keys in the same order; fit for `open_source(classes=...)`.
+        labels: (n,) class numbers, mapped from the file and read-only; UNLABELLED in a test set.
+        places: the folders or archives that hold the images.
+        ignored: how many files were passed over because they are no images, by extension.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self._path = path
+        self._descriptors: dict[str, int] = {}
+        try:
+            self._open(fresh)
+        except OSError as error:
+            self.close()
+            raise UnusableIndexError(f"cannot read the index {path}: {error.strerror}") from None
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error) as error:
+            self.close()
+            if isinstance(error, UnusableIndexError):
+                raise
+            raise UnusableIndexError(f"the index {path} is damaged: {error}; delete it") from None
+
+    def _open(self, fresh: bool) -> None:
+        descriptor = self._descriptor(str(self._path))
+        self._stamp = _state(descriptor)
+        self._tensors, about = _header(descriptor)
+        self._stamps = {one[0]: Stamp(*one) for one in about["stamps"]}
+        if fresh and (not about["settled"] or stale(list(self._stamps.values()))):
+            raise UnusableIndexError(f"the index {self._path} is of data that have changed since")
+        self.title: str = about["title"]
+        self.classes: Sequence[str] = tuple(about["classes"])
+        self.folders: Sequence[str] = tuple(about["folders"])
+        self.places = tuple(Place(*place) for place in about["places"])
+        self.ignored: Mapping[str, int] = about["ignored"]
+        dtype, shape, offset = self._tensors["labels"]
+        with open(descriptor, "rb", closefd=False) as file:
+            mapped = np.memmap(file, dtype, "r", offset, shape)
+        self.labels: Labels = mapped.view(np.ndarray)
+        self._check()
+
+    def _check(self) -> None:
+        """What a damaged file would show, at little cost: the bytes of names are not looked at."""
+        count = len(self.labels)
+        if not count or self.labels.min() < UNLABELLED or self.labels.max() >= max(1, len(self.classes)):
+            raise ValueError("labels out of range")
+        spans = {"spans": (count, 2)} if "spans" in self._tensors else {}
+        for name, shape in {"bounds": (count + 1,), "place": (count,), **spans}.items():
+            if self._tensors[name][1] != shape:
+                raise ValueError(f"{name} of shape {self._tensors[name][1]}")
+        if int(self._rows("bounds", count)[0]) != self._tensors["names"][1][0]:
+            raise ValueError("names cut short")
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self._path, "stamp": self._stamp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])
+        if self._stamp != state["stamp"]:  # image 7 may be another image now
+            raise UnusableIndexError(f"the index {self._path} was made anew while it was in use; start again")
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; they are opened again when needed."""
+        for path in list(self.__dict__.get("_descriptors", ())):
+            os.close(self._descriptors.pop(path))
+
+    def relative_name(self, number: int) -> bytes:
+        """The name of an image below its place, as lists have it.
+
+        Args:
+            number: 0 .. n - 1.
+
+        Raises:
+            IndexError: there is no such image.
+            OSError: the index cannot be read any more.
+        """
+        start, stop = self._rows("bounds", number, 2).tolist()
+        return _pread(self._descriptor(str(self._path)), stop - start, self._tensors["names"][2] + start, self._path)
+
+    def name(self, number: int) -> str:
+        """Where an image is, for messages and lists: printable whatever bytes the name is made of.
+
+        Args:
+            number: 0 .. n - 1.
+        """
+        place = self.places[int(self._rows("place", number)[0])]
+        return printable(os.fsencode(place.shown) + b"/" + self.relative_name(number))
+
+    def read(self, number: int) -> bytes:
+        """The encoded bytes of an image.
+
+        Args:
+            number: 0 .. n - 1.
+
+        Raises:
+            IndexError: there is no such image.
+            OSError: it cannot be read, or not any more.
+        """
+        place = self.places[int(self._rows("place", number)[0])]
+        if "spans" not in self._tensors:
+            path = Path(place.path, os.fsdecode(self.relative_name(number)))
+            with path.open("rb", buffering=0) as file:
+                return file.readall()
+        offset, size = self._rows("spans", number)[0].tolist()
+        return _pread(self._descriptor(place.path), size, offset, place.path)
+
+    def _rows(self, tensor: str, number: int, count: int = 1) -> NDArray[Any]:
+        """Some rows of a tensor, read from the file."""
+        dtype, shape, offset = self._tensors[tensor]
+        if not 0 <= number <= shape[0] - count:
+            raise IndexError(f"image {number}: expected 0 .. {len(self) - 1}")
+        row = dtype.itemsize * int(np.prod(shape[1:]))
+        data = _pread(self._descriptor(str(self._path)), count * row, offset + int(number) * row, self._path)
+        return np.frombuffer(data, dtype).reshape(count, *shape[1:])
+
+    def _descriptor(self, path: str) -> int:
+        """An open file, opened when first needed."""
+        found = self._descriptors.get(path)
+        if found is not None:
+            return found
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        known = self.__dict__.get("_stamps", {}).get(path)
+        if known is not None and _state(opened)[:2] != (known.size, known.mtime_ns):
+            os.close(opened)
+            raise OSError(5, "the file has changed since it was indexed", path)
+        kept = self._descriptors.setdefault(path, opened)  # another thread may have been faster
+        if kept != opened:
+            os.close(opened)
+        return kept
+
+
+def _state(descriptor: int) -> tuple[int, int, int]:
+    state = os.fstat(descriptor)
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _header(descriptor: int) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, Any]]:
+    """Type, shape and offset in the file of each tensor, and the metadata: safetensors itself tells no offsets."""
+    size = os.fstat(descriptor).st_size
+    (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+    if length > min(size, LARGEST_HEADER):
+        raise ValueError("cut short")
+    header = json.loads(_pread(descriptor, length, 8, "the index"))
+    metadata = header.pop("__metadata__")
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"format {metadata['format']!r}, expected {FORMAT!r}")
+    tensors = {}
+    for name, one in header.items():
+        dtype, shape = np.dtype(TYPES[one["dtype"]]), tuple(one["shape"])
+        start, stop = (8 + length + place for place in one["data_offsets"])
+        if stop > size or stop - start != dtype.itemsize * int(np.prod(shape)):
+            raise ValueError(f"{name} cut short")
+        tensors[name] = dtype, shape, start
+    return tensors, json.loads(metadata["about"])
+
+
+def _pread(descriptor: int, size: int, offset: int, path: Path | str) -> bytes:
+    """All the bytes asked for: a single call may return fewer.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(5, "the file is shorter than it was", str(path))
+        data += more
+    return data

@@ -1,0 +1,292 @@
+"""What one walk over a source finds: flat arrays, no Python object per image.
+
+Note [Listing]
+1. Names are bytes, end to end in one array. Those that are not UTF-8 come through unharmed (`os.fsencode`).
+2. Folder trees and tar files are put in the same order: class, folder, file. The same images have the same numbers
+   however they are stored, so a run on the tar files is a run on the tree.
+3. A listing holds the size and time of everything that it was made from, by which its index is found to fit or not.
+"""
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relaylab.data.source import UNLABELLED, Labels
+from relaylab.data.stamps import Stamp
+from relaylab.errors import InputError
+from relaylab.progress import Silent, Task
+
+# Those of torchvision's ImageFolder, and GIF.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+SPLITS = ("train", "val", "test")
+LARGEST_INT16 = 32_767
+EXTENSIONS_TOLD_APART = 20
+
+Watch = Callable[[str, int], AbstractContextManager[Task]]
+"""How progress is shown: `relaylab.progress.progress`, or `unwatched`."""
+
+
+def unwatched(what: str, total: int) -> AbstractContextManager[Task]:  # noqa: ARG001
+    """Show nothing."""
+    return nullcontext(Silent())
+
+
+class Place(NamedTuple):
+    """A folder or an archive that holds images: where it is read, and what people call it."""
+
+    path: str
+    shown: str
+
+
+class SplitNeededError(InputError):
+    """The data has several splits, and none was asked for.
+
+    Attributes:
+        splits: that it has.
+    """
+
+    def __init__(self, title: object, splits: Sequence[str]) -> None:
+        self.splits = tuple(splits)
+        super().__init__(f"{title} has the split{'s' * (len(splits) > 1)} {', '.join(splits)}: say which")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All images of a source.
+
+    Attributes:
+        title: a name for people, without folders.
+        classes: names for people, in the order of the labels.
+        folders: the classes' folders or other keys, in the same order.
+        places: what holds the images.
+        labels: (n,) class numbers or UNLABELLED.
+        names: (bytes,) uint8, the names below their places, end to end.
+        bounds: (n + 1,) where each name starts and the last one ends.
+        place: (n,) uint16, number of each image's place.
+        spans: (n, 2) int64, offset and size in the archive; None where the places are folders.
+        ignored: how many files were passed over, by extension.
+        stamps: all that was read to find this.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    folders: tuple[str, ...]
+    places: tuple[Place, ...]
+    labels: Labels
+    names: NDArray[np.uint8]
+    bounds: NDArray[np.uint32] | NDArray[np.uint64]
+    place: NDArray[np.uint16]
+    spans: NDArray[np.int64] | None
+    ignored: Mapping[str, int]
+    stamps: tuple[Stamp, ...]
+
+    def name(self, number: int) -> bytes:
+        """The name of an image below its place."""
+        return self.names[int(self.bounds[number]) : int(self.bounds[number + 1])].tobytes()
+
+
+class Rows:
+    """Images as they are found, one after the other.
+
+    Attributes:
+        found: how many.
+        keys: classes by folder name, numbered as they are met.
+        ignored: how many files were passed over, by extension.
+        stamps: of everything read.
+    """
+
+    def __init__(self) -> None:
+        self.found = 0
+        self.keys: dict[str, int] = {}
+        self.ignored: Counter[str] = Counter()
+        self.stamps: list[Stamp] = []
+        self._names = bytearray()
+        self._bounds = array("Q", [0])
+        self._labels = array("i")
+        self._place = array("H")
+        self._spans = array("q")
+        self._hashes = array("q")
+
+    def key(self, folder: str) -> int:
+        """The number of a class, a new one where the folder is new."""
+        return self.keys.setdefault(folder, len(self.keys))
+
+    def add(self, name: bytes, label: int, place: int = 0, span: tuple[int, int] | None = None) -> None:
+        """Take down an image.
+
+        Args:
+            name: below its place.
+            label: class number, or UNLABELLED.
+            place: number of the folder or archive.
+            span: offset and size in an archive.
+        """
+        self.found += 1
+        self._names += name
+        self._bounds.append(len(self._names))
+        self._labels.append(label)
+        self._place.append(place)
+        self._hashes.append(hash(name))
+        if span is not None:
+            self._spans.extend(span)
+
+    def ignore(self, name: str) -> None:
+        """Count a file that is no image."""
+        extension = os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122 (a name of many)
+        if extension not in self.ignored and len(self.ignored) >= EXTENSIONS_TOLD_APART:
+            extension = "others"
+        self.ignored[extension] += 1
+
+    def repeated(self) -> tuple[int, int] | None:
+        """Numbers of two images with the same name, if there are such."""
+        hashes = np.frombuffer(self._hashes, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+            if self.name(first) == self.name(second):
+                return first, second
+        return None
+
+    def name(self, number: int) -> bytes:
+        """The name of an image that was taken down."""
+        return bytes(self._names[self._bounds[number] : self._bounds[number + 1]])
+
+    def listing(
+        self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place], *, sort: bool
+    ) -> Listing:
+        """All that was found, with labels by the rank of the classes' keys. See Note [Listing] 2.
+
+        Args:
+            title: for people.
+            keys: of the classes, those without images too.
+            shown: names for people, by key.
+            places: what holds the images.
+            sort: put the images in order; they come in order from a single tree.
+
+        Raises:
+            InputError: a tree sorted by first letters, not by classes.
+        """
+        folders = tuple(sorted(keys))
+        self._refuse_letters(folders, title)
+        rank = {key: label for label, key in enumerate(folders)}
+        ranks = np.array([rank.get(key, UNLABELLED) for key in self.keys] + [UNLABELLED])
+        labels = ranks[np.frombuffer(self._labels, np.int32)]  # UNLABELLED is the last of the ranks
+        listing = self.listed(title, tuple(shown.get(key, key) for key in folders), folders, places, labels)
+        return _sorted(listing) if sort else listing
+
+    def listed(
+        self,
+        title: str,
+        classes: tuple[str, ...],
+        folders: tuple[str, ...],
+        places: Sequence[Place],
+        labels: NDArray[np.integer] | None = None,
+    ) -> Listing:
+        """All that was found, in the order in which it was found, with the labels as they were taken down."""
+        bound_type: Any = np.uint32 if len(self._names) < 2**32 else np.uint64
+        labels = np.frombuffer(self._labels, np.int32) if labels is None else labels
+        return Listing(
+            title=title,
+            classes=classes,
+            folders=folders,
+            places=tuple(places),
+            labels=labels.astype(label_type(len(classes))),
+            names=np.frombuffer(self._names, np.uint8),
+            bounds=np.frombuffer(self._bounds, np.uint64).astype(bound_type),
+            place=np.frombuffer(self._place, np.uint16),
+            spans=np.frombuffer(self._spans, np.int64).reshape(-1, 2) if self._spans else None,
+            ignored=dict(self.ignored),
+            stamps=tuple(self.stamps),
+        )
+
+    def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
+        """Places keeps a/abbey, b/bakery: read as classes, the letters would pass for 26 of them."""
+        if self.found and folders and all(len(folder) == 1 and folder.isalpha() for folder in folders):
+            some = range(0, self.found, max(1, self.found // 100))
+            if all(len(self.name(number).split(b"/")[-2]) > 1 for number in some):
+                raise InputError(
+                    f"{title} is sorted by letters ({folders[0]}/CLASS/IMAGE), as Places is: give its list too"
+                )
+
+
+def _sorted(listing: Listing) -> Listing:
+    """By class, folder and file name; one class's names in memory as objects at a time."""
+    by_class = np.argsort(listing.labels, kind="stable")
+    edges = np.flatnonzero(np.diff(listing.labels[by_class])) + 1
+    blob = bytearray()
+    order = np.empty(len(by_class), np.int64)
+    position = 0
+    for members in np.split(by_class, edges):
+        named = [(*listing.name(number).rpartition(b"/")[::2], number) for number in members.tolist()]
+        named.sort()
+        order[position : position + len(named)] = [number for _, _, number in named]
+        position += len(named)
+        blob += b"".join(folder + b"/" + file if folder else file for folder, file, _ in named)
+    lengths = np.diff(listing.bounds)[order]
+    return replace(
+        listing,
+        labels=listing.labels[order],
+        names=np.frombuffer(blob, np.uint8),
+        bounds=np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype(listing.bounds.dtype),
+        place=listing.place[order],
+        spans=None if listing.spans is None else listing.spans[order],
+    )
+
+
+def relabelled(listing: Listing, wanted: Sequence[str]) -> Listing:
+    """The same images with labels by the order of other classes, such as those of the training set.
+
+    Args:
+        listing: with classes among the wanted ones.
+        wanted: folders or names of classes.
+
+    Raises:
+        InputError: a class that is not wanted, or one that is wanted twice.
+    """
+    if len(set(wanted)) < len(wanted):
+        raise InputError("classes: the same one more than once; give their folders where names are not unique")
+    if set(listing.folders) <= set(wanted):
+        keys = listing.folders
+    elif set(listing.classes) <= set(wanted) and len(set(listing.classes)) == len(listing.classes):
+        keys = listing.classes
+    else:
+        strange = sorted(set(listing.folders) - set(wanted))
+        raise InputError(f"{listing.title} has classes that were not asked for: {few(strange)}")
+    label = {name: number for number, name in enumerate(wanted)}
+    ranks = np.array([*(label[key] for key in keys), UNLABELLED])
+    shown = dict(zip(keys, listing.classes, strict=True))
+    folder = dict(zip(keys, listing.folders, strict=True))
+    return replace(
+        listing,
+        labels=ranks[listing.labels].astype(label_type(len(wanted))),
+        classes=tuple(shown.get(name, name) for name in wanted),
+        folders=tuple(folder.get(name, name) for name in wanted),
+    )
+
+
+def label_type(num_classes: int) -> Any:
+    """The smallest type of integer for labels of so many classes."""
+    return np.int16 if num_classes <= LARGEST_INT16 else np.int32
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(printable(name) for name in names[:3]) + more
+
+
+def printable(name: str | bytes) -> str:
+    """A name as people can read it, on one line, whatever it is made of."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image; not so the `._` files that macOS leaves in archives."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.rpartition("/")[2].startswith("._")

@@ -1,0 +1,163 @@
+"""Lists of images: the official ones of Places2 and Places365, Caffe's for ImageNet, and any `NAME LABEL` per line.
+
+The order of the list is kept, for results are handed in by it.
+"""
+
+import os
+import posixpath
+import re
+from pathlib import Path
+
+import numpy as np
+
+from relaylab.data.class_names import names_beside, read_categories, without_letter
+from relaylab.data.listing import Listing, Place, Rows, Watch, few, is_image, printable
+from relaylab.data.source import UNLABELLED
+from relaylab.data.stamps import stamp
+from relaylab.data.trees import refuse_to_leave
+from relaylab.errors import InputError
+
+LARGEST_LABEL = 999_999
+LINES_AT_ONCE = 10_000
+_LABELLED = re.compile(rb"(\S.*?)[ \t]*[ \t,][ \t]*(\S+)")
+
+
+def list_file(file: Path, root: Path, categories: Path | None, named: list[Path], watch: Watch) -> Listing:
+    """List the images that a file names, `NAME LABEL` or `NAME,LABEL` per line, or `NAME` in a test set.
+
+    Args:
+        file: the list.
+        root: resolved folder that the names are relative to, with or without a slash before them.
+        categories: a file with a line `NAME LABEL` for each class.
+        named: files with names of synsets, used where there are no categories.
+        watch: how progress is shown.
+
+    Raises:
+        InputError: a line of another form, a label out of range, a name that leads out of the root or comes twice, or
+            files that are not there.
+    """
+    rows = Rows()
+    rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
+    classes = read_categories(categories) if categories else None
+    folder_of: dict[int, bytes | None] = {}  # of each label, while it is the same for all its images
+    _read(file, root, rows, classes, folder_of, watch)
+    if not rows.found:
+        raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
+    twice = rows.repeated()
+    if twice:
+        raise InputError(f"{file.name} has {printable(rows.name(twice[0]))} more than once")
+    _check_files(file, root, rows, watch)
+    if classes is None:
+        classes = _names(folder_of, named, rows)
+    return rows.listed(file.name, classes, classes, [Place(str(root), str(root))])
+
+
+def _read(
+    file: Path,
+    root: Path,
+    rows: Rows,
+    classes: tuple[str, ...] | None,
+    folder_of: dict[int, bytes | None],
+    watch: Watch,
+) -> None:
+    """Take down every line."""
+    inside = os.fsencode(root).lstrip(b"/") + b"/"
+    largest = LARGEST_LABEL if classes is None else len(classes) - 1
+    labelled: bool | None = None
+    with file.open("rb") as lines, watch("reading the list", file.stat().st_size) as task:
+        unseen = 0
+        for number, line in enumerate(lines, 1):
+            unseen += len(line)
+            if number % LINES_AT_ONCE == 0:
+                task.advance(unseen, f"{rows.found:,} images")
+                unseen = 0
+            text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+            if not text:
+                continue
+            name, label = _line(text, largest, f"{file.name}, line {number}")
+            if labelled is None:
+                labelled = label != UNLABELLED
+            elif labelled != (label != UNLABELLED):
+                raise InputError(f"{file.name}, line {number}: lines with and without a label; expected one kind only")
+            name = name.lstrip(b"/").removeprefix(inside)  # a name may also be a full path
+            if b"./" in name or b"//" in name or b"\0" in name:
+                if b".." in name.split(b"/") or b"\0" in name:
+                    raise InputError(f"{file.name}, line {number}: {printable(name)} leads out of {root}")
+                name = os.fsencode(posixpath.normpath(os.fsdecode(name)))
+            rows.add(name, label)
+            folder = name.rpartition(b"/")[0]
+            if folder_of.setdefault(label, folder) != folder:
+                folder_of[label] = None
+        task.advance(unseen, f"{rows.found:,} images")
+
+
+def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
+    """Name and label; the label is taken from the right, since names may have spaces."""
+    if is_image(os.fsdecode(text)):
+        return text, UNLABELLED
+    match = _LABELLED.fullmatch(text)
+    if match is None or not is_image(os.fsdecode(match[1])):
+        raise InputError(f"{where}: {printable(text)!r}; expected NAME LABEL, an image and its class number")
+    if not match[2].removeprefix(b"-").isdigit():
+        raise InputError(f"{where}: label {printable(match[2])!r}; expected a whole number")
+    label = int(match[2]) if len(match[2]) < 12 else LARGEST_LABEL + 1
+    if not 0 <= label <= largest:
+        raise InputError(f"{where}: label {printable(match[2])}; expected 0 .. {largest}")
+    return match[1], label
+
+
+def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
+    """Look for all files, one folder after the other: millions of questions for single files take far longer."""
+    folders: dict[bytes, int] = {}
+    folder = np.fromiter(
+        (folders.setdefault(rows.name(i).rpartition(b"/")[0], len(folders)) for i in range(rows.found)), np.int32
+    )
+    order = np.argsort(folder, kind="stable")
+    missing: list[tuple[int, str]] = []
+    with watch("looking for the files", len(folders)) as task:
+        for name, members in zip(folders, np.split(order, np.cumsum(np.bincount(folder))[:-1]), strict=True):
+            numbers = members.tolist()
+            kinds = _kinds(os.fsencode(root) + b"/" + name, os.fsencode(root))
+            for number in numbers:
+                kind = kinds.get(rows.name(number).rpartition(b"/")[2], "")
+                if kind != "file":
+                    missing.append((number, " (is a folder)" if kind == "folder" else ""))
+            task.advance()
+    if missing:
+        missing.sort()
+        names = [printable(rows.name(number)) + what for number, what in missing[:3]] + [""] * (len(missing) - 3)
+        raise InputError(
+            f"{len(missing):,} of the {rows.found:,} images of {file.name} are not in {root}: {few(names)};"
+            " name the folder that the list is about"
+        )
+
+
+def _kinds(folder: bytes, root: bytes) -> dict[bytes, str]:
+    """What is in a folder: file or folder by name; nothing where there is no such folder."""
+    kinds: dict[bytes, str] = {}
+    try:
+        if Path(os.fsdecode(folder)).is_symlink():
+            refuse_to_leave(os.fsdecode(folder), os.fsdecode(root))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink() and is_image(os.fsdecode(entry.name)):
+                    refuse_to_leave(os.fsdecode(entry.path), os.fsdecode(root))
+                kinds[entry.name] = "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
+    return kinds
+
+
+def _names(folder_of: dict[int, bytes | None], named: list[Path], rows: Rows) -> tuple[str, ...]:
+    """Names for the classes of a list that comes without: of their folders, or of ImageNet's sorted synsets."""
+    if set(folder_of) == {UNLABELLED}:
+        return ()
+    folders = {label: os.fsdecode(folder) for label, folder in folder_of.items() if folder}
+    count = max(folder_of) + 1
+    if len(folders) == len(folder_of) == len(set(folders.values())):
+        names = {label: without_letter(folder) for label, folder in folders.items()}
+        shown = names_beside(named, names.values(), rows.stamps)
+        return tuple(shown.get(names.get(label, ""), names.get(label, f"class {label}")) for label in range(count))
+    return tuple(f"class {label}" for label in range(count))

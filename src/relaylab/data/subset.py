@@ -1,0 +1,108 @@
+"""Parts of a data set: chosen images, a long tail made on purpose, a few of each class."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from relaylab.data.source import Labels, Source
+from relaylab.errors import InputError
+
+Numbers = NDArray[np.int64]
+
+
+class Thinned:
+    """Some images of a source, as a `Source` of their own.
+
+    Args:
+        source: what they are taken from.
+        numbers: (m,) of images in the source; number i here is number `numbers[i]` there.
+
+    Raises:
+        InputError: no numbers, or one that the source does not have.
+    """
+
+    def __init__(self, source: Source, numbers: ArrayLike) -> None:
+        numbers = np.asarray(numbers)
+        if numbers.ndim != 1 or not numbers.size or not np.issubdtype(numbers.dtype, np.integer):
+            raise InputError(f"image numbers of shape {numbers.shape}, {numbers.dtype}: expected some, whole, in a row")
+        if numbers.min() < 0 or numbers.max() >= len(source):
+            raise InputError(f"image numbers {numbers.min()} .. {numbers.max()}: expected 0 .. {len(source) - 1}")
+        self.source = source
+        self.numbers: Numbers = numbers.astype(np.int64)
+        self.title: str = source.title
+        self.classes: Sequence[str] = source.classes
+        self.labels: Labels = source.labels[self.numbers]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.numbers)
+
+    def read(self, number: int) -> bytes:
+        """The encoded bytes of an image.
+
+        Raises:
+            OSError: it cannot be read, or not any more.
+        """
+        return self.source.read(int(self.numbers[number]))
+
+    def name(self, number: int) -> str:
+        """Where an image is, for messages and lists."""
+        return self.source.name(int(self.numbers[number]))
+
+
+def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
+    """Images to keep so that class sizes fall exponentially, from the largest class's to that divided by `ratio`.
+
+    The order of the classes is drawn from the seed. A class that has fewer images than it may keep keeps them all;
+    every class that has any keeps at least one.
+
+    Args:
+        labels: (n,) class numbers from 0.
+        ratio: largest to smallest class, at least 1.
+        seed: 0 or more; the same one keeps the same images.
+
+    Returns:
+        (m,) image numbers, rising.
+
+    Raises:
+        InputError: a ratio below 1, a negative seed, or images without labels.
+    """
+    labels = np.asarray(labels)
+    if not 1 <= ratio < np.inf or seed < 0:
+        raise InputError(f"long tail of ratio {ratio:g} and seed {seed}: expected a ratio of at least 1, a seed from 0")
+    members = [group for group in _members(labels) if len(group)]
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(members))
+    largest = max(len(group) for group in members)
+    kept = []
+    for rank, label in enumerate(order.tolist()):
+        size = max(1, round(largest * ratio ** (-rank / max(1, len(members) - 1))))
+        draw = np.random.Generator(np.random.PCG64([seed, label]))
+        kept.append(draw.permutation(members[label])[:size])
+    return np.sort(np.concatenate(kept))
+
+
+def few_per_class(labels: ArrayLike, count: int) -> Numbers:
+    """The first `count` images of each class.
+
+    Args:
+        labels: (n,) class numbers from 0.
+        count: at least 1.
+
+    Returns:
+        (m,) image numbers, rising.
+
+    Raises:
+        InputError: a count below 1, or images without labels.
+    """
+    if count < 1:
+        raise InputError(f"{count} images per class: expected at least 1")
+    return np.sort(np.concatenate([group[:count] for group in _members(np.asarray(labels))]))
+
+
+def _members(labels: NDArray[np.integer]) -> list[Numbers]:
+    """Image numbers of each class, rising."""
+    if not labels.size or labels.min() < 0:
+        raise InputError("images without labels cannot be chosen by class")
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(labels))[:-1])

@@ -1,0 +1,151 @@
+"""Folder trees: ROOT/CLASS/**/IMAGE or ROOT/{train,val,test}/CLASS/**/IMAGE, read as torchvision's ImageFolder does."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from relaylab.data.class_names import names_beside
+from relaylab.data.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
+from relaylab.data.source import UNLABELLED
+from relaylab.data.stamps import stamp
+from relaylab.errors import InputError
+
+NO_CLASS = "__MACOSX"
+
+
+def list_trees(
+    roots: Sequence[Path], title: str, split: str | None, named: Iterable[Path], watch: Watch, *, flat: bool = False
+) -> Listing:
+    """List the images of folder trees; classes are the folders of all of them together, and those of train and val.
+
+    Args:
+        roots: resolved folders.
+        title: for people.
+        split: which of train, val and test, for trees that have them.
+        named: files that give classes names.
+        watch: how progress is shown.
+        flat: take the images in the folders themselves, without classes.
+
+    Raises:
+        InputError: a tree without images or of another shape, one that cannot be read, or a link that leads out of it.
+    """
+    rows, keys = Rows(), set[str]()
+    walks: list[tuple[int, Path, Path, str | None]] = []
+    for number, root in enumerate(roots):
+        base, classes, siblings = _shape(root, split, rows, flat)
+        keys.update(classes, siblings)
+        walks += [(number, root, base, name) for name in classes or [None]]
+    with watch("listing folders", len(walks)) as task:
+        for number, root, base, name in walks:
+            prefix = "" if base == root else f"{base.name}/"
+            start = base if name is None else base / name
+            label = UNLABELLED if name is None else rows.key(name)
+            for folder, files in _walk(str(start), str(root), rows, deep=name is not None):
+                inside = folder[len(str(base)) + 1 :]
+                inside = f"{prefix}{inside}/" if inside else prefix
+                for file in files:
+                    rows.add(os.fsencode(inside + file), label, number)
+            task.advance(note=f"{rows.found:,} images")
+    if not rows.found:
+        raise InputError(f"no images in {title}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")
+    shown = names_beside(named, keys, rows.stamps)
+    return rows.listing(title, keys, shown, [Place(str(root), str(root)) for root in roots], sort=True)
+
+
+def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path, list[str], set[str]]:
+    """The folder that has the classes, the classes, and those that only another split has."""
+    tops, images = _scan(str(root), str(root), rows, count=False)
+    if flat:
+        return root, [], set()
+    splits = [name for name in SPLITS if name in tops]
+    if split is None:
+        below = [name for name in splits if _scan(str(root / name), str(root), rows, count=False)[0]]
+        if below:
+            raise SplitNeededError(root, splits)
+        if images and not tops:
+            raise InputError(f"{root} has images but no class folders: expected CLASS/IMAGE, or split test")
+        _ignore(images, tops, rows)
+        return root, tops, set()
+    if split not in splits:
+        if split == "test" and images and not tops:
+            return root, [], set()
+        found = f"only {', '.join(splits)}" if splits else "nor any other split"
+        raise InputError(f"{root} has no {split} folder, {found}: expected {split}/CLASS/IMAGE")
+    classes, images = _scan(str(root / split), str(root), rows, count=False)
+    if images and not classes and split != "test":
+        raise InputError(f"{root / split} has images but no class folders: expected {split}/CLASS/IMAGE")
+    _ignore(images, classes, rows)
+    others = [name for name in ("train", "val") if name in splits and name != split and classes]
+    # A class that only the training part has still has its number in the validation part.
+    siblings = {name for other in others for name in _scan(str(root / other), str(root), rows, count=False)[0]}
+    return root / split, classes, siblings
+
+
+def _ignore(images: list[str], classes: list[str], rows: Rows) -> None:
+    """Count the images beside class folders, which have no class."""
+    for name in images if classes else ():
+        rows.ignore(name)
+
+
+def _walk(start: str, root: str, rows: Rows, *, deep: bool) -> list[tuple[str, list[str]]]:
+    """Folders at and below a start with the names of their images, both in order."""
+    found: list[tuple[str, list[str]]] = []
+    waiting: list[tuple[str, tuple[str, ...]]] = [(start, (os.path.realpath(start),))]
+    while waiting:
+        folder, trail = waiting.pop()
+        folders, images = _scan(folder, root, rows)
+        found.append((folder, images))
+        for name in folders if deep else ():
+            path = f"{folder}/{name}"
+            if Path(path).is_symlink():
+                real = os.path.realpath(path)
+                if any(f"{one}/".startswith(f"{real}/") for one in (*trail, os.path.realpath(folder))):
+                    raise InputError(f"the link {printable(path)} leads back to itself; remove it")
+                waiting.append((path, (*trail, real)))
+            else:
+                waiting.append((path, trail))
+    return sorted(found)
+
+
+def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the images in a folder, sorted; other files are counted."""
+    folders: list[str] = []
+    images: list[str] = []
+    try:
+        seen = stamp(folder)  # before it is read: what changes meanwhile makes the index out of date
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                image = is_image(name)
+                if entry.is_symlink() and (image or entry.is_dir()):
+                    refuse_to_leave(entry.path, root)
+                if entry.is_dir():
+                    if not name.startswith(".") and name != NO_CLASS:
+                        folders.append(name)
+                elif image and entry.is_file():
+                    images.append(name)
+                elif count:
+                    rows.ignore(name)
+    except OSError as error:
+        raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
+    rows.stamps.append(seen)
+    folders.sort()
+    images.sort()
+    return folders, images
+
+
+def refuse_to_leave(link: str, root: str) -> None:
+    """Check that a symbolic link stays in a tree.
+
+    Args:
+        link: its path.
+        root: the resolved folder to stay in.
+
+    Raises:
+        InputError: it leads out of the root, or nowhere.
+    """
+    real = os.path.realpath(link)
+    if not f"{real}/".startswith(f"{root.rstrip('/')}/"):
+        raise InputError(f"the link {printable(link)} leads out of {root}: copy what it names, or remove it")
+    if not Path(real).exists():
+        raise InputError(f"the link {printable(link)} leads nowhere: remove it")
