@@ -4,11 +4,12 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import engine, measure, networks
+from benchmarks import engine, measure, networks, sampler
 
 KEYS = {
     "resnet50_flops_relay_over_standard",
@@ -269,3 +270,36 @@ def test_bad_arguments_end_before_anything_is_measured(arguments, message, tmp_p
         engine.main([argument.format(folder=tmp_path) for argument in arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# The sampler's benchmark.
+
+
+def test_the_samplers_benchmark_in_miniature(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampler, "IMAGES", 40_100)
+    monkeypatch.setattr(sampler, "in_fresh_process", sampler.measure_build)
+    file = tmp_path / "sampler.json"
+    sampler.main(["--quick", "--json", str(file)])
+    figures = json.loads(file.read_text())["figures"]
+    keys = {"draws_per_s", "index_build_s", "private_mb", "distinct_classes_per_batch", "resume_ms"}
+    assert keys <= figures.keys()
+    assert 237.5 < figures["distinct_classes_per_batch"] < 239.7
+    assert figures["distinct_classes_per_batch_contiguous"] < 205
+    assert "distinct_classes_per_batch" in capsys.readouterr().out
+
+
+def test_labels_of_the_samplers_benchmark_are_as_many_as_it_says():
+    labels = sampler.make_labels()
+    assert len(labels) == sampler.IMAGES
+    counts = np.bincount(labels)
+    assert len(counts) == sampler.CLASSES
+    assert 6 < counts.max() / counts.min() < 9  # the paper's 4,000 to 30,000
+
+
+def test_the_contender_is_class_aware_and_ranks_have_slices_of_one_epoch(monkeypatch):
+    monkeypatch.setattr(sampler, "IMAGES", 8_020)
+    labels = sampler.make_labels()
+    slices = [sampler.EpochIndex(labels, rank, seed=3).indices for rank in range(sampler.RANKS)]
+    stream = [labels[image] for part in slices for image in part]
+    assert sorted(stream[:401]) == list(range(401))
+    assert sorted(stream[401:802]) == list(range(401))

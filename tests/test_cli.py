@@ -106,9 +106,9 @@ def test_options_out_of_range(
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"train__a": 2, "train__b": 2}, "no val part"),
-        ({"val__a": 2, "val__b": 2}, "no train part"),
-        ({"a": 2, "b": 2}, "no train/ and val/"),
+        ({"train__a": 2, "train__b": 2}, "has no val folder, only train"),
+        ({"val__a": 2, "val__b": 2}, "has no train folder, only val"),
+        ({"a": 2, "b": 2}, "has no train folder, nor any other split: expected train/CLASS/IMAGE"),
         ({"train__a": 0, "val__a": 0}, "no images in"),
         ({"train__a": 1, "train__b": 1, "val__a": 1, "val__c": 1}, "classes with train images but no val images: b"),
         ({"train__a": 1, "val__a": 1, "val__c": 1}, "classes with val images but no train images: c"),

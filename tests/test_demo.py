@@ -7,6 +7,7 @@ import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,7 +46,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("train/red/link.png")
+        link = tarfile.TarInfo("train/red/link.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     return path
@@ -161,23 +162,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(digits: demo_data.Ima
         demo.train("relay", digits, config, 2, Silent())
 
 
-def test_crops_are_cut_from_their_own_image_and_mirrored(tmp_path: Path) -> None:
-    ramp = torch.arange(6, dtype=torch.uint8).expand(64, 3, 6, 6) * 10
-    part = demo_data.Part(ramp, torch.arange(64))
-    options = dataclasses.replace(DemoConfig(data=(tmp_path,)).resolved(), size=4, batch_size=64)
-    crops = demo.Crops(demo_data.ImageSet("ramp", ("a", "b"), part, part), options)
-    ((images, labels),) = crops.training(torch.Generator().manual_seed(0))
-    assert images.shape == (64, 3, 4, 4)
-    assert sorted(labels.tolist()) == list(range(64))
-    steps = images.diff(dim=3)
-    rising, falling = (steps > 0).flatten(1).all(1), (steps < 0).flatten(1).all(1)
-    assert (rising ^ falling).all()
-    assert 16 < falling.sum() < 48
-    starts = images[rising][:, 0, 0, 0].unique()
-    assert len(starts) == 3  # crops of 4 out of 6 have three places
-    assert crops.centre(ramp)[0, 0, 0, 0] == starts[1]
-
-
 def test_a_folder_tree(tmp_path: Path) -> None:
     colours = {"red": (250, 0, 0), "blue": (0, 0, 250)}
     for split in ("train", "val"):
@@ -189,27 +173,79 @@ def test_a_folder_tree(tmp_path: Path) -> None:
             (folder / "notes.txt").write_text("no image")
     data = demo_data.load(DemoConfig(data=(tmp_path / "tree",), size=8, train_per_class=2).resolved())
     assert data.classes == ("blue", "red")
-    assert data.train.images.shape == (4, 3, 8, 8)
+    assert data.train.decoded.images.shape == (4, 8, 8, 3)
     assert data.train.labels.tolist() == [0, 0, 1, 1]
     assert data.val.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.val.images[data.val.labels == 1].float().mean(dim=(0, 2, 3)).tolist() == [250, 0, 0]
+    assert data.val.decoded.images[data.val.labels == 1].float().mean(dim=(0, 1, 2)).tolist() == [250, 0, 0]
     tree = str(tmp_path / "tree")
     figures = report_of(tmp_path / "report", "--data", tree, "--size", "8", *TINY_OPTIONS)
     assert figures["data"]["flip"]
     assert demo_report.cell(figures, "relay", "top5") == "-"  # two classes have no top-5 error
 
 
+def scenes(root: Path, sizes: dict[str, int], side: int = 36) -> Path:
+    """Square photographs of noise, more or less bright."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number, (name, count) in enumerate(sizes.items()):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count if split == "train" else 3):
+                noise = random.integers(0, 100 + 50 * number, (side, side, 3), np.uint8)
+                Image.fromarray(noise).save(folder / f"{i}.png")
+    return root
+
+
+SCENE_OPTIONS = ("--size", "32", "--epochs", "2", "--batch-size", "8", "--width", "4", "--convs", "1")
+
+
+def test_a_long_tail_and_class_aware_sampling(tmp_path: Path) -> None:
+    root = scenes(tmp_path / "data", {"bus": 24, "quay": 24, "zoo": 24})
+    options = ["--data", str(root), *SCENE_OPTIONS, "--long-tail", "6"]
+    figures = report_of(tmp_path / "aware", *options)
+    draws = figures["data"]["epoch_draws"]
+    assert sorted(draws["shuffled"]) == [4, 10, 24]
+    assert figures["data"]["train_images"] == 38
+    assert sorted(draws["class-aware"]) == [12, 13, 13]
+    kept = (tmp_path / "aware" / "training-images.txt").read_text().splitlines()
+    assert len(set(kept)) == 38
+    assert all(Path(name).is_file() for name in kept)
+    html = (tmp_path / "aware" / "report.html").read_text()
+    assert "thinned out" in html
+    assert "class-aware" in html
+    shuffled = report_of(tmp_path / "shuffled", *options, "--sampling", "shuffled")
+    assert list(shuffled["data"]["epoch_draws"]) == ["shuffled"]
+    assert (tmp_path / "shuffled" / "training-images.txt").read_text().splitlines() == kept
+    assert shuffled["runs"][0]["epochs"] != figures["runs"][0]["epochs"]
+
+
+def test_images_that_do_not_fit_into_memory_are_decoded_as_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
+    config = DemoConfig(data=(root,), size=32, epochs=2, batch_size=8, width=4, convs=1, workers=1).resolved()
+    runs = []
+    for share, kind in ((0.5, demo_data.InMemory), (0.0, demo_data.OnDisk)):
+        monkeypatch.setattr(demo_data, "MEMORY_SHARE", share)
+        data = demo_data.load(config)
+        assert isinstance(data.train, kind)
+        run = dataclasses.asdict(demo.train("relay", data, config, 0, Silent()))
+        run.pop("seconds")
+        runs.append(run)
+    assert runs[0] == runs[1], "square images give the same crops either way"
+
+
 def test_tar_files_in_several_parts(tmp_path: Path) -> None:
     names = b"0 00_blue /b/blue_sky\n1 01_red /r/red_car\n"
     paths = (
         write_tar(tmp_path / "train1.tar.xz", {"classes.txt": names, "train/01_red/a.png": png((250, 0, 0))}),
-        write_tar(tmp_path / "train2.tar.xz", {"train/00_blue/a.png": png((0, 0, 250)), "other/x.png": b"junk"}),
+        write_tar(tmp_path / "train2.tar.xz", {"train/00_blue/a.png": png((0, 0, 250)), "other/x.txt": b"junk"}),
         write_tar(tmp_path / "val.tar", {f"val/{name}/a.png": png((9, 9, 9)) for name in ("00_blue", "01_red")}),
     )
     data = demo_data.load(DemoConfig(data=paths, size=8).resolved())
     assert data.classes == ("blue_sky", "red_car")
-    assert data.train.labels.tolist() == [1, 0]
-    assert data.train.images[:, :, 0, 0].tolist() == [[250, 0, 0], [0, 0, 250]]
+    assert data.train.labels.tolist() == [0, 1]
+    assert data.train.decoded.images[:, 0, 0].tolist() == [[0, 0, 250], [250, 0, 0]]
     assert len(data.val.labels) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train1.tar.xz", "train2.tar.xz", "val.tar"]
 
@@ -218,10 +254,10 @@ def test_tar_files_in_several_parts(tmp_path: Path) -> None:
 def test_real_data_from_a_tar() -> None:
     config = DemoConfig(data=(MNIST,), size=28, no_flip=True, train_per_class=5, classes=3).resolved()
     data = demo_data.load(config)
-    assert data.train.images.shape == (15, 3, 32, 32)
+    assert data.train.decoded.images.shape == (15, 32, 32, 3)
     assert data.classes == ("0", "1", "2")
     assert len(data.val.labels) == 300
-    assert data.val.labels.bincount().tolist() == [100, 100, 100]
+    assert np.bincount(data.val.labels).tolist() == [100, 100, 100]
 
 
 @pytest.mark.parametrize(("size", "side"), [(64, 72), (32, 36), (28, 32), (224, 256), (8, 8)])

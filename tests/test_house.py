@@ -97,6 +97,22 @@ loader = [(torch.randn(2, 3, 64, 64), torch.tensor([1, 3]))]
     assert run.returncode == 0, run.stderr
 
 
+def test_the_data_pages_python_runs(tmp_path: Path) -> None:
+    """On sixteen small photographs, with smaller batches and no workers."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    for number in range(16):
+        folder = tmp_path / "places2" / "train" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (340, 260), (9 * number, 90, 30)).save(folder / f"{number}.jpg")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    code = block.replace("batch_size=256, workers=8", "batch_size=4, workers=0") + "\nprint(images.shape, images.dtype)"
+    assert code.count("batch_size=4") == 1
+    run = subprocess.run([sys.executable, "-W", "error", "-"], input=code, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "torch.Size([4, 3, 224, 224]) torch.float32"
+
+
 def test_readme_shell_commands_are_real() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

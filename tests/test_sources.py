@@ -581,6 +581,19 @@ def test_miniplaces(shared_data: Path, tmp_path: Path, opened: Open) -> None:
 # Subsets
 
 
+def test_fingerprints_tell_data_apart(tmp_path: Path, opened: Open) -> None:
+    root = write(tmp_path / "data", {"bus/1.jpg": b"", "zoo/1.jpg": b"", "zoo/2.jpg": b""})
+    source = opened(root)
+    assert opened(root).fingerprint == source.fingerprint
+    parts = [Thinned(source, numbers).fingerprint for numbers in ([0, 1], [0, 2], [0, 1])]
+    assert parts[0] == parts[2]
+    assert len({source.fingerprint, *parts}) == 3
+    write(root, {"bus/2.jpg": b""})
+    assert opened(root).fingerprint != source.fingerprint
+    other = opened(write(tmp_path / "other" / "data", {"bus/1.jpg": b"", "zoo/1.jpg": b"", "zoo/2.jpg": b""}))
+    assert other.fingerprint != source.fingerprint
+
+
 def test_a_part_of_a_source(tmp_path: Path, opened: Open) -> None:
     source = opened(write(tmp_path / "data", {f"bus/{number}.jpg": str(number) for number in range(5)}))
     part = Thinned(source, np.array([4, 1]))

@@ -3,18 +3,24 @@
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from relaylab.errors import InputError, LabError
 
 if TYPE_CHECKING:
-    from relaylab.config import DemoConfig
+    from relaylab.config import CheckConfig, DemoConfig, InspectConfig
 
-LAB_PACKAGES = frozenset({"jinja2", "matplotlib", "numpy", "PIL", "rich", "sklearn", "torchvision", "tyro"})
+LAB_PACKAGES = frozenset(
+    {
+        *("jinja2", "matplotlib", "numpy", "PIL", "platformdirs", "rich"),
+        *("safetensors", "simplejpeg", "sklearn", "torchvision", "tyro"),
+    }
+)
 INTERRUPTED = 130
 DESCRIPTION = "Relay backpropagation on real images. 'relaylab --version' says which release this is."
 
@@ -35,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "--data" in arguments and _has_no_value(arguments, "--data"):
             raise InputError("--data needs a folder or tar files; leave it out for the handwritten digits")
-        config = _parse(arguments or ["--help"])
-        report = run_demo(config, shlex.join(["relaylab", *arguments]))
+        return _run(_parse(arguments or ["--help"]), shlex.join(["relaylab", *arguments]))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in LAB_PACKAGES:
             raise
@@ -47,8 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; no report was written", INTERRUPTED)
-    print(f"Report: {report.resolve()}")
-    return 0
+
+
+def _run(config: "DemoConfig | InspectConfig | CheckConfig", command: str) -> int:
+    from relaylab.config import DemoConfig, check_data_config
+
+    if isinstance(config, DemoConfig):
+        print(f"Report: {run_demo(config, command).resolve()}")
+        return 0
+    check_data_config(config)
+    _check_paths(config.paths)
+    folder = make_folder(config.out, Path("runs") / "data" / _now())
+    from relaylab import data_commands
+
+    with _removed_if_empty(folder):
+        return data_commands.run(config, folder)
 
 
 def run_demo(config: "DemoConfig", command: str) -> Path:
@@ -66,61 +84,86 @@ def run_demo(config: "DemoConfig", command: str) -> Path:
         NonFiniteLossError: a training that went out of hand.
     """
     config = config.resolved()
-    for path in config.data:  # before torch is imported, which takes seconds
-        try:
-            path.stat()
-        except FileNotFoundError:
-            raise InputError(f"no such file or folder: {path}") from None
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
-    folder = _make_folder(config)
-    try:
+    _check_paths(config.data)
+    folder = make_folder(config.out, Path("runs") / "demo" / f"{_now()}-s{config.seed}")
+    with _removed_if_empty(folder):
         import torch
 
         from relaylab import demo, demo_data, demo_report
         from relaylab.progress import progress
 
         if not config.data:
-            torch.set_num_threads(
-                1
-            )  # for images this small, threads cost more than they give, and much more where busy
-
+            torch.set_num_threads(1)  # threads cost more than they give, and much more where others work too
         data = demo_data.load(config)
         with progress("training", demo.images_to_train_on(data, config)) as task:
             runs = demo.compare(data, config, task)
-        return demo_report.write(
-            folder, demo_report.collect(data, config, runs, command), demo_data.sample(data, config)
-        )
+        figures = demo_report.collect(data, config, runs, command)
+        return demo_report.write(folder, figures, demo_data.sample(data, config), data.training_images)
+
+
+def make_folder(given: Path | None, default: Path) -> Path:
+    """A new or empty folder that can be written to.
+
+    Raises:
+        InputError: it holds something, or cannot be written to.
+    """
+    folder = given or default
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty; give a new folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # now, and not after minutes of work
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    return folder
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
     finally:
         if not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _parse(arguments: list[str]) -> "DemoConfig":
+def _check_paths(paths: Sequence[Path]) -> None:
+    """Before torch is imported, which takes seconds."""
+    for path in paths:
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise InputError(f"no such file or folder: {path}") from None
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def _parse(arguments: list[str]) -> "DemoConfig | InspectConfig | CheckConfig":
     import tyro
 
-    from relaylab.config import DemoConfig
+    from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+
+    kinds = (
+        Annotated[InspectConfig, tyro.conf.subcommand("inspect")]
+        | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+    )
+
+    def data(what: tyro.conf.OmitSubcommandPrefixes[kinds]) -> InspectConfig | CheckConfig:  # pyright: ignore
+        """Look at images on disk: what there is, and whether all of it can be read."""
+        return what
 
     return tyro.extras.subcommand_cli_from_dict(
-        {"demo": DemoConfig},
+        {"demo": DemoConfig, "data": data},
         prog="relaylab",
         description=DESCRIPTION,
         args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
-
-
-def _make_folder(config: "DemoConfig") -> Path:
-    folder = config.out or Path("runs") / "demo" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-s{config.seed}"
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty; give a new folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # now, and not after minutes of training
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    return folder
 
 
 def _has_no_value(arguments: list[str], option: str) -> bool:

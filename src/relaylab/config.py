@@ -1,12 +1,13 @@
-"""The options of `relaylab demo`. No torch in here, so that `relaylab --help` answers at once."""
+"""The options of the commands. No torch in here, so that `relaylab --help` answers at once."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from relaylab.cores import available_cores
 from relaylab.errors import InputError
 
 DIGITS_DEFAULTS = {"seeds": 3, "size": 8, "epochs": 30, "batch_size": 32, "lr": 0.02, "width": 32, "convs": 3}
@@ -17,6 +18,9 @@ Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")
 Rate = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 Images = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Split = Annotated[Literal["train", "val", "test"] | None, tyro.conf.arg(help_behavior_hint="")]
+Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]")]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
@@ -56,6 +60,17 @@ class DemoConfig:
     size: Number = None
     """Side of the square crop that the network sees, in pixels (default: 64; the digits are 8x8)."""
 
+    long_tail: Rate = None
+    """Thin the training images out so that class sizes fall exponentially from the largest class's to that divided by
+    X; which images are kept is listed beside the report (default: keep all)."""
+
+    sampling: Literal["class-aware", "shuffled", "square-root"] = "class-aware"
+    """How training images are chosen: each class as often as any other, each image as often as any other, or between
+    the two."""
+
+    workers: Number = None
+    """Processes that decode images (default: one on each core)."""
+
     no_flip: Switch = False
     """Do not mirror half of the training images. The built-in digits never are: a mirrored 2 is no 2."""
 
@@ -88,14 +103,67 @@ class DemoConfig:
             raise InputError("--size needs --data: the built-in digits are 8x8")
         defaults = PHOTO_DEFAULTS if self.data else DIGITS_DEFAULTS
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if self.workers is None:
+            missing["workers"] = available_cores()
         config = dataclasses.replace(self, **missing)
         _check_ranges(config)
         return config
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which images."""
+
+    paths: Sources
+    """Folders or tar files with CLASS/IMAGE, perhaps below train/, val/ and test/; or a list file with NAME LABEL lines
+    and the folder that it is about; or ImageNet's validation images with their development kit."""
+
+    split: Split = None
+    """One of train, val and test, where the data has them (default: all, one after another)."""
+
+    categories: File = None
+    """For a list: file with a line NAME LABEL for each class (default: categories*.txt beside the list)."""
+
+    cache: Folder = None
+    """Folder for indexes and unpacked archives (default: RELAYLAB_CACHE, or the user's cache folder)."""
+
+    workers: Number = None
+    """Processes that decode (default: one on each core)."""
+
+    out: Folder = None
+    """Folder for the results; it must be new or empty. (default: runs/data/TIME)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectConfig(DataConfig):
+    """Say what a data set holds: images, classes, balance, sizes, formats; a sample of the images is decoded."""
+
+    sample: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
+    """How many images to decode, evenly spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig(DataConfig):
+    """Decode every image of a data set and list those that cannot be read."""
+
+
+def check_data_config(config: DataConfig) -> None:
+    """Check what can be checked without the data.
+
+    Raises:
+        InputError: no paths, or a number out of range.
+    """
+    if not config.paths:
+        raise InputError("which images? Give a folder, tar files or a list")
+    if config.workers is not None and config.workers < 0:
+        raise InputError(f"--workers must be at least 0, not {config.workers}")
+    if isinstance(config, InspectConfig) and config.sample < 1:
+        raise InputError(f"--sample must be at least 1, not {config.sample}")
+
+
 def _check_ranges(config: DemoConfig) -> None:
     least = {"seed": 0, "seeds": 1, "epochs": 1, "train_per_class": 1, "val_per_class": 1, "classes": 2}
-    least |= {"size": 8, "batch_size": 1, "width": 1, "convs": 1}
+    least |= {"size": 8, "batch_size": 1, "width": 1, "convs": 1, "long_tail": 1, "workers": 0}
     most = {"seed": 2**31, "seeds": 100, "size": 1024, "width": 1024, "convs": 32}
     wrong: list[str] = []
     for name, low in least.items():

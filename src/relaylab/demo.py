@@ -3,17 +3,19 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, RelayOutput, Window
 from relaylab.config import DemoConfig
-from relaylab.demo_data import ImageSet
+from relaylab.data.augment import Augmentation
+from relaylab.demo_data import ImageSet, make_sampler
 from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Task
 
@@ -106,7 +108,7 @@ def build(scheme: str, data: ImageSet, config: DemoConfig, seed: int) -> Relay:
     """The network under one scheme. One seed gives all schemes the same network, and both heads the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network(data.train.images.shape[1], len(data.classes), config)
+        network = build_network(3, len(data.classes), config)
         plan = relay_plan(network)
         channels = next(m.out_channels for m in reversed(list(_segment(network, plan))) if isinstance(m, nn.Conv2d))
         # The library's AuxiliaryHead has 2 million weights, more than this whole network; the smallest head will do.
@@ -137,17 +139,19 @@ def train(scheme: str, data: ImageSet, config: DemoConfig, seed: int, task: Task
     relay = build(scheme, data, config, seed)
     criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
     optimizer = torch.optim.SGD(relay.parameters(), cast(float, config.lr), MOMENTUM, weight_decay=WEIGHT_DECAY)
-    run, crops = Run(scheme, seed), Crops(data, config)
+    run, augment = Run(scheme, seed), make_augmentation(data, config, seed)
+    crops = data.train.training(make_sampler(data, config, seed), cast(int, config.batch_size), seed)
     epochs, step, where = cast(int, config.epochs), 0, f"{SCHEMES[scheme]}, seed {seed}"
-    batches = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        run.gradients["start"] = gradient_magnitudes(relay, criterion, crops)
+        run.gradients["start"] = gradient_magnitudes(relay, criterion, data, augment)
         for epoch in range(epochs):
             relay.train()
+            augment.train()
             lr = cast(float, config.lr) * 0.1 ** sum(epoch >= drop * epochs for drop in LR_DROPS)
             optimizer.param_groups[0]["lr"] = lr
-            total, started = 0.0, time.perf_counter()
-            for images, labels in crops.training(batches):
+            total, count, started = 0.0, 0, time.perf_counter()
+            for batch in crops:
+                images, labels = augment(batch.images, batch.draws), batch.labels
                 # Seeded per step, so that the head's dropout cannot shift the masks of the network's own.
                 torch.manual_seed(seed * 1_000_003 + step)
                 output: RelayOutput = relay(images)
@@ -159,11 +163,12 @@ def train(scheme: str, data: ImageSet, config: DemoConfig, seed: int, task: Task
                 optimizer.step()
                 total += functional.cross_entropy(output.primary.detach(), labels, reduction="sum").item()
                 step += 1
+                count += len(labels)
                 task.advance(len(labels))
             run.seconds += time.perf_counter() - started
-            run.epochs.append({"lr": lr, "train_loss": total / len(data.train.labels), **validate(relay, crops)})
+            run.epochs.append({"lr": lr, "train_loss": total / count, **validate(relay, data, augment)})
             task.advance(0, _note(where, run, epochs))
-        run.gradients["end"] = gradient_magnitudes(relay, criterion, crops)
+        run.gradients["end"] = gradient_magnitudes(relay, criterion, data, augment)
     assert relay.plan.binding is not None, "bound by the first step"
     run.depths = dict(relay.plan.binding.depths)
     return run
@@ -174,66 +179,47 @@ def _note(where: str, run: Run, epochs: int) -> str:
     return f"{where}, epoch {len(run.epochs)}/{epochs}: loss {last['train_loss']:.3f}, val. error {last['top1']:.2f} %"
 
 
-class Crops:
-    """Crops of a data set as the network sees them: float, zero mean, unit variance per channel.
+def make_augmentation(data: ImageSet, config: DemoConfig, seed: int) -> Augmentation:
+    """The paper's augmentation: flips, colour shifts, and the training images' mean image subtracted.
 
-    Args:
-        data: the images.
-        config: resolved options.
+    DEVIATION: differences are divided by each channel's standard deviation, which lets a network of any size learn at
+    the same rate. Digits are neither mirrored nor coloured.
     """
-
-    def __init__(self, data: ImageSet, config: DemoConfig) -> None:
-        self.data = data
-        self.size, self.flip = cast(int, config.size), config.flip
-        self.batch_size = cast(int, config.batch_size)
-        some = data.train.images[:: max(1, len(data.train.images) // 4096)].float()
-        self.mean = some.mean(dim=(0, 2, 3), keepdim=True)
-        self.std = some.std(dim=(0, 2, 3), keepdim=True).clamp(min=1.0)
-
-    def training(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """All training images once in random order, each cropped at a random place and perhaps mirrored."""
-        images, labels = self.data.train.images, self.data.train.labels
-        margin = images.shape[-1] - self.size
-        for rows in torch.randperm(len(labels), generator=generator).split(self.batch_size):
-            corner = torch.randint(0, margin + 1, (2, len(rows), 1), generator=generator)
-            mirrored = torch.rand(len(rows), 1, generator=generator) < 0.5 * self.flip
-            y, x = corner + torch.arange(self.size)  # (batch, size) each
-            x = torch.where(mirrored, x.flip(1), x)
-            channels = torch.arange(images.shape[1])[:, None, None]
-            crops = images[rows[:, None, None, None], channels, y[:, None, :, None], x[:, None, None, :]]
-            yield self._normalised(crops), labels[rows]
-
-    def centre(self, images: Tensor) -> Tensor:
-        """The centre crop of each image."""
-        start = (images.shape[-1] - self.size) // 2
-        return self._normalised(images[..., start : start + self.size, start : start + self.size])
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+    statistics = data.train.statistics()
+    return Augmentation(
+        torch.from_numpy(statistics.mean_image),
+        torch.from_numpy(statistics.std).clamp(min=1.0),
+        seed=seed,
+        flip=config.flip,
+        components=statistics.components() if config.data else None,
+    )
 
 
-def validate(relay: Relay, crops: Crops) -> dict[str, float]:
+def validate(relay: Relay, data: ImageSet, augment: Augmentation) -> dict[str, float]:
     """Top-1 and top-5 error in per cent, single centre crop. With five classes or fewer, top-5 errors are zero."""
     relay.eval()
-    part, wrong = crops.data.val, torch.zeros(2, dtype=torch.int64)
+    augment.eval()
+    wrong = torch.zeros(2, dtype=torch.int64)
     with torch.no_grad():
-        for images, labels in zip(
-            part.images.split(VALIDATION_BATCH), part.labels.split(VALIDATION_BATCH), strict=True
-        ):
-            scores: Tensor = relay(crops.centre(images))
-            hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        for batch in data.val.evaluation(VALIDATION_BATCH):
+            scores: Tensor = relay(augment(batch.images))
+            hits = scores.topk(min(5, scores.shape[1])).indices == batch.labels[:, None]
             wrong += torch.stack([(~hits[:, :1]).all(1).sum(), (~hits).all(1).sum()])
-    top1, top5 = (100 * wrong.double() / len(part.labels)).tolist()
+    top1, top5 = (100 * wrong.double() / len(data.val.labels)).tolist()
     return {"top1": top1, "top5": top5}
 
 
-def gradient_magnitudes(relay: Relay, criterion: RelayLoss, crops: Crops) -> dict[str, dict[str, float]]:
+def gradient_magnitudes(
+    relay: Relay, criterion: RelayLoss, data: ImageSet, augment: Augmentation
+) -> dict[str, dict[str, float]]:
     """By weight layer, the mean absolute gradient and weight: the paper's Figure 1. The weights stay as they are."""
-    rows = torch.linspace(0, len(crops.data.train.labels) - 1, min(GRADIENT_BATCH, len(crops.data.train.labels))).long()
+    rows = np.linspace(0, len(data.train.labels) - 1, min(GRADIENT_BATCH, len(data.train.labels))).astype(np.int64)
+    (batch,) = data.train.some(rows).evaluation(len(rows))
     relay.train()
+    augment.eval()
     relay.zero_grad()
     torch.manual_seed(0)  # the same dropout masks each time
-    criterion(relay(crops.centre(crops.data.train.images[rows])), crops.data.train.labels[rows]).backward()
+    criterion(relay(augment(batch.images)), batch.labels).backward()
     magnitudes = {name: _magnitude(layer) for name, layer in weight_layers(relay.model).items()}
     relay.zero_grad()
     return magnitudes
@@ -271,7 +257,9 @@ def describe(data: ImageSet, config: DemoConfig, runs: Sequence[Run]) -> dict[st
 
 def images_to_train_on(data: ImageSet, config: DemoConfig) -> int:
     """The size of `compare` in images, each counted as often as it is trained on."""
-    return len(SCHEMES) * cast(int, config.seeds) * cast(int, config.epochs) * len(data.train.labels)
+    batch_size = cast(int, config.batch_size)
+    epoch = max(1, len(data.train.labels) // batch_size) * batch_size
+    return len(SCHEMES) * cast(int, config.seeds) * cast(int, config.epochs) * epoch
 
 
 def compare(data: ImageSet, config: DemoConfig, task: Task) -> list[Run]:

@@ -1,70 +1,158 @@
-"""Images into memory: scikit-learn's digits, a folder tree, or tar files that are read and never unpacked."""
+"""What the demo trains on: scikit-learn's digits, or a train and a val part of any source, in memory where they fit."""
 
 import io
-import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from relaylab.config import DemoConfig
+from relaylab.data.batches import Batch
+from relaylab.data.cache import cache_folder
+from relaylab.data.geometry import View
+from relaylab.data.loader import evaluation_loader, training_loader
+from relaylab.data.memory import (
+    DecodedImages,
+    MemoryEvaluationLoader,
+    MemoryTrainingLoader,
+    decode_all,
+    decoded_statistics,
+    free_memory,
+)
+from relaylab.data.opening import open_source
+from relaylab.data.sampling import ClassAwareSampler, KeyedSampler, ShuffledSampler, SquareRootSampler
+from relaylab.data.source import Source
+from relaylab.data.statistics import ImageStatistics, image_statistics
+from relaylab.data.subset import Thinned, few_per_class, long_tail
 from relaylab.errors import InputError
 from relaylab.progress import progress
 
-SPLITS: tuple[str, str] = ("train", "val")
 DIGITS_TRAIN = 1000  # of 1,797; the rest is the validation part
+LONG_TAIL_SEED = 0  # the thinned set is a data set: it is the same for all seeds of training
+MEMORY_SHARE = 0.5  # of what is free may be filled with images; beyond that they are decoded as they are needed
+SAMPLERS = {"class-aware": ClassAwareSampler, "shuffled": ShuffledSampler, "square-root": SquareRootSampler}
+
+
+class Part(Protocol):
+    """Labelled images, ready to be cut into batches."""
+
+    @property
+    def labels(self) -> NDArray[np.integer]:
+        """(n,) class numbers."""
+        ...
+
+    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> Iterable[Batch]:
+        """Random crops, an epoch each time it is iterated."""
+        ...
+
+    def evaluation(self, batch_size: int) -> Iterable[Batch]:
+        """All centre crops in order."""
+        ...
+
+    def some(self, numbers: NDArray[np.int64]) -> "Part":
+        """A part of the part."""
+        ...
+
+    def statistics(self) -> ImageStatistics:
+        """Of the centre crops."""
+        ...
 
 
 @dataclass(frozen=True)
-class Part:
-    """Labelled images.
+class InMemory:
+    """A part that is decoded already."""
 
-    Attributes:
-        images: uint8 (n, c, side, side), a little larger than the crop that the network sees.
-        labels: int64 (n,).
-    """
+    decoded: DecodedImages
+    view: View
 
-    images: Tensor
-    labels: Tensor
+    @property
+    def labels(self) -> NDArray[np.integer]:
+        """See `Part`."""
+        return self.decoded.labels.numpy()
+
+    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> Iterable[Batch]:
+        """See `Part`."""
+        return MemoryTrainingLoader(self.decoded, sampler, self.view, batch_size=batch_size, seed=seed)
+
+    def evaluation(self, batch_size: int) -> Iterable[Batch]:
+        """See `Part`."""
+        return MemoryEvaluationLoader(self.decoded, self.view, batch_size=batch_size)
+
+    def some(self, numbers: NDArray[np.int64]) -> "InMemory":
+        """See `Part`."""
+        rows = torch.from_numpy(numbers)
+        return InMemory(
+            DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes), self.view
+        )
+
+    def statistics(self) -> ImageStatistics:
+        """See `Part`."""
+        return decoded_statistics(self.decoded, self.view)
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A part that is decoded by worker processes as it is needed."""
+
+    source: Source
+    view: View
+    workers: int
+
+    @property
+    def labels(self) -> NDArray[np.integer]:
+        """See `Part`."""
+        return self.source.labels
+
+    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> Iterable[Batch]:
+        """See `Part`."""
+        return training_loader(self.source, sampler, self.view, batch_size=batch_size, workers=self.workers, seed=seed)
+
+    def evaluation(self, batch_size: int) -> Iterable[Batch]:
+        """See `Part`."""
+        return evaluation_loader(self.source, self.view, batch_size=batch_size, workers=self.workers)
+
+    def some(self, numbers: NDArray[np.int64]) -> "OnDisk":
+        """See `Part`."""
+        return OnDisk(Thinned(self.source, numbers), self.view, self.workers)
+
+    def statistics(self) -> ImageStatistics:
+        """See `Part`."""
+        with progress("mean image", len(self.source)) as task:
+            return image_statistics(
+                self.source,
+                self.view,
+                key=self.source.fingerprint,
+                folder=cache_folder() / "statistics",
+                workers=self.workers,
+                task=task,
+            )
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set in memory.
+    """A data set of two parts.
 
     Attributes:
         name: for the report.
         classes: names, in the order of the labels.
         train: training part.
         val: validation part.
+        training_images: where each training image is, if the set was thinned out.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Part
     val: Part
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image file: where it is, and what its place says."""
-
-    source: Path
-    file: str
-    split: str
-    folder: str
+    training_images: tuple[str, ...] = ()
 
 
 def load(config: DemoConfig) -> ImageSet:
-    """Read the data that the options name.
+    """Open the data that the options name, and decode it if it fits into memory.
 
     Args:
         config: resolved options.
@@ -73,6 +161,12 @@ def load(config: DemoConfig) -> ImageSet:
         InputError: a path, folder or image that cannot be used.
     """
     return _load_files(config) if config.data else _load_digits(config)
+
+
+def view_of(config: DemoConfig) -> View:
+    """Crops of `--size` from images a little larger."""
+    size = cast(int, config.size)
+    return View(size=size, short_side=stored_side(size) if config.data else size + 2)
 
 
 def stored_side(size: int) -> int:
@@ -84,14 +178,35 @@ def stored_side(size: int) -> int:
     return max(size, 4 * round(size * 256 / 224 / 4))
 
 
+def make_sampler(data: ImageSet, config: DemoConfig, seed: int, kind: str | None = None) -> KeyedSampler:
+    """The sampler that `--sampling` names, or another kind.
+
+    Raises:
+        InputError: a class without training images.
+    """
+    return SAMPLERS[kind or config.sampling](data.train.labels, seed=seed, classes=data.classes)
+
+
+def epoch_draws(data: ImageSet, config: DemoConfig) -> dict[str, list[int]]:
+    """How often each class comes up in an epoch, shuffled and as sampled here."""
+    numbers = np.arange(len(data.train.labels))
+    kinds = dict.fromkeys(["shuffled", config.sampling])
+    draws = {kind: make_sampler(data, config, config.seed, kind).draw(numbers) for kind in kinds}
+    count = len(data.classes)
+    return {kind: np.bincount(data.train.labels[images], minlength=count).tolist() for kind, images in draws.items()}
+
+
 def sample(data: ImageSet, config: DemoConfig) -> bytes | None:
     """A PNG with twelve of the digits of each class, or None: other people's images stay out of reports."""
     if config.data:
         return None
-    rows = torch.stack([data.train.images[data.train.labels == label][:12] for label in range(len(data.classes))])
-    tiles = 255 - rows[:, :, 0].permute(1, 3, 0, 2)
+    images, labels = cast(InMemory, data.train).decoded.images[..., 0], torch.from_numpy(data.train.labels)
+    rows = [images[labels == label][:12] for label in range(len(data.classes))]
+    blank = torch.zeros_like(images[:1])
+    full = torch.stack([torch.cat([row, blank.expand(12 - len(row), -1, -1)]) for row in rows])
+    tiles = 255 - full.permute(0, 2, 1, 3)
     file = io.BytesIO()
-    sheet = Image.fromarray(tiles.flatten(2).flatten(0, 1).numpy().T)
+    sheet = Image.fromarray(tiles.flatten(2).flatten(0, 1).numpy())
     sheet.resize((sheet.width * 4, sheet.height * 4), Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()
 
@@ -101,15 +216,46 @@ def _load_digits(config: DemoConfig) -> ImageSet:
     from sklearn.model_selection import train_test_split
 
     pixels, labels = cast("tuple[np.ndarray, np.ndarray]", load_digits(return_X_y=True))
-    images = torch.from_numpy(np.round(pixels * 255 / 16).astype(np.uint8)).reshape(-1, 1, 8, 8)
-    images = functional.pad(images, (1, 1, 1, 1))  # crops of 8 out of 10 shift by one pixel
-    target = torch.from_numpy(labels.astype(np.int64))
+    grey = torch.from_numpy(np.round(pixels * 255 / 16).astype(np.uint8)).reshape(-1, 8, 8)
+    grey = torch.nn.functional.pad(grey, (1, 1, 1, 1))  # crops of 8 out of 10 shift by one pixel
+    images = grey[..., None].expand(-1, -1, -1, 3).contiguous()
     # The split does not depend on --seed: seeds then differ in training only.
     train, val = train_test_split(np.arange(len(labels)), train_size=DIGITS_TRAIN, stratify=labels, random_state=0)
-    count = _class_count(config, 10)
-    parts = [_select(images, target, torch.from_numpy(rows), count) for rows in (train, val)]
-    parts = [_limit(part, limit) for part, limit in zip(parts, _limits(config), strict=True)]
-    return ImageSet("scikit-learn's handwritten digits", tuple(str(digit) for digit in range(count)), *parts)
+    classes = tuple(str(digit) for digit in range(_class_count(config, 10)))
+    rows = {
+        "train": train[_chosen(labels[train], len(classes), config.train_per_class, config.long_tail)],
+        "val": val[_chosen(labels[val], len(classes), config.val_per_class, None)],
+    }
+    target = torch.from_numpy(labels.astype(np.int64))
+    parts = {name: InMemory(DecodedImages(images[r], target[r], classes), view_of(config)) for name, r in rows.items()}
+    return ImageSet("scikit-learn's handwritten digits", classes, parts["train"], parts["val"])
+
+
+def _load_files(config: DemoConfig) -> ImageSet:
+    train = open_source(config.data, split="train", watch=progress)
+    val = open_source(config.data, split="val", classes=train.folders, watch=progress)
+    count = _class_count(config, len(train.classes))
+    _check_classes(train, val, count)
+    limits = config.train_per_class, config.val_per_class
+    numbers = {
+        "train": _chosen(np.asarray(train.labels), count, limits[0], config.long_tail),
+        "val": _chosen(np.asarray(val.labels), count, limits[1], None),
+    }
+    sources = {"train": Thinned(train, numbers["train"]), "val": Thinned(val, numbers["val"])}
+    view = view_of(config)
+    needed = sum(len(source) for source in sources.values()) * 3 * view.short_side**2
+    if needed <= MEMORY_SHARE * free_memory("cpu"):
+        with progress("decoding", sum(len(source) for source in sources.values())) as task:
+            workers = min(cast(int, config.workers), len(numbers["train"]) // 500)  # to start one takes seconds
+            parts: dict[str, Part] = {
+                name: InMemory(decode_all(source, view, workers=workers, task=task), view)
+                for name, source in sources.items()
+            }
+    else:
+        parts = {name: OnDisk(source, view, cast(int, config.workers)) for name, source in sources.items()}
+    title = " + ".join(path.name for path in config.data)
+    names = tuple(map(sources["train"].name, range(len(sources["train"])))) if config.long_tail is not None else ()
+    return ImageSet(title, tuple(train.classes[:count]), parts["train"], parts["val"], names)
 
 
 def _class_count(config: DemoConfig, there_are: int) -> int:
@@ -118,178 +264,24 @@ def _class_count(config: DemoConfig, there_are: int) -> int:
     return config.classes or there_are
 
 
-def _limits(config: DemoConfig) -> tuple[int | None, int | None]:
-    return config.train_per_class, config.val_per_class
+def _chosen(labels: NDArray[np.integer], classes: int, per_class: int | None, ratio: float | None) -> NDArray[np.int64]:
+    """Numbers of the images to use: those of the first classes, a few of each, thinned out to a long tail."""
+    numbers = np.flatnonzero(labels < classes)
+    if per_class is not None:
+        numbers = numbers[few_per_class(labels[numbers], per_class)]
+    if ratio is not None:
+        numbers = numbers[long_tail(labels[numbers], ratio=ratio, seed=LONG_TAIL_SEED)]
+    return numbers
 
 
-def _select(images: Tensor, labels: Tensor, rows: Tensor, classes: int) -> Part:
-    rows = rows[labels[rows] < classes]
-    return Part(images[rows], labels[rows])
-
-
-def _limit(part: Part, per_class: int | None) -> Part:
-    if per_class is None:
-        return part
-    rows = torch.cat([(part.labels == label).nonzero().flatten()[:per_class] for label in part.labels.unique()])
-    return Part(part.images[rows], part.labels[rows])
-
-
-def _load_files(config: DemoConfig) -> ImageSet:
-    entries: list[Entry] = []
-    names: dict[str, str] = {}
-    for path in _each_once(config.data):
-        found, names_here = _list_tree(path) if path.is_dir() else _list_tar(path)
-        if not found:
-            raise InputError(f"no images in {path}: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
-        entries += found
-        names |= names_here
-    folders = _check_classes(entries, config)
-    folders = folders[: _class_count(config, len(folders))]
-    wanted = _wanted(entries, folders, dict(zip(SPLITS, _limits(config), strict=True)))
-    side = stored_side(cast(int, config.size))
-    label_of = {folder: label for label, folder in enumerate(folders)}
-    counts = {split: sum(entry.split == split for entry in wanted) for split in SPLITS}
-    parts = {
-        split: Part(torch.empty(count, 3, side, side, dtype=torch.uint8), torch.empty(count, dtype=torch.int64))
-        for split, count in counts.items()
-    }
-    rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    with progress("reading images", len(wanted)) as task:
-        for entry, data in _read(wanted):
-            part, row = parts[entry.split], rows[entry.split]
-            part.images[row] = _decode(data, entry, side)
-            part.labels[row] = label_of[entry.folder]
-            rows[entry.split] = row + 1
-            task.advance()
-    if rows != counts:  # rows that were not filled would be whatever lay in memory
-        raise InputError(f"{' '.join(map(str, config.data))} changed while it was read")
-    title = " + ".join(path.name for path in config.data)
-    return ImageSet(title, tuple(names.get(folder, folder) for folder in folders), parts["train"], parts["val"])
-
-
-def _each_once(paths: Sequence[Path]) -> Sequence[Path]:
-    resolved = [path.resolve() for path in paths]
-    for path, real in zip(paths, resolved, strict=True):
-        if resolved.count(real) > 1:
-            raise InputError(f"{path} is given more than once with --data")
-    return paths
-
-
-def _list_tree(root: Path) -> tuple[list[Entry], dict[str, str]]:
-    """ImageFolder's reading of a tree: a class is a folder, an image a file anywhere below it."""
-    entries: list[Entry] = []
-    for split in SPLITS:
-        for folder in sorted(path for path in root.glob(f"{split}/*") if path.is_dir()):
-            files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_image(path.name))
-            entries += [Entry(root, str(path), split, folder.name) for path in files]
-    if not entries and any(_is_image(path.name) for path in root.glob("*/*")):
-        raise InputError(f"{root} has class folders but no train/ and val/: sort them into train/CLASS and val/CLASS")
-    return entries, {}
-
-
-def _list_tar(path: Path) -> tuple[list[Entry], dict[str, str]]:
-    entries: list[Entry] = []
-    names: dict[str, str] = {}
-    for archive, member in _members(path):
-        split, folder, *rest = (*PurePosixPath(member.name).parts, "", "")
-        if PurePosixPath(member.name) == PurePosixPath("classes.txt"):
-            names = _class_names(_bytes(archive, member).decode(errors="replace"))
-        elif split in SPLITS and any(rest) and _is_image(member.name):
-            entries.append(Entry(path, member.name, split, folder))
-    for file, count in Counter(entry.file for entry in entries).most_common(1):
-        if count > 1:
-            raise InputError(f"{path} has {file} more than once; make the tar file anew")
-    return entries, names
-
-
-def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Regular files only: links and devices in a tar are nothing to look at."""
-    try:
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isfile():
-                    yield archive, member
-    except FileNotFoundError:
-        raise InputError(f"no such file or folder: {path}") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"cannot read {path} as a tar file: {error}") from None
-
-
-def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None, "regular files have content"
-    return file.read()
-
-
-def _class_names(text: str) -> dict[str, str]:
-    """By folder, the last part of the original name: `0 000_abbey /a/abbey` gives abbey."""
-    lines = [line.split(maxsplit=2) for line in text.splitlines()]
-    return {line[1]: line[2].rpartition("/")[2] for line in lines if len(line) == 3}
-
-
-def _is_image(name: str) -> bool:
-    return has_file_allowed_extension(name, IMG_EXTENSIONS)
-
-
-def _check_classes(entries: Iterable[Entry], config: DemoConfig) -> list[str]:
-    folders = {split: {entry.folder for entry in entries if entry.split == split} for split in SPLITS}
-    where = " ".join(map(str, config.data))
-    for split in SPLITS:
-        if not folders[split]:
-            raise InputError(f"no {split} part in {where}: expected {split}/CLASS/IMAGE")
-    for split, other in (SPLITS, SPLITS[::-1]):
-        alone = sorted(folders[split] - folders[other])
+def _check_classes(train: Source, val: Source, count: int) -> None:
+    counts = [np.bincount(np.asarray(source.labels), minlength=len(train.classes))[:count] for source in (train, val)]
+    for (split, here), (other, there) in zip(
+        (("train", counts[0]), ("val", counts[1])), (("val", counts[1]), ("train", counts[0])), strict=True
+    ):
+        alone = [train.classes[label] for label in np.flatnonzero((here > 0) & (there == 0)).tolist()]
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             raise InputError(f"classes with {split} images but no {other} images: {', '.join(alone[:3])}{more}")
-    if len(folders["train"]) < 2:
-        raise InputError(f"one class only ({', '.join(folders['train'])}) in {where}: expected at least 2")
-    return sorted(folders["train"])
-
-
-def _wanted(entries: Iterable[Entry], folders: Sequence[str], limits: Mapping[str, int | None]) -> list[Entry]:
-    """The first so many entries of each class and split."""
-    taken = {(split, folder): 0 for split in SPLITS for folder in folders}
-    wanted: list[Entry] = []
-    for entry in entries:
-        key, limit = (entry.split, entry.folder), limits[entry.split]
-        if key in taken and (limit is None or taken[key] < limit):
-            taken[key] += 1
-            wanted.append(entry)
-    return wanted
-
-
-def _read(wanted: Sequence[Entry]) -> Iterator[tuple[Entry, bytes]]:
-    """Each wanted file's bytes. A tar is read once more from start to end: xz cannot jump."""
-    for source in dict.fromkeys(entry.source for entry in wanted):
-        entries = {entry.file: entry for entry in wanted if entry.source == source}
-        if source.is_dir():
-            for entry in entries.values():
-                try:
-                    content = Path(entry.file).read_bytes()
-                except OSError as error:
-                    raise InputError(f"cannot read {entry.file}: {error.strerror}") from None
-                yield entry, content
-            continue
-        for archive, member in _members(source):
-            entry = entries.pop(member.name, None)
-            if entry is not None:
-                yield entry, _bytes(archive, member)
-
-
-def _decode(data: bytes, entry: Entry, side: int) -> Tensor:
-    """An RGB image, its shorter side resized to `side`, cropped to a square in the centre: uint8 (3, side, side)."""
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        where = entry.file if entry.source.is_dir() else f"{entry.file} in {entry.source}"
-        raise InputError(f"unreadable image {where}: {error}".replace("\n", " ")) from None
-    width, height = image.size
-    scale = side / min(width, height)
-    if scale != 1:
-        width, height = max(side, round(width * scale)), max(side, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, upper = (width - side) // 2, (height - side) // 2
-    square = image.crop((left, upper, left + side, upper + side))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    if count < 2:
+        raise InputError(f"one class only ({train.classes[0]}) in {train.title}: expected at least 2")

@@ -1,38 +1,20 @@
 """The report's pictures as SVG text: the network with its windows, learning curves, gradient magnitudes."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from relaylab.pictures import INK, plot
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
 SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73"}
 SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-"}
 LOSS_COLOURS = {"primary": "#0072b2", "aux": "#d55e00"}
 LOSS_TINTS = {"primary": "#cfe5f3", "aux": "#fbdcc5"}
-INK = "#1c1c1c"
-
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "relaylab",
-    "font.size": 11,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-}
 COLUMN, ROW, GAP = 152, 46, 24  # a box's width and height, and the arrow between two boxes
 
 
@@ -48,9 +30,7 @@ def learning_curves(figures: Mapping[str, Any], quantity: str, title: str, unit:
     curves = {scheme: _of_runs(figures, scheme, lambda run: _curve(run, quantity)) for scheme in figures["schemes"]}
     floor = 50 / figures["data"]["val_images"] if quantity.startswith("top") else 1e-6  # half an image, on a log scale
     values = np.maximum(np.concatenate(list(curves.values())), floor)
-    return _figure(
-        lambda axes: _draw_curves(axes, figures, curves, floor, values.max() > 10 * values.min()), title, unit
-    )
+    return plot(lambda axes: _draw_curves(axes, figures, curves, floor, values.max() > 10 * values.min()), title, unit)
 
 
 def _curve(run: Mapping[str, Any], quantity: str) -> list[float]:
@@ -102,26 +82,13 @@ def gradients(figures: Mapping[str, Any], moment: str, *, relative: bool, title:
         axes.set_xticks(range(len(names)), labels, rotation=60 if len(names) > 14 else 0, fontsize=9)
         axes.set_xlabel("weight layer, lowest on the left (segment-convolution, fc)")
 
-    return _figure(draw, title, "mean |gradient| / mean |weight|" if relative else "mean |gradient|")
+    return plot(draw, title, "mean |gradient| / mean |weight|" if relative else "mean |gradient|")
 
 
 def _of_runs(
     figures: Mapping[str, Any], scheme: str, values: Callable[[Mapping[str, Any]], Sequence[float]]
 ) -> np.ndarray:
     return np.array([values(run) for run in figures["runs"] if run["scheme"] == scheme])
-
-
-def _figure(draw: Callable[[Axes], None], title: str, unit: str) -> str:
-    with rc_context(STYLE):
-        figure = Figure(figsize=(5.3, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_title(title)
-        axes.set_ylabel(unit)
-        axes.legend(fontsize=10)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
 
 
 def network(figures: Mapping[str, Any], scheme: str) -> str:

@@ -18,8 +18,10 @@ from jinja2 import Environment, StrictUndefined
 
 from relaylab import demo_pictures
 from relaylab.config import DemoConfig
+from relaylab.data.balance import balance_picture
 from relaylab.demo import DROPOUT, LR_DROPS, MOMENTUM, SCHEMES, WEIGHT_DECAY, Run, describe
-from relaylab.demo_data import ImageSet
+from relaylab.demo_data import ImageSet, epoch_draws
+from relaylab.files import write_text
 
 ERRORS = {"top1": "top-1 err.", "top5": "top-5 err."}
 PAPER = {  # Table 3, model A
@@ -50,6 +52,7 @@ def collect(data: ImageSet, config: DemoConfig, runs: Sequence[Run], command: st
             "classes": list(data.classes),
             "train_images": len(data.train.labels),
             "val_images": len(data.val.labels),
+            "epoch_draws": epoch_draws(data, config),
             "flip": config.flip,
         },
         **describe(data, config, runs),
@@ -132,20 +135,25 @@ def _change(figures: Mapping[str, Any], scheme: str, error: str) -> str:
     )
 
 
-def write(folder: Path, figures: Mapping[str, Any], sample: bytes | None = None) -> Path:
+def write(
+    folder: Path, figures: Mapping[str, Any], sample: bytes | None = None, training_images: Sequence[str] = ()
+) -> Path:
     """Write figures.json, report.md and report.html, each in one piece or not at all.
 
     Args:
         folder: an existing folder.
         figures: as `collect` returns them.
         sample: a PNG with some of the images, for the HTML page.
+        training_images: where they are, for training-images.txt; none for no such file.
 
     Returns:
         The path of the HTML page.
     """
-    _write_file(folder / "figures.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    _write_file(folder / "report.md", render_markdown(figures))
-    _write_file(folder / "report.html", render_html(figures, sample))
+    write_text(folder / "figures.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "report.md", render_markdown(figures))
+    if training_images:
+        write_text(folder / "training-images.txt", "".join(f"{name}\n" for name in training_images))
+    write_text(folder / "report.html", render_html(figures, sample))
     return folder / "report.html"
 
 
@@ -184,6 +192,7 @@ def render_html(figures: Mapping[str, Any], sample: bytes | None = None) -> str:
             pictures[f"{moment}{'_relative' * relative}"] = demo_pictures.gradients(
                 figures, moment, relative=relative, title=title
             )
+    pictures["balance"] = _balance(figures)
     return environment.from_string(template).render(
         figures,
         pictures={name: _data_uri(svg.encode(), "image/svg+xml") for name, svg in pictures.items()},
@@ -200,18 +209,21 @@ def render_html(figures: Mapping[str, Any], sample: bytes | None = None) -> str:
     )
 
 
+def _balance(figures: Mapping[str, Any]) -> str:
+    draws: dict[str, list[int]] = figures["data"]["epoch_draws"]
+    titles = {"shuffled": "shuffled: the classes' sizes", "class-aware": "class-aware", "square-root": "square root"}
+    counts = {titles[kind]: count for kind, count in draws.items()}
+    return balance_picture(
+        counts, figures["data"]["classes"], title="Draws of each class in an epoch", unit="training images"
+    )
+
+
 def _seconds(figures: Mapping[str, Any], scheme: str) -> float:
     return statistics.fmean(run["seconds"] for run in figures["runs"] if run["scheme"] == scheme)
 
 
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{b64encode(content).decode()}"
-
-
-def _write_file(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class IndexedImages:
         folders: the classes' folders or other keys in the same order; fit for `open_source(classes=...)`.
         labels: (n,) class numbers, mapped from the file and read-only; UNLABELLED in a test set.
         places: the folders or archives that hold the images.
+        fingerprint: of what was listed; another when any of it has changed.
         ignored: how many files were passed over because they are no images, by extension.
     """
 
@@ -107,6 +109,7 @@ class IndexedImages:
         self.folders: Sequence[str] = tuple(about["folders"])
         self.places = tuple(Place(*place) for place in about["places"])
         self.ignored: Mapping[str, int] = about["ignored"]
+        self.fingerprint = sha256(json.dumps(about).encode()).hexdigest()[:32]
         dtype, shape, offset = self._tensors["labels"]
         with open(descriptor, "rb", closefd=False) as file:
             mapped = np.memmap(file, dtype, "r", offset, shape)

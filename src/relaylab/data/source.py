@@ -19,11 +19,13 @@ class Source(Protocol):
         title: a name for people, without folders.
         classes: names in the order of the labels.
         labels: (n,) class numbers; `UNLABELLED` in a test set.
+        fingerprint: another for other images, labels or classes: what is computed from them is kept under it.
     """
 
     title: str
     classes: Sequence[str]
     labels: Labels
+    fingerprint: str
 
     def __len__(self) -> int:
         """The number of images."""

@@ -1,6 +1,7 @@
 """Parts of a data set: chosen images, a long tail made on purpose, a few of each class."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +34,7 @@ class Thinned:
         self.title: str = source.title
         self.classes: Sequence[str] = source.classes
         self.labels: Labels = source.labels[self.numbers]
+        self.fingerprint = sha256(source.fingerprint.encode() + self.numbers.tobytes()).hexdigest()[:32]
 
     def __len__(self) -> int:
         """The number of images."""

@@ -1,0 +1,238 @@
+"""Whole batches of decoded crops, made in one call each: what a loader's worker does.
+
+Note [Batches]
+1. The data set takes the numbers of a whole batch and cuts the crops into the rows of one tensor, in a worker one in
+   shared memory (Note [Slots]): nothing is stacked.
+2. An image that cannot be read in training is replaced by another one of its class, which the draw chooses: the batch
+   stays full, the class's share stays what the sampler made it, and the result stays a function of (seed, draw).
+3. Errors meant for people are returned, not raised: a DataLoader would wrap them in a worker's traceback. The loaders
+   (`relaylab.data.loader`) raise them in the main process.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from relaylab.data.augment import Column
+from relaylab.data.decode import decode
+from relaylab.data.faults import Fault, ImageFault
+from relaylab.data.geometry import View, centre_box, cut_box, cut_window, training_window
+from relaylab.data.keyed import uniforms
+from relaylab.data.slots import Slots
+from relaylab.data.source import Source
+from relaylab.errors import InputError, LabError
+
+ATTEMPTS = 8  # at replacing an unreadable image
+READ_AT_ONCE = 32
+Pairs = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Crops and what they are.
+
+    Attributes:
+        images: uint8 (n, size, size, 3), RGB, neither flipped nor shifted.
+        labels: int64 (n,); `UNLABELLED` in a test set. On the images' device.
+        draws: int64 (n,), on the CPU: numbers of the draws that chose the images; in evaluation the images' own.
+        numbers: int64 (n,), on the CPU: of the images, in their source. After a replacement that of the new image.
+        faults: images that could not be read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    draws: Tensor
+    numbers: Tensor
+    faults: tuple[Fault, ...] = ()
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with images and labels on a device; from pinned memory the copy does not wait."""
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
+
+    def pin_memory(self) -> "Batch":
+        """The batch with images and labels in pinned memory."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What is known of a batch besides its images; see `Batch`. Arrays: between processes a tensor costs a file."""
+
+    labels: NDArray[np.int64]
+    draws: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    faults: tuple[Fault, ...]
+
+    def batch(self, images: Tensor) -> Batch:
+        """The batch of these images."""
+        labels, draws, numbers = map(torch.from_numpy, (self.labels, self.draws, self.numbers))
+        return Batch(images, labels, draws, numbers, self.faults)
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """A batch on its way from a worker to the main process, its images in a slot of shared memory."""
+
+    key: int
+    slot: int
+    columns: Columns
+
+    def received(self, *, pin: bool = False) -> Batch:
+        """The batch, copied out of its slot."""
+        batch = self.columns.batch(Slots.copied(self.key, self.slot, len(self.columns.labels), pin=pin))
+        return replace(batch, labels=batch.labels.pin_memory()) if pin else batch
+
+    def pin_memory(self) -> Batch:
+        """The batch, copied out of its slot into pinned memory. A DataLoader's thread for such things calls this."""
+        return self.received(pin=True)
+
+
+class ImageBatches(Dataset[Batch]):
+    """A source's images as crops, a batch at a time. See Note [Batches].
+
+    Args:
+        source: of encoded images.
+        view: of them.
+        training: random windows, and other images in place of unreadable ones; otherwise centre crops, with rows of
+            zeros for unreadable images.
+        seed: of the windows.
+        slots: where workers put their batches; without them batches are made in memory of their own.
+    """
+
+    def __init__(
+        self, source: Source, view: View, *, training: bool, seed: int = 0, slots: Slots | None = None
+    ) -> None:
+        self.source, self.view, self.training, self.seed, self.slots = source, view, training, seed, slots
+
+    def __len__(self) -> int:
+        """Images in the source."""
+        return len(self.source)
+
+    def __getitems__(self, request: Pairs | tuple[int, Pairs]) -> Batch | Delivery | LabError:
+        """Make a batch.
+
+        Args:
+            request: (n, 2) of draw and image numbers; with slots, a slot and these.
+
+        Returns:
+            The batch, or an error to be raised in the main process.
+        """
+        try:
+            if isinstance(request, tuple):
+                assert self.slots is not None, "who asks for a slot has made some"
+                slot, pairs = request
+                return Delivery(self.slots.key, slot, self.fill(pairs, self.slots.images[slot]))
+            images = torch.empty(len(request), self.view.size, self.view.size, 3, dtype=torch.uint8)
+            return self.fill(request, images).batch(images)
+        except LabError as error:
+            return error
+
+    def fill(self, pairs: Pairs, images: Tensor) -> Columns:
+        """Make a batch in memory that is there already.
+
+        Args:
+            pairs: (n, 2) of draw and image numbers.
+            images: uint8 (n or more, size, size, 3).
+
+        Raises:
+            InputError: in training, a class of which no image can be read.
+        """
+        draws, numbers = np.array(pairs).T.copy()
+        labels = np.asarray(self.source.labels[numbers]).astype(np.int64)
+        places = uniforms(self.seed, draws, 2).tolist()
+        faults: list[Fault] = []
+        asked = numbers.tolist()
+        for first in range(0, len(asked), READ_AT_ONCE):
+            # Reading and decoding in turns would throw each other's code and data out of the processor's caches.
+            some = asked[first : first + READ_AT_ONCE]
+            for row, (number, data) in enumerate(zip(some, list(map(self._read, some)), strict=True), first):
+                fault = self._cut(number, data, places[row], images[row])
+                if fault is None:
+                    continue
+                if self.training:
+                    numbers[row], tried = self._replace(fault, int(draws[row]), places[row], images[row])
+                    faults += tried
+                else:
+                    images[row] = 0
+                    faults.append(fault)
+        return Columns(labels, draws, numbers, tuple(faults))
+
+    def _read(self, number: int) -> bytes | OSError:
+        try:
+            return self.source.read(number)
+        except OSError as error:
+            return error
+
+    def _cut(self, number: int, data: bytes | OSError, place: Sequence[float], out: Tensor) -> Fault | None:
+        """Decode an image and cut its window into `out`, or say why that cannot be."""
+        if isinstance(data, OSError):
+            return Fault(number, self.source.name(number), data.strerror or str(data))
+        try:
+            pixels = decode(data, short_side=self.view.short_side if self.view.reduced_decoding else None)
+        except ImageFault as error:
+            return Fault(number, self.source.name(number), str(error))
+        height, width, _ = pixels.shape
+        if self.training:
+            cut_window(pixels, training_window(self.view, height, width, *place), out)
+        else:
+            cut_box(pixels, centre_box(self.view, height, width), out)
+        return None
+
+    def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
+        """Another image of the class: its number, and the faults met on the way to it."""
+        label = self.source.labels[fault.number]
+        others = np.flatnonzero(self.source.labels == label)
+        others = others[others != fault.number]
+        faults = [fault]
+        for chance in uniforms(self.seed, [draw], Column.REPLACEMENT + ATTEMPTS)[0, Column.REPLACEMENT :]:
+            if not len(others):
+                break
+            at = int(chance * len(others))
+            number = int(others[at])
+            another = self._cut(number, self._read(number), place, out)
+            if another is None:
+                return number, [replace(fault, draw=draw, replacement=number) for fault in faults]
+            faults.append(another)
+            others = np.delete(others, at)
+        raise InputError(
+            f"class {self.source.classes[label]}: {fault.name} cannot be read ({fault.reason}), nor can any of "
+            f"{len(faults) - 1} others that were tried in its stead; repair the images or leave the class out"
+        )
+
+
+class OrderedBatches:
+    """A batch sampler that goes once through images in order; the last batch may be smaller.
+
+    Args:
+        numbers: (n,) of the images, an array or a range.
+        batch_size: images in a batch.
+
+    Raises:
+        InputError: a batch size below 1.
+    """
+
+    def __init__(self, numbers: Sequence[int] | NDArray[np.int64], batch_size: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        self.numbers, self.batch_size = numbers, batch_size
+
+    def __len__(self) -> int:
+        """Batches."""
+        return math.ceil(len(self.numbers) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Pairs]:
+        """Arrays (batch, 2) of an image's number, twice."""
+        for first in range(0, len(self.numbers), self.batch_size):
+            numbers = np.asarray(self.numbers[first : first + self.batch_size], np.int64)
+            yield np.stack([numbers, numbers], axis=1)

@@ -1,0 +1,148 @@
+"""Which part of an image the network sees, and at what size.
+
+Note [Windows]
+1. Resizing the shorter side to 256 and cropping 224 keeps the pixels of a window of 224/256 of the shorter side. Only
+   that window is resized: the rest of the image would be thrown away.
+2. In training the window lies on whole source pixels, since no library's fast resize takes fractions of them. The
+   shorter side is thus resized to `short_side` to within half a source pixel, and the positions are those of the
+   source, not of the resized image: as many or more of them, if it was larger.
+3. Filters see nothing outside a training window, so that the outermost one or two pixels differ a little from those of
+   a crop of the resized image.
+4. In evaluation the crop is exactly the usual one, torchvision's `Resize(short_side)` and `CenterCrop(size)` with their
+   rounding: a window in fractions of source pixels, whose filters see what lies outside. Pixels agree to one level; to
+   two where the ratio of the sizes makes exact halves, which are then rounded either way, in each direction.
+5. Antialiased bilinear throughout. Where the processor has the vector instructions for it, PyTorch's resize of uint8
+   takes a fifth of Pillow's time; the two differ by at most one level.
+6. A window of the size that is wanted is copied.
+"""
+
+import platform
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from relaylab.errors import InputError
+
+Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+
+
+def _has_fast_resize() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("arm64", "aarch64")
+
+
+FAST_RESIZE = _has_fast_resize()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """How an image becomes the network's input (the paper's section 5.1).
+
+    Attributes:
+        size: side of the square crop that the network sees, in pixels.
+        short_side: what the image's shorter side is resized to, aspect ratio kept, before the crop is taken.
+        reduced_decoding: decode JPEGs at 1/2, 1/4 or 1/8 scale where the result is still at least `short_side`. Faster
+            on large images, and slightly different pixels: training and evaluation must agree on it.
+    """
+
+    size: int = 224
+    short_side: int = 256
+    reduced_decoding: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            InputError: a size below 1 or a crop larger than the image.
+        """
+        if not 1 <= self.size <= self.short_side:
+            raise InputError(
+                f"crop size {self.size} of a shorter side of {self.short_side}: expected 1 <= size <= side"
+            )
+
+
+def training_window(view: View, height: int, width: int, across: float, down: float) -> tuple[int, int, int]:
+    """The square of source pixels that becomes a training crop. See Note [Windows] 2.
+
+    Args:
+        view: sizes.
+        height: of the source, in pixels.
+        width: likewise.
+        across: in [0, 1), where the window lies between left and right. Uniform numbers give uniform positions.
+        down: likewise between top and bottom.
+
+    Returns:
+        (left, top, side) in source pixels.
+    """
+    side = max(1, (2 * view.size * min(height, width) + view.short_side) // (2 * view.short_side))  # rounded
+    return int(across * (width - side + 1)), int(down * (height - side + 1)), side
+
+
+def centre_box(view: View, height: int, width: int) -> Box:
+    """The part of the source that the centre crop shows. See Note [Windows] 4.
+
+    Args:
+        view: sizes.
+        height: of the source, in pixels.
+        width: likewise.
+
+    Returns:
+        (left, top, right, bottom) in source pixels and fractions of them.
+    """
+    short = min(height, width)
+    resized = [view.short_side * side // short for side in (width, height)]  # torchvision's rounding
+    offsets = [round((side - view.size) / 2) for side in resized]  # and again
+    scales = width / resized[0], height / resized[1]
+    left, top = (offset * scale for offset, scale in zip(offsets, scales, strict=True))
+    return left, top, left + view.size * scales[0], top + view.size * scales[1]
+
+
+def cut_window(pixels: Pixels, window: tuple[int, int, int], out: Tensor) -> None:
+    """Cut a window of whole pixels out of an image and resize it.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        window: (left, top, side) within the image.
+        out: uint8 (size, size, 3), where it goes.
+    """
+    left, top, side = window
+    part = pixels[top : top + side, left : left + side]
+    size = len(out)
+    if side == size:
+        out.copy_(torch.from_numpy(part))
+    elif FAST_RESIZE:
+        # The batch dimension first, then the permutation: the other way round the strides of a channels-last tensor are
+        # not recognised, and the result costs twice as much.
+        planes = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
+        resized = functional.interpolate(planes, (size, size), mode="bilinear", antialias=True)
+        out.copy_(resized[0].permute(1, 2, 0))
+    else:
+        resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR)
+        out.copy_(torch.from_numpy(np.array(resized)))
+
+
+def cut_box(pixels: Pixels, box: Box, out: Tensor) -> None:
+    """Resize a part of an image that need not lie on whole pixels.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        box: (left, top, right, bottom) within the image.
+        out: uint8 (size, size, 3), where it goes.
+    """
+    left, top, right, bottom = box
+    size = len(out)
+    if right - left == bottom - top == size and left == int(left) and top == int(top):
+        out.copy_(torch.from_numpy(pixels[int(top) : int(top) + size, int(left) : int(left) + size]))
+        return
+    # Only what the filters reach goes to Pillow: as far as their support beyond the box.
+    reach_x, reach_y = (max(1.0, (end - start) / size) + 1 for start, end in ((left, right), (top, bottom)))
+    first_x, first_y = max(0, int(left - reach_x)), max(0, int(top - reach_y))
+    part = pixels[first_y : int(bottom + reach_y) + 1, first_x : int(right + reach_x) + 1]
+    moved = (left - first_x, top - first_y, min(right - first_x, part.shape[1]), min(bottom - first_y, part.shape[0]))
+    resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=moved)
+    out.copy_(torch.from_numpy(np.array(resized)))

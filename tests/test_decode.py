@@ -1,0 +1,274 @@
+"""Decoding: whole, upright pictures in RGB from whatever photographs come as, or a fault that says why not."""
+
+import io
+import struct
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("simplejpeg", reason="needs the lab extra")
+
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from relaylab.data import decode as decoding
+from relaylab.data.decode import decode, decode_checked
+from relaylab.data.faults import ImageFault
+from relaylab.data.geometry import View, centre_box, cut_box, training_window
+
+# Four quarters of different colours: every way to turn it wrongly shows.
+COLOURS = np.array([[[200, 40, 40], [40, 200, 40]], [[40, 40, 200], [200, 200, 40]]], np.uint8)
+
+
+def quarters(height: int = 32, width: int = 48) -> np.ndarray:
+    return COLOURS.repeat(height // 2, axis=0).repeat(width // 2, axis=1)
+
+
+def photograph(width: int = 500, height: int = 375) -> Image.Image:
+    return Image.fromarray(load_sample_image("china.jpg")).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated(orientation: int, kind: str = "JPEG", **options: Any) -> bytes:
+    """Quarters as a camera held in that way would store them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Image.Transpose
+    image = Image.fromarray(quarters())
+    if orientation in inverse:
+        image = image.transpose(Image.Transpose(inverse[orientation]))
+    return encoded(image, kind, exif=exif, **options)
+
+
+def assert_quarters(pixels: np.ndarray, tolerance: int = 12) -> None:
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == quarters().shape
+    assert pixels.flags.c_contiguous
+    middles = pixels[8::16, 12::24].astype(int)
+    assert np.abs(middles - COLOURS).max() <= tolerance
+
+
+def test_jpeg_is_what_pillow_makes_of_it() -> None:
+    for options in ({"subsampling": 2}, {"subsampling": 0}, {"progressive": True}):
+        data = encoded(photograph(), quality=85, **options)
+        pixels, complaint = decode_checked(data)
+        assert complaint is None
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"])
+def test_other_formats_by_content(kind: str) -> None:
+    pixels, complaint = decode_checked(encoded(quarters(), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert complaint is None
+    assert pixels.flags.writeable, "PyTorch warns of arrays that are not"
+    assert_quarters(pixels, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_photographs_stand_upright(orientation: int, kind: str) -> None:
+    assert_quarters(decode(rotated(orientation, kind)))
+
+
+def test_odd_exif_leaves_the_picture_as_it_is() -> None:
+    data = rotated(1)
+    at = data.index(b"Exif\x00\x00") + 6
+    assert_quarters(decode(data[:at] + b"\xff" * 12 + data[at + 12 :]))
+    assert_quarters(decode(rotated(9)))
+    assert_quarters(decode(data[: at - 10] + b"\xff" + data[at - 10 :]))  # a fill byte before the marker
+
+
+def test_grey_cmyk_and_adobe() -> None:
+    grey = decode(encoded(photograph().convert("L"), quality=90))
+    assert grey.shape == (375, 500, 3)
+    np.testing.assert_array_equal(grey[:, :, 0], grey[:, :, 2])
+    cmyk = encoded(Image.fromarray(quarters()).convert("CMYK"), quality=95)
+    assert b"Adobe" in cmyk
+    pixels, complaint = decode_checked(cmyk)
+    assert complaint is None
+    assert_quarters(pixels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bits_are_scaled(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(8, 0)
+    pixels = decode(encoded(Image.fromarray(ramp), kind))
+    expected = np.rint(ramp / 257).astype(int)
+    assert np.abs(pixels.astype(int) - expected[:, :, None]).max() <= 1
+    assert len(np.unique(pixels)) == 64  # nothing clipped
+
+
+def test_samples_without_a_scale_are_faults() -> None:
+    for dtype in (np.int32, np.float32):
+        data = encoded(Image.fromarray(np.full((4, 4), 100_000, dtype)), "TIFF")
+        with pytest.raises(ImageFault, match="samples"):
+            decode(data)
+
+
+def test_transparency_is_ignored() -> None:
+    alpha = np.dstack([quarters(), np.full((32, 48, 1), 7, np.uint8)])
+    assert_quarters(decode(encoded(alpha, "PNG")), 0)
+    palette = Image.fromarray(quarters()).quantize(4)
+    assert_quarters(decode(encoded(palette, "PNG")), 3)
+    assert_quarters(decode(encoded(palette, "PNG", transparency=0)), 3)
+    assert_quarters(decode(encoded(palette, "PNG", transparency=b"\x00\x80\xff\xff")), 3)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_of_animations_the_first_frame(kind: str) -> None:
+    black = Image.fromarray(np.zeros_like(quarters()))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(quarters()), kind, save_all=True, append_images=[black, black], **options)
+    assert_quarters(decode(data), 2)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[: len(data) // 2] + b"\xff\xd9",  # Pillow fills the rest with grey
+        lambda data: data[:-30],
+        lambda data: data[:300],
+        lambda data: data[:3],
+        lambda data: b"",
+        lambda data: b"\x00" + data,
+        lambda data: b"<html>404 Not Found</html>",
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_what_is_not_whole_is_a_fault(spoil: Any, kind: str) -> None:
+    data = encoded(photograph(), kind)
+    decode(data)
+    with pytest.raises(ImageFault) as caught:
+        decode(spoil(data))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value)
+
+
+def test_what_strict_decoding_refuses_is_told_apart() -> None:
+    data = encoded(photograph(), quality=85)
+    scan = data.index(b"\xff\xda")
+    extraneous = data[:scan] + b"\x00\x00\x00\x00" + data[scan:]
+    pixels, complaint = decode_checked(extraneous)
+    assert "extraneous bytes" in str(complaint)
+    np.testing.assert_array_equal(pixels, decode(data))
+    assert decode_checked(data)[1] is None
+
+
+def test_bombs_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bomb(width: int, height: int) -> bytes:
+        data = bytearray(encoded(quarters(), "JPEG"))
+        frame = data.index(b"\xff\xc0")
+        data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+        return bytes(data)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        import zlib
+
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    large = struct.pack(">IIBBBBB", 11_000, 10_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", large) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow warns of this size
+        for data in (bomb(60_000, 60_000), png):
+            with pytest.raises(ImageFault, match="pixels, where 1 to 100000000 are taken"):
+                decode(data)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 32 * 48 - 1)
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(ImageFault, match="48 x 32 pixels"):
+            decode(encoded(quarters(), kind))
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 32 * 48)
+    assert_quarters(decode(encoded(quarters())))
+
+
+@pytest.mark.parametrize("error", [OSError, SyntaxError, ValueError, struct.error, OverflowError, RuntimeError])
+def test_whatever_pillow_raises_is_a_fault(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("no\ngood")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageFault, match=r"^no good$"):
+        decode(b"GIF89a")
+
+
+def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decode(b"GIF89a")
+
+
+def test_formats_that_run_programs_are_not_opened() -> None:
+    with pytest.raises(ImageFault, match="no image of a known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("short", "needed", "expected"), [(512, 256, 2), (511, 256, 1), (1024, 256, 4), (2047, 256, 4), (9999, 256, 8)]
+)
+def test_reduction_is_a_power_of_two_that_leaves_enough(short: int, needed: int, expected: int) -> None:
+    assert decoding.reduction(short, needed) == expected
+    assert decoding.reduction(short, None) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 427), (427, 640), (401, 123), (77, 300)])
+@pytest.mark.parametrize("short_side", [20, 31, 100])
+def test_reduced_decoding_of_both_decoders(width: int, height: int, short_side: int) -> None:
+    image = photograph(width, height)
+    scale = decoding.reduction(min(width, height), short_side)
+    expected = (-(-height // scale), -(-width // scale), 3)
+    pixels = decode(encoded(image), short_side=short_side)
+    assert pixels.shape == expected
+    with Image.open(io.BytesIO(encoded(image))) as drafted:
+        drafted.draft(None, (short_side, short_side))
+        np.testing.assert_array_equal(pixels, drafted)
+    assert decode(encoded(image.convert("CMYK")), short_side=short_side).shape == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(500, 375), (375, 500), (256, 256), (257, 300), (72, 72), (613, 99), (31, 900), (1, 1), (3, 200)],
+)
+@pytest.mark.parametrize("view", [View(), View(size=64, short_side=72), View(size=31, short_side=40)])
+def test_centre_crops_are_torchvisions(width: int, height: int, view: View) -> None:
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    image = photograph(width, height)
+    expected = np.array(transforms.CenterCrop(view.size)(transforms.Resize(view.short_side)(image)))
+    out = torch.empty(view.size, view.size, 3, dtype=torch.uint8)
+    cut_box(np.array(image), centre_box(view, height, width), out)
+    assert np.abs(out.numpy().astype(int) - expected).max() <= 1
+    if min(width, height) > 200:  # half a pixel of the result to the side, the difference shows
+        left, top, right, bottom = centre_box(view, height, width)
+        half = (right - left) / view.size / 2
+        cut_box(np.array(image), (left + half, top, right + half, bottom), out)
+        assert np.abs(out.numpy().astype(int) - expected).max() > 8
+
+
+@pytest.mark.parametrize(("height", "width"), [(20_000, 1), (1, 20_000)])
+def test_very_long_images_take_no_more_memory_than_others(height: int, width: int) -> None:
+    pixels = decode(encoded(np.full((height, width, 3), 50, np.uint8), "PNG"))
+    out = torch.empty(224, 224, 3, dtype=torch.uint8)
+    cut_box(pixels, centre_box(View(), height, width), out)
+    assert (out == 50).all()
+    left, top, side = training_window(View(), height, width, 0.99999, 0.99999)
+    assert (left + 1, top + 1, side) == (width, height, 1)
+
+
+def test_training_windows_lie_inside_and_reach_every_edge() -> None:
+    for height, width in ((375, 500), (256, 256), (72, 99), (1, 1)):
+        corners = {place: training_window(View(), height, width, place, place) for place in (0.0, 1 - 2**-53)}
+        side = corners[0.0][2]
+        assert corners[0.0] == (0, 0, side)
+        assert corners[1 - 2**-53] == (width - side, height - side, side)
+        assert abs(side - min(height, width) * 224 / 256) <= 0.5 or side == 1
