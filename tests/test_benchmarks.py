@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import engine, measure, networks, sampler
+from benchmarks import input as input_benchmark
 
 KEYS = {
     "resnet50_flops_relay_over_standard",
@@ -303,3 +304,27 @@ def test_the_contender_is_class_aware_and_ranks_have_slices_of_one_epoch(monkeyp
     stream = [labels[image] for part in slices for image in part]
     assert sorted(stream[:401]) == list(range(401))
     assert sorted(stream[401:802]) == list(range(401))
+
+
+# The input pipeline's benchmark.
+
+
+def test_the_input_benchmark_in_miniature(tmp_path, monkeypatch):
+    tiny = input_benchmark.Settings(files=20, images=64, batch=16, rounds=2, large=20_000)
+    monkeypatch.setattr(input_benchmark, "QUICK", tiny)
+    monkeypatch.setattr(input_benchmark, "SMALL", 500)
+    file = tmp_path / "input.json"
+    input_benchmark.main(["--quick", "--json", str(file)])
+    figures = json.loads(file.read_text())["figures"]
+    keys = {"images_per_core_over_torchvision", "images_per_core_over_libjpeg", "slowdown_10k_to_8m"}
+    assert keys <= figures.keys()
+    assert figures["least_psnr_db"] >= 55
+
+
+def test_wrong_crops_end_the_input_benchmark(tmp_path, monkeypatch):
+    names = input_benchmark.write_photographs(tmp_path, 4)
+    source = input_benchmark.indexed(tmp_path, names, 500, tmp_path / "index.safetensors")
+    input_benchmark.check_pixels(source)
+    monkeypatch.setattr(input_benchmark, "plain_training_crop", lambda *_, **__: np.zeros((224, 224, 3)))
+    with pytest.raises(input_benchmark.WrongPixelsError, match="expected at least"):
+        input_benchmark.check_pixels(source)

@@ -1,6 +1,7 @@
 """The house's own rules: one direction of imports, no surprises at import, documents that name what exists."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -52,6 +53,26 @@ def test_the_lab_is_not_imported_by_the_method_nor_tests_by_either() -> None:
     for path in (ROOT / "src").rglob("*.py"):
         roots = {name.split(".")[0] for name in imported_modules(path)}
         assert not roots & {"tests", "benchmarks", "nets", "oracle"}, path
+
+
+def at_import(path: Path) -> set[str]:
+    """The lab's modules that a file of it imports when it is imported, without those for types alone."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("relaylab"):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_the_lab_has_no_cycles_and_data_knows_nothing_above_it() -> None:
+    lab = ROOT / "src" / "relaylab"
+    files = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path for path in lab.rglob("*.py")}
+    imports = {name: at_import(path) & files.keys() for name, path in files.items()}
+    tuple(graphlib.TopologicalSorter(imports).static_order())  # raises on a cycle
+    below = {"relaylab.cores", "relaylab.errors", "relaylab.files", "relaylab.pictures", "relaylab.progress"}
+    for name in files:
+        if name.startswith("relaylab.data."):
+            assert {other for other in imports[name] if not other.startswith("relaylab.data.")} <= below, name
 
 
 def test_importing_the_method_brings_in_nothing_unplanned() -> None:

@@ -1,14 +1,13 @@
 """Images that cannot be used: said by name, counted, and too many of them stop the work."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from relaylab.errors import LabError
+from relaylab.files import write_text
 
 log = logging.getLogger("relaylab.data")
 
@@ -103,10 +102,7 @@ class FaultLog:
         if self.file is None:
             return False
         try:
-            descriptor, temporary = tempfile.mkstemp(dir=self.file.parent, prefix=f".{self.file.name}.")
-            with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.write("".join(f"{line}\n" for line in self.lines()))
-            Path(temporary).replace(self.file)
+            write_text(self.file, "".join(f"{line}\n" for line in self.lines()))
         except OSError as error:  # what has to be said is the images, not this
             log.warning("cannot write %s: %s", self.file, error.strerror)
             return False
