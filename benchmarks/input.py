@@ -91,7 +91,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(images=1024, budget_s=20, slowdown_budget_s=7)
+QUICK = Settings(budget_s=22, slowdown_budget_s=8)
 
 
 def write_photographs(folder: Path, count: int) -> list[str]:

@@ -9,6 +9,7 @@ Note [Index]
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -182,8 +183,8 @@ class IndexedImages:
         """
         place = self.places[int(self._rows("place", number)[0])]
         if "spans" not in self._tensors:
-            path = Path(place.path, os.fsdecode(self.relative_name(number)))
-            with path.open("rb", buffering=0) as file:
+            path = f"{place.path}/{os.fsdecode(self.relative_name(number))}"
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb", buffering=0) as file:
                 return file.readall()
         offset, size = self._rows("spans", number)[0].tolist()
         return _pread(self._descriptor(place.path), size, offset, place.path)
@@ -193,7 +194,7 @@ class IndexedImages:
         dtype, shape, offset = self._tensors[tensor]
         if not 0 <= number <= shape[0] - count:
             raise IndexError(f"image {number}: expected 0 .. {len(self) - 1}")
-        row = dtype.itemsize * int(np.prod(shape[1:]))
+        row = dtype.itemsize * math.prod(shape[1:])
         data = _pread(self._descriptor(str(self._path)), count * row, offset + int(number) * row, self._path)
         return np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
@@ -232,7 +233,7 @@ def _header(descriptor: int) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...],
     for name, one in header.items():
         dtype, shape = np.dtype(TYPES[one["dtype"]]), tuple(one["shape"])
         start, stop = (8 + length + place for place in one["data_offsets"])
-        if stop > size or stop - start != dtype.itemsize * int(np.prod(shape)):
+        if stop > size or stop - start != dtype.itemsize * math.prod(shape):
             raise ValueError(f"{name} cut short")
         tensors[name] = dtype, shape, start
     return tensors, json.loads(metadata["about"])
