@@ -42,9 +42,8 @@ from benchmarks.measure import (
     interleave,
     keep_memory,
     parse_arguments,
+    publish,
     ratio,
-    table,
-    write_result,
 )
 from benchmarks.networks import Subject, resnet50, vgg22
 from relaybackprop import Plan, Relay, RelayLoss
@@ -364,10 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "resnet50": f"{settings.resnet50_batch} x 3 x {settings.resnet50_pixels}^2, float32",
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    print(table(figures, targets(figures)))
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
-    if arguments.json is not None:
-        write_result(arguments.json, figures, about)
+    publish(figures, targets(figures), about, arguments.json)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ from benchmarks.measure import (
     environment,
     interleave,
     parse_arguments,
+    publish,
     ratio,
-    table,
-    write_result,
 )
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import OrderedBatches
@@ -342,10 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "batch": settings.batch,
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    print(table(figures, TARGETS))
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
-    if arguments.json is not None:
-        write_result(arguments.json, figures, about)
+    publish(figures, TARGETS, about, arguments.json)
 
 
 if __name__ == "__main__":

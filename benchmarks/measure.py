@@ -270,6 +270,18 @@ def parse_arguments(name: str, description: str, argv: Sequence[str] | None = No
     return Arguments(given.quick, file)
 
 
+def publish(figures: Figures, goals: Mapping[str, Target], about: Mapping[str, Any], file: Path | None) -> None:
+    """Print the table and what the figures depend on, and write both to a file if there is one.
+
+    Raises:
+        ValueError: as `write_result`.
+    """
+    print(table(figures, goals))
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
+    if file is not None:
+        write_result(file, figures, about)
+
+
 def write_result(file: Path, figures: Figures, about: Mapping[str, Any]) -> None:
     """Write {"figures": {key: number}, "environment": {...}} as JSON. FILE is whole or untouched, whatever happens.
 

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from benchmarks.measure import Figures, Target, environment, parse_arguments, table, write_result
+from benchmarks.measure import Figures, Target, environment, parse_arguments, publish
 from relaylab.data.sampling import ClassAwareSampler, ShuffledSampler, SquareRootSampler
 
 IMAGES, CLASSES = 8_100_000, 401
@@ -166,10 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "labels": f"{IMAGES:,} images in {CLASSES} classes, sorted by class",
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    print(table(figures, TARGETS))
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
-    if arguments.json is not None:
-        write_result(arguments.json, figures, about)
+    publish(figures, TARGETS, about, arguments.json)
 
 
 if __name__ == "__main__":
