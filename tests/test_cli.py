@@ -125,10 +125,10 @@ def test_folders_that_are_no_data_set(
 
 def test_an_unreadable_image_is_named(image_tree: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     root = image_tree(train__a=1, train__b=1, val__a=1, val__b=1)
-    (root / "train/b/broken.jpg").write_bytes(b"no picture")
+    (root / "val/b/broken.jpg").write_bytes(b"no picture")
     said = refused(capsys, "--data", str(root), "--size", "8", "--out", str(tmp_path / "report"))
     assert "unreadable image" in said
-    assert "train/b/broken.jpg" in said
+    assert "val/b/broken.jpg" in said
 
 
 def test_a_file_that_is_no_tar(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -180,5 +180,5 @@ def test_ctrl_c_leaves_cleanly(tmp_path: Path) -> None:
     # Python itself may end by the signal where it was raised inside an exec; a shell says 130 to both.
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "relaylab: interrupted; no report was written"
+    assert errors.splitlines()[-1] == "relaylab: interrupted"
     assert not folder.exists()

@@ -13,6 +13,7 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 from PIL import Image
 
 from relaylab import cli
+from relaylab.data import survey
 from relaylab.data.survey import kind, spread
 
 
@@ -89,6 +90,23 @@ def test_check_of_good_images(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["data", "check", str(tree), "--split", "val", "--out", str(out), "--workers", "0"]) == 0
     assert (out / "val" / "bad-images.txt").read_text() == ""
+
+
+def test_what_is_found_before_ctrl_c_is_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = survey.Survey.add
+
+    def interrupted(self: survey.Survey, other: survey.Survey) -> None:
+        if self.examined:
+            raise KeyboardInterrupt
+        add(self, other)
+
+    monkeypatch.setattr(survey, "BATCH", 4)
+    monkeypatch.setattr(survey.Survey, "add", interrupted)
+    out = tmp_path / "out"
+    assert cli.main(["data", "check", str(tree), "--split", "train", "--out", str(out), "--workers", "0"]) == 130
+    facts = json.loads((out / "train" / "summary.json").read_text())
+    assert facts["examined"] == 4
+    assert len(facts["unreadable"]) == 2
 
 
 def test_workers_find_the_same(tree: Path, tmp_path: Path) -> None:

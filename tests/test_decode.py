@@ -163,6 +163,16 @@ def test_what_strict_decoding_refuses_is_told_apart() -> None:
     assert decode_checked(data)[1] is None
 
 
+def test_what_the_jpeg_reader_does_not_know_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(data: bytes) -> None:
+        raise KeyError(6)
+
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg_header", fail)
+    pixels, complaint = decode_checked(encoded(quarters(), quality=95))
+    assert complaint == "a chroma subsampling without a name"
+    assert_quarters(pixels)
+
+
 def test_bombs_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def bomb(width: int, height: int) -> bytes:
         data = bytearray(encoded(quarters(), "JPEG"))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from relaylab import cli, demo, demo_data, demo_report
 from relaylab.config import DemoConfig
+from relaylab.data.faults import TooManyFaultsError
 from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Silent
 
@@ -217,6 +218,19 @@ def test_a_long_tail_and_class_aware_sampling(tmp_path: Path) -> None:
     assert list(shuffled["data"]["epoch_draws"]) == ["shuffled"]
     assert (tmp_path / "shuffled" / "training-images.txt").read_text().splitlines() == kept
     assert shuffled["runs"][0]["epochs"] != figures["runs"][0]["epochs"]
+
+
+def test_unreadable_training_images_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
+    (root / "train" / "zoo" / "3.png").write_bytes(b"")
+    config = DemoConfig(data=(root,), size=32, workers=0).resolved()
+    data = demo_data.load(config)
+    assert np.bincount(data.train.labels).tolist() == [12, 19]
+    assert "zoo/3.png: the file is empty" in caplog.text
+    for number in range(4, 15):
+        (root / "train" / "zoo" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(TooManyFaultsError, match="12 unreadable images, 10 allowed"):
+        demo_data.load(config)
 
 
 def test_images_that_do_not_fit_into_memory_are_decoded_as_they_are_needed(

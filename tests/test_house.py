@@ -126,7 +126,7 @@ def test_the_data_pages_python_runs(tmp_path: Path) -> None:
         folder = tmp_path / "places2" / "train" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         image.new("RGB", (340, 260), (9 * number, 90, 30)).save(folder / f"{number}.jpg")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (block, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
     code = block.replace("batch_size=256, workers=8", "batch_size=4, workers=0") + "\nprint(images.shape, images.dtype)"
     assert code.count("batch_size=4") == 1
     run = subprocess.run([sys.executable, "-W", "error", "-"], input=code, capture_output=True, text=True, cwd=tmp_path)

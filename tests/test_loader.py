@@ -379,7 +379,7 @@ def test_memory_holds_the_centre_squares(source: InMemory) -> None:
 
 
 def test_memory_says_what_is_missing(damaged: InMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"unreadable image beach/4\.jpg: .*, and 3 more; repair"):
+    with pytest.raises(InputError, match=r"unreadable image beach/4\.jpg: .*, and 3 more; `relaylab data check`"):
         decode_all(damaged, VIEW)
     reads = damaged.reads
     assert reads == 30  # all have been tried
@@ -425,3 +425,29 @@ def test_real_scenes(shared_data: Path) -> None:
         for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
             expected = plain_training_crop(files[number], view, seed=2, draw=draw)
             np.testing.assert_array_equal(image.numpy(), expected)
+
+
+def test_only_one_iterator_at_a_time(source: InMemory) -> None:
+    loader = training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    next(second)
+    with pytest.raises(InputError, match="one at a time"):
+        next(first)
+    assert next(second).draws.tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("options", [{"workers": -1}, {"prefetch": 0}, {"start": "nope"}, {"max_fault_share": 2.0}])
+def test_options_are_checked(options: dict, source: InMemory) -> None:
+    with pytest.raises(InputError, match=r"expected|must be"):
+        training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4, **options)
+
+
+def test_a_state_moves_from_memory_to_files(source: InMemory) -> None:
+    decoded = decode_all(source, VIEW)
+    memory_loader = MemoryTrainingLoader(decoded, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    next(iter(memory_loader))
+    files = training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    files.load_state_dict(memory_loader.state_dict())
+    assert files.position == 4

@@ -319,7 +319,8 @@ def test_images_that_vanish_raise_oserror(tmp_path: Path, opened: Open) -> None:
     with pytest.raises(FileNotFoundError):
         tree.read(0)
     os.truncate(packed, 4000)
-    assert early.read(0) == b"1" * 100
+    with pytest.raises(OSError, match="changed since it was indexed"):  # open already, and still all there
+        early.read(0)
     with pytest.raises(OSError, match="shorter than it was"):
         early.read(1)
     with pytest.raises(OSError, match="changed since it was indexed"):
@@ -579,6 +580,59 @@ def test_miniplaces(shared_data: Path, tmp_path: Path, opened: Open) -> None:
 
 
 # Subsets
+
+
+def test_a_tar_overwritten_in_place_is_found_out(tmp_path: Path, opened: Open) -> None:
+    packed = tar(tmp_path / "a.tar", {"bus/1.jpg": b"1" * 100, "zoo/1.jpg": b"2" * 100})
+    source = opened(packed)
+    assert source.read(0) == b"1" * 100
+    with packed.open("r+b") as file:  # the same inode, the same size
+        content = file.read()
+        file.seek(0)
+        file.write(content.replace(b"1" * 100, b"3" * 100))
+    os.utime(packed, ns=(1, 1))
+    with pytest.raises(OSError, match="changed since it was indexed"):
+        source.read(0)
+
+
+def test_splits_of_one_tar_have_their_own_fingerprints(tmp_path: Path, opened: Open) -> None:
+    files = {f"{split}/{name}/1.jpg": split.encode() for split in ("train", "val") for name in ("bus", "zoo")}
+    packed = tar(tmp_path / "a.tar", files)
+    train, val = (opened(packed, split=split) for split in ("train", "val"))
+    assert train.fingerprint != val.fingerprint
+    assert Thinned(train, [0]).fingerprint != Thinned(val, [0]).fingerprint
+
+
+def test_paths_may_be_strings(tmp_path: Path, opened: Open) -> None:
+    root = write(tmp_path / "data", {"bus/1.jpg": b"", "zoo/1.jpg": b""})
+    assert len(open_source(str(root))) == len(open_source([str(root)])) == len(opened(root)) == 2
+
+
+def test_classes_of_odd_bytes_are_shown_escaped(tmp_path: Path, opened: Open) -> None:
+    try:
+        root = write(tmp_path / "data", {os.fsdecode(b"caf\xe9/1.jpg"): b"", "bus/1.jpg": b""})
+    except OSError:
+        pytest.skip("this file system takes only names in UTF-8")
+    source = opened(root)
+    assert list(source.classes) == ["bus", "caf\\xe9"]
+    again = opened(root, classes=source.folders)
+    assert again.labels.tolist() == source.labels.tolist()
+
+
+def test_a_list_does_not_leave_its_root_by_a_link_higher_up(tmp_path: Path, opened: Open) -> None:
+    write(tmp_path / "outside", {"sub/x.jpg": b"secret"})
+    root = write(tmp_path / "data", {"bus/1.jpg": b""})
+    (root / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "list.txt").write_text("bus/1.jpg 0\nlink/sub/x.jpg 1\n")
+    with pytest.raises(InputError, match="leads out of"):
+        opened(tmp_path / "list.txt", root)
+
+
+def test_a_strange_list_takes_no_time(tmp_path: Path, opened: Open) -> None:
+    root = write(tmp_path / "data", {"bus/1.jpg": b""})
+    (tmp_path / "list.txt").write_text("bus/1" + " " * 20_000 + "1 2\n")
+    with pytest.raises(InputError, match="line 1"):
+        opened(tmp_path / "list.txt", root)
 
 
 def test_fingerprints_tell_data_apart(tmp_path: Path, opened: Open) -> None:

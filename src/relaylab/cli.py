@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; no report was written", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
 
 
 def _run(config: "DemoConfig | InspectConfig | CheckConfig", command: str) -> int:

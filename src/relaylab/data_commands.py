@@ -12,7 +12,7 @@ from relaylab.data.balance import balance_picture
 from relaylab.data.index import IndexedImages
 from relaylab.data.listing import SplitNeededError
 from relaylab.data.opening import open_source
-from relaylab.data.survey import spread, summary, survey
+from relaylab.data.survey import Survey, spread, summary, survey
 from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.progress import progress
@@ -37,13 +37,15 @@ def run(config: InspectConfig | CheckConfig, folder: Path) -> int:
     limit = config.sample if isinstance(config, InspectConfig) else None
     bad = 0
     for split, source in _sources(config):
-        numbers = spread(len(source), limit)
-        with progress("decoding", len(numbers)) as task:
-            findings = survey(source, limit=limit, workers=config.workers, task=task)
-        facts = summary(source, findings)
-        here = folder / split if split else folder
-        _write(here, facts)
-        print(f"{describe(facts, split)}\nFiles: {here.resolve()}\n")
+        numbers, findings = spread(len(source), limit), Survey()
+        try:
+            with progress("decoding", len(numbers)) as task:
+                survey(source, findings, limit=limit, workers=config.workers, task=task)
+        finally:  # Ctrl-C, after hours perhaps: what was found by then is not lost
+            facts = summary(source, findings)
+            here = folder / split if split else folder
+            _write(here, facts, split)
+            print(f"{describe(facts, split)}\nFiles: {here.resolve()}\n")
         bad += len(findings.unreadable) + len(findings.damaged)
     return BAD_IMAGES_FOUND if bad and isinstance(config, CheckConfig) else 0
 
@@ -81,7 +83,7 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     if ignored:
         kinds = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in ignored.items())
         lines.append(f"  passed over         {kinds}")
-    part = "all" if facts["examined"] == facts["images"] else f"{facts['examined']:,}, evenly spread"
+    part = "all" if facts["examined"] == facts["images"] else f"{facts['examined']:,}, of them"
     lines.append(f"  decoded             {part}")
     for key, unit in (("short_side", "pixels"), ("width", "pixels"), ("height", "pixels"), ("file_bytes", "bytes")):
         if facts[key]:
@@ -99,13 +101,13 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _write(folder: Path, facts: dict[str, Any]) -> None:
+def _write(folder: Path, facts: dict[str, Any], split: str | None) -> None:
     files = {"summary.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
     if facts["images"] > facts["unlabelled"]:
         picture = balance_picture(
             {"images": [count for _, count in facts["classes"]]},
             [name for name, _ in facts["classes"]],
-            title=f"{facts['title']}: images of each class",
+            title=f"{facts['title']}{f', {split}' if split else ''}: images of each class",
             unit="images",
         )
         files["balance.svg"] = picture

@@ -13,6 +13,7 @@ from PIL import Image
 from relaylab.config import DemoConfig
 from relaylab.data.batches import Batch
 from relaylab.data.cache import cache_folder
+from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
 from relaylab.data.loader import evaluation_loader, training_loader
 from relaylab.data.memory import (
@@ -23,7 +24,7 @@ from relaylab.data.memory import (
     decoded_statistics,
     free_memory,
 )
-from relaylab.data.opening import open_source
+from relaylab.data.opening import LISTS, open_source
 from relaylab.data.sampling import ClassAwareSampler, KeyedSampler, ShuffledSampler, SquareRootSampler
 from relaylab.data.source import Source
 from relaylab.data.statistics import ImageStatistics, image_statistics
@@ -232,6 +233,8 @@ def _load_digits(config: DemoConfig) -> ImageSet:
 
 
 def _load_files(config: DemoConfig) -> ImageSet:
+    if any(path.is_file() and path.suffix.lower() in LISTS for path in config.data):
+        raise InputError("the demo takes folders and tar files with train/ and val/; for lists see docs/data.md")
     train = open_source(config.data, split="train", watch=progress)
     val = open_source(config.data, split="val", classes=train.folders, watch=progress)
     count = _class_count(config, len(train.classes))
@@ -247,10 +250,12 @@ def _load_files(config: DemoConfig) -> ImageSet:
     if needed <= MEMORY_SHARE * free_memory("cpu"):
         with progress("decoding", sum(len(source) for source in sources.values())) as task:
             workers = min(cast(int, config.workers), len(numbers["train"]) // 500)  # to start one takes seconds
-            parts: dict[str, Part] = {
-                name: InMemory(decode_all(source, view, workers=workers, task=task), view)
-                for name, source in sources.items()
+            faults = FaultLog(len(sources["train"]))  # evaluation needs all images, training does not
+            decoded = {
+                "train": decode_all(sources["train"], view, workers=workers, faults=faults, task=task),
+                "val": decode_all(sources["val"], view, workers=workers, task=task),
             }
+            parts: dict[str, Part] = {name: InMemory(images, view) for name, images in decoded.items()}
     else:
         parts = {name: OnDisk(source, view, cast(int, config.workers)) for name, source in sources.items()}
     title = " + ".join(path.name for path in config.data)

@@ -70,6 +70,8 @@ def gradients(figures: Mapping[str, Any], moment: str, *, relative: bool, title:
         return [layer["gradient"] / (layer["weight"] if relative else 1.0) for layer in layers]
 
     def draw(axes: Axes) -> None:
+        if any(_of_runs(figures, scheme, row).max() > 0 for scheme in SCHEME_COLOURS):  # a dead network has no log
+            axes.set_yscale("log")
         for scheme, colour in SCHEME_COLOURS.items():
             mean = _of_runs(figures, scheme, row).mean(axis=0)
             dashes = SCHEME_DASHES[scheme]
@@ -77,7 +79,6 @@ def gradients(figures: Mapping[str, Any], moment: str, *, relative: bool, title:
             width, order = (3.5, 2) if dashes == "-" else (1.4, 3)
             look: dict[str, Any] = {"linestyle": dashes, "linewidth": width, "zorder": order, "marker": "o"}
             axes.plot(mean, **look, markersize=4, color=colour, label=figures["schemes"][scheme])
-        axes.set_yscale("log")
         labels = [name.replace("segment", "").replace("classifier.", "").replace(".conv", "-") for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=60 if len(names) > 14 else 0, fontsize=9)
         axes.set_xlabel("weight layer, lowest on the left (segment-convolution, fc)")

@@ -213,9 +213,7 @@ def _balance(figures: Mapping[str, Any]) -> str:
     draws: dict[str, list[int]] = figures["data"]["epoch_draws"]
     titles = {"shuffled": "shuffled: the classes' sizes", "class-aware": "class-aware", "square-root": "square root"}
     counts = {titles[kind]: count for kind, count in draws.items()}
-    return balance_picture(
-        counts, figures["data"]["classes"], title="Draws of each class in an epoch", unit="training images"
-    )
+    return balance_picture(counts, figures["data"]["classes"], title="Draws of each class in an epoch", unit="draws")
 
 
 def _seconds(figures: Mapping[str, Any], scheme: str) -> float:

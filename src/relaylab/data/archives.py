@@ -91,7 +91,8 @@ def list_tars(
                 elif not is_image(member.path):
                     rows.ignore(member.path)
                 elif part != (split or "") and not (split == "test" and key is None):
-                    rows.ignore(member.path)
+                    if part not in SPLITS:  # the other splits' images are not passed over
+                        rows.ignore(member.path)
                 elif key is None and split != "test" and not flat:
                     rows.ignore(member.path)
                     outside = True

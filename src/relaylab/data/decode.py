@@ -85,8 +85,9 @@ def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixel
         )
     except ImageFault:
         raise
-    except ValueError as error:
-        complaint = _line(error)
+    except (ValueError, LookupError) as error:  # simplejpeg looks up colour spaces that it does not know
+        known = isinstance(error, ValueError)
+        complaint = _line(error) if known else "a chroma subsampling without a name"
         if "premature end" in complaint.lower():
             raise ImageFault(complaint) from None
         return _decode_by_pillow(data, short_side), complaint

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relaylab.errors import LabError
+from relaylab.errors import InputError, LabError
 from relaylab.files import write_text
 
 log = logging.getLogger("relaylab.data")
@@ -52,6 +52,8 @@ class FaultLog:
     """
 
     def __init__(self, num_images: int, *, max_share: float = 0.001, file: Path | None = None) -> None:
+        if not 0 <= max_share <= 1:
+            raise InputError(f"max_share must be 0 to 1, not {max_share}")
         self.limit = max(ALWAYS_ALLOWED, int(max_share * num_images))
         self.file = file
         self._reasons: dict[int, tuple[str, str]] = {}

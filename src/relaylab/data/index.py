@@ -48,8 +48,8 @@ def write_index(path: Path, listing: Listing) -> None:
         InputError: the file cannot be written.
     """
     about = {
-        "title": listing.title,
-        "classes": listing.classes,
+        "title": printable(listing.title),
+        "classes": [printable(name) for name in listing.classes],
         "folders": listing.folders,
         "places": listing.places,
         "ignored": listing.ignored,
@@ -60,6 +60,10 @@ def write_index(path: Path, listing: Listing) -> None:
     tensors["place"] = listing.place
     if listing.spans is not None:
         tensors["spans"] = listing.spans
+    content = sha256()
+    for tensor in tensors.values():
+        content.update(np.ascontiguousarray(tensor).data)
+    about["content"] = content.hexdigest()  # the splits of one tar differ in nothing else
     with written(path) as file:
         save_file(tensors, file, metadata={"format": FORMAT, "about": json.dumps(about)})
 
@@ -187,7 +191,10 @@ class IndexedImages:
             with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb", buffering=0) as file:
                 return file.readall()
         offset, size = self._rows("spans", number)[0].tolist()
-        return _pread(self._descriptor(place.path), size, offset, place.path)
+        descriptor = self._descriptor(place.path)
+        data = _pread(descriptor, size, offset, place.path)
+        self._check_unchanged(descriptor, place.path)  # after it: what has been read is from before a change
+        return data
 
     def _rows(self, tensor: str, number: int, count: int = 1) -> NDArray[Any]:
         """Some rows of a tensor, read from the file."""
@@ -198,16 +205,22 @@ class IndexedImages:
         data = _pread(self._descriptor(str(self._path)), count * row, offset + int(number) * row, self._path)
         return np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
+    def _check_unchanged(self, descriptor: int, path: str) -> None:
+        known = self.__dict__.get("_stamps", {}).get(path)
+        if known is not None and _state(descriptor)[:2] != (known.size, known.mtime_ns):
+            raise OSError(5, "the file has changed since it was indexed", path)
+
     def _descriptor(self, path: str) -> int:
         """An open file, opened when first needed."""
         found = self._descriptors.get(path)
         if found is not None:
             return found
         opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        known = self.__dict__.get("_stamps", {}).get(path)
-        if known is not None and _state(opened)[:2] != (known.size, known.mtime_ns):
+        try:
+            self._check_unchanged(opened, path)
+        except OSError:
             os.close(opened)
-            raise OSError(5, "the file has changed since it was indexed", path)
+            raise
         kept = self._descriptors.setdefault(path, opened)  # another thread may have been faster
         if kept != opened:
             os.close(opened)

@@ -19,7 +19,6 @@ from relaylab.errors import InputError
 
 LARGEST_LABEL = 999_999
 LINES_AT_ONCE = 10_000
-_LABELLED = re.compile(rb"(\S.*?)[ \t]*[ \t,][ \t]*(\S+)")
 
 
 def list_file(file: Path, root: Path, categories: Path | None, named: list[Path], watch: Watch) -> Listing:
@@ -95,15 +94,16 @@ def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
     """Name and label; the label is taken from the right, since names may have spaces."""
     if is_image(os.fsdecode(text)):
         return text, UNLABELLED
-    match = _LABELLED.fullmatch(text)
-    if match is None or not is_image(os.fsdecode(match[1])):
+    label = re.split(rb"[ \t,]", text)[-1]
+    name = text[: len(text) - len(label)].rstrip(b" \t").removesuffix(b",").rstrip(b" \t")
+    if not name or not label or not is_image(os.fsdecode(name)):
         raise InputError(f"{where}: {printable(text)!r}; expected NAME LABEL, an image and its class number")
-    if not match[2].removeprefix(b"-").isdigit():
-        raise InputError(f"{where}: label {printable(match[2])!r}; expected a whole number")
-    label = int(match[2]) if len(match[2]) < 12 else LARGEST_LABEL + 1
-    if not 0 <= label <= largest:
-        raise InputError(f"{where}: label {printable(match[2])}; expected 0 .. {largest}")
-    return match[1], label
+    if not label.removeprefix(b"-").isdigit():
+        raise InputError(f"{where}: label {printable(label)!r}; expected a whole number")
+    number = int(label) if len(label) < 12 else LARGEST_LABEL + 1
+    if not 0 <= number <= largest:
+        raise InputError(f"{where}: label {printable(label)}; expected 0 .. {largest}")
+    return name, number
 
 
 def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
@@ -136,7 +136,7 @@ def _kinds(folder: bytes, root: bytes) -> dict[bytes, str]:
     """What is in a folder: file or folder by name; nothing where there is no such folder."""
     kinds: dict[bytes, str] = {}
     try:
-        if Path(os.fsdecode(folder)).is_symlink():
+        if os.path.realpath(folder) != folder:  # a link, or a folder below one
             refuse_to_leave(os.fsdecode(folder), os.fsdecode(root))
         with os.scandir(folder) as entries:
             for entry in entries:

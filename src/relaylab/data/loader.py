@@ -7,6 +7,7 @@ Note [Loading]
 3. Batches in flight lie in shared memory: (workers * prefetch + 1) * batch_size * 3 * size * size bytes.
 """
 
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,17 @@ class Workers:
     pin_memory: bool = False
     start: str | None = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: a count below 0, a prefetch below 1, or a way to start that this platform does not have.
+        """
+        if self.count < 0 or self.prefetch < 1:
+            raise InputError(f"{self.count} workers, prefetch {self.prefetch}: expected at least 0 and at least 1")
+        if self.start not in (None, *multiprocessing.get_all_start_methods()):
+            raise InputError(f"start {self.start!r}: expected one of {multiprocessing.get_all_start_methods()}")
+
     def loader(self, dataset: Dataset[Any], batches: Any, *, keep: bool = False) -> "DataLoader[Any]":
         """PyTorch's DataLoader around a data set that makes whole batches.
 
@@ -75,6 +87,7 @@ class TrainingLoader:
     def __init__(self, batches: "_Batches", draws: DrawBatches, faults: FaultLog) -> None:
         self._batches, self._draws, self.faults = batches, draws, faults
         self.position = draws.sampler.position
+        self._iterations = 0
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -88,10 +101,14 @@ class TrainingLoader:
             InputError: a class of which no image can be read.
         """
         self._draws.sampler.seek(self.position)
+        self._iterations += 1
+        iteration = self._iterations
         for batch in self._batches:
             self.faults.record(batch.faults)
             self.position += len(batch)
             yield batch
+            if iteration != self._iterations:
+                raise InputError("this iterator of a training loader was replaced by a later one: use one at a time")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, in batches used, and the faults so far."""
@@ -107,7 +124,8 @@ class TrainingLoader:
         """
         self._draws.sampler.load_state_dict(state["sampler"])
         self.position = self._draws.sampler.position
-        self.faults.load_state_dict(state["faults"])
+        if "faults" in state:  # a loader from memory has none
+            self.faults.load_state_dict(state["faults"])
 
 
 class EvaluationLoader:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
-from relaylab.data.faults import Fault
+from relaylab.data.faults import Fault, FaultLog
 from relaylab.data.geometry import View, centre_box
 from relaylab.data.keyed import uniforms
 from relaylab.data.loader import Workers
@@ -48,6 +48,7 @@ def decode_all(
     *,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    faults: FaultLog | None = None,
     task: Task | None = None,
 ) -> DecodedImages:
     """Decode a whole source into memory: n * short_side^2 * 3 bytes.
@@ -57,10 +58,12 @@ def decode_all(
         view: its `short_side` is the side of the squares; the crop is taken later.
         device: where they are kept.
         workers: processes that decode; 0 decodes in this one.
+        faults: takes note of unreadable images, which are then left out; None makes them an error.
         task: counts images.
 
     Raises:
         InputError: there is too little memory, or images that cannot be read, after all have been tried.
+        TooManyFaultsError: more of them than `faults` allows.
     """
     task = task or Silent()
     side = view.short_side
@@ -73,19 +76,24 @@ def decode_all(
     images = torch.empty(len(source), side, side, 3, dtype=torch.uint8, device=device)
     labels = torch.empty(len(source), dtype=torch.int64, device=device)
     dataset = ImageBatches(source, replace(view, size=side), training=False)
-    first: Fault | None = None
-    faults = 0
+    found: list[Fault] = []
     done = 0
     for batch in Workers(count=workers).loader(dataset, OrderedBatches(range(len(source)), 64)):
         images[done : done + len(batch)] = batch.images
         labels[done : done + len(batch)] = batch.labels
         done += len(batch)
-        first = first or next(iter(batch.faults), None)
-        faults += len(batch.faults)
+        found += batch.faults
         task.advance(len(batch))
-    if first is not None:
-        more = f", and {faults - 1} more" if faults > 1 else ""
-        raise InputError(f"unreadable image {first.name}: {first.reason}{more}; repair them or leave them out")
+    if found and faults is None:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise InputError(
+            f"unreadable image {found[0].name}: {found[0].reason}{more}; `relaylab data check` lists them all"
+        )
+    if found and faults is not None:
+        faults.record(found)
+        good = torch.ones(len(source), dtype=torch.bool, device=device)
+        good[[fault.number for fault in found]] = False
+        images, labels = images[good], labels[good]
     return DecodedImages(images, labels, tuple(source.classes))
 
 

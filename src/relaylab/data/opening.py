@@ -46,7 +46,7 @@ class _Request:
 
 
 def open_source(
-    paths: Sequence[Path],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     split: str | None = None,
     classes: Sequence[str] | None = None,
@@ -73,6 +73,7 @@ def open_source(
     Raises:
         InputError: anything wrong with the paths or with what they hold.
     """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     request = _request(paths, split, classes, root, categories)
     folder = cache_folder(cache)
     file = request.file(folder)

@@ -215,7 +215,8 @@ class DrawBatches(Sampler[Any]):
     """A batch sampler for this package's data sets: an image together with the number of the draw that chose it.
 
     The draw's number is the key of all that is random about the image. No draw is ever dropped: an epoch is a whole
-    number of batches, and the next one begins with the next draw.
+    number of batches, and the next one begins with the next draw. (Resumed with another batch size than before, the
+    rest of the epoch may end with a smaller batch.)
 
     Args:
         sampler: of the images.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from relaylab.cores import available_cores
@@ -95,17 +95,37 @@ def kind(data: bytes) -> str:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 text = f"{image.format} {image.mode}"
                 progressive = bool(image.info.get("progressive"))
-                frames = getattr(image, "n_frames", 1)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+                animated = image.format in ("GIF", "WEBP") and _frames(image) > 1
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's readers let through whatever odd bytes bring about in them
         return "unknown"
-    return text + ", progressive" * progressive + ", animated" * (frames > 1)
+    return text + ", progressive" * progressive + ", animated" * animated
 
 
-def survey(source: Source, *, limit: int | None = None, workers: int | None = None, task: Task | None = None) -> Survey:
+def _frames(image: Image.Image) -> int:
+    """Counting them reads all of them, of which only the first needs to be sound."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except MemoryError:
+        raise
+    except Exception:
+        return 1
+
+
+def survey(
+    source: Source,
+    findings: Survey,
+    *,
+    limit: int | None = None,
+    workers: int | None = None,
+    task: Task | None = None,
+) -> None:
     """Decode images and describe them.
 
     Args:
         source: of the images.
+        findings: what is found is added here as it is found, so that nothing is lost when the work is broken off.
         limit: look at no more than so many, evenly spread; None for all.
         workers: processes that decode; None for one on each core.
         task: is told of every image.
@@ -113,12 +133,10 @@ def survey(source: Source, *, limit: int | None = None, workers: int | None = No
     task = task or Silent()
     numbers = spread(len(source), limit)
     workers = min(available_cores() if workers is None else workers, len(numbers) // BATCH)
-    findings = Survey()
     for part in Workers(count=workers).loader(Examination(source), OrderedBatches(numbers, BATCH)):
         findings.add(part)
         bad = len(findings.unreadable) + len(findings.damaged)
         task.advance(part.examined, f"{bad} bad" if bad else None)
-    return findings
 
 
 def spread(count: int, limit: int | None) -> NDArray[np.int64]:
