@@ -90,7 +90,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(budget_s=22, slowdown_budget_s=8)
+QUICK = Settings(budget_s=17, slowdown_budget_s=6)
 
 
 def write_photographs(folder: Path, count: int) -> list[str]:
