@@ -20,7 +20,9 @@ Images = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]", he
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Split = Annotated[Literal["train", "val", "test"] | None, tyro.conf.arg(help_behavior_hint="")]
-Sources = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]")]
+Sources = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
+]
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
