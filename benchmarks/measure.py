@@ -21,7 +21,6 @@ import platform
 import random
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from relaylab.files import write_text
 
 Step = Callable[[], object]
 Figures = dict[str, float]
@@ -289,15 +290,7 @@ def write_result(file: Path, figures: Figures, about: Mapping[str, Any]) -> None
         ValueError: a figure is not finite, which JSON cannot say.
     """
     text = json.dumps({"figures": figures, "environment": dict(about)}, indent=2, allow_nan=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", text=True)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)  # a temporary file is the owner's alone; a result is for everybody
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(file, text)
 
 
 def _cpu_model() -> str:

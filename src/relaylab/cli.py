@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LAB_PACKAGES = frozenset(
     {
-        *("jinja2", "matplotlib", "numpy", "PIL", "platformdirs", "rich"),
-        *("safetensors", "simplejpeg", "sklearn", "torchvision", "tyro"),
+        *("jinja2", "matplotlib", "numpy", "PIL", "platformdirs", "psutil", "rich"),
+        *("safetensors", "scipy", "simplejpeg", "sklearn", "torchvision", "tyro"),
     }
 )
 INTERRUPTED = 130

@@ -185,7 +185,7 @@ def make_augmentation(data: ImageSet, config: DemoConfig, seed: int) -> Augmenta
     DEVIATION: differences are divided by each channel's standard deviation, which lets a network of any size learn at
     the same rate. Digits are neither mirrored nor coloured.
     """
-    statistics = data.train.statistics()
+    statistics = data.statistics
     return Augmentation(
         torch.from_numpy(statistics.mean_image),
         torch.from_numpy(statistics.std).clamp(min=1.0),

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, cast
 
 import numpy as np
@@ -150,6 +151,11 @@ class ImageSet:
     train: Part
     val: Part
     training_images: tuple[str, ...] = ()
+
+    @cached_property
+    def statistics(self) -> ImageStatistics:
+        """Of the training images; found once for all runs."""
+        return self.train.statistics()
 
 
 def load(config: DemoConfig) -> ImageSet:

@@ -1,7 +1,6 @@
 """Where indexes and unpacked archives are kept between runs, and how a file gets there whole or not at all."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from relaylab.errors import InputError
+from relaylab.files import replacing
 
 VARIABLE = "RELAYLAB_CACHE"
 
@@ -34,19 +34,11 @@ def written(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder or the file cannot be written.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.replace(path)
-        temporary = None
+        with replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise InputError(
             f"cannot write to the cache {path.parent}: {error.strerror or error}; name another folder with {VARIABLE}"
         ) from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
