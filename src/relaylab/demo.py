@@ -17,9 +17,10 @@ from relaylab.config import DemoConfig
 from relaylab.data.augment import Augmentation
 from relaylab.demo_data import ImageSet, make_sampler
 from relaylab.errors import NonFiniteLossError
+from relaylab.models.layers import classifier, initialise
 from relaylab.progress import Task
 
-MOMENTUM, WEIGHT_DECAY, DROPOUT = 0.9, 2e-4, 0.5  # the paper's, section 5.1
+MOMENTUM, WEIGHT_DECAY = 0.9, 2e-4  # the paper's, section 5.1
 LR_DROPS = (0.7, 0.9)  # DEVIATION: the paper divides by 10 when the error stops falling; fixed points need no patience
 GRADIENT_BATCH = 256
 VALIDATION_BATCH = 64  # larger ones fall out of a CPU's cache
@@ -67,30 +68,10 @@ def build_network(channels: int, classes: int, config: DemoConfig) -> nn.Sequent
             layers["pool"] = nn.MaxPool2d(2)
             side //= 2
         parts[f"segment{number + 1}"] = nn.Sequential(layers)
-    parts["classifier"] = _classifier(channels * side * side, 8 * width, classes)
+    parts["classifier"] = classifier(channels * side * side, 8 * width, classes)
     network = nn.Sequential(parts)
     initialise(network)
     return network
-
-
-def _classifier(features: int, hidden: int, classes: int) -> nn.Sequential:
-    layers = OrderedDict[str, nn.Module](flatten=nn.Flatten())
-    for i in (1, 2):
-        layers[f"fc{i}"] = nn.Linear(features, hidden)
-        layers[f"relu{i}"] = nn.ReLU()
-        layers[f"dropout{i}"] = nn.Dropout(DROPOUT)
-        features = hidden
-    layers["fc3"] = nn.Linear(features, classes)
-    return nn.Sequential(layers)
-
-
-def initialise(module: nn.Module) -> None:
-    """He's initialisation of all weight layers, in place; biases start at zero."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def relay_plan(network: nn.Sequential) -> Plan:

@@ -1,0 +1,194 @@
+"""From a recipe's plain values to modules, plans, heads and optimizers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.inception import InceptionAux
+
+from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, Window
+from relaylab import models
+from relaylab.errors import InputError
+from relaylab.models.layers import initialise
+from relaylab.recipe import Architecture, Head, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+
+INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How to build one architecture, and which options it has."""
+
+    build: Callable[..., nn.Module]
+    options: tuple[str, ...]
+    batch_norm: bool = False
+
+
+_VGG: dict[Architecture, _Kind] = {
+    f"vgg{depth}": _Kind(lambda depth=depth, **options: models.vgg(depth, **options), ("width",))  # pyright: ignore
+    for depth in (13, 16, 19, 22, 25)
+}
+KINDS: Mapping[Architecture, _Kind] = {
+    **_VGG,
+    "model_a": _Kind(models.model_a, ("width", "pyramid")),
+    "model_a_printed": _Kind(models.model_a_printed, ("width", "pyramid")),
+    "model_b": _Kind(models.model_b, ("width", "pyramid")),
+    "resnet50": _Kind(models.resnet50, (), batch_norm=True),
+    "inception_v3": _Kind(models.inception_v3, (), batch_norm=True),
+}
+
+
+def build_network(config: NetworkConfig) -> nn.Module:
+    """The network, with fresh weights.
+
+    Raises:
+        InputError: an unknown architecture, an option that it lacks, fewer than two classes, or images that are too
+            small.
+    """
+    kind = KINDS.get(config.architecture)
+    if kind is None:
+        raise InputError(f"unknown architecture {config.architecture!r}: expected one of {', '.join(KINDS)}")
+    if config.num_classes < 2:
+        raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
+    given = {"width": config.width, "pyramid": config.pyramid}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if name not in kind.options:
+            raise InputError(f"{config.architecture} has no {name}; leave network.{name} out")
+    return kind.build(num_classes=config.num_classes, image_size=config.image_size, **options)
+
+
+def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
+    """The plan of one of the paper's methods.
+
+    Args:
+        config: the windows of relay backpropagation.
+        scheme: "standard", "multi_loss", "isolated" or "relay".
+
+    Raises:
+        InputError: another scheme, or relay without auxiliary losses.
+    """
+    auxiliary = {
+        name: Window(top=window.top, bottom=window.bottom, above=window.above, weight=window.weight)
+        for name, window in config.auxiliary.items()
+    }
+    plan = Plan(Window(bottom=config.primary.bottom, above=config.primary.above), auxiliary)
+    makers: dict[str, Callable[[], Plan]] = {
+        "standard": plan.standard,
+        "multi_loss": plan.multi_loss,
+        "isolated": plan.isolated,
+        "relay": lambda: plan,
+    }
+    if scheme not in makers:
+        raise InputError(f"unknown scheme {scheme!r}: expected one of {', '.join(makers)}")
+    if not auxiliary and scheme != "standard":
+        raise InputError(f"the scheme {scheme!r} needs auxiliary losses, and the plan has none")
+    return makers[scheme]()
+
+
+def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The auxiliary heads, with fresh weights.
+
+    Args:
+        plan: which heads, and where.
+        network: its classes, and whether the heads have batch normalisation as the network has.
+        model: the network, whose maps the heads read. It is not changed.
+
+    Raises:
+        InputError: an unknown head, or a map too small for it.
+    """
+    shapes = head_inputs(plan, network, model)
+    return {
+        name: build_head(window.head, shapes[name], network.num_classes, KINDS[network.architecture].batch_norm)
+        for name, window in plan.auxiliary.items()
+    }
+
+
+def build_head(head: Head, shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
+    """One auxiliary head.
+
+    Args:
+        head: "googlenet" (`relaybackprop.AuxiliaryHead`, our default), "inception" (torchvision's of Inception-v3) or
+            "linear" (`relaybackprop.LinearHead`).
+        shape: of the map that it reads, (c, h, w).
+        num_classes: length of its output.
+        batch_norm: of the default head; torchvision's always has it.
+
+    Raises:
+        InputError: another name, or a map too small for it.
+    """
+    channels, *size = shape
+    match head:
+        case "googlenet":
+            module = AuxiliaryHead(channels, num_classes, batch_norm=batch_norm)
+            initialise(module)
+        case "linear":
+            module = LinearHead(channels, num_classes)
+            initialise(module)
+        case "inception":
+            if min(size) < INCEPTION_HEAD_MAP:
+                raise InputError(
+                    f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, and "
+                    f"reads one of {size[0]} x {size[1]}; take another head, or larger images"
+                )
+            module = InceptionAux(channels, num_classes)
+        case _:
+            raise InputError(f"unknown head {head!r}: expected googlenet, inception or linear")
+    return module
+
+
+def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """By auxiliary loss, the shape (c, h, w) of what its head reads, without computing anything."""
+    with torch.device("meta"):
+        twin = build_network(network) if any(p.device.type != "meta" for p in model.parameters()) else model
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, window in plan.auxiliary.items():
+
+        def note(_module: nn.Module, _args: Any, output: torch.Tensor, name: str = name) -> None:
+            shapes[name] = tuple(output.shape[1:])
+
+        twin.get_submodule(window.top).register_forward_hook(note)
+    with torch.no_grad():
+        twin.eval()(torch.empty(1, 3, network.image_size, network.image_size, device="meta"))
+    return shapes
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a training step needs.
+
+    Attributes:
+        relay: network, heads and plan.
+        criterion: the weighted sum of the losses.
+        optimizer: over the parameters of network and heads.
+    """
+
+    relay: Relay
+    criterion: RelayLoss
+    optimizer: torch.optim.SGD
+
+
+def build(recipe: Recipe, *, num_classes: int | None = None) -> Training:
+    """What a recipe trains, with fresh weights from the default random generator.
+
+    Args:
+        recipe: of a row.
+        num_classes: of other data than the recipe's own.
+
+    Raises:
+        InputError: values that do not go together.
+    """
+    network = recipe.network if num_classes is None else replace(recipe.network, num_classes=num_classes)
+    model = build_network(network)
+    plan = build_plan(recipe.plan, recipe.scheme)
+    heads = build_heads(recipe.plan, network, model) if plan.auxiliary else None
+    relay = Relay(model, plan, heads)
+    criterion = RelayLoss(nn.CrossEntropyLoss(label_smoothing=recipe.optimizer.label_smoothing), plan)
+    return Training(relay, criterion, build_optimizer(recipe.optimizer, relay))
+
+
+def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.SGD:
+    """Stochastic gradient descent over all of a module's parameters, biases decayed like weights, as Caffe does."""
+    return torch.optim.SGD(module.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)

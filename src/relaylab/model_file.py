@@ -1,0 +1,205 @@
+"""Trained networks as safetensors files: a plain state dict, and in its header all that is needed to use it.
+
+Note [Model files]
+1. The tensors are the plain model's state dict, key by key, so that any reader of safetensors can load them. Heads are
+   not in it.
+2. The header's entry `relaylab` is JSON text: network, classes, and how an image becomes the network's input.
+3. A mean image is not part of a state dict. It lies beside the file, as FILE.mean.safetensors.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from relaylab.building import build_network
+from relaylab.errors import InputError
+from relaylab.files import replacing
+from relaylab.recipe import NetworkConfig
+
+KEY, FORMAT = "relaylab", "relaylab model 1"
+NAMED = 5  # keys that an error names, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputConfig:
+    """How an image becomes the network's input: resized, cropped, its values 0 to 255 minus the mean, then divided.
+
+    Attributes:
+        resize: to which side, in pixels.
+        how: "shorter side" keeps the aspect ratio; "both sides" makes a square.
+        crop: side of the centre crop, in pixels.
+        channels: their order.
+        mean: of each channel, in that order, 0 to 255. With a mean image it is that image's, for other sizes.
+        std: what the difference is divided by, in that order; None for nothing.
+    """
+
+    resize: int = 256
+    how: Literal["shorter side", "both sides"] = "shorter side"
+    crop: int = 224
+    channels: Literal["RGB", "BGR"] = "RGB"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelFile:
+    """A trained network and how to use it.
+
+    Attributes:
+        network: how it is built.
+        classes: their names, in the order of its output.
+        input: how an image becomes its input.
+        state: the plain model's state dict.
+        mean_image: (crop, crop, 3), subtracted in place of `input.mean` if there is one.
+        about: where it comes from, in a sentence.
+    """
+
+    network: NetworkConfig
+    classes: tuple[str, ...]
+    input: InputConfig
+    state: Mapping[str, Tensor]
+    mean_image: Tensor | None = None
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that the parts go together.
+
+        Raises:
+            InputError: as many classes as the network does not have, another crop, or a mean image of another size.
+        """
+        network, size = self.network, self.input.crop
+        if len(self.classes) != network.num_classes:
+            raise InputError(f"{len(self.classes)} class names for a network of {network.num_classes} classes")
+        if size != network.image_size:
+            raise InputError(f"crops of {size} pixels for a network that sees {network.image_size}")
+        if self.mean_image is not None and tuple(self.mean_image.shape) != (size, size, 3):
+            raise InputError(
+                f"a mean image of shape {tuple(self.mean_image.shape)} for crops of {size}: expected {(size, size, 3)}"
+            )
+
+    def model(self) -> nn.Module:
+        """The network with its weights, in evaluation mode.
+
+        Raises:
+            InputError: the weights are not this network's.
+        """
+        with torch.device("meta"):
+            model = build_network(self.network)
+        load_state(model, self.state)
+        return model.eval()
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put a state dict into a model, which takes over its tensors. The model may be on the meta device.
+
+    Raises:
+        InputError: missing or unknown keys, or other shapes; they are named.
+    """
+    own = model.state_dict()
+    complaints = [
+        _named("lacks", [key for key in own if key not in state]),
+        _named("has, beyond the model's,", [key for key in state if key not in own]),
+        _named(
+            "has another shape for",
+            [
+                f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    if any(complaints):
+        raise InputError(f"the state dict {'; it '.join(filter(None, complaints))}")
+    # Copies: what comes from a file may lie in memory that the file is mapped to.
+    model.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
+
+
+def save_model(path: Path, model: ModelFile) -> None:
+    """Write a model file, and its mean image beside it. See Note [Model files].
+
+    Raises:
+        InputError: the state dict is not the network's.
+        OSError: it cannot be written.
+    """
+    with torch.device("meta"):
+        load_state(build_network(model.network), {key: torch.empty_like(t) for key, t in model.state.items()})
+    header = {
+        "format": FORMAT,
+        "network": dataclasses.asdict(model.network),
+        "classes": model.classes,
+        "input": dataclasses.asdict(model.input),
+        "has_mean_image": model.mean_image is not None,
+        "about": model.about,
+    }
+    if model.mean_image is not None:
+        _save({"mean_image": model.mean_image}, mean_path(path), {})
+    _save(model.state, path, {KEY: json.dumps(header)})
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary, header)
+        temporary.chmod(0o644)
+
+
+def mean_path(path: Path) -> Path:
+    """Where the mean image of a model file lies."""
+    return path.with_name(f"{path.stem}.mean.safetensors")
+
+
+def read_model(path: Path) -> ModelFile:
+    """Read a model file.
+
+    Raises:
+        InputError: no such file, no safetensors file, or one without what `save_model` writes.
+    """
+    tensors, metadata = _read(path)
+    try:
+        header: dict[str, Any] = json.loads(metadata[KEY])
+        if header["format"] != FORMAT:
+            raise InputError(f"{path} is of the format {header['format']!r}; this version reads {FORMAT!r}")
+        network = _tuples(header["network"])
+        mean_image = _read(mean_path(path))[0]["mean_image"] if header["has_mean_image"] else None
+        return ModelFile(
+            network=NetworkConfig(**network),
+            classes=tuple(header["classes"]),
+            input=InputConfig(**_tuples(header["input"])),
+            state=tensors,
+            mean_image=mean_image,
+            about=header["about"],
+        )
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not say which network it holds ({type(error).__name__}: {error}): expected a file that "
+            "relaylab has written, with its own header"
+        ) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no whole safetensors file: {error}") from None
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _named(what: str, names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{what} {', '.join(names[:NAMED])}{more}" if names else ""

@@ -1,0 +1,44 @@
+"""Inception-v3: torchvision's, without its auxiliary classifier, and the same for small images."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from torchvision.models import Inception3
+
+SMALLEST, ENLARGED = 75, 96  # pixels
+
+
+class EnlargingInception3(Inception3):
+    """Inception-v3 for images that are too small for it: they are enlarged, bilinearly, before anything else.
+
+    Args:
+        enlarged: side to which images are enlarged, in pixels.
+        arguments: torchvision's.
+    """
+
+    def __init__(self, enlarged: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.enlarged = enlarged
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Class scores (batch, num_classes) from images (batch, 3, h, w)."""
+        size = (self.enlarged, self.enlarged)
+        images = functional.interpolate(x, size, mode="bilinear", align_corners=False)
+        return super().forward(images)  # pyright: ignore[reportReturnType] (without aux_logits it is a tensor)
+
+
+def inception_v3(num_classes: int = 1000, *, image_size: int = 299) -> Inception3:
+    """Inception-v3 (the paper's [26]), without the auxiliary classifier: a plan's heads take its place.
+
+    DEVIATION(small-inception): images of less than 75 pixels are enlarged to 96.
+
+    Args:
+        num_classes: length of the output.
+        image_size: side of the images in pixels.
+
+    Returns:
+        torchvision's module, with its names: images (batch, 3, h, w) to class scores (batch, num_classes).
+    """
+    arguments: dict[str, Any] = {"num_classes": num_classes, "aux_logits": False, "init_weights": True}
+    return EnlargingInception3(ENLARGED, **arguments) if image_size < SMALLEST else Inception3(**arguments)

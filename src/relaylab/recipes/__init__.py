@@ -1,0 +1,30 @@
+"""One typed function for each row of the paper's tables; the command line knows them by name."""
+
+import difflib
+
+from relaylab.errors import InputError
+from relaylab.recipe import Ensemble, Recipe
+from relaylab.recipes import imagenet, places2
+
+__all__ = ["ENSEMBLES", "RECIPES", "find_recipe"]
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (row() for row in (*imagenet.ROWS, *places2.ROWS))}
+ENSEMBLES: dict[str, Ensemble] = {ensemble.name: ensemble for ensemble in (places2.ensemble(),)}
+for _ensemble in ENSEMBLES.values():
+    RECIPES |= {member.name: member for member in _ensemble.members if member.name not in RECIPES}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        InputError: there is none; the nearest names are given.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if name in ENSEMBLES:
+        members = ", ".join(member.name for member in ENSEMBLES[name].members)
+        raise InputError(f"{name} is an ensemble; name one of its members: {members}")
+    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+    advice = f"nearest: {', '.join(near)}" if near else "'relaylab recipes' lists them"
+    raise InputError(f"unknown recipe {name!r}; {advice}")

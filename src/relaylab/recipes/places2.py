@@ -1,0 +1,265 @@
+"""Tables 1 (right), 3, 4 and 5, and Figure 2: the networks trained on Places2 (section 5.1)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from relaylab.recipe import (
+    Architecture,
+    AugmentationConfig,
+    Ensemble,
+    Errors,
+    EvaluationConfig,
+    ImagesConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    PlanConfig,
+    PlateauConfig,
+    Recipe,
+    Scheme,
+    changed,
+)
+from relaylab.recipes import windows
+
+CLASSES, WIDTH, PYRAMID = 401, 64, (7, 3, 2, 1)
+DENSE = EvaluationConfig(protocol="dense", scales=(224, 256, 320, 384, 448))
+METHODS: Mapping[Scheme, str] = {
+    "standard": "standard BP",
+    "multi_loss": "multi-loss + standard BP",
+    "relay": "Relay BP",
+}
+NOT_GIVEN = "ours: the paper mentions none"
+SOURCES: Mapping[str, str] = {
+    "network": "the paper, section 5.1 and Table 2",
+    "plan": "the paper, Table 2",
+    "plan.auxiliary.aux.weight": "the paper, section 5.1",
+    "plan.auxiliary.aux.head": "ours: the paper does not give its layers; GoogLeNet's, for maps of any size",
+    "scheme": "the paper, Table 3",
+    "images": "the paper, section 5.1",
+    "augmentation": "the paper, section 5.1",
+    "augmentation.colour_shift": "the paper, section 5.1, after AlexNet's",
+    "optimizer": "the paper, section 5.1",
+    "optimizer.schedule.patience": "ours: the paper says 'when the error plateaus'",
+    "optimizer.schedule.least": "ours: the paper does not say how often the rate falls",
+    "optimizer.evaluate_every": "ours: the paper does not say",
+    "optimizer.label_smoothing": NOT_GIVEN,
+    "optimizer.clip_norm": NOT_GIVEN,
+    "evaluation": "the paper, section 5.1",
+}
+
+
+def _places2(
+    name: str,
+    row: str,
+    architecture: Architecture,
+    plan: PlanConfig,
+    scheme: Scheme,
+    reported: Errors,
+    pyramid: tuple[int, ...] | None = PYRAMID,
+) -> Recipe:
+    return Recipe(
+        name=name,
+        row=row,
+        network=NetworkConfig(
+            architecture=architecture, num_classes=CLASSES, image_size=224, width=WIDTH, pyramid=pyramid
+        ),
+        plan=plan,
+        scheme=scheme,
+        images=ImagesConfig(data_set="Places2 challenge", short_side=256, sampling="class-aware"),
+        augmentation=AugmentationConfig(),
+        optimizer=OptimizerConfig(
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=0.0002,
+            batch_size=256,
+            iterations=800_000,
+            schedule=PlateauConfig(patience=8),
+            evaluate_every=5_000,
+        ),
+        evaluation=EvaluationConfig(),
+        reported=reported,
+        sources=SOURCES,
+    )
+
+
+def _table3(letter: str, scheme: Scheme, top1: float, top5: float) -> Recipe:
+    architecture: Architecture = "model_a" if letter == "A" else "model_b"
+    plan = windows.MODEL_A if letter == "A" else windows.MODEL_B
+    name = f"table3-model-{letter.lower()}-{scheme.replace('_', '-')}"
+    row = f"Table 3, model {letter}, {METHODS[scheme]}"
+    recipe = _places2(name, row, architecture, plan, scheme, Errors(top1=top1, top5=top5))
+    if letter == "A":
+        filters = "the paper, section 5.1 (VGGNet-19 plus three layers); Table 2 prints 256 filters on 14x14 maps"
+        recipe = replace(recipe, sources={**recipe.sources, "network.architecture": filters})
+    return recipe
+
+
+def model_a_standard() -> Recipe:
+    """Table 3."""
+    return _table3("A", "standard", 50.91, 19.00)
+
+
+def model_a_multi_loss() -> Recipe:
+    """Table 3."""
+    return _table3("A", "multi_loss", 50.72, 18.84)
+
+
+def model_a_relay() -> Recipe:
+    """Table 3."""
+    return _table3("A", "relay", 49.75, 17.83)
+
+
+def model_b_standard() -> Recipe:
+    """Table 3."""
+    return _table3("B", "standard", 50.62, 18.69)
+
+
+def model_b_multi_loss() -> Recipe:
+    """Table 3."""
+    return _table3("B", "multi_loss", 50.59, 18.68)
+
+
+def model_b_relay() -> Recipe:
+    """Table 3."""
+    return _table3("B", "relay", 49.77, 17.86)
+
+
+def _dense(recipe: Recipe, top1: float, top5: float) -> Recipe:
+    name, row = recipe.name.replace("table3", "table4"), recipe.row.replace("Table 3", "Table 4")
+    dense = changed(recipe, "the paper, section 5.1", {"evaluation": DENSE})
+    return replace(dense, name=name, row=row, reported=Errors(top1=top1, top5=top5), trained_as=recipe.name)
+
+
+def dense_model_a_standard() -> Recipe:
+    """Table 4."""
+    return _dense(model_a_standard(), 48.67, 17.19)
+
+
+def dense_model_a_multi_loss() -> Recipe:
+    """Table 4."""
+    return _dense(model_a_multi_loss(), 48.55, 17.05)
+
+
+def dense_model_a_relay() -> Recipe:
+    """Table 4."""
+    return _dense(model_a_relay(), 47.86, 16.33)
+
+
+def dense_model_b_standard() -> Recipe:
+    """Table 4."""
+    return _dense(model_b_standard(), 48.29, 16.89)
+
+
+def dense_model_b_multi_loss() -> Recipe:
+    """Table 4."""
+    return _dense(model_b_multi_loss(), 48.27, 16.89)
+
+
+def dense_model_b_relay() -> Recipe:
+    """Table 4."""
+    return _dense(model_b_relay(), 47.72, 16.36)
+
+
+def _table1(depth: int, top1: float, top5: float) -> Recipe:
+    architecture: Architecture = f"vgg{depth}"  # pyright: ignore[reportAssignmentType]
+    recipe = _places2(
+        f"table1-vgg{depth}-places2",
+        f"Table 1, VGGNet-{depth}, Places2",
+        architecture,
+        windows.vgg(depth),
+        "standard",
+        Errors(top1=top1, top5=top5),
+        pyramid=None,
+    )
+    sources = {
+        **recipe.sources,
+        "network": "the paper, Table 1 and [5]",
+        "plan": "ours: as in Table 2 for model A; standard BP does not use it",
+        "plan.auxiliary.aux.weight": "ours: as in section 5.1; standard BP does not use it",
+        "scheme": "the paper, section 1",
+        "optimizer": "ours: as in section 5.1, of which the paper says it for models A and B",
+        "evaluation": "ours: Table 1 does not say; its errors are like Table 4's and not like Table 3's",
+    }
+    return replace(recipe, evaluation=DENSE, sources=sources)
+
+
+def vgg19_places2() -> Recipe:
+    """Table 1."""
+    return _table1(19, 48.5, 17.1)
+
+
+def vgg22_places2() -> Recipe:
+    """Table 1."""
+    return _table1(22, 48.7, 17.2)
+
+
+def vgg25_places2() -> Recipe:
+    """Table 1."""
+    return _table1(25, 48.9, 17.4)
+
+
+def vgg19_figure2() -> Recipe:
+    """Figure 2, with two auxiliary losses; the paper shows it and reports no errors."""
+    recipe = replace(vgg19_places2(), name="figure2-vgg19-relay", row="Figure 2, VGGNet-19, Relay BP with two branches")
+    recipe = changed(recipe, "the paper, Figure 2", {"plan": windows.vgg_figure_2(), "scheme": "relay"})
+    sources = dict(recipe.sources)
+    for name in recipe.plan.auxiliary:
+        sources[f"plan.auxiliary.{name}.weight"] = "ours: as in section 5.1, which has one branch"
+        sources[f"plan.auxiliary.{name}.head"] = SOURCES["plan.auxiliary.aux.head"]
+    return replace(recipe, reported=None, sources=sources)
+
+
+def ensemble() -> Ensemble:
+    """Table 5: "five models of different architectures and input scales" (section 5.1)."""
+    members = (
+        dense_model_a_relay(),
+        dense_model_b_relay(),
+        _enlarged(model_a_relay()),
+        _enlarged(model_b_relay()),
+        _printed(dense_model_a_relay()),
+    )
+    return Ensemble(
+        name="table5-ensemble",
+        row="Table 5, WM (model ensemble)",
+        members=members,
+        combine="product",
+        reported=Errors(top5=16.87, split="test"),
+        sources={
+            "members": "ours: the paper says five models of different architectures and input scales, not which",
+            "combine": "ILSVRC 2015's result page: product 16.87, learnt weights 16.87, mean 16.89",
+        },
+    )
+
+
+def _enlarged(recipe: Recipe) -> Recipe:
+    """On images of 320 pixels: the pyramid fits them, and 320 is a scale of section 5.1."""
+    name, row = recipe.name.replace("table3", "table5") + "-320", recipe.row.replace("Table 3", "Table 5")
+    scales = tuple(round(side * 320 / 224) for side in DENSE.scales)
+    values = {"network.image_size": 320, "images.short_side": 366, "evaluation": replace(DENSE, scales=scales)}
+    larger = changed(recipe, "ours: another input scale for Table 5", values)
+    return replace(larger, name=name, row=f"{row} at 320 pixels", reported=None)
+
+
+def _printed(recipe: Recipe) -> Recipe:
+    plain = changed(recipe, "the paper, Table 2 as printed", {"network.architecture": "model_a_printed"})
+    name, row = "table5-model-a-printed-relay", "Table 5, model A as printed in Table 2, Relay BP"
+    return replace(plain, name=name, row=row, reported=None, trained_as=None)
+
+
+ROWS: tuple[Callable[[], Recipe], ...] = (
+    vgg19_places2,
+    vgg22_places2,
+    vgg25_places2,
+    model_a_standard,
+    model_a_multi_loss,
+    model_a_relay,
+    model_b_standard,
+    model_b_multi_loss,
+    model_b_relay,
+    dense_model_a_standard,
+    dense_model_a_multi_loss,
+    dense_model_a_relay,
+    dense_model_b_standard,
+    dense_model_b_multi_loss,
+    dense_model_b_relay,
+    vgg19_figure2,
+)

@@ -1,0 +1,71 @@
+"""One dial from the paper's size to a few seconds: the same row, smaller."""
+
+from dataclasses import replace
+from typing import Any
+
+from relaylab.errors import InputError
+from relaylab.recipe import Dial, Recipe, StepsConfig, changed
+
+DIALS: tuple[Dial, ...] = ("paper", "small", "tiny")
+
+SMALL: dict[str, Any] = {
+    "network.num_classes": 100,
+    "network.image_size": 64,
+    "images.data_set": "MiniPlaces",
+    "images.short_side": 72,
+    "augmentation.divide": True,
+    "optimizer.batch_size": 128,
+    "optimizer.iterations": 28_000,
+    "optimizer.schedule": StepsConfig(),
+    "optimizer.evaluate_every": 700,
+}
+SMALL_WIDTH, SMALL_PYRAMID = 16, (4, 2, 1)
+TINY: dict[str, Any] = {
+    **SMALL,
+    "network.num_classes": 5,
+    "network.image_size": 32,
+    "images.data_set": "any",
+    "images.short_side": 36,
+    "optimizer.batch_size": 4,
+    "optimizer.iterations": 2,
+    "optimizer.evaluate_every": 1,
+}
+TINY_WIDTH, TINY_PYRAMID = 4, (2, 1)
+
+
+def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
+    """The same row at another size: depth, stages, windows, method and rates stay.
+
+    Args:
+        recipe: at the paper's size.
+        dial: "paper" as it is; "small" for MiniPlaces, 100 classes of Places2 in crops of 64 of 72 pixels; "tiny" for
+            tests, two steps on any five classes.
+
+    Raises:
+        InputError: another dial.
+    """
+    if dial == "paper":
+        return recipe
+    if dial not in DIALS:
+        raise InputError(f"unknown scale {dial!r}: expected one of {', '.join(DIALS)}")
+    is_small = dial == "small"
+    values = dict(SMALL if is_small else TINY)
+    if recipe.network.width is not None:
+        values["network.width"] = SMALL_WIDTH if is_small else TINY_WIDTH
+    if recipe.network.pyramid is not None:
+        values["network.pyramid"] = SMALL_PYRAMID if is_small else TINY_PYRAMID
+    least, by = values["network.image_size"], values["images.short_side"] / recipe.images.short_side
+    values["evaluation.scales"] = tuple(max(least, round(side * by)) for side in recipe.evaluation.scales)
+    smaller = changed(recipe, f"ours: the {dial} scale", values)
+    return _with_small_heads(smaller, dial)
+
+
+def _with_small_heads(recipe: Recipe, dial: Dial) -> Recipe:
+    """Inception's head needs maps of 17 pixels, which are gone."""
+    sources = dict(recipe.sources)
+    auxiliary = dict(recipe.plan.auxiliary)
+    for name, window in auxiliary.items():
+        if window.head == "inception":
+            auxiliary[name] = replace(window, head="googlenet")
+            sources[f"plan.auxiliary.{name}.head"] = f"ours: the {dial} scale; Inception's own needs a map of 17 pixels"
+    return replace(recipe, plan=replace(recipe.plan, auxiliary=auxiliary), sources=sources)
