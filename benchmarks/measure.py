@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, a FLOP counter, the environment, the command line and the result.
+"""What every benchmark shares: interleaved timing, counted FLOPs, the environment, the command line and the result.
 
 Note [Timing]
 1. Contenders take turns in rounds, each round in a new order, so that whatever else the machine does hits all alike.
@@ -29,37 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from relaybackprop.cost import FlopCounter
 from relaylab.files import write_text
 
 Step = Callable[[], object]
 Figures = dict[str, float]
-
-
-class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions while it is open.
-
-    PyTorch's own formulas: a multiplication and an addition count as two, padding as ordinary input, and all else as
-    nothing. `FlopCounterMode`, which PyTorch builds from them, follows modules and fails under `autograd.grad`.
-
-    Attributes:
-        total: so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and add its cost."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
 
 
 def count_flops(step: Step) -> int:

@@ -16,7 +16,7 @@ METHOD = ROOT / "src" / "relaybackprop"
 # Who may import whom inside the method: each module only from those before it.
 ORDER = [
     "errors", "structure", "heads", "plan", "graph", "junction", "schedule", "passage", "relay", "reference", "reach",
-    "__init__",
+    "chain", "suggest", "cost", "__init__",
 ]  # fmt: skip
 
 

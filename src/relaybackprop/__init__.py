@@ -6,14 +6,17 @@ Example:
     >>> criterion(relay(images), labels).backward()  # doctest: +SKIP
 """
 
+from relaybackprop.cost import Cost, cost
 from relaybackprop.errors import RelayError
 from relaybackprop.heads import AuxiliaryHead, LinearHead
 from relaybackprop.plan import Plan, Window
 from relaybackprop.reach import Reach, reach
 from relaybackprop.relay import Relay, RelayLoss, RelayOutput
+from relaybackprop.suggest import Suggestion, suggest_plan
 
 __all__ = [
     "AuxiliaryHead",
+    "Cost",
     "LinearHead",
     "Plan",
     "Reach",
@@ -21,6 +24,9 @@ __all__ = [
     "RelayError",
     "RelayLoss",
     "RelayOutput",
+    "Suggestion",
     "Window",
+    "cost",
     "reach",
+    "suggest_plan",
 ]

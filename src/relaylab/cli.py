@@ -14,13 +14,17 @@ from relaylab.errors import InputError, LabError
 
 if TYPE_CHECKING:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+    from relaylab.model_config import ModelConfig
+
+    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig
 
 LAB_PACKAGES = frozenset(
     {
-        *("jinja2", "matplotlib", "numpy", "PIL", "platformdirs", "psutil", "rich"),
+        *("google", "jinja2", "matplotlib", "numpy", "PIL", "platformdirs", "psutil", "rich"),
         *("safetensors", "scipy", "simplejpeg", "sklearn", "torchvision", "tyro"),
     }
 )
+EXPORT_PACKAGES = frozenset({"onnx", "onnxscript"})
 INTERRUPTED = 130
 DESCRIPTION = "Relay backpropagation on real images. 'relaylab --version' says which release this is."
 
@@ -43,10 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--data needs a folder or tar files; leave it out for the handwritten digits")
         return _run(_parse(arguments or ["--help"]), shlex.join(["relaylab", *arguments]))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in LAB_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in LAB_PACKAGES | EXPORT_PACKAGES:
             raise
+        extra = "lab" if package in LAB_PACKAGES else "lab,export"
+        what = "The lab" if package in LAB_PACKAGES else "ONNX"
         return _fail(
-            f'{error.name} is not installed. The lab needs: pip install "relaybackprop[lab]"', InputError.exit_code
+            f'{error.name} is not installed. {what} needs: pip install "relaybackprop[{extra}]"', InputError.exit_code
         )
     except LabError as error:
         return _fail(str(error), error.exit_code)
@@ -54,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
 
 
-def _run(config: "DemoConfig | InspectConfig | CheckConfig", command: str) -> int:
-    from relaylab.config import DemoConfig, check_data_config
+def _run(config: "Config", command: str) -> int:
+    from relaylab.config import CheckConfig, DemoConfig, InspectConfig, check_data_config
 
     if isinstance(config, DemoConfig):
         print(f"Report: {run_demo(config, command).resolve()}")
         return 0
+    if not isinstance(config, InspectConfig | CheckConfig):
+        return _run_model_command(config)
     check_data_config(config)
     _check_paths(config.paths)
     folder = make_folder(config.out, Path("runs") / "data" / _now())
@@ -67,6 +76,34 @@ def _run(config: "DemoConfig | InspectConfig | CheckConfig", command: str) -> in
 
     with _removed_if_empty(folder):
         return data_commands.run(config, folder)
+
+
+def _run_model_command(config: "ModelConfig") -> int:
+    from relaylab import model_commands
+    from relaylab import model_config as given
+
+    match config:
+        case given.ListConfig():
+            return model_commands.list_recipes()
+        case given.ShowConfig():
+            return model_commands.show(config)
+        case given.CostConfig():
+            return model_commands.costs(config)
+        case given.DrawConfig():
+            folder = config.out or Path("runs") / "draw"
+            make_folder(folder, folder, may_hold=True)
+            return model_commands.draw(config, folder)
+        case given.ImportCaffeConfig():
+            _check_paths([path for path in (config.prototxt, config.caffemodel, config.classes) if path is not None])
+            return model_commands.import_caffe(config)
+        case given.ExportConfig():
+            _check_paths([config.model])
+            folder = make_folder(config.out, Path("runs") / "export" / _now())
+            with _removed_if_empty(folder):
+                return model_commands.export(config, folder)
+        case given.PredictConfig():
+            _check_paths([config.model])
+            return model_commands.predict(config)
 
 
 def run_demo(config: "DemoConfig", command: str) -> Path:
@@ -101,15 +138,20 @@ def run_demo(config: "DemoConfig", command: str) -> Path:
         return demo_report.write(folder, figures, demo_data.sample(data, config), data.training_images)
 
 
-def make_folder(given: Path | None, default: Path) -> Path:
+def make_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> Path:
     """A new or empty folder that can be written to.
+
+    Args:
+        given: by the user.
+        default: without one.
+        may_hold: whether it may hold something.
 
     Raises:
         InputError: it holds something, or cannot be written to.
     """
     folder = given or default
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        if not may_hold and folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty; give a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # now, and not after minutes of work
@@ -143,9 +185,10 @@ def _now() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def _parse(arguments: list[str]) -> "DemoConfig | InspectConfig | CheckConfig":
+def _parse(arguments: list[str]) -> "Config":
     import tyro
 
+    from relaylab import model_config as given
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
 
     kinds = (
@@ -157,8 +200,26 @@ def _parse(arguments: list[str]) -> "DemoConfig | InspectConfig | CheckConfig":
         """Look at images on disk: what there is, and whether all of it can be read."""
         return what
 
-    return tyro.extras.subcommand_cli_from_dict(
-        {"demo": DemoConfig, "data": data},
+    listed = (
+        Annotated[given.ListConfig, tyro.conf.subcommand("list")]
+        | Annotated[given.ShowConfig, tyro.conf.subcommand("show")]
+    )
+
+    def recipes(what: tyro.conf.OmitSubcommandPrefixes[listed] = given.ListConfig()) -> object:  # pyright: ignore
+        """The rows of the paper's tables as typed recipes: list them, or show one."""
+        return what
+
+    return tyro.extras.subcommand_cli_from_dict(  # pyright: ignore[reportReturnType]
+        {
+            "demo": DemoConfig,
+            "data": data,
+            "recipes": recipes,
+            "draw": given.DrawConfig,
+            "cost": given.CostConfig,
+            "import-caffe": given.ImportCaffeConfig,
+            "export": given.ExportConfig,
+            "predict": given.PredictConfig,
+        },
         prog="relaylab",
         description=DESCRIPTION,
         args=arguments,

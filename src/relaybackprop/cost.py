@@ -1,0 +1,373 @@
+"""What a plan costs: floating-point operations and saved activations of a training step, counted without running one.
+
+The step runs on the meta device, with the engine that also trains: what is counted is what will be computed. Operations
+are matrix products and convolutions by PyTorch's own formulas, a multiplication and an addition counting as two.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from relaybackprop import graph
+from relaybackprop.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
+from relaybackprop.errors import LeakError
+from relaybackprop.plan import Boundary, Plan
+from relaybackprop.relay import Relay, RelayOutput
+from relaybackprop.structure import replace_tensors, tensors_in
+
+STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"
+LOWER_BOUND = "lower_bound"
+UNITS = ("", "k", "M", "G", "T", "P")
+NAME_WIDTH = 30  # the table has 120 columns
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one training step costs in one part of the network.
+
+    Args:
+        forward: floating-point operations.
+        backward: floating-point operations.
+        saved: bytes that autograd keeps from the forward for the backward pass, the batch itself among them; each piece
+            of memory counts once, where it is first saved. Parameters and buffers do not count.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    saved: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(self.forward + other.forward, self.backward + other.backward, self.saved + other.saved)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the model between two boundaries of the plan, or a head.
+
+    Args:
+        name: what it goes up to, or the head's name.
+        parameters: elements of the trainable ones that it uses; what several parts use counts in the lowest.
+        schemes: by scheme, what it costs there; nothing where a scheme has no such head.
+        lower_bound: the least operations that the plan can cost here, forward and backward.
+    """
+
+    name: str
+    parameters: int
+    schemes: Mapping[str, Spent]
+    lower_bound: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training step of a plan costs, and of the other schemes with its heads.
+
+    Args:
+        parts: from the lowest up, then the heads. What has neither parameters nor cost is left out.
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def totals(self) -> dict[str, Spent]:
+        """By scheme, what a step costs."""
+        return {name: sum((part.schemes[name] for part in self.parts), Spent()) for name in self.parts[0].schemes}
+
+    @property
+    def lower_bound(self) -> int:
+        """The least operations that a step of the plan can cost."""
+        return sum(part.lower_bound for part in self.parts)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Operations by scheme, and of the lower bound, over those of standard backpropagation."""
+        flops = {name: spent.flops for name, spent in self.totals.items()} | {LOWER_BOUND: self.lower_bound}
+        return {name: count / max(flops[STANDARD], 1) for name, count in flops.items()}
+
+    def __str__(self) -> str:
+        totals, plan = self.totals, RELAY if RELAY in self.totals else STANDARD
+        flop_unit, flop_letter = _unit(max(spent.flops for spent in totals.values()))
+        byte_unit, byte_letter = _unit(max(spent.saved for spent in totals.values()))
+        rows = [[f"{flop_letter}FLOPs of a step", "parameters", f"saved {byte_letter}B", *totals, LOWER_BOUND]]
+
+        def add(name: str, parameters: int, schemes: Mapping[str, Spent], lower_bound: int) -> None:
+            counts = [*(spent.flops for spent in schemes.values()), lower_bound]
+            cells = [f"{parameters:,}", f"{schemes[plan].saved / byte_unit:.2f}"]
+            rows.append([_shorten(name), *cells, *(f"{count / flop_unit:.2f}" for count in counts)])
+
+        for part in self.parts:
+            add(part.name, part.parameters, part.schemes, part.lower_bound)
+        add("sum", sum(part.parameters for part in self.parts), totals, self.lower_bound)
+        saved = totals[plan].saved / max(totals[STANDARD].saved, 1)
+        rows.append(["of standard", "", f"{saved:.3f}", *(f"{ratio:.3f}" for ratio in self.ratios.values())])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            row[:] = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        return "\n".join(map("  ".join, rows))
+
+
+def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, nn.Module] | None = None) -> Cost:
+    """What a training step of a plan costs, by part of the network and scheme, for a batch of the example's shape.
+
+    All runs on the meta device, on copies without values: no memory is needed and nothing of the model is changed. The
+    losses themselves and the optimizer are not counted.
+
+    Args:
+        model: any module that runs on the meta device.
+        plan: its windows. One without heads and ends of windows has no scheme but "standard".
+        example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
+        heads: by name of the auxiliary loss. Left out, something that costs nothing stands for each of them.
+
+    Returns:
+        The schemes are "standard", "multi_loss", "relay", which is the plan itself, and "isolated", each as this
+        package runs it; the last is left out where a way leads around a head. Saved activations are those of PyTorch's
+        own kernels on a CPU; what other devices keep for normalisation and attention differs a little.
+
+    Raises:
+        PlanError: arguments of other types, or a model that does not run on the meta device.
+        RelayError: whatever a forward pass of `Relay` with this plan and these heads raises.
+
+    Example:
+        >>> print(cost(resnet50(), plan, images, {"aux": AuxiliaryHead(1024, 1000)}))  # doctest: +SKIP
+    """
+    if heads is None and isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        heads = {name: StandIn() for name in plan.auxiliary}
+    original = Relay(model, plan, heads)
+    with dry_run():
+        (relay,), arguments = cast(tuple[list[Relay], Arguments], (shadows([original]), shadow_input(example_input)))
+        relay(*arguments[0], **arguments[1])
+        binding = relay.plan.binding
+        assert binding is not None, "a training forward pass binds the plan"
+        ledgers: dict[str, _Ledger] = {}
+        for scheme, other in _schemes(relay.plan).items():
+            try:
+                ledgers[scheme] = _step(relay, other, arguments, binding.order)
+            except LeakError:  # a head can read a branch, but no window can end there
+                if scheme != ISOLATED:
+                    raise
+        ends = {window.lower for window in plan.windows.values() if window.lower is not None}
+        cut = _step(relay, plan.standard(), arguments, binding.order, ends)
+    names = [f"up to {boundary}" for boundary in binding.order] + ["up to the model's output"]
+    names += [f"head {name}" for name in plan.auxiliary]
+    parts: list[Part] = []
+    for row, name in enumerate(names):
+        schemes = {scheme: ledger.spent[row] for scheme, ledger in ledgers.items()}
+        parameters = max(ledger.parameters[row] for ledger in ledgers.values())  # standard has no heads
+        if parameters or any(spent != Spent() for spent in schemes.values()):
+            parts.append(Part(name, parameters, schemes, _least(schemes, cut.spent[row])))
+    return Cost(tuple(parts))
+
+
+def _schemes(plan: Plan) -> dict[str, Plan]:
+    if plan == plan.standard():
+        return {STANDARD: plan}
+    return {STANDARD: plan.standard(), MULTI_LOSS: plan.multi_loss(), ISOLATED: plan.isolated(), RELAY: plan}
+
+
+def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
+    """The least operations of a part of the model: see Cost in docs/method.md.
+
+    Args:
+        schemes: what it costs.
+        cut: what it costs where all below a window's end is frozen.
+    """
+    if RELAY not in schemes:
+        return schemes[STANDARD].flops
+    # What the ordinary pass computes for the end of a window, where a junction drops it. No pass goes through a gap.
+    dropped = schemes[STANDARD].backward - cut.backward if schemes[RELAY].backward else 0
+    return schemes[RELAY].flops - dropped
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions while it is open.
+
+    PyTorch's own formulas: a multiplication and an addition count as two, padding as ordinary input, and all else as
+    nothing. `FlopCounterMode`, which PyTorch builds from them, follows modules and fails under `autograd.grad`.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        from torch.utils.flop_counter import flop_registry  # 0.1 s to import; whoever only trains does without
+
+        self.total = 0
+        self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and add its cost."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is not None:
+            self.add(formula(*args, **kwargs, out_val=result))
+        return result
+
+    def add(self, flops: int) -> None:
+        """Note an operation."""
+        self.total += flops
+
+
+class _Ledger(FlopCounter):
+    """Counts by row: in the forward pass the row entered last, in the backward pass the one that made the node.
+
+    Autograd numbers its nodes as it makes them, so each row's nodes have numbers in a row.
+
+    Attributes:
+        spent: by row.
+        parameters: likewise, elements.
+    """
+
+    def __init__(self, rows: int, owned: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.spent = [Spent() for _ in range(rows)]
+        self.parameters = [0] * rows
+        self._row = 0
+        self._end = 0
+        self._starts: list[tuple[int, int]] = [(-1, 0)]  # the number of a row's first node, and the row
+        # Storages, so that none is freed meanwhile and another takes its address.
+        self._known = {_address(tensor): tensor.untyped_storage() for tensor in owned}
+
+    def enter(self, row: int) -> None:
+        """From now on the forward pass is in this row."""
+        self._row = row
+        self._starts.append((torch.autograd._get_sequence_nr(), row))  # pyright: ignore
+
+    def add(self, flops: int) -> None:
+        """Note an operation of the forward pass, or of the node that runs in the backward pass."""
+        super().add(flops)
+        node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
+        if node is None:
+            self.spent[self._row] += Spent(forward=flops)
+            return
+        # What checkpointing makes in the backward pass belongs to where it is run from.
+        if _number_of(node) < self._end:
+            self._row = self._row_of(node)
+        self.spent[self._row] += Spent(backward=flops)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Note a tensor that autograd saves."""
+        address = _address(tensor)
+        if address not in self._known:
+            self._known[address] = tensor.untyped_storage()
+            self.spent[self._row] += Spent(saved=tensor.untyped_storage().nbytes())
+        return tensor
+
+    def close(self) -> None:
+        """The forward pass is over."""
+        self._end = torch.autograd._get_sequence_nr()  # pyright: ignore
+
+    def note_parameters(self, loss: Tensor) -> None:
+        """Find out which row uses which parameter first."""
+        rows: dict[Tensor, int] = {}
+        for node in graph.walk(graph.edges_of([loss]), graph.everywhere):
+            for lower, _ in node.next_functions:
+                variable: Tensor | None = getattr(lower, "variable", None)
+                if variable is not None:
+                    rows[variable] = min(self._row_of(node), rows.get(variable, len(self.spent)))
+        for variable, row in rows.items():
+            self.parameters[row] += variable.numel()
+
+    def _row_of(self, node: Node) -> int:
+        return self._starts[bisect_right(self._starts, _number_of(node), key=lambda start: start[0]) - 1][1]
+
+
+def _number_of(node: Node) -> int:
+    return cast(Any, node)._sequence_nr()
+
+
+class _Entering(nn.Module):
+    """A head that first says that it runs."""
+
+    def __init__(self, head: nn.Module, ledger: _Ledger, row: int) -> None:
+        super().__init__()
+        self.head = head
+        self._note = ledger, row
+
+    def forward(self, value: Any) -> Any:
+        ledger, row = self._note
+        ledger.enter(row)
+        return self.head(value)
+
+
+def _step(
+    relay: Relay, plan: Plan, arguments: Arguments, order: Sequence[Boundary], ends: Collection[Boundary] = ()
+) -> _Ledger:
+    """Run one training step with another plan for the same heads.
+
+    Args:
+        relay: on the meta device.
+        plan: the scheme.
+        arguments: of the forward pass.
+        order: all boundaries that part rows, the lowest first. The heads' rows follow.
+        ends: where to cut the graph, so that what lies below needs no gradient from above.
+    """
+    rows = {name: row for row, name in enumerate(relay.heads, len(order) + 1)}
+    ledger = _Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()])
+    heads = {name: _Entering(relay.heads[name], ledger, rows[name]) for name in plan.auxiliary}
+    step, (args, kwargs), cut = Relay(relay.model, plan, heads), arguments, list[Tensor]()
+    step(*args, **kwargs)  # in its first forward pass a relay copies what heads read, see `Passage`
+    ledger.enter(0)
+    with ExitStack() as stack:
+        for row, boundary in enumerate(order, 1):
+            crossing = partial(_cross, ledger, row, cut if boundary in ends else None)
+            _watch(stack, relay.model.get_submodule(boundary.module), boundary.side, crossing)
+        with ledger, saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
+            output: RelayOutput = step(*args, **kwargs)
+            loss = total([*tensors_in(output.primary), *tensors_in(output.auxiliary), *cut])
+    ledger.note_parameters(loss)
+    ledger.close()
+    with ledger:
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+    return ledger
+
+
+def _cross(ledger: _Ledger, row: int, cut: list[Tensor] | None, value: Any) -> Any:
+    """What happens where a row begins: above a cut the value needs no gradient, and below it the loss is its sum."""
+    ledger.enter(row)
+    tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
+    if cut is None or not tensors:
+        return None
+    cut += tensors
+    return replace_tensors(value, tensors, [tensor.detach().clone() for tensor in tensors])
+
+
+def _watch(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[Any], Any]) -> None:
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return crossing((args, kwargs))
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return crossing(output)
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after)
+    stack.callback(handle.remove)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore
+
+
+def _unit(largest: int) -> tuple[int, str]:
+    """A power of a thousand that leaves numbers of a readable size, and its letter."""
+    power = max(0, min(len(UNITS) - 1, (len(str(largest)) - 2) // 3))
+    return 1000**power, UNITS[power]
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= NAME_WIDTH else f"{name[:6]}...{name[9 - NAME_WIDTH :]}"

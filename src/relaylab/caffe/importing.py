@@ -1,0 +1,187 @@
+"""The authors' released Model B, from Caffe's two files to a model file of ours."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from relaylab.building import build_network
+from relaylab.caffe.describing import PLAIN, describe, describe_module, max_pooling, window
+from relaylab.caffe.matching import ADVICE, GRIDS, follow
+from relaylab.caffe.network import Layer, Source, read_network
+from relaylab.caffe.reading import Blobs, read_limited, read_weights
+from relaylab.data.class_names import read_categories, without_letter
+from relaylab.data.listing import printable
+from relaylab.errors import InputError
+from relaylab.model_file import InputConfig, ModelFile
+from relaylab.models import pyramid
+from relaylab.recipe import NetworkConfig
+
+MEAN = (105.448, 113.768, 116.052)  # the authors', of blue, green and red, 0 to 255
+RESIZE, CROP = 256, 224  # the authors', in pixels
+MOST_CLASSES, MOST_FILTERS, MOST_PIXELS = 1_000_000, 2048, 8192  # beyond them a file is damaged
+LARGEST_LIST = 16 << 20  # bytes of a file with classes
+NUMBERED = re.compile(r"\S.*[\s,]\d{1,6}")
+WEIGHTS = ("weight", "bias")  # in the order of a layer's blobs
+
+
+def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) -> ModelFile:
+    """Read Model B as the authors released it.
+
+    Width, classes, image size and pyramid are read off the prototxt. Channels are BGR, with values from 0 to 255. The
+    mean and the size before the crop are the prototxt's if it says them, otherwise the authors'.
+
+    Args:
+        prototxt: the network's definition.
+        caffemodel: its weights; as much memory as twice its size is needed.
+        classes: a file with a class's name on each line, or NAME NUMBER as in the lists of Places; without it the
+            classes are called "class 0" and so on.
+
+    Raises:
+        InputError: a file that is missing, damaged or something else, or a network that is not Model B.
+    """
+    caffe = read_network(prototxt)
+    layers, images = follow(caffe)
+    source = caffe.sources[images]
+    network = _network_config(prototxt, layers, source)
+    with torch.device("meta"):
+        model = build_network(network)
+    _compare(prototxt, layers, model)
+    names = _class_names(classes, network.num_classes)
+    weights = read_weights(caffemodel, {layer.name for layer in layers.values()})
+    return ModelFile(
+        network=network,
+        classes=names,
+        input=_input_config(prototxt, source, network.image_size),
+        state=_state(caffemodel, layers, weights, model),
+        about=f"imported from Caffe: {prototxt.name} and {caffemodel.name} of SHA-256 {_sha256(caffemodel)}",
+    )
+
+
+def _network_config(path: Path, layers: Mapping[str, Layer], source: Source) -> NetworkConfig:
+    if len(source.size) != 3 or source.size[0] != 3 or source.size[1] != source.size[2] or source.size[1] < 1:
+        raise InputError(
+            f"{path}: {printable(source.name)!r} has the size {source.size}: expected 3 channels and a square, from "
+            "input_dim, input_shape, an Input layer, or transform_param { crop_size }"
+        )
+    size, first = source.size[1], layers["segment1.conv1"].message.convolution_param.num_output
+    if first % 2 or not first:
+        raise InputError(f"{path}: the first convolution has {first} filters: expected an even number; {ADVICE}")
+    classes = layers["classifier.fc3"].message.inner_product_param.num_output
+    if classes > MOST_CLASSES or first > MOST_FILTERS or size > MOST_PIXELS:
+        raise InputError(
+            f"{path}: {classes} classes, {first} filters first and images of {size} pixels: expected at most "
+            f"{MOST_CLASSES}, {MOST_FILTERS} and {MOST_PIXELS}; is the file damaged?"
+        )
+    return NetworkConfig(
+        architecture="model_b",
+        num_classes=classes,
+        image_size=size,
+        width=first // 2,
+        pyramid=_bins(path, layers, -(-size // pyramid.STRIDE)),
+    )
+
+
+def _bins(path: Path, layers: Mapping[str, Layer], side: int) -> tuple[int, ...]:
+    """Bins along a side of the pyramid's grids, the finest first, on a map of so many pixels a side."""
+    grids = [layers[name] for name in layers if re.fullmatch(rf"{re.escape(GRIDS)}\.\d+", name)]
+    bins = [-(-side // window(grid)) if window(grid) else 0 for grid in grids]
+    for b, grid in zip(bins, grids, strict=True):
+        if not b or describe(grid) != max_pooling(pyramid.window(b, side)):
+            raise InputError(
+                f"{path}: layer {printable(grid.name)!r} is {describe(grid)}, where Model B has max pooling of a "
+                f"{side}x{side} map into a grid, with windows side by side; {ADVICE}"
+            )
+    if bins != sorted(set(bins)):
+        raise InputError(
+            f"{path}: layer {printable(layers[GRIDS].name)!r} joins grids of {bins} bins a side: expected the coarsest "
+            f"first, each once; {ADVICE}"
+        )
+    return tuple(reversed(bins))
+
+
+def _compare(path: Path, layers: dict[str, Layer], model: nn.Module) -> None:
+    """Every layer against the same place of our own model.
+
+    Raises:
+        InputError: they compute different things.
+    """
+    modules = dict(model.named_modules())
+    for place in reversed(layers):  # from the images on, so that the first deviation is named
+        layer = layers[place]
+        if layer.type in ("Convolution", "InnerProduct", "Pooling") and place in modules:
+            expected = describe_module(modules[place])
+        else:
+            expected = PLAIN.get(layer.type, describe(layer))
+        if describe(layer) != expected:
+            raise InputError(
+                f"{path}: layer {printable(layer.name)!r} is {describe(layer)}, where Model B has {expected} "
+                f"({place}); {ADVICE}"
+            )
+
+
+def _input_config(path: Path, source: Source, size: int) -> InputConfig:
+    blue, green, red = MEAN
+    if source.mean is not None:
+        if len(source.mean) != 3:
+            raise InputError(f"{path}: {len(source.mean)} values of mean_value: expected one for each of 3 channels")
+        blue, green, red = source.mean
+    height, width = source.resize or (RESIZE * size // CROP,) * 2
+    if height != width or height < size:
+        raise InputError(f"{path}: images are resized to {height}x{width}: expected a square of at least {size}")
+    return InputConfig(resize=height, how="both sides", crop=size, channels="BGR", mean=(blue, green, red))
+
+
+def _state(path: Path, layers: Mapping[str, Layer], weights: dict[str, Blobs], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, in the order of the model's own; `weights` is emptied on the way."""
+    own, state = model.state_dict(), dict[str, Tensor]()
+    for place in dict.fromkeys(key.rpartition(".")[0] for key in own):
+        name = layers[place].name
+        where = f"{path}: layer {printable(name)!r}"
+        if name not in weights:
+            raise InputError(f"{where} is missing: expected its weights; is the file cut off, or another network's?")
+        blobs = weights.pop(name)
+        if len(blobs) != len(WEIGHTS):
+            raise InputError(f"{where} has {len(blobs)} blobs: expected two, weights and biases; is the file cut off?")
+        for kind, blob in zip(WEIGHTS, blobs, strict=True):
+            state[f"{place}.{kind}"] = _tensor(f"{where}, {kind}", blob, tuple(own[f"{place}.{kind}"].shape))
+    return state
+
+
+def _tensor(where: str, blob: NDArray[np.float32], shape: tuple[int, ...]) -> Tensor:
+    if _without_ones(blob.shape) != _without_ones(shape):  # old files have four sides for everything
+        raise InputError(f"{where}: shape {blob.shape}, expected {shape}; the prototxt and the caffemodel do not agree")
+    if not np.isfinite(blob).all():
+        raise InputError(f"{where}: holds numbers that are infinite or not a number; is the file damaged?")
+    return torch.from_numpy(blob.reshape(shape).copy())
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape[:1] == (1,):
+        shape = shape[1:]
+    return shape
+
+
+def _class_names(path: Path | None, count: int) -> tuple[str, ...]:
+    if path is None:
+        return tuple(f"class {number}" for number in range(count))
+    data = read_limited(path, LARGEST_LIST, "expected a list of classes' names")
+    try:
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text: expected a class's name on each line") from None
+    numbered = bool(lines) and all(NUMBERED.fullmatch(line) for line in lines)
+    names = read_categories(path) if numbered else tuple(without_letter(line) for line in lines)
+    if len(names) != count:
+        raise InputError(f"{path} has {len(names)} class names: expected {count}, as the network has outputs")
+    return names
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

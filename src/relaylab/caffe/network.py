@@ -1,0 +1,148 @@
+"""A prototxt as a graph: layers with numbered blobs, so that a layer in place is a layer like any other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relaylab.caffe.reading import read_prototxt
+from relaylab.caffe.schema import PHASE_TEST, V1_TYPES
+from relaylab.data.listing import printable
+from relaylab.errors import InputError
+
+RENAMED = {"Relu": "ReLU"}  # of the types that the old form has in capitals
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer.
+
+    Attributes:
+        name: as the caffemodel has it too.
+        type: such as "Convolution".
+        bottoms: numbers of the blobs that it reads.
+        tops: numbers of the blobs that it makes. A layer in place makes a new one.
+        message: its parameters, by Caffe's names.
+    """
+
+    name: str
+    type: str
+    bottoms: tuple[int, ...]
+    tops: tuple[int, ...]
+    message: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A blob that no layer makes, or one that reads images.
+
+    Attributes:
+        name: of the blob.
+        size: (channels, height, width), as far as the file says.
+        mean: what is subtracted from each channel, 0 to 255, in Caffe's order BGR; None if the file does not say.
+        resize: (height, width) before the crop; None if the file does not say.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    mean: tuple[float, ...] | None = None
+    resize: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What a prototxt describes, in its test phase.
+
+    Attributes:
+        path: of the prototxt, for errors.
+        layers: in the order of the file, without those that read images or only measure.
+        sources: by number, the blobs that images come from.
+    """
+
+    path: Path
+    layers: tuple[Layer, ...]
+    sources: Mapping[int, Source]
+
+
+def read_network(path: Path) -> Network:
+    """Read a prototxt.
+
+    Raises:
+        InputError: it cannot be read, is something else, or its layers do not hang together.
+    """
+    message = read_prototxt(path)
+    layers = list[Layer]()
+    sources = dict[int, Source]()
+    current = dict[str, int]()  # by name, the blob that a later layer reads
+    for count, (name, size) in enumerate(_inputs(message, path)):
+        current[name] = count
+        sources[count] = Source(name, size)
+    count = len(sources)
+    for each in (*message.layers, *message.layer):
+        if not _in_test_phase(each):
+            continue
+        layer, where = _type(each), f"{path}: layer {printable(each.name)!r}"
+        for name in each.bottom:
+            if name not in current:
+                raise InputError(f"{where} reads {printable(name)!r}, which no layer before it makes")
+        bottoms = tuple(current[name] for name in each.bottom)
+        for name in each.top:
+            if name in current and name not in each.bottom:
+                raise InputError(f"{where} makes {printable(name)!r}, as another layer before it does")
+            current[name] = count
+            count += 1
+        tops = tuple(current[name] for name in each.top)
+        if not bottoms:
+            sources |= {top: _source(each, name, where) for top, name in zip(tops, each.top, strict=True)}
+        elif not _only_measures(layer):
+            layers.append(Layer(each.name, layer, bottoms, tops, each))
+    return Network(path, tuple(layers), sources)
+
+
+def _inputs(message: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Inputs that no layer stands for: names, and sizes without the batch's."""
+    for number, name in enumerate(message.input):
+        if number < len(message.input_shape):
+            yield name, tuple(message.input_shape[number].dim)[1:]
+        elif 4 * number + 4 <= len(message.input_dim):
+            yield name, tuple(message.input_dim[4 * number + 1 : 4 * number + 4])
+        else:
+            raise InputError(f"{path}: input {printable(name)!r} has no size: expected input_shape or four input_dim")
+
+
+def _in_test_phase(layer: Any) -> bool:
+    def met(rules: Sequence[Any]) -> bool:
+        return any(not rule.HasField("phase") or rule.phase == PHASE_TEST for rule in rules)
+
+    return met(layer.include) if layer.include else not met(layer.exclude)
+
+
+def _type(layer: Any) -> str:
+    if isinstance(layer.type, str):
+        return layer.type
+    name: str = V1_TYPES[layer.type].title().replace("_", "")  # INNER_PRODUCT is InnerProduct since
+    return RENAMED.get(name, name)
+
+
+def _only_measures(kind: str) -> bool:
+    """Layers that stand beside the scores and do not change them."""
+    return kind in ("Accuracy", "Silence") or kind.endswith("Loss")
+
+
+def _source(layer: Any, name: str, where: str) -> Source:
+    if _type(layer) == "Input":
+        shapes = layer.input_param.shape
+        if not shapes:
+            raise InputError(f"{where} has no size: expected input_param {{ shape {{ dim: ... }} }}")
+        return Source(name, tuple(shapes[min(list(layer.top).index(name), len(shapes) - 1)].dim)[1:])
+    transform, images = layer.transform_param, layer.image_data_param
+    if transform.mean_file or transform.scale != 1:
+        raise InputError(
+            f"{where} subtracts a mean image or scales its values: expected values from 0 to 255 and a mean_value for "
+            "each channel, as in the authors' file"
+        )
+    side = transform.crop_size
+    # As text: a float of 105.448 is 105.44799804... in Python.
+    means = tuple(float(f"{value:.7g}") for value in transform.mean_value) or (0.0,)
+    resize = (images.new_height, images.new_width) if images.new_height and images.new_width else None
+    return Source(name, (3, side, side), 3 * means if len(means) == 1 else means, resize)

@@ -1,0 +1,149 @@
+"""From files to messages and arrays: what is wrong with a file is said in one line, and nothing is guessed."""
+
+import math
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import text_format
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from relaylab.caffe.schema import NetParameter
+from relaylab.data.listing import printable
+from relaylab.errors import InputError
+
+LARGEST_TEXT = 4 << 20  # bytes; the authors' prototxt has 20,952
+LARGEST_BINARY = (1 << 31) - 1  # bytes; protobuf reads no more
+AUTHORS_SIZE = 685_025_107  # bytes of the caffemodel that the authors released
+SHOWN = 200  # characters of a library's error
+
+Blobs = tuple[NDArray[np.float32], ...]
+
+
+def read_prototxt(path: Path) -> Any:
+    """A network's definition, as a NetParameter of `schema`.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    data = read_limited(path, LARGEST_TEXT, "a prototxt has a few thousand bytes; are prototxt and caffemodel swapped?")
+    _refuse_mistaken(path, data, "a Caffe prototxt")
+    try:
+        network = text_format.Parse(data.decode("utf-8-sig"), NetParameter(), allow_unknown_field=True)
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{path} is no text: expected a Caffe prototxt; are prototxt and caffemodel swapped?"
+        ) from None
+    except (text_format.ParseError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no Caffe prototxt ({_line(error)}): expected a network's definition, a text of layers; are "
+            "prototxt and caffemodel swapped, or is the file cut off?"
+        ) from None
+    if not network.layer and not network.layers:
+        raise InputError(f"{path} has no layers: expected the prototxt of a network")
+    return network
+
+
+def read_weights(path: Path, names: Container[str]) -> dict[str, Blobs]:
+    """The weights of a caffemodel: by layer, its blobs.
+
+    The arrays are read-only. See Note [Weights as bytes].
+
+    Args:
+        path: of the caffemodel.
+        names: layers that are wanted; all others are passed over, such as those of auxiliary branches.
+
+    Raises:
+        InputError: it cannot be read, is something else, is cut off, or holds no weights.
+    """
+    network = _read_caffemodel(path)
+    try:
+        layers = [layer for layer in (*network.layers, *network.layer) if layer.blobs]
+        if not layers:
+            raise InputError(f"{path} holds no weights: expected a trained network's caffemodel; is the file cut off?")
+        weights = dict[str, Blobs]()
+        for layer in layers:
+            if layer.name not in names:
+                continue
+            where = f"{path}: layer {printable(layer.name)!r}"
+            if layer.name in weights:
+                raise InputError(f"{where} is there twice: expected weights once for each layer")
+            weights[layer.name] = tuple(_array(blob, f"{where}, blob {i}") for i, blob in enumerate(layer.blobs))
+    except UnicodeDecodeError:  # strings are looked at when they are asked for
+        raise InputError(f"{path} is damaged: a layer's name is no text; download it again") from None
+    return weights
+
+
+def read_limited(path: Path, most: int, otherwise: str) -> bytes:
+    """All of a file.
+
+    Args:
+        path: of a regular file.
+        most: its largest size in bytes; a larger one is not read.
+        otherwise: what to say of a larger one.
+
+    Raises:
+        InputError: no such file, one that cannot be read, or a larger one.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is no file" if path.exists() else f"no such file: {path}")
+        size = path.stat().st_size
+        if size > most:
+            raise InputError(f"{path} has {size:,} bytes, and at most {most:,} are read: {otherwise}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_caffemodel(path: Path) -> Any:
+    data = read_limited(path, LARGEST_BINARY, "protobuf files are smaller; expected a caffemodel")
+    _refuse_mistaken(path, data, "a caffemodel")
+    try:
+        return NetParameter.FromString(data)
+    except DecodeError:
+        if data[:4096].isascii() and b"\0" not in data[:4096]:
+            remedy = "it is a text; are prototxt and caffemodel swapped?"
+        else:
+            remedy = f"has the download broken off? The authors' file has {AUTHORS_SIZE:,} bytes"
+        raise InputError(f"{path} ({len(data):,} bytes) is no whole caffemodel: {remedy}") from None
+
+
+def _refuse_mistaken(path: Path, data: bytes, expected: str) -> None:
+    """What a download often leaves under the right name."""
+    start = data[:1024].lstrip().lower()
+    if not data:
+        what = "is empty; download it again"
+    elif start.startswith(b"version https://git-lfs"):
+        what = "is a pointer of Git LFS and not the file itself; run `git lfs pull` where you have cloned it"
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        what = "is a web page; download the raw file"
+    elif start.startswith((b"pk\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf")):
+        what = "is an archive; unpack it first"
+    else:
+        return
+    raise InputError(f"{path} {what}: expected {expected}")
+
+
+def _array(blob: Any, where: str) -> NDArray[np.float32]:
+    old = ("num", "channels", "height", "width")
+    shape = tuple(blob.shape.dim)
+    if not blob.HasField("shape"):  # before 2015 all blobs had four sides
+        shape = tuple(getattr(blob, side) for side in old) if any(map(blob.HasField, old)) else ()
+    data, kind = (blob.data, "<f4") if blob.data else (blob.double_data, "<f8")
+    if not data:
+        raise InputError(
+            f"{where} has no packed numbers: expected weights as Caffe writes them; is the file cut off, or another "
+            "program's?"
+        )
+    numbers, rest = divmod(len(data), np.dtype(kind).itemsize)
+    if rest or min(shape, default=0) < 1 or numbers != math.prod(shape):
+        raise InputError(f"{where} has the shape {shape} and {len(data):,} bytes, which do not agree; is it damaged?")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with all other such numbers
+        return np.frombuffer(data, kind).reshape(shape).astype(np.float32, copy=False)
+
+
+def _line(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:SHOWN])

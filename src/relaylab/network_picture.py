@@ -1,0 +1,112 @@
+"""Networks with their heads and windows, in the manner of the paper's Figure 2."""
+
+from collections.abc import Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from relaylab.pictures import INK, STYLE
+from relaylab.stages import Loss, Stage
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart: strong for a loss, light for what it trains.
+PRIMARY = "#0072b2", "#cfe5f3"
+AUXILIARY = ("#d55e00", "#fbdcc5"), ("#009e73", "#c5e8dc"), ("#b0558f", "#f0d9e6"), ("#8a6d00", "#f3e6b8")
+QUIET = "#6b6b6b"
+
+# Lengths are in points, so that text fits whatever the number of stages.
+WIDTH, HEIGHT, GAP = 252, 44, 26  # of a stage, and of the arrow between two
+BAR, HEAD = 22, (128, 40)  # distance of the bars, and size of a head
+MARGIN, GROUND = 10, 52  # GROUND is where the lowest stage stands
+FITTING = 42  # characters of a stage's words in full size
+
+
+def draw_network(stages: Sequence[Stage], losses: Sequence[Loss], title: str = "", image: str = "image") -> Figure:
+    """Black goes forward, from the image up; a colour is a loss, and its bar goes down over the layers that it trains.
+
+    Args:
+        stages: from the lowest up.
+        losses: the primary one first, then from the lowest head up.
+        title: above the picture.
+        image: what comes in, in words.
+    """
+    colours = {loss.name: (PRIMARY, *AUXILIARY)[min(number, len(AUXILIARY))] for number, loss in enumerate(losses)}
+    primary, *auxiliary = losses
+    left = MARGIN + 50
+    right = left + WIDTH
+    heads = right + BAR * (len(auxiliary) + 1) + 4
+    width = heads + HEAD[0] + MARGIN if auxiliary else right + 50
+    roof = GROUND + (HEIGHT + GAP) * len(stages)
+    height = roof + 34 + (26 if title else 0)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width / 72, height / 72))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_xlim(0, width)
+        axes.set_ylim(0, height)
+        axes.set_axis_off()
+        middle = (left + right) / 2
+        if title:
+            axes.text(MARGIN, height - 10, title, fontsize=12, fontweight="bold", va="top", color=INK)
+        axes.text(middle, 8, image, ha="center", va="bottom", fontsize=10, color=INK)
+        for number, stage in enumerate(stages):
+            _stage(axes, stage, left, _floor(number), [colours[loss] for loss in stage.losses])
+        _arrow(axes, (middle, roof - GAP), (middle, roof + 4), INK, 1.4)
+        _box(axes, (middle - 60, roof + 4), (120, 26), ["primary loss"], colours[primary.name][0])
+        _window(axes, primary, (middle - 60, roof + 17), left - BAR, colours[primary.name][0])
+        # From the highest down: where lines cross, the arrow to the lower head lies above the higher head's bar.
+        for number, loss in reversed(list(enumerate(auxiliary))):
+            colour = colours[loss.name][0]
+            level = _floor(loss.top) + HEIGHT + GAP / 2
+            _arrow(axes, (middle, level), (heads, level), INK, 1.4)
+            words = [f"head of {loss.name}", f"weight {loss.weight:g}"]
+            _box(axes, (heads, level - HEAD[1] + 12), HEAD, words, colour)
+            bar = right + BAR * (len(auxiliary) - number)
+            _window(axes, loss, (heads, level - HEAD[1] + 20), bar, colour)
+    return figure
+
+
+def _floor(number: int) -> float:
+    return GROUND + (HEIGHT + GAP) * number
+
+
+def _stage(axes: Axes, stage: Stage, left: float, floor: float, colours: Sequence[tuple[str, str]]) -> None:
+    stripe = WIDTH / max(len(colours), 1)
+    for number, (_, tint) in enumerate(colours):  # what several losses train has a stripe of each one's colour
+        axes.add_patch(Rectangle((left + stripe * number, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
+    axes.add_patch(Rectangle((left, floor), WIDTH, HEIGHT, facecolor="none", edgecolor=INK, linewidth=1))
+    middle = left + WIDTH / 2
+    words = ", ".join(stage.layers)
+    axes.text(middle, floor + 28, stage.name, ha="center", va="center", fontsize=10.5, fontweight="bold", color=INK)
+    size = 9.5 * min(1, FITTING / len(words))
+    axes.text(middle, floor + 13, words, ha="center", va="center", fontsize=size, color=INK)
+    _arrow(axes, (middle, floor - GAP), (middle, floor), INK, 1.4)
+    if stage.input_size is not None:
+        side = stage.input_size
+        axes.text(middle - 8, floor - GAP / 2, f"{side} x {side}", ha="right", va="center", fontsize=8, color=QUIET)
+
+
+def _window(axes: Axes, loss: Loss, start: tuple[float, float], bar: float, colour: str) -> None:
+    """From a loss's box sideways, and down to the end of its window."""
+    end = _floor(loss.low) - 2
+    axes.plot([start[0], bar, bar], [start[1], start[1], end + 8], color=colour, linewidth=4, solid_joinstyle="miter")
+    _arrow(axes, (bar, end + 14), (bar, end), colour, 4)
+    axes.text(bar, end - 3, f"N={loss.depth}", ha="center", va="top", fontsize=9, fontweight="bold", color=colour)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, width: float) -> None:
+    style = f"-|>,head_length={3 + width},head_width={1.5 + 0.8 * width}"
+    axes.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle=style, color=colour, linewidth=width, shrinkA=0, shrinkB=0, joinstyle="miter"
+        )
+    )
+
+
+def _box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], lines: Sequence[str], colour: str) -> None:
+    frame = FancyBboxPatch(
+        corner, *size, boxstyle="round,pad=0,rounding_size=5", facecolor="white", edgecolor=colour, zorder=3
+    )
+    axes.add_patch(frame)
+    middle = corner[0] + size[0] / 2, corner[1] + size[1] / 2
+    axes.text(*middle, "\n".join(lines), ha="center", va="center", fontsize=10, color=colour, linespacing=1.3, zorder=4)

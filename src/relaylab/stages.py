@@ -1,0 +1,232 @@
+"""A network as the paper shows it (Table 2, Figure 2): rows of layers on maps of one size, with their losses."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from relaybackprop import Plan, Relay
+from relaybackprop.chain import Link, StandIn, chain, dry_run, shadows
+from relaybackprop.plan import Boundary
+from relaylab.errors import InputError
+from relaylab.models.model_b import Inception
+from relaylab.models.pyramid import SpatialPyramid, braces
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive layers that see maps of one size and serve the same losses.
+
+    Attributes:
+        name: of the module that they are, or of the first and the last one.
+        layers: what they are, in the words of Table 2, the lowest first.
+        input_size: what comes in, in pixels of a side; None once there is no map any more.
+        output: shape of what goes out, without the batch.
+        losses: those whose windows hold it, the primary one first.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    input_size: int | None
+    output: tuple[int, ...]
+    losses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss beside the stages.
+
+    Attributes:
+        name: as in the plan.
+        weight: of it.
+        low: the lowest stage of its window, by number.
+        top: the stage behind which its head sits, or the last one.
+        depth: weight layers of its window, the paper's N.
+    """
+
+    name: str
+    weight: float
+    low: int
+    top: int
+    depth: int
+
+
+def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage], list[Loss]]:
+    """The stages of a network and the losses of a plan, from one pass without values.
+
+    Args:
+        model: a network without heads, of images (batch, 3, image_size, image_size). It is left alone; put it on the
+            meta device where only its picture is wanted.
+        plan: its windows.
+        image_size: in pixels.
+
+    Returns:
+        Stages from the lowest up, and the losses, the primary one first.
+
+    Raises:
+        InputError: a window ends within a module that is no chain.
+    """
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    links = chain(model, images)
+    spans = {loss: _span(links, plan, loss) for loss in plan.windows}
+    cuts = {edge for low, top in spans.values() for edge in (low, top + 1)}
+    runs = _runs(links, cuts, image_size)
+    of_link = [number for number, run in enumerate(runs) for _ in run]
+    stages: list[Stage] = []
+    size: int | None = image_size
+    first = before = 0  # the run's lowest link, and the depth below it
+    for run in runs:
+        losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
+        stages.append(Stage(_name(run, links), _words(model, run, before), size, run[-1].shape[1:], losses))
+        size, first, before = _side(run[-1]), first + len(run), run[-1].depth
+    depths = _depths(model, plan, images)
+    losses = [
+        Loss(loss, plan.weights[loss], of_link[low], of_link[top], depths[loss]) for loss, (low, top) in spans.items()
+    ]
+    return stages, losses
+
+
+def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
+    """The lowest and the highest link of a loss's window."""
+    window = plan.windows[loss]
+    top = len(links) - 1 if window.upper is None else _at(links, window.upper)
+    low = 0 if window.lower is None else _at(links, window.lower) + 1
+    return low, top
+
+
+def _at(links: Sequence[Link], boundary: Boundary) -> int:
+    """The link that a boundary is on; -1 for the network's input."""
+    name = boundary.module
+    if boundary.side == "output":
+        found = [number for number, link in enumerate(links) if name in link.names]
+    else:
+        found = [number - 1 for number, link in enumerate(links) if _is_in(link, name)]
+    if not found:
+        raise InputError(f"cannot draw the {boundary}: it lies within a module whose parts are no chain")
+    return found[0]
+
+
+def _runs(links: Sequence[Link], cuts: set[int], image_size: int) -> list[list[Link]]:
+    """Cut the chain where a window begins or ends, and where weight layers see a map of another size.
+
+    What changes the size without weights, as pooling does, ends the run below.
+    """
+    runs: list[list[Link]] = []
+    size, depth = image_size, 0
+    for number, link in enumerate(links):
+        side = _side(link)
+        is_new = number in cuts or (link.depth > depth and side != size)
+        if is_new or not runs:
+            runs.append([])
+        if link.depth > depth:
+            size = side
+        runs[-1].append(link)
+        depth = link.depth
+    return runs
+
+
+def _side(link: Link) -> int | None:
+    """Of the map; None if there is none any more."""
+    return link.shape[-1] if len(link.shape) == 4 and link.shape[-1] > 1 else None
+
+
+def _name(run: Sequence[Link], links: Sequence[Link]) -> str:
+    """Of the module that is these links and no others, or of the first and the last of such modules."""
+    first, last = _largest(run[0], run, links), _largest(run[-1], run, links)
+    return first if first == last else f"{first} to {last}"
+
+
+def _largest(link: Link, run: Sequence[Link], links: Sequence[Link]) -> str:
+    """The outermost module with this link all of whose links are in the run."""
+    name = next(iter(link.names), "")
+    parts = name.split(".")
+    prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    within = (prefix for prefix in prefixes if all(other in run for other in links if _is_in(other, prefix)))
+    return next(within, name)
+
+
+def _is_in(link: Link, module: str) -> bool:
+    """Whether the module makes the link; one that only hands it on, such as nn.Flatten, does not."""
+    return any(name == module or name.startswith(f"{module}.") for name in link.names[:1])
+
+
+def _words(model: nn.Module, run: Sequence[Link], depth: int) -> tuple[str, ...]:
+    """What the layers are, without those that say nothing; the same in a row are counted."""
+    words: list[str] = []
+    for link in run:
+        modules = [model.get_submodule(name) for name in link.names]  # the innermost first
+        known = [module for module in modules if type(module) in _DESCRIPTIONS]
+        if known:
+            words.append(_DESCRIPTIONS[type(known[-1])](known[-1]))
+        elif link.depth > depth:
+            words.append(f"{type(modules[0] if modules else model).__name__}, {link.shape[1]}")
+        depth = link.depth
+    counted = [(word, len(list(group))) for word, group in groupby(words)]
+    return tuple(word if count == 1 else f"[{word}] x {count}" for word, count in counted)
+
+
+def _convolution(module: nn.Module) -> str:
+    conv = cast(nn.Conv2d, module)
+    size, stride = conv.kernel_size[0], conv.stride[0]
+    return f"conv {size}x{size}, {conv.out_channels}" + (f", stride {stride}" if stride > 1 else "")
+
+
+def _pooling(module: nn.Module) -> str:
+    size, stride = (value[0] if isinstance(value, tuple) else value for value in (module.kernel_size, module.stride))
+    return f"maxpool {size}x{size}, {stride}"
+
+
+def _bottleneck(module: nn.Module) -> str:
+    block = cast(Bottleneck, module)
+    return f"bottleneck, {block.conv1.out_channels}-{block.conv2.out_channels}-{block.conv3.out_channels}"
+
+
+_DESCRIPTIONS: Mapping[type[nn.Module], Callable[[Any], str]] = {
+    nn.Conv2d: _convolution,
+    nn.MaxPool2d: _pooling,
+    nn.Linear: lambda module: f"fc {module.out_features}",
+    nn.AdaptiveAvgPool2d: lambda _: "average pooling",
+    SpatialPyramid: lambda module: f"spp, {braces(module.bins)}",
+    Inception: lambda module: f"modified inception, k {module.k}",
+    Bottleneck: _bottleneck,
+    BasicBlock: lambda module: f"basic block, {module.conv2.out_channels}",
+}
+
+
+def _depths(model: nn.Module, plan: Plan, images: Tensor) -> Mapping[str, int]:
+    """Weight layers of each window."""
+    with dry_run():
+        (shadow,) = shadows([model])
+        relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
+        relay(images)
+    assert relay.plan.binding is not None, "bound by this pass"
+    return relay.plan.binding.depths
+
+
+def markdown_table(
+    stages: Sequence[Stage], losses: Sequence[Loss], title: str, head: str = "auxiliary classifier"
+) -> str:
+    """The network in the form of Table 2, lines from the lowest layers up, with the column of gradients.
+
+    Args:
+        stages: from the lowest up.
+        losses: the primary one first, numbered from 1.
+        title: above the column of layers.
+        head: what an auxiliary head is called.
+    """
+    marks = {loss.name: f"({number})" for number, loss in enumerate(losses, start=1)}
+    lines = [f"| input size | gradient | {title} |", "| --- | --- | --- |"]
+    for number, stage in enumerate(stages):
+        size = "-" if stage.input_size is None else f"{stage.input_size}x{stage.input_size}"
+        gradient = "".join(marks[loss] for loss in stage.losses) or "none"
+        lines.append(f"| {size} | {gradient} | {'; '.join(stage.layers)} |")
+        for loss in losses[1:]:
+            if loss.top == number:
+                lines.append(f"| - | - | {head} {marks[loss.name]}, weight {loss.weight:g}, N = {loss.depth} |")
+    primary = losses[0]
+    lines.append(f"| - | - | classifier {marks[primary.name]}, N = {primary.depth} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,410 @@
+"""Chains and suggested plans: what the paper chose, on the paper's networks, and something sound on others."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.networks import VGG22
+from nets import CASES, make_case
+from relaybackprop import LinearHead, Plan, Relay, Suggestion, Window, reach, suggest_plan
+from relaybackprop.chain import Link, chain
+from relaybackprop.errors import AppliedTwiceError, BoundaryError, LeakError, PlanError, WindowError
+from relaybackprop.structure import tensors_in
+
+
+def meta(build: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build(*args, **kwargs)
+
+
+def mlp(layers: int = 8) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)) for _ in range(layers)))
+
+
+def assert_trains(model: nn.Module, suggestion: Suggestion, *inputs: Any) -> Relay:
+    """One step with linear heads on what the suggestion says they read: no leak, no gap, and neighbours overlap."""
+    heads = {
+        name: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 5, device=inputs[0].device))
+        for name, shape in suggestion.head_inputs.items()
+    }
+    plan = Plan.from_json(suggestion.plan.to_json())  # not bound
+    relay = Relay(model, plan, {name: head.to(inputs[0].dtype) for name, head in heads.items()})
+    output = relay(*inputs)
+    relay.plan.check_relay()
+    torch.stack([t.sum() for t in tensors_in([output.primary, output.auxiliary])]).sum().backward()
+    assert all(p.grad is not None for p in relay.parameters() if p.requires_grad)
+    assert relay.plan.binding == suggestion.plan.binding
+    return relay
+
+
+# Chains.
+
+
+class Skipped(nn.Module):
+    """A stage that a shortcut leads over, with an identity that is seen from both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.same = nn.Identity()
+        self.stage = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.stage(self.same(x)) + x)
+
+
+class Views(nn.Module):
+    """In-place activations, views, one module with many calls, containers that yield what their last module yields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Sequential(nn.Conv2d(4, 4, 3)))
+        self.act = nn.ReLU(inplace=True)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(16, 4)
+        self.out = nn.Sequential(nn.Dropout(0.0), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.out(self.act(self.fc(self.flatten(self.act(self.body(x)))))))
+
+
+def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
+    """The definition itself, tried out: a window that ends at each module's output in turn."""
+    found = {"link": 0, "leak": 0, "twice": 0}
+    models: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
+        "skipped": (Skipped(), (torch.randn(2, 4),)),
+        "views": (Views(), (torch.randn(2, 3, 6, 6),)),
+    }
+    models |= {name: (case.model, case.inputs) for name in CASES for case in [make_case(name)]}
+    for model, inputs in models.values():
+        model.train()
+        names = {name for link in chain(model, inputs) for name in link.names}
+        for name, module in model.named_modules():
+            yields: list[Any] = []
+            handle = module.register_forward_hook(lambda _m, _a, output, yields=yields: yields.append(output))
+            model(*inputs)
+            handle.remove()
+            if not name or len(yields) == 0 or not isinstance(yields[0], Tensor):
+                assert name not in names
+                continue
+            relay = Relay(model, Plan(Window(above=name)))
+            if len(yields) > 1:
+                error: Any = pytest.raises(BoundaryError)
+                found["twice"] += 1
+            elif name in names:
+                relay(*inputs)
+                found["link"] += 1
+                continue
+            else:
+                error = pytest.raises(LeakError)
+                found["leak"] += 1
+            with error:
+                relay(*inputs)
+            assert name not in names
+    assert min(found.values()) > 0, "every kind has to occur"
+    assert found["link"] > 30
+    assert found["leak"] > 10
+
+
+def test_links_of_a_chain_with_views_and_in_place_operations() -> None:
+    links = chain(Views(), torch.randn(2, 3, 6, 6))
+    assert links[:4] == (
+        Link("body.0", ("body.0",), (2, 4, 4, 4), 1, True),
+        Link("body.1", ("body.1",), (2, 4, 4, 4), 1, False),
+        Link("body", ("body.2.0", "body.2", "body"), (2, 4, 2, 2), 2, True),
+        Link("flatten", ("flatten",), (2, 16), 2, False),
+    )
+    # A last operation that is no module of its own (`act` runs three times) is a link without a name.
+    assert [link.name for link in links[4:]] == ["fc", "out.0", "out", ""]
+    assert links[-1] == Link("", (), (2, 4), 4, False)
+
+
+def test_depths_are_those_of_a_bound_plan() -> None:
+    for name in ("vgg", "resnet", "inception"):
+        case = make_case(name)
+        for link in chain(case.model, case.inputs):
+            if link.name:
+                relay = Relay(case.model, Plan(auxiliary={"a": Window(top=link.name)}), {"a": nn.Flatten()})
+                relay(*case.inputs)
+                assert relay.plan.binding is not None
+                assert link.depth == relay.plan.binding.depths["a"], link
+
+
+def test_towers_side_by_side_are_no_links() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.join, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+            joined = self.join(self.left(left) + self.right(right))
+            return {"scores": self.last(joined), "other": joined}
+
+    links = chain(Towers(), (torch.randn(2, 4), torch.randn(2, 4)))
+    assert [link.names for link in links] == [("join",), ()], "both outputs of the model are one last link"
+    named = chain(Towers(), {"right": torch.randn(2, 4), "left": torch.randn(2, 4)})
+    assert named == links
+
+
+def test_frozen_layers_are_below_the_chain_and_tied_weights_count_where_they_are_used() -> None:
+    model = mlp(4)
+    model[0].requires_grad_(False)
+    assert [(link.name, link.depth) for link in chain(model, torch.randn(2, 4))][1::2] == [("1", 1), ("2", 2), ("3", 3)]
+    model = mlp(4)
+    model[2][0].weight = model[0][0].weight
+    assert chain(model, torch.randn(2, 4))[-1].depth == 4
+
+
+def test_what_is_no_chain() -> None:
+    with pytest.raises(PlanError, match=r"(?s)every way through it passes.*received 1 in Sequential.*by hand"):
+        chain(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
+    with pytest.raises(PlanError, match="received 0 in Sequential"):
+        chain(mlp().requires_grad_(False), torch.randn(2, 4))
+    with pytest.raises(PlanError, match="received a function"):
+        chain(lambda x: x, torch.randn(2, 4))  # type: ignore[arg-type]
+
+
+class LooksAtValues(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.sum() > 0 else input
+
+
+def test_a_model_that_needs_values() -> None:
+    with pytest.raises(PlanError, match=r"(?s)on the meta device.*received \w+Error: .*example input that fits"):
+        suggest_plan(LooksAtValues(*mlp()), torch.randn(2, 4))
+    with pytest.raises(PlanError, match=r"received RuntimeError: .*Give an example input that fits the model"):
+        suggest_plan(mlp(), torch.randn(2, 5))
+
+
+# Suggestions.
+
+
+def windows(suggestion: Suggestion) -> dict[str, tuple[str | None, str | None]]:
+    return {name: (window.top, window.above) for name, window in suggestion.plan.windows.items()}
+
+
+def depths(suggestion: Suggestion) -> list[int]:
+    assert suggestion.plan.binding is not None
+    return list(suggestion.plan.binding.depths.values())
+
+
+def test_the_papers_model_a() -> None:
+    """Table 2: the head behind segment 4, the primary loss down to segment 4."""
+    model = VGG22(2, 32, 5).double()
+    suggestion = suggest_plan(model, torch.zeros(2, 3, 32, 32, dtype=torch.float64))
+    assert windows(suggestion) == {"primary": (None, "segment3"), "aux": ("segment4", None)}
+    assert depths(suggestion) == [5 + 5 + 3, 2 + 2 + 5 + 5]
+    assert suggestion.head_inputs == {"aux": (2, 16, 2, 2)}
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    relay = Relay(model, suggestion.plan, {"aux": LinearHead(16, 5).double()})
+    assert relay(images).auxiliary["aux"].shape == (2, 5)
+    assert_trains(model, suggestion, images)
+
+
+def test_figure_2() -> None:
+    """VGGNet-19 with two heads: segments 1 to 3, 3 to 4 and 4 to 5."""
+    model = meta(pytest.importorskip("torchvision.models").vgg19, init_weights=False)
+    images = torch.zeros(2, 3, 224, 224, device="meta")
+    suggestion = suggest_plan(model, images, num_auxiliary=2)
+    assert windows(suggestion) == {
+        "primary": (None, "features.18"),
+        "aux1": ("features.18", None),
+        "aux2": ("features.27", "features.9"),
+    }
+    assert depths(suggestion) == [4 + 4 + 3, 2 + 2 + 4, 4 + 4]
+    assert suggestion.head_inputs == {"aux1": (2, 256, 28, 28), "aux2": (2, 512, 14, 14)}
+    relay = assert_trains(model, suggestion, images)
+    layers = {
+        loss: {n.split(".")[2] for n in names if "model.features" in n}
+        for loss, names in reach(relay, images).losses.items()
+    }
+    convolutions = [name for name, m in model.features.named_children() if isinstance(m, nn.Conv2d)]
+    first, second, third, fourth = convolutions[:4], convolutions[4:8], convolutions[8:12], convolutions[12:]
+    assert layers == {
+        "primary": {*third, *fourth},
+        "aux1": {*first, *second},
+        "aux2": {*second, *third},
+    }
+
+
+@pytest.mark.parametrize(
+    ("build", "pixels", "heads", "expected", "deepest"),
+    [
+        # Section 5.2: conv4.1 to conv4.4 of conv4.1 to conv4.6 are shared; here the whole stage is.
+        ("resnet50", 224, 1, {"primary": (None, "layer2"), "aux": ("layer3", None)}, 40),
+        # Likewise inception4a to 4d; torchvision calls the stage Mixed_6a to Mixed_6e.
+        ("inception_v3", 299, 1, {"primary": (None, "Mixed_5d"), "aux": ("Mixed_6e", None)}, 37),
+        (
+            "vit_b_16",
+            224,
+            1,
+            {
+                "primary": (None, "encoder.layers.encoder_layer_5"),
+                "aux": ("encoder.layers.encoder_layer_8", None),
+            },
+            37,
+        ),
+        # A normalisation that opens the next stage's downsampling is no end of a stage.
+        ("convnext_tiny", 224, 1, {"primary": (None, "features.3"), "aux": ("features.5", None)}, 48),
+        ("vgg19", 224, 1, {"primary": (None, "features.18"), "aux": ("features.27", None)}, 12),
+    ],
+)
+def test_known_networks(build: str, pixels: int, heads: int, expected: dict[str, Any], deepest: int) -> None:
+    models = pytest.importorskip("torchvision.models")
+    arguments = {"aux_logits": False, "init_weights": False} if build == "inception_v3" else {}
+    model = meta(getattr(models, build), **arguments)
+    images = torch.zeros(2, 3, pixels, pixels, device="meta")
+    suggestion = suggest_plan(model, images, heads)
+    assert windows(suggestion) == expected
+    assert max(depths(suggestion)) == deepest
+    assert_trains(model, suggestion, images)
+
+
+def test_a_tie_is_explained() -> None:
+    model = meta(pytest.importorskip("torchvision.models").resnet50)
+    (tie,) = [reason for reason in suggest_plan(model, torch.zeros(2, 3, 64, 64)).reasons if "as deep" in reason]
+    assert tie == "Behind layer2 it would be as deep; higher heads read what is closer to the goal."
+
+
+def test_a_plain_mlp_is_cut_into_five() -> None:
+    model, rows = mlp().double(), torch.randn(3, 4, dtype=torch.float64)
+    suggestion = suggest_plan(model, rows)
+    assert windows(suggestion) == {"primary": (None, "3"), "aux": ("5", None)}, "layers 1 | 1 | 2 | 2 | 2"
+    assert depths(suggestion) == [4, 6]
+    assert_trains(model, suggestion, rows)
+    two = suggest_plan(model, rows, 2)
+    assert max(depths(two)) == 4
+    assert_trains(model, two, rows)
+
+
+def test_a_shortcut_over_a_stage_leaves_no_place_inside_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), *(Skipped() for _ in range(4)), nn.Linear(4, 4)).double()
+    rows = torch.randn(2, 4, dtype=torch.float64)
+    suggestion = suggest_plan(model, rows)
+    names = [name for pair in windows(suggestion).values() for name in pair if name is not None]
+    assert names
+    assert not [name for name in names if ".stage" in name or ".same" in name]
+    assert_trains(model, suggestion, rows)
+
+
+def test_heads_are_never_low() -> None:
+    """Most layers are in the last stage: the balanced place would be behind the first two, of 12 layers."""
+
+    def stage(channels: int, out: int, layers: int) -> nn.Sequential:
+        convs = [nn.Conv2d(channels if n == 0 else out, out, 3, padding=1) for n in range(layers)]
+        return nn.Sequential(*convs, nn.MaxPool2d(2))
+
+    model = nn.Sequential(stage(3, 4, 1), stage(4, 4, 2), stage(4, 4, 9)).double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    suggestion = suggest_plan(model, images)
+    relay = assert_trains(model, suggestion, images)
+    assert any("halved" in reason for reason in suggestion.reasons), "the stages alone leave only a low place"
+    (top,) = [window.top for window in relay.plan.auxiliary.values()]
+    assert top is not None
+    assert top.startswith("2.")
+    high = suggest_plan(nn.Sequential(stage(3, 4, 1), stage(4, 4, 3), stage(4, 4, 8)).double(), images)
+    assert windows(high)["aux"] == ("1", None), "a third is enough"
+
+
+def test_max_layers() -> None:
+    rows = torch.randn(2, 4)
+    assert depths(suggest_plan(mlp(), rows, max_layers=6)) == [4, 6]
+    assert "The deepest window is within max_layers=6." in suggest_plan(mlp(), rows, max_layers=6).reasons
+    with pytest.raises(WindowError, match=r"at most max_layers=5.*received 6 .*num_auxiliary=1.*num_auxiliary=2, the"):
+        suggest_plan(mlp(), rows, max_layers=5)
+    assert max(depths(suggest_plan(mlp(), rows, 2, max_layers=5))) <= 5, "the remedy works"
+    with pytest.raises(WindowError, match=r"No number of heads will do; the least max_layers of this model is 3"):
+        suggest_plan(mlp(), rows, max_layers=2)
+    assert min(max(depths(suggest_plan(mlp(), rows, k))) for k in range(1, 6)) == 3, "and is the least"
+
+
+def test_too_many_heads() -> None:
+    with pytest.raises(WindowError, match=r"places for 9 heads.*room for 5\. Ask for num_auxiliary=5"):
+        suggest_plan(mlp(), torch.randn(2, 4), 9)
+    assert len(suggest_plan(mlp(), torch.randn(2, 4), 5).plan.auxiliary) == 5
+    with pytest.raises(WindowError, match=r"room for 0\. Train it by standard backpropagation"):
+        suggest_plan(mlp(2), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_auxiliary": 0}, "num_auxiliary=0"),
+        ({"num_auxiliary": True}, "num_auxiliary=True"),
+        ({"num_auxiliary": 1.0}, "num_auxiliary=1.0"),
+        ({"max_layers": 0}, "max_layers=0"),
+        ({"max_layers": False}, "max_layers=False"),
+    ],
+)
+def test_bad_numbers(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=f"whole number of at least 1; received {message}"):
+        suggest_plan(mlp(), torch.randn(2, 4), **arguments)
+
+
+def test_a_relay_is_no_model() -> None:
+    with pytest.raises((PlanError, AppliedTwiceError)):
+        suggest_plan(Relay(mlp(), Plan()), torch.randn(2, 4))
+
+
+def test_printed() -> None:
+    suggestion = suggest_plan(mlp(), torch.randn(2, 4))
+    assert str(suggestion).splitlines() == [
+        "loss     weight  from                down to          depth",
+        "primary  1       the model's output  output of 3      4",
+        "aux      0.3     output of 5         the first layer  6",
+        "",
+        "1. The 8 weight layers form 1 segment of equal map size; pooling ends a segment and the classifier belongs to "
+        "the last one.",
+        "2. These have too few ends for heads, so the longest were halved: now 5.",
+        "3. From the lowest up, the segments have 1, 1, 2, 2 and 2 weight layers.",
+        "4. A head may sit at the end of a segment, neither the first nor the last, above the lowest third of the "
+        "layers (the paper's lowest is behind 8 of 19): behind 3 (4) and 5 (6).",
+        "5. Behind 5 the deepest window has 6 weight layers, the least possible.",
+        "6. Behind 3 it would be as deep; higher heads read what is closer to the goal.",
+        "7. Neighbouring windows overlap over the whole segment below the lower head: 2 layers up to 5.",
+        "8. The head aux reads (2, 4).",
+    ]
+
+
+class Drawing(nn.Module):
+    """Draws a number and changes a buffer and an argument in each forward pass; holds a bare tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("count", torch.zeros(()))
+        self.scale = torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        x = self.norm(x.mul_(self.scale) + torch.rand(1))
+        return self.body(x) * torch.arange(4)
+
+
+def test_the_model_is_left_alone_also_when_it_fails() -> None:
+    model, rows = Drawing(), torch.randn(3, 4)
+    model.body[1].eval()
+    model.body[0][0].weight.grad = torch.ones(4, 4)
+    before, given, random = copy.deepcopy(model), rows.clone(), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    suggest_plan(model, rows)
+    with pytest.raises(PlanError):
+        suggest_plan(model, torch.randn(3, 5))
+    torch.set_rng_state(random)  # the line above drew
+    suggest_plan(model, rows)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(rows, given)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]), name
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(model.body[0][0].weight.grad, torch.ones(4, 4))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
