@@ -76,7 +76,7 @@ class Views(nn.Module):
 
 def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
     """The definition itself, tried out: a window that ends at each module's output in turn."""
-    found = {"link": 0, "leak": 0, "twice": 0}
+    found = {"link": 0, "leak": 0, "twice": 0, "beside": 0}
     models: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
         "skipped": (Skipped(), (torch.randn(2, 4),)),
         "views": (Views(), (torch.randn(2, 3, 6, 6),)),
@@ -84,7 +84,10 @@ def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
     models |= {name: (case.model, case.inputs) for name in CASES for case in [make_case(name)]}
     for model, inputs in models.values():
         model.train()
-        names = {name for link in chain(model, inputs) for name in link.names}
+        try:
+            names = {name for link in chain(model, inputs) for name in link.names}
+        except PlanError:  # no chain: the transformer, whose blocks hand on objects
+            continue
         for name, module in model.named_modules():
             yields: list[Any] = []
             handle = module.register_forward_hook(lambda _m, _a, output, yields=yields: yields.append(output))
@@ -100,6 +103,10 @@ def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
             elif name in names:
                 relay(*inputs)
                 found["link"] += 1
+                continue
+            elif name.startswith("0.branch"):  # with nothing below them: no leak, and no bottleneck
+                relay(*inputs)
+                found["beside"] += 1
                 continue
             else:
                 error = pytest.raises(LeakError)

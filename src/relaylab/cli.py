@@ -205,7 +205,7 @@ def _parse(arguments: list[str]) -> "Config":
         | Annotated[given.ShowConfig, tyro.conf.subcommand("show")]
     )
 
-    def recipes(what: tyro.conf.OmitSubcommandPrefixes[listed] = given.ListConfig()) -> object:  # pyright: ignore
+    def recipes(what: tyro.conf.OmitSubcommandPrefixes[listed] = given.ListConfig()) -> object:  # pyright: ignore # noqa: B008
         """The rows of the paper's tables as typed recipes: list them, or show one."""
         return what
 

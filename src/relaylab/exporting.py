@@ -42,7 +42,7 @@ class Classifier(nn.Module):
 
 
 def mean_of(model: ModelFile) -> Tensor:
-    """What is subtracted: (3, crop, crop), or (3, 1, 1) where it is one colour; in the order of the network's channels."""
+    """What is subtracted, in the order of the network's channels: (3, crop, crop), or (3, 1, 1) for one colour."""
     if model.mean_image is None:
         return _planes(model.input.mean)
     return model.mean_image.permute(2, 0, 1).contiguous()
