@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from relaylab.errors import InputError
-from relaylab.files import replacing, write_text
+from relaylab.files import write_text
 from relaylab.model_config import CostConfig, DrawConfig, ExportConfig, ImportCaffeConfig, PredictConfig, ShowConfig
 from relaylab.recipe import Errors, Recipe
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
@@ -93,6 +93,7 @@ def costs(config: CostConfig) -> int:
     lines = cost_table(recipes)
     if not config.segments:
         print("\n".join(lines))
+        print("\nA training step, per image. MB saved: activations that are kept for the backward pass.")
         return 0
     for recipe in _distinct(recipes):
         print(f"{recipe.row}\n\n{cost_of(recipe)}\n")
@@ -115,7 +116,8 @@ def cost_table(recipes: Sequence[Recipe]) -> list[str]:
         parameters = sum(part.parameters for part in cost.parts) - heads
         flops = [totals[scheme].flops / UNITS["G"] / BATCH for scheme in COST_SCHEMES]
         branches = len(recipe.plan.auxiliary)
-        name = f"{network.architecture}, {network.image_size} px" + (f", {branches} branches" if branches > 1 else "")
+        name = f"{network.architecture}, {network.image_size} px, {network.num_classes} classes"
+        name += f", {branches} branches" if branches > 1 else ""
         cells = [name, f"{parameters / 1e6:.1f} M", f"{heads / 1e6:.1f} M", *(f"{value:.3g}" for value in flops)]
         cells += [f"{cost.lower_bound / UNITS['G'] / BATCH:.3g}", f"{cost.ratios['relay']:.3f}"]
         cells += [f"{totals[scheme].saved / UNITS['MB'] / BATCH:.3g}" for scheme in ("standard", "relay")]
@@ -155,6 +157,7 @@ def draw(config: DrawConfig, folder: Path) -> int:
 
     from relaylab.building import build_network, build_plan
     from relaylab.network_picture import draw_network
+    from relaylab.pictures import write_figure
     from relaylab.stages import markdown_table, stages_of
 
     recipe = at_scale(find_recipe(config.name), config.scale)
@@ -164,9 +167,7 @@ def draw(config: DrawConfig, folder: Path) -> int:
     figure = draw_network(stages, losses, recipe.row)
     table = markdown_table(stages, losses, recipe.row)
     for suffix in ("svg", "png"):
-        with replacing(folder / f"{recipe.name}.{suffix}") as temporary:
-            figure.savefig(temporary, format=suffix, dpi=144, metadata={"Date": None} if suffix == "svg" else None)
-            temporary.chmod(0o644)
+        write_figure(figure, folder / f"{recipe.name}.{suffix}")
     write_text(folder / f"{recipe.name}.md", table)
     print(table)
     print(f"Drawn: {(folder / recipe.name).resolve()}.svg, .png and .md")

@@ -2,11 +2,14 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from relaylab.files import replacing
 
 INK = "#1c1c1c"
 
@@ -50,3 +53,19 @@ def plot(
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in one piece, as SVG or PNG, the same bytes each time.
+
+    Args:
+        figure: of matplotlib.
+        path: ends in .svg or .png.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with rc_context(STYLE), replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
+        temporary.chmod(0o644)

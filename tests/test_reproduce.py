@@ -1,0 +1,58 @@
+"""docs/reproduce.md says what the recipes say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchvision", reason="needs the lab extra")
+
+from relaylab.recipes import ENSEMBLES, RECIPES
+from relaylab.reproduce import renewed, sections
+
+PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
+
+
+@pytest.mark.parametrize("name", sections())
+def test_tables_are_those_of_the_recipes(name: str) -> None:
+    page = PAGE.read_text()
+    table = sections()[name]()
+    assert len(table) > 5
+    assert renewed(page, {name: table}) == page, "run: python -m relaylab.reproduce docs/reproduce.md"
+    assert renewed(page, {name: [*table[:-1], "| something else |"]}) != page
+
+
+def test_a_lost_marker_is_found_out() -> None:
+    with pytest.raises(ValueError, match="0 markers <!-- rows -->"):
+        renewed("no tables", {"rows": ["|"]})
+
+
+def test_every_recipe_and_every_deviation_is_on_the_page() -> None:
+    page = PAGE.read_text()
+    assert all(f"`{name}`" in page for name in (*RECIPES, *ENSEMBLES))
+    sources = "".join(path.read_text() for path in (PAGE.parents[1] / "src" / "relaylab").rglob("*.py"))
+    for deviation in re.findall(r"DEVIATION\(([\w-]+)\)", sources):
+        assert f"| {deviation} |" in page
+
+
+def test_its_python_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = block + "\nimport torch; print(relay.eval()(torch.zeros(1, 3, 64, 64)).shape)"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "torch.Size([1, 100])"
+
+
+def test_its_commands_are_real() -> None:
+
+    from relaylab.cli import _parse
+
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        for line in block.splitlines():
+            command = line.split("#")[0].split()
+            assert command[0] == "relaylab"
+            assert _parse(command[1:]) is not None
+    with pytest.raises(SystemExit):
+        _parse(["recipes", "shew"])
