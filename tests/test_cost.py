@@ -328,6 +328,20 @@ def test_the_model_is_left_alone_also_when_it_fails() -> None:
     assert all(p.device.type == "cpu" for p in both.parameters())
 
 
+def test_random_generators_are_as_before() -> None:
+    class Draws(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input * torch.rand((), device="cpu").item())
+
+    state = torch.get_rng_state()
+    Draws()(ROWS)
+    assert not torch.equal(torch.get_rng_state(), state), "it does draw"
+    model = Draws(*mlp())
+    state = torch.get_rng_state()
+    cost(model, PLAN, ROWS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_stand_in_reads_everything() -> None:
     state = {"tokens": torch.ones(2, 3, requires_grad=True), "mask": torch.ones(2, dtype=torch.bool)}
     assert StandIn()(state).item() == 6

@@ -185,9 +185,8 @@ def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
     """
     if RELAY not in schemes:
         return schemes[STANDARD].flops
-    # What the ordinary pass computes for the end of a window, where a junction drops it. No pass goes through a gap.
-    dropped = schemes[STANDARD].backward - cut.backward if schemes[RELAY].backward else 0
-    return schemes[RELAY].flops - dropped
+    # What the ordinary pass computes for the end of a window, where a junction drops it.
+    return schemes[RELAY].flops - (schemes[STANDARD].backward - cut.backward)
 
 
 class FlopCounter(TorchDispatchMode):
