@@ -23,6 +23,7 @@ from relaylab.demo import LR_DROPS, MOMENTUM, SCHEMES, WEIGHT_DECAY, Run, descri
 from relaylab.demo_data import ImageSet, epoch_draws
 from relaylab.files import write_text
 from relaylab.models.layers import DROPOUT
+from relaylab.network_picture import AUXILIARY, PRIMARY
 
 ERRORS = {"top1": "top-1 err.", "top5": "top-5 err."}
 PAPER = {  # Table 3, model A
@@ -197,10 +198,10 @@ def render_html(figures: Mapping[str, Any], sample: bytes | None = None) -> str:
     return environment.from_string(template).render(
         figures,
         pictures={name: _data_uri(svg.encode(), "image/svg+xml") for name, svg in pictures.items()},
-        networks={scheme: demo_pictures.network(figures, scheme) for scheme in SCHEMES},
+        networks={scheme: _network(figures, scheme) for scheme in SCHEMES},
         sample=None if sample is None else _data_uri(sample, "image/png"),
         scheme_colours=demo_pictures.SCHEME_COLOURS,
-        loss_colours=demo_pictures.LOSS_COLOURS,
+        loss_colours={"primary": PRIMARY[0], "aux": AUXILIARY[0][0]},
         errors=ERRORS,
         paper=PAPER,
         verdict=verdict(figures),
@@ -219,6 +220,11 @@ def _balance(figures: Mapping[str, Any]) -> str:
 
 def _seconds(figures: Mapping[str, Any], scheme: str) -> float:
     return statistics.fmean(run["seconds"] for run in figures["runs"] if run["scheme"] == scheme)
+
+
+def _network(figures: Mapping[str, Any], scheme: str) -> dict[str, str]:
+    svg = demo_pictures.network(figures, scheme)
+    return {"uri": _data_uri(svg.encode(), "image/svg+xml"), "words": demo_pictures.network_in_words(figures, scheme)}
 
 
 def _data_uri(content: bytes, kind: str) -> str:

@@ -16,27 +16,29 @@ AUXILIARY = ("#d55e00", "#fbdcc5"), ("#009e73", "#c5e8dc"), ("#b0558f", "#f0d9e6
 QUIET = "#6b6b6b"
 
 # Lengths are in points, so that text fits whatever the number of stages.
-WIDTH, HEIGHT, GAP = 252, 44, 26  # of a stage, and of the arrow between two
+NARROW, WIDE, HEIGHT, GAP = 150, 252, 44, 26  # of a stage, and of the arrow between two
 BAR, HEAD = 22, (128, 40)  # distance of the bars, and size of a head
 MARGIN, GROUND = 10, 52  # GROUND is where the lowest stage stands
-FITTING = 42  # characters of a stage's words in full size
+LETTER = 5.7  # width of a letter of a stage's words in full size
 
 
-def draw_network(stages: Sequence[Stage], losses: Sequence[Loss], title: str = "", image: str = "image") -> Figure:
+def draw_network(
+    stages: Sequence[Stage], losses: Sequence[Loss], title: str = "", *, room_for_heads: bool = False
+) -> Figure:
     """Black goes forward, from the image up; a colour is a loss, and its bar goes down over the layers that it trains.
 
     Args:
         stages: from the lowest up.
         losses: the primary one first, then from the lowest head up.
         title: above the picture.
-        image: what comes in, in words.
+        room_for_heads: as wide without a head as with one, for pictures side by side.
     """
     colours = {loss.name: (PRIMARY, *AUXILIARY)[min(number, len(AUXILIARY))] for number, loss in enumerate(losses)}
     primary, *auxiliary = losses
     left = MARGIN + 50
-    right = left + WIDTH
-    heads = right + BAR * (len(auxiliary) + 1) + 4
-    width = heads + HEAD[0] + MARGIN if auxiliary else right + 50
+    right = left + min(max(NARROW, 12 + LETTER * max(len(_words(stage)) for stage in stages)), WIDE)
+    heads = right + BAR * (max(len(auxiliary), 1) + 1) + 4
+    width = heads + HEAD[0] + MARGIN if auxiliary or room_for_heads else right + 50
     roof = GROUND + (HEIGHT + GAP) * len(stages)
     height = roof + 34 + (26 if title else 0)
     with rc_context(STYLE):
@@ -48,9 +50,9 @@ def draw_network(stages: Sequence[Stage], losses: Sequence[Loss], title: str = "
         middle = (left + right) / 2
         if title:
             axes.text(MARGIN, height - 10, title, fontsize=12, fontweight="bold", va="top", color=INK)
-        axes.text(middle, 8, image, ha="center", va="bottom", fontsize=10, color=INK)
+        axes.text(middle, 8, "image", ha="center", va="bottom", fontsize=10, color=INK)
         for number, stage in enumerate(stages):
-            _stage(axes, stage, left, _floor(number), [colours[loss] for loss in stage.losses])
+            _stage(axes, stage, (left, right), _floor(number), [colours[loss] for loss in stage.losses])
         _arrow(axes, (middle, roof - GAP), (middle, roof + 4), INK, 1.4)
         _box(axes, (middle - 60, roof + 4), (120, 26), ["primary loss"], colours[primary.name][0])
         _window(axes, primary, (middle - 60, roof + 17), left - BAR, colours[primary.name][0])
@@ -70,15 +72,21 @@ def _floor(number: int) -> float:
     return GROUND + (HEIGHT + GAP) * number
 
 
-def _stage(axes: Axes, stage: Stage, left: float, floor: float, colours: Sequence[tuple[str, str]]) -> None:
-    stripe = WIDTH / max(len(colours), 1)
+def _words(stage: Stage) -> str:
+    return ", ".join(stage.layers)
+
+
+def _stage(
+    axes: Axes, stage: Stage, sides: tuple[float, float], floor: float, colours: Sequence[tuple[str, str]]
+) -> None:
+    left, width = sides[0], sides[1] - sides[0]
+    stripe = width / max(len(colours), 1)
     for number, (_, tint) in enumerate(colours):  # what several losses train has a stripe of each one's colour
         axes.add_patch(Rectangle((left + stripe * number, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
-    axes.add_patch(Rectangle((left, floor), WIDTH, HEIGHT, facecolor="none", edgecolor=INK, linewidth=1))
-    middle = left + WIDTH / 2
-    words = ", ".join(stage.layers)
+    axes.add_patch(Rectangle((left, floor), width, HEIGHT, facecolor="none", edgecolor=INK, linewidth=1))
+    middle, words = left + width / 2, _words(stage)
     axes.text(middle, floor + 28, stage.name, ha="center", va="center", fontsize=10.5, fontweight="bold", color=INK)
-    size = 9.5 * min(1, FITTING / len(words))
+    size = 9.5 * min(1, (width - 12) / (LETTER * len(words)))
     axes.text(middle, floor + 13, words, ha="center", va="center", fontsize=size, color=INK)
     _arrow(axes, (middle, floor - GAP), (middle, floor), INK, 1.4)
     if stage.input_size is not None:

@@ -50,7 +50,13 @@ def plot(
         axes.set_ylabel(unit)
         if legend:
             axes.legend(fontsize=10)
-        file = io.StringIO()
+    return figure_text(figure)
+
+
+def figure_text(figure: Figure) -> str:
+    """A figure as SVG text, the same text each time."""
+    file = io.StringIO()
+    with rc_context(STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
