@@ -80,6 +80,7 @@ def images() -> Tensor:
     return torch.rand(3, 3, 32, 32) * 255
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 on its own file
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_onnxruntime_and_torch_export_give_the_same_scores(name: str, images: Tensor, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs the export extra and onnxruntime")
