@@ -201,6 +201,43 @@ def test_saving_refuses_another_networks_state(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        *(("input", "resize", v) for v in (0, 8, "36", 36.5)),
+        *(("input", "mean", v) for v in ([1.0, 2.0], ["a", 1, 2], 3, None)),
+        *(("input", "std", v) for v in ([0.0, 1.0, 1.0], [1.0], "abc")),
+        *(("input", key, "foo") for key in ("how", "channels", "unknown")),
+        *(("network", key, v) for key in ("width", "num_classes", "image_size") for v in (0, -4, "4", 1.5)),
+        *(("network", "pyramid", v) for v in ([9], [0], ["1"], 5)),
+        ("network", "architecture", "vgg7"),
+        *((part, None, v) for part in ("input", "network", "classes") for v in (None, [1], 3)),
+    ],
+)
+def test_headers_that_say_something_else(part: str, key: str | None, value: object, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path, model = tmp_path / "x.safetensors", trained()
+    save_model(path, model)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["relaylab"])
+    if key is None:
+        header[part] = value
+    else:
+        header[part][key] = value
+    save_file(dict(model.state), path, {"relaylab": json.dumps(header)})
+    with pytest.raises(InputError):
+        read_model(path).model()
+
+
+def test_half_precision_is_read_as_single() -> None:
+    model = trained()
+    half = {key: tensor.half() for key, tensor in model.state.items()}
+    network = build_network(model.network)
+    load_state(network, half)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
 class ByColour(nn.Module):
     """Scores that tell a crop's mean red, green and blue."""
 

@@ -50,6 +50,13 @@ def build_network(config: NetworkConfig) -> nn.Module:
     kind = KINDS.get(config.architecture)
     if kind is None:
         raise InputError(f"unknown architecture {config.architecture!r}: expected one of {', '.join(KINDS)}")
+    numbers = {"num_classes": config.num_classes, "image_size": config.image_size, "width": config.width}
+    for name, value in numbers.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"network.{name} is {value!r}: expected a whole number of at least 1")
+    is_grids = isinstance(config.pyramid, tuple) and all(type(b) is int and b > 0 for b in config.pyramid)
+    if config.pyramid is not None and not is_grids:
+        raise InputError(f"network.pyramid is {config.pyramid!r}: expected whole numbers of at least 1")
     if config.num_classes < 2:
         raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
     given = {"width": config.width, "pyramid": config.pyramid}

@@ -9,6 +9,7 @@ Note [Model files]
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,25 @@ class InputConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float] | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values, which may come from a file.
+
+        Raises:
+            InputError: one that cannot be.
+        """
+        sizes, colours = (self.resize, self.crop), (self.mean, self.std or (1.0, 1.0, 1.0))
+        if any(type(size) is not int for size in sizes) or not 1 <= self.crop <= self.resize:
+            raise InputError(f"resize {self.resize!r}, crop {self.crop!r}: expected pixels, 1 <= crop <= resize")
+        if self.how not in ("shorter side", "both sides") or self.channels not in ("RGB", "BGR"):
+            raise InputError(
+                f"how {self.how!r}, channels {self.channels!r}: expected 'shorter side' or 'both sides', RGB or BGR"
+            )
+        for values in colours:
+            if len(values) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+                raise InputError(f"mean {self.mean!r}, std {self.std!r}: expected a number for each of three channels")
+        if min(colours[1]) <= 0:
+            raise InputError(f"std {self.std!r}: expected positive numbers")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelFile:
@@ -76,6 +96,8 @@ class ModelFile:
             InputError: as many classes as the network does not have, another crop, or a mean image of another size.
         """
         network, size = self.network, self.input.crop
+        if not all(isinstance(name, str) for name in self.classes):
+            raise InputError("expected the classes' names as text")
         if len(self.classes) != network.num_classes:
             raise InputError(f"{len(self.classes)} class names for a network of {network.num_classes} classes")
         if size != network.image_size:
@@ -118,8 +140,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if any(complaints):
         raise InputError(f"the state dict {'; it '.join(filter(None, complaints))}")
-    # Copies: what comes from a file may lie in memory that the file is mapped to.
-    model.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, assign=True)
+    # Copies: what comes from a file may lie in memory that the file is mapped to. Half precision becomes single.
+    copies = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}
+    model.load_state_dict(copies, assign=True)
 
 
 def save_model(path: Path, model: ModelFile) -> None:
@@ -178,7 +201,7 @@ def read_model(path: Path) -> ModelFile:
         )
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} does not say which network it holds ({type(error).__name__}: {error}): expected a file that "
             "relaylab has written, with its own header"
