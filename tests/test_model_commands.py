@@ -145,6 +145,21 @@ def test_commands_on_files_that_are_absent_or_wrong(capsys: Captured, tmp_path: 
     assert not (tmp_path / "e").exists()
 
 
+def test_an_ensemble_and_a_name_that_is_a_folder(capsys: Captured, tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "recipes", "show", "table5-ensemble")
+    assert "16.87 % on the test images" in out
+    code, _, err = run(capsys, "recipes", "show", "table5-ensemble", "--scale", "small")
+    assert (code, "show its members" in err) == (2, True)
+    code, _, err = run(capsys, "draw", "table5-ensembl", "--out", str(tmp_path))
+    assert (code, "table5-ensemble" in err) == (2, True)
+    (tmp_path / "table3-model-a-relay.svg").mkdir()
+    code, _, err = run(capsys, "draw", "table3-model-a-relay", "--scale", "tiny", "--out", str(tmp_path))
+    assert code == 2
+    assert "cannot read or write" in err
+    code, _, err = run(capsys, "predict", str(tmp_path), "x.jpg")
+    assert (code, "is a folder" in err) == (2, True)
+
+
 def test_words_for_values() -> None:
     assert [model_commands.text_of(v) for v in (True, None, 800_000, (7, 3), 0.3, "x", 256)] == [
         "yes", "none", "800,000", "7, 3", "0.3", "x", "256",

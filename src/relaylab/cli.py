@@ -68,7 +68,10 @@ def _run(config: "Config", command: str) -> int:
         print(f"Report: {run_demo(config, command).resolve()}")
         return 0
     if not isinstance(config, InspectConfig | CheckConfig):
-        return _run_model_command(config)
+        try:
+            return _run_model_command(config)
+        except OSError as error:
+            raise InputError(f"cannot read or write {error.filename2 or error.filename}: {error.strerror}") from None
     check_data_config(config)
     _check_paths(config.paths)
     folder = make_folder(config.out, Path("runs") / "data" / _now())

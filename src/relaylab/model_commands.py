@@ -39,13 +39,16 @@ def list_recipes() -> int:
 
 def _errors(errors: Errors | None) -> tuple[str, str]:
     rates = (None, None) if errors is None else (errors.top1, errors.top5)
-    top1, top5 = ("" if rate is None else f"{rate:.2f}" for rate in rates)
+    mark = " (test)" if errors is not None and errors.split == "test" else ""
+    top1, top5 = ("" if rate is None else f"{rate:.2f}{mark}" for rate in rates)
     return top1, top5
 
 
 def show(config: ShowConfig) -> int:
     """Print a recipe's values, each with its source."""
     if config.name in ENSEMBLES:
+        if config.scale != "paper":
+            raise InputError(f"{config.name} has no scale of its own: show its members with --scale {config.scale}")
         return _show_ensemble(config.name)
     recipe = at_scale(find_recipe(config.name), config.scale)
     print(f"{recipe.name}: {recipe.row}" + (f", at {config.scale} scale" if config.scale != "paper" else ""))
@@ -64,7 +67,10 @@ def show(config: ShowConfig) -> int:
 
 def _show_ensemble(name: str) -> int:
     ensemble = ENSEMBLES[name]
-    print(f"{ensemble.name}: {ensemble.row}\n")
+    print(f"{ensemble.name}: {ensemble.row}")
+    for errors in (ensemble.reported, ensemble.validation):
+        print(f"the paper's error: top-5 {errors.top5:.2f} % on the {errors.split} images")
+    print()
     print(f"members ({ensemble.sources['members']}):")
     for member in ensemble.members:
         print(f"  {member.name}")

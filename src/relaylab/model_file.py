@@ -209,6 +209,8 @@ def read_model(path: Path) -> ModelFile:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: expected a model file")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}

@@ -219,7 +219,8 @@ class Ensemble:
         row: where it stands in the paper.
         members: each trained and tested by itself; their probabilities are combined.
         combine: how: by their mean, by their product, or by weights learnt on the validation images.
-        reported: the paper's errors.
+        reported: the paper's error on the test images.
+        validation: and on the validation images (section 5.1).
         sources: where `members` and `combine` come from.
     """
 
@@ -228,6 +229,7 @@ class Ensemble:
     members: tuple[Recipe, ...]
     combine: Literal["average", "product", "learnt weights"]
     reported: Errors
+    validation: Errors
     sources: Mapping[str, str]
 
 

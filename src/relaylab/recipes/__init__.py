@@ -25,6 +25,6 @@ def find_recipe(name: str) -> Recipe:
     if name in ENSEMBLES:
         members = ", ".join(member.name for member in ENSEMBLES[name].members)
         raise InputError(f"{name} is an ensemble; name one of its members: {members}")
-    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, [*RECIPES, *ENSEMBLES], n=3, cutoff=0.4)
     advice = f"nearest: {', '.join(near)}" if near else "'relaylab recipes' lists them"
     raise InputError(f"unknown recipe {name!r}; {advice}")

@@ -18,6 +18,7 @@ from relaylab.recipe import (
 from relaylab.recipes import windows
 
 CLASSES = 1000
+NAMES = "the paper, section 5.2: inception4a to 4d, in torchvision's names by our reading"
 PATIENCE = "ours: the papers say 'when the error plateaus'"
 SHARED: Mapping[str, str] = {
     "network": "the paper, section 5.2",
@@ -26,6 +27,7 @@ SHARED: Mapping[str, str] = {
     "images": "the paper, section 5.2: no scale jitter",
     "images.data_set": "the paper, section 5.2",
     "images.sampling": "ours: ImageNet's classes are nearly balanced, and no paper says otherwise",
+    "augmentation.divide": "ours: no paper mentions it",
     "optimizer.evaluate_every": "ours: no paper says",
     "optimizer.label_smoothing": "ours: no paper mentions it",
     "optimizer.clip_norm": "ours: no paper mentions it",
@@ -151,6 +153,8 @@ def _inception_v3(scheme: Scheme, name: str, method: str, top1: float, top5: flo
         sources={
             **SHARED,
             "network.image_size": "[26], section 6",
+            "plan.primary.bottom": NAMES,
+            "plan.auxiliary.aux.top": NAMES,
             "plan.auxiliary.aux.head": "[26], section 4, by torchvision; 'standard BP' trains it too",
             "scheme": "the paper, section 5.2: Inception-v3 carries an auxiliary loss already",
             "images.short_side": "ours: not given; 299 / 0.875",

@@ -37,6 +37,7 @@ SOURCES: Mapping[str, str] = {
     "images": "the paper, section 5.1",
     "augmentation": "the paper, section 5.1",
     "augmentation.colour_shift": "the paper, section 5.1, after AlexNet's",
+    "augmentation.divide": NOT_GIVEN,
     "optimizer": "the paper, section 5.1",
     "optimizer.schedule.patience": "ours: the paper says 'when the error plateaus'",
     "optimizer.schedule.least": "ours: the paper does not say how often the rate falls",
@@ -179,6 +180,8 @@ def _table1(depth: int, top1: float, top5: float) -> Recipe:
         "optimizer": "ours: as in section 5.1, of which the paper says it for models A and B",
         "evaluation": "ours: Table 1 does not say; its errors are like Table 4's and not like Table 3's",
     }
+    if depth > 19:
+        sources["network.architecture"] = "ours: the paper adds 3 and 6 layers to VGGNet-19, not where; as in model A"
     return replace(recipe, evaluation=DENSE, sources=sources)
 
 
@@ -223,6 +226,7 @@ def ensemble() -> Ensemble:
         members=members,
         combine="product",
         reported=Errors(top5=16.87, split="test"),
+        validation=Errors(top5=15.74),
         sources={
             "members": "ours: the paper says five models of different architectures and input scales, not which",
             "combine": "ILSVRC 2015's result page: product 16.87, learnt weights 16.87, mean 16.89",
@@ -234,8 +238,9 @@ def _enlarged(recipe: Recipe) -> Recipe:
     """On images of 320 pixels: the pyramid fits them, and 320 is a scale of section 5.1."""
     name, row = recipe.name.replace("table3", "table5") + "-320", recipe.row.replace("Table 3", "Table 5")
     scales = tuple(round(side * 320 / 224) for side in DENSE.scales)
-    values = {"network.image_size": 320, "images.short_side": 366, "evaluation": replace(DENSE, scales=scales)}
-    larger = changed(recipe, "ours: another input scale for Table 5", values)
+    dense = changed(recipe, "the paper, section 5.1", {"evaluation": DENSE})
+    values = {"network.image_size": 320, "images.short_side": 366, "evaluation.scales": scales}
+    larger = changed(dense, "ours: another input scale for Table 5", values)
     return replace(larger, name=name, row=f"{row} at 320 pixels", reported=None)
 
 

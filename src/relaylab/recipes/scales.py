@@ -54,6 +54,8 @@ def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
         values["network.width"] = SMALL_WIDTH if is_small else TINY_WIDTH
     if recipe.network.pyramid is not None:
         values["network.pyramid"] = SMALL_PYRAMID if is_small else TINY_PYRAMID
+    if recipe.images.data_set == "ImageNet 2012":
+        values["images.sampling"] = recipe.images.sampling
     least, by = values["network.image_size"], values["images.short_side"] / recipe.images.short_side
     values["evaluation.scales"] = tuple(max(least, round(side * by)) for side in recipe.evaluation.scales)
     smaller = changed(recipe, f"ours: the {dial} scale", values)
