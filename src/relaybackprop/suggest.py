@@ -4,8 +4,8 @@ Note [Suggesting]
 1. A segment is a stage of equal map size, as the paper cuts VGGNet-19 behind its max pooling layers. What changes the
    size without a weight layer, such as pooling, ends the segment below; what follows once the map is gone (the
    classifier) belongs to the last segment.
-2. A head reads the end of a segment. Not of the last one, where the model's own output is, and not within a classifier
-   behind maps or tokens. Nor of the first, since the next window would have to reach the first layer to overlap with it.
+2. A head reads the end of a segment. Not of the last one, where the model's own output is, nor within a classifier
+   behind maps or tokens. Nor of the first, since the next window would have to reach the first layer to overlap it.
 3. Nor in the lowest third of the weight layers, where "the patterns captured lack of sufficient discrimination". The
    paper's lowest head is behind layer 8 of 19 (Figure 2), its others higher.
 4. Where that leaves too few places, as in a transformer's equal blocks, the longest segments are halved until there are

@@ -18,7 +18,7 @@ from relaylab.recipes.scales import at_scale
 if TYPE_CHECKING:
     from relaybackprop.cost import Cost
 
-WIDTH_UNKNOWN = 120  # columns, where the output is no terminal
+WIDTH_UNKNOWN = 140  # columns, where the output is no terminal
 COST_SCHEMES = {"standard": "standard BP", "multi_loss": "multi-loss", "relay": "relay"}
 UNITS = {"G": 1e9, "MB": 1e6}
 
