@@ -188,12 +188,24 @@ def build(recipe: Recipe, *, num_classes: int | None = None) -> Training:
         InputError: values that do not go together.
     """
     network = recipe.network if num_classes is None else replace(recipe.network, num_classes=num_classes)
-    model = build_network(network)
+    relay = build_relay(replace(recipe, network=network))
+    return Training(relay, build_criterion(recipe.optimizer, relay.plan), build_optimizer(recipe.optimizer, relay))
+
+
+def build_relay(recipe: Recipe) -> Relay:
+    """A recipe's network and heads under its plan, with fresh weights from the default random generator.
+
+    Raises:
+        InputError: values that do not go together.
+    """
+    model = build_network(recipe.network)
     plan = build_plan(recipe.plan, recipe.scheme)
-    heads = build_heads(recipe.plan, network, model) if plan.auxiliary else None
-    relay = Relay(model, plan, heads)
-    criterion = RelayLoss(nn.CrossEntropyLoss(label_smoothing=recipe.optimizer.label_smoothing), plan)
-    return Training(relay, criterion, build_optimizer(recipe.optimizer, relay))
+    return Relay(model, plan, build_heads(recipe.plan, recipe.network, model) if plan.auxiliary else None)
+
+
+def build_criterion(config: OptimizerConfig, plan: Plan) -> RelayLoss:
+    """The weighted sum of a plan's cross-entropies."""
+    return RelayLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), plan)
 
 
 def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.SGD:

@@ -15,13 +15,15 @@ from relaylab.errors import InputError, LabError
 if TYPE_CHECKING:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
     from relaylab.model_config import ModelConfig
+    from relaylab.train.options import CompareConfig, TrainConfig
 
-    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig
+    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig | TrainConfig | CompareConfig
 
 LAB_PACKAGES = frozenset(
     {
         *("google", "jinja2", "matplotlib", "numpy", "PIL", "platformdirs", "psutil", "rich"),
-        *("safetensors", "scipy", "simplejpeg", "sklearn", "torchvision", "tyro"),
+        *("lightning_fabric", "safetensors", "scipy", "simplejpeg", "sklearn", "tensorboard"),
+        *("torchmetrics", "torchvision", "tyro"),
     }
 )
 EXPORT_PACKAGES = frozenset({"onnx", "onnxscript"})
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if "--data" in arguments and _has_no_value(arguments, "--data"):
             raise InputError("--data needs a folder or tar files; leave it out for the handwritten digits")
-        return _run(_parse(arguments or ["--help"]), shlex.join(["relaylab", *arguments]))
+        return _run(_parse(arguments or ["--help"]), arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in LAB_PACKAGES | EXPORT_PACKAGES:
@@ -61,12 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
 
 
-def _run(config: "Config", command: str) -> int:
+def _run(config: "Config", arguments: list[str]) -> int:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig, check_data_config
+    from relaylab.train.options import CompareConfig, TrainConfig
 
     if isinstance(config, DemoConfig):
-        print(f"Report: {run_demo(config, command).resolve()}")
+        print(f"Report: {run_demo(config, shlex.join(['relaylab', *arguments])).resolve()}")
         return 0
+    if isinstance(config, TrainConfig):
+        return _train(config, arguments)
+    if isinstance(config, CompareConfig):
+        from relaylab.train.compare import compare
+
+        _check_paths([*config.data, *config.val_data])
+        return compare(config)
     if not isinstance(config, InspectConfig | CheckConfig):
         try:
             return _run_model_command(config)
@@ -79,6 +89,21 @@ def _run(config: "Config", command: str) -> int:
 
     with _removed_if_empty(folder):
         return data_commands.run(config, folder)
+
+
+def _train(config: "TrainConfig", arguments: list[str]) -> int:
+    from relaylab.train import runs
+
+    _check_paths([*config.data, *config.val_data])
+    request = runs.understand(config)
+    from relaylab.train import engine
+
+    if config.devices > 1 and not engine.is_launched():
+        return engine.launch(config, arguments)
+    from relaylab.train import session
+
+    outcome = session.train(request)
+    return 0 if outcome.finished or engine.is_launched() else INTERRUPTED
 
 
 def _run_model_command(config: "ModelConfig") -> int:
@@ -193,6 +218,7 @@ def _parse(arguments: list[str]) -> "Config":
 
     from relaylab import model_config as given
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+    from relaylab.train.options import CompareConfig, TrainConfig
 
     kinds = (
         Annotated[InspectConfig, tyro.conf.subcommand("inspect")]
@@ -215,6 +241,8 @@ def _parse(arguments: list[str]) -> "Config":
     return tyro.extras.subcommand_cli_from_dict(  # pyright: ignore[reportReturnType]
         {
             "demo": DemoConfig,
+            "train": TrainConfig,
+            "compare": CompareConfig,
             "data": data,
             "recipes": recipes,
             "draw": given.DrawConfig,

@@ -1,10 +1,9 @@
 """What the demo trains on: scikit-learn's digits, or a train and a val part of any source, in memory where they fit."""
 
 import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,23 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from relaylab.config import DemoConfig
-from relaylab.data.batches import Batch
-from relaylab.data.cache import cache_folder
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
-from relaylab.data.loader import evaluation_loader, training_loader
-from relaylab.data.memory import (
-    DecodedImages,
-    MemoryEvaluationLoader,
-    MemoryTrainingLoader,
-    decode_all,
-    decoded_statistics,
-    free_memory,
-)
+from relaylab.data.memory import DecodedImages, decode_all, free_memory
 from relaylab.data.opening import LISTS, open_source
-from relaylab.data.sampling import ClassAwareSampler, KeyedSampler, ShuffledSampler, SquareRootSampler
+from relaylab.data.parts import InMemory, OnDisk, Part
+from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.source import Source
-from relaylab.data.statistics import ImageStatistics, image_statistics
+from relaylab.data.statistics import ImageStatistics
 from relaylab.data.subset import Thinned, few_per_class, long_tail
 from relaylab.errors import InputError
 from relaylab.progress import progress
@@ -36,102 +26,6 @@ from relaylab.progress import progress
 DIGITS_TRAIN = 1000  # of 1,797; the rest is the validation part
 LONG_TAIL_SEED = 0  # the thinned set is a data set: it is the same for all seeds of training
 MEMORY_SHARE = 0.5  # of what is free may be filled with images; beyond that they are decoded as they are needed
-SAMPLERS = {"class-aware": ClassAwareSampler, "shuffled": ShuffledSampler, "square-root": SquareRootSampler}
-
-
-class Part(Protocol):
-    """Labelled images, ready to be cut into batches."""
-
-    @property
-    def labels(self) -> NDArray[np.integer]:
-        """(n,) class numbers."""
-        ...
-
-    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> Iterable[Batch]:
-        """Random crops, an epoch each time it is iterated."""
-        ...
-
-    def evaluation(self, batch_size: int) -> Iterable[Batch]:
-        """All centre crops in order."""
-        ...
-
-    def some(self, numbers: NDArray[np.int64]) -> "Part":
-        """A part of the part."""
-        ...
-
-    def statistics(self) -> ImageStatistics:
-        """Of the centre crops."""
-        ...
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A part that is decoded already."""
-
-    decoded: DecodedImages
-    view: View
-
-    @property
-    def labels(self) -> NDArray[np.integer]:
-        """See `Part`."""
-        return self.decoded.labels.numpy()
-
-    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> Iterable[Batch]:
-        """See `Part`."""
-        return MemoryTrainingLoader(self.decoded, sampler, self.view, batch_size=batch_size, seed=seed)
-
-    def evaluation(self, batch_size: int) -> Iterable[Batch]:
-        """See `Part`."""
-        return MemoryEvaluationLoader(self.decoded, self.view, batch_size=batch_size)
-
-    def some(self, numbers: NDArray[np.int64]) -> "InMemory":
-        """See `Part`."""
-        rows = torch.from_numpy(numbers)
-        return InMemory(
-            DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes), self.view
-        )
-
-    def statistics(self) -> ImageStatistics:
-        """See `Part`."""
-        return decoded_statistics(self.decoded, self.view)
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """A part that is decoded by worker processes as it is needed."""
-
-    source: Source
-    view: View
-    workers: int
-
-    @property
-    def labels(self) -> NDArray[np.integer]:
-        """See `Part`."""
-        return self.source.labels
-
-    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> Iterable[Batch]:
-        """See `Part`."""
-        return training_loader(self.source, sampler, self.view, batch_size=batch_size, workers=self.workers, seed=seed)
-
-    def evaluation(self, batch_size: int) -> Iterable[Batch]:
-        """See `Part`."""
-        return evaluation_loader(self.source, self.view, batch_size=batch_size, workers=self.workers)
-
-    def some(self, numbers: NDArray[np.int64]) -> "OnDisk":
-        """See `Part`."""
-        return OnDisk(Thinned(self.source, numbers), self.view, self.workers)
-
-    def statistics(self) -> ImageStatistics:
-        """See `Part`."""
-        with progress("mean image", len(self.source)) as task:
-            return image_statistics(
-                self.source,
-                self.view,
-                key=self.source.fingerprint,
-                folder=cache_folder() / "statistics",
-                workers=self.workers,
-                task=task,
-            )
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relaylab.network_picture import draw_network
-from relaylab.pictures import figure_text, plot
+from relaylab.pictures import SCHEME_COLOURS, SCHEME_DASHES, figure_text, plot
 from relaylab.stages import Loss, Stage
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
-SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73"}
-SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-"}
 
 
 def learning_curves(figures: Mapping[str, Any], quantity: str, title: str, unit: str) -> str:

@@ -29,9 +29,9 @@ class Silent:
 
 
 class _Bar:
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
+    def __init__(self, progress: Progress, what: str, total: int, done: int) -> None:
         self.progress = progress
-        self.task = progress.add_task(what, total=total, note="")
+        self.task = progress.add_task(what, total=total, completed=done, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         if note is None:
@@ -43,15 +43,15 @@ class _Bar:
 class _Lines:
     """A line every few seconds and one at the end, for log files."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.note = what, total, 0, ""
+    def __init__(self, what: str, total: int, done: int, every_s: float) -> None:
+        self.what, self.total, self.done, self.note, self.every_s = what, total, done, "", every_s
         self.last_line_at = time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self.done += count
         self.note = self.note if note is None else note
         now = time.monotonic()
-        if self.done >= self.total or now - self.last_line_at >= SECONDS_BETWEEN_LINES:
+        if self.done >= self.total or now - self.last_line_at >= self.every_s:
             self.last_line_at = now
             text = f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip()
             sys.stderr.write(text + "\n")
@@ -59,16 +59,18 @@ class _Lines:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Task]:
+def progress(what: str, total: int, *, done: int = 0, every_s: float = SECONDS_BETWEEN_LINES) -> Iterator[Task]:
     """Show a piece of work on stderr while it lasts.
 
     Args:
         what: a word or two that name it.
         total: its size in the units that `advance` counts.
+        done: how much of it was done before.
+        every_s: seconds between two lines, where nobody watches.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(what, total)
+        yield _Lines(what, total, done, every_s)
         return
     columns = (  # where the terminal is narrow, the note gives way first
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -78,4 +80,4 @@ def progress(what: str, total: int) -> Iterator[Task]:
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
     with Progress(*columns, console=console, expand=True) as bar:
-        yield _Bar(bar, what, total)
+        yield _Bar(bar, what, total, done)

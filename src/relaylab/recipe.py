@@ -122,6 +122,18 @@ class DecayConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CosineConfig:
+    """The learning rate falls along half a cosine, from the first iteration to the last."""
+
+    kind: Literal["cosine"] = "cosine"
+    least: float = 0.0
+    """Share of the first rate that is left at the end."""
+
+
+ScheduleConfig = PlateauConfig | StepsConfig | DecayConfig | CosineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
     """Stochastic gradient descent with momentum."""
 
@@ -129,13 +141,19 @@ class OptimizerConfig:
     momentum: float
     weight_decay: float
     batch_size: int
+    """Images of one update, over all processes."""
     iterations: int
-    schedule: PlateauConfig | StepsConfig | DecayConfig
+    schedule: ScheduleConfig
     evaluate_every: int
     """Iterations between two evaluations."""
+    warmup: int = 0
+    """Iterations over which the learning rate rises linearly to what the schedule says."""
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     """Gradients of a larger norm are scaled down to it."""
+    segment_lr: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """By segment, a factor on its learning rate; 1 where none is given. A segment is named by the losses that train it,
+    joined by "+" from the lowest head up, such as "aux" or "aux+primary"; a head is "head aux"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

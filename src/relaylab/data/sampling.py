@@ -211,6 +211,13 @@ class SquareRootSampler(_CyclicSampler):
         return np.rint(SQUARE_ROOT_TURNS * np.sqrt(counts)).astype(np.int64)
 
 
+SAMPLERS: dict[str, type[KeyedSampler]] = {
+    "class-aware": ClassAwareSampler,
+    "shuffled": ShuffledSampler,
+    "square-root": SquareRootSampler,
+}
+
+
 class DrawBatches(Sampler[Any]):
     """A batch sampler for this package's data sets: an image together with the number of the draw that chose it.
 

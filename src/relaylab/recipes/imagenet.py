@@ -29,6 +29,7 @@ SHARED: Mapping[str, str] = {
     "images.sampling": "ours: ImageNet's classes are nearly balanced, and no paper says otherwise",
     "augmentation.divide": "ours: no paper mentions it",
     "optimizer.evaluate_every": "ours: no paper says",
+    "optimizer.warmup": "ours: no paper mentions it",
     "optimizer.label_smoothing": "ours: no paper mentions it",
     "optimizer.clip_norm": "ours: no paper mentions it",
 }

@@ -42,6 +42,7 @@ SOURCES: Mapping[str, str] = {
     "optimizer.schedule.patience": "ours: the paper says 'when the error plateaus'",
     "optimizer.schedule.least": "ours: the paper does not say how often the rate falls",
     "optimizer.evaluate_every": "ours: the paper does not say",
+    "optimizer.warmup": NOT_GIVEN,
     "optimizer.label_smoothing": NOT_GIVEN,
     "optimizer.clip_norm": NOT_GIVEN,
     "evaluation": "the paper, section 5.1",

@@ -1,0 +1,225 @@
+"""Checkpoints on disk: whole or not there at all, checked when they are read, and nothing in them is code.
+
+Note [Checkpoints]
+1. A checkpoint is a folder step-00012000/ with
+
+       model.safetensors       the state dict of the `Relay`: "model." and "heads."
+       optimizer.safetensors   by parameter, PARAMETER/momentum_buffer
+       state.json              all that is no tensor
+       SHA256SUMS              of the three, as `sha256sum --check` reads it
+
+2. It is written under another name, brought to the disk, and renamed: a folder with the final name is complete. What a
+   process that was killed has left is swept up by the next save.
+3. Whoever reads one compares the sums first: a damaged file is refused by name, and never half loaded.
+4. An old checkpoint is removed only after the new one is there, and it loses its name before it loses its files.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from relaylab.errors import LabError
+
+log = logging.getLogger("relaylab.train")
+
+FORMAT = "relaylab checkpoint 1"
+MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+PREFIX = "step-"
+LEFT_OVER = ".unfinished-"
+
+
+class DamagedCheckpointError(LabError):
+    """A checkpoint that is not whole, or not one at all."""
+
+
+class SaveError(LabError):
+    """A checkpoint that could not be written. The one before it is untouched."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        model: the state dict of the `Relay`.
+        optimizer: tensors by parameter and name, "PARAMETER/momentum_buffer".
+        state: all that is no tensor, as JSON has it; "step" among it.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a folder's name says; None if it is no checkpoint's name."""
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if path.name.startswith(PREFIX) and digits.isdecimal() else None
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint. See Note [Checkpoints].
+
+    Args:
+        folder: of all checkpoints of a run; it is made if need be.
+        checkpoint: whole.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    path = path_of(folder, int(checkpoint.state["step"]))
+    unfinished = folder / f"{LEFT_OVER}{path.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        unfinished.mkdir()
+        save_file(_plain(checkpoint.model), unfinished / MODEL)
+        save_file(_plain(checkpoint.optimizer), unfinished / OPTIMIZER)
+        text = json.dumps({"format": FORMAT, **checkpoint.state}, indent=1, allow_nan=False)
+        (unfinished / STATE).write_text(text + "\n", encoding="utf-8")
+        sums = "".join(f"{_sum(unfinished / name)}  {name}\n" for name in (MODEL, OPTIMIZER, STATE))
+        (unfinished / SUMS).write_text(sums, encoding="ascii")
+        for name in (MODEL, OPTIMIZER, STATE, SUMS):
+            _to_disk(unfinished / name)
+        if path.exists():  # a damaged one, or one that lies ahead of where an earlier one was taken up again
+            _remove(path)
+        unfinished.rename(path)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            shutil.rmtree(unfinished)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        free = shutil.disk_usage(folder).free / 1e6 if folder.is_dir() else 0.0
+        raise SaveError(f"cannot write the checkpoint {path}: {reason} ({free:,.0f} MB free)") from None
+    return path
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: it is not whole, was changed, or is no checkpoint.
+    """
+    state = read_state(path)
+    try:
+        return Checkpoint(load_file(path / MODEL), load_file(path / OPTIMIZER), state)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def read_state(path: Path) -> Mapping[str, Any]:
+    """The part of a checkpoint that is no tensor, once the sums of all of it have been checked.
+
+    Raises:
+        DamagedCheckpointError: see `read`.
+    """
+    check(path)
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise DamagedCheckpointError(f"{path} is of the format {state['format']!r}, not {FORMAT!r}")
+        if state["step"] != step_of(path):
+            raise DamagedCheckpointError(f"{path} holds step {state['step']!r}: it was renamed")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path / STATE} is not what relaylab writes: {error}") from None
+    return state
+
+
+def check(path: Path) -> None:
+    """Compare a checkpoint's files with their sums.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or was changed; it is named.
+    """
+    try:
+        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
+        pairs = [line.split("  ", 1) for line in lines]
+        sums = {name: digest for digest, name in pairs}
+    except (OSError, ValueError):
+        raise DamagedCheckpointError(f"{path} is no whole checkpoint: it has no readable {SUMS}") from None
+    for name in (MODEL, OPTIMIZER, STATE):
+        try:
+            if _sum(path / name) != sums.get(name):
+                raise DamagedCheckpointError(f"{path / name} is damaged or was changed: its sum is not that in {SUMS}")
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
+
+
+def newest(folder: Path) -> Iterator[Path]:
+    """The checkpoints of a run by their names, newest first. They are not checked."""
+    found = [(step, path) for path in folder.glob(f"{PREFIX}*") if (step := step_of(path)) is not None]
+    yield from (path for _, path in sorted(found, reverse=True))
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole. Those that are not are named in a warning, and left alone."""
+    for path in newest(folder):
+        try:
+            read_state(path)
+        except DamagedCheckpointError as error:
+            log.warning("%s; the checkpoint before it is tried", error)
+            continue
+        return path
+    return None
+
+
+def thin_out(folder: Path, keep: int, also: Collection[int]) -> None:
+    """Remove old checkpoints.
+
+    Args:
+        folder: of all checkpoints of a run.
+        keep: how many of the newest stay.
+        also: steps whose checkpoints stay in any case.
+    """
+    for path in list(newest(folder))[keep:]:
+        if step_of(path) not in also:
+            with suppress(OSError):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    unnamed = path.with_name(f"{LEFT_OVER}old-{path.name}")
+    path.rename(unnamed)
+    shutil.rmtree(unnamed)
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.glob(f"{LEFT_OVER}*"):
+        shutil.rmtree(path)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Out of the system's own memory, so that a power cut cannot empty a file that has its name already."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,28 @@
+"""torch.compile for what lies outside of overlaps and touches no boundary of a window (docs/decisions/003)."""
+
+from relaybackprop import Relay
+from relaylab.train.segments import Segments
+
+
+def compile_outside_overlaps(relay: Relay, segments: Segments) -> list[str]:
+    """Compile in place the largest modules that hold no boundary, and that one loss at most trains.
+
+    Args:
+        relay: its plan says where the boundaries are.
+        segments: of its parameters.
+
+    Returns:
+        The names of the compiled modules.
+    """
+    boundaries = {f"model.{boundary.module}" for boundary in relay.plan.boundaries}
+    compiled: list[str] = []
+    for name, module in relay.named_modules():
+        if not name.startswith(("model", "heads.")) or any(f"{name}.".startswith(f"{done}.") for done in compiled):
+            continue
+        holds_boundary = any(f"{boundary}.".startswith(f"{name}.") for boundary in boundaries)
+        losses = {segments.of[own] for own in segments.of if own.startswith(f"{name}.")}
+        if holds_boundary or len(losses) != 1 or len(segments.losses[losses.pop()]) > 1:
+            continue
+        module.compile()
+        compiled.append(name)
+    return compiled

@@ -1,0 +1,103 @@
+"""Looks at gradients while training goes on: sizes by layer and by segment, and angles between losses (Figure 1).
+
+Note [Diagnosis]
+1. Sizes are read off the gradients that the update uses. The paper's Figure 1 has the mean absolute gradient of each
+   layer, and its ratio to the mean absolute weight.
+2. Where windows overlap, each loss's own gradient comes from `torch.autograd.grad` on the graph of the step itself,
+   before its backward pass: no second forward pass, nothing random, no statistics of a batch taken twice. Training with
+   and without a look is the same bit for bit.
+3. That needs the graph twice, which compiled code does not allow, and whole parameters, which FSDP does not have. There
+   the angles are left out.
+4. With several processes, angles are those of the first one's own images.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from relaylab.train.engine import whole
+from relaylab.train.segments import Segments
+
+Angles = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look has found.
+
+    Attributes:
+        layers: by weight layer, "gradient", the mean absolute gradient, and "ratio", that over the mean
+            absolute weight.
+        segments: by segment, the same over all its parameters.
+        cosines: by overlap and pair of losses, the cosine of the angle between their gradients.
+    """
+
+    layers: Mapping[str, Mapping[str, float]]
+    segments: Mapping[str, Mapping[str, float]]
+    cosines: Mapping[str, Mapping[str, float]]
+
+    def values(self) -> dict[str, Mapping[str, Mapping[str, float]]]:
+        """As plain values."""
+        found = {"layers": self.layers, "segments": self.segments, "cosines": self.cosines}
+        return {name: part for name, part in found.items() if part}
+
+
+def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Segments) -> Angles:
+    """The angles between losses where they train the same layers. See Note [Diagnosis] 2.
+
+    Args:
+        relay: whose parameters the segments name.
+        losses: by name, of a forward pass in training mode; their graph is kept.
+        segments: of the parameters.
+
+    Returns:
+        By segment and pair, "aux, primary": the cosine, or nothing where a gradient vanishes.
+    """
+    overlaps = segments.overlaps
+    parameters = dict(relay.named_parameters())
+    gradients: dict[tuple[str, str], Tensor] = {}
+    for loss, value in losses.items():
+        names = [name for name, segment in segments.of.items() if loss in overlaps.get(segment, ())]
+        if not names:
+            continue
+        found = torch.autograd.grad(value, [parameters[name] for name in names], retain_graph=True, allow_unused=True)
+        by_segment: dict[str, list[Tensor]] = {}
+        for name, gradient in zip(names, found, strict=True):
+            gradient = torch.zeros_like(parameters[name]) if gradient is None else gradient
+            by_segment.setdefault(segments.of[name], []).append(gradient.flatten())
+        gradients |= {(segment, loss): torch.cat(parts) for segment, parts in by_segment.items()}
+    cosines: Angles = {}
+    for segment, names in overlaps.items():
+        for one, other in itertools.combinations(names, 2):
+            a, b = gradients[segment, one], gradients[segment, other]
+            lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
+            if lengths > 0:
+                cosines.setdefault(segment, {})[f"{one}, {other}"] = float(torch.dot(a, b) / lengths)
+    return cosines
+
+
+def sizes(relay: nn.Module, segments: Segments) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Gradients' sizes by weight layer and by segment, after a backward pass. See `Look`."""
+    named = {name: p for name, p in relay.named_parameters() if p.grad is not None}
+    tensors = [(cast(Tensor, p.grad), p.detach()) for p in named.values()]
+    norms = [torch.stack([whole(torch.linalg.vector_norm(t, 1)) for t in pair]) for pair in tensors]
+    found: list[list[float]] = torch.stack(norms).tolist()
+    layers: dict[str, dict[str, float]] = {}
+    totals: dict[str, list[float]] = {}
+    for (name, parameter), (gradient, weight) in zip(named.items(), found, strict=True):
+        if parameter.ndim > 1:
+            layer = name.removeprefix("model.").removesuffix(".weight")
+            layers[layer] = {"gradient": gradient / parameter.numel(), "ratio": _ratio(gradient, weight)}
+        total = totals.setdefault(segments.of[name], [0.0, 0.0, 0.0])
+        for place, amount in enumerate((gradient, weight, parameter.numel())):
+            total[place] += amount
+    by_segment = {name: {"gradient": g / n, "ratio": _ratio(g, w)} for name, (g, w, n) in totals.items()}
+    return layers, by_segment
+
+
+def _ratio(gradient: float, weight: float) -> float:
+    return gradient / weight if weight > 0 else 0.0

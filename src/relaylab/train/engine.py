@@ -1,0 +1,136 @@
+"""Devices, precision and processes: what Lightning Fabric does for the loop, and how torchrun starts it."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning_fabric.strategies.single_device import SingleDeviceStrategy
+from lightning_fabric.strategies.strategy import Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from relaybackprop import Relay
+from relaylab.errors import InputError
+from relaylab.train.options import Engine
+
+INTERRUPTED = 130
+
+
+def is_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return TorchElasticEnvironment.detect()
+
+
+def restart_count() -> int:
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launch_id() -> str:
+    """Torchrun's name for this launch, the same after a restart; empty without torchrun."""
+    if not is_launched():
+        return ""
+    return "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def launch(config: Engine, arguments: Sequence[str]) -> int:
+    """Start this command once for each device, by torchrun, and wait for it.
+
+    Args:
+        config: how many devices, and how often to start again.
+        arguments: of the command line.
+
+    Returns:
+        The exit code: 0, 1, or 130 after a signal.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    options = ["--standalone", f"--nproc-per-node={config.devices}", f"--max-restarts={config.restarts}"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
+    try:
+        run(get_args_parser().parse_args([*options, "-m", "relaylab", *arguments]))
+    except SignalException:
+        return INTERRUPTED
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"relaylab: process {rank} has ended with exit code {failure.exitcode}; see above", file=sys.stderr)
+        return failure.exitcode if 0 < failure.exitcode < INTERRUPTED else 1
+    return 0
+
+
+def make_fabric(config: Engine) -> Fabric:
+    """The engine for one process: alone, or one of those that torchrun has started.
+
+    Raises:
+        InputError: devices, precision or batch normalisation that this machine does not have.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.accelerator == "cuda" and not has_gpu:
+        raise InputError("--accelerator cuda: there is no GPU that PyTorch can use here")
+    device = "cuda" if has_gpu and config.accelerator != "cpu" else "cpu"
+    world = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
+    if device == "cuda" and here > torch.cuda.device_count():
+        raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs here")
+    if config.batch_norm == "synchronised" and device == "cpu":
+        raise InputError("--batch-norm synchronised needs GPUs; take local, or train with one device")
+    fabric = Fabric(
+        accelerator=device,
+        devices=here,
+        num_nodes=max(1, world // here),
+        strategy=_strategy(config, device, world),
+        plugins=_precision(config, device),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _strategy(config: Engine, device: str, world: int) -> Strategy | str:
+    if world == 1:
+        if config.strategy == "fsdp":
+            raise InputError("--strategy fsdp divides a network among several devices; give --devices")
+        return SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+    if config.strategy == "fsdp":
+        return ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
+    return DDPStrategy(process_group_backend="nccl" if device == "cuda" else "gloo", gradient_as_bucket_view=True)
+
+
+def _shard(relay: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """FSDP2 on each part of the network, on the heads, and on the whole."""
+    assert isinstance(relay, Relay)
+    for part in (*relay.model.children(), *relay.heads.values()):
+        if any(True for _ in part.parameters()):
+            fully_shard(part, mesh=mesh["data_parallel"])
+    fully_shard(relay, mesh=mesh["data_parallel"])
+    return relay
+
+
+def _precision(config: Engine, device: str) -> Precision:
+    match config.precision:
+        case "32":
+            return Precision()
+        case "bf16":
+            return MixedPrecision("bf16-mixed", device)
+        case "fp16":  # given the scaler, Fabric does not insist on a GPU
+            return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
+
+
+def scaler_of(fabric: Fabric) -> "torch.amp.GradScaler | None":
+    """The scaler of the losses, with fp16."""
+    precision = fabric.strategy.precision
+    return precision.scaler if isinstance(precision, MixedPrecision) else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all that other processes have of it. Every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

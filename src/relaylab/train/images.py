@@ -1,0 +1,196 @@
+"""The images of a run: opened, checked against the recipe, with what is subtracted from them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from relaylab.cores import available_cores
+from relaylab.data.augment import Augmentation
+from relaylab.data.batches import Batch
+from relaylab.data.faults import FaultLog
+from relaylab.data.geometry import View
+from relaylab.data.memory import decode_all, free_memory
+from relaylab.data.opening import open_source
+from relaylab.data.parts import InMemory, OnDisk, Part
+from relaylab.data.sampling import SAMPLERS, KeyedSampler
+from relaylab.data.source import UNLABELLED, Source
+from relaylab.data.statistics import ImageStatistics
+from relaylab.errors import InputError
+from relaylab.progress import progress
+from relaylab.recipe import Recipe
+from relaylab.train.options import TrainConfig
+
+log = logging.getLogger("relaylab.train")
+
+MEMORY_SHARE = 0.5  # of what is free may be filled with images; beyond that they are decoded as they are needed
+DEATHS = 3  # of worker processes without a batch in between
+LEAST_STD = 1.0  # of a channel that hardly varies
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """What a run trains on and is validated with.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        train: training part.
+        val: validation part.
+        view: of both.
+        statistics: of the training images.
+        in_memory: decoded once, and not as they are needed: crops then come from images already resized.
+    """
+
+    classes: tuple[str, ...]
+    train: Part
+    val: Part
+    view: View
+    statistics: ImageStatistics
+    in_memory: bool
+
+    def sampler(self, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1) -> KeyedSampler:
+        """The stream of training images of one process: all iterations of the recipe as one epoch."""
+        draws = recipe.optimizer.iterations * recipe.optimizer.batch_size // ranks
+        make = SAMPLERS[recipe.images.sampling]
+        labels = self.train.labels
+        return make(labels, seed=seed, rank=rank, num_replicas=ranks, num_samples=draws, classes=self.classes)
+
+    def augmentation(self, recipe: Recipe, seed: int) -> Augmentation:
+        """What the recipe does to training images, and the normalisation alone in evaluation mode."""
+        config, statistics = recipe.augmentation, self.statistics
+        mean = statistics.mean_image if config.mean == "pixel" else statistics.mean
+        return Augmentation(
+            torch.from_numpy(mean),
+            torch.from_numpy(statistics.std).clamp(min=LEAST_STD) if config.divide else None,
+            seed=seed,
+            flip=config.flip,
+            components=statistics.components() if config.colour_shift else None,
+            strength=config.colour_shift,
+        )
+
+
+def open_images(
+    recipe: Recipe,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    devices_here: int = 1,
+    fault_file: Path | None = None,
+    first: AbstractContextManager[object],
+) -> RunImages:
+    """Open, check and perhaps decode what the options name.
+
+    Args:
+        recipe: which classes, sizes and normalisation.
+        config: where the images are.
+        device: that trains.
+        devices_here: processes on this machine, each of which holds images in memory of its own.
+        fault_file: where the list of unreadable images goes if there are too many.
+        first: entered while images are listed and counted; lets one process go ahead of the others, which then find
+            what it has written.
+
+    Raises:
+        InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
+    """
+    view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
+    workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
+    with first:
+        train, val = _open(config)
+        _check(recipe, train, val)
+        in_memory = _fits(config, (train, val), view, devices_here)
+        if not in_memory:
+            pin = device.type == "cuda"
+            parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
+            statistics = parts[0].statistics()
+            return RunImages(tuple(train.classes), parts[0], parts[1], view, statistics, in_memory)
+    decoded = list(_decoded(train, val, view, workers, fault_file))
+    return RunImages(tuple(train.classes), decoded[0], decoded[1], view, decoded[0].statistics(), in_memory)
+
+
+class Stream:
+    """Training batches, to the end of the sampler's draws. Worker processes that die are replaced.
+
+    Args:
+        part: of the data.
+        sampler: of its images.
+        batch_size: of this process.
+        seed: of the windows.
+    """
+
+    def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int) -> None:
+        self._part, self._sampler, self._batch_size, self._seed = part, sampler, batch_size, seed
+        self._loader = part.training(sampler, batch_size, seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches.
+
+        Raises:
+            LabError: images that cannot be used.
+            RuntimeError: worker processes that die again and again.
+        """
+        deaths = 0
+        while True:
+            try:
+                for batch in self._loader:
+                    yield batch
+                    deaths = 0
+                return
+            except RuntimeError as error:
+                deaths += 1
+                if "DataLoader worker" not in str(error) or deaths > DEATHS:
+                    raise
+                log.warning("%s: new ones are started", str(error).partition("\n")[0])
+                state = self.state_dict()
+                self._loader = self._part.training(self._sampler, self._batch_size, self._seed)
+                self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the stream is, in batches used."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on where another stream was.
+
+        Raises:
+            InputError: a state of another stream.
+        """
+        self._loader.load_state_dict(state)
+
+
+def _open(config: TrainConfig) -> tuple[Source, Source]:
+    if config.val_data:
+        train = open_source(config.data, watch=progress)
+        return train, open_source(config.val_data, classes=train.folders, watch=progress)
+    train = open_source(config.data, split="train", watch=progress)
+    return train, open_source(config.data, split="val", classes=train.folders, watch=progress)
+
+
+def _check(recipe: Recipe, train: Source, val: Source) -> None:
+    there, expected = len(train.classes), recipe.network.num_classes
+    if there != expected:
+        raise InputError(
+            f"{train.title} has {there} classes, and the recipe's network {expected}: "
+            f"take other images, or --set network.num_classes={there}"
+        )
+    for source, split in ((train, "training"), (val, "validation")):
+        labels = np.asarray(source.labels)
+        if (labels == UNLABELLED).any():
+            raise InputError(f"{source.title}: {split} images without labels cannot be used")
+
+
+def _fits(config: TrainConfig, sources: tuple[Source, Source], view: View, devices_here: int) -> bool:
+    if config.images != "auto":
+        return config.images == "memory"
+    needed = sum(len(source) for source in sources) * 3 * view.short_side**2
+    return needed * devices_here <= MEMORY_SHARE * free_memory("cpu")
+
+
+def _decoded(train: Source, val: Source, view: View, workers: int, fault_file: Path | None) -> Iterator[InMemory]:
+    with progress("decoding", len(train) + len(val)) as task:
+        for source, faults in ((train, FaultLog(len(train), file=fault_file)), (val, None)):
+            enough = min(workers, len(source) // 500)  # to start one takes seconds
+            yield InMemory(decode_all(source, view, workers=enough, faults=faults, task=task), view)

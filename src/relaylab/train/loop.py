@@ -1,0 +1,353 @@
+"""The training loop: batches in, updates out, with validation, checkpoints and records on the way.
+
+Note [Loop]
+1. Every random number of a step is a function of (seed, step, process): crops and flips through the draws' numbers, and
+   all else (dropout, and what a model may ask of Python or NumPy) because all generators are seeded anew for each
+   step. No generator's state has to be kept to go on exactly, and all schemes see the same chance.
+2. What all processes have to know of a step, its losses, errors, the size of its gradient and whether somebody wants to
+   stop, travels in one small reduction, and is read before the update: what is not finite never reaches a weight.
+3. A checkpoint is written before the validation that is due with it, and says that it is still due: whoever goes on
+   from there does it then. A kill during a long validation loses nothing but that.
+"""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from relaybackprop import Relay, RelayLoss
+from relaylab.data.augment import Augmentation
+from relaylab.data.batches import Batch
+from relaylab.data.keyed import keys
+from relaylab.errors import NonFiniteLossError
+from relaylab.progress import Task
+from relaylab.recipe import PlateauConfig, Recipe
+from relaylab.train import checkpoint, diagnosis
+from relaylab.train.engine import scaler_of, whole
+from relaylab.train.images import Stream
+from relaylab.train.meter import Meter
+from relaylab.train.options import TrainConfig
+from relaylab.train.records import Records, Values
+from relaylab.train.runs import values_of
+from relaylab.train.schedule import Plateau, learning_rate
+from relaylab.train.segments import Segments
+from relaylab.train.signals import StopRequest
+from relaylab.train.state import optimizer_tensors
+from relaylab.train.validation import Validation
+
+log = logging.getLogger("relaylab.train")
+
+LEAST_SCALE = 1.0  # a loss that has to be scaled down for fp16 is out of hand
+
+
+@dataclass
+class Progress:
+    """How far a training is: what a checkpoint holds besides tensors and the stream of images.
+
+    Attributes:
+        step: updates made.
+        validated: the step of the last validation; -1 before the first.
+        plateau: of the schedule.
+        best: step, top1 and top5 of the validation with the least top-1 error.
+        last: the same of the last one.
+    """
+
+    step: int = 0
+    validated: int = -1
+    plateau: Plateau = field(default_factory=Plateau)
+    best: dict[str, float] = field(default_factory=dict[str, float])
+    last: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(eq=False)
+class Trainer:
+    """All that a training needs, put together by `relaylab.train.session`.
+
+    Attributes:
+        fabric: devices, precision, processes.
+        relay: network, heads and plan.
+        module: the same as Fabric and DDP or FSDP have wrapped it.
+        criterion: the losses.
+        optimizer: as Fabric has wrapped it.
+        recipe: what to do.
+        config: how to do it.
+        segments: of the parameters.
+        stream: of training images.
+        augment: what happens to them.
+        validation: the errors so far.
+        records: of the first process; None in all others.
+        checkpoints: their folder.
+        stop: whether somebody wants it.
+        task: shows how far it is.
+        progress: how far it is.
+    """
+
+    fabric: Fabric
+    relay: Relay
+    module: Any
+    criterion: RelayLoss
+    optimizer: Any
+    recipe: Recipe
+    config: TrainConfig
+    segments: Segments
+    stream: Stream
+    augment: Augmentation
+    validation: Validation
+    records: Records | None
+    checkpoints: Path
+    stop: StopRequest
+    task: Task
+    progress: Progress
+    meter: Meter
+
+    def run(self) -> bool:
+        """Train until the recipe's last iteration, or until somebody wants to stop.
+
+        Returns:
+            Whether the recipe has been carried out to its end.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient that is not finite, before it reaches a weight.
+            SaveError: a checkpoint that cannot be written.
+            LabError: images that cannot be used.
+        """
+        total, progress = self.recipe.optimizer.iterations, self.progress
+        batches = iter(self.stream)
+        self.module.train()
+        stopping, saved = False, progress.step
+        while True:
+            is_last = progress.step == total
+            if progress.step > saved and (is_last or stopping or progress.step % self.save_every == 0):
+                self.save()
+                saved = progress.step
+            if stopping and not is_last:
+                return False
+            due = is_last or (progress.step > 0 and progress.step % self.recipe.optimizer.evaluate_every == 0)
+            if due and progress.validated != progress.step:
+                self.validate()
+                if is_last:
+                    self.save()  # once more: with what this validation has found
+            if is_last:
+                return True
+            stopping = self.step(batches)
+
+    @property
+    def save_every(self) -> int:
+        """Iterations between two checkpoints."""
+        return self.config.save_every or self.recipe.optimizer.evaluate_every
+
+    def step(self, batches: Iterator[Batch]) -> bool:
+        """One update.
+
+        Returns:
+            Whether somebody wants to stop.
+        """
+        recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.config.accumulate
+        seed_all(self.config.seed, progress.step, fabric.global_rank)
+        rate = learning_rate(recipe.optimizer, progress.step, progress.plateau.drops)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        every = self.config.diagnose_every
+        looks = every > 0 and (progress.step + 1) % every == 0
+        cosines: diagnosis.Angles = {}
+        totals: dict[str, Tensor] = {}
+        for part in range(parts):
+            began = time.perf_counter()
+            batch = next(batches).to(fabric.device)
+            self.meter.waited(time.perf_counter() - began)
+            with fabric.no_backward_sync(self.module, enabled=part < parts - 1):
+                figures, angles = self.backward(batch, looks and part == 0)
+            cosines |= angles
+            totals = {name: totals.get(name, 0.0) + value / parts for name, value in figures.items()}
+        stopping = self.check_and_count(totals)
+        if looks:
+            layers, by_segment = diagnosis.sizes(self.relay, self.segments)
+            self.record("gradients", progress.step + 1, diagnosis.Look(layers, by_segment, cosines).values())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        self.note(rate)
+        return stopping
+
+    def backward(self, batch: Batch, looks: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
+        """Add the gradients of one part of the step's batch to those of the parts before it.
+
+        Args:
+            batch: on the device.
+            looks: whether to find the angles between losses.
+
+        Returns:
+            By name, the losses and the errors (0 to 1); and the angles.
+        """
+        images = self.augment(batch.images, batch.draws)
+        if self.config.memory_format == "contiguous":
+            images = images.contiguous()
+        output = self.module(images)
+        losses = self.criterion.terms(output, batch.labels)
+        weights = self.criterion.plan.weights
+        weighted = {name: weights[name] * loss for name, loss in losses.items()}
+        angles: diagnosis.Angles = {}
+        if looks and self.can_see_angles:
+            scale = self.scaler.get_scale() if self.scaler else 1.0
+            scaled = {name: scale * loss for name, loss in weighted.items()}
+            angles = diagnosis.overlap_cosines(self.relay, scaled, self.segments)
+        self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.config.accumulate)
+        figures = {name: loss.detach() for name, loss in losses.items()}
+        return {**figures, **top_errors(output.primary, batch.labels)}, angles
+
+    def check_and_count(self, figures: Mapping[str, Tensor]) -> bool:
+        """Let all processes know this step's figures, and look at them before the update.
+
+        Args:
+            figures: of this process, by name: the losses, "top1" and "top5".
+
+        Returns:
+            Whether somebody wants to stop.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient that is not finite.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer.optimizer)
+        gradients = [p.grad for p in self.relay.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        stop = torch.full((), float(bool(self.stop)), device=norm.device)
+        own = torch.stack([*figures.values(), norm, stop])
+        told = cast(Tensor, self.fabric.all_reduce(own, reduce_op="mean")).tolist()
+        *values, size, stopping = told
+        found: dict[str, float] = dict(zip(figures, values, strict=True))
+        wrong = [name for name, value in found.items() if not math.isfinite(value)]
+        may_overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE  # the scaler skips that step
+        if wrong or not (math.isfinite(size) or may_overflow):
+            self.refuse(wrong)
+        clip = self.recipe.optimizer.clip_norm
+        if clip is not None and math.isfinite(size):
+            torch.nn.utils.clip_grads_with_norm_(self.relay.parameters(), clip, norm)
+        self.meter.count(found, size)
+        return stopping > 0
+
+    def refuse(self, losses: list[str]) -> None:
+        """Say what is not finite.
+
+        Raises:
+            NonFiniteLossError: always.
+        """
+        gradients = ((name, p.grad) for name, p in self.relay.named_parameters() if p.grad is not None)
+        layers = [name for name, gradient in gradients if not bool(whole(gradient).isfinite().all())]
+        parts = list(dict.fromkeys(self.segments.of[name] for name in layers))
+        what = [f"the loss {name}" for name in losses]
+        what += [f"gradients in the segment {', '.join(parts)} (from {layers[0]} on)"] if layers else []
+        raise NonFiniteLossError(
+            f"step {self.progress.step + 1}: not finite: {' and '.join(what)}. This update was not made; "
+            "try a smaller optimizer.lr, a warm-up or optimizer.clip_norm"
+        )
+
+    def note(self, rate: float) -> None:
+        """Show how it goes, and write it down when it is time to."""
+        step, size = self.progress.step, self.recipe.optimizer.batch_size
+        self.task.advance(1, self.meter.text(size))
+        if step % self.config.log_every == 0:
+            self.record("train", step, {**self.meter.values(size), "lr": rate})
+            self.meter.reset()
+
+    def record(self, kind: str, step: int, values: Values) -> None:
+        """Write a line of metrics, in the first process."""
+        if self.records is not None:
+            self.records.write(kind, step, values)
+
+    def validate(self) -> None:
+        """Find the errors on the validation images, and let the schedule know."""
+        progress, schedule = self.progress, self.recipe.optimizer.schedule
+        with self.meter.stopped():
+            self.task.advance(0, "validating")
+            found = self.validation(self.relay)
+        progress.last, progress.validated = {"step": progress.step, **found}, progress.step
+        if not progress.best or found["top1"] < progress.best["top1"]:
+            progress.best = progress.last
+        drops = progress.plateau.drops
+        if isinstance(schedule, PlateauConfig):
+            progress.plateau = progress.plateau.after(found["top1"], schedule.patience)
+        self.record("val", progress.step, found)
+        log.info("step %d: val. error top-1 %.2f %%, top-5 %.2f %%", progress.step, found["top1"], found["top5"])
+        if progress.plateau.drops > drops:
+            rate = learning_rate(self.recipe.optimizer, progress.step, progress.plateau.drops)
+            log.info("step %d: the error has stopped falling; learning rate %g", progress.step, rate)
+
+    def save(self) -> None:
+        """Write a checkpoint. All processes have to, since each may hold a part of the parameters.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        with self.meter.stopped():
+            model = {name: whole(tensor) for name, tensor in self.relay.state_dict().items()}
+            momentum = optimizer_tensors(self.relay, self.optimizer.optimizer)
+            if self.records is not None:
+                path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, momentum, self.state_dict()))
+                best = [int(self.progress.best["step"])] if self.progress.best else []
+                checkpoint.thin_out(self.checkpoints, self.config.keep, best)
+                log.debug("saved %s", path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of a checkpoint that is no tensor."""
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "validated": progress.validated,
+            "plateau": progress.plateau.state_dict(),
+            "best": progress.best,
+            "last": progress.last,
+            "stream": self.stream.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "meter": self.meter.state_dict(),
+            "seed": self.config.seed,
+            "processes": self.fabric.world_size,
+            "recipe": values_of(self.recipe),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            InputError: a state of other images.
+        """
+        self.progress = Progress(
+            state["step"], state["validated"], Plateau.from_state(state["plateau"]), state["best"], state["last"]
+        )
+        self.stream.load_state_dict(state["stream"])
+        self.meter.load_state_dict(state["meter"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    @property
+    def scaler(self) -> "torch.amp.GradScaler | None":
+        """Of the losses, with fp16."""
+        return scaler_of(self.fabric)
+
+    @property
+    def can_see_angles(self) -> bool:
+        """See Note [Diagnosis] 3 in `relaylab.train.diagnosis`."""
+        return not self.config.compile and self.config.strategy != "fsdp" and self.records is not None
+
+
+def top_errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The top-1 and top-5 errors of a batch, 0 to 1."""
+    hits = scores.detach().topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return {"top1": 1 - hits[:, :1].any(1).float().mean(), "top5": 1 - hits.any(1).float().mean()}
+
+
+def seed_all(seed: int, step: int, rank: int) -> None:
+    """Seed every generator that a step may use. See Note [Loop] 1."""
+    key = int(keys(seed, step, rank)[0])
+    torch.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key & 0xFFFF_FFFF)  # noqa: NPY002 (for models that use it)

@@ -1,0 +1,83 @@
+"""What the last steps were like: mean losses and errors, images per second, and the share of time spent on waiting."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+AVERAGED = 0.9  # of the past, in what a person sees
+
+
+class Meter:
+    """Means over the steps since the last line of metrics, and a running mean for people to watch."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+        self._rate, self._wait = 0.0, 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new line."""
+        self._sums: dict[str, float] = {}
+        self._norms, self._steps = 0.0, 0
+        self._timed_steps, self._waited, self._began = 0, 0.0, time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Take note of time spent on waiting for images."""
+        self._waited += seconds
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that is no training does not count."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def count(self, figures: Mapping[str, float], norm: float) -> None:
+        """Take note of one step.
+
+        Args:
+            figures: losses by name, "top1" and "top5", both 0 to 1.
+            norm: of the gradient.
+        """
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._seen[name] = AVERAGED * self._seen.get(name, value) + (1 - AVERAGED) * value
+        self._norms += norm
+        self._steps += 1
+        self._timed_steps += 1
+
+    def values(self, batch_size: int) -> dict[str, Any]:
+        """The means since the last line."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        losses = {name: value for name, value in means.items() if name not in ("top1", "top5")}
+        rate, wait = self._speed(batch_size)
+        return {
+            "loss": losses,
+            "top1": 100 * means["top1"],
+            "top5": 100 * means["top5"],
+            "gradient_norm": self._norms / self._steps,
+            "images_per_s": round(rate, 2),
+            "data_wait": round(wait, 4),
+        }
+
+    def text(self, batch_size: int) -> str:
+        """For people."""
+        losses = [f"{name} {value:.3f}" for name, value in self._seen.items() if name not in ("top1", "top5")]
+        rate, wait = self._speed(batch_size)
+        errors = f"top-1 {100 * self._seen['top1']:.1f} top-5 {100 * self._seen['top5']:.1f}"
+        return f"{' '.join(losses)} | {errors} | {rate:.0f} images/s, {100 * wait:.0f} % waiting"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, so that the line that is under way comes out the same after a stop. Times are not in it."""
+        return {"sums": self._sums, "norms": self._norms, "steps": self._steps, "seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a line."""
+        self.reset()
+        self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
+        self._norms, self._steps = state["norms"], state["steps"]
+
+    def _speed(self, batch_size: int) -> tuple[float, float]:
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        return self._timed_steps * batch_size / elapsed, self._waited / elapsed

@@ -1,0 +1,169 @@
+"""The options of `relaylab train` and `relaylab compare`. No torch in here; see `relaylab.config`."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from relaylab.config import Folder, Images, Number, Switch
+from relaylab.recipe import Dial
+
+Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
+Changes = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="", name="set")
+]
+Resume = Annotated[str | None, tyro.conf.arg(metavar="auto|PATH", help_behavior_hint="")]
+Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
+SCHEMES = ("standard", "multi_loss", "relay")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What a run is trained with, and how closely it is watched. None of it is part of the recipe."""
+
+    devices: int = 1
+    """Processes on this machine, each with a device of its own. For several machines, start with torchrun."""
+
+    restarts: int = 3
+    """With several devices: how often all processes start again from the last checkpoint after one has died."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes GPUs if there are any."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several devices: a whole network on each (ddp), or its parameters divided among them (fsdp)."""
+
+    precision: Literal["32", "bf16", "fp16"] = "32"
+    """Of the arithmetic; bf16 and fp16 are mixed with 32 bits, and fp16 scales its losses."""
+
+    accumulate: int = 1
+    """Take the recipe's batch in so many parts, one after another, where it does not fit into memory."""
+
+    batch_norm: Literal["local", "synchronised"] = "local"
+    """With several devices: statistics of each device's own images, or of all (GPUs only)."""
+
+    memory_format: Literal["channels-last", "contiguous"] = "channels-last"
+    """Order in which maps lie in memory; channels-last is faster on most devices."""
+
+    compile: Switch = False
+    """Compile the layers outside of overlaps with torch.compile."""
+
+    workers: Number = None
+    """Processes that decode images, for each device (default: this machine's cores, divided among the devices)."""
+
+    images: Literal["auto", "memory", "disk"] = "auto"
+    """Decode all images once and keep them in memory, or read them as they are needed; auto decides by their size."""
+
+    save_every: Number = None
+    """Iterations between two checkpoints (default: as between two evaluations)."""
+
+    keep: int = 2
+    """How many of the newest checkpoints are kept; the one with the least error is kept besides."""
+
+    log_every: int = 20
+    """Iterations between two lines of metrics."""
+
+    diagnose_every: int = 500
+    """Iterations between two looks at gradients: sizes by layer and segment, angles between losses. 0 for none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(Engine):
+    """Train a recipe. It can be stopped at any time (Ctrl-C, SIGTERM, a power cut) and goes on with --resume.
+
+    A run is a folder: resolved configuration, environment, metrics as JSON lines and for TensorBoard, checkpoints, log,
+    and at the end a model file for `relaylab predict` and `relaylab export`.
+    """
+
+    recipe: Name = None
+    """A recipe's name; `relaylab recipes` lists them. To go on with a run, --resume is enough."""
+
+    data: Images = ()
+    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
+    that docs/data.md describes."""
+
+    val_data: Images = ()
+    """Validation images, where --data has training images only, as with lists."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+    changes: Changes = ()
+    """Change values of the recipe, by the names that `relaylab recipes show` prints: optimizer.lr=0.02."""
+
+    seed: int = 0
+    """Of weights, batches, crops and dropout."""
+
+    out: Folder = None
+    """Folder of the run; it must be new or empty. (default: runs/RECIPE/TIME-sSEED)."""
+
+    resume: Resume = None
+    """Go on with a run: its folder, one of its checkpoints, or "auto" for the newest run of these very options, or a
+    new one if there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareConfig(Engine):
+    """Train one recipe under several schemes and seeds, and compare them. Runs that are there already are continued."""
+
+    recipe: Name = None
+    """A recipe's name; its scheme is replaced."""
+
+    data: Images = ()
+    """Images, as for `relaylab train`."""
+
+    val_data: Images = ()
+    """Validation images, as for `relaylab train`."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+    changes: Changes = ()
+    """Change values of the recipe, as for `relaylab train`."""
+
+    schemes: Listed = "standard,multi-loss,relay"
+    """Which schemes; the first one is what the others are compared with."""
+
+    seeds: Listed = "0,1,2"
+    """Which seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
+
+    out: Folder = None
+    """Folder of the comparison; it may hold an earlier one's runs. (default: runs/compare/RECIPE)."""
+
+
+def engine_problems(config: Engine) -> list[str]:
+    """What is wrong with the numbers among the options."""
+    least = {"devices": 1, "restarts": 0, "accumulate": 1, "workers": 0, "save_every": 1, "keep": 1}
+    least |= {"log_every": 1, "diagnose_every": 0, "seed": 0}
+    problems: list[str] = []
+    for name, low in least.items():
+        value = getattr(config, name, None)
+        if value is not None and value < low:
+            problems.append(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    return problems
+
+
+def listed_schemes(text: str) -> tuple[list[str], list[str]]:
+    """The schemes in a list, and what is wrong with it."""
+    names = [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
+    problems = [f"unknown scheme {name!r}{nearest(name, SCHEMES)}" for name in names if name not in SCHEMES]
+    if len(set(names)) != len(names) or not names:
+        problems.append(f"--schemes {text}: expected one or more, each once")
+    return names, problems
+
+
+def listed_seeds(text: str) -> tuple[list[int], list[str]]:
+    """The seeds in a list, and what is wrong with it."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
+        return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
+    return [int(part) for part in parts], []
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like one that is unknown, as the end of a message."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or (names if len(names) <= 12 else [])
+    return f"; nearest: {', '.join(near)}" if near else ""

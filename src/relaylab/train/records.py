@@ -1,0 +1,110 @@
+"""What a run writes down while it trains: metrics as JSON lines and for TensorBoard, and its log."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from relaylab.files import write_text
+from relaylab.train.runs import LOG, METRICS, TENSORBOARD
+
+Values = Mapping[str, Any]
+
+
+class Records:
+    """The metrics of a run.
+
+    Args:
+        folder: of the run.
+        step: that it goes on from. Lines of later steps, of which there is no checkpoint, are dropped: they come again.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        file = folder / METRICS
+        if file.exists():
+            write_text(file, "".join(f"{json.dumps(line)}\n" for line in read_metrics(file) if line["step"] <= step))
+        self._file = file.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, values: Values) -> None:
+        """Write one line.
+
+        Args:
+            kind: "train", "val" or "gradients".
+            step: how many updates have been made.
+            values: numbers by name, perhaps in groups.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in _leaves(kind, values):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Bring all to the disk."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a line that was cut off ends it."""
+    lines: list[dict[str, Any]] = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(f"{name}/{key}", part)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+class _Stderr(logging.Handler):
+    """To where stderr is at the moment: a progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def logging_to(folder: Path | None) -> Iterator[None]:
+    """Send what the lab has to say to stderr and to a run's log, while this lasts.
+
+    Args:
+        folder: of the run; None in all processes but the first, which then only pass warnings on.
+    """
+    logger = logging.getLogger("relaylab")
+    handlers: list[logging.Handler] = [_Stderr()]
+    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO if folder is not None else logging.WARNING)
+    logger.propagate = False
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(level)
+        logger.propagate = propagate

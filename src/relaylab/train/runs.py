@@ -1,0 +1,315 @@
+"""Runs as folders: made, described, found again, and never overwritten.
+
+runs/RECIPE/TIME-sSEED/
+config.json        what is trained: options, and every value of the recipe with its source
+environment.json   where, with which versions: an entry for each time that it was started
+metrics.jsonl      a line for each look at training, validation and gradients
+tensorboard/       the same for TensorBoard
+log.txt
+checkpoints/       see relaylab.train.checkpoint
+model.safetensors  at the end; see relaylab.model_file
+"""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from relaylab.errors import InputError
+from relaylab.files import write_text
+from relaylab.recipe import Recipe
+from relaylab.recipes import find_recipe
+from relaylab.recipes.scales import at_scale
+from relaylab.train.changes import recipe_problems, with_changes
+from relaylab.train.options import TrainConfig, engine_problems
+
+ROOT = Path("runs")
+CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
+CHECKPOINTS, TENSORBOARD, MODEL, FAILED = "checkpoints", "tensorboard", "model.safetensors", "failed.txt"
+# What a run is. All other options may change when it goes on.
+FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "images")
+PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "torchmetrics", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options ask for.
+
+    Attributes:
+        config: the options, those of a run that goes on filled in.
+        recipe: at its scale, with its changes.
+        folder: of the run that goes on; None for a new one.
+        checkpoint: that was named; None for the newest that is whole.
+    """
+
+    config: TrainConfig
+    recipe: Recipe
+    folder: Path | None = None
+    checkpoint: Path | None = None
+
+
+def understand(config: TrainConfig) -> Request:
+    """From the options to a recipe and a run. Looks at files, but writes nothing.
+
+    Raises:
+        InputError: all that is wrong with the options, at once.
+    """
+    if config.resume is not None and config.resume != "auto":
+        return _named_run(config, Path(config.resume))
+    recipe, problems = _recipe_of(config)
+    if not config.data:
+        problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    _raise(problems)
+    assert recipe is not None
+    if config.resume == "auto":
+        folder = _newest_alike(config, recipe)
+        if folder is not None:
+            return Request(_merged(config, folder), recipe, folder)
+    elif config.out is not None and (config.out / CONFIG).exists():
+        raise InputError(f"{config.out} holds a run: go on with it by --resume {config.out}, or take another --out")
+    return Request(config, recipe)
+
+
+def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
+    problems = engine_problems(config)
+    recipe = None
+    if config.recipe is None:
+        problems.insert(0, "which recipe? 'relaylab recipes' lists them; or --resume PATH")
+    else:
+        try:
+            recipe = at_scale(find_recipe(config.recipe), config.scale)
+        except InputError as error:
+            problems.insert(0, str(error))
+    if recipe is not None:
+        if recipe.trained_as is not None:
+            problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
+        recipe, wrong = with_changes(recipe, config.changes)
+        problems += wrong or recipe_problems(recipe)
+        if recipe.optimizer.batch_size % (config.devices * config.accumulate):
+            problems.append(
+                f"optimizer.batch_size is {recipe.optimizer.batch_size}: it has to divide evenly among "
+                f"{config.devices} devices in {config.accumulate} parts each"
+            )
+    return recipe, problems
+
+
+def _raise(problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise InputError(f"{len(problems)} problems:\n  " + "\n  ".join(problems))
+
+
+def _named_run(config: TrainConfig, path: Path) -> Request:
+    checkpoint = None
+    folder = path
+    if path.parent.name == CHECKPOINTS and not (path / CONFIG).exists():
+        checkpoint, folder = path, path.parent.parent
+    if not path.exists():
+        raise InputError(f"--resume {path}: no such run or checkpoint")
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
+    merged = _merged(config, folder)
+    recipe, problems = _recipe_of(merged)
+    _raise(problems)
+    assert recipe is not None
+    _check_recipe(recipe, folder)
+    return Request(merged, recipe, folder, checkpoint)
+
+
+def _merged(config: TrainConfig, folder: Path) -> TrainConfig:
+    """A run's own options, and of those that may change the ones given now."""
+    stored = _stored_options(folder)
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for entry in dataclasses.fields(TrainConfig):
+        given, own = getattr(config, entry.name), getattr(stored, entry.name)
+        values[entry.name] = own
+        if entry.name in ("resume", "out") or given in (entry.default, own):
+            continue
+        values[entry.name] = given
+        if entry.name in FIXED:
+            problems.append(f"the run in {folder} has {entry.name} {own!r}, not {given!r}: that cannot change")
+    _raise(problems)
+    return TrainConfig(**{**values, "resume": config.resume, "out": config.out})
+
+
+def _stored_options(folder: Path) -> TrainConfig:
+    try:
+        options: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]
+        names = {entry.name for entry in dataclasses.fields(TrainConfig)}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+        for name in ("data", "val_data"):
+            values[name] = tuple(map(Path, values[name]))
+        return TrainConfig(**{name: value for name, value in values.items() if name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from None
+
+
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """Recipes are code, which may have changed since."""
+    try:
+        stored = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["recipe"]["values"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from None
+    now = values_of(recipe)
+    other = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    if other:
+        told = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in other[:5])
+        raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {told}")
+
+
+def _newest_alike(config: TrainConfig, recipe: Recipe) -> Path | None:
+    """The newest run of the very same options and recipe.
+
+    Raises:
+        InputError: --out names a run of others.
+    """
+    folders = [config.out] if config.out is not None else sorted((ROOT / name_of(config)).glob("*"), reverse=True)
+    for folder in folders:
+        if not (folder / CONFIG).is_file():
+            continue
+        try:
+            _check_alike(config, recipe, folder)
+        except InputError:
+            if config.out is not None:
+                raise
+            continue
+        return folder
+    return None
+
+
+def _check_alike(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
+    stored = _stored_options(folder)
+    other = [name for name in FIXED if name != "images" and getattr(config, name) != getattr(stored, name)]
+    if config.images not in ("auto", stored.images):
+        other.append("images")
+    if _paths(config) != _paths(stored):
+        other.append("data")
+    if other:
+        raise InputError(f"the run in {folder} has another {' and another '.join(other)}: take another folder")
+    _check_recipe(recipe, folder)
+
+
+def _paths(config: TrainConfig) -> list[str]:
+    return [str(path.absolute()) for path in (*config.data, Path("--"), *config.val_data)]
+
+
+def name_of(config: TrainConfig) -> str:
+    """The name that runs of a recipe share."""
+    assert config.recipe is not None
+    return config.recipe if config.scale == "paper" else f"{config.recipe}-{config.scale}"
+
+
+def new_folder(config: TrainConfig) -> Path:
+    """A new folder for a run.
+
+    Raises:
+        InputError: it is not empty, or cannot be made.
+    """
+    try:
+        if config.out is not None:
+            config.out.mkdir(parents=True, exist_ok=True)
+            if any(path.name != LOCK for path in config.out.iterdir()):
+                raise InputError(f"{config.out} is not empty; give a new folder with --out")
+            return config.out
+        parent = ROOT / name_of(config)
+        parent.mkdir(parents=True, exist_ok=True)
+        stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-s{config.seed}"
+        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+            try:
+                (parent / f"{stem}{suffix}").mkdir()
+                return parent / f"{stem}{suffix}"
+            except FileExistsError:
+                continue
+        raise InputError(f"{parent} has a hundred runs of this second")
+    except OSError as error:
+        raise InputError(f"cannot make a folder for the run: {error}") from None
+
+
+def values_of(recipe: Recipe) -> dict[str, Any]:
+    """All values of a recipe by their dotted names, as JSON gives them back."""
+    return json.loads(json.dumps({name: value for name, value, _ in recipe.fields()}))
+
+
+def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[str, Any]) -> None:
+    """Write what a new run trains.
+
+    Args:
+        folder: of the run.
+        config: options; where the images lie is made absolute.
+        recipe: as it is trained.
+        about: what else is worth keeping.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    data = {"data": [str(p.absolute()) for p in config.data], "val_data": [str(p.absolute()) for p in config.val_data]}
+    options = {**dataclasses.asdict(config), **data, "out": None, "resume": None}
+    sources = {name: source for name, _, source in recipe.fields()}
+    whole = {
+        "options": options,
+        "recipe": {"name": recipe.name, "row": recipe.row, "values": values_of(recipe), "sources": sources},
+        **about,
+    }
+    write_text(folder / CONFIG, json.dumps(whole, indent=2) + "\n")
+
+
+def note_start(folder: Path, about: Mapping[str, Any]) -> None:
+    """Add this start to a run's environment.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    starts = _starts(folder)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    here = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    starts.append({"started_at": now, "command": command, **about, **here, "versions": versions})
+    write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def find_launch(config: TrainConfig, launch: str) -> Path | None:
+    """The run that the processes of this launch trained before they were started again."""
+    folders = [config.out] if config.out is not None else sorted((ROOT / name_of(config)).glob("*"), reverse=True)
+    for folder in folders:
+        if any(start.get("launch") == launch for start in _starts(folder)):
+            return folder
+    return None
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run to this process. The lock goes with the process, however it ends.
+
+    Raises:
+        InputError: another process has it.
+    """
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training the run in {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,0 +1,80 @@
+"""Which losses train which parameters: a *segment* is the part of a network that the same losses train."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from relaybackprop import reach
+from relaylab.building import build_relay
+from relaylab.recipe import OptimizerConfig, Recipe
+
+UNTRAINED = "no loss"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The parameters of a `Relay` by segment.
+
+    Attributes:
+        of: by parameter, the segment's name: the losses that reach it, joined by "+" from the lowest head up, such as
+            "aux+primary"; for a head, "head aux".
+        losses: by segment, the losses; a head has its own one.
+    """
+
+    of: Mapping[str, str]
+    losses: Mapping[str, tuple[str, ...]]
+
+    @property
+    def overlaps(self) -> dict[str, tuple[str, ...]]:
+        """Segments that several losses train."""
+        return {name: losses for name, losses in self.losses.items() if len(losses) > 1}
+
+    def parameters(self, segment: str) -> list[str]:
+        """A segment's parameters, from the lowest up."""
+        return [name for name, own in self.of.items() if own == segment]
+
+
+def segments_of(recipe: Recipe) -> Segments:
+    """The segments of what a recipe trains, read off the graph of a forward pass in which nothing is computed."""
+    size = recipe.network.image_size
+    with torch.device("meta"):
+        relay, images = build_relay(recipe), torch.empty(2, 3, size, size)
+    found = reach(relay, images)
+    order = [*relay.plan.auxiliary, "primary"]
+    of: dict[str, str] = {}
+    losses: dict[str, tuple[str, ...]] = {}
+    for name in found.parameters:
+        reaching = tuple(loss for loss in order if name in found.losses[loss])
+        is_head = name.startswith("heads.")
+        segment = f"head {name.split('.')[1]}" if is_head else "+".join(reaching) or UNTRAINED
+        of[name], losses[segment] = segment, reaching
+    return Segments(of, losses)
+
+
+def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
+    """What is wrong with a recipe's factors on the learning rates of segments."""
+    names = ", ".join(segments.losses)
+    return [
+        f"optimizer.segment_lr.{name}: there is no such segment; there are {names}"
+        for name in config.segment_lr
+        if name not in segments.losses
+    ]
+
+
+def parameter_groups(relay: nn.Module, segments: Segments, factors: Mapping[str, float]) -> list[dict[str, object]]:
+    """The optimizer's groups: one for each factor on the learning rate, which is kept as "lr_factor".
+
+    Args:
+        relay: whose parameters are optimized.
+        segments: of these parameters.
+        factors: by segment, where it is not 1.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in relay.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(segments.of[name], 1.0), []).append(parameter)
+    assert all(math.isfinite(factor) for factor in groups), "recipe_problems has seen to it"
+    return [{"params": parameters, "lr_factor": factor} for factor, parameters in groups.items()]

@@ -1,0 +1,310 @@
+"""From options to a training under way: everything that has to be right before the first step, and what comes after."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from relaybackprop import Relay
+from relaylab.building import build_criterion, build_relay
+from relaylab.errors import InputError, LabError
+from relaylab.files import write_text
+from relaylab.model_file import InputConfig, ModelFile, save_model
+from relaylab.progress import Silent, Task, progress
+from relaylab.recipe import Recipe
+from relaylab.train import checkpoint, runs
+from relaylab.train.compiling import compile_outside_overlaps
+from relaylab.train.engine import launch_id, make_fabric, restart_count, whole
+from relaylab.train.images import RunImages, Stream, open_images
+from relaylab.train.loop import Progress, Trainer
+from relaylab.train.meter import Meter
+from relaylab.train.options import TrainConfig
+from relaylab.train.records import Records, logging_to
+from relaylab.train.segments import UNTRAINED, Segments, parameter_groups, segment_problems, segments_of
+from relaylab.train.signals import StopRequest, stopping
+from relaylab.train.state import load_tensors
+from relaylab.train.validation import Validation
+
+log = logging.getLogger("relaylab.train")
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+
+SECONDS_BETWEEN_LINES = 20.0  # where nobody watches
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended.
+
+    Attributes:
+        folder: of the run.
+        finished: whether the recipe has been carried out to its end.
+        step: updates made.
+        last: step, top1, top5 and loss of the last validation.
+        best: the same of the one with the least top-1 error.
+    """
+
+    folder: Path
+    finished: bool
+    step: int
+    last: dict[str, float]
+    best: dict[str, float]
+
+
+def train(request: runs.Request) -> Outcome:
+    """Train, in this process, which may be one of several that torchrun has started.
+
+    Args:
+        request: from `relaylab.train.runs.understand`.
+
+    Raises:
+        InputError: what is wrong with options, images or the machine, before the first step.
+        LabError: what goes wrong later. All that the last checkpoint holds is there to go on from.
+    """
+    fabric = make_fabric(request.config)
+    with stopping() as stop, ExitStack() as stack:
+        folder, path = _agree(fabric, request, stack)
+        with _noting_failure(fabric, folder):
+            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop)
+
+
+def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint to go on from, as the first process finds them."""
+    found: tuple[str, str | None] | None = None
+    if fabric.is_global_zero:
+        folder = request.folder
+        if restart_count():
+            folder = runs.find_launch(request.config, launch_id())
+            failed = None if folder is None else folder / runs.FAILED
+            if failed is not None and failed.exists():  # an error of that kind comes again however often one tries
+                raise LabError(failed.read_text(encoding="utf-8").strip())
+        folder = folder or runs.new_folder(request.config)
+        stack.enter_context(runs.locked(folder))
+        found = str(folder), _newest(folder, request)
+        (folder / runs.FAILED).unlink(missing_ok=True)
+        stack.enter_context(logging_to(folder))
+    else:
+        stack.enter_context(logging_to(None))
+    told = cast("tuple[str, str | None]", fabric.broadcast(found))
+    return Path(told[0]), None if told[1] is None else Path(told[1])
+
+
+def _newest(folder: Path, request: runs.Request) -> str | None:
+    if request.checkpoint is not None and not restart_count():
+        checkpoint.check(request.checkpoint)
+        return str(request.checkpoint)
+    with logging_to(None):
+        path = checkpoint.newest_whole(folder / runs.CHECKPOINTS)
+    if path is None and any(checkpoint.newest(folder / runs.CHECKPOINTS)):
+        raise LabError(f"no checkpoint in {folder / runs.CHECKPOINTS} is whole: start a new run")
+    return None if path is None else str(path)
+
+
+@contextmanager
+def _noting_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Leave a word for the processes that torchrun may start in our place."""
+    try:
+        yield
+    except LabError as error:
+        log.error("%s", error)
+        if fabric.is_global_zero and launch_id():
+            write_text(folder / runs.FAILED, f"{error}\n")
+        raise
+
+
+def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
+    config, recipe, folder = request.config, request.recipe, request.folder
+    assert folder is not None
+    is_first = fabric.is_global_zero
+    segments = segments_of(recipe)
+    problems = segment_problems(recipe.optimizer, segments)
+    if problems:
+        raise InputError("; ".join(problems))
+    images = open_images(
+        recipe,
+        config,
+        device=fabric.device,
+        devices_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        fault_file=folder / "unreadable-images.txt",
+        first=fabric.rank_zero_first(local=True),
+    )
+    if is_first and not (folder / runs.CONFIG).exists():
+        kept = replace(config, images="memory" if images.in_memory else "disk")
+        about = {"classes": images.classes, "view": asdict(images.view), "segments": _sizes(segments)}
+        runs.describe(folder, kept, recipe, about)
+    trainer = _assemble(fabric, request, images, segments, stop)
+    state = _go_on(trainer, request.checkpoint)
+    if is_first:
+        _check_space(folder, trainer)
+        runs.note_start(folder, {"step": trainer.progress.step, "launch": launch_id(), **_where(fabric, config)})
+        trainer.records = Records(folder, trainer.progress.step)
+    _say(trainer, folder, segments, state)
+    done = trainer.progress.step
+    try:
+        with _watched(is_first, recipe, done) as task:
+            trainer.task = task
+            finished = trainer.run()
+    finally:
+        if trainer.records is not None:
+            trainer.records.close()
+    reached = trainer.progress
+    if finished:
+        _write_model(folder, trainer, images)
+        log.info("finished: %s", folder)
+    else:
+        log.warning(
+            "stopped by %s after step %d, which is saved. Go on with:\n  relaylab train --resume %s",
+            stop.signal or "another process's signal",
+            reached.step,
+            folder,
+        )
+    return Outcome(folder, finished, reached.step, reached.last, reached.best)
+
+
+def _assemble(
+    fabric: Fabric, request: runs.Request, images: RunImages, segments: Segments, stop: StopRequest
+) -> Trainer:
+    config, recipe = request.config, request.recipe
+    torch.manual_seed(config.seed)  # all processes and all schemes begin with the same network
+    relay = build_relay(recipe)
+    if config.batch_norm == "synchronised" and fabric.world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(relay)
+    if config.memory_format == "channels-last":
+        relay.to(memory_format=torch.channels_last)  # pyright: ignore
+    relay.to(fabric.device)
+    if config.compile:
+        compiled = compile_outside_overlaps(relay, segments)
+        log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
+    module = fabric.setup_module(relay)
+    optimizer = torch.optim.SGD(
+        parameter_groups(relay, segments, recipe.optimizer.segment_lr),
+        recipe.optimizer.lr,
+        momentum=recipe.optimizer.momentum,
+        weight_decay=recipe.optimizer.weight_decay,
+    )
+    criterion = build_criterion(recipe.optimizer, relay.plan).to(fabric.device)
+    augment = images.augmentation(recipe, config.seed).to(fabric.device)
+    sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
+    parts = fabric.world_size * config.accumulate
+    if recipe.optimizer.batch_size % parts:
+        raise InputError(
+            f"optimizer.batch_size is {recipe.optimizer.batch_size}: it has to divide evenly among "
+            f"{fabric.world_size} processes in {config.accumulate} parts each"
+        )
+    return Trainer(
+        fabric=fabric,
+        relay=relay,
+        module=module,
+        criterion=criterion,
+        optimizer=fabric.setup_optimizers(optimizer),
+        recipe=recipe,
+        config=config,
+        segments=segments,
+        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed),
+        augment=augment,
+        validation=Validation(images.val, augment, nn.CrossEntropyLoss(), recipe.network.num_classes, fabric),
+        records=None,
+        checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
+        stop=stop,
+        task=Silent(),
+        progress=Progress(),
+        meter=Meter(),
+    )
+
+
+def _go_on(trainer: Trainer, path: Path | None) -> dict[str, Any]:
+    """Put a checkpoint's contents into a new training."""
+    if path is None:
+        return {}
+    found = checkpoint.read(path)
+    if found.state["recipe"] != runs.values_of(trainer.recipe):
+        raise InputError(f"{path} is of another recipe than {trainer.recipe.name}, or of other values of it")
+    load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, found.optimizer)
+    trainer.load_state_dict(found.state)
+    return dict(found.state)
+
+
+def _say(trainer: Trainer, folder: Path, segments: Segments, state: dict[str, Any]) -> None:
+    recipe = trainer.recipe
+    if UNTRAINED in segments.losses:
+        log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
+    if state:
+        log.info("going on from step %d of %s", trainer.progress.step, folder)
+        if state["processes"] != trainer.fabric.world_size:
+            log.warning(
+                "%d processes now, %d before: sums are added in another order, and dropout has other masks",
+                trainer.fabric.world_size,
+                state["processes"],
+            )
+    else:
+        log.info("%s, seed %d: %s", recipe.name, trainer.config.seed, folder)
+
+
+@contextmanager
+def _watched(is_first: bool, recipe: Recipe, done: int) -> Iterator[Task]:
+    if not is_first:
+        yield Silent()
+        return
+    with progress("training", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES) as task:
+        yield task
+
+
+def _sizes(segments: Segments) -> dict[str, int]:
+    return {name: len(segments.parameters(name)) for name in segments.losses}
+
+
+def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else None
+    return {
+        "processes": fabric.world_size,
+        "device": gpu or "cpu",
+        "threads": torch.get_num_threads(),
+        "options": {name: getattr(config, name) for name in ("strategy", "accumulate", "compile", "memory_format")},
+    }
+
+
+def _check_space(folder: Path, trainer: Trainer) -> None:
+    """Before hours of work, not after them."""
+    momentum = 2 if trainer.recipe.optimizer.momentum else 1
+    needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * momentum
+    needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers())
+    free = shutil.disk_usage(folder).free
+    if free < needed * 2:  # the new one is written before the old one goes
+        raise InputError(
+            f"checkpoints need {needed * 2 / 1e6:,.0f} MB (two of {needed / 1e6:,.0f} MB); {folder} has "
+            f"{free / 1e6:,.0f} MB free: make room, or take another folder with --out"
+        )
+
+
+def _write_model(folder: Path, trainer: Trainer, images: RunImages) -> None:
+    """The trained network, without its heads, for `relaylab predict` and `relaylab export`."""
+    relay, recipe = trainer.relay, trainer.recipe
+    assert isinstance(relay, Relay)
+    state = {name: whole(tensor).detach().cpu() for name, tensor in relay.model.state_dict().items()}
+    if not trainer.fabric.is_global_zero:
+        return
+    augment = trainer.augment.cpu()
+    mean = images.statistics.mean
+    last = trainer.progress.last
+    about = f"{recipe.name}, seed {trainer.config.seed}, step {trainer.progress.step}"
+    model = ModelFile(
+        network=recipe.network,
+        classes=images.classes,
+        input=InputConfig(
+            resize=recipe.images.short_side,
+            crop=recipe.network.image_size,
+            mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+            std=None if augment.scale is None else tuple((1 / augment.scale).tolist()),
+        ),
+        state=state,
+        mean_image=augment.mean if augment.mean.ndim == 3 else None,
+        about=f"{about}: val. error top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %",
+    )
+    save_model(folder / runs.MODEL, model)

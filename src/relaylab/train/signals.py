@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM as a wish that is granted at the end of a step."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger("relaylab.train")
+
+AT_ONCE_AFTER_S = 2.0  # torchrun passes a terminal's Ctrl-C on once more at once: that is not a second wish
+
+
+class StopRequest:
+    """Whether somebody wants the training to stop.
+
+    Attributes:
+        signal: what came: its name, or none.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._since = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """Take note of a signal. A second Ctrl-C, some seconds after the first, stops at once.
+
+        Raises:
+            KeyboardInterrupt: at the second Ctrl-C.
+        """
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number).name, now
+            log.warning("%s: this step is finished and saved, then training stops", self.signal)
+        elif number == signal.SIGINT and now - self._since > AT_ONCE_AFTER_S:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stopping() -> Iterator[StopRequest]:
+    """Take SIGINT and SIGTERM as requests to stop, while this lasts.
+
+    A worker process that dies would make PyTorch raise an error in the midst of whatever this process does, perhaps of
+    an update; with SIGCHLD left alone it does so where the next batch is asked for.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals are the main thread's
+        return
+    from torch.utils.data._utils import signal_handling
+
+    signal_handling._set_SIGCHLD_handler()  # once in a process: let it be now  # pyright: ignore
+    handlers: dict[int, Any] = {signal.SIGINT: request.receive, signal.SIGTERM: request.receive}
+    handlers[signal.SIGCHLD] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
