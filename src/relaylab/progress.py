@@ -51,7 +51,7 @@ class _Lines:
         self.done += count
         self.note = self.note if note is None else note
         now = time.monotonic()
-        if self.done >= self.total or now - self.last_line_at >= self.every_s:
+        if (count and self.done >= self.total) or now - self.last_line_at >= self.every_s:
             self.last_line_at = now
             text = f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip()
             sys.stderr.write(text + "\n")

@@ -22,7 +22,7 @@ from relaylab.recipes import windows
 
 CLASSES, WIDTH, PYRAMID = 401, 64, (7, 3, 2, 1)
 DENSE = EvaluationConfig(protocol="dense", scales=(224, 256, 320, 384, 448))
-METHODS: Mapping[Scheme, str] = {
+METHODS: Mapping[str, str] = {
     "standard": "standard BP",
     "multi_loss": "multi-loss + standard BP",
     "relay": "Relay BP",

@@ -164,12 +164,12 @@ def table(results: Sequence[Result]) -> str:
     """A comparison's table as Markdown; the first scheme is what the others are compared with."""
     schemes = list(dict.fromkeys(result.scheme for result in results))
     header = ["scheme", "seeds", "top-1 error", "top-5 error"]
-    header += [f"{name} minus {METHODS[schemes[0]]}" for name in ("top-1", "top-5")]  # pyright: ignore
+    header += [f"{name} minus {METHODS[schemes[0]]}" for name in ("top-1", "top-5")]
     lines = [_line(header), _line(["---", "---:", "---:", "---:", "---:", "---:"])]
     for scheme in schemes:
         own = {result.seed: result for result in results if result.scheme == scheme}
         base = {result.seed: result for result in results if result.scheme == schemes[0]}
-        cells = [METHODS[scheme], str(len(own))]  # pyright: ignore
+        cells = [METHODS[scheme], str(len(own))]
         cells += [_mean([result.last[name] for result in own.values()]) for name in ("top1", "top5")]
         for name in ("top1", "top5"):
             both = [seed for seed in own if seed in base]
@@ -209,7 +209,7 @@ def curves(results: Sequence[Result]) -> str:
                 axes.plot(steps, row, linewidth=0.8, alpha=0.3, color=SCHEME_COLOURS[scheme])
             mean = [statistics.fmean(column) for column in zip(*rows, strict=True)]
             marker = "o" if len(steps) == 1 else None
-            axes.plot(steps, mean, linewidth=2, marker=marker, label=METHODS[scheme], **look)  # pyright: ignore
+            axes.plot(steps, mean, linewidth=2, marker=marker, label=METHODS[scheme], **look)
         axes.set_xlabel("iteration")
 
     return plot(draw, "Validation error, top-1", "per cent", size=(7, 4))

@@ -5,7 +5,9 @@ from relaylab.train.segments import Segments
 
 
 def compile_outside_overlaps(relay: Relay, segments: Segments) -> list[str]:
-    """Compile in place the largest modules that hold no boundary, and that one loss at most trains.
+    """Compile in place the largest modules that hold no boundary, and that one loss trains.
+
+    Single layers are left alone: nothing is gained by compiling them.
 
     Args:
         relay: its plan says where the boundaries are.
@@ -21,8 +23,15 @@ def compile_outside_overlaps(relay: Relay, segments: Segments) -> list[str]:
             continue
         holds_boundary = any(f"{boundary}.".startswith(f"{name}.") for boundary in boundaries)
         losses = {segments.of[own] for own in segments.of if own.startswith(f"{name}.")}
-        if holds_boundary or len(losses) != 1 or len(segments.losses[losses.pop()]) > 1:
+        if (
+            holds_boundary
+            or not any(True for _ in module.children())
+            or len(losses) != 1
+            or len(segments.losses[losses.pop()]) > 1
+        ):
             continue
         module.compile()
         compiled.append(name)
+    # All of them share the code of nn.Module's call, and the compiler gives up on code that it meets too often.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(compiled))
     return compiled

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from relaylab.train.engine import whole
+from relaylab.train.engine import looking, whole
 from relaylab.train.segments import Segments
 
 Angles = dict[str, dict[str, float]]
@@ -64,7 +64,9 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
         names = [name for name, segment in segments.of.items() if loss in overlaps.get(segment, ())]
         if not names:
             continue
-        found = torch.autograd.grad(value, [parameters[name] for name in names], retain_graph=True, allow_unused=True)
+        own = [parameters[name] for name in names]
+        with looking():
+            found = torch.autograd.grad(value, own, retain_graph=True, allow_unused=True)
         by_segment: dict[str, list[Tensor]] = {}
         for name, gradient in zip(names, found, strict=True):
             gradient = torch.zeros_like(parameters[name]) if gradient is None else gradient

@@ -2,10 +2,11 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from lightning_fabric import Fabric
+from lightning_fabric import Fabric, wrappers
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies.ddp import DDPStrategy
@@ -123,6 +124,19 @@ def _precision(config: Engine, device: str) -> Precision:
             return MixedPrecision("bf16-mixed", device)
         case "fp16":  # given the scaler, Fabric does not insist on a GPU
             return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Let gradients be found that no update uses. Fabric refuses backward passes with mixed precision that it has not
+    started itself, since their losses might lack the scale.
+    """
+    before = wrappers._in_fabric_backward  # pyright: ignore[reportPrivateUsage]
+    wrappers._in_fabric_backward = True
+    try:
+        yield
+    finally:
+        wrappers._in_fabric_backward = before
 
 
 def scaler_of(fabric: Fabric) -> "torch.amp.GradScaler | None":

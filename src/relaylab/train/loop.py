@@ -12,14 +12,12 @@ Note [Loop]
 
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -27,45 +25,26 @@ from torch import Tensor
 from relaybackprop import Relay, RelayLoss
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
-from relaylab.data.keyed import keys
-from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Task
 from relaylab.recipe import PlateauConfig, Recipe
 from relaylab.train import checkpoint, diagnosis
+from relaylab.train.chance import seed_all
 from relaylab.train.engine import scaler_of, whole
+from relaylab.train.finite import not_finite
 from relaylab.train.images import Stream
-from relaylab.train.meter import Meter
+from relaylab.train.meter import Meter, top_errors
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, Values
 from relaylab.train.runs import values_of
-from relaylab.train.schedule import Plateau, learning_rate
+from relaylab.train.schedule import learning_rate
 from relaylab.train.segments import Segments
 from relaylab.train.signals import StopRequest
-from relaylab.train.state import optimizer_tensors
+from relaylab.train.state import Progress, optimizer_tensors
 from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
 
 LEAST_SCALE = 1.0  # a loss that has to be scaled down for fp16 is out of hand
-
-
-@dataclass
-class Progress:
-    """How far a training is: what a checkpoint holds besides tensors and the stream of images.
-
-    Attributes:
-        step: updates made.
-        validated: the step of the last validation; -1 before the first.
-        plateau: of the schedule.
-        best: step, top1 and top5 of the validation with the least top-1 error.
-        last: the same of the last one.
-    """
-
-    step: int = 0
-    validated: int = -1
-    plateau: Plateau = field(default_factory=Plateau)
-    best: dict[str, float] = field(default_factory=dict[str, float])
-    last: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(eq=False)
@@ -228,28 +207,12 @@ class Trainer:
         wrong = [name for name, value in found.items() if not math.isfinite(value)]
         may_overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE  # the scaler skips that step
         if wrong or not (math.isfinite(size) or may_overflow):
-            self.refuse(wrong)
+            raise not_finite(self.progress.step + 1, wrong, self.relay, self.segments)
         clip = self.recipe.optimizer.clip_norm
         if clip is not None and math.isfinite(size):
             torch.nn.utils.clip_grads_with_norm_(self.relay.parameters(), clip, norm)
         self.meter.count(found, size)
         return stopping > 0
-
-    def refuse(self, losses: list[str]) -> None:
-        """Say what is not finite.
-
-        Raises:
-            NonFiniteLossError: always.
-        """
-        gradients = ((name, p.grad) for name, p in self.relay.named_parameters() if p.grad is not None)
-        layers = [name for name, gradient in gradients if not bool(whole(gradient).isfinite().all())]
-        parts = list(dict.fromkeys(self.segments.of[name] for name in layers))
-        what = [f"the loss {name}" for name in losses]
-        what += [f"gradients in the segment {', '.join(parts)} (from {layers[0]} on)"] if layers else []
-        raise NonFiniteLossError(
-            f"step {self.progress.step + 1}: not finite: {' and '.join(what)}. This update was not made; "
-            "try a smaller optimizer.lr, a warm-up or optimizer.clip_norm"
-        )
 
     def note(self, rate: float) -> None:
         """Show how it goes, and write it down when it is time to."""
@@ -299,13 +262,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All of a checkpoint that is no tensor."""
-        progress = self.progress
         return {
-            "step": progress.step,
-            "validated": progress.validated,
-            "plateau": progress.plateau.state_dict(),
-            "best": progress.best,
-            "last": progress.last,
+            **self.progress.state_dict(),
             "stream": self.stream.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "meter": self.meter.state_dict(),
@@ -320,9 +278,7 @@ class Trainer:
         Raises:
             InputError: a state of other images.
         """
-        self.progress = Progress(
-            state["step"], state["validated"], Plateau.from_state(state["plateau"]), state["best"], state["last"]
-        )
+        self.progress = Progress.from_state(state)
         self.stream.load_state_dict(state["stream"])
         self.meter.load_state_dict(state["meter"])
         if self.scaler is not None and state["scaler"]:
@@ -337,17 +293,3 @@ class Trainer:
     def can_see_angles(self) -> bool:
         """See Note [Diagnosis] 3 in `relaylab.train.diagnosis`."""
         return not self.config.compile and self.config.strategy != "fsdp" and self.records is not None
-
-
-def top_errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The top-1 and top-5 errors of a batch, 0 to 1."""
-    hits = scores.detach().topk(min(5, scores.shape[1])).indices == labels[:, None]
-    return {"top1": 1 - hits[:, :1].any(1).float().mean(), "top5": 1 - hits.any(1).float().mean()}
-
-
-def seed_all(seed: int, step: int, rank: int) -> None:
-    """Seed every generator that a step may use. See Note [Loop] 1."""
-    key = int(keys(seed, step, rank)[0])
-    torch.manual_seed(key)
-    random.seed(key)
-    np.random.seed(key & 0xFFFF_FFFF)  # noqa: NPY002 (for models that use it)

@@ -20,17 +20,18 @@ from relaylab.files import write_text
 from relaylab.model_file import InputConfig, ModelFile, save_model
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipe import Recipe
+from relaylab.recipes.places2 import METHODS
 from relaylab.train import checkpoint, runs
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import launch_id, make_fabric, restart_count, whole
 from relaylab.train.images import RunImages, Stream, open_images
-from relaylab.train.loop import Progress, Trainer
+from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, parameter_groups, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
-from relaylab.train.state import load_tensors
+from relaylab.train.state import Progress, load_tensors
 from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
@@ -176,7 +177,7 @@ def _assemble(
     relay = build_relay(recipe)
     if config.batch_norm == "synchronised" and fabric.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(relay)
-    if config.memory_format == "channels-last":
+    if config.memory_format == "channels-last" and config.strategy != "fsdp":  # which cannot divide such parameters
         relay.to(memory_format=torch.channels_last)  # pyright: ignore
     relay.to(fabric.device)
     if config.compile:
@@ -244,7 +245,7 @@ def _say(trainer: Trainer, folder: Path, segments: Segments, state: dict[str, An
                 state["processes"],
             )
     else:
-        log.info("%s, seed %d: %s", recipe.name, trainer.config.seed, folder)
+        log.info("%s, %s, seed %d: %s", recipe.name, METHODS[recipe.scheme], trainer.config.seed, folder)
 
 
 @contextmanager

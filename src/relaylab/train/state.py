@@ -1,6 +1,8 @@
-"""The tensors of a training, gathered for a checkpoint and put back, however they are divided among processes."""
+"""What a checkpoint has of a training: how far it is, and its tensors, however they are divided among processes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,42 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from relaylab.errors import InputError
 from relaylab.train.engine import whole
+from relaylab.train.schedule import Plateau
+
+
+@dataclass
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step: updates made.
+        validated: the step of the last validation; -1 before the first.
+        plateau: of the schedule.
+        best: step, top1, top5 and loss of the validation with the least top-1 error; empty before the first.
+        last: the same of the last one.
+    """
+
+    step: int = 0
+    validated: int = -1
+    plateau: Plateau = field(default_factory=Plateau)
+    best: dict[str, float] = field(default_factory=dict[str, float])
+    last: dict[str, float] = field(default_factory=dict[str, float])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "step": self.step,
+            "validated": self.validated,
+            "plateau": self.plateau.state_dict(),
+            "best": self.best,
+            "last": self.last,
+        }
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> "Progress":
+        """What `state_dict` has written; other keys are left alone."""
+        plateau = Plateau.from_state(state["plateau"])
+        return Progress(state["step"], state["validated"], plateau, dict(state["best"]), dict(state["last"]))
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
