@@ -1,5 +1,7 @@
 """torch.compile for what lies outside of overlaps and touches no boundary of a window (docs/decisions/003)."""
 
+import torch
+
 from relaybackprop import Relay
 from relaylab.train.segments import Segments
 
@@ -19,19 +21,16 @@ def compile_outside_overlaps(relay: Relay, segments: Segments) -> list[str]:
     boundaries = {f"model.{boundary.module}" for boundary in relay.plan.boundaries}
     compiled: list[str] = []
     for name, module in relay.named_modules():
-        if not name.startswith(("model", "heads.")) or any(f"{name}.".startswith(f"{done}.") for done in compiled):
+        if not name.startswith(("model", "heads.")) or any(name.startswith(f"{done}.") for done in compiled):
             continue
-        holds_boundary = any(f"{boundary}.".startswith(f"{name}.") for boundary in boundaries)
-        losses = {segments.of[own] for own in segments.of if own.startswith(f"{name}.")}
-        if (
-            holds_boundary
-            or not any(True for _ in module.children())
-            or len(losses) != 1
-            or len(segments.losses[losses.pop()]) > 1
-        ):
+        inside = [own for own in segments.of if own.startswith(f"{name}.")]
+        has_boundary = any(f"{boundary}.".startswith(f"{name}.") for boundary in boundaries)
+        is_layer = not any(True for _ in module.children())
+        if is_layer or has_boundary or not inside or any(segments.of[own] in segments.overlaps for own in inside):
             continue
         module.compile()
         compiled.append(name)
     # All of them share the code of nn.Module's call, and the compiler gives up on code that it meets too often.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(compiled))
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(compiled))
     return compiled

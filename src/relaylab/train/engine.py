@@ -128,8 +128,9 @@ def _precision(config: Engine, device: str) -> Precision:
 
 @contextmanager
 def looking() -> Iterator[None]:
-    """Let gradients be found that no update uses. Fabric refuses backward passes with mixed precision that it has not
-    started itself, since their losses might lack the scale.
+    """Let gradients be found that no update uses.
+
+    Fabric refuses backward passes with mixed precision that it has not started: their losses might lack the scale.
     """
     before = wrappers._in_fabric_backward  # pyright: ignore[reportPrivateUsage]
     wrappers._in_fabric_backward = True
