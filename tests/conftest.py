@@ -31,3 +31,19 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("real data: the folder shared/data beside the checkout is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of five classes for recipes at the tiny scale: 60 training and 20 validation images."""
+    image = pytest.importorskip("PIL.Image")
+    numpy = pytest.importorskip("numpy")
+    root, random = tmp_path_factory.mktemp("images"), numpy.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label in range(5):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.normal((40 * label, 200 - 30 * label, 90), 25, (40, 48, 3)).clip(0, 255)
+                image.fromarray(pixels.astype("uint8")).save(folder / f"{number}.png")
+    return root

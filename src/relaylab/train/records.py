@@ -22,15 +22,19 @@ class Records:
     Args:
         folder: of the run.
         step: that it goes on from. Lines of later steps, of which there is no checkpoint, are dropped: they come again.
+        validated: whether the validation of that step is in the checkpoint; if not, its line comes again too.
 
     Raises:
         OSError: the files cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, *, validated: bool = True) -> None:
         file = folder / METRICS
         if file.exists():
-            write_text(file, "".join(f"{json.dumps(line)}\n" for line in read_metrics(file) if line["step"] <= step))
+            again = None if validated else (step, "val")
+            lines = [line for line in read_metrics(file) if line["step"] <= step]
+            kept = [line for line in lines if (line["step"], line["kind"]) != again]
+            write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = file.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
 

@@ -145,7 +145,8 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
     if is_first:
         _check_space(folder, trainer)
         runs.note_start(folder, {"step": trainer.progress.step, "launch": launch_id(), **_where(fabric, config)})
-        trainer.records = Records(folder, trainer.progress.step)
+        at = trainer.progress
+        trainer.records = Records(folder, at.step, validated=at.validated == at.step)
     _say(trainer, folder, segments, state)
     done = trainer.progress.step
     try:

@@ -1,0 +1,370 @@
+"""Training recipes as a user would: exact resume, runs as folders, bad input, comparisons. All on the CPU, tiny."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+
+from safetensors.torch import load_file
+
+from relaylab import cli
+from relaylab.errors import InputError
+from relaylab.model_file import read_model
+from relaylab.train import compare, loop, runs, session
+from relaylab.train.options import TrainConfig
+from relaylab.train.records import read_metrics
+
+STEPS = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
+TIMES = ("images_per_s", "data_wait")
+
+
+def config_of(tree: Path, **options: Any) -> TrainConfig:
+    changes = (*(() if options.pop("short", False) else STEPS), *options.pop("changes", ()))
+    given = {"recipe": "table3-model-a-relay", "log_every": 5, "diagnose_every": 3, "workers": 0, **options}
+    return TrainConfig(scale="tiny", data=(tree,), changes=changes, **given)
+
+
+def train(tree: Path, out: Path, **options: Any) -> session.Outcome:
+    return session.train(runs.understand(config_of(tree, out=out, **options)))
+
+
+def go_on(out: Path, **options: Any) -> session.Outcome:
+    return session.train(runs.understand(TrainConfig(resume=str(out), **options)))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """As Ctrl-C during that step would."""
+    original = loop.Trainer.step
+
+    def step(self: loop.Trainer, batches: Any) -> bool:
+        stopping = original(self, batches)
+        return stopping or self.progress.step == steps
+
+    monkeypatch.setattr(loop.Trainer, "step", step)
+
+
+def final(out: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    folder = out / runs.CHECKPOINTS / f"step-{step:08d}"
+    files = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
+    return {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
+
+
+def assert_identical(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit by bit."""
+    assert got.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(got[name], expected[name])]
+    assert not different, f"{len(different)} of {len(expected)} tensors differ, {different[0]} first"
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(out / runs.METRICS)
+    ]
+
+
+SHORT = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "optimizer.batch_size=2")
+# Dropout in one network, batch normalisation in the other; the rest are ways to train.
+KINDS: dict[str, dict[str, Any]] = {
+    "dropout": {},
+    "batch norm": {"recipe": "table6-resnet50-relay", "short": True, "changes": SHORT},
+    "multi-loss": {"changes": ("scheme=multi_loss",)},
+    "plateau": {"changes": ("optimizer.schedule.kind=plateau", "optimizer.schedule.patience=1")},
+    "parts": {"accumulate": 2},
+    "fp16": {"precision": "fp16"},
+    "bf16, clipped": {"precision": "bf16", "changes": ("optimizer.clip_norm=0.5", "optimizer.warmup=6")},
+    "no momentum": {"changes": ("optimizer.momentum=0",)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(
+    kind: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters, momentum, buffers and metrics are those of the uninterrupted run, bit by bit."""
+    options, (steps, end, other) = KINDS[kind], (4, 6, 3) if "short" in KINDS[kind] else (6, 12, 8)
+    whole = train(tiny_images, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        stopped = train(tiny_images, tmp_path / "stopped", **options)
+    assert (stopped.finished, stopped.step) == (False, steps)
+    torch.rand(7)  # the generators are elsewhere now
+    resumed = go_on(tmp_path / "stopped")
+    assert resumed.finished
+    assert_identical(final(tmp_path / "stopped", end), final(tmp_path / "whole", end))
+    assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "whole")
+    assert (resumed.last, resumed.best) == (whole.last, whole.best)
+    with pytest.raises(AssertionError):
+        assert_identical(final(tmp_path / "whole", end), final(tmp_path / "whole", other))  # negative control
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reference") / "run"
+    train(tiny_images, out, keep=9)
+    return out
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 11])
+def test_it_may_be_stopped_anywhere(
+    steps: int, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        train(tiny_images, tmp_path / "run", keep=9)
+    go_on(tmp_path / "run")
+    assert_identical(final(tmp_path / "run"), final(reference))
+    assert lines_of(tmp_path / "run") == lines_of(reference)
+
+
+def test_neither_looks_at_gradients_nor_lines_nor_checkpoints_change_the_training(
+    tiny_images: Path, tmp_path: Path, reference: Path
+) -> None:
+    train(tiny_images, tmp_path / "run", diagnose_every=0, log_every=100, save_every=1)
+    assert_identical(final(tmp_path / "run"), final(reference))
+    train(tiny_images, tmp_path / "other", seed=1)
+    with pytest.raises(AssertionError):
+        assert_identical(final(tmp_path / "other"), final(reference))
+
+
+def test_from_disk_the_number_of_workers_may_change(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_images, tmp_path / "whole", images="disk", workers=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(tiny_images, tmp_path / "run", images="disk", workers=2)
+    go_on(tmp_path / "run", workers=1)
+    assert_identical(final(tmp_path / "run"), final(tmp_path / "whole"))
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_that_is_named(tmp_path: Path, reference: Path) -> None:
+    shutil.copytree(reference, tmp_path / "run")
+    outcome = go_on(tmp_path / "run" / runs.CHECKPOINTS / "step-00000004")
+    assert outcome.finished
+    assert_identical(final(tmp_path / "run"), final(reference))
+    assert lines_of(tmp_path / "run") == lines_of(reference)
+
+
+def test_auto_takes_the_newest_run_of_these_options_or_begins(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        first = session.train(runs.understand(config_of(tiny_images, resume="auto")))
+        other = session.train(runs.understand(config_of(tiny_images, resume="auto", seed=1)))
+    assert first.folder != other.folder
+    assert first.folder.parent == Path("runs") / "table3-model-a-relay-tiny"
+    assert runs.understand(config_of(tiny_images, resume="auto", seed=2)).folder is None
+    assert runs.understand(config_of(tiny_images, resume="auto", precision="bf16")).folder is None
+    changed = config_of(tiny_images, resume="auto", changes=("optimizer.lr=0.5",))
+    assert runs.understand(changed).folder is None
+    again = session.train(runs.understand(config_of(tiny_images, resume="auto")))
+    assert (again.folder, again.finished) == (first.folder, True)
+    assert_identical(final(first.folder), final(reference))
+    before = sorted(path.stat().st_mtime_ns for path in first.folder.glob("checkpoints/*/*"))
+    assert session.train(runs.understand(config_of(tiny_images, resume="auto"))).finished, "nothing is left to do"
+    assert sorted(path.stat().st_mtime_ns for path in first.folder.glob("checkpoints/*/*")) == before
+
+
+def test_what_a_run_leaves_behind(tiny_images: Path, reference: Path) -> None:
+    config = json.loads((reference / runs.CONFIG).read_text())
+    assert config["recipe"]["values"]["optimizer.iterations"] == 12
+    assert config["recipe"]["sources"]["optimizer.iterations"] == "the command line"
+    assert config["options"]["data"] == [str(tiny_images)]
+    assert config["options"]["images"] == "memory"
+    assert config["classes"] == [f"class{label}" for label in range(5)]
+    (start,) = json.loads((reference / runs.ENVIRONMENT).read_text())["starts"]
+    assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or start["versions"]["torch"]
+    assert start["processes"] == 1
+    lines = read_metrics(reference / runs.METRICS)
+    assert [(line["kind"], line["step"]) for line in lines if line["kind"] != "gradients"] == [
+        ("val", 4), ("train", 5), ("val", 8), ("train", 10), ("val", 12),
+    ]  # fmt: skip
+    looks = [line for line in lines if line["kind"] == "gradients"]
+    assert [line["step"] for line in looks] == [3, 6, 9, 12]
+    assert -1 <= looks[0]["cosines"]["aux+primary"]["aux, primary"] <= 1
+    assert set(looks[0]["segments"]) == {"aux", "aux+primary", "primary", "head aux"}
+    assert len(looks[0]["layers"]) == 22 + 3, "the weight layers of model A and of its head"
+    train_line = next(line for line in lines if line["kind"] == "train")
+    assert set(train_line["loss"]) == {"primary", "aux"}
+    assert 0 <= train_line["data_wait"] < 1
+    assert (reference / runs.LOG).read_text().count("val. error") == 3
+    assert list((reference / runs.TENSORBOARD).glob("events.out.*"))
+
+
+def test_the_model_file_holds_the_network_as_it_was_validated(
+    tiny_images: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = read_model(reference / runs.MODEL)
+    trained = {key: t for key, t in final(reference).items() if key.startswith("model/model.")}
+    assert {f"model/model.{key}" for key in model.state} == set(trained)
+    assert all(torch.equal(tensor, trained[f"model/model.{key}"]) for key, tensor in model.state.items())
+    assert "step 12" in model.about
+    assert cli.main(["predict", str(reference / runs.MODEL), str(tiny_images / "val" / "class1" / "0.png")]) == 0
+    assert "class" in capsys.readouterr().out
+
+
+def test_a_segments_factor_scales_its_learning_rate_alone(tiny_images: Path, tmp_path: Path) -> None:
+    """With a factor of 0 a segment stays as it began, and everything else moves."""
+    train(tiny_images, tmp_path / "run", changes=("optimizer.segment_lr.aux=0",))
+    torch.manual_seed(0)
+    start = runs.understand(config_of(tiny_images)).recipe
+    from relaylab.building import build_relay
+    from relaylab.train.segments import segments_of
+
+    torch.manual_seed(0)
+    begun, found = build_relay(start).state_dict(), segments_of(start)
+    ended = final(tmp_path / "run")
+    for name, segment in found.of.items():
+        assert torch.equal(begun[name], ended[f"model/{name}"]) == (segment == "aux"), (name, segment)
+
+
+def test_training_learns(tiny_images: Path, tmp_path: Path) -> None:
+    """Five colours, 60 updates: chance is 80 %."""
+    changes = ("optimizer.iterations=60", "optimizer.evaluate_every=60", "optimizer.batch_size=10", "scheme=relay")
+    changes += ("network.width=8", "plan.auxiliary.aux.head=linear")
+    outcome = train(tiny_images, tmp_path / "run", recipe="table1-vgg13-imagenet", short=True, changes=changes)
+    assert outcome.last["top1"] <= 50, outcome.last
+
+
+def run(*arguments: str | Path) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_all_that_is_wrong_with_the_options_is_told_at_once(
+    tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--set", "optimizer.lr=nan", "optimizer.moment=1", "--accumulate", "3", "--keep", "0", "--seed", "-1"]
+    assert run("train", "table3-model-a-relay", "--scale", "tiny", "--data", tiny_images, *wrong) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("relaylab: 4 problems:")
+    for part in ("--keep must be at least 1", "--seed must", "optimizer.moment; nearest: optimizer.momentum", "divide"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "which recipe?"),
+        (("table3-model-a-rely",), "nearest: table3-model-a-relay"),
+        (("table4-model-a-relay",), "train that one"),
+        (("table3-model-a-relay", "--set", "optimizer.lr=inf"), "expected a finite number, above 0"),
+        (("table3-model-a-relay", "--set", "optimizer.segment_lr.auxiliary=2"), "there are aux, aux+primary, primary"),
+        (("table3-model-a-relay", "--set", "network.num_classes=7"), "has 5 classes, and the recipe's network 7"),
+        (("table3-model-a-relay", "--batch-norm", "synchronised"), "needs GPUs"),
+        (("table3-model-a-relay", "--strategy", "fsdp"), "several devices"),
+        (("table3-model-a-relay", "--accelerator", "cuda"), "no GPU"),
+        (("table3-model-a-relay", "--devices", "3"), "divide evenly among 3 devices"),
+        (("table3-model-a-relay", "--resume", "nowhere"), "no such run or checkpoint"),
+        (("table3-model-a-relay", "--resume", "."), "expected a run's folder"),
+    ],
+)
+def test_bad_input_is_explained_before_the_first_step(
+    arguments: tuple[str, ...],
+    said: str,
+    tiny_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
+    assert run("train", *arguments, "--scale", "tiny", "--data", tiny_images) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_missing_images_and_missing_space_are_told_before_the_first_step(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "table3-model-a-relay") == 2
+    assert "--data is missing" in capsys.readouterr().err
+    assert run("train", "table3-model-a-relay", "--data", tmp_path / "nowhere") == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(InputError, match=r"checkpoints need .* MB free: make room"):
+        train(tiny_images, tmp_path / "run")
+
+
+def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference: Path) -> None:
+    with pytest.raises(InputError, match=r"holds a run: go on with it by --resume"):
+        train(tiny_images, reference)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        train(tiny_images, tmp_path)
+
+
+def test_what_a_run_is_cannot_change_when_it_goes_on(tiny_images: Path, tmp_path: Path, reference: Path) -> None:
+    with pytest.raises(InputError, match=r"has seed 0, not 3: that cannot change"):
+        go_on(reference, seed=3)
+    with pytest.raises(InputError, match="another seed"):
+        train(tiny_images, reference, seed=3, resume="auto")
+    shutil.copytree(reference, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    stored["recipe"]["values"]["optimizer.momentum"] = 0.5
+    (tmp_path / "run" / runs.CONFIG).write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"optimizer.momentum was 0.5 and is 0.9"):
+        go_on(tmp_path / "run")
+    (tmp_path / "run" / runs.CONFIG).write_text("{")
+    with pytest.raises(InputError, match=r"config.json cannot be read"):
+        go_on(tmp_path / "run")
+
+
+def test_other_images_than_before_are_refused(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(tiny_images, tmp_path / "run")
+    other = shutil.copytree(tiny_images, tmp_path / "images")
+    (other / "train" / "class0" / "0.png").unlink()
+    with pytest.raises(InputError, match=r"the sampler's state has images 60; this sampler has 59"):
+        go_on(tmp_path / "run", data=(other,))
+
+
+def test_compare_runs_what_is_missing_and_tells_the_spread(
+    tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "table3-model-a-relay", "--scale", "tiny", "--data", str(tiny_images), "--out", str(tmp_path)]
+    words += ["--schemes", "standard,relay", "--set", "optimizer.iterations=4", "optimizer.evaluate_every=2"]
+    assert run(*words, "--seeds", "0") == 0
+    assert "one seed" in capsys.readouterr().out
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
+    assert len(done) == 2
+    assert run(*words, "--seeds", "0,1") == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "what was there has been trained again"
+    table = capsys.readouterr().out
+    assert "| Relay BP | 2 |" in table
+    assert (tmp_path / "comparison.md").read_text().count("+-") >= 4
+    assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 4
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    assert run(*words, "--schemes", "standard,rely") == 2
+
+
+def test_an_interval_is_that_of_the_paired_t_test() -> None:
+    from scipy import stats
+
+    ours, theirs = [50.0, 48.5, 51.0, 47.0], [52.0, 49.0, 53.5, 50.0]
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    text = compare.difference([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert text == f"-2.00 [{interval.low:+.2f}, {interval.high:+.2f}]"
+    assert compare.difference([-1.0]) == "-1.00 (one seed)"
+
+
+def test_a_comparisons_run_can_be_said_as_a_command() -> None:
+    config = config_of(Path("images"), out=Path("out"), devices=2, precision="bf16", compile=True)
+    from relaylab.cli import _parse
+
+    assert _parse(compare.arguments_of(config)) == config

@@ -1,0 +1,78 @@
+"""Two processes under torchrun: the single process's result with the same global batch, and exact resume."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+
+import train_ranks
+from relaylab.train import runs, session
+from test_train import assert_identical, final, lines_of
+
+TOLERANCE = 2e-5  # of the largest value of a tensor, in single precision: sums in another order, over six updates
+
+
+@pytest.fixture(scope="module")
+def two(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with all scenarios' runs. One pair of processes runs them all: starting one takes seconds."""
+    folder = tmp_path_factory.mktemp("two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, train_ranks.__file__, str(tiny_images), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        difference = (got[name].double() - tensor.double()).abs().max().item()
+        assert difference <= TOLERANCE * tensor.abs().max().item(), (name, difference)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp, two parts", "fsdp"])
+def test_two_processes_give_one_processs_parameters(
+    name: str, two: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, input: input)
+    options = {"strategy": "ddp", "accumulate": 1}
+    session.train(runs.understand(train_ranks.config_of(name, tiny_images, tmp_path / "one", **options)))
+    assert_close(final(two / name, 6), final(tmp_path / "one", 6))
+    with pytest.raises(AssertionError):  # negative controls: one step less, and other images
+        assert_close(final(two / name, 3), final(tmp_path / "one", 6))
+    other = train_ranks.config_of(name, tiny_images, tmp_path / "other", **options, seed=1)
+    session.train(runs.understand(other))
+    with pytest.raises(AssertionError):
+        assert_close(final(two / name, 6), final(tmp_path / "other", 6))
+    for one, both in zip(lines_of(tmp_path / "one"), lines_of(two / name), strict=True):
+        if one["kind"] == "val":
+            assert (both["top1"], both["top5"]) == (one["top1"], one["top5"])
+
+
+@pytest.mark.parametrize("name", train_ranks.STOPPED)
+def test_two_processes_go_on_exactly_after_a_stop(name: str, two: Path) -> None:
+    assert_identical(final(two / f"{name}, stopped", 6), final(two / name, 6))
+    assert lines_of(two / f"{name}, stopped") == lines_of(two / name)
+    with pytest.raises(AssertionError):
+        assert_identical(final(two / name, 3), final(two / name, 6))
+
+
+def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Divided parameters are whole in a checkpoint."""
+    import shutil
+
+    from relaylab.train.options import TrainConfig
+
+    shutil.copytree(two / "fsdp", tmp_path / "run")
+    path = tmp_path / "run" / runs.CHECKPOINTS / "step-00000003"
+    outcome = session.train(runs.understand(TrainConfig(resume=str(path), strategy="ddp")))
+    assert outcome.finished
+    assert "1 processes now, 2 before" in capsys.readouterr().err

@@ -1,0 +1,57 @@
+"""What each of two processes runs for test_train_distributed.py, started by torchrun: trainings one after another."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from relaylab.train import loop, runs, session
+from relaylab.train.options import TrainConfig
+
+STEPS = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "network.num_classes=5")
+# Nothing random but the images, and nothing that sees the batch as a whole. A head of one layer has no dropout either.
+PLAIN = (*STEPS, "plan.auxiliary.aux.head=linear", "augmentation.divide=true")
+SCENARIOS: dict[str, dict[str, object]] = {
+    "ddp": {"changes": PLAIN},
+    "ddp, two parts": {"changes": PLAIN, "accumulate": 2},
+    "fsdp": {"changes": PLAIN, "strategy": "fsdp"},
+    "dropout": {"changes": STEPS},
+    "dropout, from disk": {"changes": STEPS, "images": "disk", "workers": 1},
+}
+STOPPED = ("dropout", "dropout, from disk", "fsdp")
+STOP_AT = 4
+
+
+def config_of(name: str, tree: Path, out: Path, **more: object) -> TrainConfig:
+    """A scenario's options."""
+    options = {"recipe": "table3-model-a-relay", "scale": "tiny", "data": (tree,), "workers": 0, **SCENARIOS[name]}
+    return TrainConfig(**{**options, "out": out, "accelerator": "cpu", "diagnose_every": 2, **more})
+
+
+def without_dropout() -> None:
+    """For networks that are built from now on."""
+    torch.nn.Dropout.forward = lambda self, input: input
+
+
+def main(tree: Path, folder: Path) -> None:
+    original_step, original_dropout = loop.Trainer.step, torch.nn.Dropout.forward
+
+    def stopping(self: loop.Trainer, batches: object) -> bool:
+        return original_step(self, batches) or self.progress.step == STOP_AT
+
+    for name in SCENARIOS:
+        if not name.startswith("dropout"):
+            without_dropout()
+        session.train(runs.understand(config_of(name, tree, folder / name)))
+        if name in STOPPED:
+            loop.Trainer.step = stopping
+            session.train(runs.understand(config_of(name, tree, folder / f"{name}, stopped")))
+            loop.Trainer.step = original_step
+            session.train(runs.understand(TrainConfig(resume=str(folder / f"{name}, stopped"))))
+        torch.nn.Dropout.forward = original_dropout
+    (folder / f"done-{torch.distributed.get_rank()}.json").write_text(json.dumps(list(SCENARIOS)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
