@@ -1,6 +1,7 @@
 """Two processes under torchrun: the single process's result with the same global batch, and exact resume."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 
 import train_ranks
 from relaylab.train import runs, session
+from relaylab.train.options import TrainConfig, given_options
 from test_train import assert_identical, final, lines_of
 
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 TOLERANCE = 2e-5  # of the largest value of a tensor, in single precision: sums in another order, over six updates
 
 
@@ -67,12 +69,11 @@ def test_two_processes_go_on_exactly_after_a_stop(name: str, two: Path) -> None:
 
 def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Divided parameters are whole in a checkpoint."""
-    import shutil
-
-    from relaylab.train.options import TrainConfig
-
     shutil.copytree(two / "fsdp", tmp_path / "run")
     path = tmp_path / "run" / runs.CHECKPOINTS / "step-00000003"
-    outcome = session.train(runs.understand(TrainConfig(resume=str(path), strategy="ddp")))
+    words = ["train", "--resume", str(path), "--strategy", "ddp", "--devices=1"]
+    request = runs.understand(TrainConfig(resume=str(path)), given_options(words))
+    assert request.config.devices == 1
+    outcome = session.train(request)
     assert outcome.finished
     assert "1 processes now, 2 before" in capsys.readouterr().err

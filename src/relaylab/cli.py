@@ -92,10 +92,10 @@ def _run(config: "Config", arguments: list[str]) -> int:
 
 
 def _train(config: "TrainConfig", arguments: list[str]) -> int:
-    from relaylab.train import runs
+    from relaylab.train import options, runs
 
     _check_paths([*config.data, *config.val_data])
-    request = runs.understand(config)
+    request = runs.understand(config, options.given_options(arguments))
     from relaylab.train import engine
 
     if config.devices > 1 and not engine.is_launched():

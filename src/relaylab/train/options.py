@@ -1,8 +1,8 @@
 """The options of `relaylab train` and `relaylab compare`. No torch in here; see `relaylab.config`."""
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import tyro
@@ -131,6 +131,13 @@ class CompareConfig(Engine):
 
     out: Folder = None
     """Folder of the comparison; it may hold an earlier one's runs. (default: runs/compare/RECIPE)."""
+
+
+def given_options(arguments: Sequence[str]) -> set[str]:
+    """Which options of `TrainConfig` a command line gives."""
+    names = {f"--{entry.name.replace('_', '-')}": entry.name for entry in fields(TrainConfig)} | {"--set": "changes"}
+    given = {names[word] for argument in arguments if (word := argument.partition("=")[0]) in names}
+    return given | {"recipe"}
 
 
 def engine_problems(config: Engine) -> list[str]:

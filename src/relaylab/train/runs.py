@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,14 +57,19 @@ class Request:
     checkpoint: Path | None = None
 
 
-def understand(config: TrainConfig) -> Request:
+def understand(config: TrainConfig, given: Collection[str] | None = None) -> Request:
     """From the options to a recipe and a run. Looks at files, but writes nothing.
+
+    Args:
+        config: options.
+        given: the names of those that the user gave, which matters when a run goes on; None for all that are not as by
+            default.
 
     Raises:
         InputError: all that is wrong with the options, at once.
     """
     if config.resume is not None and config.resume != "auto":
-        return _named_run(config, Path(config.resume))
+        return _named_run(config, Path(config.resume), _given(config, given))
     recipe, problems = _recipe_of(config)
     if not config.data:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
@@ -73,7 +78,7 @@ def understand(config: TrainConfig) -> Request:
     if config.resume == "auto":
         folder = _newest_alike(config, recipe)
         if folder is not None:
-            return Request(_merged(config, folder), recipe, folder)
+            return Request(_merged(config, folder, _given(config, given)), recipe, folder)
     elif config.out is not None and (config.out / CONFIG).exists():
         raise InputError(f"{config.out} holds a run: go on with it by --resume {config.out}, or take another --out")
     return Request(config, recipe)
@@ -109,7 +114,14 @@ def _raise(problems: list[str]) -> None:
         raise InputError(f"{len(problems)} problems:\n  " + "\n  ".join(problems))
 
 
-def _named_run(config: TrainConfig, path: Path) -> Request:
+def _given(config: TrainConfig, given: Collection[str] | None) -> Collection[str]:
+    if given is not None:
+        return given
+    entries = dataclasses.fields(TrainConfig)
+    return {entry.name for entry in entries if getattr(config, entry.name) != entry.default}
+
+
+def _named_run(config: TrainConfig, path: Path, given: Collection[str]) -> Request:
     checkpoint = None
     folder = path
     if path.parent.name == CHECKPOINTS and not (path / CONFIG).exists():
@@ -118,7 +130,7 @@ def _named_run(config: TrainConfig, path: Path) -> Request:
         raise InputError(f"--resume {path}: no such run or checkpoint")
     if not (folder / CONFIG).is_file():
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
-    merged = _merged(config, folder)
+    merged = _merged(config, folder, given)
     recipe, problems = _recipe_of(merged)
     _raise(problems)
     assert recipe is not None
@@ -126,19 +138,19 @@ def _named_run(config: TrainConfig, path: Path) -> Request:
     return Request(merged, recipe, folder, checkpoint)
 
 
-def _merged(config: TrainConfig, folder: Path) -> TrainConfig:
+def _merged(config: TrainConfig, folder: Path, given: Collection[str]) -> TrainConfig:
     """A run's own options, and of those that may change the ones given now."""
     stored = _stored_options(folder)
     values: dict[str, Any] = {}
     problems: list[str] = []
     for entry in dataclasses.fields(TrainConfig):
-        given, own = getattr(config, entry.name), getattr(stored, entry.name)
+        now, own = getattr(config, entry.name), getattr(stored, entry.name)
         values[entry.name] = own
-        if entry.name in ("resume", "out") or given in (entry.default, own):
+        if entry.name in ("resume", "out") or entry.name not in given or now in (own, None):
             continue
-        values[entry.name] = given
-        if entry.name in FIXED:
-            problems.append(f"the run in {folder} has {entry.name} {own!r}, not {given!r}: that cannot change")
+        values[entry.name] = now
+        if entry.name in FIXED and not (entry.name == "images" and now == "auto"):
+            problems.append(f"the run in {folder} has {entry.name} {own!r}, not {now!r}: that cannot change")
     _raise(problems)
     return TrainConfig(**{**values, "resume": config.resume, "out": config.out})
 
