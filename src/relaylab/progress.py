@@ -74,7 +74,7 @@ def progress(what: str, total: int, *, done: int = 0, every_s: float = SECONDS_B
         return
     columns = (  # where the terminal is narrow, the note gives way first
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=12),
+        BarColumn(bar_width=8),
         TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),

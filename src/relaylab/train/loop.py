@@ -231,8 +231,7 @@ class Trainer:
         """Find the errors on the validation images, and let the schedule know."""
         progress, schedule = self.progress, self.recipe.optimizer.schedule
         with self.meter.stopped():
-            self.task.advance(0, "validating")
-            found = self.validation(self.relay)
+            found = self.validation(self.relay, lambda done: self.task.advance(0, f"validating, {done:.0%}"))
         progress.last, progress.validated = {"step": progress.step, **found}, progress.step
         if not progress.best or found["top1"] < progress.best["top1"]:
             progress.best = progress.last

@@ -64,11 +64,11 @@ class Meter:
         }
 
     def text(self, batch_size: int) -> str:
-        """For people."""
-        losses = [f"{name} {value:.3f}" for name, value in self._seen.items() if name not in ("top1", "top5")]
+        """For people, in the 50 columns that a bar leaves of 80: errors are those on training images."""
+        losses = [f"{name} {value:.2f}" for name, value in self._seen.items() if name not in ("top1", "top5")]
         rate, wait = self._speed(batch_size)
-        errors = f"top-1 {100 * self._seen['top1']:.1f} top-5 {100 * self._seen['top5']:.1f}"
-        return f"{' '.join(losses)} | {errors} | {rate:.0f} images/s, {100 * wait:.0f} % waiting"
+        errors = f"top-1/5 {100 * self._seen['top1']:.0f}/{100 * self._seen['top5']:.0f}"
+        return f"{' '.join(losses)} {errors} {rate:.0f} img/s wait {100 * wait:.0f}%"
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, so that the line that is under way comes out the same after a stop. Times are not in it."""

@@ -254,7 +254,7 @@ def _watched(is_first: bool, recipe: Recipe, done: int) -> Iterator[Task]:
     if not is_first:
         yield Silent()
         return
-    with progress("training", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES) as task:
+    with progress("train", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES) as task:
         yield task
 
 

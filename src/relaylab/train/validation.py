@@ -29,7 +29,6 @@ class Validation:
 
     def __init__(self, part: Part, augment: Augmentation, criterion: nn.Module, num_classes: int, fabric: Fabric):
         count, ranks = len(part.labels), fabric.world_size
-        self._whole = count
         share = np.arange(fabric.global_rank, count, ranks, dtype=np.int64)
         self._own = len(share)
         # Every process goes through as many images, the last one twice if need be: FSDP gathers parameters as it goes.
@@ -44,12 +43,12 @@ class Validation:
         ).to(fabric.device)
         self._loss = MeanMetric().to(fabric.device)
 
-    def __call__(self, relay: Relay, watch: Callable[[int], None] = lambda _count: None) -> dict[str, float]:
+    def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
         """The errors, in per cent, and the mean loss. Afterwards the mode is as before.
 
         Args:
             relay: what is trained.
-            watch: is told of images that are done.
+            watch: is told what share of the images is done.
         """
         was_training = relay.training
         relay.eval()
@@ -69,7 +68,7 @@ class Validation:
                         self._errors.update(scores[:some], labels[:some])
                         self._loss.update(self._criterion(scores[:some], labels[:some]), some)
                     done += len(labels)
-                    watch(len(labels) * self._fabric.world_size)
+                    watch(done / len(self._part.labels))
         finally:
             relay.train(was_training)
             self._augment.train()
