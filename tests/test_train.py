@@ -1,6 +1,7 @@
 """Training recipes as a user would: exact resume, runs as folders, bad input, comparisons. All on the CPU, tiny."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from relaylab import cli
 from relaylab.errors import InputError
 from relaylab.model_file import read_model
 from relaylab.train import compare, loop, runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import CompareConfig, TrainConfig
 from relaylab.train.records import read_metrics
 
 STEPS = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
@@ -368,3 +369,36 @@ def test_a_comparisons_run_can_be_said_as_a_command() -> None:
     from relaylab.cli import _parse
 
     assert _parse(compare.arguments_of(config)) == config
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+def test_the_training_pages_python_runs(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").symlink_to(tiny_images)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("True {'step': 2, 'top1': ")
+
+
+def test_the_training_pages_commands_have_these_options() -> None:
+    """Words that stand for the reader's own ones are left out."""
+    from relaylab.cli import _parse
+
+    lines = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)).splitlines()
+    assert len(lines) >= 5
+    for line in lines:
+        words = [word for word in line.partition("#")[0].split() if word != "..."]
+        assert words[0] == "relaylab", line
+        assert isinstance(
+            _parse([*words[1:], "x"] if words[-1] == "--data" else words[1:]), TrainConfig | CompareConfig
+        )
+
+
+def test_the_training_page_names_what_a_run_leaves_behind() -> None:
+    text = PAGE.read_text()
+    for name in (runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.LOG, runs.CHECKPOINTS, runs.TENSORBOARD, runs.MODEL):
+        assert f"    {name}" in text, name
