@@ -282,7 +282,8 @@ def test_bad_input_is_explained_before_the_first_step(
     monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
     assert run("train", *arguments, "--scale", "tiny", "--data", tiny_images) == 2
     assert said in capsys.readouterr().err
-    assert not list(tmp_path.rglob("metrics.jsonl"))
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not left, "nothing is left behind of a run that never began"
 
 
 def test_missing_images_and_missing_space_are_told_before_the_first_step(
@@ -297,6 +298,28 @@ def test_missing_images_and_missing_space_are_told_before_the_first_step(
     monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(InputError, match=r"checkpoints need .* MB free: make room"):
         train(tiny_images, tmp_path / "run")
+    monkeypatch.undo()
+    assert train(tiny_images, tmp_path / "run", resume="auto").finished, "the folder can be used again"
+
+
+def test_an_unreadable_validation_image_is_found_before_the_first_step(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = shutil.copytree(tiny_images, tmp_path / "images")
+    (tree / "val" / "class3" / "2.png").write_bytes(b"no image")
+    monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
+    for images in ("memory", "disk"):
+        with pytest.raises(InputError, match=r"unreadable image .*class3/2.png"):
+            train(tree, tmp_path / images, images=images)
+
+
+def test_a_loss_that_reaches_nothing_of_a_layer_leaves_it_alone_and_says_so(
+    tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The primary loss ends above the auxiliary one's head: what lies between them belongs to no window."""
+    changes = ("plan.primary.bottom=segment5", "plan.auxiliary.aux.top=segment3")
+    train(tiny_images, tmp_path / "run", changes=changes)
+    assert "no loss reaches model.segment4" in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference: Path) -> None:

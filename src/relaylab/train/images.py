@@ -20,7 +20,7 @@ from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.source import UNLABELLED, Source
 from relaylab.data.statistics import ImageStatistics
-from relaylab.errors import InputError
+from relaylab.errors import InputError, LabError
 from relaylab.progress import progress
 from relaylab.recipe import Recipe
 from relaylab.train.options import TrainConfig
@@ -129,8 +129,7 @@ class Stream:
         """The batches.
 
         Raises:
-            LabError: images that cannot be used.
-            RuntimeError: worker processes that die again and again.
+            LabError: images that cannot be used, or worker processes that die again and again.
         """
         deaths = 0
         while True:
@@ -141,8 +140,10 @@ class Stream:
                 return
             except RuntimeError as error:
                 deaths += 1
-                if "DataLoader worker" not in str(error) or deaths > DEATHS:
+                if "DataLoader worker" not in str(error):
                     raise
+                if deaths > DEATHS:
+                    raise LabError(f"worker processes die again and again: {str(error).partition('. ')[0]}") from None
                 log.warning("%s: new ones are started", str(error).partition("\n")[0])
                 state = self.state_dict()
                 self._loader = self._part.training(self._sampler, self._batch_size, self._seed)

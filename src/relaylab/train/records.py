@@ -80,10 +80,14 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class _Stderr(logging.Handler):
-    """To where stderr is at the moment: a progress bar puts itself in its place."""
+    """To where stderr is at the moment, since a progress bar puts itself in its place.
+
+    Errors are left out: they are raised too, and the command line shows them.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        if record.levelno < logging.ERROR:
+            print(self.format(record), file=sys.stderr)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,9 +33,13 @@ from relaylab.recipes.scales import at_scale
 from relaylab.train.changes import recipe_problems, with_changes
 from relaylab.train.options import TrainConfig, engine_problems
 
+log = logging.getLogger("relaylab.train")
+
 ROOT = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
 CHECKPOINTS, TENSORBOARD, MODEL, FAILED = "checkpoints", "tensorboard", "model.safetensors", "failed.txt"
+LOCK = ".lock"
+BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FAILED)  # all that a run that failed at once has left behind
 # What a run is. All other options may change when it goes on.
 FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "images")
 PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "torchmetrics", "numpy", "safetensors")
@@ -231,7 +236,7 @@ def new_folder(config: TrainConfig) -> Path:
     try:
         if config.out is not None:
             config.out.mkdir(parents=True, exist_ok=True)
-            if any(path.name != LOCK for path in config.out.iterdir()):
+            if any(path.name not in BEFORE_THE_FIRST_STEP for path in config.out.iterdir()):
                 raise InputError(f"{config.out} is not empty; give a new folder with --out")
             return config.out
         parent = ROOT / name_of(config)
@@ -277,7 +282,7 @@ def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[s
 
 
 def note_start(folder: Path, about: Mapping[str, Any]) -> None:
-    """Add this start to a run's environment.
+    """Add this start to a run's environment, and say what has changed since the last one.
 
     Raises:
         OSError: it cannot be written.
@@ -287,6 +292,12 @@ def note_start(folder: Path, about: Mapping[str, Any]) -> None:
     here = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    before = starts[-1]["versions"] if starts else versions
+    for name, version in versions.items():
+        if before.get(name) not in (version, None):
+            log.warning(
+                "%s %s now, %s before: the numbers may differ in their last digits", name, version, before[name]
+            )
     starts.append({"started_at": now, "command": command, **about, **here, "versions": versions})
     write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
 
@@ -300,6 +311,16 @@ def find_launch(config: TrainConfig, launch: str) -> Path | None:
     return None
 
 
+def forget(folder: Path) -> None:
+    """Remove the folder of a run that failed before there was anything to keep."""
+    if (folder / CONFIG).exists():
+        return
+    for name in BEFORE_THE_FIRST_STEP:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else
+        folder.rmdir()
+
+
 def _starts(folder: Path) -> list[dict[str, Any]]:
     try:
         return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
@@ -307,20 +328,19 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-LOCK = ".lock"
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a run to this process. The lock goes with the process, however it ends.
+
+    Forked processes do not inherit locks of this kind: a loader's worker may outlive a process that is killed.
 
     Raises:
         InputError: another process has it.
     """
     with (folder / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise InputError(f"another process is training the run in {folder}") from None
         except OSError:
             pass  # a file system without locks

@@ -81,16 +81,17 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack) -> tuple[Pat
     found: tuple[str, str | None] | None = None
     if fabric.is_global_zero:
         folder = request.folder
-        if restart_count():
+        if folder is None and restart_count():
             folder = runs.find_launch(request.config, launch_id())
-            failed = None if folder is None else folder / runs.FAILED
-            if failed is not None and failed.exists():  # an error of that kind comes again however often one tries
-                raise LabError(failed.read_text(encoding="utf-8").strip())
         folder = folder or runs.new_folder(request.config)
+        failed = folder / runs.FAILED
+        if restart_count() and failed.exists():  # an error of that kind comes again however often one tries
+            raise LabError(f"not started again: {failed.read_text(encoding='utf-8').strip()}")
+        failed.unlink(missing_ok=True)
         stack.enter_context(runs.locked(folder))
-        found = str(folder), _newest(folder, request)
-        (folder / runs.FAILED).unlink(missing_ok=True)
         stack.enter_context(logging_to(folder))
+        runs.note_start(folder, {"launch": launch_id(), **_where(fabric, request.config)})
+        found = str(folder), _newest(folder, request)
     else:
         stack.enter_context(logging_to(None))
     told = cast("tuple[str, str | None]", fabric.broadcast(found))
@@ -101,8 +102,7 @@ def _newest(folder: Path, request: runs.Request) -> str | None:
     if request.checkpoint is not None and not restart_count():
         checkpoint.check(request.checkpoint)
         return str(request.checkpoint)
-    with logging_to(None):
-        path = checkpoint.newest_whole(folder / runs.CHECKPOINTS)
+    path = checkpoint.newest_whole(folder / runs.CHECKPOINTS)
     if path is None and any(checkpoint.newest(folder / runs.CHECKPOINTS)):
         raise LabError(f"no checkpoint in {folder / runs.CHECKPOINTS} is whole: start a new run")
     return None if path is None else str(path)
@@ -110,14 +110,23 @@ def _newest(folder: Path, request: runs.Request) -> str | None:
 
 @contextmanager
 def _noting_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Leave a word for the processes that torchrun may start in our place."""
+    """Leave a word for the processes that torchrun may start in our place, and no empty folder otherwise."""
     try:
         yield
-    except LabError as error:
-        log.error("%s", error)
+    except (OSError, LabError) as error:
+        told = error if isinstance(error, LabError) else _unwritable(folder, error)
+        log.error("%s", told)
         if fabric.is_global_zero and launch_id():
-            write_text(folder / runs.FAILED, f"{error}\n")
-        raise
+            write_text(folder / runs.FAILED, f"{told}\n")
+        elif fabric.is_global_zero:
+            runs.forget(folder)
+        raise told from None
+
+
+def _unwritable(folder: Path, error: OSError) -> LabError:
+    last = next(checkpoint.newest(folder / runs.CHECKPOINTS), None)
+    more = "" if last is None else f"; {last.name} is saved: relaylab train --resume {folder}"
+    return LabError(f"cannot read or write {error.filename or f'files in {folder}'}: {error.strerror or error}{more}")
 
 
 def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
@@ -136,15 +145,17 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
         fault_file=folder / "unreadable-images.txt",
         first=fabric.rank_zero_first(local=True),
     )
-    if is_first and not (folder / runs.CONFIG).exists():
+    is_new = not (folder / runs.CONFIG).exists()
+    if is_first and is_new:
         kept = replace(config, images="memory" if images.in_memory else "disk")
         about = {"classes": images.classes, "view": asdict(images.view), "segments": _sizes(segments)}
         runs.describe(folder, kept, recipe, about)
     trainer = _assemble(fabric, request, images, segments, stop)
+    if request.checkpoint is None and not images.in_memory:
+        trainer.validation.read_all()
     state = _go_on(trainer, request.checkpoint)
     if is_first:
         _check_space(folder, trainer)
-        runs.note_start(folder, {"step": trainer.progress.step, "launch": launch_id(), **_where(fabric, config)})
         at = trainer.progress
         trainer.records = Records(folder, at.step, validated=at.validated == at.step)
     _say(trainer, folder, segments, state)
@@ -181,6 +192,8 @@ def _assemble(
     if config.memory_format == "channels-last" and config.strategy != "fsdp":  # which cannot divide such parameters
         relay.to(memory_format=torch.channels_last)  # pyright: ignore
     relay.to(fabric.device)
+    for name in segments.parameters(UNTRAINED):  # DDP would wait for their gradients
+        relay.get_parameter(name).requires_grad_(False)
     if config.compile:
         compiled = compile_outside_overlaps(relay, segments)
         log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")

@@ -43,6 +43,15 @@ class Validation:
         ).to(fabric.device)
         self._loss = MeanMetric().to(fabric.device)
 
+    def read_all(self) -> None:
+        """Look whether all images can be read: before the first step, rather than after the first thousands.
+
+        Raises:
+            InputError: one that cannot be; it is named.
+        """
+        for _ in self._part.evaluation(BATCH):
+            pass
+
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
         """The errors, in per cent, and the mean loss. Afterwards the mode is as before.
 
