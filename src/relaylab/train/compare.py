@@ -82,17 +82,9 @@ def compare(config: CompareConfig) -> int:
 
 def _member(config: CompareConfig, scheme: str, seed: int, folder: Path) -> TrainConfig:
     shared = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Engine)}
-    return TrainConfig(
-        **shared,
-        recipe=config.recipe,
-        data=config.data,
-        val_data=config.val_data,
-        scale=config.scale,
-        changes=(*config.changes, f"scheme={scheme}"),
-        seed=seed,
-        out=folder / f"{scheme.replace('_', '-')}-s{seed}",
-        resume="auto",
-    )
+    shared["changes"] = (*config.changes, f"scheme={scheme}")
+    out = folder / f"{scheme.replace('_', '-')}-s{seed}"
+    return TrainConfig(**shared, seed=seed, out=out, resume="auto")
 
 
 def _train(config: TrainConfig, request: runs.Request) -> bool:

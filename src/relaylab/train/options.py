@@ -20,8 +20,29 @@ SCHEMES = ("standard", "multi_loss", "relay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    """What a run is trained with, and how closely it is watched. None of it is part of the recipe."""
+class Subject:
+    """What is trained, and on which images."""
+
+    recipe: Name = None
+    """A recipe's name; `relaylab recipes` lists them. To go on with a run, --resume is enough."""
+
+    data: Images = ()
+    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
+    that docs/data.md describes."""
+
+    val_data: Images = ()
+    """Validation images, where --data has training images only, as with lists."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+    changes: Changes = ()
+    """Change values of the recipe, by the names that `relaylab recipes show` prints: optimizer.lr=0.02."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine(Subject):
+    """And with what it is trained, and how closely it is watched. None of that is part of the recipe."""
 
     devices: int = 1
     """Processes on this machine, each with a device of its own. For several machines, start with torchrun."""
@@ -77,22 +98,6 @@ class TrainConfig(Engine):
     and at the end a model file for `relaylab predict` and `relaylab export`.
     """
 
-    recipe: Name = None
-    """A recipe's name; `relaylab recipes` lists them. To go on with a run, --resume is enough."""
-
-    data: Images = ()
-    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
-    that docs/data.md describes."""
-
-    val_data: Images = ()
-    """Validation images, where --data has training images only, as with lists."""
-
-    scale: Dial = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
-
-    changes: Changes = ()
-    """Change values of the recipe, by the names that `relaylab recipes show` prints: optimizer.lr=0.02."""
-
     seed: int = 0
     """Of weights, batches, crops and dropout."""
 
@@ -108,23 +113,8 @@ class TrainConfig(Engine):
 class CompareConfig(Engine):
     """Train one recipe under several schemes and seeds, and compare them. Runs that are there already are continued."""
 
-    recipe: Name = None
-    """A recipe's name; its scheme is replaced."""
-
-    data: Images = ()
-    """Images, as for `relaylab train`."""
-
-    val_data: Images = ()
-    """Validation images, as for `relaylab train`."""
-
-    scale: Dial = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
-
-    changes: Changes = ()
-    """Change values of the recipe, as for `relaylab train`."""
-
     schemes: Listed = "standard,multi-loss,relay"
-    """Which schemes; the first one is what the others are compared with."""
+    """Which schemes, in place of the recipe's; the first one is what the others are compared with."""
 
     seeds: Listed = "0,1,2"
     """Which seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
