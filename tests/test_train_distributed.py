@@ -76,4 +76,4 @@ def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.
     assert request.config.devices == 1
     outcome = session.train(request)
     assert outcome.finished
-    assert "1 processes now, 2 before" in capsys.readouterr().err
+    assert "processes: 1 now, 2 before" in capsys.readouterr().err

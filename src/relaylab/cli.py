@@ -98,8 +98,8 @@ def _train(config: "TrainConfig", arguments: list[str]) -> int:
     request = runs.understand(config, options.given_options(arguments))
     from relaylab.train import engine
 
-    if config.devices > 1 and not engine.is_launched():
-        return engine.launch(config, arguments)
+    if request.config.devices > 1 and not engine.is_launched():
+        return engine.launch(request.config, arguments)
     from relaylab.train import session
 
     outcome = session.train(request)

@@ -171,10 +171,10 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
     if finished:
         _write_model(folder, trainer, images)
         log.info("finished: %s", folder)
-    else:
+    elif is_first:
         log.warning(
             "stopped by %s after step %d, which is saved. Go on with:\n  relaylab train --resume %s",
-            stop.signal or "another process's signal",
+            stop.signal or "a signal to another process",
             reached.step,
             folder,
         )
@@ -254,7 +254,7 @@ def _say(trainer: Trainer, folder: Path, segments: Segments, state: dict[str, An
         log.info("going on from step %d of %s", trainer.progress.step, folder)
         if state["processes"] != trainer.fabric.world_size:
             log.warning(
-                "%d processes now, %d before: sums are added in another order, and dropout has other masks",
+                "processes: %d now, %d before. Sums are added in another order, and dropout has other masks",
                 trainer.fabric.world_size,
                 state["processes"],
             )
