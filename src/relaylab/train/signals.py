@@ -38,7 +38,7 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, now
-            log.warning("%s: this step is finished and saved, then training stops", self.signal)
+            log.info("%s: this step is finished and saved, then training stops", self.signal)
         elif number == signal.SIGINT and now - self._since > AT_ONCE_AFTER_S:
             raise KeyboardInterrupt
 
