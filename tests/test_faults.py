@@ -330,11 +330,11 @@ def test_a_workers_death_costs_nothing(tiny_images: Path, tmp_path: Path, monkey
 def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "relaylab"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    more = ("--devices", "2", "--save-every", "2")
-    plain = words(tiny_images, tmp_path / "whole", 60, 30, *more)
+    more = ("--devices", "2", "--save-every", "3")
+    plain = words(tiny_images, tmp_path / "whole", 24, 12, *more)
     subprocess.run([*launcher, *plain], env=environment, capture_output=True, check=True, timeout=LONG)
     run = subprocess.Popen(
-        [*launcher, *words(tiny_images, tmp_path / "run", 60, 30, *more)],
+        [*launcher, *words(tiny_images, tmp_path / "run", 24, 12, *more)],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
@@ -351,7 +351,7 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
             if "relaylab" in " ".join(process.cmdline()):
                 process.kill()
         run.wait()
-    assert_identical(final(tmp_path / "run", 60), final(tmp_path / "whole", 60))
+    assert_identical(final(tmp_path / "run", 24), final(tmp_path / "whole", 24))
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
 
 

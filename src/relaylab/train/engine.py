@@ -57,6 +57,8 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
     from torch.distributed.run import get_args_parser, run
 
     options = ["--standalone", f"--nproc-per-node={config.devices}", f"--max-restarts={config.restarts}"]
+    # Otherwise the processes that start again find the addresses of those that died, and wait for them.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
     try:
         run(get_args_parser().parse_args([*options, "-m", "relaylab", *arguments]))
