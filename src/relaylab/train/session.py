@@ -150,7 +150,7 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
         kept = replace(config, images="memory" if images.in_memory else "disk")
         about = {"classes": images.classes, "view": asdict(images.view), "segments": _sizes(segments)}
         runs.describe(folder, kept, recipe, about)
-    trainer = _assemble(fabric, request, images, segments, stop)
+    trainer = assemble(fabric, request, images, segments, stop)
     if request.checkpoint is None and not images.in_memory:
         trainer.validation.read_all()
     state = _go_on(trainer, request.checkpoint)
@@ -181,9 +181,21 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
     return Outcome(folder, finished, reached.step, reached.last, reached.best)
 
 
-def _assemble(
+def assemble(
     fabric: Fabric, request: runs.Request, images: RunImages, segments: Segments, stop: StopRequest
 ) -> Trainer:
+    """Put a training together, with fresh weights that the seed gives; it has no records yet.
+
+    Args:
+        fabric: the engine.
+        request: what to train; its folder is where checkpoints go.
+        images: what to train it on.
+        segments: of the recipe's parameters.
+        stop: whether somebody wants it to.
+
+    Raises:
+        InputError: a batch that cannot be divided among the processes.
+    """
     config, recipe = request.config, request.recipe
     torch.manual_seed(config.seed)  # all processes and all schemes begin with the same network
     relay = build_relay(recipe)
