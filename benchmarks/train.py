@@ -81,8 +81,8 @@ class Settings:
     view: View = VIEW
     images: int = 512
     check_steps: int = 3
-    steps: int = 10
-    rounds: int = 150
+    steps: int = 3
+    rounds: int = 400
     loop_budget_s: float = 220
     looks_budget_s: float = 80
     saves: int = 7

@@ -135,6 +135,40 @@ def test_neither_looks_at_gradients_nor_lines_nor_checkpoints_change_the_trainin
         assert_identical(final(tmp_path / "other"), final(reference))
 
 
+def test_the_checkpoint_with_the_least_error_is_kept(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relaylab.train.validation import Validation
+
+    errors = iter([50.0, 20.0, 60.0, 70.0, 80.0, 90.0])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: {"top1": next(errors), "top5": 0.0, "loss": 1.0})
+    outcome = train(tiny_images, tmp_path / "run", short=True, save_every=5, changes=(
+        "optimizer.iterations=12", "optimizer.evaluate_every=2"))  # fmt: skip
+    steps = sorted(path.name for path in (tmp_path / "run" / runs.CHECKPOINTS).iterdir())
+    assert steps == ["step-00000004", "step-00000010", "step-00000012"]
+    assert (outcome.best["step"], outcome.best["top1"], outcome.last["top1"]) == (4, 20.0, 90.0)
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out_and_scaled_down(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.Trainer.backward
+
+    def backward(self: loop.Trainer, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        if self.progress.step == 2:  # where it also would look at the gradients
+            next(self.relay.parameters()).grad[0] = float("inf")
+        return found
+
+    monkeypatch.setattr(loop.Trainer, "backward", backward)
+    outcome = train(tiny_images, tmp_path / "run", precision="fp16", log_every=3)
+    assert outcome.finished
+    lines = read_metrics(tmp_path / "run" / runs.METRICS)
+    assert [line["step"] for line in lines if line["kind"] == "gradients"] == [6, 9, 12]
+    state = json.loads((tmp_path / "run" / runs.CHECKPOINTS / "step-00000012" / "state.json").read_text())
+    assert state["scaler"]["scale"] < 65536
+
+
 def test_from_disk_the_number_of_workers_may_change(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

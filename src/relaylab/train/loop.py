@@ -105,12 +105,12 @@ class Trainer:
         stopping, saved = False, progress.step
         while True:
             is_last = progress.step == total
-            if progress.step > saved and (is_last or stopping or progress.step % self.save_every == 0):
+            due = is_last or (progress.step > 0 and progress.step % self.recipe.optimizer.evaluate_every == 0)
+            if progress.step > saved and (due or stopping or progress.step % self.save_every == 0):
                 self.save()
                 saved = progress.step
             if stopping and not is_last:
                 return False
-            due = is_last or (progress.step > 0 and progress.step % self.recipe.optimizer.evaluate_every == 0)
             if due and progress.validated != progress.step:
                 self.validate()
                 if is_last:
@@ -147,8 +147,8 @@ class Trainer:
                 figures, angles = self.backward(batch, looks and part == 0)
             cosines |= angles
             totals = {name: totals.get(name, 0.0) + value / parts for name, value in figures.items()}
-        stopping = self.check_and_count(totals)
-        if looks:
+        norm, stopping = self.check_and_count(totals)
+        if looks and math.isfinite(norm):
             layers, by_segment = diagnosis.sizes(self.relay, self.segments)
             self.record("gradients", progress.step + 1, diagnosis.Look(layers, by_segment, cosines).values())
         self.optimizer.step()
@@ -183,14 +183,15 @@ class Trainer:
         figures = {name: loss.detach() for name, loss in losses.items()}
         return {**figures, **top_errors(output.primary, batch.labels)}, angles
 
-    def check_and_count(self, figures: Mapping[str, Tensor]) -> bool:
+    def check_and_count(self, figures: Mapping[str, Tensor]) -> tuple[float, bool]:
         """Let all processes know this step's figures, and look at them before the update.
 
         Args:
             figures: of this process, by name: the losses, "top1" and "top5".
 
         Returns:
-            Whether somebody wants to stop.
+            The norm of the gradient, infinite where fp16 has overflowed and the scaler leaves the step out; and whether
+            somebody wants to stop.
 
         Raises:
             NonFiniteLossError: a loss or gradient that is not finite.
@@ -212,7 +213,7 @@ class Trainer:
         if clip is not None and math.isfinite(size):
             torch.nn.utils.clip_grads_with_norm_(self.relay.parameters(), clip, norm)
         self.meter.count(found, size)
-        return stopping > 0
+        return size, stopping > 0
 
     def note(self, rate: float) -> None:
         """Show how it goes, and write it down when it is time to."""

@@ -1,5 +1,6 @@
 """What the last steps were like: mean losses and errors, images per second, and the share of time spent on waiting."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ class Meter:
     def reset(self) -> None:
         """Begin a new line."""
         self._sums: dict[str, float] = {}
-        self._norms, self._steps = 0.0, 0
+        self._norms, self._finite, self._steps = 0.0, 0, 0
         self._timed_steps, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
@@ -40,12 +41,14 @@ class Meter:
 
         Args:
             figures: losses by name, "top1" and "top5", both 0 to 1.
-            norm: of the gradient.
+            norm: of the gradient; one that is infinite does not count.
         """
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._seen[name] = AVERAGED * self._seen.get(name, value) + (1 - AVERAGED) * value
-        self._norms += norm
+        if math.isfinite(norm):
+            self._norms += norm
+            self._finite += 1
         self._steps += 1
         self._timed_steps += 1
 
@@ -58,7 +61,7 @@ class Meter:
             "loss": losses,
             "top1": 100 * means["top1"],
             "top5": 100 * means["top5"],
-            "gradient_norm": self._norms / self._steps,
+            "gradient_norm": self._norms / self._finite if self._finite else None,
             "images_per_s": round(rate, 2),
             "data_wait": round(wait, 4),
         }
@@ -72,13 +75,19 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, so that the line that is under way comes out the same after a stop. Times are not in it."""
-        return {"sums": self._sums, "norms": self._norms, "steps": self._steps, "seen": self._seen}
+        return {
+            "sums": self._sums,
+            "norms": self._norms,
+            "finite": self._finite,
+            "steps": self._steps,
+            "seen": self._seen,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a line."""
         self.reset()
         self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
-        self._norms, self._steps = state["norms"], state["steps"]
+        self._norms, self._finite, self._steps = state["norms"], state["finite"], state["steps"]
 
     def _speed(self, batch_size: int) -> tuple[float, float]:
         elapsed = max(time.perf_counter() - self._began, 1e-9)

@@ -78,7 +78,7 @@ class Engine(Subject):
     """Decode all images once and keep them in memory, or read them as they are needed; auto decides by their size."""
 
     save_every: Number = None
-    """Iterations between two checkpoints (default: as between two evaluations)."""
+    """Iterations between two checkpoints, besides those at each evaluation (default: none besides)."""
 
     keep: int = 2
     """How many of the newest checkpoints are kept; the one with the least error is kept besides."""
