@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -411,6 +412,24 @@ def test_compare_runs_what_is_missing_and_tells_the_spread(
     assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 4
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
     assert run(*words, "--schemes", "standard,rely") == 2
+
+
+def test_a_comparison_stops_also_when_the_wish_comes_in_a_runs_last_validation(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relaylab.train.validation import Validation
+
+    original = Validation.__call__
+
+    def validate(self: Validation, *arguments: Any) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Validation, "__call__", validate)
+    words = ["compare", "table3-model-a-relay", "--scale", "tiny", "--data", str(tiny_images), "--out", str(tmp_path)]
+    words += ["--seeds", "0", "--set", "optimizer.iterations=2", "optimizer.evaluate_every=2"]
+    assert run(*words) == 130
+    assert [path.parent.name for path in tmp_path.glob("*/model.safetensors")] == ["standard-s0"]
 
 
 def test_an_interval_is_that_of_the_paired_t_test() -> None:

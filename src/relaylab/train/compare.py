@@ -72,7 +72,7 @@ def compare(config: CompareConfig) -> int:
     for number, (key, request) in enumerate(requests.items(), 1):
         if result_of(members[key], request.recipe.optimizer.iterations, *key) is None:
             print(f"run {number} of {len(requests)}: {METHODS[key[0]]}, seed {key[1]}", flush=True)
-            if not _train(members[key], request):
+            if _is_interrupted(members[key], request):
                 return INTERRUPTED
     iterations = next(iter(requests.values())).recipe.optimizer.iterations
     results = [result_of(members[key], iterations, *key) for key in members]
@@ -87,18 +87,18 @@ def _member(config: CompareConfig, scheme: str, seed: int, folder: Path) -> Trai
     return TrainConfig(**shared, seed=seed, out=out, resume="auto")
 
 
-def _train(config: TrainConfig, request: runs.Request) -> bool:
-    """Train one run to its end; whether it got there."""
+def _is_interrupted(config: TrainConfig, request: runs.Request) -> bool:
+    """Train one run; whether somebody wanted it to stop."""
     from relaylab.train import engine
 
     if config.devices == 1:
         from relaylab.train import session
 
-        return session.train(request).finished
+        return session.train(request).interrupted
     code = engine.launch(config, arguments_of(config))
     if code not in (0, INTERRUPTED):
         raise LabError(f"the run in {config.out} has failed; say the same again to go on")
-    return code == 0
+    return code == INTERRUPTED
 
 
 def arguments_of(config: TrainConfig) -> list[str]:

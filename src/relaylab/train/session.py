@@ -47,6 +47,7 @@ class Outcome:
     Attributes:
         folder: of the run.
         finished: whether the recipe has been carried out to its end.
+        interrupted: whether somebody wanted it to stop, be it in the last validation.
         step: updates made.
         last: step, top1, top5 and loss of the last validation.
         best: the same of the one with the least top-1 error.
@@ -54,6 +55,7 @@ class Outcome:
 
     folder: Path
     finished: bool
+    interrupted: bool
     step: int
     last: dict[str, float]
     best: dict[str, float]
@@ -178,7 +180,7 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
             reached.step,
             folder,
         )
-    return Outcome(folder, finished, reached.step, reached.last, reached.best)
+    return Outcome(folder, finished, not finished or bool(stop), reached.step, reached.last, reached.best)
 
 
 def assemble(
