@@ -333,14 +333,16 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
     more = ("--devices", "2", "--save-every", "3")
     plain = words(tiny_images, tmp_path / "whole", 24, 12, *more)
     subprocess.run([*launcher, *plain], env=environment, capture_output=True, check=True, timeout=LONG)
-    run = subprocess.Popen(
-        [*launcher, *words(tiny_images, tmp_path / "run", 24, 12, *more)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Neither --out nor --resume: the restarted processes have to find the run by themselves.
+    given = words(tiny_images, tmp_path / "run", 24, 12, *more)
+    for option in ("--out", "--resume"):
+        del given[given.index(option) : given.index(option) + 2]
+    run = subprocess.Popen([*launcher, *given], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    out = tmp_path
     try:
-        wait_until(lambda: newest_step(tmp_path / "run") >= 6)
+        wait_until(lambda: any((tmp_path / "runs").glob("*/*")))
+        (out,) = (tmp_path / "runs").glob("*/*")
+        wait_until(lambda: newest_step(out) >= 6)
         ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("LOCAL_RANK") == "1"]
         ranks[0].kill()
         told = run.communicate(timeout=LONG)[1]
@@ -351,8 +353,9 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
             if "relaylab" in " ".join(process.cmdline()):
                 process.kill()
         run.wait()
-    assert_identical(final(tmp_path / "run", 24), final(tmp_path / "whole", 24))
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    assert len(list((tmp_path / "runs").glob("*/*"))) == 1
+    assert_identical(final(out, 24), final(tmp_path / "whole", 24))
+    assert lines_of(out) == lines_of(tmp_path / "whole")
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from relaylab.errors import InputError, LabError
@@ -203,6 +204,7 @@ def curves(results: Sequence[Result]) -> str:
             marker = "o" if len(steps) == 1 else None
             axes.plot(steps, mean, linewidth=2, marker=marker, label=METHODS[scheme], **look)
         axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     return plot(draw, "Validation error, top-1", "per cent", size=(7, 4))
 

@@ -36,10 +36,8 @@ def restart_count() -> int:
 
 
 def launch_id() -> str:
-    """Torchrun's name for this launch, the same after a restart; empty without torchrun."""
-    if not is_launched():
-        return ""
-    return "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+    """A name for what torchrun has launched, the same after a restart; empty without torchrun."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}" if is_launched() else ""
 
 
 def launch(config: Engine, arguments: Sequence[str]) -> int:
