@@ -358,6 +358,19 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
     assert lines_of(out) == lines_of(tmp_path / "whole")
 
 
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+def test_an_error_that_would_come_again_is_not_tried_again(tiny_images: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    given = [*words(tiny_images, tmp_path / "run", 12, 2), "optimizer.lr=1e30"]
+    given[2:2] = ["--devices", "2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "relaylab", *given], env=environment, capture_output=True, text=True, timeout=LONG
+    )
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.count("not finite: the loss primary") == 1, run.stderr
+    assert len(json.loads((tmp_path / "run" / runs.ENVIRONMENT).read_text())["starts"]) == 1
+
+
 def test_a_loss_that_is_not_a_number_stops_before_the_update(
     halfway: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

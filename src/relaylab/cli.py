@@ -92,18 +92,25 @@ def _run(config: "Config", arguments: list[str]) -> int:
 
 
 def _train(config: "TrainConfig", arguments: list[str]) -> int:
-    from relaylab.train import options, runs
+    from relaylab.train import launched, options, runs
 
-    _check_paths([*config.data, *config.val_data])
-    request = runs.understand(config, options.given_options(arguments))
-    from relaylab.train import engine
+    if launched.restart_count() and launched.noted_failure() is not None:
+        return 0  # what has failed would fail again; the command that has started us knows
+    try:
+        _check_paths([*config.data, *config.val_data])
+        request = runs.understand(config, options.given_options(arguments))
+        if request.config.devices > 1 and not launched.is_launched():
+            from relaylab.train import engine
 
-    if request.config.devices > 1 and not engine.is_launched():
-        return engine.launch(request.config, arguments)
-    from relaylab.train import session
+            return engine.launch(request.config, arguments)
+        from relaylab.train import session
 
-    outcome = session.train(request)
-    return 0 if outcome.finished or engine.is_launched() else INTERRUPTED
+        outcome = session.train(request)
+    except LabError as error:
+        if launched.note_failure(error):
+            raise
+        return error.exit_code
+    return 0 if outcome.finished or launched.is_launched() else INTERRUPTED
 
 
 def _run_model_command(config: "ModelConfig") -> int:

@@ -2,12 +2,13 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric, wrappers
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
 from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
@@ -20,24 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from relaybackprop import Relay
 from relaylab.errors import InputError
+from relaylab.train.launched import FAILURE, is_launched, noted_failure
 from relaylab.train.options import Engine
 
 INTERRUPTED = 130
-
-
-def is_launched() -> bool:
-    """Whether torchrun has started this process."""
-    return TorchElasticEnvironment.detect()
-
-
-def restart_count() -> int:
-    """How often torchrun has started these processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def launch_id() -> str:
-    """A name for what torchrun has launched, the same after a restart; empty without torchrun."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}" if is_launched() else ""
 
 
 def launch(config: Engine, arguments: Sequence[str]) -> int:
@@ -58,15 +45,20 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
     # Otherwise the processes that start again find the addresses of those that died, and wait for them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
-    try:
-        run(get_args_parser().parse_args([*options, "-m", "relaylab", *arguments]))
-    except SignalException:
-        return INTERRUPTED
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"relaylab: process {rank} has ended with exit code {failure.exitcode}; see above", file=sys.stderr)
-        return failure.exitcode if 0 < failure.exitcode < INTERRUPTED else 1
-    return 0
+    with tempfile.TemporaryDirectory(prefix="relaylab-") as folder:
+        os.environ[FAILURE] = str(Path(folder) / "failure")
+        try:
+            run(get_args_parser().parse_args([*options, "-m", "relaylab", *arguments]))
+        except SignalException:
+            return INTERRUPTED
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            print(f"relaylab: process {rank} has ended with exit code {failure.exitcode}; see above", file=sys.stderr)
+            return noted_failure() or 1
+        finally:
+            failed = noted_failure()
+            del os.environ[FAILURE]
+    return failed or 0
 
 
 def make_fabric(config: Engine) -> Fabric:

@@ -31,15 +31,16 @@ from relaylab.recipe import Recipe
 from relaylab.recipes import find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.train.changes import recipe_problems, with_changes
+from relaylab.train.launched import restart_count
 from relaylab.train.options import TrainConfig, engine_problems
 
 log = logging.getLogger("relaylab.train")
 
 ROOT = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
-CHECKPOINTS, TENSORBOARD, MODEL, FAILED = "checkpoints", "tensorboard", "model.safetensors", "failed.txt"
+CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
 LOCK = ".lock"
-BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FAILED)  # all that a run that failed at once has left behind
+BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT)  # all that a run that failed at once has left behind
 # What a run is. All other options may change when it goes on.
 FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "images")
 PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "torchmetrics", "numpy", "safetensors")
@@ -84,7 +85,7 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
         folder = _newest_alike(config, recipe)
         if folder is not None:
             return Request(_merged(config, folder, _given(config, given)), recipe, folder)
-    elif config.out is not None and (config.out / CONFIG).exists():
+    elif config.out is not None and (config.out / CONFIG).exists() and not restart_count():
         raise InputError(f"{config.out} holds a run: go on with it by --resume {config.out}, or take another --out")
     return Request(config, recipe)
 

@@ -16,15 +16,15 @@ from torch import nn
 from relaybackprop import Relay
 from relaylab.building import build_criterion, build_relay
 from relaylab.errors import InputError, LabError
-from relaylab.files import write_text
 from relaylab.model_file import InputConfig, ModelFile, save_model
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipe import Recipe
 from relaylab.recipes.places2 import METHODS
 from relaylab.train import checkpoint, runs
 from relaylab.train.compiling import compile_outside_overlaps
-from relaylab.train.engine import launch_id, make_fabric, restart_count, whole
+from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, open_images
+from relaylab.train.launched import launch_id, restart_count
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
 from relaylab.train.options import TrainConfig
@@ -74,7 +74,7 @@ def train(request: runs.Request) -> Outcome:
     fabric = make_fabric(request.config)
     with stopping() as stop, ExitStack() as stack:
         folder, path = _agree(fabric, request, stack)
-        with _noting_failure(fabric, folder):
+        with _logging_failure(fabric, folder):
             return _train(fabric, replace(request, folder=folder, checkpoint=path), stop)
 
 
@@ -86,10 +86,6 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack) -> tuple[Pat
         if folder is None and restart_count():
             folder = runs.find_launch(request.config, launch_id())
         folder = folder or runs.new_folder(request.config)
-        failed = folder / runs.FAILED
-        if restart_count() and failed.exists():  # an error of that kind comes again however often one tries
-            raise LabError(f"not started again: {failed.read_text(encoding='utf-8').strip()}")
-        failed.unlink(missing_ok=True)
         stack.enter_context(runs.locked(folder))
         stack.enter_context(logging_to(folder))
         runs.note_start(folder, {"launch": launch_id(), **_where(fabric, request.config)})
@@ -111,16 +107,14 @@ def _newest(folder: Path, request: runs.Request) -> str | None:
 
 
 @contextmanager
-def _noting_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Leave a word for the processes that torchrun may start in our place, and no empty folder otherwise."""
+def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Write an error into the log, and leave nothing behind of a run that has not begun."""
     try:
         yield
     except (OSError, LabError) as error:
         told = error if isinstance(error, LabError) else _unwritable(folder, error)
         log.error("%s", told)
-        if fabric.is_global_zero and launch_id():
-            write_text(folder / runs.FAILED, f"{told}\n")
-        elif fabric.is_global_zero:
+        if fabric.is_global_zero:
             runs.forget(folder)
         raise told from None
 
