@@ -281,10 +281,17 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
     tiny_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = ["--set", "optimizer.lr=nan", "optimizer.moment=1", "--accumulate", "3", "--keep", "0", "--seed", "-1"]
+    wrong += ["--devices", "0", "--val-data", "nowhere"]
     assert run("train", "table3-model-a-relay", "--scale", "tiny", "--data", tiny_images, *wrong) == 2
     told = capsys.readouterr().err
-    assert told.startswith("relaylab: 4 problems:")
-    for part in ("--keep must be at least 1", "--seed must", "optimizer.moment; nearest: optimizer.momentum", "divide"):
+    assert told.startswith("relaylab: 5 problems:")
+    for part in (
+        "--keep must be at least 1",
+        "--seed must",
+        "optimizer.moment; nearest: optimizer.momentum",
+        "--devices must be at least 1",
+        "nowhere",
+    ):
         assert part in told
 
 

@@ -75,7 +75,6 @@ def _run(config: "Config", arguments: list[str]) -> int:
     if isinstance(config, CompareConfig):
         from relaylab.train.compare import compare
 
-        _check_paths([*config.data, *config.val_data])
         return compare(config)
     if not isinstance(config, InspectConfig | CheckConfig):
         try:
@@ -97,7 +96,6 @@ def _train(config: "TrainConfig", arguments: list[str]) -> int:
     if launched.restart_count() and launched.noted_failure() is not None:
         return 0  # what has failed would fail again; the command that has started us knows
     try:
-        _check_paths([*config.data, *config.val_data])
         request = runs.understand(config, options.given_options(arguments))
         if request.config.devices > 1 and not launched.is_launched():
             from relaylab.train import engine

@@ -79,6 +79,7 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     recipe, problems = _recipe_of(config)
     if not config.data:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    problems += _missing(config)
     _raise(problems)
     assert recipe is not None
     if config.resume == "auto":
@@ -105,12 +106,24 @@ def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
             problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
         recipe, wrong = with_changes(recipe, config.changes)
         problems += wrong or recipe_problems(recipe)
-        if recipe.optimizer.batch_size % (config.devices * config.accumulate):
+        if recipe.optimizer.batch_size % max(1, config.devices * config.accumulate):
             problems.append(
                 f"optimizer.batch_size is {recipe.optimizer.batch_size}: it has to divide evenly among "
                 f"{config.devices} devices in {config.accumulate} parts each"
             )
     return recipe, problems
+
+
+def _missing(config: TrainConfig) -> list[str]:
+    problems: list[str] = []
+    for path in (*config.data, *config.val_data):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            problems.append(f"no such file or folder: {path}")
+        except OSError as error:
+            problems.append(f"cannot read {path}: {error.strerror}")
+    return problems
 
 
 def _raise(problems: list[str]) -> None:
@@ -138,6 +151,7 @@ def _named_run(config: TrainConfig, path: Path, given: Collection[str]) -> Reque
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
     merged = _merged(config, folder, given)
     recipe, problems = _recipe_of(merged)
+    problems += [f"{problem}; if the images have moved, say where to with --data" for problem in _missing(merged)]
     _raise(problems)
     assert recipe is not None
     _check_recipe(recipe, folder)
