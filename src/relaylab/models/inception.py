@@ -13,17 +13,17 @@ class EnlargingInception3(Inception3):
     """Inception-v3 for images that are too small for it: they are enlarged, bilinearly, before anything else.
 
     Args:
-        enlarged: side to which images are enlarged, in pixels.
+        image_size: side of the crops, in pixels. They are enlarged to 96; larger images by the same factor.
         arguments: torchvision's.
     """
 
-    def __init__(self, enlarged: int, **arguments: Any) -> None:
+    def __init__(self, image_size: int, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.enlarged = enlarged
+        self.image_size = image_size
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Class scores (batch, num_classes) from images (batch, 3, h, w)."""
-        size = (self.enlarged, self.enlarged)
+        size = [side * ENLARGED // self.image_size for side in x.shape[-2:]]
         images = functional.interpolate(x, size, mode="bilinear", align_corners=False)
         return super().forward(images)  # pyright: ignore[reportReturnType] (without aux_logits it is a tensor)
 
@@ -41,4 +41,4 @@ def inception_v3(num_classes: int = 1000, *, image_size: int = 299) -> Inception
         torchvision's module, with its names: images (batch, 3, h, w) to class scores (batch, num_classes).
     """
     arguments: dict[str, Any] = {"num_classes": num_classes, "aux_logits": False, "init_weights": True}
-    return EnlargingInception3(ENLARGED, **arguments) if image_size < SMALLEST else Inception3(**arguments)
+    return EnlargingInception3(image_size, **arguments) if image_size < SMALLEST else Inception3(**arguments)
