@@ -14,10 +14,11 @@ from relaylab.errors import InputError, LabError
 
 if TYPE_CHECKING:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+    from relaylab.evaluate.options import EvaluateConfig
     from relaylab.model_config import ModelConfig
     from relaylab.train.options import CompareConfig, TrainConfig
 
-    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig | TrainConfig | CompareConfig
+    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig | TrainConfig | CompareConfig | EvaluateConfig
 
 LAB_PACKAGES = frozenset(
     {
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(config: "Config", arguments: list[str]) -> int:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig, check_data_config
+    from relaylab.evaluate.options import EvaluateConfig
     from relaylab.train.options import CompareConfig, TrainConfig
 
     if isinstance(config, DemoConfig):
@@ -78,7 +80,7 @@ def _run(config: "Config", arguments: list[str]) -> int:
         return compare(config)
     if not isinstance(config, InspectConfig | CheckConfig):
         try:
-            return _run_model_command(config)
+            return _evaluate(config) if isinstance(config, EvaluateConfig) else _run_model_command(config)
         except OSError as error:
             raise InputError(f"cannot read or write {error.filename2 or error.filename}: {error.strerror}") from None
     check_data_config(config)
@@ -109,6 +111,17 @@ def _train(config: "TrainConfig", arguments: list[str]) -> int:
             raise
         return error.exit_code
     return 0 if outcome.finished or launched.is_launched() else INTERRUPTED
+
+
+def _evaluate(config: "EvaluateConfig") -> int:
+    from relaylab.evaluate import options as given
+
+    match config:
+        case given.EvalConfig():
+            _check_paths((*config.runs, *config.data))
+            from relaylab.evaluate import command
+
+            return command.run(config)
 
 
 def _run_model_command(config: "ModelConfig") -> int:
@@ -223,6 +236,7 @@ def _parse(arguments: list[str]) -> "Config":
 
     from relaylab import model_config as given
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+    from relaylab.evaluate import options as evaluating
     from relaylab.train.options import CompareConfig, TrainConfig
 
     kinds = (
@@ -248,6 +262,7 @@ def _parse(arguments: list[str]) -> "Config":
             "demo": DemoConfig,
             "train": TrainConfig,
             "compare": CompareConfig,
+            "eval": evaluating.EvalConfig,
             "data": data,
             "recipes": recipes,
             "draw": given.DrawConfig,

@@ -146,3 +146,21 @@ def cut_box(pixels: Pixels, box: Box, out: Tensor) -> None:
     moved = (left - first_x, top - first_y, min(right - first_x, part.shape[1]), min(bottom - first_y, part.shape[0]))
     resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=moved)
     out.copy_(torch.from_numpy(np.array(resized)))
+
+
+def resized(pixels: Pixels, short_side: int, *, square: bool = False) -> Pixels:
+    """A whole image at another size, as for evaluation. See Note [Windows] 4 and 5.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        short_side: of the result, in pixels; the longer side follows, rounded as torchvision does.
+        square: give both sides that length.
+
+    Returns:
+        uint8 (h, w, 3), contiguous.
+    """
+    short = min(pixels.shape[:2])
+    height, width = (short_side if square else short_side * side // short for side in pixels.shape[:2])
+    if (height, width) == pixels.shape[:2]:
+        return np.ascontiguousarray(pixels)
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))

@@ -1,0 +1,144 @@
+"""From class scores to error rates in per cent, with intervals.
+
+Note [Intervals]
+1. An interval says how far a figure would move on other images of the same kind: images are drawn with replacement, as
+   many as there are, 10,000 times (bootstrap). How far it would move with another seed of training is another question;
+   only several runs can answer it.
+2. The mean over a drawn sample depends only on how often each distinct value occurs in it, and these counts are
+   multinomial. Drawing the counts is the same as drawing the images, at a fraction of the cost.
+3. Two networks are compared image by image. What makes an image hard for both cancels, so that the interval of the
+   difference is narrower than those of the two errors suggest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from relaylab.errors import InputError
+
+RESAMPLES, CONFIDENCE = 10_000, 0.95
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its confidence interval, in per cent.
+
+    Attributes:
+        value: on the images at hand.
+        low: the interval's lower end.
+        high: its upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, *, signed: bool = False) -> str:
+        """As a cell of a table."""
+        form = "+.2f" if signed else ".2f"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Error rates of one set of scores, in per cent.
+
+    Attributes:
+        top1: share of images whose likeliest class is wrong.
+        top5: share of images whose class is not among the five likeliest.
+        mean_per_class: mean over classes of their top-1 errors.
+    """
+
+    top1: Interval
+    top5: Interval
+    mean_per_class: float
+
+
+def error_rates(scores: Tensor, labels: Tensor) -> ErrorRates:
+    """Error rates and their intervals.
+
+    Args:
+        scores: (images, classes), the larger the likelier.
+        labels: (images,) class numbers.
+
+    Raises:
+        InputError: no images, labels that are no classes, or scores that are not numbers.
+    """
+    top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
+    per_class = multiclass_accuracy(scores, labels, scores.shape[1], average="macro", top_k=1)
+    return ErrorRates(interval(top1), interval(top5), 100 * (1 - float(per_class)))
+
+
+def misses(scores: Tensor, labels: Tensor, top: int) -> Values:
+    """For each image 100 if its class is not among the likeliest, else 0: their mean is the error in per cent.
+
+    Args:
+        scores: (images, classes), the larger the likelier.
+        labels: (images,) class numbers.
+        top: how many of the likeliest count.
+
+    Raises:
+        InputError: see `error_rates`.
+    """
+    if len(scores) != len(labels) or not len(labels):
+        raise InputError(f"{len(scores)} rows of scores for {len(labels)} images: expected as many, and at least one")
+    if scores.isnan().any():
+        raise InputError(f"the scores of {int(scores.isnan().any(dim=1).sum())} images are not numbers")
+    if labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise InputError("images without a label have no error: take another part of the data, with --split")
+    best = scores.topk(min(top, scores.shape[1]), dim=1).indices
+    return 100.0 * (best != labels[:, None]).all(dim=1).double().numpy()
+
+
+def interval(values: Values, *, seed: int = 0) -> Interval:
+    """The mean over images and its bootstrap interval. See Note [Intervals] 2.
+
+    Args:
+        values: (images,), of one figure.
+        seed: of the drawing.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
+    means = drawn @ distinct / len(values)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def difference(ours: Sequence[Values], base: Sequence[Values]) -> Interval:
+    """What networks have less or more of a figure than others on the same images. See Note [Intervals] 3.
+
+    Args:
+        ours: for each network, (images,); the mean over the networks is taken for each image.
+        base: what they are compared with.
+
+    Returns:
+        Ours minus base.
+
+    Raises:
+        InputError: other images.
+    """
+    if len({len(values) for values in (*ours, *base)}) != 1:
+        raise InputError("two networks can be compared on the same images only")
+    return interval(np.round(np.mean(ours, axis=0) - np.mean(base, axis=0), 6))
+
+
+def per_class_errors(scores: Tensor, labels: Tensor) -> Values:
+    """Top-1 error of each class in per cent, (classes,); not a number where a class has no image."""
+    classes = scores.shape[1]
+    wrong = misses(scores, labels, 1)
+    counts = np.bincount(labels.numpy(), minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(labels.numpy(), weights=wrong, minlength=classes) / counts
+
+
+def confusion(scores: Tensor, labels: Tensor) -> NDArray[np.int64]:
+    """How often class i was taken for class j, (classes, classes)."""
+    classes = scores.shape[1]
+    pairs = labels * classes + scores.argmax(dim=1)
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

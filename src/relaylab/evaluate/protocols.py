@@ -1,0 +1,120 @@
+"""The ways to test a network on an image: which crops of it, and how their class scores become one.
+
+Note [Protocols]
+1. A pass takes each image once through the network, in one crop, in ten, or as a whole. What is kept are
+   log-probabilities: the class scores are averaged over the map of a dense pass, and become probabilities; these are
+   averaged over crops and mirror images.
+2. A protocol is one or several passes, whose probabilities are averaged: dense testing has one for each scale.
+3. A mean image has the size of a crop. Images of other sizes lose its mean colour instead.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from relaylab.data.geometry import Pixels, View, centre_box, cut_box, resized
+from relaylab.errors import InputError
+from relaylab.model_file import InputConfig
+
+Kind = Literal["single-crop", "ten-crop", "dense"]
+PROTOCOLS: tuple[Kind, ...] = ("single-crop", "ten-crop", "dense")
+SCALES, OF = (224, 256, 320, 384, 448), 256  # the paper's, for networks whose training images have 256 pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """All images, each in one crop, in ten, or as a whole.
+
+    Attributes:
+        kind: centre crop; four corners, centre, and their mirror images; or the whole image.
+        scale: of a dense pass, the image's shorter side in pixels.
+        flip: of a dense pass, look at the mirror image too.
+    """
+
+    kind: Kind
+    scale: int | None = None
+    flip: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its scores' folder."""
+        return "-".join([self.kind, *([str(self.scale)] if self.scale else []), *(["flip"] if self.flip else [])])
+
+
+def passes_of(kind: Kind, config: InputConfig, scales: Iterable[int] = (), *, flip: bool = False) -> list[Pass]:
+    """The passes of a protocol.
+
+    Args:
+        kind: of the protocol.
+        config: what the network takes.
+        scales: of dense testing; by default the paper's, in proportion to the network's images.
+        flip: in dense testing, look at mirror images too.
+
+    Raises:
+        InputError: an unknown protocol, or a scale smaller than the network's crops.
+    """
+    if kind not in PROTOCOLS:
+        raise InputError(f"unknown protocol {kind!r}: expected one of {', '.join(PROTOCOLS)}")
+    if kind != "dense":
+        return [Pass(kind)]
+    chosen = list(dict.fromkeys(scales)) or default_scales(config)
+    small = [scale for scale in chosen if scale < config.crop]
+    if small:
+        raise InputError(
+            f"scale {small[0]}: the network sees crops of {config.crop} pixels, and images cannot be smaller"
+        )
+    return [Pass("dense", scale, flip) for scale in chosen]
+
+
+def default_scales(config: InputConfig) -> list[int]:
+    """The paper's five scales, in proportion to the size of the training images, without repetitions."""
+    return list(dict.fromkeys(max(config.crop, round(scale * config.resize / OF)) for scale in SCALES))
+
+
+def cut(pixels: Pixels, each: Pass, config: InputConfig) -> Tensor:
+    """What a pass looks at.
+
+    Args:
+        pixels: uint8 (h, w, 3), an image.
+        each: which pass.
+        config: what the network takes.
+
+    Returns:
+        uint8 (n, h, w, 3): one crop, five of them, or the whole image resized.
+    """
+    size = config.crop
+    if each.kind == "single-crop":
+        crop = torch.empty(size, size, 3, dtype=torch.uint8)
+        cut_box(pixels, _centre(pixels, config), crop)
+        return crop[None]
+    square = config.how == "both sides"
+    side = config.resize if each.scale is None else each.scale
+    image = torch.from_numpy(resized(pixels, side, square=square))
+    if each.kind == "dense":
+        return image[None]
+    down, right = (length - size for length in image.shape[:2])
+    corners = [(0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2))]
+    return torch.stack([image[top : top + size, left : left + size] for top, left in corners])
+
+
+def mirrored(each: Pass) -> bool:
+    """Whether a pass looks at mirror images too."""
+    return each.flip or each.kind == "ten-crop"
+
+
+def average(log_probabilities: Tensor, dim: int) -> Tensor:
+    """The logarithm of the mean of probabilities, given their logarithms."""
+    return log_probabilities.logsumexp(dim) - torch.tensor(log_probabilities.shape[dim]).log()
+
+
+def _centre(pixels: Pixels, config: InputConfig) -> tuple[float, float, float, float]:
+    """The part of the image that the centre crop shows."""
+    height, width = pixels.shape[:2]
+    if config.how == "shorter side":
+        return centre_box(View(size=config.crop, short_side=config.resize), height, width)
+    margin, across, down = (config.resize - config.crop) // 2, width / config.resize, height / config.resize
+    far = margin + config.crop
+    return margin * across, margin * down, far * across, far * down

@@ -1,0 +1,178 @@
+"""Networks over images: every pass of every protocol, chunk by chunk, what is there already left alone."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from relaylab.data.decode import decode
+from relaylab.data.faults import ImageFault
+from relaylab.data.geometry import Pixels
+from relaylab.data.loader import Workers
+from relaylab.data.source import Source
+from relaylab.errors import InputError
+from relaylab.evaluate.protocols import Pass, average, cut, mirrored
+from relaylab.evaluate.scores import ScoreFolder
+from relaylab.exporting import mean_of
+from relaylab.model_file import InputConfig, ModelFile
+from relaylab.models.dense import dense
+from relaylab.progress import Task
+
+READ_AT_ONCE = 16  # images, by one worker
+Row = tuple[int, list[Pixels]]  # arrays: between processes a tensor costs a file
+
+
+class Cuts(Dataset[Row]):
+    """Images as passes look at them, decoded once for all passes.
+
+    Args:
+        source: of encoded images.
+        passes: which.
+        config: what the network takes.
+    """
+
+    def __init__(self, source: Source, passes: Sequence[Pass], config: InputConfig) -> None:
+        self._source, self._passes, self._config = source, passes, config
+
+    def __getitems__(self, numbers: Sequence[int]) -> "list[Row] | InputError":
+        """For each image its number, and for each pass uint8 (n, h, w, 3); or what is wrong with one of them."""
+        rows: list[Row] = []
+        for number in numbers:
+            try:
+                pixels = decode(self._source.read(number))
+            except (OSError, ImageFault) as error:
+                name = self._source.name(number)
+                return InputError(f"unreadable image {name}: {error}; `relaylab data check` lists all of them")
+            rows.append((number, [cut(pixels, each, self._config).numpy() for each in self._passes]))
+        return rows
+
+
+class Scorer:
+    """A trained network, taking what passes look at.
+
+    Args:
+        model: the network and how to use it.
+        device: where it runs.
+    """
+
+    def __init__(self, model: ModelFile, device: torch.device | str = "cpu") -> None:
+        config = model.input
+        self.device = torch.device(device)
+        self._bgr = config.channels == "BGR"
+        self._crop = config.crop
+        self._mean = mean_of(model).to(self.device)
+        self._colour = torch.tensor(config.mean).view(3, 1, 1).to(self.device)
+        self._std = None if config.std is None else torch.tensor(config.std).view(3, 1, 1).to(self.device)
+        self._plain = model.model().to(self.device, memory_format=torch.channels_last)  # pyright: ignore
+        side = _map_size(self._plain, config.crop)
+        self._dense = dense(self._plain, map_size=side)
+
+    @torch.inference_mode()
+    def __call__(self, each: Pass, images: Tensor) -> Tensor:
+        """Log-probabilities (batch, classes), float32, on the CPU.
+
+        Args:
+            each: the pass.
+            images: uint8 (batch, n, h, w, 3), of one size.
+        """
+        count = images.shape[1]
+        x = self._normalised(images.flatten(0, 1).to(self.device).permute(0, 3, 1, 2).float())
+        found = [self._one(each, x), *([self._one(each, x.flip(3))] if mirrored(each) else [])]
+        rows = torch.stack(found, dim=1).log_softmax(dim=2)
+        return average(rows.unflatten(0, (-1, count)).flatten(1, 2), 1).cpu()
+
+    def _one(self, each: Pass, x: Tensor) -> Tensor:
+        scores = self._dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self._plain(x)
+        return scores.float()
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        x = x.flip(1) if self._bgr else x
+        x = x - (self._mean if x.shape[-2:] == (self._crop, self._crop) else self._colour)
+        x = x if self._std is None else x / self._std
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def evaluate(
+    scorer: Scorer,
+    source: Source,
+    folder: ScoreFolder,
+    name: str,
+    passes: Sequence[Pass],
+    config: InputConfig,
+    *,
+    workers: int,
+    task: Task,
+    batch_size: int = 32,
+    stopped: Callable[[], object] = bool,
+) -> bool:
+    """Bring a network's scores to the disk, chunk by chunk.
+
+    Args:
+        scorer: the network.
+        source: the images, those of the folder.
+        folder: of the scores.
+        name: of the network there.
+        passes: which; those that are there are left out.
+        config: what the network takes.
+        workers: processes that decode.
+        task: counts images times passes.
+        batch_size: of crops; of whole images at most as many as have so many crops' pixels.
+        stopped: whether to stop after the chunk at hand.
+
+    Returns:
+        Whether all is there.
+
+    Raises:
+        InputError: an image that cannot be read, or scores that are not numbers.
+    """
+    for number, chunk in enumerate(folder.chunks):
+        missing = [each for each in passes if not folder.has(name, each.name, number)]
+        task.advance(len(chunk) * (len(passes) - len(missing)))
+        if not missing:
+            continue
+        if stopped():
+            return False
+        found = {each: torch.empty(len(chunk), len(folder.images.classes)) for each in missing}
+        for rows in _read(Cuts(source, missing, config), chunk, workers):
+            for place, each in enumerate(missing):
+                for numbers, images in _batches([(n, cuts[place]) for n, cuts in rows], config.crop, batch_size):
+                    found[each][[n - chunk.start for n in numbers]] = scorer(each, images)
+                    task.advance(len(numbers), note=f"{name} {each.name}")
+        for each, scores in found.items():
+            folder.write(name, each.name, number, scores)
+    return True
+
+
+def _read(cuts: Cuts, chunk: range, workers: int) -> Iterator[list[Row]]:
+    groups = [list(chunk[start : start + READ_AT_ONCE]) for start in range(0, len(chunk), READ_AT_ONCE)]
+    for rows in Workers(count=min(workers, len(groups)), prefetch=2).loader(cuts, groups):
+        if isinstance(rows, InputError):
+            raise rows
+        yield rows
+
+
+def _batches(
+    rows: Iterable[tuple[int, Pixels]], crop: int, batch_size: int
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Images of one size together, of large ones fewer."""
+    ordered = sorted(rows, key=lambda row: (*row[1].shape, row[0]))
+    for _, group in groupby(ordered, key=lambda row: row[1].shape):
+        same = list(group)
+        pixels = same[0][1].size // 3
+        several = max(1, batch_size * crop**2 // pixels)
+        for start in range(0, len(same), several):
+            numbers, images = zip(*same[start : start + several], strict=True)
+            yield numbers, torch.from_numpy(np.stack(images))
+
+
+def _map_size(model: nn.Module, crop: int) -> int | None:
+    """Side of the last map of a VGGNet."""
+    features = getattr(model, "features", None)
+    if features is None:
+        return None
+    first = next(features.parameters())
+    with torch.inference_mode():
+        return features(torch.zeros(1, 3, crop, crop, device=first.device)).shape[-1]

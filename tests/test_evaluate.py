@@ -1,0 +1,321 @@
+"""Protocols, stored scores, figures and ensembles; and the command on a tiny run."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from torchvision.transforms import functional as vision
+
+from relaylab.cli import main
+from relaylab.errors import InputError
+from relaylab.evaluate.ensembles import combined, fit_weights, halves
+from relaylab.evaluate.figures import confusion, difference, error_rates, interval, misses, per_class_errors
+from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
+from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike
+from relaylab.evaluate.testing import Scorer
+from relaylab.model_file import InputConfig, ModelFile, save_model
+from relaylab.models import model_a
+from relaylab.recipe import NetworkConfig
+
+MEAN = (100.0, 110.0, 120.0)
+
+
+def tiny_model(*, crop: int = 32, resize: int = 36, mean_image: Tensor | None = None, **config: object) -> ModelFile:
+    torch.manual_seed(0)
+    network = NetworkConfig(architecture="model_a", num_classes=5, image_size=crop, width=4, pyramid=(2, 1))
+    state = model_a(5, width=4, image_size=crop, pyramid=(2, 1)).state_dict()
+    given = InputConfig(resize=resize, crop=crop, mean=MEAN, **config)  # pyright: ignore[reportArgumentType]
+    return ModelFile(network=network, classes=tuple("abcde"), input=given, state=state, mean_image=mean_image, about="")
+
+
+def images_of(count: int, classes: int = 4, fingerprint: str = "f") -> ImageList:
+    labels = torch.arange(count) % classes
+    names = tuple(f"{i}.jpg" for i in range(count))
+    return ImageList("made up", fingerprint, tuple(map(str, range(classes))), labels, names)
+
+
+def test_default_scales_are_the_papers_in_proportion() -> None:
+    assert default_scales(InputConfig(mean=MEAN)) == [224, 256, 320, 384, 448]
+    assert default_scales(InputConfig(mean=MEAN, crop=64, resize=72)) == [64, 72, 90, 108, 126]
+    with pytest.raises(InputError, match="crops of 224 pixels"):
+        passes_of("dense", InputConfig(mean=MEAN), [200])
+    with pytest.raises(InputError, match="unknown protocol"):
+        passes_of("sparse", InputConfig(mean=MEAN))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("shape", [(80, 100), (100, 80), (64, 64)])
+def test_what_passes_look_at_is_what_torchvision_cuts(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    config = InputConfig(mean=MEAN, crop=32, resize=36)
+    image = vision.to_pil_image(pixels)
+    resized = vision.resize(image, [36])  # pyright: ignore[reportArgumentType]
+    expected = [np.asarray(each) for each in vision.five_crop(resized, [32])]  # pyright: ignore
+    ours = cut(pixels, Pass("ten-crop"), config).numpy()
+    for crop, other in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(crop, other)
+    single = cut(pixels, Pass("single-crop"), config).numpy()
+    assert np.abs(single[0].astype(int) - expected[4].astype(int)).max() <= 2
+    whole = cut(pixels, Pass("dense", 50), config).numpy()
+    np.testing.assert_array_equal(whole[0], np.asarray(vision.resize(image, [50])))  # pyright: ignore
+    square = cut(pixels, Pass("dense", 50), InputConfig(mean=MEAN, crop=32, resize=36, how="both sides"))
+    assert square.shape == (1, 50, 50, 3)
+
+
+def test_scores_are_mean_probabilities_over_crops_and_mirror_images() -> None:
+    model = tiny_model(std=(50.0, 60.0, 70.0))
+    scorer, plain = Scorer(model), model.model()
+    images = torch.randint(0, 256, (3, 5, 32, 32, 3), dtype=torch.uint8)
+    x = (images.permute(0, 1, 4, 2, 3).float() - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        [50.0, 60.0, 70.0]
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        both = torch.stack([plain(view.flatten(0, 1)) for view in (x, x.flip(4))]).softmax(2).unflatten(1, (3, 5))
+    assert_close(scorer(Pass("ten-crop"), images).exp(), both.mean(dim=(0, 2)), rtol=1e-4, atol=1e-5)
+    first = images[:, :1]
+    assert_close(scorer(Pass("single-crop"), first).exp(), both[0, :, 0], rtol=1e-4, atol=1e-5)
+    assert_close(scorer(Pass("dense", 32, flip=True), first).exp(), both[:, :, 0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_and_mean_images_are_those_of_the_network() -> None:
+    mean_image = torch.rand(32, 32, 3) * 200
+    images = torch.randint(0, 256, (2, 1, 32, 32, 3), dtype=torch.uint8)
+    swapped = tiny_model(mean_image=mean_image, channels="BGR")
+    straight = tiny_model(mean_image=mean_image)
+    ours = Scorer(swapped)(Pass("single-crop"), images.flip(4))
+    assert_close(ours, Scorer(straight)(Pass("single-crop"), images))
+    assert not torch.allclose(ours, Scorer(tiny_model())(Pass("single-crop"), images))
+
+
+def test_figures_on_scores_that_can_be_counted_by_hand() -> None:
+    scores = torch.tensor([[3.0, 2, 1, 0], [0, 3, 2, 1], [3, 2, 1, 0], [0, 1, 2, 3]])
+    labels = torch.tensor([0, 0, 1, 3])
+    found = error_rates(scores, labels)
+    assert found.top1.value == 50
+    assert found.top5.value == 0, "of four classes the five likeliest are all"
+    assert found.mean_per_class == pytest.approx((50 + 100 + 0) / 3)
+    per_class = per_class_errors(scores, labels)
+    np.testing.assert_array_equal(per_class, [50, 100, np.nan, 0])
+    assert confusion(scores, labels).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(misses(scores, labels, 2), [0, 100, 0, 0])
+    with pytest.raises(InputError, match="not numbers"):
+        error_rates(scores * float("nan"), labels)
+    with pytest.raises(InputError, match="without a label"):
+        error_rates(scores, labels - 1)
+    with pytest.raises(InputError, match="3 rows of scores for 4 images"):
+        error_rates(scores[:3], labels)
+
+
+def test_intervals_are_those_of_drawing_images_again() -> None:
+    random = np.random.default_rng(0)
+    values = random.choice([0.0, 100.0], 400, p=[0.7, 0.3])
+    ours = interval(values)
+    means = np.array([values[random.integers(0, 400, 400)].mean() for _ in range(10_000)])
+    assert ours.value == values.mean()
+    assert ours.low == pytest.approx(np.quantile(means, 0.025), abs=0.3)
+    assert ours.high == pytest.approx(np.quantile(means, 0.975), abs=0.3)
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones() -> None:
+    random = np.random.default_rng(0)
+    base = random.choice([0.0, 100.0], 1000)
+    better = np.where(random.random(1000) < 0.1, 0.0, base)
+    paired = difference([better], [base])
+    shuffled = difference([random.permutation(better)], [base])
+    assert paired.high < 0 < paired.high - paired.low < 0.7 * (shuffled.high - shuffled.low)
+    assert difference([base], [base]).high == 0
+    two = difference([better, base], [base, base])
+    assert two.value == pytest.approx(paired.value / 2)
+    with pytest.raises(InputError, match="same images"):
+        difference([better], [base[1:]])
+
+
+def test_ensembles() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 50, 4).log_softmax(2)
+    assert_close(combined([a, b], "average").exp(), (a.exp() + b.exp()) / 2)
+    product = (a.exp() * b.exp()).sqrt()
+    assert_close(combined([a, b], "product").exp(), product / product.sum(dim=1, keepdim=True))
+    assert_close(combined([a, b], "learnt-weights", torch.tensor([0.25, 0.75])).exp(), a.exp() / 4 + 3 * b.exp() / 4)
+    with pytest.raises(InputError, match="learnt first"):
+        combined([a, b], "learnt-weights")
+    with pytest.raises(InputError, match="same images"):
+        combined([a, b[:3]], "average")
+
+
+def test_learnt_weights_find_the_member_that_knows() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 4, (400,))
+    knows = (3.0 * torch.nn.functional.one_hot(labels, 4) + torch.randn(400, 4)).log_softmax(1)
+    guesses = torch.randn(400, 4).log_softmax(1)
+    weights = fit_weights([guesses, knows], labels)
+    assert weights[1] > 0.95
+    assert_close(weights.sum(), torch.tensor(1.0))
+    best = [
+        float(combined([guesses, knows], "learnt-weights", torch.tensor([1 - w, w]))[range(400), labels].mean())
+        for w in (0.5, float(weights[1]))
+    ]
+    assert best[1] > best[0]
+
+
+def test_halves_are_apart_and_alike() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 1, 0, 2])
+    first, second = halves(labels)
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(7))
+    assert labels[first].bincount().tolist() == [2, 2, 1]
+
+
+def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
+    images = images_of(CHUNK + 10)
+    folder = ScoreFolder(tmp_path, images)
+    folder.add("net", {"sha256": "s"})
+    scores = torch.randn(len(images), 4).log_softmax(1)
+    with pytest.raises(InputError, match="no whole scores of net"):
+        folder.protocol("net", "dense")
+    for number, chunk in enumerate(folder.chunks):
+        folder.write("net", "dense-32", number, scores[list(chunk)])
+    again = ScoreFolder(tmp_path)
+    assert again.images.names == images.names
+    assert_close(again.read("net", "dense-32"), scores, rtol=1e-3, atol=1e-3)
+    assert_close(again.protocol("net", "dense"), again.read("net", "dense-32"))
+    assert again.protocols("net") == ["dense"]
+    with pytest.raises(InputError, match=r"not numbers, the first of 0\.jpg"):
+        folder.write("net", "dense-36", 0, scores[:CHUNK] * float("nan"))
+    with pytest.raises(InputError, match="other weights"):
+        folder.add("net", {"sha256": "another"})
+    with pytest.raises(InputError, match="take another folder"):
+        ScoreFolder(tmp_path, images_of(CHUNK + 10, fingerprint="g"))
+    with pytest.raises(InputError, match="holds no scores"):
+        ScoreFolder(tmp_path / "nothing")
+
+
+def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
+    folder = ScoreFolder(tmp_path, images_of(20))
+    folder.add("net", {"sha256": "s"})
+    folder.write("net", "single-crop", 0, torch.zeros(20, 4))
+    file = tmp_path / "scores" / "net" / "single-crop" / "000000.safetensors"
+    content, whole = load_file(file), file.read_bytes()
+    header = {"model": "s", "images": "f", "pass": "single-crop"}
+    save_file(content, file, header)
+    folder.read("net", "single-crop")
+    for changed, tensors, message in [
+        ({"model": "t"}, content, "another network"),
+        ({"images": "g"}, content, "other images"),
+        ({}, {"log_probabilities": torch.zeros(20, 5).half()}, "another shape"),
+        ({}, {"log_probabilities": torch.full((20, 4), float("nan")).half()}, "not numbers"),
+    ]:
+        save_file(tensors, file, header | changed)
+        with pytest.raises(InputError, match=message):
+            folder.read("net", "single-crop")
+    file.write_bytes(whole[:-5])
+    with pytest.raises(InputError, match="cannot be read"):
+        folder.read("net", "single-crop")
+
+
+def test_other_images_or_classes_do_not_stand_in_one_table(tmp_path: Path) -> None:
+    folders = [
+        ScoreFolder(tmp_path / name, images)
+        for name, images in [
+            ("a", images_of(20)),
+            ("b", images_of(20)),
+            ("c", images_of(20, fingerprint="g")),
+            ("d", images_of(20, classes=3, fingerprint="h")),
+        ]
+    ]
+    check_alike(folders[:2])
+    with pytest.raises(InputError, match="different images"):
+        check_alike([folders[0], folders[2]])
+    with pytest.raises(InputError, match="different classes"):
+        check_alike([folders[0], folders[3]])
+
+
+def test_average_of_probabilities() -> None:
+    rows = torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]).log()
+    assert_close(average(rows, 1).exp(), torch.tensor([[0.375, 0.625]]))
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
+    """Two trained networks of the same classes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for scheme in ("standard", "relay"):
+        options = ["--scale", "tiny", "--data", str(tiny_images), "--set", f"scheme={scheme}", "--workers", "0"]
+        options += ["--images", "disk"]  # as evaluation reads them; resized in memory, pixels differ by rounding
+        assert main(["train", "table3-model-a-relay", *options, "--out", str(folder / scheme)]) == 0
+    return folder
+
+
+def test_the_command_tests_runs(tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scores"
+    command = ["eval", str(tiny_runs), "--out", str(out), "--workers", "0"]
+    protocols = ["--protocol", "single-crop,ten-crop,dense", "--scales", "32,48", "--flip"]
+    assert main([*command, *protocols, "--ensemble", "average,learnt-weights"]) == 0
+    table = capsys.readouterr().out
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert [entry["protocol"] for entry in figures["errors"]] == ["single-crop", "ten-crop", "dense"] * 2
+    assert len(figures["ensembles"]) == 6
+    assert "| relay | dense |" in table
+    seen = json.loads((tiny_runs / "relay" / "metrics.jsonl").read_text().splitlines()[-1])
+    ours = next(e for e in figures["errors"] if e["network"] == "relay" and e["protocol"] == "single-crop")
+    assert seen["kind"] == "val"
+    assert ours["top1"]["value"] == pytest.approx(seen["top1"], abs=0.01), "as at the end of training"
+    chunks = sorted(out.rglob("000000.safetensors"))
+    times = [chunk.stat().st_mtime_ns for chunk in chunks]
+    chunks[0].unlink()
+    assert main([*command, *protocols]) == 0
+    assert [chunk.stat().st_mtime_ns for chunk in chunks[1:]] == times[1:], "what was there is not computed again"
+    assert chunks[0].exists()
+    assert len(json.loads((out / "evaluation.json").read_text())["ensembles"]) == 6, "earlier ensembles stay"
+
+
+def test_an_interrupted_evaluation_goes_on(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "scores"
+    command = ["eval", str(tiny_runs), "--out", str(out), "--workers", "0"]
+    written = ScoreFolder.write
+
+    def write_and_stop(self: ScoreFolder, *args: object) -> None:
+        written(self, *args)  # pyright: ignore[reportArgumentType]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreFolder, "write", write_and_stop)
+        assert main(command) == 130
+    assert len(list(out.rglob("000000.safetensors"))) == 1
+    assert main(command) == 0
+    assert len(list(out.rglob("000000.safetensors"))) == 2
+
+
+def test_the_command_refuses_what_it_cannot_do(
+    tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_model(other, tiny_model())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text((tiny_runs / "relay" / "config.json").read_text())
+    relay = str(tiny_runs / "relay")
+    for arguments, message in [
+        ([], "which runs?"),
+        (["nowhere"], "no such file or folder"),
+        ([str(empty)], "holds no run"),
+        ([str(unfinished)], "has not come to its end: relaylab train --resume"),
+        ([relay, relay], "more than once"),
+        ([relay, str(other)], "different classes"),
+        ([str(other)], "which images?"),
+        ([relay, "--protocol", "dens"], "unknown protocol 'dens'; nearest: dense"),
+        ([relay, "--ensemble", "product"], "at least two networks"),
+        ([relay, "--scales", "224"], "--scales and --flip are for dense testing"),
+        ([relay, "--protocol", "dense", "--scales", "big"], "expected pixels"),
+        ([relay, "--protocol", "dense", "--scales", "16"], "crops of 32 pixels"),
+        ([relay, "--batch-size", "0"], "expected at least 1"),
+    ]:
+        assert main(["eval", *arguments]) == 2, arguments
+        assert message in capsys.readouterr().err
