@@ -122,6 +122,26 @@ def _evaluate(config: "EvaluateConfig") -> int:
             from relaylab.evaluate import command
 
             return command.run(config)
+        case given.TableConfig():
+            _check_paths(config.scores)
+            from relaylab.report import command as reporting
+
+            return reporting.table(config)
+        case given.FigureConfig():
+            _check_paths((*config.sources, *config.data))
+            from relaylab.report import command as reporting
+
+            return reporting.figure(config)
+        case given.SubmitConfig():
+            _check_paths((config.scores, config.list))
+            from relaylab.report import command as reporting
+
+            return reporting.submit(config)
+        case given.ReportConfig():
+            _check_paths(config.runs)
+            from relaylab.report import page
+
+            return page.run(config)
 
 
 def _run_model_command(config: "ModelConfig") -> int:
@@ -263,6 +283,10 @@ def _parse(arguments: list[str]) -> "Config":
             "train": TrainConfig,
             "compare": CompareConfig,
             "eval": evaluating.EvalConfig,
+            "table": evaluating.TableConfig,
+            "figure": evaluating.FigureConfig,
+            "submit": evaluating.SubmitConfig,
+            "report": evaluating.ReportConfig,
             "data": data,
             "recipes": recipes,
             "draw": given.DrawConfig,

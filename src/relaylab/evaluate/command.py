@@ -144,7 +144,9 @@ def open_images(
 def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = ()) -> str:
     """Write all figures that a folder's scores give, and return their table."""
     labels = folder.images.labels
-    scores = {(name, kind): folder.protocol(name, kind) for name in folder.names() for kind in folder.protocols(name)}
+    scores: dict[tuple[str, Kind], Tensor] = {}
+    for name in folder.names():
+        scores |= {(name, kind): folder.protocol(name, kind) for kind in folder.protocols(name)}
     rates = {key: error_rates(values, labels) for key, values in scores.items()}
     together = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
     text = [

@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.config import File, Folder, Images, Number, Switch
+from relaylab.config import File, Folder, Images, Number, Sources, Switch
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
+Scores = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCORES [SCORES ...]", help_behavior_hint="")
+]
 Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
 Optional = Annotated[str, tyro.conf.arg(metavar="A,B,...", help_behavior_hint="")]
 
@@ -65,9 +68,7 @@ class TableConfig:
     number: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE", help_behavior_hint="")]
     """1 (depth), 3 (single crop), 4 (dense), 5 (ensembles), 6 (ResNet-50 and Inception-v3) or sampling."""
 
-    scores: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCORES [SCORES ...]", help_behavior_hint="")
-    ]
+    scores: Scores = ()
     """Folders that `relaylab eval` has written, all of the same images."""
 
     format: Literal["markdown", "latex", "html"] = "markdown"
@@ -84,9 +85,7 @@ class FigureConfig:
     number: Annotated[Literal["1", "2", "3", "4"], tyro.conf.Positional, tyro.conf.arg(metavar="FIGURE")]
     """1 (gradients by layer), 2 (network and windows), 3 and 4 (photos classified rightly and wrongly)."""
 
-    sources: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
-    ]
+    sources: Sources = ()
     """Runs for figures 1 and 2; a folder that `relaylab eval` has written for figures 3 and 4."""
 
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
@@ -132,11 +131,11 @@ class ReportConfig:
     runs: Runs = ()
     """Folders of runs, or of comparisons, which hold runs."""
 
-    scores: Images = ()
-    """Folder that `relaylab eval` has written about them (default: none, and no photos, intervals and confusions)."""
+    scores: Folder = None
+    """Folder that `relaylab eval` has written about them (default: none: no photos, intervals and confusions)."""
 
     out: File = None
     """Where to write. (default: report.html)."""
 
 
-EvaluateConfig = EvalConfig
+EvaluateConfig = EvalConfig | TableConfig | FigureConfig | SubmitConfig | ReportConfig

@@ -175,6 +175,19 @@ def _merged(config: TrainConfig, folder: Path, given: Collection[str]) -> TrainC
     return TrainConfig(**{**values, "resume": config.resume, "out": config.out})
 
 
+def recipe_of(folder: Path) -> Recipe:
+    """What the run in a folder trains, at its scale and with its changes.
+
+    Raises:
+        InputError: it cannot be read, or recipes are not what they were.
+    """
+    recipe, problems = _recipe_of(_stored_options(folder))
+    _raise(problems)
+    assert recipe is not None
+    _check_recipe(recipe, folder)
+    return recipe
+
+
 def _stored_options(folder: Path) -> TrainConfig:
     try:
         options: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]

@@ -1,0 +1,205 @@
+"""The paper's figures from runs: gradients by layer, networks with windows, photos with predictions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from relaylab.building import build_network, build_plan
+from relaylab.data.decode import decode
+from relaylab.data.faults import ImageFault
+from relaylab.data.geometry import Pixels
+from relaylab.data.source import Source
+from relaylab.errors import InputError
+from relaylab.network_picture import draw_network
+from relaylab.pictures import STYLE
+from relaylab.recipe import Recipe
+from relaylab.stages import stages_of
+
+RIGHT, WRONG = "#00664a", "#a33f00"
+COLUMNS, ROWS = 4, 2
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo and what a network takes it for.
+
+    Attributes:
+        pixels: uint8 (h, w, 3).
+        truth: its class.
+        guesses: classes and their probabilities, the likeliest first.
+    """
+
+    pixels: Pixels
+    truth: str
+    guesses: tuple[tuple[str, float], ...]
+
+
+def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Figure 1: mean absolute gradient of each layer, and its ratio to the weights', a line for each iteration.
+
+    Args:
+        runs: for each title, the lines of a run's metrics.
+
+    Raises:
+        InputError: a run that has not looked at gradients.
+    """
+    looks = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
+    for title, own in looks.items():
+        if not own:
+            raise InputError(f"{title} has no gradients: train with --diagnose-every, and not with 0")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.1 * len(looks) + 0.6), layout="constrained")
+        axes = figure.subplots(len(looks), 2, squeeze=False, sharex="col", sharey="col")
+        last = max(line["step"] for own in looks.values() for line in own)
+        colours, norm = colormaps["viridis"], Normalize(0, last * 1.1)
+        for row, (title, own) in zip(axes, looks.items(), strict=True):
+            names = list(own[-1]["layers"])
+            for line in own:
+                for panel, quantity in zip(row, ("gradient", "ratio"), strict=True):
+                    values = [line["layers"].get(name, {}).get(quantity, np.nan) for name in names]
+                    panel.plot(np.maximum(values, 1e-12), color=colours(norm(line["step"])), linewidth=1.2)
+            for panel, quantity in zip(row, ("mean |gradient|", "mean |gradient| / mean |weight|"), strict=True):
+                panel.set_yscale("log")
+                panel.set_title(title)
+                panel.set_ylabel(quantity)
+                _layer_ticks(panel, names)
+        for panel in axes[-1]:
+            panel.set_xlabel("weight layer, lowest on the left")
+        steps = [line["step"] for line in next(iter(looks.values()))]
+        handles = [
+            Axes.plot(axes[0][0], [], [], color=colours(norm(step)), label=f"{step:,}")[0] for step in _few(steps)
+        ]
+        figure.legend(handles=handles, title="iteration", loc="outside right center")
+    return figure
+
+
+def _layer_ticks(panel: Axes, names: Sequence[str]) -> None:
+    replaced = {"segment": "", "classifier.": "", "heads.": "head ", ".conv1.conv": " conv", ".conv": "-"}
+    short = list(names)
+    for old, new in replaced.items():
+        short = [name.replace(old, new) for name in short]
+    every = -(-len(names) // 30)
+    panel.set_xticks(range(0, len(names), every), short[::every], rotation=60 if len(names) > 12 else 0, fontsize=8)
+    panel.tick_params(labelbottom=True)
+
+
+def _few(steps: Sequence[int]) -> list[int]:
+    places = np.unique(np.linspace(0, len(steps) - 1, 6).round().astype(int))
+    return [steps[place] for place in places]
+
+
+def window_figure(recipe: Recipe, title: str) -> Figure:
+    """Figure 2: the network with its segments, heads and windows under the recipe's scheme."""
+    with torch.device("meta"):
+        model = build_network(recipe.network)
+    plan = build_plan(recipe.plan, recipe.scheme)
+    stages, losses = stages_of(model, plan, recipe.network.image_size)
+    return draw_network(stages, losses, title)
+
+
+def pick_photos(
+    source: Source, classes: Sequence[str], log_probabilities: Tensor, *, right: bool, count: int = COLUMNS * ROWS
+) -> list[Photo]:
+    """Photos of different classes that are classified rightly or wrongly, as in Figures 3 and 4.
+
+    Right is a class that is the likeliest; wrong is one that is not even among the five likeliest, as in the challenge.
+    Those come first of which the network was surest.
+
+    Args:
+        source: of the photos.
+        classes: their names.
+        log_probabilities: (images, classes).
+        right: which of the two.
+        count: of photos, at most.
+
+    Raises:
+        InputError: there is no such photo, or one cannot be read.
+    """
+    labels = torch.as_tensor(source.labels[:].astype("int64"))
+    best = log_probabilities.topk(min(TOP, len(classes)), dim=1)
+    hit = (best.indices == labels[:, None]).any(dim=1)
+    first = best.indices[:, 0] == labels
+    candidates = (hit & first if right else ~hit).nonzero().flatten()
+    if not len(candidates):
+        raise InputError(f"no image is classified {'rightly' if right else 'wrongly'}")
+    order = candidates[best.values[candidates, 0].argsort(descending=True, stable=True)]
+    chosen: dict[int, int] = {}
+    for number in order.tolist():  # one of each class, the surest
+        chosen.setdefault(int(labels[number]), number)
+        if len(chosen) == count:
+            break
+    photos: list[Photo] = []
+    for label, number in chosen.items():
+        try:
+            pixels = decode(source.read(number))
+        except (OSError, ImageFault) as error:
+            raise InputError(f"unreadable image {source.name(number)}: {error}") from None
+        indices: list[int] = best.indices[number].tolist()
+        shares: list[float] = best.values[number].exp().tolist()
+        guesses = tuple((classes[each], share) for each, share in zip(indices, shares, strict=True))
+        photos.append(Photo(pixels, classes[label], guesses))
+    return photos
+
+
+def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
+    """Figures 3 and 4: photos with their class and the five likeliest; the right one stands out.
+
+    Args:
+        photos: which.
+        title: above them.
+    """
+    rows = -(-len(photos) // COLUMNS)
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(2.7 * COLUMNS, 4.1 * rows + 0.5), layout="constrained")
+        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+        panels = figure.subplots(2 * rows, COLUMNS, squeeze=False, height_ratios=[1.9, 1.5] * rows)
+        for panel in panels.flat:
+            panel.set_axis_off()
+        for number, photo in enumerate(photos):
+            row, column = divmod(number, COLUMNS)
+            panels[2 * row][column].imshow(photo.pixels, interpolation="lanczos")
+            panels[2 * row][column].set_anchor("W")
+            text = panels[2 * row + 1][column]
+            text.text(0, 1.0, plain(photo.truth), fontsize=10.5, fontweight="bold", va="top")
+            for place, (name, share) in enumerate(photo.guesses, 1):
+                is_right = name == photo.truth
+                text.text(
+                    0,
+                    1.0 - 0.16 * place,
+                    f"{100 * share:3.0f} %  {plain(name)}" + ("  ✓" if is_right else ""),
+                    fontsize=9.5,
+                    va="top",
+                    color=RIGHT if is_right else "#333333",
+                    fontweight="bold" if is_right else "normal",
+                )
+    return figure
+
+
+def plain(name: str) -> str:
+    """A class's name for people: without the number that some data sets put before it, and without underscores."""
+    number, mark, rest = name.partition("_")
+    return (rest if mark and number.isdecimal() else name).replace("_", " ")
+
+
+def default_path(number: str, out: Path | None) -> Path:
+    """Where a figure goes.
+
+    Raises:
+        InputError: a name that ends in neither .svg nor .png, or a folder that is not there.
+    """
+    path = out or Path(f"figure{number}.svg")
+    if path.suffix not in (".svg", ".png"):
+        raise InputError(f"--out {path}: expected a name that ends in .svg or .png")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}")
+    return path

@@ -1,0 +1,266 @@
+"""The paper's tables, filled from scores, with the paper's own figures below ours.
+
+Note [Tables]
+1. A network belongs into the cell of its architecture and scheme. Several of one cell have other seeds: the cell has
+   their mean, and the standard deviation over seeds.
+2. In brackets is the improvement over standard BP, as in the paper.
+3. Cells of one column may differ in the scheme alone: other images, another length of training or another rate, and the
+   table is refused.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relaylab.errors import InputError
+from relaylab.evaluate.command import FIGURES
+from relaylab.evaluate.figures import difference, misses, per_class_errors
+from relaylab.evaluate.protocols import Kind
+from relaylab.evaluate.scores import ScoreFolder, check_alike
+from relaylab.recipe import Recipe
+from relaylab.recipes import RECIPES
+from relaylab.recipes.places2 import METHODS
+from relaylab.report.tables import Table
+
+TABLES = ("1", "3", "4", "5", "6", "sampling")
+NAMES = {
+    "model_a": "model A",
+    "model_a_printed": "model A as printed",
+    "model_b": "model B",
+    "resnet50": "ResNet-50",
+    "inception_v3": "Inception-v3",
+    **{f"vgg{depth}": f"VGGNet-{depth}" for depth in (13, 16, 19, 22, 25)},
+}
+COLUMNS = {"3": ("model_a", "model_b"), "4": ("model_a", "model_b"), "6": ("resnet50", "inception_v3")}
+DEPTHS = ("vgg19", "vgg22", "vgg25")
+TEAMS = {"Ntu_rose": 19.33, "Trimps-Soushen": 17.98, "Qualcomm Research": 17.59, "SIAT_MMLAB": 17.36}
+WM = {"WM (model A)": 17.35, "WM (model B)": 17.28, "WM (model ensemble)": 16.87}
+SAMPLERS = {"shuffled": "plain sampling", "square-root": "square-root sampling", "class-aware": "class-aware sampling"}
+FREE = ("scheme", "plan", "evaluation")  # values in which the cells of a column may differ
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network that was tested.
+
+    Attributes:
+        name: of it.
+        seed: of its training.
+        values: of its recipe.
+        top1: for each image 100 if the likeliest class is wrong.
+        top5: likewise for the five likeliest.
+        per_class: mean over classes of their top-1 errors.
+    """
+
+    name: str
+    seed: int
+    values: Mapping[str, Any]
+    top1: Values
+    top5: Values
+    per_class: float
+
+
+def paper_table(number: str, folders: Sequence[ScoreFolder]) -> Table:
+    """One of the paper's tables.
+
+    Args:
+        number: one of `TABLES`.
+        folders: of scores, all of the same images.
+
+    Raises:
+        InputError: another table, different images or classes, no network that belongs into it, or networks in one
+            column that differ in more than the scheme.
+    """
+    if number not in TABLES:
+        raise InputError(f"no table {number}: expected one of {', '.join(TABLES)}")
+    if not folders:
+        raise InputError("which scores? Give folders that `relaylab eval` has written")
+    check_alike(folders)
+    if number == "5":
+        return _ensembles(folders)
+    kind: Kind = "dense" if number in ("1", "4") else "single-crop"
+    found = entries(folders, kind)
+    table = {"1": _depth, "sampling": _sampling}.get(number)
+    title = f"{'Sampling' if number == 'sampling' else f'Table {number}'}. {_about(folders[0], kind)}"
+    return table(title, found) if table else _schemes(number, title, found)
+
+
+def entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
+    """All networks of which there are scores by a protocol.
+
+    Raises:
+        InputError: scores that cannot be read.
+    """
+    found: list[Entry] = []
+    for folder in folders:
+        for name in folder.names():
+            about = folder.about(name)
+            if "values" not in about or kind not in folder.protocols(name):
+                continue
+            scores, labels = folder.protocol(name, kind), folder.images.labels
+            per_class = float(np.nanmean(per_class_errors(scores, labels)))
+            top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
+            found.append(Entry(name, about["seed"], about["values"], top1, top5, per_class))
+    return found
+
+
+def check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
+    """See Note [Tables] 3.
+
+    Raises:
+        InputError: in what two networks differ.
+    """
+    for one, two in itertools.combinations(found, 2):
+        if (one.seed, one.values) == (two.seed, two.values):
+            raise InputError(f"{one.name} and {two.name} are the same recipe and seed: leave one of them out")
+    for other in found[1:]:
+        one, two = found[0].values, other.values
+        names = [name for name in {**one, **two} if not name.startswith(tuple(free))]
+        different = [name for name in names if one.get(name) != two.get(name)]
+        if different:
+            name = different[0]
+            raise InputError(
+                f"{found[0].name} and {other.name} cannot stand in one column: {name} is {one.get(name)!r} and "
+                f"{two.get(name)!r}" + (f", and {len(different) - 1} more" if len(different) > 1 else "")
+            )
+
+
+def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
+    columns = {a: [entry for entry in found if entry.values["network.architecture"] == a] for a in COLUMNS[number]}
+    columns = {architecture: own for architecture, own in columns.items() if own}
+    if not columns:
+        raise InputError(f"no network for table {number}: expected scores of {_names(COLUMNS[number])}")
+    notes: list[str] = []
+    for own in columns.values():
+        check_column(own)
+    rows: list[tuple[str, ...]] = []
+    for scheme, method in METHODS.items():
+        if not any(entry.values["scheme"] == scheme for own in columns.values() for entry in own):
+            continue
+        cells = [method]
+        for architecture, own in columns.items():
+            ours, base = ([e for e in own if e.values["scheme"] == each] for each in (scheme, "standard"))
+            cells += [_cell(ours, base, top) for top in ("top1", "top5")]
+            if scheme != "standard" and ours and base:
+                notes.append(_difference(f"{method} minus standard BP, {NAMES[architecture]}", ours, base))
+        rows.append(tuple(cells))
+    for scheme, method in METHODS.items():
+        cells = [f"{method} (the paper)"]
+        for architecture in columns:
+            reported = {r.scheme: r for r in _recipes(f"table{number}-") if r.network.architecture == architecture}
+            cells += _reported(reported.get(scheme), reported.get("standard"))
+        if any(cells[1:]):
+            rows.append(tuple(cells))
+    header = ("method", *(f"{NAMES[a]}, {top} error" for a in columns for top in ("top-1", "top-5")))
+    return Table(title, header, tuple(rows), tuple(notes))
+
+
+def _depth(title: str, found: Sequence[Entry]) -> Table:
+    own = [e for e in found if e.values["network.architecture"] in DEPTHS and e.values["scheme"] == "standard"]
+    if not own:
+        raise InputError(f"no network for table 1: expected scores of {_names(DEPTHS)} by dense testing, standard BP")
+    check_column(own, (*FREE, "network.architecture"))
+    rows: list[tuple[str, ...]] = []
+    for architecture in DEPTHS:
+        ours = [entry for entry in own if entry.values["network.architecture"] == architecture]
+        if ours:
+            rows.append((NAMES[architecture], _cell(ours, [], "top1"), _cell(ours, [], "top5")))
+    for recipe in _recipes("table1-"):
+        if recipe.images.data_set == "Places2 challenge":
+            rows.append((f"{NAMES[recipe.network.architecture]} (the paper)", *_reported(recipe, None)))
+    return Table(title, ("network", "top-1 error", "top-5 error"), tuple(rows))
+
+
+def _sampling(title: str, found: Sequence[Entry]) -> Table:
+    kinds = {kind: [entry for entry in found if entry.values["images.sampling"] == kind] for kind in SAMPLERS}
+    kinds = {kind: own for kind, own in kinds.items() if own}
+    if len(kinds) < 2:
+        raise InputError("the sampling table needs networks of two kinds of sampling, such as class-aware and shuffled")
+    check_column([entry for own in kinds.values() for entry in own], ("plan", "evaluation", "images.sampling"))
+    rows: list[tuple[str, ...]] = []
+    for kind, own in kinds.items():
+        per_class = _mean([entry.per_class for entry in own])
+        rows.append((SAMPLERS[kind], _cell(own, [], "top1"), _cell(own, [], "top5"), per_class))
+    base = kinds.get("shuffled", [])
+    ours = kinds.get("class-aware", [])
+    notes = [_difference("Class-aware minus plain sampling", ours, base)] if ours and base else []
+    notes.append("The paper: class-aware sampling gains about 0.6 points of accuracy on Places2's validation images.")
+    return Table(title, ("sampling", "top-1 error", "top-5 error", "mean per-class error"), tuple(rows), tuple(notes))
+
+
+def _ensembles(folders: Sequence[ScoreFolder]) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for folder in folders:
+        file = folder.path / FIGURES
+        found = json.loads(file.read_text(encoding="utf-8"))["ensembles"] if file.is_file() else []
+        for entry in found:
+            what = f"{', '.join(entry['members'])} by {entry['how']}, {entry['protocol']}, {entry['images']:,} images"
+            rows.append((what, *(f"{entry['errors'][top]['value']:.2f}" for top in ("top1", "top5"))))
+        for kind in ("single-crop", "dense"):
+            for entry in entries([folder], kind):
+                rows.append((f"{entry.name}, {kind}", f"{entry.top1.mean():.2f}", f"{entry.top5.mean():.2f}"))
+    if not any("by" in row[0] for row in rows):
+        raise InputError("no ensemble for table 5: make one with `relaylab eval RUN... --ensemble product`")
+    rows += [(f"{team} (the paper, test images)", "", f"{error:.2f}") for team, error in {**TEAMS, **WM}.items()]
+    title = f"Table 5. {_about(folders[0], None)}"
+    return Table(title, ("entry", "top-1 error", "top-5 error"), tuple(rows))
+
+
+def _cell(ours: Sequence[Entry], base: Sequence[Entry], top: str) -> str:
+    if not ours:
+        return ""
+    text = _mean([float(getattr(entry, top).mean()) for entry in ours])
+    if not base or ours == base:
+        return text
+    means = [statistics.fmean(getattr(entry, top).mean() for entry in each) for each in (base, ours)]
+    return f"{text} ({means[0] - means[1]:+.2f})"
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def _difference(what: str, ours: Sequence[Entry], base: Sequence[Entry]) -> str:
+    """The interval over images, beside the spread over seeds that the cells have."""
+    texts = [
+        f"{top.replace('top', 'top-')} "
+        + difference([getattr(e, top) for e in ours], [getattr(e, top) for e in base]).text(signed=True)
+        for top in ("top1", "top5")
+    ]
+    seeds = len({entry.seed for entry in ours})
+    return f"{what}: {', '.join(texts)} (95 % intervals over images; {seeds} seed{'s' if seeds > 1 else ''})."
+
+
+def _reported(recipe: Recipe | None, base: Recipe | None) -> list[str]:
+    cells: list[str] = []
+    for top in ("top1", "top5"):
+        value = getattr(recipe.reported, top) if recipe and recipe.reported else None
+        other = getattr(base.reported, top) if base and base.reported else None
+        gain = f" ({other - value:+.2f})" if value is not None and other is not None and recipe is not base else ""
+        cells.append("" if value is None else f"{value:.2f}{gain}")
+    return cells
+
+
+def _recipes(prefix: str) -> list[Recipe]:
+    return [recipe for name, recipe in RECIPES.items() if name.startswith(prefix)]
+
+
+def _names(architectures: Iterable[str]) -> str:
+    return ", ".join(NAMES[each] for each in architectures)
+
+
+def _about(folder: ScoreFolder, kind: Kind | None) -> str:
+    how = {"single-crop": "Single-crop e", "dense": "Dense multi-scale e", None: "E"}[kind]
+    images = folder.images
+    return (
+        f"{how}rror rates (%) on {len(images):,} images of {images.title}, {len(images.classes)} classes; in brackets, "
+        "the improvement over standard BP; after ±, the standard deviation over seeds"
+    )

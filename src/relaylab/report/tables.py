@@ -1,0 +1,93 @@
+"""Tables as plain values, and as Markdown, LaTeX and HTML."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+Format = Literal["markdown", "latex", "html"]
+_LATEX = str.maketrans({**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "±": r"$\pm$"})
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: above it.
+        header: of the columns; the first one names the rows.
+        rows: of cells, as many as the header has.
+        notes: sentences below it.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that all rows are as long as the header."""
+        assert all(len(row) == len(self.header) for row in self.rows), self.rows
+
+
+def render(table: Table, form: Format) -> str:
+    """A table as text.
+
+    Args:
+        table: what to show.
+        form: markdown, latex (with the package booktabs) or html (a table element).
+    """
+    return _RENDERERS[form](table)
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
+    notes = [f"\n{note}" for note in table.notes]
+    body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return "\n".join([f"**{table.title}**\n", *body, *notes]) + "\n"
+
+
+def _latex(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+    notes = [rf"\\ \footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{table.title.translate(_LATEX)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+            r"\toprule",
+            line(table.header),
+            r"\midrule",
+            *map(line, table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *notes,
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _html(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    rows = [
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in table.rows
+    ]
+    notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in table.notes)
+    return "\n".join(
+        [
+            f"<table><caption>{escape(table.title)}</caption>",
+            f"<thead><tr>{head}</tr></thead>",
+            "<tbody>",
+            *rows,
+            f"</tbody></table>{notes}",
+            "",
+        ]
+    )
+
+
+_RENDERERS: Mapping[Format, Callable[[Table], str]] = {"markdown": _markdown, "latex": _latex, "html": _html}
