@@ -1,10 +1,11 @@
 """A challenge's submission file: five labels for each test image, in the official order.
 
 Note [Formats]
-1. ILSVRC's classification task took a line for each test image, in the order of the images' names: five labels from 1
-   to 1000, the likeliest first, separated by spaces.
-2. For Places2 the paper does not say. Places365's development kit, of the year after, has lines that begin with the
-   image's name, and labels that count from 0, as in its lists of categories. Compare with the kit at hand: `--format`.
+1. ILSVRC's classification task: a line for each test image, in the order of their names; labels from 1 to 1000, as the
+   development kits of 2012 to 2015 say it (that of localisation has boxes between the labels).
+2. The development kits of Places365's challenge and of MiniPlaces: the image's name as it is listed, then exactly five
+   labels, which count from 0. That of 2015's 401 classes, the paper's, refers to a kit that we have not seen; it is
+   taken to be alike.
 """
 
 from collections.abc import Sequence
@@ -75,8 +76,9 @@ def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[st
     bad = scores.isnan().any(dim=1).nonzero().flatten()
     if len(bad):
         raise InputError(f"the scores of {len(bad)} images are not numbers, the first of {names[int(bad[0])]}")
-    rows = _by_name(names)
-    wanted = [PurePosixPath(name).name for name in expected]
+    rows, wanted = {name: row for row, name in enumerate(names)}, list(expected)
+    if not any(name in rows for name in wanted):  # the list has other folders, or none
+        rows, wanted = _by_name(names), [PurePosixPath(name).name for name in expected]
     repeated = (
         [name for name in dict.fromkeys(wanted) if wanted.count(name) > 1] if len({*wanted}) < len(wanted) else []
     )

@@ -132,13 +132,17 @@ def open_images(
         raise InputError("which images? A model file does not say; give them with --data")
     if not data and own_val and split == "val":
         data, part = own_val, None
-    numbered = all(name.isdecimal() for name in first.classes)
-    source = open_source(data or own, split=part, classes=None if numbered else first.classes, watch=progress)
+    source = open_source(data or own, split=part, classes=class_order(first.classes), watch=progress)
     if len(source.classes) != len(first.classes):
         raise InputError(
             f"{source.title} has {len(source.classes)} classes, and {networks[0].name} {len(first.classes)}"
         )
     return source
+
+
+def class_order(classes: Sequence[str]) -> Sequence[str] | None:
+    """In which order a data set's classes shall be; None, its own, where a network knows only their numbers."""
+    return None if all(name.isdecimal() for name in classes) else classes
 
 
 def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = ()) -> str:

@@ -13,8 +13,10 @@ Note [Scores]
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,10 @@ class ImageList:
 def describe_images(source: Source) -> ImageList:
     """What is kept of a data set."""
     labels = torch.as_tensor(source.labels[:].astype("int64"))
-    names = tuple(source.name(number) for number in range(len(source)))
-    return ImageList(source.title, source.fingerprint, tuple(source.classes), labels, names)
+    names, classes = _short([source.name(number) for number in range(len(source))]), tuple(source.classes)
+    # Not the source's own fingerprint: the same images stay the same in another folder.
+    told = json.dumps([names, classes, labels.tolist()])
+    return ImageList(source.title, sha256(told.encode()).hexdigest(), classes, labels, names)
 
 
 class ScoreFolder:
@@ -206,6 +210,12 @@ class ScoreFolder:
 
     def _header(self, name: str, of_pass: str) -> dict[str, str]:
         return {"model": self.about(name)["sha256"], "images": self.images.fingerprint, "pass": of_pass}
+
+
+def _short(names: Sequence[str]) -> tuple[str, ...]:
+    """Names without the folder that all of them share."""
+    shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
+    return tuple(name[shared:].removeprefix("/") for name in names)
 
 
 def check_alike(folders: Sequence[ScoreFolder]) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from relaylab.data.opening import open_source
 from relaylab.data.source import Source
 from relaylab.errors import InputError
+from relaylab.evaluate.command import class_order
 from relaylab.evaluate.ensembles import combined
 from relaylab.evaluate.options import FigureConfig, SubmitConfig, TableConfig
 from relaylab.evaluate.protocols import Kind
-from relaylab.evaluate.scores import ScoreFolder
+from relaylab.evaluate.scores import ScoreFolder, describe_images
 from relaylab.files import write_text
 from relaylab.pictures import write_figure
 from relaylab.progress import progress
@@ -55,6 +56,8 @@ def figure(config: FigureConfig) -> int:
             right = config.number == "3"
             scores = folder.protocol(name, folder.protocols(name)[0])
             photos = pick_photos(images_of(folder, name, config.data), folder.images.classes, scores, right=right)
+            if not photos:
+                raise InputError(f"{name} classifies no image {'rightly' if right else 'wrongly'}")
             made = photo_figure(photos, f"{'Rightly' if right else 'Wrongly'} classified by {name}")
     write_figure(made, path)
     print(path.resolve())
@@ -90,10 +93,10 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
     options += [(paths, None) for paths in (data, tuple(map(Path, about.get("val_data", ())))) if paths]
     for paths, split in options:
         try:
-            source = open_source(paths, split=split, classes=folder.images.classes, watch=progress)
+            source = open_source(paths, split=split, classes=class_order(folder.images.classes), watch=progress)
         except InputError:
             continue
-        if source.fingerprint == folder.images.fingerprint:
+        if describe_images(source).fingerprint == folder.images.fingerprint:
             return source
     raise InputError(f"the images that {folder.path} holds scores of are not found, or have changed: give --data")
 

@@ -257,8 +257,9 @@ def _scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict
     counts = sum((confusion(scores.protocol(name, kind), labels) for name in own[shown]), start=np.zeros(1, np.int64))
     source = images_of(scores, network)
     photos = {
-        what: _png(photo_figure(pick_photos(source, classes, log_probabilities, right=right), ""))
+        what: _png(photo_figure(found, ""))
         for what, right in (("rightly", True), ("wrongly", False))
+        if (found := pick_photos(source, classes, log_probabilities, right=right))
     }
     gains = None
     if "standard" in own and shown != "standard":

@@ -112,26 +112,24 @@ def pick_photos(
 ) -> list[Photo]:
     """Photos of different classes that are classified rightly or wrongly, as in Figures 3 and 4.
 
-    Right is a class that is the likeliest; wrong is one that is not even among the five likeliest, as in the challenge.
-    Those come first of which the network was surest.
+    Right is a class that is the likeliest; wrong is one that is not even among the five likeliest, as in the challenge
+    (of up to five classes, not the likeliest). Those come first of which the network was surest.
 
     Args:
         source: of the photos.
         classes: their names.
         log_probabilities: (images, classes).
         right: which of the two.
-        count: of photos, at most.
+        count: of photos, at most; there may be none.
 
     Raises:
-        InputError: there is no such photo, or one cannot be read.
+        InputError: one cannot be read.
     """
     labels = torch.as_tensor(source.labels[:].astype("int64"))
     best = log_probabilities.topk(min(TOP, len(classes)), dim=1)
     hit = (best.indices == labels[:, None]).any(dim=1)
     first = best.indices[:, 0] == labels
-    candidates = (hit & first if right else ~hit).nonzero().flatten()
-    if not len(candidates):
-        raise InputError(f"no image is classified {'rightly' if right else 'wrongly'}")
+    candidates = (first if right else ~hit if len(classes) > TOP else ~first).nonzero().flatten()
     order = candidates[best.values[candidates, 0].argsort(descending=True, stable=True)]
     chosen: dict[int, int] = {}
     for number in order.tolist():  # one of each class, the surest
