@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from torchmetrics.functional.classification import multiclass_accuracy
 from torchvision.transforms import functional as vision
 
 from relaylab.cli import main
@@ -110,6 +111,22 @@ def test_figures_on_scores_that_can_be_counted_by_hand() -> None:
         error_rates(scores, labels - 1)
     with pytest.raises(InputError, match="3 rows of scores for 4 images"):
         error_rates(scores[:3], labels)
+
+
+def test_error_rates_are_torchmetrics_where_no_scores_are_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(500, 12, generator=generator)
+    labels = torch.randint(0, 12, (500,), generator=generator)
+    found = error_rates(scores, labels)
+    for ours, top, mean in [
+        (found.top1.value, 1, "micro"),
+        (found.top5.value, 5, "micro"),
+        (found.mean_per_class, 1, "macro"),
+    ]:
+        theirs = multiclass_accuracy(scores, labels, 12, average=mean, top_k=top)  # pyright: ignore
+        assert ours == pytest.approx(100 * (1 - float(theirs)), abs=1e-3)
+    equal = torch.zeros(3, 4)
+    assert misses(equal, torch.tensor([0, 1, 3]), 2).tolist() == [0, 0, 100], "of equal ones the lower class"
 
 
 def test_intervals_are_those_of_drawing_images_again() -> None:

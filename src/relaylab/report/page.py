@@ -28,7 +28,7 @@ from relaylab.recipes.places2 import METHODS
 from relaylab.report import page_pictures
 from relaylab.report.command import images_of, metrics_of
 from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, plain, window_figure
-from relaylab.report.paper_tables import paper_table
+from relaylab.report.paper_tables import NAMES, paper_table
 from relaylab.report.tables import Table, render
 from relaylab.train import runs
 from relaylab.train.compare import difference
@@ -150,7 +150,8 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
     angles = page_pictures.angle_picture(metrics)
     return environment.from_string(template).render(
         recipe=found[0].recipe,
-        title=f"{found[0].recipe.network.architecture.replace('_', ' ')}, {', '.join(METHODS[s] for s in by_scheme)}",
+        title=f"{_capital(NAMES[found[0].recipe.network.architecture])}: {' against '.join(METHODS[s] for s in by_scheme)}",
+        network=NAMES[found[0].recipe.network.architecture],
         methods=METHODS,
         by_scheme=by_scheme,
         colours=SCHEME_COLOURS,
@@ -298,6 +299,10 @@ def _origin(each: Run) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "step": str(each.last["step"]),
     }
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _has_gradients(each: Run) -> bool:

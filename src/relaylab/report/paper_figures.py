@@ -84,7 +84,7 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def _layer_ticks(panel: Axes, names: Sequence[str]) -> None:
-    replaced = {"segment": "", "classifier.": "", "heads.": "head ", ".conv1.conv": " conv", ".conv": "-"}
+    replaced = {"segment": "", "classifier.": "", "heads.": "", ".fc": " fc", ".conv": "-"}
     short = list(names)
     for old, new in replaced.items():
         short = [name.replace(old, new) for name in short]
@@ -104,7 +104,7 @@ def window_figure(recipe: Recipe, title: str) -> Figure:
         model = build_network(recipe.network)
     plan = build_plan(recipe.plan, recipe.scheme)
     stages, losses = stages_of(model, plan, recipe.network.image_size)
-    return draw_network(stages, losses, title)
+    return draw_network(stages, losses, title, room_for_heads=True)
 
 
 def pick_photos(
