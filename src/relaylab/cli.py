@@ -14,11 +14,13 @@ from relaylab.errors import InputError, LabError
 
 if TYPE_CHECKING:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+    from relaylab.diagnose.options import InformationConfig
     from relaylab.evaluate.options import EvaluateConfig
     from relaylab.model_config import ModelConfig
     from relaylab.train.options import CompareConfig, TrainConfig
 
-    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig | TrainConfig | CompareConfig | EvaluateConfig
+    Training = TrainConfig | CompareConfig | EvaluateConfig | InformationConfig
+    Config = DemoConfig | InspectConfig | CheckConfig | ModelConfig | Training
 
 LAB_PACKAGES = frozenset(
     {
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(config: "Config", arguments: list[str]) -> int:
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig, check_data_config
+    from relaylab.diagnose.options import InformationConfig
     from relaylab.evaluate.options import EvaluateConfig
     from relaylab.train.options import CompareConfig, TrainConfig
 
@@ -74,6 +77,13 @@ def _run(config: "Config", arguments: list[str]) -> int:
         return 0
     if isinstance(config, TrainConfig):
         return _train(config, arguments)
+    if isinstance(config, InformationConfig):
+        _check_paths((*config.runs, *config.data))
+        folder = make_folder(config.out, Path("runs") / "information" / _now())
+        from relaylab.diagnose import command as diagnosing
+
+        with _removed_if_empty(folder):
+            return diagnosing.run(config, folder)
     if isinstance(config, CompareConfig):
         from relaylab.train.compare import compare
 
@@ -256,6 +266,7 @@ def _parse(arguments: list[str]) -> "Config":
 
     from relaylab import model_config as given
     from relaylab.config import CheckConfig, DemoConfig, InspectConfig
+    from relaylab.diagnose.options import InformationConfig
     from relaylab.evaluate import options as evaluating
     from relaylab.train.options import CompareConfig, TrainConfig
 
@@ -287,6 +298,7 @@ def _parse(arguments: list[str]) -> "Config":
             "figure": evaluating.FigureConfig,
             "submit": evaluating.SubmitConfig,
             "report": evaluating.ReportConfig,
+            "diagnose": InformationConfig,
             "data": data,
             "recipes": recipes,
             "draw": given.DrawConfig,

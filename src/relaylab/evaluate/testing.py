@@ -79,7 +79,7 @@ class Scorer:
             images: uint8 (batch, n, h, w, 3), of one size.
         """
         count = images.shape[1]
-        x = self._normalised(images.flatten(0, 1).to(self.device).permute(0, 3, 1, 2).float())
+        x = self.normalised(images.flatten(0, 1))
         found = [self._one(each, x), *([self._one(each, x.flip(3))] if mirrored(each) else [])]
         rows = torch.stack(found, dim=1).log_softmax(dim=2)
         return average(rows.unflatten(0, (-1, count)).flatten(1, 2), 1).cpu()
@@ -88,7 +88,9 @@ class Scorer:
         scores = self._dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self._plain(x)
         return scores.float()
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the network takes, (batch, 3, h, w), from uint8 images (batch, h, w, 3)."""
+        x = images.to(self.device).permute(0, 3, 1, 2).float()
         x = x.flip(1) if self._bgr else x
         x = x - (self._mean if x.shape[-2:] == (self._crop, self._crop) else self._colour)
         x = x if self._std is None else x / self._std

@@ -147,11 +147,12 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
     has_train = all(any(line["kind"] == "train" for line in each.metrics) for each in found)
     first = {METHODS[scheme]: own[0] for scheme, own in by_scheme.items()}
     looks = {name: each.metrics for name, each in first.items() if _has_gradients(each)}
+    network = NAMES[found[0].recipe.network.architecture]
     angles = page_pictures.angle_picture(metrics)
     return environment.from_string(template).render(
         recipe=found[0].recipe,
-        title=f"{_capital(NAMES[found[0].recipe.network.architecture])}: {' against '.join(METHODS[s] for s in by_scheme)}",
-        network=NAMES[found[0].recipe.network.architecture],
+        title=f"{_capital(network)}: {' against '.join(METHODS[s] for s in by_scheme)}",
+        network=network,
         methods=METHODS,
         by_scheme=by_scheme,
         colours=SCHEME_COLOURS,
