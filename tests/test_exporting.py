@@ -20,7 +20,7 @@ from relaylab.data.geometry import View
 from relaylab.errors import InputError
 from relaylab.exporting import Classifier, export, mean_of
 from relaylab.model_file import InputConfig, ModelFile, load_state, mean_path, read_model, save_model
-from relaylab.predict import Guess, predict, read_crop
+from relaylab.predict import Prediction, crop_of, find_pictures, network_of, open_network, predict
 from relaylab.recipes import RECIPES
 from relaylab.recipes.scales import at_scale
 
@@ -250,15 +250,45 @@ def test_predictions_name_the_likeliest_first(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ModelFile, "model", lambda _: ByColour())
     Image.new("RGB", (50, 40), (10, 30, 20)).save(tmp_path / "green.png")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    green, broken, absent = predict(model, [tmp_path / name for name in ("green.png", "broken.jpg", "absent.png")])
-    assert isinstance(green, list)
-    assert [guess.name for guess in green][:3] == ["bar", "canyon", "airport"]
-    assert sum(guess.probability for guess in green) == pytest.approx(1)
-    assert isinstance(green[0], Guess)
+    paths = [tmp_path / name for name in ("green.png", "broken.jpg", "absent.png")]
+    green, broken, absent = predict(network_of(model), find_pictures(paths, bytes))
+    assert isinstance(green, Prediction)
+    assert [guess.name for guess in green.guesses][:3] == ["bar", "canyon", "airport"]
+    assert sum(guess.probability for guess in green.guesses) == pytest.approx(1)
     assert isinstance(broken, InputError)
     assert "cannot decode" in str(broken)
     assert isinstance(absent, InputError)
     assert "cannot read" in str(absent)
+
+
+def test_an_onnx_program_predicts_what_its_model_file_does(tmp_path: Path) -> None:
+    model = trained()
+    export(model, tmp_path, ["safetensors", "onnx"])
+    Image.new("RGB", (50, 40), (10, 130, 20)).save(tmp_path / "green.png")
+    pictures = find_pictures([tmp_path / "green.png"], bytes)
+    one, other = (next(predict(open_network(tmp_path / f"model.{kind}"), pictures)) for kind in ("safetensors", "onnx"))
+    assert isinstance(one, Prediction)
+    assert isinstance(other, Prediction)
+    assert [guess.name for guess in one.guesses] == [guess.name for guess in other.guesses]
+    assert other.guesses[0].probability == pytest.approx(one.guesses[0].probability, abs=1e-5)
+    (tmp_path / "broken.onnx").write_bytes(b"no program")
+    with pytest.raises(InputError, match="no program that"):
+        open_network(tmp_path / "broken.onnx")
+    with pytest.raises(InputError, match="can run code that it holds"):
+        open_network(tmp_path / "model.pt2")
+
+
+def test_pictures_come_from_files_folders_and_stdin(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name in ("b.png", "deep/a.jpg", "deep/er/c.webp", "deep/notes.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = find_pictures([tmp_path / "b.png", tmp_path / "deep", Path("-")], lambda: b"piped")
+    assert [each.read() for each in found] == [b"b.png", b"deep/a.jpg", b"deep/er/c.webp", b"piped"]
+    with pytest.raises(InputError, match="holds no images"):
+        find_pictures([tmp_path / "empty"], bytes)
+    with pytest.raises(InputError, match="which images"):
+        find_pictures([], bytes)
 
 
 def test_bgr_networks_see_bgr() -> None:
@@ -281,6 +311,6 @@ def test_crops_are_those_of_torchvision(size: tuple[int, int], tmp_path: Path) -
     assert View(size=config.crop, short_side=config.resize).short_side == 256
     for how, target in (("shorter side", 256), ("both sides", (256, 256))):
         expected = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(target, antialias=True)(picture))).float()
-        crop = read_crop(tmp_path / "x.png", InputConfig(resize=256, crop=224, mean=MEAN, how=how))  # type: ignore
+        crop = crop_of(np.array(picture), InputConfig(resize=256, crop=224, mean=MEAN, how=how))  # type: ignore
         assert float((crop - expected).abs().max()) <= 2, how
         assert float((crop.flip(2) - expected).abs().mean()) > 5  # negative control

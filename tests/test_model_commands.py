@@ -1,5 +1,6 @@
 """The commands about networks and recipes, as a user types them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -126,6 +127,18 @@ def test_import_export_predict(capsys: Captured, tmp_path: Path, monkeypatch: py
     assert lines[0] == "photo.jpg"
     assert len(lines) == 1 + min(5, THIN.num_classes)
     assert all(re.fullmatch(r" +\d+\.\d %  scene\d+", line) for line in lines[1:])
+    code, out, _ = run(capsys, "predict", "e/model.safetensors", "photo.jpg", "absent.jpg", "--format", "json")
+    found = json.loads(out)
+    assert code == 2
+    assert [entry["image"] for entry in found] == ["photo.jpg", "absent.jpg"]
+    assert len(found[0]["classes"]) == min(5, THIN.num_classes)
+    assert "cannot read" in found[1]["error"]
+    code, _, _ = run(capsys, "predict", "e/model.safetensors", "photo.jpg", "--picture", "grid.png")
+    assert (code, Path("grid.png").stat().st_size > 3000) == (0, True)
+    code, _, err = run(capsys, "predict", "e/model.safetensors", *["photo.jpg"] * 41, "--picture", "grid.png")
+    assert (code, "at most 40" in err) == (2, True)
+    code, _, err = run(capsys, "predict", "e/model.safetensors", "photo.jpg", "--picture", "grid.gif")
+    assert (code, "ends in .svg or .png" in err) == (2, True)
 
 
 def test_commands_on_files_that_are_absent_or_wrong(capsys: Captured, tmp_path: Path) -> None:
@@ -157,7 +170,7 @@ def test_an_ensemble_and_a_name_that_is_a_folder(capsys: Captured, tmp_path: Pat
     assert code == 2
     assert "cannot read or write" in err
     code, _, err = run(capsys, "predict", str(tmp_path), "x.jpg")
-    assert (code, "is a folder" in err) == (2, True)
+    assert (code, "holds no run" in err) == (2, True)
 
 
 def test_words_for_values() -> None:

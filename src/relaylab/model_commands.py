@@ -1,5 +1,7 @@
 """The commands about networks and recipes, once their options have been read. See `relaylab.model_config`."""
 
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,9 @@ from relaylab.recipes.scales import at_scale
 
 if TYPE_CHECKING:
     from relaybackprop.cost import Cost
+    from relaylab.predict import Prediction
 
+MOST_DRAWN = 40  # images in one picture
 WIDTH_UNKNOWN = 140  # columns, where the output is no terminal
 COST_SCHEMES = {"standard": "standard BP", "multi_loss": "multi-loss", "relay": "relay"}
 UNITS = {"G": 1e9, "MB": 1e6}
@@ -209,19 +213,36 @@ def export(config: ExportConfig, folder: Path) -> int:
 
 def predict(config: PredictConfig) -> int:
     """Print the likeliest classes of images. Images that cannot be read are named, and the exit code says so."""
-    from relaylab.model_file import read_model
+    from relaylab.pictures import write_figure
+    from relaylab.predict import find_pictures, open_network
     from relaylab.predict import predict as guess
+    from relaylab.report.paper_figures import default_path, prediction_figure
 
-    model = read_model(config.model)
+    path = None if config.picture is None else default_path("", config.picture, "--picture")
+    network = open_network(config.model)
+    pictures = find_pictures(config.images, sys.stdin.buffer.read)
+    if path is not None and len(pictures) > MOST_DRAWN:
+        raise InputError(f"--picture: {len(pictures)} images; at most {MOST_DRAWN} can be drawn")
+    told: list[dict[str, object]] = []
+    found: list[Prediction] = []
     failed = 0
-    for path, result in zip(config.images, guess(model, list(config.images)), strict=True):
+    for picture, result in zip(pictures, guess(network, pictures), strict=True):
         if isinstance(result, InputError):
             print(f"relaylab: {result}", file=sys.stderr)
+            told.append({"image": picture.name, "error": str(result)})
             failed = InputError.exit_code
             continue
-        print(path)
-        for best in result:
-            print(f"  {100 * best.probability:5.1f} %  {best.name}")
+        told.append({"image": result.name, "classes": [dataclasses.asdict(each) for each in result.guesses]})
+        if path is not None:
+            found.append(result)
+        if config.format == "text":
+            print(result.name)
+            for best in result.guesses:
+                print(f"  {100 * best.probability:5.1f} %  {best.name}")
+    if config.format == "json":
+        print(json.dumps(told, indent=1))
+    if path is not None and found:
+        write_figure(prediction_figure(found), path)
     return failed
 
 

@@ -103,10 +103,16 @@ class PredictConfig:
     """Name the five likeliest classes of images, from their centre crops."""
 
     model: Model
-    """A model file, as `relaylab import-caffe` writes it."""
+    """A finished run's folder, a model file (.safetensors), or an exported ONNX program (.onnx)."""
 
     images: Pictures
-    """Image files."""
+    """Image files, folders of images, or - for one image from stdin."""
+
+    format: Literal["text", "json"] = "text"
+    """Of what is printed."""
+
+    picture: File = None
+    """Also draw the images with their classes, to this .png or .svg file."""
 
 
 ModelConfig = ListConfig | ShowConfig | CostConfig | DrawConfig | ImportCaffeConfig | ExportConfig | PredictConfig

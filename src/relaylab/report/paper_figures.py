@@ -21,6 +21,7 @@ from relaylab.data.source import Source
 from relaylab.errors import InputError
 from relaylab.network_picture import draw_network
 from relaylab.pictures import STYLE
+from relaylab.predict import Prediction
 from relaylab.recipe import Recipe
 from relaylab.stages import stages_of
 
@@ -183,13 +184,22 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
     return figure
 
 
+def prediction_figure(predictions: Sequence[Prediction]) -> Figure:
+    """Images below whose names stand the classes that a network takes them for."""
+    photos = [
+        Photo(each.pixels, Path(each.name).name, tuple((guess.name, guess.probability) for guess in each.guesses))
+        for each in predictions
+    ]
+    return photo_figure(photos, "")
+
+
 def plain(name: str) -> str:
     """A class's name for people: without the number that some data sets put before it, and without underscores."""
     number, mark, rest = name.partition("_")
     return (rest if mark and number.isdecimal() else name).replace("_", " ")
 
 
-def default_path(number: str, out: Path | None) -> Path:
+def default_path(number: str, out: Path | None, option: str = "--out") -> Path:
     """Where a figure goes.
 
     Raises:
@@ -197,7 +207,7 @@ def default_path(number: str, out: Path | None) -> Path:
     """
     path = out or Path(f"figure{number}.svg")
     if path.suffix not in (".svg", ".png"):
-        raise InputError(f"--out {path}: expected a name that ends in .svg or .png")
+        raise InputError(f"{option} {path}: expected a name that ends in .svg or .png")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}")
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
     return path
