@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from relaylab.errors import InputError
@@ -158,7 +157,7 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
         colours=SCHEME_COLOURS,
         classes=found[0].classes,
         verdict=verdict(by_scheme),
-        summary=Markup(render(summary(by_scheme), "html")),
+        summary=render(summary(by_scheme), "html"),
         tables=[] if scores is None else _paper_tables(scores),
         curves=[
             (what, _svg(page_pictures.curve_picture(metrics, kind, name, what, unit)))
@@ -226,12 +225,12 @@ def _pairs(own: Sequence[Run], base: Sequence[Run], top: str) -> list[float]:
     return [each.last[top] - other[each.about["seed"]] for each in own if each.about["seed"] in other]
 
 
-def _paper_tables(scores: ScoreFolder) -> list[Markup]:
+def _paper_tables(scores: ScoreFolder) -> list[str]:
     """Those of the paper's tables into which networks of the scores belong."""
-    tables: list[Markup] = []
+    tables: list[str] = []
     for number in PAPER_TABLES:
         try:
-            tables.append(Markup(render(paper_table(number, [scores]), "html")))
+            tables.append(render(paper_table(number, [scores]), "html"))
         except InputError:
             continue
     return tables

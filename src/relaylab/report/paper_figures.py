@@ -154,18 +154,19 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
     """Figures 3 and 4: photos with their class and the five likeliest; the right one stands out.
 
     Args:
-        photos: which.
+        photos: which, at least one.
         title: above them.
     """
-    rows = -(-len(photos) // COLUMNS)
+    columns = min(COLUMNS, len(photos))
+    rows = -(-len(photos) // columns)
     with rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(2.7 * COLUMNS, 4.1 * rows + 0.5), layout="constrained")
+        figure = Figure(figsize=(2.7 * columns, 4.1 * rows + 0.5), layout="constrained")
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-        panels = figure.subplots(2 * rows, COLUMNS, squeeze=False, height_ratios=[1.9, 1.5] * rows)
+        panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.9, 1.5] * rows)
         for panel in panels.flat:
             panel.set_axis_off()
         for number, photo in enumerate(photos):
-            row, column = divmod(number, COLUMNS)
+            row, column = divmod(number, columns)
             panels[2 * row][column].imshow(photo.pixels, interpolation="lanczos")
             panels[2 * row][column].set_anchor("W")
             text = panels[2 * row + 1][column]
