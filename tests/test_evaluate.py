@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -306,6 +307,20 @@ def test_an_interrupted_evaluation_goes_on(tiny_runs: Path, tmp_path: Path, monk
     assert len(list(out.rglob("000000.safetensors"))) == 1
     assert main(command) == 0
     assert len(list(out.rglob("000000.safetensors"))) == 2
+
+
+def test_test_images_need_no_labels(tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (40, 40), (80 * number, 90, 30)).save(tmp_path / "data" / "test" / f"{number}.png")
+    command = ["eval", str(tiny_runs / "relay"), "--data", str(tmp_path / "data"), "--split", "test", "--workers", "0"]
+    assert main([*command, "--protocol", "dense", "--out", str(tmp_path / "scores")]) == 0
+    assert "Next: relaylab submit" in capsys.readouterr().out
+    listed = tmp_path / "list.txt"
+    listed.write_text("test/2.png\ntest/0.png\ntest/1.png\n")
+    out = tmp_path / "submission.txt"
+    assert main(["submit", str(tmp_path / "scores"), "--list", str(listed), "--out", str(out)]) == 0
+    assert [line.split()[0] for line in out.read_text().splitlines()] == ["test/2.png", "test/0.png", "test/1.png"]
 
 
 def test_the_command_refuses_what_it_cannot_do(

@@ -219,6 +219,12 @@ def test_the_page_is_whole(tiny: Path, tmp_path: Path) -> None:
         "Every value of the recipe",
     ):
         assert expected in text
+    moved = tmp_path / "scores"
+    shutil.copytree(tiny / "scores", moved)
+    for file in moved.rglob("model.json"):
+        file.write_text(file.read_text().replace('"data"', '"gone"'))
+    assert main(["report", str(tiny / "runs"), "--scores", str(moved), "--out", str(page)]) == 0
+    assert "No photos: the images" in page.read_text(), "the images may be elsewhere by now"
     bare = tmp_path / "bare.html"
     assert main(["report", str(tiny / "runs"), "--out", str(bare)]) == 0
     assert "need the scores of single images" in bare.read_text()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relaylab.cores import available_cores
 from relaylab.data.opening import open_source
-from relaylab.data.source import Source
+from relaylab.data.source import UNLABELLED, Source
 from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import COMBINE, Combine, combined, fit_weights, halves
 from relaylab.evaluate.figures import ErrorRates, Interval, difference, error_rates, misses
@@ -100,6 +100,9 @@ def run(config: EvalConfig) -> int:
             if not done:
                 print(f"stopped; what is done is in {folder.path}, and the same command goes on")
                 return INTERRUPTED
+    if (folder.images.labels == UNLABELLED).any():
+        print(f"{folder.path.resolve()}: scores of {len(source):,} images, not all with a label. Next: relaylab submit")
+        return 0
     found = [_ensemble(folder, list(models), kind, how, "learnt-weights" in ways) for kind in kinds for how in ways]
     print(write(folder, found))
     return 0

@@ -256,12 +256,17 @@ def _scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict
     network = own[shown][0]
     log_probabilities = scores.protocol(network, kind)
     counts = sum((confusion(scores.protocol(name, kind), labels) for name in own[shown]), start=np.zeros(1, np.int64))
-    source = images_of(scores, network)
-    photos = {
-        what: _png(photo_figure(found, ""))
-        for what, right in (("rightly", True), ("wrongly", False))
-        if (found := pick_photos(source, classes, log_probabilities, right=right))
-    }
+    missing, photos = "", dict[str, str]()
+    try:
+        source = images_of(scores, network)
+    except InputError as error:  # a page without photos is better than none
+        missing = str(error)
+    else:
+        photos = {
+            what: _png(photo_figure(found, ""))
+            for what, right in (("rightly", True), ("wrongly", False))
+            if (found := pick_photos(source, classes, log_probabilities, right=right))
+        }
     gains = None
     if "standard" in own and shown != "standard":
         errors = {
@@ -274,6 +279,7 @@ def _scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict
         "network": network,
         "networks": len(own[shown]),
         "photos": photos,
+        "missing": missing,
         "confusion": _svg(page_pictures.confusion_picture(counts, classes)),
         "pairs": _worst_pairs(counts, classes),
         "gains": gains,
