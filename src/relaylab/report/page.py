@@ -27,7 +27,7 @@ from relaylab.recipes.places2 import METHODS
 from relaylab.report import page_pictures
 from relaylab.report.command import images_of, metrics_of
 from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, plain, window_figure
-from relaylab.report.paper_tables import NAMES, paper_table
+from relaylab.report.paper_tables import NAMES, mean_text, paper_table
 from relaylab.report.tables import Table, render
 from relaylab.train import runs
 from relaylab.train.compare import difference
@@ -183,7 +183,7 @@ def summary(by_scheme: Mapping[str, Sequence[Run]]) -> Table:
     rows: list[tuple[str, ...]] = []
     for scheme, own in by_scheme.items():
         cells = [METHODS[scheme], ", ".join(str(each.about["seed"]) for each in own)]
-        cells += [_mean([each.last[top] for each in own]) for top in ("top1", "top5")]
+        cells += [mean_text([each.last[top] for each in own]) for top in ("top1", "top5")]
         for top in ("top1", "top5"):
             pairs = _pairs(own, base, top)
             cells.append(difference(pairs) if pairs and scheme != "standard" else "")
@@ -317,11 +317,6 @@ def _has_gradients(each: Run) -> bool:
 
 def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def _svg(text: str) -> str:

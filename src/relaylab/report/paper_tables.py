@@ -186,7 +186,7 @@ def _sampling(title: str, found: Sequence[Entry]) -> Table:
     check_column([entry for own in kinds.values() for entry in own], ("plan", "evaluation", "images.sampling"))
     rows: list[tuple[str, ...]] = []
     for kind, own in kinds.items():
-        per_class = _mean([entry.per_class for entry in own])
+        per_class = mean_text([entry.per_class for entry in own])
         rows.append((SAMPLERS[kind], _cell(own, [], "top1"), _cell(own, [], "top5"), per_class))
     base = kinds.get("shuffled", [])
     ours = kinds.get("class-aware", [])
@@ -216,14 +216,15 @@ def _ensembles(folders: Sequence[ScoreFolder]) -> Table:
 def _cell(ours: Sequence[Entry], base: Sequence[Entry], top: str) -> str:
     if not ours:
         return ""
-    text = _mean([float(getattr(entry, top).mean()) for entry in ours])
+    text = mean_text([float(getattr(entry, top).mean()) for entry in ours])
     if not base or ours == base:
         return text
     means = [statistics.fmean(getattr(entry, top).mean() for entry in each) for each in (base, ours)]
     return f"{text} ({means[0] - means[1]:+.2f})"
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_text(values: Sequence[float]) -> str:
+    """The mean over seeds, and after ± their standard deviation."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 
