@@ -203,6 +203,11 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
     assert_close(again.read("net", "dense-32"), scores, rtol=1e-3, atol=1e-3)
     assert_close(again.protocol("net", "dense"), again.read("net", "dense-32"))
     assert again.protocols("net") == ["dense"]
+    with pytest.raises(InputError, match="by single-crop; there are those by dense"):
+        again.protocol("net", "single-crop")
+    for number, chunk in enumerate(folder.chunks):
+        folder.write("net", "dense-32-flip", number, scores[list(chunk)].roll(1, dims=1))
+    assert folder.passes_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
     with pytest.raises(InputError, match=r"not numbers, the first of 0\.jpg"):
         folder.write("net", "dense-36", 0, scores[:CHUNK] * float("nan"))
     with pytest.raises(InputError, match="other weights"):
@@ -278,7 +283,7 @@ def test_the_command_tests_runs(tiny_runs: Path, tmp_path: Path, capsys: pytest.
     figures = json.loads((out / "evaluation.json").read_text())
     assert [entry["protocol"] for entry in figures["errors"]] == ["single-crop", "ten-crop", "dense"] * 2
     assert len(figures["ensembles"]) == 6
-    assert "| relay | dense |" in table
+    assert "| relay | dense 32-flip, 48-flip |" in table
     seen = json.loads((tiny_runs / "relay" / "metrics.jsonl").read_text().splitlines()[-1])
     ours = next(e for e in figures["errors"] if e["network"] == "relay" and e["protocol"] == "single-crop")
     assert seen["kind"] == "val"

@@ -98,6 +98,11 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
     add(twice, "b", 10)
     with pytest.raises(InputError, match="same recipe and seed"):
         paper_table("3", [twice])
+    uneven = score_folder(tmp_path / "five")
+    add(uneven, "a", 10, "dense-32")
+    add(uneven, "b", 10, "dense-48", scheme="relay")
+    with pytest.raises(InputError, match="a was tested by dense-32, b by dense-48: test both alike"):
+        paper_table("4", [uneven])
 
 
 def test_tables_are_written_as_their_formats_need_it() -> None:

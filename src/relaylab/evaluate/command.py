@@ -159,7 +159,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = ()) -> str:
     text = [
         f"# {folder.images.title}: {len(labels):,} images, {len(folder.images.classes)} classes\n",
         "Error rates in per cent. In brackets, 95 % intervals over images (bootstrap).\n",
-        *_table(rates, scores, labels),
+        *_table(folder, rates, scores),
         *(_ensemble_table(list(together.values())) if together else []),
     ]
     figures = {
@@ -174,22 +174,17 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = ()) -> str:
 
 
 def _table(
-    rates: Mapping[tuple[str, Kind], ErrorRates], scores: Mapping[tuple[str, Kind], Tensor], labels: Tensor
+    folder: ScoreFolder, rates: Mapping[tuple[str, Kind], ErrorRates], scores: Mapping[tuple[str, Kind], Tensor]
 ) -> list[str]:
-    header = [
-        "network",
-        "protocol",
-        "top-1",
-        "top-5",
-        "mean per class",
-        "top-1 minus the first",
-        "top-5 minus the first",
-    ]
+    labels = folder.images.labels
+    header = ["network", "protocol", "top-1", "top-5", "mean per class", "top-1 minus the first", "top-5 likewise"]
     lines = [_line(header), _line(["---", "---", *["---:"] * 5])]
     first: dict[Kind, str] = {}
     for (name, kind), found in rates.items():
         base = first.setdefault(kind, name)
-        cells = [name, kind, found.top1.text(), found.top5.text(), f"{found.mean_per_class:.2f}"]
+        scales = [each.removeprefix("dense-") for each in folder.passes_of(name, kind) if kind == "dense"]
+        what = f"{kind} {', '.join(scales)}".rstrip()
+        cells = [name, what, found.top1.text(), found.top5.text(), f"{found.mean_per_class:.2f}"]
         for top in (1, 5):
             pair = [misses(scores[each, kind], labels, top) for each in (name, base)]
             cells.append("" if name == base else difference(pair[:1], pair[1:]).text(signed=True))

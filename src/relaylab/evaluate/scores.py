@@ -194,15 +194,23 @@ class ScoreFolder:
         there = self.passes(name)
         return [kind for kind in PROTOCOLS if any(each.startswith(kind) for each in there)]
 
+    def passes_of(self, name: str, kind: Kind) -> tuple[str, ...]:
+        """The whole passes of a protocol. Where a scale was looked at with and without mirror images, the former."""
+        there = [each for each in self.passes(name) if each.startswith(kind)]
+        return tuple(each for each in there if f"{each}-flip" not in there)
+
     def protocol(self, name: str, kind: Kind) -> Tensor:
         """The log-probabilities that a protocol gives: the mean probability of its passes. (images, classes).
 
         Raises:
             InputError: there is none, or what is wrong with one; see `read`.
         """
-        passes = [each for each in self.passes(name) if each.startswith(kind)]
+        passes = self.passes_of(name, kind)
         if not passes:
-            raise InputError(f"{self.path}: no whole scores of {name} by {kind}: say the same `relaylab eval` again")
+            others = f"; there are those by {', '.join(self.protocols(name))}" if self.protocols(name) else ""
+            raise InputError(
+                f"{self.path}: no whole scores of {name} by {kind}{others}: relaylab eval --protocol {kind}"
+            )
         return average(torch.stack([self.read(name, each) for each in passes]), 0)
 
     def _file(self, name: str, of_pass: str, chunk: int) -> Path:

@@ -57,6 +57,7 @@ class Entry:
         top1: for each image 100 if the likeliest class is wrong.
         top5: likewise for the five likeliest.
         per_class: mean over classes of their top-1 errors.
+        passes: in which it was tested.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Entry:
     top1: Values
     top5: Values
     per_class: float
+    passes: tuple[str, ...]
 
 
 def paper_table(number: str, folders: Sequence[ScoreFolder]) -> Table:
@@ -107,7 +109,8 @@ def entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
             scores, labels = folder.protocol(name, kind), folder.images.labels
             per_class = float(np.nanmean(per_class_errors(scores, labels)))
             top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
-            found.append(Entry(name, about["seed"], about["values"], top1, top5, per_class))
+            passes = folder.passes_of(name, kind)
+            found.append(Entry(name, about["seed"], about["values"], top1, top5, per_class, passes))
     return found
 
 
@@ -121,6 +124,9 @@ def check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
         if (one.seed, one.values) == (two.seed, two.values):
             raise InputError(f"{one.name} and {two.name} are the same recipe and seed: leave one of them out")
     for other in found[1:]:
+        if found[0].passes != other.passes:
+            tests = [", ".join(each.passes) for each in (found[0], other)]
+            raise InputError(f"{found[0].name} was tested by {tests[0]}, {other.name} by {tests[1]}: test both alike")
         one, two = found[0].values, other.values
         names = [name for name in {**one, **two} if not name.startswith(tuple(free))]
         different = [name for name in names if one.get(name) != two.get(name)]
