@@ -168,8 +168,9 @@ def check(ours: Ours, bare: Bare, steps: int) -> None:
     """Train both for some steps and compare all parameters.
 
     Raises:
-        DifferentTrainingError: one differs.
+        DifferentTrainingError: one differs, or has not moved: two loops that do nothing would be alike too.
     """
+    start = {name: parameter.detach().clone() for name, parameter in bare.relay.named_parameters()}
     for _ in range(steps):
         step = ours.trainer.progress.step
         ours.step()
@@ -179,6 +180,8 @@ def check(ours: Ours, bare: Bare, steps: int) -> None:
     for name, parameter in bare.relay.named_parameters():
         if not torch.equal(parameter, found[name]):
             raise DifferentTrainingError(f"{name} differs between the loops after {steps} steps")
+        if steps and torch.equal(parameter, start[name]):
+            raise DifferentTrainingError(f"{name} has not moved in {steps} steps: neither loop trains it")
 
 
 @contextmanager

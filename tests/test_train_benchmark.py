@@ -40,3 +40,11 @@ def test_loops_that_train_differently_are_found_out(tiny: benchmark.Settings, mo
     with pytest.raises(benchmark.DifferentTrainingError, match="differs between the loops after 2 steps"):
         with benchmark.loops(tiny):
             pass
+
+
+def test_two_loops_that_do_nothing_are_not_alike(tiny: benchmark.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for loop in (benchmark.Ours, benchmark.Bare):
+        monkeypatch.setattr(loop, "step", lambda self: None)
+    with pytest.raises(benchmark.DifferentTrainingError, match="has not moved in 2 steps"):
+        with benchmark.loops(tiny):
+            pass
