@@ -1,5 +1,6 @@
 """The command `relaylab`. Torch is imported by the command that runs, not by `relaylab --help`."""
 
+import os
 import shlex
 import sys
 import tempfile
@@ -30,7 +31,7 @@ LAB_PACKAGES = frozenset(
     }
 )
 EXPORT_PACKAGES = frozenset({"onnx", "onnxscript"})
-INTERRUPTED = 130
+INTERRUPTED, BROKEN_PIPE = 130, 141
 DESCRIPTION = "Relay backpropagation on real images. 'relaylab --version' says which release this is."
 
 
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except LabError as error:
         return _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # whoever read what we print has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
 
@@ -91,6 +95,8 @@ def _run(config: "Config", arguments: list[str]) -> int:
     if not isinstance(config, InspectConfig | CheckConfig):
         try:
             return _evaluate(config) if isinstance(config, EvaluateConfig) else _run_model_command(config)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise InputError(f"cannot read or write {error.filename2 or error.filename}: {error.strerror}") from None
     check_data_config(config)

@@ -46,7 +46,8 @@ def figure(config: FigureConfig) -> int:
         case "2":
             if len(sources) > 1:
                 raise InputError("figure 2 shows one run; give one")
-            made = window_figure(runs.recipe_of(sources[0]), title_of(sources[0]))
+            title = title_of(sources[0])
+            made = window_figure(runs.recipe_of(sources[0]), title)
         case _:
             folder = ScoreFolder(sources[0])
             names = folder.names()
