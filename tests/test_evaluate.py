@@ -22,6 +22,7 @@ from relaylab.evaluate.figures import confusion, difference, error_rates, interv
 from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
 from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike
 from relaylab.evaluate.testing import Scorer
+from relaylab.evaluate.trained import Trained
 from relaylab.model_file import InputConfig, ModelFile, save_model
 from relaylab.models import model_a
 from relaylab.recipe import NetworkConfig
@@ -256,6 +257,14 @@ def test_other_images_or_classes_do_not_stand_in_one_table(tmp_path: Path) -> No
         check_alike([folders[0], folders[2]])
     with pytest.raises(InputError, match="different classes"):
         check_alike([folders[0], folders[3]])
+
+
+def test_recipes_name_their_scales() -> None:
+    about = {"values": {"evaluation.protocol": "dense", "evaluation.scales": [299, 342]}}
+    assert Trained("x", Path("x"), None, about).scales == (299, 342)
+    about["values"]["evaluation.protocol"] = "single crop"
+    assert Trained("x", Path("x"), None, about).scales == ()
+    assert Trained("x", Path("x"), None, {}).scales == ()
 
 
 def test_average_of_probabilities() -> None:

@@ -63,10 +63,19 @@ def test_other_tables(tmp_path: Path) -> None:
         add(folder, depth, wrong, "dense-32", **{"network.architecture": depth})
     assert [row[1] for row in paper_table("1", [folder]).rows][:2] == ["25.00", "30.00"]
     for scheme, wrong in (("standard", 40), ("relay", 30)):
-        add(folder, f"resnet-{scheme}", wrong, **{"network.architecture": "resnet50", "scheme": scheme})
+        add(folder, f"resnet-{scheme}", wrong, "dense-32", **{"network.architecture": "resnet50", "scheme": scheme})
+        own = {"standard": "multi_loss"}.get(scheme, scheme)
+        add(folder, f"inception-{own}", wrong, "dense-32", **{"network.architecture": "inception_v3", "scheme": own})
     six = paper_table("6", [folder])
-    assert six.rows[1][:2] == ("Relay BP", "15.00 (+5.00)")
-    assert ("Relay BP (the paper)", "20.26 (+0.91)", "4.93 (+0.44)") in six.rows
+    assert [row[0] for row in six.rows] == [
+        "standard BP",
+        "Relay BP",
+        "standard BP (the paper)",
+        "Relay BP (the paper)",
+    ]
+    assert six.rows[0][1::2] == ("20.00", "20.00"), "Inception-v3's own auxiliary classifier is its standard BP"
+    assert six.rows[1][1::2] == ("15.00 (+5.00)", "15.00 (+5.00)")
+    assert six.rows[3][1:] == ("20.26 (+0.91)", "4.93 (+0.44)", "18.52 (+0.66)", "3.97 (+0.46)")
     sampled = score_folder(tmp_path / "sampling")
     for sampling, wrong in (("shuffled", 40), ("class-aware", 30)):
         add(sampled, sampling, wrong, **{"images.sampling": sampling})

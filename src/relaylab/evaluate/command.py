@@ -70,8 +70,12 @@ def run(config: EvalConfig) -> int:
     device = _device(config.accelerator)
     models = {each.name: read_model(each.file) for each in networks}
     passes = {
-        name: [p for kind in kinds for p in passes_of(kind, model.input, scales, flip=config.flip)]
-        for name, model in models.items()
+        each.name: [
+            p
+            for kind in kinds
+            for p in passes_of(kind, models[each.name].input, scales or each.scales, flip=config.flip)
+        ]
+        for each in networks
     }
     source = open_images(config.data, config.split, networks, models)
     folder = ScoreFolder(config.out or ROOT / "eval" / config.runs[0].resolve().name, describe_images(source))

@@ -32,8 +32,8 @@ class EvalConfig:
     scales, the network slid over them)."""
 
     scales: Optional = ""
-    """Shorter sides of the images in dense testing, in pixels (default: the paper's 224,256,320,384,448 for networks
-    trained on images of 256 pixels, others in proportion)."""
+    """Shorter sides of the images in dense testing, in pixels (default: the recipe's; else the paper's
+    224,256,320,384,448 for networks trained on images of 256 pixels, others in proportion)."""
 
     flip: Switch = False
     """In dense testing, look at mirror images too."""

@@ -32,6 +32,12 @@ class Trained:
         """Training and validation images of its run, as `relaylab train` was told."""
         return tuple(map(Path, self.about.get("data", ()))), tuple(map(Path, self.about.get("val_data", ())))
 
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Those of dense testing that its recipe names; none if it names none."""
+        values = self.about.get("values", {})
+        return tuple(values["evaluation.scales"]) if values.get("evaluation.protocol") == "dense" else ()
+
     def sha256(self) -> str:
         """Of the model file."""
         with self.file.open("rb") as file:
