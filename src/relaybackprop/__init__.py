@@ -9,9 +9,10 @@ Example:
 from relaybackprop.cost import Cost, cost
 from relaybackprop.errors import RelayError
 from relaybackprop.heads import AuxiliaryHead, LinearHead
+from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Plan, Window
 from relaybackprop.reach import Reach, reach
-from relaybackprop.relay import Relay, RelayLoss, RelayOutput
+from relaybackprop.relay import Relay
 from relaybackprop.suggest import Suggestion, suggest_plan
 
 __all__ = [

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from relaybackprop import graph
 from relaybackprop.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
 from relaybackprop.errors import LeakError
+from relaybackprop.loss import RelayOutput
 from relaybackprop.plan import Boundary, Plan
-from relaybackprop.relay import Relay, RelayOutput
+from relaybackprop.relay import Relay
 from relaybackprop.structure import replace_tensors, tensors_in
 
 STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"

@@ -12,8 +12,9 @@ from torch.autograd.graph import Node
 
 from relaybackprop import graph
 from relaybackprop.errors import HeadError, PlanError
+from relaybackprop.loss import RelayOutput
 from relaybackprop.plan import PRIMARY, Plan, Window
-from relaybackprop.relay import Relay, RelayOutput
+from relaybackprop.relay import Relay
 from relaybackprop.schedule import junction_at
 from relaybackprop.structure import tensors_in
 

@@ -1,32 +1,20 @@
-"""What users train: `Relay` around any model, and `RelayLoss` around any criterion."""
+"""What users train: `Relay` around any model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import Node
 
 from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError, PlanError
+from relaybackprop.loss import RelayOutput, kinds_of, shape_of
 from relaybackprop.passage import Passage, boundaries, find_module, node_names, refuse_tracing
 from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
 from relaybackprop.schedule import Schedule, make_schedule
 
-Criterion = Callable[[Any, Any], Tensor]
 SCHEDULES_KEPT = 64  # by what is frozen; training that freezes layers at random sees ever new ones
-
-
-class RelayOutput(NamedTuple):
-    """What `Relay` returns in training mode.
-
-    Attributes:
-        primary: the model's own output.
-        auxiliary: by name, the heads' outputs.
-    """
-
-    primary: Any
-    auxiliary: dict[str, Any]
 
 
 class Relay(nn.Module):
@@ -68,7 +56,9 @@ class Relay(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module) or not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(
-                "a model and a plan, in this order", f"{_kinds(model, plan)}", "Write Relay(model, plan, heads={...})."
+                "a model and a plan, in this order",
+                f"{kinds_of(model, plan)}",
+                "Write Relay(model, plan, heads={...}).",
             )
         for module in model.modules():
             if isinstance(module, Relay):
@@ -120,7 +110,7 @@ class Relay(nn.Module):
         try:
             return self.heads[name](value)
         except Exception as error:
-            error.add_note(f"in the head {name!r}, which read {_shape(value)}, the {self.plan.auxiliary[name].upper}")
+            error.add_note(f"in the head {name!r}, which read {shape_of(value)}, the {self.plan.auxiliary[name].upper}")
             raise
 
     def _set_routes(
@@ -150,104 +140,9 @@ class Relay(nn.Module):
                 )
 
 
-class RelayLoss(nn.Module):
-    """The weighted sum of all losses of a plan.
-
-    Args:
-        criterion: one for all losses, or by name one for each (`"primary"` and the plan's auxiliary names). It is
-            called with an output and the target and returns a scalar.
-        plan: whose weights are used.
-
-    Raises:
-        PlanError: arguments of other types, or in another order.
-        HeadError: criteria whose names are not those of the plan's losses.
-    """
-
-    def __init__(self, criterion: Criterion | Mapping[str, Criterion], plan: Plan) -> None:
-        super().__init__()
-        if not isinstance(plan, Plan) or isinstance(criterion, type):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PlanError(
-                "a criterion (an instance or a function) and a plan, in this order",
-                f"{_kinds(criterion, plan)}",
-                "Write RelayLoss(nn.CrossEntropyLoss(), plan).",
-            )
-        self.plan = plan
-        self.criterion: nn.Module
-        # Modules, so that class weights in a criterion move to the device with this one.
-        if isinstance(criterion, (Mapping, nn.ModuleDict)):
-            criteria = dict(cast(Mapping[str, Criterion], criterion).items())
-            if set(criteria) != set(plan.windows):
-                raise HeadError(
-                    f"one criterion for each of {list(plan.windows)}",
-                    f"criteria for {list(criteria)}",
-                    "Add the missing ones and remove the others, or give a single criterion for all.",
-                )
-            self.criterion = nn.ModuleDict({name: _as_module(each) for name, each in criteria.items()})
-        else:
-            self.criterion = _as_module(criterion)
-
-    def forward(self, output: Any, target: Any) -> Tensor:
-        """The weighted sum, a scalar. A plain output, as in evaluation mode, has the primary loss only.
-
-        Args:
-            output: what `Relay` returned, in training or evaluation mode.
-            target: handed to each criterion as it is.
-
-        Raises:
-            HeadError: a head's output does not fit the target, or differs in shape from the model's output where one
-                criterion serves both.
-        """
-        weighted = [self.plan.weights[name] * term for name, term in self.terms(output, target).items()]
-        return sum(weighted[1:], start=weighted[0])
-
-    def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
-        """The losses by name, not yet weighted. Same arguments and errors as `forward`."""
-        if not isinstance(output, RelayOutput):
-            return {PRIMARY: self._criterion_of(PRIMARY)(output, target)}
-        if set(output.auxiliary) != set(self.plan.auxiliary):
-            raise HeadError(
-                f"the outputs of the plan's heads, {list(self.plan.auxiliary)}",
-                f"those of {list(output.auxiliary)}",
-                "Build Relay and RelayLoss with the same plan.",
-            )
-        terms = {PRIMARY: self._criterion_of(PRIMARY)(output.primary, target)}
-        for name, scores in output.auxiliary.items():
-            if not isinstance(self.criterion, nn.ModuleDict):
-                _check_same_shape(name, scores, output.primary)
-            try:
-                terms[name] = self._criterion_of(name)(scores, target)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise
-            except (ValueError, IndexError, RuntimeError) as error:
-                raise HeadError(
-                    f"the head {name!r} to give what its criterion takes with this target ({_shape(target)})",
-                    f"{_shape(scores)}, for which the criterion said: {error}",
-                    "Give the head as many classes as the target has, or give each loss a criterion of its own.",
-                ) from error
-        return terms
-
-    def _criterion_of(self, name: str) -> nn.Module:
-        return self.criterion[name] if isinstance(self.criterion, nn.ModuleDict) else self.criterion
-
-
-class _Function(nn.Module):
-    """A plain function as a module."""
-
-    def __init__(self, function: Criterion) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, output: Any, target: Any) -> Tensor:
-        return self.function(output, target)
-
-
-def _as_module(criterion: Criterion) -> nn.Module:
-    return criterion if isinstance(criterion, nn.Module) else _Function(criterion)
-
-
 def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:
     if not isinstance(heads, (Mapping, nn.ModuleDict)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise HeadError("heads by name", f"{_kinds(heads)}", "Write heads={'aux': AuxiliaryHead(...)}.")
+        raise HeadError("heads by name", kinds_of(heads), "Write heads={'aux': AuxiliaryHead(...)}.")
     missing = [name for name in plan.auxiliary if name not in heads]
     unknown = [name for name in heads if name not in plan.auxiliary]
     if missing or unknown:
@@ -259,21 +154,3 @@ def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:
     for name, head in heads.items():
         if not isinstance(head, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise HeadError(f"the head {name!r} as an nn.Module", type(head).__name__, "Wrap it in a module.")
-
-
-def _check_same_shape(name: str, scores: Any, primary: Any) -> None:
-    if isinstance(scores, Tensor) and isinstance(primary, Tensor) and scores.shape != primary.shape:
-        raise HeadError(
-            f"the head {name!r} to give the shape of the model's output, {_shape(primary)}, "
-            "since one criterion compares both with the target",
-            _shape(scores),
-            "Give the head as many classes as the model has, or give each loss a criterion of its own.",
-        )
-
-
-def _kinds(*values: Any) -> str:
-    return " and ".join(f"the class {v.__name__}" if isinstance(v, type) else f"a {type(v).__name__}" for v in values)
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
