@@ -32,8 +32,12 @@ class Plain(nn.Module):
 class Shortcut(Plain):
     """A residual branch, with dropout."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x + nn.functional.dropout(torch.tanh(self.inner(x)), 0.3), y
+        return x + self.dropout(torch.tanh(self.inner(x))), y
 
 
 class Split(Plain):

@@ -15,8 +15,8 @@ METHOD = ROOT / "src" / "relaybackprop"
 
 # Who may import whom inside the method: each module only from those before it.
 ORDER = [
-    "errors", "structure", "heads", "plan", "graph", "junction", "schedule", "loss", "passage", "relay", "reference",
-    "reach", "chain", "suggest", "cost", "__init__",
+    "errors", "structure", "heads", "plan", "graph", "junction", "schedule", "loss", "passage", "release", "parallel",
+    "relay", "reference", "reach", "chain", "suggest", "cost", "__init__",
 ]  # fmt: skip
 
 

@@ -275,7 +275,7 @@ class _Ledger(FlopCounter):
         rows: dict[Tensor, int] = {}
         for node in graph.walk(graph.edges_of([loss]), graph.everywhere):
             for lower, _ in node.next_functions:
-                variable: Tensor | None = getattr(lower, "variable", None)
+                variable = None if lower is None else graph.variable_of(lower)
                 if variable is not None:
                     rows[variable] = min(self._row_of(node), rows.get(variable, len(self.spent)))
         for variable, row in rows.items():

@@ -59,3 +59,7 @@ class CompiledOverlapError(RelayError, RuntimeError):
 
 class DoubleBackwardError(RelayError, RuntimeError):
     """A backward pass through a relay graph with `create_graph=True`."""
+
+
+class StepError(RelayError, RuntimeError):
+    """A call of `Relay.step` that cannot work, where a forward and a backward pass might."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -61,10 +62,15 @@ def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
 
 def is_leaf(node: Node) -> bool:
     """Whether a node is a parameter, or a parameter's cast that autocast shares between its uses."""
-    if node.name().startswith("torch::autograd::AccumulateGrad"):
+    if variable_of(node) is not None:
         return True
     below = list(_below(node))
     return node.name().startswith("ToCopyBackward") and len(below) == 1 and is_leaf(below[0][0])
+
+
+def variable_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; None for all other nodes."""
+    return cast(Any, node).variable if node.name().startswith("torch::autograd::AccumulateGrad") else None
 
 
 def nearest_name(node: Node | None, names: Mapping[Node, str], came_from: Mapping[Node, Node | None]) -> str | None:
@@ -101,5 +107,5 @@ def _is_weight(node: Node) -> bool:
         if len(below) != 1:
             return False
         node = below[0][0]
-    variable: Tensor | None = getattr(node, "variable", None)
+    variable = variable_of(node)
     return variable is not None and variable.ndim >= 2

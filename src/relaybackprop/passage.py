@@ -30,10 +30,11 @@ class Passage:
 
     Args:
         plan: where heads attach and windows end.
-        copies: for a boundary, whether its heads need memory of their own because the trunk goes on in place.
+        copies: by boundary, whether its heads need memory of their own because somebody goes on in place. Until that is
+            known they have it.
     """
 
-    def __init__(self, plan: Plan, copies: Callable[[Boundary], bool]) -> None:
+    def __init__(self, plan: Plan, copies: Mapping[Boundary, bool]) -> None:
         self.plan = plan
         self.copies = copies
         self.order: list[Boundary] = []
@@ -48,11 +49,16 @@ class Passage:
         self._records = torch.is_grad_enabled()
         self._thread = threading.get_ident()
 
-    def cross(self, boundary: Boundary, value: Any) -> Any:
-        """Let a value cross a boundary: the trunk's side of it is returned, the heads' sides are kept."""
+    def enter(self, boundary: Boundary, value: Any) -> bool:
+        """Note that a value comes to a boundary. False where it is none of this forward pass's business.
+
+        Raises:
+            BoundaryError: it is the second one, no gradients are recorded, or no tensors are found.
+            CompiledOverlapError: a compiler traces through.
+        """
         refuse_tracing(f"the {boundary}")
         if threading.get_ident() != self._thread:  # somebody evaluates the plain model meanwhile
-            return value
+            return False
         if boundary in self.order:
             raise BoundaryError(
                 f"the {boundary} once in a forward pass",
@@ -65,12 +71,18 @@ class Passage:
                 "torch.no_grad() inside of the model, or reentrant checkpointing",
                 "Use checkpoint(..., use_reentrant=False), or move the boundary out of the part without gradients.",
             )
-        self._check_has_tensors(f"the {boundary}", value)
+        self.check_has_tensors(f"the {boundary}", value)
         self.order.append(boundary)
+        return True
+
+    def cross(self, boundary: Boundary, value: Any) -> Any:
+        """Let a value cross a boundary: the trunk's side of it is returned, the heads' sides are kept."""
+        if not self.enter(boundary, value):
+            return value
         heads = tuple(name for name, window in self.plan.auxiliary.items() if window.upper == boundary)
         # Inference tensors have no version to tell by whether somebody has changed them: copy, and learn nothing.
         inference = torch.is_inference_mode_enabled()
-        copy = bool(heads) and (inference or self.copies(boundary))
+        copy = bool(heads) and (inference or self.copies.get(boundary, True))
         if copy:
             self.copied.add(boundary)
         tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad and torch.is_grad_enabled()]
@@ -124,21 +136,27 @@ class Passage:
                     "a forward pass that never called it",
                     "Name a module that the forward pass calls; containers such as nn.ModuleList are never called.",
                 )
-        for loss, window in self.plan.windows.items():
-            if window.upper is None or window.lower is None:
-                continue
-            if self.order.index(window.lower) >= self.order.index(window.upper):
-                raise WindowError(
-                    f"the window of {loss!r} to have its top above its lower end",
-                    f"top, the {window.upper}, which the forward pass meets before the {window.lower}",
-                    "Swap them, or name other modules.",
-                )
+        for loss in self.plan.auxiliary:
+            self.check_upright(loss)
+
+    def check_upright(self, loss: str) -> None:
+        """Raise if the forward pass has met the top of a loss's window before its lower end."""
+        window = self.plan.windows[loss]
+        if window.lower is None:
+            return
+        met = [place for place in self.order if place in (window.lower, window.upper)]
+        if met[0] == window.upper:
+            raise WindowError(
+                f"the window of {loss!r} to have its top above its lower end",
+                f"top, the {window.upper}, which the forward pass meets before the {window.lower}",
+                "Swap them, or name other modules.",
+            )
 
     def paths(self, outputs: Mapping[str, Any]) -> dict[str, LossPath]:
         """Each loss's way through the graph, from its output to the end of its window."""
         paths: dict[str, LossPath] = {}
         for loss, window in self.plan.windows.items():
-            self._check_has_tensors(f"the output for the loss {loss!r}", outputs[loss])
+            self.check_has_tensors(f"the output for the loss {loss!r}", outputs[loss])
             edges = edges_of(tensors_in(outputs[loss]))
             start = None if window.upper is None else self._at.get(window.upper)
             top = edges if loss == PRIMARY else [] if start is None else start.sources
@@ -146,7 +164,8 @@ class Passage:
             paths[loss] = LossPath(edges, start, top, end)
         return paths
 
-    def _check_has_tensors(self, place: str, value: Any) -> None:
+    def check_has_tensors(self, place: str, value: Any) -> None:
+        """Raise unless tensors are found in a value."""
         # Tensors that are not found would carry their gradients past every window's end without a word.
         if self._records and not tensors_in(value):
             raise BoundaryError(
@@ -165,10 +184,14 @@ class Passage:
         trunk, branches = cross(junction, tensors, copy=copy)
         self.junctions.append(junction)
         self.edges.append([get_gradient_edge(tensor) for tensor in trunk])
-        self._trunks.append((junction, tensors, _with_versions(trunk)))
+        self.watch(junction, tensors, trunk)
         if boundary is not None:
             self._at[boundary] = junction
         return trunk, branches
+
+    def watch(self, junction: Junction, below: list[Tensor], above: list[Tensor]) -> None:
+        """Let `check_in_place` look at a junction's tensors, in one memory but two graphs."""
+        self._trunks.append((junction, below, _with_versions(above)))
 
 
 def _with_versions(tensors: list[Tensor]) -> list[Versioned]:

@@ -1,20 +1,40 @@
 """What users train: `Relay` around any model."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError, PlanError
-from relaybackprop.loss import RelayOutput, kinds_of, shape_of
+from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError, PlanError, StepError
+from relaybackprop.loss import RelayLoss, RelayOutput, kinds_of, shape_of
+from relaybackprop.parallel import average_gradients, share_buffers
 from relaybackprop.passage import Passage, boundaries, find_module, node_names, refuse_tracing
 from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
+from relaybackprop.release import Release
 from relaybackprop.schedule import Schedule, make_schedule
+from relaybackprop.structure import map_tensors
+
+if TYPE_CHECKING:  # not every torch has it
+    from torch.distributed import ProcessGroup
 
 SCHEDULES_KEPT = 64  # by what is frozen; training that freezes layers at random sees ever new ones
+
+
+class RelayStep(NamedTuple):
+    """What `Relay.step` returns. All of it is detached.
+
+    Attributes:
+        loss: the weighted sum, a scalar.
+        terms: by name, the losses before weighting.
+        output: of the model and of the heads.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    output: RelayOutput
 
 
 class Relay(nn.Module):
@@ -74,6 +94,9 @@ class Relay(nn.Module):
         self.heads = nn.ModuleDict({name: heads[name] for name in plan.auxiliary})
         self._schedules: dict[Any, tuple[Schedule, Binding]] = {}
         self._copies: dict[Boundary, bool] = {}
+        # The same for `step`: what has been searched for leaks, and which heads go on in place.
+        self._released: set[Any] = set()
+        self._head_copies: dict[Boundary, bool] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode; in training mode a `RelayOutput`.
@@ -90,8 +113,7 @@ class Relay(nn.Module):
             return self.model(*args, **kwargs)
         refuse_tracing("a training forward pass of Relay")
         frozen = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        # Until a boundary has been seen once, its heads get memory of their own: the trunk may go on in place.
-        passage = Passage(self.plan, lambda boundary: self._copies.get(boundary, True))
+        passage = Passage(self.plan, self._copies)
         is_new = not any(key[:2] == (self.plan, frozen) for key in self._schedules)
         with boundaries(self.model, passage), node_names(self.model, is_new) as names:
             primary = self.model(*args, **kwargs)
@@ -105,6 +127,102 @@ class Relay(nn.Module):
         if torch.is_grad_enabled():
             self._set_routes(passage, {PRIMARY: primary, **auxiliary}, frozen, names)
         return RelayOutput(primary, auxiliary)
+
+    def step(
+        self,
+        *args: Any,
+        target: Any,
+        loss: RelayLoss,
+        scale: Callable[[Tensor], Tensor] | None = None,
+        sync: "bool | ProcessGroup" = True,
+        **kwargs: Any,
+    ) -> RelayStep:
+        """Forward and backward pass in one, in the memory of the largest window: see `relaybackprop.release`.
+
+        Each auxiliary loss goes down as soon as its head has been met, and what its window alone has kept is freed
+        before the layers above run. The gradients in `.grad` are those of `loss(relay(images), labels).backward()`, at
+        no more operations; dropout in heads draws in another order. Every way down has to pass the end of each window,
+        also for the other losses. If anything raises, part of the gradients may be there already.
+
+        In a job of several processes gradients are averaged over them at the end, and buffers (batch statistics) are
+        the first one's, as with `DistributedDataParallel`, which must not be asked to do so itself: give it no forward
+        pass, call `step` on the relay. The processes have to start with equal parameters.
+
+        Args:
+            *args: of the model.
+            target: handed to each criterion as it is.
+            loss: of this plan. Its weights count.
+            scale: what each weighted loss goes through before its backward pass: `scaler.scale`, or
+                `lambda loss: loss / parts` where gradients are accumulated.
+            sync: whether to average over all processes, or over those of a group. False in all but the last part of an
+                accumulated batch.
+            **kwargs: of the model, by name.
+
+        Returns:
+            The losses and outputs, detached.
+
+        Raises:
+            StepError: in evaluation mode, where no gradients are recorded, for parameters that are divided among
+                processes, or if a way leads around the end of a window.
+            RelayError: all that the forward pass, or `loss`, raises.
+
+        Example:
+            >>> optimizer.zero_grad()  # doctest: +SKIP
+            >>> result = relay.step(images, target=labels, loss=criterion)  # doctest: +SKIP
+            >>> optimizer.step()  # doctest: +SKIP
+            >>> print(result.loss.item())  # doctest: +SKIP
+        """
+        self._check_step(loss)
+        group = None if isinstance(sync, bool) else sync
+        if sync:
+            share_buffers(self, group)
+        outputs, terms = dict[str, Any](), dict[str, Tensor]()
+
+        def compute(name: str, value: Any) -> Tensor:
+            output = value if name == PRIMARY else self._run_head(name, value)
+            term = loss.term(name, output, target)
+            outputs[name], terms[name] = map_tensors(Tensor.detach, output), term.detach()
+            weighted = loss.plan.weights[name] * term
+            return weighted if scale is None else scale(weighted)
+
+        frozen = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        is_new = (self.plan, frozen) not in self._released
+        with node_names(self.model, is_new) as names:
+            release = Release(self.plan, self._head_copies, compute, names if is_new else None)
+            with boundaries(self.model, release):
+                primary = self.model(*args, **kwargs)
+            release.finish(primary)
+        for boundary, changed in release.changes.items():
+            self._head_copies[boundary] = changed or self._head_copies.get(boundary, False)
+        if len(self._released) == SCHEDULES_KEPT:
+            self._released.clear()
+        self._released.add((self.plan, frozen))
+        output = RelayOutput(outputs.pop(PRIMARY), {name: outputs[name] for name in self.plan.auxiliary})
+        loss.check_fits(output)
+        if sync:
+            average_gradients(self, group)
+        terms = {name: terms[name] for name in self.plan.windows}
+        total = torch.stack([loss.plan.weights[name] * term for name, term in terms.items()]).sum()
+        return RelayStep(total, terms, output)
+
+    def _check_step(self, loss: RelayLoss) -> None:
+        if not isinstance(loss, RelayLoss):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise HeadError(
+                "loss to be a RelayLoss", kinds_of(loss), "Write loss=RelayLoss(nn.CrossEntropyLoss(), relay.plan)."
+            )
+        if loss.plan.windows.keys() != self.plan.windows.keys():
+            raise HeadError(
+                f"a loss for {list(self.plan.windows)}",
+                f"one for {list(loss.plan.windows)}",
+                "Build Relay and RelayLoss with the same plan.",
+            )
+        if not self.training or not torch.is_grad_enabled():
+            raise StepError(
+                "training mode, and gradients to be recorded",
+                "a relay in evaluation mode" if not self.training else "torch.no_grad()",
+                "Call relay.train() before, or relay(images) for outputs alone.",
+            )
+        refuse_tracing("a step of Relay")
 
     def _run_head(self, name: str, value: Any) -> Any:
         try:

@@ -52,7 +52,7 @@ class Schedule:
             junction.below = {target: edges[target] for target in targets}
             junction.route = route
             if route.hops:
-                _check_eager(junction)
+                check_eager(junction.sources, _between_junctions, f"below the {junction.boundary}")
 
 
 def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], names: Mapping[Node, str]) -> Schedule:
@@ -147,19 +147,66 @@ def junction_at(node: Node, output: int) -> Junction | None:
     return junction if isinstance(junction, Junction) and output < len(junction.sources) else None
 
 
+def leak_error(
+    loss: str, end: str, node: Node, came_from: Mapping[Node, Node | None], names: Mapping[Node, str]
+) -> LeakError:
+    """For a way from a loss around the end of its window.
+
+    Args:
+        loss: its name.
+        end: the boundary in words.
+        node: the first one below the end on this way.
+        came_from: of the walk that found it.
+        names: by node, the module that made it.
+    """
+    lower = graph.nearest_name_below(node, names) or node.name()
+    upper = graph.nearest_name(came_from[node], names, came_from) or f"the loss {loss!r}"
+    return LeakError(
+        f"every way down from the loss {loss!r} to pass the end of its window, the {end}",
+        f"a way around it: from {lower} (below) to {upper} (above)",
+        "Let the window end where the two ways have joined or have not yet parted, such as the input or "
+        "output of the whole block.",
+    )
+
+
+def foreign_head_error(loss: str, start: str) -> LeakError:
+    """For a head that reads other inner values than its boundary's."""
+    return LeakError(
+        f"the head {loss!r} to read the {start} and nothing else of the model",
+        "a head that also reads values from further below, directly or inside of an object of an unknown type",
+        "Let the module at the boundary return all that the head needs, as tensors in tuples, mappings or dataclasses.",
+    )
+
+
+def check_eager(edges: Sequence[GradientEdge], follow: graph.Follow, place: str) -> None:
+    """Raise if there is compiled code where gradients pass more than once.
+
+    Args:
+        edges: from which they start.
+        follow: how far they go.
+        place: in words.
+
+    Raises:
+        CompiledOverlapError: there is.
+    """
+    if any(node.name().startswith("CompiledFunction") for node in graph.walk(edges, follow)):
+        raise CompiledOverlapError(
+            f"eager layers {place}, where windows overlap and gradients pass more than once",
+            "compiled code, whose buffers may be gone, or silently stale, when the second gradient comes",
+            "Compile the layers outside of the overlap only, module by module.",
+        )
+
+
+def _between_junctions(node: Node, output: int) -> bool:
+    return junction_at(node, output) is None
+
+
 def _check_leak(loss: str, came_from: Mapping[Node, Node | None], end: Junction, names: Mapping[Node, str]) -> None:
     below = graph.walk(end.sources, graph.everywhere)
-    for node, parent in came_from.items():
+    for node in came_from:
         # Parameters may be shared: each use counts where it happens.
         if node in below and not graph.is_leaf(node):
-            lower = graph.nearest_name_below(node, names) or node.name()
-            upper = graph.nearest_name(parent, names, came_from) or f"the loss {loss!r}"
-            raise LeakError(
-                f"every way down from the loss {loss!r} to pass the end of its window, the {end.boundary}",
-                f"a way around it: from {lower} (below) to {upper} (above)",
-                "Let the window end where the two ways have joined or have not yet parted, such as the input or "
-                "output of the whole block.",
-            )
+            raise leak_error(loss, end.boundary, node, came_from, names)
 
 
 def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> None:
@@ -167,19 +214,4 @@ def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> 
     head = graph.walk(outputs, lambda node, _output: getattr(node, "junction", None) is not start)
     below = graph.walk(start.sources, graph.everywhere)
     if any(node in below and not graph.is_leaf(node) for node in head):
-        raise LeakError(
-            f"the head {loss!r} to read the {start.boundary} and nothing else of the model",
-            "a head that also reads values from further below, directly or inside of an object of an unknown type",
-            "Let the module at the boundary return all that the head needs, as tensors in tuples, mappings or "
-            "dataclasses.",
-        )
-
-
-def _check_eager(junction: Junction) -> None:
-    region = graph.walk(junction.sources, lambda node, output: junction_at(node, output) is None)
-    if any(node.name().startswith("CompiledFunction") for node in region):
-        raise CompiledOverlapError(
-            f"eager layers below the {junction.boundary}, where windows overlap and gradients pass more than once",
-            "compiled code, whose buffers may be gone, or silently stale, when the second gradient comes",
-            "Compile the layers outside of the overlap only, module by module.",
-        )
+        raise foreign_head_error(loss, start.boundary)

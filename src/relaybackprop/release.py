@@ -1,0 +1,299 @@
+"""WHEN gradients go down: at once. Each loss's backward pass runs as soon as the forward pass has met its head.
+
+Note [Early release]
+1. The forward pass is cut at the lower end of each window: the layers above read leaves, and the graph below ends. What
+   lies between two cuts is a *piece*.
+2. A piece is *final* when no loss that is still to come reaches it. Such losses have their heads further up, and what
+   they do not reach lies below their windows, so the final pieces are the lowest ones.
+3. When a piece becomes final, one backward pass computes the gradients of its weights from the sum of all losses that
+   reach it, as in Note [Lanes] 1 of `relaybackprop.junction`, and what it has kept for that is freed. The layers
+   above have not run yet.
+4. To get down to a final piece, a loss may have to pass pieces that are not final, where it overlaps with losses to
+   come. It does so in a lane, a pass that computes input gradients only and keeps the graph, and its gradient waits
+   where its head is and at each cut, to be part of the sum when the piece becomes final.
+5. So a piece with G distinct sums costs W + G*D, as in one backward pass over everything. The lowest input gradient of
+   an overlap, which nobody needs any more when its pieces become final, is left out.
+6. What a piece keeps lives from its forward pass until the last loss whose window holds it: at no time is there more
+   than the largest window keeps.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from relaybackprop import graph
+from relaybackprop.errors import StepError
+from relaybackprop.junction import Gradients, Junction, Lanes, Losses, add, cross
+from relaybackprop.passage import Passage
+from relaybackprop.plan import PRIMARY, Boundary, Plan
+from relaybackprop.schedule import check_eager, foreign_head_error, leak_error
+from relaybackprop.structure import replace_tensors, tensors_in
+
+Compute = Callable[[str, Any], Tensor]
+"""By the name of a loss, from what its head reads to the loss, weighted and scaled."""
+
+
+@dataclass(eq=False)
+class _Piece:
+    """What lies between two cuts.
+
+    Args:
+        bottom: the cut below it; None for the lowest piece.
+        leaves: what its layers read from below the cut.
+        older: numbers of the nodes below the cut, to find paths around it.
+    """
+
+    bottom: Boundary | None = None
+    leaves: list[Tensor] = field(default_factory=list[Tensor])
+    older: frozenset[int] = frozenset()
+    # Gradients that have arrived: at heads in it, and at its top from above, by sets of losses. Those that have come by
+    # on their way to a lower piece wait together.
+    heads: dict[str, tuple[list[GradientEdge], Gradients]] = field(
+        default_factory=dict[str, tuple[list[GradientEdge], Gradients]]
+    )
+    sources: list[GradientEdge] = field(default_factory=list[GradientEdge])
+    lanes: dict[Losses, Gradients] = field(default_factory=dict[Losses, Gradients])
+    waiting: Losses = frozenset()
+    held: Gradients = field(default_factory=Gradients)
+
+    def arrived(self, losses: Losses) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Where the gradients of these losses stand in this piece, and the gradients."""
+        groups = [arrived for name, arrived in self.heads.items() if name in losses]
+        above = losses.difference(self.heads)
+        if above:
+            groups.append((self.sources, self._from_above(above)))
+        pairs = [(edge, g) for edges, gradients in groups for edge, g in zip(edges, gradients, strict=True)]
+        known = [(edge, g) for edge, g in pairs if g is not None]
+        return [edge for edge, _ in known], [g for _, g in known]
+
+    def _from_above(self, losses: Losses) -> Gradients:
+        if losses in self.lanes:
+            return self.lanes[losses]
+        rest = losses - self.waiting
+        return add(self.held, self.lanes[rest]) if rest else self.held
+
+    def has(self, losses: Losses) -> bool:
+        """Whether the sum of exactly these losses has already arrived from above."""
+        return losses in self.lanes or losses == self.waiting
+
+    def hold(self) -> None:
+        """Let what has come by wait for the losses to come."""
+        if self.lanes:
+            losses, gradients = max(self.lanes.items(), key=lambda lane: len(lane[0]))
+            self.held = add(gradients, self.held) if self.waiting else gradients
+            self.waiting |= losses
+            self.lanes.clear()
+
+
+class Release(Passage):
+    """A forward pass that frees each window as soon as it can. It lives as long as `Relay.step` runs.
+
+    Args:
+        plan: where heads attach and windows end.
+        copies: by boundary, whether its heads need memory of their own because they go on in place. Until that is known
+            they have it.
+        compute: runs a head and a criterion.
+        names: by node, the module that made it, if the graph is to be searched for ways around the cuts; None if that
+            has been done for this plan.
+    """
+
+    def __init__(
+        self, plan: Plan, copies: Mapping[Boundary, bool], compute: Compute, names: Mapping[Node, str] | None
+    ) -> None:
+        super().__init__(plan, copies)
+        self.changes: dict[Boundary, bool] = {}  # whether heads went on in place
+        self._compute = compute
+        self._names = names
+        self._pieces = [_Piece()]
+        self._number_above: dict[Boundary, int] = {}  # of the piece above each cut
+        self._spans: dict[str, range] = {}  # by loss computed, the pieces in its window
+        self._passed: Losses = frozenset()  # losses that have gone down as far as they go
+        self._done = 0  # number of the lowest piece that is not final
+        self._computing = False
+
+    def cross(self, boundary: Boundary, value: Any) -> Any:
+        """Compute the losses whose heads are here, let go of what has become final, and cut where a window ends."""
+        # A head may run modules of the model.
+        if self._computing or not self.enter(boundary, value):
+            return value
+        heads = [name for name, window in self.plan.auxiliary.items() if window.upper == boundary]
+        for name in heads:
+            self.check_upright(name)
+            self._start(name, value, boundary)
+        if heads:
+            self._release()
+        if any(window.lower == boundary for window in self.plan.windows.values()):
+            return self._cut(boundary, value)
+        return value
+
+    def finish(self, output: Any) -> None:
+        """Compute the primary loss from the model's output, and let go of all the rest."""
+        self.check()
+        self.check_has_tensors(f"the output for the loss {PRIMARY!r}", output)
+        self._start(PRIMARY, output, None)
+        self._release()
+        self.check_in_place()
+
+    def _cut(self, boundary: Boundary, value: Any) -> Any:
+        tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
+        below, piece = self._pieces[-1], _Piece(boundary)
+        sources = [get_gradient_edge(tensor) for tensor in tensors]
+        if self._names is not None:
+            piece.older = below.older.union(map(_number_of, graph.walk(sources, graph.everywhere)))
+        if len(self._pieces) > self._done:  # otherwise nothing comes down here any more
+            below.sources = sources
+        self._pieces.append(piece)
+        self._number_above[boundary] = len(self._pieces) - 1
+        if not tensors:  # nothing below needs a gradient
+            return value
+        piece.leaves, crossed, junction = _leaves_of(tensors, str(boundary), copy=False)
+        if self._names is not None:
+            self.watch(junction, tensors, crossed)
+        return replace_tensors(value, tensors, crossed)
+
+    def _start(self, loss: str, value: Any, boundary: Boundary | None) -> None:
+        """Compute one loss and its gradient at its head's input, or at the model's output."""
+        copy = boundary is not None and self.copies.get(boundary, True)
+        tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
+        plain = [tensor for tensor in tensors_in(value) if not tensor.requires_grad]
+        leaves, crossed, _ = _leaves_of(tensors, f"head {loss}", copy=copy)
+        own = [*crossed, *(tensor.clone() if copy else tensor for tensor in plain)]
+        versions = [tensor._version for tensor in own if not tensor.is_inference()]
+        edges = [get_gradient_edge(tensor) for tensor in tensors]
+        self._computing = True
+        try:
+            result = self._compute(loss, replace_tensors(value, [*tensors, *plain], own))
+            if self._names is not None and boundary is not None:
+                _check_head(loss, result, edges, boundary)
+            if result.requires_grad:
+                _backward([get_gradient_edge(result)], [torch.ones_like(result)])
+        finally:
+            self._computing = False
+        if boundary is not None:
+            changed = versions != [tensor._version for tensor in own if not tensor.is_inference()]
+            self.changes[boundary] = changed or self.changes.get(boundary, False)
+        lower, last = self.plan.windows[loss].lower, len(self._pieces) - 1
+        self._spans[loss] = range(0 if lower is None else self._number_above[lower], last + 1)
+        self._pieces[last].heads[loss] = edges, [leaf.grad for leaf in leaves]
+
+    def _release(self) -> None:
+        """Bring all losses so far down to the pieces that have become final, and let these go."""
+        final = range(self._done, self._first_not_final())
+        if not final:
+            return
+        highest = final[-1]
+        reach = {n: frozenset(loss for loss, span in self._spans.items() if n in span) for n in final}
+        for number in range(len(self._pieces) - 1, highest, -1):  # Note [Early release] 4
+            for losses in self._sums(reach.values(), number):
+                self._send(number, losses - self._passed)
+        for number in reversed(final):  # Note [Early release] 3
+            onward = self._sums((reach[n] for n in final if n < number), number)
+            for losses in onward:
+                if losses != reach[number]:
+                    self._send(number, losses)
+            self._let_go(number, reach[number], goes_on=reach[number] in onward)
+        for piece in self._pieces[highest + 1 :]:
+            piece.hold()
+        self._passed = self._passed.union(*reach.values())
+        self._done = highest + 1
+
+    def _first_not_final(self) -> int:
+        """The lowest piece that a loss to come may still reach."""
+        first = len(self._pieces)
+        for loss, window in self.plan.windows.items():
+            if loss not in self._spans:
+                first = min(first, 0 if window.lower is None else self._number_above.get(window.lower, first))
+        return first
+
+    def _sums(self, groups: Iterable[Losses], number: int) -> list[Losses]:
+        """The distinct sets of losses in `groups` that come from this piece or from above."""
+        here = frozenset(loss for loss, span in self._spans.items() if span[-1] >= number)
+        return list(dict.fromkeys(losses & here for losses in groups if losses & here))
+
+    def _send(self, number: int, losses: Losses) -> None:
+        """Carry the sum of these losses through a piece, by a pass that computes input gradients only."""
+        piece, below = self._pieces[number], self._pieces[number - 1]
+        if not losses or below.has(losses):
+            return
+        edges, gradients = piece.arrived(losses)
+        received: Gradients = [None] * len(below.sources)
+        if edges and piece.leaves:
+            self._check_ways(piece, edges, losses)
+            check_eager(edges, graph.everywhere, f"above the {piece.bottom}")
+            received = list(_grad(edges, gradients, piece.leaves))
+        below.lanes[losses] = received
+
+    def _let_go(self, number: int, losses: Losses, *, goes_on: bool) -> None:
+        """Compute the gradients of a piece's weights, and free it."""
+        piece = self._pieces[number]
+        edges, gradients = piece.arrived(losses)
+        if edges:
+            self._check_ways(piece, edges, losses)
+            # Without the leaves of the cut among the inputs, autograd leaves their gradients out.
+            needed = None if goes_on or not piece.leaves else _trainable(edges, piece.leaves)
+            _backward(edges, gradients, needed)
+        if goes_on:
+            self._pieces[number - 1].lanes[losses] = [leaf.grad for leaf in piece.leaves]
+        self._pieces[number] = _Piece(piece.bottom)
+
+    def _check_ways(self, piece: _Piece, edges: Iterable[GradientEdge], losses: Losses) -> None:
+        """Raise if there is a way from here around the cut at the bottom of the piece."""
+        if self._names is None or piece.bottom is None:
+            return
+        came_from = graph.walk(edges, graph.everywhere)
+        around = next((node for node in came_from if _number_of(node) in piece.older and not graph.is_leaf(node)), None)
+        if around is None:
+            return
+        ended = [loss for loss in losses if self.plan.windows[loss].lower == piece.bottom]
+        if ended:
+            raise leak_error(ended[0], str(piece.bottom), around, came_from, self._names)
+        raise StepError(
+            f"every way down from above the {piece.bottom}, where a window ends, to pass there",
+            f"a way around it, to {graph.nearest_name_below(around, self._names) or around.name()}",
+            "Use an ordinary forward and backward pass, or let the window end where the ways have joined.",
+        )
+
+
+def _leaves_of(tensors: list[Tensor], place: str, *, copy: bool) -> tuple[list[Tensor], list[Tensor], Junction]:
+    """New leaves with the same values, and what is to be read instead of them: in-place operations may follow."""
+    leaves = [(tensor.detach().clone() if copy else tensor.detach()).requires_grad_() for tensor in tensors]
+    junction = Junction(place, 0, (), Lanes(), [get_gradient_edge(leaf) for leaf in leaves])
+    return leaves, cross(junction, leaves, copy=False)[0] if leaves else [], junction
+
+
+def _backward(edges: list[GradientEdge], gradients: list[Tensor], inputs: list[Tensor] | None = None) -> None:
+    """A backward pass into `.grad`. `inputs` are all leaves that need it; None for all that there are."""
+    if inputs is None or inputs:
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            torch.autograd.backward(edges, gradients, inputs=inputs)
+
+
+def _grad(edges: list[GradientEdge], gradients: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """A backward pass for input gradients alone, after which there will be another one."""
+    with torch.autocast(gradients[0].device.type, enabled=False):
+        return torch.autograd.grad(edges, inputs, gradients, retain_graph=True, allow_unused=True)
+
+
+def _trainable(edges: Iterable[GradientEdge], leaves: Collection[Tensor]) -> list[Tensor]:
+    """All leaves under the edges but those given."""
+    given = {id(leaf) for leaf in leaves}
+    found = [graph.variable_of(node) for node in graph.walk(edges, graph.everywhere)]
+    return [tensor for tensor in found if tensor is not None and id(tensor) not in given]
+
+
+def _check_head(loss: str, result: Tensor, below: Iterable[GradientEdge], boundary: Boundary) -> None:
+    """Raise if a head reads more of the model than its boundary's value."""
+    older = graph.walk(below, graph.everywhere)
+    if any(
+        node in older and not graph.is_leaf(node) for node in graph.walk(graph.edges_of([result]), graph.everywhere)
+    ):
+        raise foreign_head_error(loss, str(boundary))
+
+
+def _number_of(node: Node) -> int:
+    """Autograd numbers its nodes as it makes them."""
+    return cast(Any, node)._sequence_nr()
