@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relaybackprop import Plan, Relay, RelayOutput
+from relaybackprop import Plan, Relay, RelayLoss, RelayOutput
 from relaybackprop.reference import reference_gradients
 from relaybackprop.structure import tensors_in
 
@@ -46,6 +46,23 @@ def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7) -> dict[str, Tens
     torch.manual_seed(seed)  # dropout masks as in `expected_gradients`
     output = relay(*inputs)
     weighted_sum(losses_of(by_loss(output)), relay.plan).backward()
+    return gradients_of(relay)
+
+
+def smooth_loss(plan: Plan) -> RelayLoss:
+    """`losses_of` as a criterion."""
+
+    def of_one(output: Any, _target: Any) -> Tensor:
+        return losses_of({"any": output})["any"]
+
+    return RelayLoss(dict.fromkeys(plan.windows, of_one), plan)
+
+
+def step_gradients(relay: Relay, *inputs: Any, seed: int = 7) -> dict[str, Tensor]:
+    """Forward and backward in one."""
+    torch.manual_seed(seed)
+    relay.zero_grad(set_to_none=True)
+    relay.step(*inputs, target=None, loss=smooth_loss(relay.plan))
     return gradients_of(relay)
 
 

@@ -11,7 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from nets import CASES, make_case
-from oracle import assert_same, by_loss, expected_gradients, gradients_of, losses_of, relay_gradients, weighted_sum
+from oracle import (
+    assert_same,
+    by_loss,
+    expected_gradients,
+    gradients_of,
+    losses_of,
+    relay_gradients,
+    step_gradients,
+    weighted_sum,
+)
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, Window
 from relaybackprop.errors import BoundaryError, CompiledOverlapError
 
@@ -284,6 +293,8 @@ def test_compiled_segments_outside_of_the_overlap(names: list[str], in_place: bo
     for _ in range(3):
         got = {name.replace("_orig_mod.", ""): gradient for name, gradient in relay_gradients(relay, x).items()}
         assert_same(got, expected)
+        got = {name.replace("_orig_mod.", ""): gradient for name, gradient in step_gradients(relay, x).items()}
+        assert_same(got, expected)
     assert list(got) == keys
 
 
@@ -296,6 +307,8 @@ def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bo
     compiled(relay, ["3"], in_place)  # after a first, eager forward pass: it is looked for in every pass
     with pytest.raises(CompiledOverlapError, match=r"eager layers below the output of 3.*outside of the overlap"):
         relay(X)
+    with pytest.raises(CompiledOverlapError, match=r"eager layers above the input of 2.*outside of the overlap"):
+        step_gradients(relay, X)
     relay = conv_relay(OVERLAP.multi_loss())  # no overlap, no lanes: compile as you like
     compiled(relay, ["2", "3"], in_place)
     assert_same(

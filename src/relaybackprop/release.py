@@ -143,7 +143,7 @@ class Release(Passage):
         below, piece = self._pieces[-1], _Piece(boundary)
         sources = [get_gradient_edge(tensor) for tensor in tensors]
         if self._names is not None:
-            piece.older = below.older.union(map(_number_of, graph.walk(sources, graph.everywhere)))
+            piece.older = below.older | _numbers(sources)
         if len(self._pieces) > self._done:  # otherwise nothing comes down here any more
             below.sources = sources
         self._pieces.append(piece)
@@ -168,7 +168,7 @@ class Release(Passage):
         try:
             result = self._compute(loss, replace_tensors(value, [*tensors, *plain], own))
             if self._names is not None and boundary is not None:
-                _check_head(loss, result, edges, boundary)
+                _check_head(loss, result, self._pieces[-1].older | _numbers(edges), boundary)
             if result.requires_grad:
                 _backward([get_gradient_edge(result)], [torch.ones_like(result)])
         finally:
@@ -238,7 +238,7 @@ class Release(Passage):
             _backward(edges, gradients, needed)
         if goes_on:
             self._pieces[number - 1].lanes[losses] = [leaf.grad for leaf in piece.leaves]
-        self._pieces[number] = _Piece(piece.bottom)
+        self._pieces[number] = _Piece(piece.bottom, older=piece.older)
 
     def _check_ways(self, piece: _Piece, edges: Iterable[GradientEdge], losses: Losses) -> None:
         """Raise if there is a way from here around the cut at the bottom of the piece."""
@@ -285,13 +285,16 @@ def _trainable(edges: Iterable[GradientEdge], leaves: Collection[Tensor]) -> lis
     return [tensor for tensor in found if tensor is not None and id(tensor) not in given]
 
 
-def _check_head(loss: str, result: Tensor, below: Iterable[GradientEdge], boundary: Boundary) -> None:
+def _check_head(loss: str, result: Tensor, older: Collection[int], boundary: Boundary) -> None:
     """Raise if a head reads more of the model than its boundary's value."""
-    older = graph.walk(below, graph.everywhere)
-    if any(
-        node in older and not graph.is_leaf(node) for node in graph.walk(graph.edges_of([result]), graph.everywhere)
-    ):
+    head = graph.walk(graph.edges_of([result]), graph.everywhere)
+    if any(_number_of(node) in older and not graph.is_leaf(node) for node in head):
         raise foreign_head_error(loss, str(boundary))
+
+
+def _numbers(edges: Iterable[GradientEdge]) -> frozenset[int]:
+    """Of all nodes under the edges."""
+    return frozenset(map(_number_of, graph.walk(edges, graph.everywhere)))
 
 
 def _number_of(node: Node) -> int:
