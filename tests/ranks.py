@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nets import Case, make_case
-from oracle import by_loss, gradients_of, losses_of, weighted_sum
+from oracle import by_loss, gradients_of, losses_of, seed_each_module, smooth_loss, step_gradients, weighted_sum
 from relaybackprop import Plan, Relay
 
 WORLD = 2
@@ -60,6 +60,27 @@ def accumulated(name: str, rank: int) -> Gradients:
     return gradients_of(relay)
 
 
+def stepped(name: str, rank: int) -> Gradients:
+    """`Relay.step`, which averages itself; two iterations, since the first one searches the graph."""
+    case = case_of(name, rank)
+    relay = relay_of(case)
+    seed_each_module(relay)
+    for _ in range(2):
+        relay.zero_grad()
+        step_gradients(relay, *case.inputs)
+    return gradients_of(relay)
+
+
+def stepped_in_two_parts(name: str, rank: int) -> Gradients:
+    """Two micro-batches, gradients averaged after the second; the first process's batch statistics everywhere."""
+    case = case_of(name, rank)
+    relay = relay_of(case)
+    seed_each_module(relay)
+    for sync in (False, True):
+        relay.step(*case.inputs, target=None, loss=smooth_loss(relay.plan), sync=sync)
+    return gradients_of(relay)
+
+
 def fully_sharded(name: str, rank: int) -> Gradients:
     """FSDP2 on each top-level segment and the root, two iterations."""
     case = case_of(name, rank)
@@ -84,6 +105,8 @@ SCENARIOS: dict[str, Callable[[str, int], Gradients]] = {
     "ddp find_unused_parameters": lambda name, rank: data_parallel(name, rank, find_unused_parameters=True),
     "ddp static_graph": lambda name, rank: data_parallel(name, rank, static_graph=True),
     "ddp no_sync": accumulated,
+    "step": stepped,
+    "step in two parts": stepped_in_two_parts,
     "fsdp2": fully_sharded,
 }
 NETS = ["vgg", "resnet", "transformer"]

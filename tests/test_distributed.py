@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ranks
-from oracle import assert_same, expected_gradients
+from oracle import assert_same, expected_gradients, seed_each_module
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 
@@ -41,11 +41,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks.WORLD)]
 
 
-def mean_over_ranks(name: str, seeds: tuple[int, ...], scheme: str = "relay") -> dict[str, Tensor]:
+def mean_over_ranks(
+    name: str, seeds: tuple[int, ...], scheme: str = "relay", *, by_module: bool = False
+) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for rank in range(ranks.WORLD):
         case = ranks.case_of(name, rank)
         relay = ranks.relay_of(case, scheme)
+        if by_module:
+            seed_each_module(relay)
         for seed in seeds:
             for parameter, gradient in expected_gradients(relay, *case.inputs, seed=seed).items():
                 total[parameter] = total.get(parameter, 0) + gradient / ranks.WORLD
@@ -55,7 +59,8 @@ def mean_over_ranks(name: str, seeds: tuple[int, ...], scheme: str = "relay") ->
 @pytest.mark.parametrize("name", ranks.NETS)
 @pytest.mark.parametrize("scenario", ranks.SCENARIOS)
 def test_gradients(scenario: str, name: str, results: list[dict[str, dict[str, Tensor] | str]]) -> None:
-    expected = mean_over_ranks(name, (7, 8) if scenario == "ddp no_sync" else (7,))
+    two_parts = scenario in ("ddp no_sync", "step in two parts")
+    expected = mean_over_ranks(name, (7, 8) if two_parts else (7,), by_module=scenario.startswith("step"))
     for result in results:
         got = result[f"{scenario} {name}"]
         assert not isinstance(got, str), got

@@ -19,6 +19,7 @@ from oracle import (
     gradients_of,
     losses_of,
     relay_gradients,
+    seed_each_module,
     smooth_loss,
     step_gradients,
 )
@@ -34,16 +35,6 @@ from relaybackprop.errors import (
 )
 from relaybackprop.release import Release
 from test_exact_random import Example, build, examples
-
-
-def seed_each_module(relay: Relay) -> None:
-    """Let chance depend on the module alone: heads run earlier in a step than in an ordinary forward pass."""
-    for number, module in enumerate(relay.modules()):
-
-        def seed(_module: nn.Module, _args: Any, number: int = number) -> None:
-            torch.manual_seed(number)
-
-        module.register_forward_pre_hook(seed)
 
 
 @pytest.fixture(params=CASES)
