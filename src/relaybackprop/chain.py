@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn import functional
 
 from relaybackprop import graph
 from relaybackprop.errors import PlanError, RelayError
@@ -108,6 +109,7 @@ def dry_run() -> Generator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.device("meta"),
+            _fused_attention(),
         ):
             yield
     except RelayError:
@@ -119,6 +121,27 @@ def dry_run() -> Generator[None]:
             "Give an example input that fits the model. If its forward pass looks at values (item(), if tensor: ...), "
             "write the plan by hand; reach() works with every model.",
         ) from error
+
+
+@contextmanager
+def _fused_attention() -> Generator[None]:
+    """Let attention without values do what attention with values does: PyTorch has fused kernels for all but meta."""
+    attention = functional.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = {"dropout_p": 0.0, "is_causal": False, "scale": None}
+        can_fuse = not args and kwargs.keys() <= plain.keys() | {"attn_mask"} and kwargs.pop("attn_mask", None) is None
+        if not can_fuse or query.device.type != "meta" or query.ndim != 4 or query.shape[1] != key.shape[1]:
+            return attention(query, key, value, *args, **kwargs)
+        options = plain | kwargs
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(query, key, value, options["dropout_p"], options["is_causal"], scale=options["scale"])[0]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
 
 
 class StandIn(nn.Module):

@@ -5,7 +5,7 @@ are matrix products and convolutions by PyTorch's own formulas, a multiplication
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from relaybackprop import graph
 from relaybackprop.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
-from relaybackprop.errors import LeakError
-from relaybackprop.loss import RelayOutput
+from relaybackprop.errors import LeakError, StepError
+from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Boundary, Plan
 from relaybackprop.relay import Relay
+from relaybackprop.storages import Storages
 from relaybackprop.structure import replace_tensors, tensors_in
 
 STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"
+EARLY_RELEASE = "early_release"  # the plan itself by `Relay.step`
 LOWER_BOUND = "lower_bound"
 UNITS = ("", "k", "M", "G", "T", "P")
-NAME_WIDTH = 30  # the table has 120 columns
+NAME_WIDTH = 26  # the table has 120 columns
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Spent:
         forward: floating-point operations.
         backward: floating-point operations.
         saved: bytes that autograd keeps from the forward for the backward pass, the batch itself among them; each piece
-            of memory counts once, where it is first saved. Parameters and buffers do not count.
+            of memory counts once, where it is first saved. Parameters and buffers do not count. With early release
+            they are not kept at the same time.
     """
 
     forward: int = 0
@@ -77,9 +80,12 @@ class Cost:
 
     Args:
         parts: from the lowest up, then the heads. What has neither parameters nor cost is left out.
+        peaks: by scheme, the most bytes that are alive at once during a step, besides parameters, their gradients,
+            buffers and the batch: what is saved, and what is computed from it.
     """
 
     parts: tuple[Part, ...]
+    peaks: Mapping[str, int]
 
     @property
     def totals(self) -> dict[str, Spent]:
@@ -113,10 +119,14 @@ class Cost:
         add("sum", sum(part.parameters for part in self.parts), totals, self.lower_bound)
         saved = totals[plan].saved / max(totals[STANDARD].saved, 1)
         rows.append(["of standard", "", f"{saved:.3f}", *(f"{ratio:.3f}" for ratio in self.ratios.values())])
+        peak_unit, peak_letter = _unit(max(self.peaks.values()))
+        rows.append([f"peak {peak_letter}B", "", "", *(f"{peak / peak_unit:.2f}" for peak in self.peaks.values()), ""])
+        peaks = [peak / max(self.peaks[STANDARD], 1) for peak in self.peaks.values()]
+        rows.append(["of standard", "", "", *(f"{peak:.3f}" for peak in peaks), ""])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             row[:] = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        return "\n".join(map("  ".join, rows))
+        return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, nn.Module] | None = None) -> Cost:
@@ -132,9 +142,11 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         heads: by name of the auxiliary loss. Left out, something that costs nothing stands for each of them.
 
     Returns:
-        The schemes are "standard", "multi_loss", "relay", which is the plan itself, and "isolated", each as this
-        package runs it; the last is left out where a way leads around a head. Saved activations are those of PyTorch's
-        own kernels on a CPU; what other devices keep for normalisation and attention differs a little.
+        The schemes are "standard", "multi_loss", "isolated", "relay", which is the plan itself, and "early_release",
+        which is the plan by `Relay.step`, each as this package runs it; "isolated" and "early_release" are left out
+        where a way leads around what they need. Memory is that of PyTorch's own kernels on a CPU without their
+        workspaces, with fused attention where PyTorch has it; what other devices keep for normalisation differs a
+        little.
 
     Raises:
         PlanError: arguments of other types, or a model that does not run on the meta device.
@@ -154,9 +166,9 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         ledgers: dict[str, _Ledger] = {}
         for scheme, other in _schemes(relay.plan).items():
             try:
-                ledgers[scheme] = _step(relay, other, arguments, binding.order)
-            except LeakError:  # a head can read a branch, but no window can end there
-                if scheme != ISOLATED:
+                ledgers[scheme] = _step(relay, other, arguments, binding.order, early=scheme == EARLY_RELEASE)
+            except (LeakError, StepError):  # a head can read a branch, but no window can end there
+                if scheme not in (ISOLATED, EARLY_RELEASE):
                     raise
         ends = {window.lower for window in plan.windows.values() if window.lower is not None}
         cut = _step(relay, plan.standard(), arguments, binding.order, ends)
@@ -168,13 +180,47 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         parameters = max(ledger.parameters[row] for ledger in ledgers.values())  # standard has no heads
         if parameters or any(spent != Spent() for spent in schemes.values()):
             parts.append(Part(name, parameters, schemes, _least(schemes, cut.spent[row])))
-    return Cost(tuple(parts))
+    return Cost(tuple(parts), {scheme: ledger.alive.most for scheme, ledger in ledgers.items()})
+
+
+def kept_between(model: nn.Module, names: Sequence[str], example_input: Any) -> list[int]:
+    """What standard backpropagation keeps for the backward pass, in bytes, up to each of some places in a row.
+
+    Args:
+        model: any module that runs on the meta device.
+        names: of modules, by whose outputs the model is divided, in forward order.
+        example_input: as for `cost`.
+
+    Returns:
+        One number for each name, and one for the rest of the model.
+    """
+    with dry_run():
+        (relay,), arguments = cast(
+            tuple[list[Relay], Arguments], (shadows([Relay(model, Plan())]), shadow_input(example_input))
+        )
+        ledger = _step(relay, relay.plan, arguments, [Boundary("output", name) for name in names])
+    return [spent.saved for spent in ledger.spent]
+
+
+def early_peak(model: nn.Module, plan: Plan, example_input: Any) -> int:
+    """The most bytes that are alive at once in a step with early release, with heads that cost nothing.
+
+    Args:
+        model: any module that runs on the meta device.
+        plan: its windows.
+        example_input: as for `cost`.
+    """
+    with dry_run():
+        original = Relay(model, plan, {name: StandIn() for name in plan.auxiliary})
+        (relay,), arguments = cast(tuple[list[Relay], Arguments], (shadows([original]), shadow_input(example_input)))
+        return _step(relay, plan, arguments, (), early=True).alive.most
 
 
 def _schemes(plan: Plan) -> dict[str, Plan]:
     if plan == plan.standard():
         return {STANDARD: plan}
-    return {STANDARD: plan.standard(), MULTI_LOSS: plan.multi_loss(), ISOLATED: plan.isolated(), RELAY: plan}
+    schemes = {STANDARD: plan.standard(), MULTI_LOSS: plan.multi_loss(), ISOLATED: plan.isolated(), RELAY: plan}
+    return schemes | {EARLY_RELEASE: plan}
 
 
 def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
@@ -214,7 +260,11 @@ class FlopCounter(TorchDispatchMode):
         formula = self._formulas.get(func.overloadpacket)
         if formula is not None:
             self.add(formula(*args, **kwargs, out_val=result))
+        self.see(result)
         return result
+
+    def see(self, result: Any) -> None:
+        """Note what an operation has returned."""
 
     def add(self, flops: int) -> None:
         """Note an operation."""
@@ -229,21 +279,25 @@ class _Ledger(FlopCounter):
     Attributes:
         spent: by row.
         parameters: likewise, elements.
+        row: entered last.
+        alive: what a step needs besides what is owned, its gradients and the batch.
     """
 
-    def __init__(self, rows: int, owned: Iterable[Tensor]) -> None:
+    def __init__(self, rows: int, owned: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
         super().__init__()
+        gradients = [tensor.grad for tensor in owned if tensor.grad is not None]
+        self.alive = Storages([*owned, *gradients, *batch])
         self.spent = [Spent() for _ in range(rows)]
         self.parameters = [0] * rows
-        self._row = 0
+        self.row = 0
+        self._row_below = 0  # of the node that ran last in a backward pass
         self._end = 0
         self._starts: list[tuple[int, int]] = [(-1, 0)]  # the number of a row's first node, and the row
-        # Storages, so that none is freed meanwhile and another takes its address.
-        self._known = {_address(tensor): tensor.untyped_storage() for tensor in owned}
+        self._saved = Storages(owned)
 
     def enter(self, row: int) -> None:
         """From now on the forward pass is in this row."""
-        self._row = row
+        self.row = row
         self._starts.append((torch.autograd._get_sequence_nr(), row))  # pyright: ignore
 
     def add(self, flops: int) -> None:
@@ -251,23 +305,25 @@ class _Ledger(FlopCounter):
         super().add(flops)
         node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
         if node is None:
-            self.spent[self._row] += Spent(forward=flops)
+            self.spent[self.row] += Spent(forward=flops)
             return
         # What checkpointing makes in the backward pass belongs to where it is run from.
         if _number_of(node) < self._end:
-            self._row = self._row_of(node)
-        self.spent[self._row] += Spent(backward=flops)
+            self._row_below = self._row_of(node)
+        self.spent[self._row_below] += Spent(backward=flops)
+
+    def see(self, result: Any) -> None:
+        """Note what an operation has returned."""
+        self.alive.note(result)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Note a tensor that autograd saves."""
-        address = _address(tensor)
-        if address not in self._known:
-            self._known[address] = tensor.untyped_storage()
-            self.spent[self._row] += Spent(saved=tensor.untyped_storage().nbytes())
+        node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
+        self.spent[self.row if node is None else self._row_below] += Spent(saved=self._saved.note(tensor))
         return tensor
 
     def close(self) -> None:
-        """The forward pass is over."""
+        """A backward pass comes: what is made from now on is made by it."""
         self._end = torch.autograd._get_sequence_nr()  # pyright: ignore
 
     def note_parameters(self, loss: Tensor) -> None:
@@ -278,8 +334,7 @@ class _Ledger(FlopCounter):
                 variable = None if lower is None else graph.variable_of(lower)
                 if variable is not None:
                     rows[variable] = min(self._row_of(node), rows.get(variable, len(self.spent)))
-        for variable, row in rows.items():
-            self.parameters[row] += variable.numel()
+        self.parameters = [sum(v.numel() for v, r in rows.items() if r == row) for row in range(len(self.spent))]
 
     def _row_of(self, node: Node) -> int:
         return self._starts[bisect_right(self._starts, _number_of(node), key=lambda start: start[0]) - 1][1]
@@ -290,7 +345,7 @@ def _number_of(node: Node) -> int:
 
 
 class _Entering(nn.Module):
-    """A head that first says that it runs."""
+    """A head that first says that it runs, and then who goes on."""
 
     def __init__(self, head: nn.Module, ledger: _Ledger, row: int) -> None:
         super().__init__()
@@ -299,12 +354,21 @@ class _Entering(nn.Module):
 
     def forward(self, value: Any) -> Any:
         ledger, row = self._note
+        before = ledger.row
         ledger.enter(row)
-        return self.head(value)
+        output = self.head(value)
+        ledger.enter(before)
+        return output
 
 
 def _step(
-    relay: Relay, plan: Plan, arguments: Arguments, order: Sequence[Boundary], ends: Collection[Boundary] = ()
+    relay: Relay,
+    plan: Plan,
+    arguments: Arguments,
+    order: Sequence[Boundary],
+    ends: Collection[Boundary] = (),
+    *,
+    early: bool = False,
 ) -> _Ledger:
     """Run one training step with another plan for the same heads.
 
@@ -314,24 +378,39 @@ def _step(
         arguments: of the forward pass.
         order: all boundaries that part rows, the lowest first. The heads' rows follow.
         ends: where to cut the graph, so that what lies below needs no gradient from above.
+        early: by `Relay.step`.
     """
+    for parameter in relay.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows = {name: row for row, name in enumerate(relay.heads, len(order) + 1)}
-    ledger = _Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()])
+    ledger = _Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()], tensors_in(arguments))
     heads = {name: _Entering(relay.heads[name], ledger, rows[name]) for name in plan.auxiliary}
     step, (args, kwargs), cut = Relay(relay.model, plan, heads), arguments, list[Tensor]()
-    step(*args, **kwargs)  # in its first forward pass a relay copies what heads read, see `Passage`
+
+    def sum_of(output: Any, _target: Any) -> Tensor:
+        loss = total(tensors_in(output))
+        ledger.close()
+        return loss
+
+    criterion = RelayLoss(dict.fromkeys(plan.windows, sum_of), plan)
+
+    def run() -> None:
+        if early:
+            step.step(*args, target=None, loss=criterion, sync=False, **kwargs)
+            return
+        output: RelayOutput = step(*args, **kwargs)
+        loss = total([criterion(output, None), *cut])
+        ledger.note_parameters(loss)
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+
+    run()  # in its first forward pass a relay copies what heads read, see `Passage`
     ledger.enter(0)
     with ExitStack() as stack:
         for row, boundary in enumerate(order, 1):
             crossing = partial(_cross, ledger, row, cut if boundary in ends else None)
             _watch(stack, relay.model.get_submodule(boundary.module), boundary.side, crossing)
         with ledger, saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
-            output: RelayOutput = step(*args, **kwargs)
-            loss = total([*tensors_in(output.primary), *tensors_in(output.auxiliary), *cut])
-    ledger.note_parameters(loss)
-    ledger.close()
-    with ledger:
-        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            run()
     return ledger
 
 
@@ -357,10 +436,6 @@ def _watch(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
     else:
         handle = module.register_forward_hook(after)
     stack.callback(handle.remove)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore
 
 
 def _unit(largest: int) -> tuple[int, str]:

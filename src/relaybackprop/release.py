@@ -18,6 +18,7 @@ Note [Early release]
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -268,14 +269,20 @@ def _leaves_of(tensors: list[Tensor], place: str, *, copy: bool) -> tuple[list[T
 def _backward(edges: list[GradientEdge], gradients: list[Tensor], inputs: list[Tensor] | None = None) -> None:
     """A backward pass into `.grad`. `inputs` are all leaves that need it; None for all that there are."""
     if inputs is None or inputs:
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        with _full_precision(gradients[0].device.type):
             torch.autograd.backward(edges, gradients, inputs=inputs)
 
 
 def _grad(edges: list[GradientEdge], gradients: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     """A backward pass for input gradients alone, after which there will be another one."""
-    with torch.autocast(gradients[0].device.type, enabled=False):
+    with _full_precision(gradients[0].device.type):
         return torch.autograd.grad(edges, inputs, gradients, retain_graph=True, allow_unused=True)
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """Without autocast, as a backward pass should be."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def _trainable(edges: Iterable[GradientEdge], leaves: Collection[Tensor]) -> list[Tensor]:

@@ -18,12 +18,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 from torch import nn
 
+from relaybackprop.budget import fit
 from relaybackprop.chain import Link, StandIn, chain, dry_run, shadow_input, shadows
+from relaybackprop.cost import early_peak, kept_between
 from relaybackprop.errors import PlanError, WindowError
 from relaybackprop.plan import Plan, Window
 from relaybackprop.relay import Relay
@@ -48,7 +50,11 @@ class Suggestion:
 
 
 def suggest_plan(
-    model: nn.Module, example_input: Any, num_auxiliary: int = 1, max_layers: int | None = None
+    model: nn.Module,
+    example_input: Any,
+    num_auxiliary: int = 1,
+    max_layers: int | None = None,
+    memory_budget: int | None = None,
 ) -> Suggestion:
     """A relay plan for a model, by the rules in Note [Suggesting]. A place to start from, not an optimum.
 
@@ -57,8 +63,10 @@ def suggest_plan(
     Args:
         model: any module that runs on the meta device.
         example_input: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
-        num_auxiliary: how many heads.
+        num_auxiliary: how many heads; with a memory budget the fewest.
         max_layers: the paper's N, the most weight layers that a window may have; None for as few as can be.
+        memory_budget: bytes that a `Relay.step` on such a batch may need at its peak, besides parameters, gradients,
+            buffers, the batch and the heads. Windows are then made by Note [Fitting] in `relaybackprop.budget` instead.
 
     Returns:
         The plan, its reasons, and what the heads read. Heads are named "aux", or "aux1", "aux2", ... from the lowest.
@@ -66,8 +74,8 @@ def suggest_plan(
     Raises:
         PlanError: arguments of other types or below 1, a model that does not run on the meta device, or one that is no
             chain of modules.
-        WindowError: too few places for so many heads, or windows deeper than `max_layers`; the message says how many
-            heads would do.
+        WindowError: too few places for so many heads, windows deeper than `max_layers`, or more memory than
+            `memory_budget`; the message says how many heads would do, or the least memory.
 
     Example:
         >>> suggestion = suggest_plan(resnet50(), images)  # doctest: +SKIP
@@ -81,6 +89,9 @@ def suggest_plan(
     if max_layers is not None:
         _check_count("max_layers", max_layers)
     links = chain(model, example_input)
+    if memory_budget is not None:
+        _check_count("memory_budget", memory_budget)
+        return _fitting(model, example_input, links, num_auxiliary, max_layers, memory_budget)
     arrangement = _arrange(links, num_auxiliary)
     if arrangement is None:
         most = next((k for k in range(min(num_auxiliary, len(links)) - 1, 0, -1) if _arrange(links, k)), 0)
@@ -91,15 +102,67 @@ def suggest_plan(
         )
     if max_layers is not None and arrangement.deepest > max_layers:
         raise _too_deep(links, num_auxiliary, max_layers, arrangement.deepest)
-    plan = _plan(arrangement)
+    plan = _bound(model, _plan(arrangement), example_input)
+    shapes = {name: arrangement.segments[at].shape for name, at in zip(plan.auxiliary, arrangement.heads, strict=True)}
+    reads = [f"The head {name} reads {shape}." for name, shape in shapes.items()]
+    return Suggestion(plan, (*_reasons(links, arrangement, max_layers), *reads), shapes)
+
+
+def _half(ends: Sequence[Link], kept: Sequence[int]) -> str:
+    """The name of the link up to which half of all that is kept is kept."""
+    so_far = accumulate(kept)
+    return next(end.name for end, size in zip(ends, so_far, strict=True) if 2 * size >= sum(kept))
+
+
+def _bound(model: nn.Module, plan: Plan, example_input: Any) -> Plan:
+    """The plan with the depths of its windows; neighbours overlap."""
     with dry_run():
         (shadow,), (args, kwargs) = shadows([model]), shadow_input(example_input)
         relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
         relay(*args, **kwargs)
     relay.plan.check_relay()
-    shapes = {name: arrangement.segments[at].shape for name, at in zip(plan.auxiliary, arrangement.heads, strict=True)}
-    reads = [f"The head {name} reads {shape}." for name, shape in shapes.items()]
-    return Suggestion(relay.plan, (*_reasons(links, arrangement, max_layers), *reads), shapes)
+    return relay.plan
+
+
+def _fitting(
+    model: nn.Module,
+    example_input: Any,
+    links: Sequence[Link],
+    num_auxiliary: int,
+    max_layers: int | None,
+    memory_budget: int,
+) -> Suggestion:
+    """Note [Fitting] in `relaybackprop.budget`."""
+    ends = [end for end, _ in _ends(links)]
+    kept = kept_between(model, [end.name for end in ends[:-1]], example_input)
+    heads = range(num_auxiliary, len(ends))
+    found, least = fit(ends, kept, heads, memory_budget, lambda plan: early_peak(model, plan, example_input))
+    if found is None:
+        raise WindowError(
+            f"windows of {type(model).__name__} that need at most memory_budget={memory_budget:,} bytes in a step",
+            f"{least:,} bytes as the least, with at least num_auxiliary={num_auxiliary}",
+            "Allow that much, take a smaller batch, or use activation checkpointing inside of the windows.",
+        )
+    plan = _bound(model, found.plan(ends), example_input)
+    assert plan.binding is not None, "a training forward pass binds the plan"
+    deepest = max(plan.binding.depths.values())
+    if max_layers is not None and deepest > max_layers:
+        raise WindowError(
+            f"windows of at most max_layers={max_layers} weight layers",
+            f"{deepest} in the windows that fit memory_budget={memory_budget:,}",
+            "Ask for more heads (num_auxiliary), or for one of the two limits.",
+        )
+    shapes = {name: ends[top].shape for name, top in zip(plan.auxiliary, found.tops, strict=True)}
+    reasons = [
+        f"Standard backpropagation keeps {sum(kept):,} bytes for the backward pass of such a batch, half of them up to "
+        f"{_half(ends, kept)}.",
+        f"A step with {_count(len(found.tops), 'head')}, the fewest from {num_auxiliary} up that will do, needs "
+        f"{early_peak(model, plan, example_input):,} bytes at its peak; the budget is {memory_budget:,}.",
+        "Windows keep about as much each; heads may sit lower than the paper would have them.",
+        f"Neighbouring windows overlap over {_count(found.overlap, 'link')} of the chain.",
+        *(f"The head {name} reads {shape}." for name, shape in shapes.items()),
+    ]
+    return Suggestion(plan, tuple(reasons), shapes)
 
 
 @dataclass(frozen=True)

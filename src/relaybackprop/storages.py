@@ -1,0 +1,53 @@
+"""How many bytes are alive: storages, counted when they are made and when they are freed. Also on the meta device."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from relaybackprop.structure import tensors_in
+
+
+class Storages:
+    """Bytes of all storages that have been noted and are still alive. A storage counts once, however many share it.
+
+    Args:
+        owned: tensors whose storages do not count.
+
+    Attributes:
+        now: bytes alive.
+        most: the largest `now` so far.
+    """
+
+    def __init__(self, owned: Iterable[Tensor] = ()) -> None:
+        self.now = 0
+        self.most = 0
+        # By address, with those that do not count held, so that no other storage can take their addresses.
+        self._known = {_address(tensor): tensor.untyped_storage() for tensor in owned}
+        self._alive = set[int]()
+
+    def note(self, value: Any) -> int:
+        """Count the storages of all tensors in a value that are new.
+
+        Returns:
+            Their bytes.
+        """
+        new = 0
+        for tensor in tensors_in(value):
+            address, storage = _address(tensor), tensor.untyped_storage()
+            if address not in self._known and address not in self._alive:
+                self._alive.add(address)
+                weakref.finalize(storage, self._drop, address, storage.nbytes())
+                new += storage.nbytes()
+        self.now += new
+        self.most = max(self.most, self.now)
+        return new
+
+    def _drop(self, address: int, size: int) -> None:
+        self._alive.discard(address)
+        self.now -= size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore
