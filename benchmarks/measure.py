@@ -14,6 +14,7 @@ Note [Timing]
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -22,15 +23,20 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells on stderr that it starts and stops
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from relaybackprop.cost import FlopCounter
+from relaybackprop.storages import Storages
 from relaylab.files import write_text
 
 Step = Callable[[], object]
@@ -42,6 +48,44 @@ def count_flops(step: Step) -> int:
     with FlopCounter() as counter:
         step()
     return counter.total
+
+
+def peak_bytes(step: Step) -> int:
+    """The most bytes that PyTorch has allocated at once during one call, above what was there before.
+
+    As the allocator counts: with temporary buffers and workspaces, of all devices that the step uses. On a CPU it is
+    read from the profiler, so the call takes longer than usual.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step()
+    results: Any = cast(Any, profiler).profiler.kineto_results
+    events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(events, key=lambda event: event[0])))
+
+
+def kept_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
+    """The most bytes that autograd keeps at once for backward passes during one call.
+
+    Args:
+        step: without checkpointing, which keeps what it keeps by other means.
+        owned: parameters and whatever else is there anyway.
+    """
+    kept = Storages(owned)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.note(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return kept.most
 
 
 def keep_memory() -> bool:

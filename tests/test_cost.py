@@ -57,7 +57,7 @@ def test_an_mlp_by_hand() -> None:
     assert spent(found, "relay") == [low, Spent(120, 3 * 120, 4 * 2 * 5), top, Spent(60, 120)]
     # With early release the graph ends there, so that nothing is computed to be dropped ...
     assert spent(found, "early_release") == [low, Spent(120, 2 * 120, 4 * 2 * 5), top, Spent(60, 120)]
-    # ... and in one pass over everything the sum's own input gradient is dropped at the primary window's end: one layer, so all of it.
+    # ... and in one pass over everything the sum's own input gradient is dropped there: one layer, so all of it.
     assert [part.lower_bound for part in found.parts] == [192, 120 + 2 * 120, 180, 180]
     assert found.lower_bound == 192 + 360 + 180 + 180
     standard = 192 + 360 + 180

@@ -128,14 +128,20 @@ def _fused_attention() -> Generator[None]:
     """Let attention without values do what attention with values does: PyTorch has fused kernels for all but meta."""
     attention = functional.scaled_dot_product_attention
 
-    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = {"dropout_p": 0.0, "is_causal": False, "scale": None}
-        can_fuse = not args and kwargs.keys() <= plain.keys() | {"attn_mask"} and kwargs.pop("attn_mask", None) is None
-        if not can_fuse or query.device.type != "meta" or query.ndim != 4 or query.shape[1] != key.shape[1]:
-            return attention(query, key, value, *args, **kwargs)
-        options = plain | kwargs
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **others: Any,
+    ) -> Tensor:
+        if query.device.type != "meta" or query.ndim != 4 or attn_mask is not None or any(others.values()):
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        return kernel(query, key, value, options["dropout_p"], options["is_causal"], scale=options["scale"])[0]
+        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
     functional.scaled_dot_product_attention = fused
     try:
