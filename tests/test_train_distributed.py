@@ -40,12 +40,12 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert difference <= TOLERANCE * tensor.abs().max().item(), (name, difference)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, two parts", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "ddp, two parts", "early release", "fsdp"])
 def test_two_processes_give_one_processs_parameters(
     name: str, two: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, input: input)
-    options = {"strategy": "ddp", "accumulate": 1}
+    options = {"strategy": "ddp", "accumulate": 1, "early_release": False}
     session.train(runs.understand(train_ranks.config_of(name, tiny_images, tmp_path / "one", **options)))
     assert_close(final(two / name, 6), final(tmp_path / "one", 6))
     with pytest.raises(AssertionError):  # negative controls: one step less, and other images

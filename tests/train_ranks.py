@@ -15,11 +15,12 @@ PLAIN = (*STEPS, "plan.auxiliary.aux.head=linear", "augmentation.divide=true")
 SCENARIOS: dict[str, dict[str, object]] = {
     "ddp": {"changes": PLAIN},
     "ddp, two parts": {"changes": PLAIN, "accumulate": 2},
+    "early release": {"changes": PLAIN, "early_release": True, "accumulate": 2},
     "fsdp": {"changes": PLAIN, "strategy": "fsdp"},
     "dropout": {"changes": STEPS},
     "dropout, from disk": {"changes": STEPS, "images": "disk", "workers": 1},
 }
-STOPPED = ("dropout", "dropout, from disk", "fsdp")
+STOPPED = ("dropout", "dropout, from disk", "early release", "fsdp")
 STOP_AT = 4
 
 

@@ -143,8 +143,9 @@ class Trainer:
             began = time.perf_counter()
             batch = next(batches).to(fabric.device)
             self.meter.waited(time.perf_counter() - began)
-            with fabric.no_backward_sync(self.module, enabled=part < parts - 1):
-                figures, angles = self.backward(batch, looks and part == 0)
+            is_last = part == parts - 1
+            with fabric.no_backward_sync(self.module, enabled=not is_last):
+                figures, angles = self.backward(batch, looks and part == 0, is_last)
             cosines |= angles
             totals = {name: totals.get(name, 0.0) + value / parts for name, value in figures.items()}
         norm, stopping = self.check_and_count(totals)
@@ -157,12 +158,13 @@ class Trainer:
         self.note(rate)
         return stopping
 
-    def backward(self, batch: Batch, looks: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
+    def backward(self, batch: Batch, looks: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
         """Add the gradients of one part of the step's batch to those of the parts before it.
 
         Args:
             batch: on the device.
             looks: whether to find the angles between losses.
+            is_last: whether it is the last part.
 
         Returns:
             By name, the losses and the errors (0 to 1); and the angles.
@@ -170,6 +172,12 @@ class Trainer:
         images = self.augment(batch.images, batch.draws)
         if self.config.memory_format == "contiguous":
             images = images.contiguous()
+        if self.config.early_release:
+            with self.fabric.autocast():
+                result = self.relay.step(
+                    images, target=batch.labels, loss=self.criterion, scale=self.scaled, sync=is_last
+                )
+            return {**result.terms, **top_errors(result.output.primary, batch.labels)}, {}
         output = self.module(images)
         losses = self.criterion.terms(output, batch.labels)
         weights = self.criterion.plan.weights
@@ -182,6 +190,11 @@ class Trainer:
         self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.config.accumulate)
         figures = {name: loss.detach() for name, loss in losses.items()}
         return {**figures, **top_errors(output.primary, batch.labels)}, angles
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss of one part of a batch, as its backward pass takes it with early release."""
+        loss = loss / self.config.accumulate
+        return loss if self.scaler is None else cast(Tensor, self.scaler.scale(loss))
 
     def check_and_count(self, figures: Mapping[str, Tensor]) -> tuple[float, bool]:
         """Let all processes know this step's figures, and look at them before the update.
@@ -292,4 +305,6 @@ class Trainer:
     @property
     def can_see_angles(self) -> bool:
         """See Note [Diagnosis] 3 in `relaylab.train.diagnosis`."""
-        return not self.config.compile and self.config.strategy != "fsdp" and self.records is not None
+        config = self.config
+        has_graph = not config.compile and not config.early_release and config.strategy != "fsdp"
+        return has_graph and self.records is not None

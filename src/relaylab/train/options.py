@@ -62,6 +62,10 @@ class Engine(Subject):
     accumulate: int = 1
     """Take the recipe's batch in so many parts, one after another, where it does not fit into memory."""
 
+    early_release: Switch = False
+    """Send each loss down as soon as its head has been met, and free its window's memory before the layers above run.
+    The gradients are the same; it is for relay and isolated windows."""
+
     batch_norm: Literal["local", "synchronised"] = "local"
     """With several devices: statistics of each device's own images, or of all (GPUs only)."""
 
@@ -139,6 +143,8 @@ def engine_problems(config: Engine) -> list[str]:
         value = getattr(config, name, None)
         if value is not None and value < low:
             problems.append(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    if config.early_release and config.strategy == "fsdp":
+        problems.append("--early-release needs whole parameters on each device: leave out --strategy fsdp")
     return problems
 
 

@@ -289,7 +289,10 @@ def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:
         "processes": fabric.world_size,
         "device": gpu or "cpu",
         "threads": torch.get_num_threads(),
-        "options": {name: getattr(config, name) for name in ("strategy", "accumulate", "compile", "memory_format")},
+        "options": {
+            name: getattr(config, name)
+            for name in ("strategy", "accumulate", "early_release", "compile", "memory_format")
+        },
     }
 
 
