@@ -37,6 +37,12 @@ class Fit:
         """Of the windows above the heads, the link below each; -1 for the model's input."""
         return [top - self.overlap for top in self.tops]
 
+    def largest(self, kept: Sequence[int]) -> int:
+        """Bytes that the largest window keeps."""
+        starts = [0, *(bottom + 1 for bottom in self.bottoms)]
+        ends = [*(top + 1 for top in self.tops), len(kept)]
+        return max(sum(kept[start:end]) for start, end in zip(starts, ends, strict=True))
+
     def plan(self, links: Sequence[Link]) -> Plan:
         """The same as a plan."""
         names = ["aux"] if len(self.tops) == 1 else [f"aux{number}" for number in range(1, len(self.tops) + 1)]
@@ -67,6 +73,10 @@ def fit(
         found = balance(links, kept, count, 1)
         if found is None:
             break
+        largest = found.largest(kept)
+        if largest > budget:  # a step needs at least that
+            least = largest if least < 0 else min(least, largest)
+            continue
         peak = peak_of(found.plan(links))
         least = peak if least < 0 else min(least, peak)
         if peak > budget:
