@@ -3,15 +3,15 @@
     python -m benchmarks.depth [--quick] [--json FILE]
 
 A residual network (torchvision's bottleneck blocks, 3, 4, 6 and 3 in the four stages) and a vision transformer (six
-blocks), and both with two, four and eight times as many blocks. `suggest_plan` gets the same memory budget for all depths,
-`BUDGET` of what standard backpropagation needs at the least depth, and finds the fewest branches that will do. A step is
-one forward and one backward pass into gradients that are there already; memory is counted besides parameters, their
-gradients and the batch, which grow with depth whatever one does. Gradients are those of the ordinary engine: see
+blocks), and both with two, four and eight times as many blocks. `suggest_plan` gets the same memory budget for all
+depths, `BUDGET` of what standard backpropagation needs at the least depth, and finds the fewest branches that will do.
+A step is one forward and one backward pass into gradients that are there already; memory is counted besides parameters,
+their gradients and the batch, which grow with depth whatever one does. Gradients are those of the ordinary engine: see
 `benchmarks.memory`, which checks that, and the tests.
 
 Figures: by network and depth, `*_branches`, `*_layers`, `*_peak_mb_a` and `*_ms_a` by contender, the time ratio
-`*_time_early_release_over_standard`; `*_growth` is the peak at the greatest depth over that at the least, early release's
-the largest over that at the least.
+`*_time_early_release_over_standard`; `*_growth` is the peak at the greatest depth over that at the least, and for early
+release the largest over that at the least.
 """
 
 import statistics
@@ -60,7 +60,7 @@ class Settings:
     budget_s: float
 
 
-FULL = Settings(depths=(1, 2, 4, 8), pixels=96, batch=16, rounds=20, budget_s=40)
+FULL = Settings(depths=(1, 2, 4, 8), pixels=96, batch=16, rounds=20, budget_s=30)
 QUICK = Settings(depths=(1, 2), pixels=64, batch=4, rounds=3, budget_s=2)
 GPU = Settings(depths=(1, 2, 4, 8), pixels=224, batch=64, rounds=30, budget_s=20)
 
@@ -78,18 +78,18 @@ class MeanTokenHead(nn.Module):
         return self.fc(self.norm(tokens.mean(1)))
 
 
-def residual_network(depth: int, settings: Settings) -> nn.Module:
+def residual_network(depth: int, _pixels: int) -> nn.Module:
     """Bottleneck blocks: 50 layers at depth 1."""
     from torchvision.models.resnet import Bottleneck, ResNet
 
     return ResNet(Bottleneck, [3 * depth, 4 * depth, 6 * depth, 3 * depth], num_classes=CLASSES)
 
 
-def vision_transformer(depth: int, settings: Settings) -> nn.Module:
+def vision_transformer(depth: int, pixels: int) -> nn.Module:
     """Encoder blocks of width 384: six at depth 1."""
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(settings.pixels, 16, 6 * depth, 6, 384, 1536, num_classes=CLASSES)
+    return VisionTransformer(pixels, 16, 6 * depth, 6, 384, 1536, num_classes=CLASSES)
 
 
 def head_on(shape: tuple[int, ...]) -> nn.Module:
@@ -99,7 +99,7 @@ def head_on(shape: tuple[int, ...]) -> nn.Module:
 
 def measure_depth(
     name: str,
-    build: Callable[[int, Settings], nn.Module],
+    build: Callable[[int, int], nn.Module],
     depth: int,
     settings: Settings,
     device: str,
@@ -111,7 +111,7 @@ def measure_depth(
         The figures, and the memory budget: the given one, or that of the least depth.
     """
     with torch.device(device):
-        model = build(depth, settings)
+        model = build(depth, settings.pixels)
         images = torch.randn(settings.batch, 3, settings.pixels, settings.pixels)
         labels = torch.randint(CLASSES, (settings.batch,))
     if budget is None:
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments("depth", "Measure memory and time of networks of growing depth.", argv)
     on_gpu = torch.cuda.is_available()
     settings = QUICK if arguments.quick else GPU if on_gpu else FULL
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     keep_memory()
     figures = measure(settings, "cuda" if on_gpu else "cpu")

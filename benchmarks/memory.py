@@ -71,12 +71,12 @@ class Settings:
     pixels: int = 224
     resnet50_batch: int
     vit_b_batch: int
-    threads: int = 2
+    threads: int = 1
     rounds: int
     budget_s: float
 
 
-FULL = Settings(resnet50_batch=8, vit_b_batch=4, rounds=40, budget_s=400)
+FULL = Settings(resnet50_batch=4, vit_b_batch=2, rounds=40, budget_s=200)
 QUICK = Settings(pixels=64, resnet50_batch=2, vit_b_batch=2, rounds=3, budget_s=4)
 GPU = Settings(resnet50_batch=128, vit_b_batch=64, rounds=40, budget_s=60)
 
