@@ -50,6 +50,24 @@ def count_flops(step: Step) -> int:
     return counter.total
 
 
+def count_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
+    """The most bytes that are alive at once during one call. Works on the meta device, where it is free.
+
+    Args:
+        step: what to call.
+        owned: tensors that do not count: parameters, their gradients, the batch.
+    """
+    alive = Storages(owned)
+
+    class Counter(FlopCounter):
+        def see(self, result: Any) -> None:
+            alive.note(result)
+
+    with Counter():
+        step()
+    return alive.most
+
+
 def peak_bytes(step: Step) -> int:
     """The most bytes that PyTorch has allocated at once during one call, above what was there before.
 
