@@ -130,7 +130,7 @@ def vit_b(pixels: int, batch: int, _width: int, device: str) -> Subject:
         model = vit_b_16(image_size=pixels, num_classes=1000)
         head = nn.Sequential(_FirstToken(), nn.LayerNorm(768), nn.Linear(768, 1000))
         images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(1000, (batch,))
-    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision's zeros would let no gradient through
+    nn.init.normal_(cast(Any, model.heads.head).weight, std=0.02)  # torchvision's zeros would let no gradient through
     layers = list(model.encoder.layers)
     at = "encoder.layers.encoder_layer_{}".format
     plan = Plan(Window(bottom=at(5)), {"aux": Window(top=at(6))})

@@ -60,7 +60,7 @@ def count_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
     alive = Storages(owned)
 
     class Counter(FlopCounter):
-        def see(self, result: Any) -> None:
+        def see(self, operation: Any, result: Any) -> None:  # noqa: ARG002
             alive.note(result)
 
     with Counter():

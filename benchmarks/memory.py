@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def vit_b(pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu") 
     with torch.device(device):
         model = build(image_size=pixels, num_classes=classes)
         heads: dict[str, nn.Module] = {"low": TokenHead(768, classes), "high": TokenHead(768, classes)}
-    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision's zeros would let no gradient through
+    nn.init.normal_(cast(Any, model.heads.head).weight, std=0.02)  # torchvision's zeros would let no gradient through
     at = "encoder.layers.encoder_layer_{}".format
     plan = Plan(Window(bottom=at(7)), {"low": Window(top=at(4)), "high": Window(top=at(7), bottom=at(4))})
     return Subject(model, plan, heads, list(model.encoder.layers), *_batch(pixels, batch, classes, device))

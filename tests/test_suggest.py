@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.networks import VGG22
 from nets import CASES, make_case
-from relaybackprop import LinearHead, Plan, Relay, Suggestion, Window, reach, suggest_plan
+from relaybackprop import LinearHead, Plan, Relay, Suggestion, Window, cost, reach, suggest_plan
+from relaybackprop.budget import Fit, balance
 from relaybackprop.chain import Link, chain
 from relaybackprop.errors import AppliedTwiceError, BoundaryError, LeakError, PlanError, WindowError
 from relaybackprop.structure import tensors_in
@@ -415,3 +417,57 @@ def test_the_model_is_left_alone_also_when_it_fails() -> None:
     assert all(p.grad is grad for p, grad in zip(model.parameters(), gradients, strict=True))
     assert torch.equal(model.body[0][0].weight.grad, torch.ones(4, 4))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# Within a memory budget.
+
+
+def wide_mlp(layers: int = 12) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(layers)), nn.Linear(32, 5))
+
+
+def test_windows_fit_the_memory_budget_with_the_fewest_heads() -> None:
+    model, rows = wide_mlp(), torch.zeros(512, 32)
+    standard = cost(model, Plan(), rows).peaks["standard"]
+    heads: list[int] = []
+    for part in (0.9, 0.78, 0.71, 0.64):
+        budget = int(part * standard)
+        found = suggest_plan(model, rows, memory_budget=budget)
+        assert cost(model, found.plan, rows).peaks["early_release"] <= budget
+        heads.append(len(found.plan.auxiliary))
+        assert_trains(model, found, rows)
+        assert "needs" in found.reasons[1]
+    assert heads == sorted(heads)
+    assert heads[0] == 1 < heads[-1]
+
+
+def test_a_budget_that_nothing_fits_tells_the_least() -> None:
+    model, rows = wide_mlp(), torch.zeros(512, 32)
+    with pytest.raises(WindowError, match=r"memory_budget=1,000 bytes") as caught:
+        suggest_plan(model, rows, memory_budget=1000)
+    least = int(re.findall(r"([\d,]+) bytes as the least", str(caught.value))[0].replace(",", ""))
+    assert 1000 < least
+    with pytest.raises(PlanError, match=r"memory_budget"):
+        suggest_plan(model, rows, memory_budget=0)
+
+
+def test_a_budget_and_a_depth_limit() -> None:
+    model, rows = wide_mlp(), torch.zeros(512, 32)
+    budget = int(0.8 * cost(model, Plan(), rows).peaks["standard"])
+    with pytest.raises(WindowError, match=r"max_layers=2"):
+        suggest_plan(model, rows, max_layers=2, memory_budget=budget)
+    found = suggest_plan(model, rows, max_layers=12, memory_budget=budget)
+    assert max(found.plan.binding.depths.values()) <= 12  # pyright: ignore
+
+
+def test_balanced_windows_by_hand() -> None:
+    links = [Link(f"{n}", (f"{n}",), (2, 4), n + 1, True) for n in range(6)]
+    assert balance(links, [1] * 6, 1, 1) == Fit((3,), 1)  # four links and three, one of them shared
+    assert balance(links, [1] * 6, 1, 2) == Fit((3,), 2)  # four and four
+    assert balance(links, [10, 1, 1, 1, 1, 1], 1, 1) == Fit((1,), 1)  # all that is kept is at the bottom
+    assert balance(links, [1] * 6, 2, 1) is not None
+    assert balance(links, [1] * 6, 6, 1) is None
+    maps = [Link(f"{n}", (f"{n}",), (2, 4, *((4, 4) if n < 3 else (1, 1))), n + 1, True) for n in range(6)]
+    found = balance(maps, [1] * 6, 1, 1)
+    assert found is not None
+    assert max(found.tops) < 3, "no head within a classifier"

@@ -144,9 +144,9 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
     Returns:
         The schemes are "standard", "multi_loss", "isolated", "relay", which is the plan itself, and "early_release",
         which is the plan by `Relay.step`, each as this package runs it; "isolated" and "early_release" are left out
-        where a way leads around what they need. Memory is that of PyTorch's own kernels on a CPU without their
-        workspaces, with fused attention where PyTorch has it; what other devices keep for normalisation differs a
-        little.
+        where a way leads around what they need. Memory is that of PyTorch's own kernels on a CPU, with fused attention
+        where PyTorch has it, and without workspaces but the input gradient that a convolution copies; what other
+        devices keep for normalisation differs a little.
 
     Raises:
         PlanError: arguments of other types, or a model that does not run on the meta device.
@@ -258,12 +258,12 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = self._formulas.get(func.overloadpacket)
-        if formula is not None:
+        if formula is not None and args[0] is not None:  # attention's backward pass may have no gradient to work on
             self.add(formula(*args, **kwargs, out_val=result))
-        self.see(result)
+        self.see(func.overloadpacket, result)
         return result
 
-    def see(self, result: Any) -> None:
+    def see(self, operation: Any, result: Any) -> None:
         """Note what an operation has returned."""
 
     def add(self, flops: int) -> None:
@@ -312,9 +312,11 @@ class _Ledger(FlopCounter):
             self._row_below = self._row_of(node)
         self.spent[self._row_below] += Spent(backward=flops)
 
-    def see(self, result: Any) -> None:
+    def see(self, operation: Any, result: Any) -> None:
         """Note what an operation has returned."""
         self.alive.note(result)
+        if operation is torch.ops.aten.convolution_backward and result[0] is not None:
+            self.alive.need(result[0].nbytes)  # on a CPU it comes in the library's order of memory, and is copied
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Note a tensor that autograd saves."""

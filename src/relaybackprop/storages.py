@@ -44,6 +44,10 @@ class Storages:
         self.most = max(self.most, self.now)
         return new
 
+    def need(self, size: int) -> None:
+        """Count bytes that an operation takes for itself while it runs."""
+        self.most = max(self.most, self.now + size)
+
     def _drop(self, address: int, size: int) -> None:
         self._alive.discard(address)
         self.now -= size
