@@ -48,6 +48,11 @@ def accelerate_loop() -> Iterator[ModuleType]:
     GradientState._reset_state()
 
 
+@pytest.fixture
+def early_release() -> ModuleType:
+    return example("early_release", "sklearn")
+
+
 def example(name: str, *needs: str) -> ModuleType:
     for package in needs:
         pytest.importorskip(package)
@@ -80,6 +85,12 @@ def test_lightning_trainer(lightning_trainer: ModuleType) -> None:
 
 def test_accelerate_loop(accelerate_loop: ModuleType) -> None:
     assert accelerate_loop.main(epochs=EPOCHS) < LEARNT
+
+
+def test_early_release(early_release: ModuleType) -> None:
+    assert early_release.main(epochs=2 * EPOCHS) < LEARNT  # forty layers
+    tight, loose = early_release.make_relay(0.35), early_release.make_relay(0.6)
+    assert len(tight.heads) > len(loose.heads)
 
 
 def test_without_the_auxiliary_loss_the_lower_layers_stand_still(plain_loop: ModuleType) -> None:
