@@ -1,6 +1,6 @@
 """Deeper networks with more branches, in the memory of one window: the paper's last sentence, tried.
 
-    python -m benchmarks.depth [--quick] [--json FILE]
+    python -m benchmarks.depth [--quick] [--json FILE]      # and a picture beside the file
 
 A residual network (torchvision's bottleneck blocks, 3, 4, 6 and 3 in the four stages) and a vision transformer (six
 blocks), and both with two, four and eight times as many blocks. `suggest_plan` gets the same memory budget for all
@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.measure import (
@@ -34,10 +36,12 @@ from benchmarks.measure import (
     ratio,
 )
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, cost, suggest_plan
+from relaylab.pictures import STYLE, write_figure
 
 SEED = 20160916
 BUDGET = 0.6
 CLASSES = 100
+TITLES = {"resnet": "Residual network", "vit": "Vision transformer"}
 MB = 1e6
 
 
@@ -171,6 +175,36 @@ def measure(settings: Settings, device: str = "cpu") -> Figures:
     return figures
 
 
+def picture(figures: Figures, depths: Sequence[int]) -> Figure:
+    """Peak memory, and above it the price in time, against depth."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        panels = figure.subplots(1, 2, squeeze=False)[0]
+        for axes, (name, title) in zip(panels, TITLES.items(), strict=True):
+            for contender, colour, label in (
+                ("standard", "#4d4d4d", "standard BP"),
+                ("early_release", "#009e73", "relay, early release"),
+            ):
+                values = [figures[f"{name}_x{depth}_peak_mb_{contender}"] for depth in depths]
+                axes.plot(depths, values, "o-", color=colour, label=label)
+            for depth in depths:
+                key = f"{name}_x{depth}"
+                time = figures[f"{key}_time_early_release_over_standard"]
+                text = f"{figures[f'{key}_branches']:.0f} branches\n{time:.2f} x time"
+                place = (depth, figures[f"{key}_peak_mb_early_release"])
+                axes.annotate(text, place, (0, -8), textcoords="offset points", ha="center", va="top", fontsize=8)
+            axes.set(xscale="log", yscale="log", title=title, xlabel="depth", ylabel="memory of a step, MB")
+            axes.set_xticks(depths, [f"x{depth}\n{figures[f'{name}_x{depth}_layers']:.0f} layers" for depth in depths])
+            low, high = axes.get_ylim()
+            axes.set_ylim(low / 2, high)
+            ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000, 5000) if low / 2 < tick < high]
+            axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes.minorticks_off()
+            axes.margins(x=0.15)
+        panels[0].legend(loc="upper left", fontsize=10)
+    return figure
+
+
 def targets() -> dict[str, Target]:
     """What the figures have to reach."""
     return {f"{name}_early_release_growth": Target("<=", 1.2) for name in ("resnet", "vit")}
@@ -193,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": SEED,
     }
     publish(figures, targets(), about, arguments.json)
+    if arguments.json is not None:
+        write_figure(picture(figures, settings.depths), arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
