@@ -150,6 +150,20 @@ def test_non_reentrant_checkpointing_of_every_block() -> None:
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
 
 
+def test_a_step_with_non_reentrant_checkpointing_of_every_block() -> None:
+    """Heads run inside of checkpointed parts then, and recomputation comes while the forward pass is under way."""
+    model = Checkpointed(conv_net(), reentrant=False)
+    plan = under(OVERLAP, "blocks")
+    relay = Relay(model, plan, {"aux": LinearHead(4, 5)}).double()
+    x = X.double().requires_grad_()
+    expected = expected_gradients(relay, x)
+    for _ in range(2):
+        model.runs.clear()
+        assert_same(step_gradients(relay, x), expected)
+        assert model.runs[0] == model.runs[5] == 2, "once forward, once recomputed"
+        assert model.runs[2] == model.runs[3] == 3, "recomputed for each gradient in the overlap"
+
+
 def test_reentrant_checkpointing_around_a_boundary_is_refused() -> None:
     relay = Relay(Checkpointed(conv_net(), reentrant=True), under(OVERLAP, "blocks"), {"aux": LinearHead(4, 5)})
     with pytest.raises(BoundaryError, match=r"reentrant checkpointing.*use_reentrant=False"):

@@ -17,14 +17,14 @@ Note [Early release]
    than the largest window keeps.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 from relaybackprop import graph
 from relaybackprop.errors import StepError
@@ -114,19 +114,20 @@ class Release(Passage):
         self._spans: dict[str, range] = {}  # by loss computed, the pieces in its window
         self._passed: Losses = frozenset()  # losses that have gone down as far as they go
         self._done = 0  # number of the lowest piece that is not final
-        self._computing = False
+        self._aside = False  # losses and backward passes run what is none of the forward pass
 
     def cross(self, boundary: Boundary, value: Any) -> Any:
         """Compute the losses whose heads are here, let go of what has become final, and cut where a window ends."""
-        # A head may run modules of the model.
-        if self._computing or not self.enter(boundary, value):
+        # A head may run modules of the model, and checkpointing runs them once more in a backward pass.
+        if self._aside or not self.enter(boundary, value):
             return value
         heads = [name for name, window in self.plan.auxiliary.items() if window.upper == boundary]
-        for name in heads:
-            self.check_upright(name)
-            self._start(name, value, boundary)
         if heads:
-            self._release()
+            with self._stepping_aside():
+                for name in heads:
+                    self.check_upright(name)
+                    self._start(name, value, boundary)
+                self._release()
         if any(window.lower == boundary for window in self.plan.windows.values()):
             return self._cut(boundary, value)
         return value
@@ -135,9 +136,20 @@ class Release(Passage):
         """Compute the primary loss from the model's output, and let go of all the rest."""
         self.check()
         self.check_has_tensors(f"the output for the loss {PRIMARY!r}", output)
-        self._start(PRIMARY, output, None)
-        self._release()
+        with self._stepping_aside():
+            self._start(PRIMARY, output, None)
+            self._release()
         self.check_in_place()
+
+    @contextmanager
+    def _stepping_aside(self) -> Generator[None]:
+        """Leave the forward pass, and the checkpointing that it may be in, for as long as a loss is dealt with."""
+        self._aside = True
+        try:
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                yield
+        finally:
+            self._aside = False
 
     def _cut(self, boundary: Boundary, value: Any) -> Any:
         tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
@@ -165,15 +177,12 @@ class Release(Passage):
         own = [*crossed, *(tensor.clone() if copy else tensor for tensor in plain)]
         versions = [tensor._version for tensor in own if not tensor.is_inference()]
         edges = [get_gradient_edge(tensor) for tensor in tensors]
-        self._computing = True
-        try:
-            result = self._compute(loss, replace_tensors(value, [*tensors, *plain], own))
-            if self._names is not None and boundary is not None:
-                _check_head(loss, result, self._pieces[-1].older | _numbers(edges), boundary)
-            if result.requires_grad:
-                _backward([get_gradient_edge(result)], [torch.ones_like(result)])
-        finally:
-            self._computing = False
+        result = self._compute(loss, replace_tensors(value, [*tensors, *plain], own))
+        if self._names is not None and boundary is not None:
+            _check_head(loss, result, self._pieces[-1].older | _numbers(edges), boundary)
+        if result.requires_grad:
+            with _full_precision(result.device.type):
+                result.backward()  # pyright: ignore[reportUnknownMemberType]
         if boundary is not None:
             changed = versions != [tensor._version for tensor in own if not tensor.is_inference()]
             self.changes[boundary] = changed or self.changes.get(boundary, False)
@@ -264,6 +273,10 @@ def _leaves_of(tensors: list[Tensor], place: str, *, copy: bool) -> tuple[list[T
     leaves = [(tensor.detach().clone() if copy else tensor.detach()).requires_grad_() for tensor in tensors]
     junction = Junction(place, 0, (), Lanes(), [get_gradient_edge(leaf) for leaf in leaves])
     return leaves, cross(junction, leaves, copy=False)[0] if leaves else [], junction
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _backward(edges: list[GradientEdge], gradients: list[Tensor], inputs: list[Tensor] | None = None) -> None:
