@@ -401,6 +401,28 @@ def test_in_place_layers_after_boundaries_and_first_in_heads() -> None:
         assert_same(step_gradients(relay, x), expected_gradients(relay, x))
 
 
+def test_a_head_that_starts_to_go_on_in_place_is_found_out() -> None:
+    class Head(nn.Linear):
+        in_place = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2) if self.in_place else 2 * x)
+
+    relay = Relay(
+        nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))),
+        Plan(Window(bottom="2"), {"a": Window(top="2")}),
+        {"a": Head(4, 4)},
+    ).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    expected = expected_gradients(relay, x)
+    for _ in range(2):
+        assert_same(step_gradients(relay, x), expected)
+    Head.in_place = True
+    with pytest.raises(BoundaryError, match=r"a head on the output of 2 to leave it alone"):
+        step_gradients(relay, x)
+    assert_same(step_gradients(relay, x), expected)  # it has a copy now
+
+
 def test_a_head_may_run_modules_of_the_model() -> None:
     """A classifier shared by all losses, where a window's end or a head may be."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)), nn.Linear(4, 3))
@@ -439,6 +461,9 @@ def test_wrong_calls() -> None:
         relay.step(X, target=LABELS, loss=RelayLoss(nn.CrossEntropyLoss(), relay.plan.standard()))
     with pytest.raises(HeadError, match=r"'low' to give what its criterion takes"):
         relay.step(X, target=torch.tensor([0, 9]), loss=loss)
+    relay.model[0][0].weight.full_tensor = lambda: None  # what a divided parameter has
+    with pytest.raises(StepError, match=r"divided among processes"):
+        relay.step(X, target=LABELS, loss=loss)
     upside_down = Plan(Window(), {"aux": Window(top="1", bottom="3")})
     with pytest.raises(WindowError, match=r"meets before"):
         conv_relay(upside_down).step(X, target=LABELS, loss=RelayLoss(nn.CrossEntropyLoss(), upside_down))

@@ -194,6 +194,15 @@ class Passage:
         self._trunks.append((junction, below, _with_versions(above)))
 
 
+def modified_error(who: str, boundary: Boundary) -> BoundaryError:
+    """For memory that others read too and that somebody has begun to change in place."""
+    return BoundaryError(
+        f"{who} the {boundary} to leave it alone, as in the first forward pass",
+        "a change in place of memory that others read too",
+        "Use inplace=False there. The next forward pass will copy.",
+    )
+
+
 def _with_versions(tensors: list[Tensor]) -> list[Versioned]:
     return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaybackprop.errors import AppliedTwiceError, BoundaryError, HeadError, PlanError, StepError
+from relaybackprop.errors import AppliedTwiceError, HeadError, PlanError, StepError
 from relaybackprop.loss import RelayLoss, RelayOutput, kinds_of, shape_of
 from relaybackprop.parallel import average_gradients, share_buffers
-from relaybackprop.passage import Passage, boundaries, find_module, node_names, refuse_tracing
+from relaybackprop.passage import Passage, boundaries, find_module, modified_error, node_names, refuse_tracing
 from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
 from relaybackprop.release import Release
 from relaybackprop.schedule import Schedule, make_schedule
@@ -189,11 +189,13 @@ class Relay(nn.Module):
         is_new = (self.plan, frozen) not in self._released
         with node_names(self.model, is_new) as names:
             release = Release(self.plan, self._head_copies, compute, names if is_new else None)
-            with boundaries(self.model, release):
-                primary = self.model(*args, **kwargs)
-            release.finish(primary)
-        for boundary, changed in release.changes.items():
-            self._head_copies[boundary] = changed or self._head_copies.get(boundary, False)
+            try:
+                with boundaries(self.model, release):
+                    primary = self.model(*args, **kwargs)
+                release.finish(primary)
+            finally:
+                for boundary, changed in release.changes.items():
+                    self._head_copies[boundary] = changed or self._head_copies.get(boundary, False)
         if len(self._released) == SCHEDULES_KEPT:
             self._released.clear()
         self._released.add((self.plan, frozen))
@@ -221,6 +223,12 @@ class Relay(nn.Module):
                 "training mode, and gradients to be recorded",
                 "a relay in evaluation mode" if not self.training else "torch.no_grad()",
                 "Call relay.train() before, or relay(images) for outputs alone.",
+            )
+        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # a DTensor
+            raise StepError(
+                "whole parameters on each device",
+                "parameters that are divided among processes, as by FSDP",
+                "Use an ordinary forward and backward pass, or leave out the division: step needs no wrapper.",
             )
         refuse_tracing("a step of Relay")
 
@@ -251,11 +259,7 @@ class Relay(nn.Module):
         for boundary, modified in passage.modified().items():
             self._copies[boundary] = modified or self._copies.get(boundary, False)
             if modified and boundary not in passage.copied:
-                raise BoundaryError(
-                    f"{who} the {boundary} to leave it alone, as in the first forward pass",
-                    "a change in place of memory that others read too",
-                    "Use inplace=False there. The next forward pass will copy.",
-                )
+                raise modified_error(who, boundary)
 
 
 def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:

@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_te
 from relaybackprop import graph
 from relaybackprop.errors import StepError
 from relaybackprop.junction import Gradients, Junction, Lanes, Losses, add, cross
-from relaybackprop.passage import Passage
+from relaybackprop.passage import Passage, modified_error
 from relaybackprop.plan import PRIMARY, Boundary, Plan
 from relaybackprop.schedule import check_eager, foreign_head_error, leak_error
 from relaybackprop.structure import replace_tensors, tensors_in
@@ -186,6 +186,8 @@ class Release(Passage):
         if boundary is not None:
             changed = versions != [tensor._version for tensor in own if not tensor.is_inference()]
             self.changes[boundary] = changed or self.changes.get(boundary, False)
+            if changed and not copy:
+                raise modified_error("a head on", boundary)
         lower, last = self.plan.windows[loss].lower, len(self._pieces) - 1
         self._spans[loss] = range(0 if lower is None else self._number_above[lower], last + 1)
         self._pieces[last].heads[loss] = edges, [leaf.grad for leaf in leaves]
