@@ -39,7 +39,7 @@ from relaybackprop import LinearHead, Plan, Relay, RelayLoss, cost, suggest_plan
 from relaylab.pictures import STYLE, write_figure
 
 SEED = 20160916
-BUDGET = 0.6
+BUDGET = 0.65
 CLASSES = 100
 TITLES = {"resnet": "Residual network", "vit": "Vision transformer"}
 MB = 1e6
