@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from relaybackprop import LinearHead, Plan, Relay, Window
 from relaylab.cli import main
+from relaylab.diagnose.command import names_of
 from relaylab.diagnose.information import ACTIVATIONS, LENGTH, collect, weight_layers
 from relaylab.diagnose.probe import entropy_bits, readable_bits
 from relaylab.errors import InputError
@@ -103,6 +104,12 @@ def test_long_vectors_are_projected_alike_in_every_batch() -> None:
         assert_close(vectors, parts[key])
     other = collect(relay, [(images, labels)], seed=1)
     assert not torch.allclose(other["1", "primary"], whole["1", "primary"])
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / "one" / "relay-s0", tmp_path / "two" / "relay-s0", tmp_path / "two" / "relay-s1"]
+    assert names_of(folders) == ["one/relay-s0", "two/relay-s0", "two/relay-s1"]
+    assert names_of(folders[1:]) == ["relay-s0", "relay-s1"]
 
 
 def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,13 +35,14 @@ def run(config: InformationConfig, folder: Path) -> int:
         InputError: runs that do not belong together or have no checkpoint, or too few images.
     """
     found = open_runs(config.runs)
-    checkpoints = {each.folder.resolve().name: _newest(each.folder) for each in found}
+    runs = dict(zip(names_of([each.folder for each in found]), found, strict=True))
+    checkpoints = {name: _newest(each.folder) for name, each in runs.items()}
     first = read_model(_model_of(found[0]))
     source, numbers = _images(config, found[0], first)
     labels = torch.tensor([int(source.labels[number]) for number in numbers])
     read = {}
-    for each in found:
-        name, model = each.folder.resolve().name, read_model(_model_of(each))
+    for name, each in runs.items():
+        model = read_model(_model_of(each))
         relay = load_relay(each, checkpoints[name])
         with progress(f"images, {name}", len(numbers)) as task:
             features = collect(relay, _batches(source, numbers, labels, model, task), seed=config.seed)
@@ -49,7 +50,7 @@ def run(config: InformationConfig, folder: Path) -> int:
             trained = trained_layers(segments_of(each.recipe))
             read[name] = read_all(features, labels, trained, seed=config.seed, task=task)
     about = {
-        "schemes": {each.folder.resolve().name: each.recipe.scheme for each in found},
+        "schemes": {name: each.recipe.scheme for name, each in runs.items()},
         "checkpoints": {name: f"{name} at {path.name}" for name, path in checkpoints.items()},
         "images": len(numbers),
         "entropy": entropy_bits(labels.numpy()),
@@ -57,6 +58,16 @@ def run(config: InformationConfig, folder: Path) -> int:
     }
     print(page.write(folder, read, about).resolve())
     return 0
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What to call folders: by their own names, with as much of the way to them as tells them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return ["/".join(part) for part in parts]
 
 
 def load_relay(each: Run, path: Path) -> Relay:
