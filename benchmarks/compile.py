@@ -38,9 +38,8 @@ from benchmarks.measure import (
     Figures,
     Step,
     Target,
-    environment,
+    begin,
     interleave,
-    keep_memory,
     parse_arguments,
     publish,
     ratio,
@@ -248,18 +247,11 @@ def targets() -> dict[str, Target]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures, and write them to a file if asked to."""
     arguments = parse_arguments("compile", "Measure what an eager overlap costs.", argv)
-    on_gpu = torch.cuda.is_available()
-    settings = QUICK if arguments.quick else GPU if on_gpu else FULL
-    torch.set_num_threads(1)
+    settings, device, about = begin(arguments, quick=QUICK, full=FULL, gpu=GPU, seed=SEED)
     cast(Any, torch)._dynamo.config.recompile_limit = 64  # blocks of one class share their code; 8 is not enough
-    torch.manual_seed(SEED)
-    keep_memory()
-    figures = measure(settings, "cuda" if on_gpu else "cpu")
-    about = environment() | {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "quick": arguments.quick,
+    figures = measure(settings, device)
+    about |= {
         "batch": settings.batch,
-        "seed": SEED,
     }
     publish(figures, targets(), about, arguments.json)
 

@@ -27,9 +27,8 @@ from benchmarks.measure import (
     Figures,
     Step,
     Target,
-    environment,
+    begin,
     interleave,
-    keep_memory,
     parse_arguments,
     peak_bytes,
     publish,
@@ -213,18 +212,11 @@ def targets() -> dict[str, Target]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures, and write them to a file if asked to."""
     arguments = parse_arguments("depth", "Measure memory and time of networks of growing depth.", argv)
-    on_gpu = torch.cuda.is_available()
-    settings = QUICK if arguments.quick else GPU if on_gpu else FULL
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    keep_memory()
-    figures = measure(settings, "cuda" if on_gpu else "cpu")
-    about = environment() | {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "quick": arguments.quick,
+    settings, device, about = begin(arguments, quick=QUICK, full=FULL, gpu=GPU, seed=SEED)
+    figures = measure(settings, device)
+    about |= {
         "pixels": settings.pixels,
         "batch": settings.batch,
-        "seed": SEED,
     }
     publish(figures, targets(), about, arguments.json)
     if arguments.json is not None:

@@ -31,11 +31,10 @@ from benchmarks.measure import (
     Figures,
     Step,
     Target,
+    begin,
     count_bytes,
     count_flops,
-    environment,
     interleave,
-    keep_memory,
     parse_arguments,
     publish,
     ratio,
@@ -237,18 +236,11 @@ def targets(figures: Figures) -> dict[str, Target]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures, and write them to a file if asked to."""
     arguments = parse_arguments("formulations", "Compare formulations of relay gradients.", argv)
-    on_gpu = torch.cuda.is_available()
-    settings = QUICK if arguments.quick else GPU if on_gpu else FULL
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    keep_memory()
-    figures = measure(settings, "cuda" if on_gpu else "cpu")
-    about = environment() | {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "quick": arguments.quick,
+    settings, device, about = begin(arguments, quick=QUICK, full=FULL, gpu=GPU, seed=SEED)
+    figures = measure(settings, device)
+    about |= {
         "timed": f"{settings.batch} x 3 x {settings.pixels}^2, width {settings.width}",
         "counted": f"{COUNTED} x 3 x 224^2, width 64",
-        "seed": SEED,
     }
     publish(figures, targets(figures), about, arguments.json)
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells on stderr that it starts and stops
 
@@ -41,6 +41,7 @@ from relaylab.files import write_text
 
 Step = Callable[[], object]
 Figures = dict[str, float]
+S = TypeVar("S")
 
 
 def count_flops(step: Step) -> int:
@@ -306,6 +307,21 @@ def parse_arguments(name: str, description: str, argv: Sequence[str] | None = No
         if not os.access(file.parent, os.W_OK):
             parser.error(f"--json: expected a folder that can be written to; {file.parent} cannot")
     return Arguments(given.quick, file)
+
+
+def begin(arguments: Arguments, *, quick: S, full: S, gpu: S, seed: int) -> tuple[S, str, dict[str, Any]]:
+    """Choose how much to run, and where: on a GPU if there is one, else on one thread of a CPU. Sets the seed.
+
+    Returns:
+        The settings, the device, and what the figures will depend on.
+    """
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    keep_memory()
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    about = environment() | {"device": device, "quick": arguments.quick, "seed": seed}
+    return quick if arguments.quick else gpu if on_gpu else full, "cuda" if on_gpu else "cpu", about
 
 
 def publish(figures: Figures, goals: Mapping[str, Target], about: Mapping[str, Any], file: Path | None) -> None:

@@ -38,9 +38,8 @@ from benchmarks.measure import (
     Figures,
     Step,
     Target,
-    environment,
+    begin,
     interleave,
-    keep_memory,
     kept_bytes,
     parse_arguments,
     peak_bytes,
@@ -63,7 +62,6 @@ class Settings:
         pixels: side of the images.
         resnet50_batch: how many of them.
         vit_b_batch: likewise.
-        threads: of PyTorch.
         rounds: of every timing, at most.
         budget_s: stop timing a network after so long.
     """
@@ -71,7 +69,6 @@ class Settings:
     pixels: int = 224
     resnet50_batch: int
     vit_b_batch: int
-    threads: int = 1
     rounds: int
     budget_s: float
 
@@ -349,19 +346,12 @@ def targets(*, quick: bool) -> dict[str, Target]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures, and write them to a file if asked to."""
     arguments = parse_arguments("memory", "Measure what early release saves and costs.", argv)
-    on_gpu = torch.cuda.is_available()
-    settings = QUICK if arguments.quick else GPU if on_gpu else FULL
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(SEED)
-    keep_memory()
-    figures = measure(settings, "cuda" if on_gpu else "cpu")
-    about = environment() | {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "quick": arguments.quick,
+    settings, device, about = begin(arguments, quick=QUICK, full=FULL, gpu=GPU, seed=SEED)
+    figures = measure(settings, device)
+    about |= {
         "pixels": settings.pixels,
         "resnet50_batch": settings.resnet50_batch,
         "vit_b_batch": settings.vit_b_batch,
-        "seed": SEED,
     }
     publish(figures, targets(quick=arguments.quick), about, arguments.json)
 
