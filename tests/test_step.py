@@ -269,6 +269,21 @@ def test_what_a_step_returns_is_what_an_ordinary_pass_returns() -> None:
     assert not result.output.primary.requires_grad
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_binds_the_plan_as_an_ordinary_pass_does(name: str) -> None:
+    case = make_case(name)
+    stepped, usual = (Relay(case.model, case.plan, case.heads) for _ in range(2))
+    for frozen in ([], [next(iter(case.model.parameters()))]):
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        step_gradients(stepped, *case.inputs)
+        relay_gradients(usual, *case.inputs)
+        assert stepped.plan.binding is not None
+        assert stepped.plan.binding == usual.plan.binding
+        step_gradients(stepped, *case.inputs)
+        assert str(stepped.plan) == str(usual.plan)
+
+
 def test_batch_statistics_are_updated_once() -> None:
     case = make_case("resnet")
     relay = Relay(case.model, case.plan, case.heads)

@@ -95,7 +95,7 @@ class Relay(nn.Module):
         self._schedules: dict[Any, tuple[Schedule, Binding]] = {}
         self._copies: dict[Boundary, bool] = {}
         # The same for `step`: what has been searched for leaks, and which heads go on in place.
-        self._released: set[Any] = set()
+        self._released: dict[Any, Binding] = {}
         self._head_copies: dict[Boundary, bool] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,9 +196,14 @@ class Relay(nn.Module):
             finally:
                 for boundary, changed in release.changes.items():
                     self._head_copies[boundary] = changed or self._head_copies.get(boundary, False)
-        if len(self._released) == SCHEDULES_KEPT:
-            self._released.clear()
-        self._released.add((self.plan, frozen))
+        if is_new:
+            if len(self._released) == SCHEDULES_KEPT:
+                self._released.pop(next(iter(self._released)))
+            depths = {name: release.depths[name] for name in self.plan.windows}
+            self._released[self.plan, frozen] = Binding(tuple(release.order), depths)
+        binding = self._released[self.plan, frozen]
+        if self.plan.binding is not binding:
+            self.plan = dataclasses.replace(self.plan, binding=binding)
         output = RelayOutput(outputs.pop(PRIMARY), {name: outputs[name] for name in self.plan.auxiliary})
         loss.check_fits(output)
         if sync:

@@ -107,6 +107,8 @@ class Release(Passage):
     ) -> None:
         super().__init__(plan, copies)
         self.changes: dict[Boundary, bool] = {}  # whether heads went on in place
+        self.depths: dict[str, int] = {}  # by loss, see `Binding`; filled in while the graph is searched
+        self._heights: list[int] = []  # by piece, weight layers on the longest way through it
         self._compute = compute
         self._names = names
         self._pieces = [_Piece()]
@@ -157,6 +159,7 @@ class Release(Passage):
         sources = [get_gradient_edge(tensor) for tensor in tensors]
         if self._names is not None:
             piece.older = below.older | _numbers(sources)
+            self._heights.append(graph.longest_path(sources, graph.everywhere))
         if len(self._pieces) > self._done:  # otherwise nothing comes down here any more
             below.sources = sources
         self._pieces.append(piece)
@@ -190,6 +193,9 @@ class Release(Passage):
                 raise modified_error("a head on", boundary)
         lower, last = self.plan.windows[loss].lower, len(self._pieces) - 1
         self._spans[loss] = range(0 if lower is None else self._number_above[lower], last + 1)
+        if self._names is not None:
+            highest = graph.longest_path(edges, graph.everywhere)
+            self.depths[loss] = highest + sum(self._heights[number] for number in self._spans[loss][:-1])
         self._pieces[last].heads[loss] = edges, [leaf.grad for leaf in leaves]
 
     def _release(self) -> None:
