@@ -351,6 +351,6 @@ def test_reach_is_not_fooled_by_zeros_nor_by_complex_outputs() -> None:
 def test_public_names() -> None:
     assert relaybackprop.__all__ == [
         "AuxiliaryHead", "Cost", "LinearHead", "Plan", "Reach", "Relay", "RelayError", "RelayLoss", "RelayOutput",
-        "Suggestion", "Window", "cost", "reach", "suggest_plan",
+        "RelayStep", "Suggestion", "Window", "cost", "reach", "suggest_plan",
     ]  # fmt: skip
     assert all(getattr(relaybackprop, name).__doc__ for name in relaybackprop.__all__)

@@ -4,6 +4,7 @@ Example:
     >>> relay = Relay(model, plan, heads)  # doctest: +SKIP
     >>> criterion = RelayLoss(nn.CrossEntropyLoss(), plan)  # doctest: +SKIP
     >>> criterion(relay(images), labels).backward()  # doctest: +SKIP
+    >>> relay.step(images, target=labels, loss=criterion)  # the same in the memory of one window  # doctest: +SKIP
 """
 
 from relaybackprop.cost import Cost, cost
@@ -12,7 +13,7 @@ from relaybackprop.heads import AuxiliaryHead, LinearHead
 from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Plan, Window
 from relaybackprop.reach import Reach, reach
-from relaybackprop.relay import Relay
+from relaybackprop.relay import Relay, RelayStep
 from relaybackprop.suggest import Suggestion, suggest_plan
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RelayError",
     "RelayLoss",
     "RelayOutput",
+    "RelayStep",
     "Suggestion",
     "Window",
     "cost",
