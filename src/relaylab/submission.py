@@ -8,6 +8,7 @@ Note [Formats]
    taken to be alike.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -79,9 +80,7 @@ def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[st
     rows, wanted = {name: row for row, name in enumerate(names)}, list(expected)
     if not any(name in rows for name in wanted):  # the list has other folders, or none
         rows, wanted = _by_name(names), [PurePosixPath(name).name for name in expected]
-    repeated = (
-        [name for name in dict.fromkeys(wanted) if wanted.count(name) > 1] if len({*wanted}) < len(wanted) else []
-    )
+    repeated = [name for name, count in Counter(wanted).items() if count > 1]
     missing, extra = [name for name in wanted if name not in rows], [*(rows.keys() - set(wanted))]
     problems = [
         f"{len(found)} images {what}: {', '.join(sorted(found)[:NAMED])}{' ...' if len(found) > NAMED else ''}"

@@ -11,6 +11,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from relaylab.building import build_network, build_plan
@@ -77,9 +78,7 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         for panel in axes[-1]:
             panel.set_xlabel("weight layer, lowest on the left")
         steps = [line["step"] for line in next(iter(looks.values()))]
-        handles = [
-            Axes.plot(axes[0][0], [], [], color=colours(norm(step)), label=f"{step:,}")[0] for step in _few(steps)
-        ]
+        handles = [Line2D([], [], color=colours(norm(step)), label=f"{step:,}") for step in _few(steps)]
         figure.legend(handles=handles, title="iteration", loc="outside right center")
     return figure
 
