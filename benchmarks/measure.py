@@ -35,7 +35,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from relaybackprop.cost import FlopCounter
+from relaybackprop.ledger import FlopCounter
 from relaybackprop.storages import Storages
 from relaylab.files import write_text
 

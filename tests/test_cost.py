@@ -15,8 +15,9 @@ from benchmarks.networks import Subject, resnet50, vgg22
 from nets import make_case
 from relaybackprop import LinearHead, Plan, Relay, Window, cost
 from relaybackprop.chain import StandIn, total
-from relaybackprop.cost import Cost, Spent
+from relaybackprop.cost import Cost
 from relaybackprop.errors import BoundaryError, HeadError, LeakError, ModuleNameError, PlanError
+from relaybackprop.ledger import Spent
 from relaybackprop.structure import tensors_in
 
 SCHEMES = ["standard", "multi_loss", "isolated", "relay", "early_release"]

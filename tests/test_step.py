@@ -24,7 +24,6 @@ from oracle import (
     step_gradients,
 )
 from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, RelayOutput, Window, cost
-from relaybackprop.cost import FlopCounter
 from relaybackprop.errors import (
     BoundaryError,
     HeadError,
@@ -33,6 +32,7 @@ from relaybackprop.errors import (
     StepError,
     WindowError,
 )
+from relaybackprop.ledger import FlopCounter
 from relaybackprop.release import Release
 from test_exact_random import Example, build, examples
 

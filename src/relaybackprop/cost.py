@@ -4,7 +4,6 @@ The step runs on the meta device, with the engine that also trains: what is coun
 are matrix products and convolutions by PyTorch's own formulas, a multiplication and an addition counting as two.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.graph import saved_tensors_hooks
 
-from relaybackprop import graph
 from relaybackprop.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
 from relaybackprop.errors import LeakError, StepError
+from relaybackprop.ledger import Ledger, Spent
 from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Boundary, Plan
 from relaybackprop.relay import Relay
-from relaybackprop.storages import Storages
 from relaybackprop.structure import replace_tensors, tensors_in
 
 STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"
@@ -30,31 +27,6 @@ EARLY_RELEASE = "early_release"  # the plan itself by `Relay.step`
 LOWER_BOUND = "lower_bound"
 UNITS = ("", "k", "M", "G", "T", "P")
 NAME_WIDTH = 26  # the table has 120 columns
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What one training step costs in one part of the network.
-
-    Args:
-        forward: floating-point operations.
-        backward: floating-point operations.
-        saved: bytes that autograd keeps from the forward for the backward pass, the batch itself among them; each piece
-            of memory counts once, where it is first saved. Parameters and buffers do not count. With early release
-            they are not kept at the same time.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    saved: int = 0
-
-    @property
-    def flops(self) -> int:
-        """Forward and backward."""
-        return self.forward + self.backward
-
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(self.forward + other.forward, self.backward + other.backward, self.saved + other.saved)
 
 
 @dataclass(frozen=True)
@@ -163,7 +135,7 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         relay(*arguments[0], **arguments[1])
         binding = relay.plan.binding
         assert binding is not None, "a training forward pass binds the plan"
-        ledgers: dict[str, _Ledger] = {}
+        ledgers: dict[str, Ledger] = {}
         for scheme, other in _schemes(relay.plan).items():
             try:
                 ledgers[scheme] = _step(relay, other, arguments, binding.order, early=scheme == EARLY_RELEASE)
@@ -236,120 +208,10 @@ def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
     return schemes[RELAY].flops - (schemes[STANDARD].backward - cut.backward)
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions while it is open.
-
-    PyTorch's own formulas: a multiplication and an addition count as two, padding as ordinary input, and all else as
-    nothing. `FlopCounterMode`, which PyTorch builds from them, follows modules and fails under `autograd.grad`.
-
-    Attributes:
-        total: so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        from torch.utils.flop_counter import flop_registry  # 0.1 s to import; whoever only trains does without
-
-        self.total = 0
-        self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and add its cost."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = self._formulas.get(func.overloadpacket)
-        if formula is not None and args[0] is not None:  # attention's backward pass may have no gradient to work on
-            self.add(formula(*args, **kwargs, out_val=result))
-        self.see(func.overloadpacket, result)
-        return result
-
-    def see(self, operation: Any, result: Any) -> None:
-        """Note what an operation has returned."""
-
-    def add(self, flops: int) -> None:
-        """Note an operation."""
-        self.total += flops
-
-
-class _Ledger(FlopCounter):
-    """Counts by row: in the forward pass the row entered last, in the backward pass the one that made the node.
-
-    Autograd numbers its nodes as it makes them, so each row's nodes have numbers in a row.
-
-    Attributes:
-        spent: by row.
-        parameters: likewise, elements.
-        row: entered last.
-        alive: what a step needs besides what is owned, its gradients and the batch.
-    """
-
-    def __init__(self, rows: int, owned: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
-        super().__init__()
-        gradients = [tensor.grad for tensor in owned if tensor.grad is not None]
-        self.alive = Storages([*owned, *gradients, *batch])
-        self.spent = [Spent() for _ in range(rows)]
-        self.parameters = [0] * rows
-        self.row = 0
-        self._row_below = 0  # of the node that ran last in a backward pass
-        self._end = 0
-        self._starts: list[tuple[int, int]] = [(-1, 0)]  # the number of a row's first node, and the row
-        self._saved = Storages(owned)
-
-    def enter(self, row: int) -> None:
-        """From now on the forward pass is in this row."""
-        self.row = row
-        self._starts.append((torch.autograd._get_sequence_nr(), row))  # pyright: ignore
-
-    def add(self, flops: int) -> None:
-        """Note an operation of the forward pass, or of the node that runs in the backward pass."""
-        super().add(flops)
-        node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
-        if node is None:
-            self.spent[self.row] += Spent(forward=flops)
-            return
-        # What checkpointing makes in the backward pass belongs to where it is run from.
-        if _number_of(node) < self._end:
-            self._row_below = self._row_of(node)
-        self.spent[self._row_below] += Spent(backward=flops)
-
-    def see(self, operation: Any, result: Any) -> None:
-        """Note what an operation has returned."""
-        self.alive.note(result)
-        if operation is torch.ops.aten.convolution_backward and result[0] is not None:
-            self.alive.need(result[0].nbytes)  # on a CPU it comes in the library's order of memory, and is copied
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Note a tensor that autograd saves."""
-        node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
-        self.spent[self.row if node is None else self._row_below] += Spent(saved=self._saved.note(tensor))
-        return tensor
-
-    def close(self) -> None:
-        """A backward pass comes: what is made from now on is made by it."""
-        self._end = torch.autograd._get_sequence_nr()  # pyright: ignore
-
-    def note_parameters(self, loss: Tensor) -> None:
-        """Find out which row uses which parameter first."""
-        rows: dict[Tensor, int] = {}
-        for node in graph.walk(graph.edges_of([loss]), graph.everywhere):
-            for lower, _ in node.next_functions:
-                variable = None if lower is None else graph.variable_of(lower)
-                if variable is not None:
-                    rows[variable] = min(self._row_of(node), rows.get(variable, len(self.spent)))
-        self.parameters = [sum(v.numel() for v, r in rows.items() if r == row) for row in range(len(self.spent))]
-
-    def _row_of(self, node: Node) -> int:
-        return self._starts[bisect_right(self._starts, _number_of(node), key=lambda start: start[0]) - 1][1]
-
-
-def _number_of(node: Node) -> int:
-    return cast(Any, node)._sequence_nr()
-
-
 class _Entering(nn.Module):
     """A head that first says that it runs, and then who goes on."""
 
-    def __init__(self, head: nn.Module, ledger: _Ledger, row: int) -> None:
+    def __init__(self, head: nn.Module, ledger: Ledger, row: int) -> None:
         super().__init__()
         self.head = head
         self._note = ledger, row
@@ -371,7 +233,7 @@ def _step(
     ends: Collection[Boundary] = (),
     *,
     early: bool = False,
-) -> _Ledger:
+) -> Ledger:
     """Run one training step with another plan for the same heads.
 
     Args:
@@ -385,7 +247,7 @@ def _step(
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows = {name: row for row, name in enumerate(relay.heads, len(order) + 1)}
-    ledger = _Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()], tensors_in(arguments))
+    ledger = Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()], tensors_in(arguments))
     heads = {name: _Entering(relay.heads[name], ledger, rows[name]) for name in plan.auxiliary}
     step, (args, kwargs), cut = Relay(relay.model, plan, heads), arguments, list[Tensor]()
 
@@ -416,7 +278,7 @@ def _step(
     return ledger
 
 
-def _cross(ledger: _Ledger, row: int, cut: list[Tensor] | None, value: Any) -> Any:
+def _cross(ledger: Ledger, row: int, cut: list[Tensor] | None, value: Any) -> Any:
     """What happens where a row begins: above a cut the value needs no gradient, and below it the loss is its sum."""
     ledger.enter(row)
     tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]

@@ -73,6 +73,11 @@ def variable_of(node: Node) -> Tensor | None:
     return cast(Any, node).variable if node.name().startswith("torch::autograd::AccumulateGrad") else None
 
 
+def number_of(node: Node) -> int:
+    """Autograd numbers its nodes as it makes them; parameters' have the largest number there is."""
+    return cast(Any, node)._sequence_nr()
+
+
 def nearest_name(node: Node | None, names: Mapping[Node, str], came_from: Mapping[Node, Node | None]) -> str | None:
     """The module whose output is at this node or, the way back up, the first one above."""
     while node is not None and node not in names:

@@ -20,7 +20,7 @@ Note [Early release]
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -263,7 +263,9 @@ class Release(Passage):
         if self._names is None or piece.bottom is None:
             return
         came_from = graph.walk(edges, graph.everywhere)
-        around = next((node for node in came_from if _number_of(node) in piece.older and not graph.is_leaf(node)), None)
+        around = next(
+            (node for node in came_from if graph.number_of(node) in piece.older and not graph.is_leaf(node)), None
+        )
         if around is None:
             return
         ended = [loss for loss in losses if self.plan.windows[loss].lower == piece.bottom]
@@ -316,15 +318,10 @@ def _trainable(edges: Iterable[GradientEdge], leaves: Collection[Tensor]) -> lis
 def _check_head(loss: str, result: Tensor, older: Collection[int], boundary: Boundary) -> None:
     """Raise if a head reads more of the model than its boundary's value."""
     head = graph.walk(graph.edges_of([result]), graph.everywhere)
-    if any(_number_of(node) in older and not graph.is_leaf(node) for node in head):
+    if any(graph.number_of(node) in older and not graph.is_leaf(node) for node in head):
         raise foreign_head_error(loss, str(boundary))
 
 
 def _numbers(edges: Iterable[GradientEdge]) -> frozenset[int]:
     """Of all nodes under the edges."""
-    return frozenset(map(_number_of, graph.walk(edges, graph.everywhere)))
-
-
-def _number_of(node: Node) -> int:
-    """Autograd numbers its nodes as it makes them."""
-    return cast(Any, node)._sequence_nr()
+    return frozenset(map(graph.number_of, graph.walk(edges, graph.everywhere)))
