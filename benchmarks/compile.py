@@ -44,7 +44,7 @@ from benchmarks.measure import (
     publish,
     ratio,
 )
-from benchmarks.networks import Subject, vgg22
+from benchmarks.networks import Subject, vgg22, without_dropout
 from relaybackprop import Plan, Relay, RelayLoss, Window
 
 SEED = 20160916
@@ -231,11 +231,7 @@ def measure(settings: Settings, device: str = "cpu") -> Figures:
     }
     figures: Figures = {}
     for name, subject in subjects.items():
-        for module in (subject.model, subject.head):
-            for part in module.modules():
-                if isinstance(part, nn.Dropout):
-                    part.p = 0.0
-        figures |= measure_network(name, subject, settings)
+        figures |= measure_network(name, without_dropout(subject), settings)
     return figures
 
 
@@ -250,10 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, device, about = begin(arguments, quick=QUICK, full=FULL, gpu=GPU, seed=SEED)
     cast(Any, torch)._dynamo.config.recompile_limit = 64  # blocks of one class share their code; 8 is not enough
     figures = measure(settings, device)
-    about |= {
-        "batch": settings.batch,
-    }
-    publish(figures, targets(), about, arguments.json)
+    publish(figures, targets(), about | {"batch": settings.batch}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from benchmarks.measure import (
     publish,
     ratio,
 )
-from benchmarks.networks import Subject
+from benchmarks.networks import Subject, without_dropout
 from relaybackprop import AuxiliaryHead, Plan, Relay, RelayLoss, Window
 from relaybackprop.chain import dry_run
 from relaybackprop.reference import reference_gradients
@@ -76,7 +76,7 @@ GPU = Settings(pixels=224, batch=64, width=64, rounds=60, budget_s=30)
 
 def resnet50(pixels: int, batch: int, _width: int, device: str) -> Subject:
     """As in `benchmarks.networks`."""
-    return _without_dropout(networks.resnet50(pixels, batch, device=device))
+    return without_dropout(networks.resnet50(pixels, batch, device=device))
 
 
 def places_a(pixels: int, batch: int, width: int, device: str) -> Subject:
@@ -100,7 +100,7 @@ def _of_segments(model: nn.Sequential, shared: int, channels: int, pixels: int, 
     name = f"segment{shared}"
     plan = Plan(Window(bottom=name), {"aux": Window(top=name)})
     subject = Subject(model, model[: shared - 1], model[shared - 1], model[shared:], head, plan, images, labels)
-    return _without_dropout(subject)
+    return without_dropout(subject)
 
 
 class _Embed(nn.Module):
@@ -136,14 +136,6 @@ def vit_b(pixels: int, batch: int, _width: int, device: str) -> Subject:
     below, overlap = nn.Sequential(_Embed(model), *layers[:5]), nn.Sequential(*layers[5:7])
     above = nn.Sequential(*layers[7:], model.encoder.ln, _FirstToken(), model.heads)
     return Subject(model, below, overlap, above, head, plan, images, labels)
-
-
-def _without_dropout(subject: Subject) -> Subject:
-    for module in (subject.model, subject.head):
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
-    return subject
 
 
 def contenders(subject: Subject) -> dict[str, Step]:

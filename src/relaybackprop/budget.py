@@ -20,6 +20,11 @@ from relaybackprop.plan import Plan, Window
 MOST_LINKS = 4  # of an overlap
 
 
+def head_names(count: int) -> list[str]:
+    """What suggested heads are called, from the lowest up."""
+    return ["aux"] if count == 1 else [f"aux{number}" for number in range(1, count + 1)]
+
+
 @dataclass(frozen=True)
 class Fit:
     """Windows on a chain of links.
@@ -45,7 +50,7 @@ class Fit:
 
     def plan(self, links: Sequence[Link]) -> Plan:
         """The same as a plan."""
-        names = ["aux"] if len(self.tops) == 1 else [f"aux{number}" for number in range(1, len(self.tops) + 1)]
+        names = head_names(len(self.tops))
         ends = [None, *(links[at].name if at >= 0 else None for at in self.bottoms)]
         auxiliary = {
             name: Window(top=links[top].name, above=end) for name, top, end in zip(names, self.tops, ends, strict=False)

@@ -131,7 +131,7 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         heads = {name: StandIn() for name in plan.auxiliary}
     original = Relay(model, plan, heads)
     with dry_run():
-        (relay,), arguments = cast(tuple[list[Relay], Arguments], (shadows([original]), shadow_input(example_input)))
+        relay, arguments = _shadow(original, example_input)
         relay(*arguments[0], **arguments[1])
         binding = relay.plan.binding
         assert binding is not None, "a training forward pass binds the plan"
@@ -167,9 +167,7 @@ def kept_between(model: nn.Module, names: Sequence[str], example_input: Any) -> 
         One number for each name, and one for the rest of the model.
     """
     with dry_run():
-        (relay,), arguments = cast(
-            tuple[list[Relay], Arguments], (shadows([Relay(model, Plan())]), shadow_input(example_input))
-        )
+        relay, arguments = _shadow(Relay(model, Plan()), example_input)
         ledger = _step(relay, relay.plan, arguments, [Boundary("output", name) for name in names])
     return [spent.saved for spent in ledger.spent]
 
@@ -184,8 +182,13 @@ def early_peak(model: nn.Module, plan: Plan, example_input: Any) -> int:
     """
     with dry_run():
         original = Relay(model, plan, {name: StandIn() for name in plan.auxiliary})
-        (relay,), arguments = cast(tuple[list[Relay], Arguments], (shadows([original]), shadow_input(example_input)))
+        relay, arguments = _shadow(original, example_input)
         return _step(relay, plan, arguments, (), early=True).alive.most
+
+
+def _shadow(relay: Relay, example_input: Any) -> tuple[Relay, Arguments]:
+    """A relay and what it is called with, both without values."""
+    return cast(Relay, shadows([relay])[0]), shadow_input(example_input)
 
 
 def _schemes(plan: Plan) -> dict[str, Plan]:

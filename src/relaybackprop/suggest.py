@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from relaybackprop.budget import fit
+from relaybackprop.budget import fit, head_names
 from relaybackprop.chain import Link, StandIn, chain, dry_run, shadow_input, shadows
 from relaybackprop.cost import early_peak, kept_between
 from relaybackprop.errors import PlanError, WindowError
@@ -314,7 +314,7 @@ def _highest_heads(segments: Sequence[_Segment], num_auxiliary: int, limit: int)
 def _plan(arrangement: _Arrangement) -> Plan:
     """Note [Suggesting] 5."""
     segments, heads = arrangement.segments, arrangement.heads
-    names = ["aux"] if len(heads) == 1 else [f"aux{number}" for number in range(1, len(heads) + 1)]
+    names = head_names(len(heads))
     ends = [None, *(segments[at - 1].name for at in heads)]
     windows = {
         name: Window(top=segments[at].name, above=end) for name, at, end in zip(names, heads, ends[:-1], strict=True)
