@@ -311,6 +311,7 @@ def test_crops_are_those_of_torchvision(size: tuple[int, int], tmp_path: Path) -
     assert View(size=config.crop, short_side=config.resize).short_side == 256
     for how, target in (("shorter side", 256), ("both sides", (256, 256))):
         expected = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(target, antialias=True)(picture))).float()
+        # `how` comes from a list of plain strings, which pyright does not take for the literals that they are.
         crop = crop_of(np.array(picture), InputConfig(resize=256, crop=224, mean=MEAN, how=how))  # type: ignore
         assert float((crop - expected).abs().max()) <= 2, how
         assert float((crop.flip(2) - expected).abs().mean()) > 5  # negative control

@@ -307,6 +307,7 @@ def test_head_errors() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        # Wrong on purpose: no architecture of that name.
         (NetworkConfig(architecture="vgg7", num_classes=5, image_size=64), "unknown architecture 'vgg7'"),  # type: ignore
         (NetworkConfig(architecture="resnet50", num_classes=5, image_size=64, width=3), "resnet50 has no width"),
         (NetworkConfig(architecture="vgg19", num_classes=5, image_size=64, pyramid=(1,)), "vgg19 has no pyramid"),
