@@ -17,7 +17,7 @@ from relaylab.data.index import IndexedImages
 from relaylab.data.listing import IMAGE_EXTENSIONS, is_image
 from relaylab.data.opening import META, TRUTH, open_source
 from relaylab.data.source import UNLABELLED
-from relaylab.data.subset import Thinned, few_per_class, long_tail
+from relaylab.data.subset import Thinned, few_per_class, held_out, long_tail
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 
@@ -676,6 +676,24 @@ def test_a_long_tail() -> None:
             long_tail(labels, ratio=ratio, seed=seed)
     with pytest.raises(InputError, match="without labels"):
         long_tail(np.array([0, UNLABELLED]), ratio=2, seed=0)
+
+
+def test_images_that_are_set_aside() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 10))
+    stay, aside = held_out(labels, count=3, seed=0)
+    assert np.array_equal(np.sort(np.concatenate([stay, aside])), np.arange(40))
+    assert np.bincount(labels[aside]).tolist() == [3] * 4
+    for numbers in (stay, aside):
+        assert np.array_equal(numbers, np.unique(numbers))
+    assert np.array_equal(aside, held_out(labels, count=3, seed=0)[1])
+    assert not np.array_equal(aside, held_out(labels, count=3, seed=1)[1])
+    for count, seed in ((0, 0), (3, -1)):
+        with pytest.raises(InputError, match="expected at least 1"):
+            held_out(labels, count=count, seed=seed)
+    with pytest.raises(InputError, match="class 0 has 10 images: 10 set aside would leave none"):
+        held_out(labels, count=10, seed=0)
+    with pytest.raises(InputError, match="without labels"):
+        held_out(np.array([0, UNLABELLED]), count=1, seed=0)
 
 
 def test_a_few_of_each_class() -> None:

@@ -64,9 +64,10 @@ def gradients(figures: Mapping[str, Any], moment: str, *, relative: bool, title:
         return [layer["gradient"] / (layer["weight"] if relative else 1.0) for layer in layers]
 
     def draw(axes: Axes) -> None:
-        if any(_of_runs(figures, scheme, row).max() > 0 for scheme in SCHEME_COLOURS):  # a dead network has no log
+        if any(_of_runs(figures, scheme, row).max() > 0 for scheme in figures["schemes"]):  # a dead network has no log
             axes.set_yscale("log")
-        for scheme, colour in SCHEME_COLOURS.items():
+        for scheme in figures["schemes"]:
+            colour = SCHEME_COLOURS[scheme]
             mean = _of_runs(figures, scheme, row).mean(axis=0)
             dashes = SCHEME_DASHES[scheme]
             # Lines coincide where windows do: the solid one is wide and lies below, so that the dashed ones show.

@@ -13,8 +13,8 @@ from relaylab.files import replacing
 
 INK = "#1c1c1c"
 # Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
-SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73"}
-SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-"}
+SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73", "isolated": "#0072b2"}
+SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-", "isolated": ":"}
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "relaylab",

@@ -20,7 +20,7 @@ VGG_CONVOLUTIONS = {
     22: (2, 2, 5, 5, 5),
     25: (2, 2, 6, 6, 6),
 }
-Scheme = Literal["standard", "multi_loss", "relay"]
+Scheme = Literal["standard", "multi_loss", "relay", "isolated"]
 Head = Literal["googlenet", "inception", "linear"]
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
@@ -76,6 +76,11 @@ class ImagesConfig:
     short_side: int
     """To which the shorter side is resized, in pixels, the aspect ratio kept."""
     sampling: Sampling
+    held_out: int = 0
+    """Training images of each class that are set aside and take the place of the validation images: for choosing a
+    learning rate, say, by images that no reported error is measured on."""
+    long_tail: float | None = None
+    """Largest to smallest class, if the training images are thinned so that class sizes fall exponentially."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +188,7 @@ class Recipe:
         row: where it stands in the paper, and what it is called there.
         network: what is trained.
         plan: windows and heads.
-        scheme: which of the paper's methods trains it.
+        scheme: which method trains it: one of the paper's three, or isolated windows.
         images: what it is trained on.
         augmentation: of the training images.
         optimizer: and its schedule.

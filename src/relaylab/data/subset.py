@@ -84,6 +84,32 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
     return np.sort(np.concatenate(kept))
 
 
+def held_out(labels: ArrayLike, *, count: int, seed: int) -> tuple[Numbers, Numbers]:
+    """Divide images into those that stay and some of each class that are set aside.
+
+    Args:
+        labels: (n,) class numbers from 0.
+        count: to set aside of each class, at least 1.
+        seed: 0 or more; the same one sets the same images aside.
+
+    Returns:
+        The image numbers of both, each rising.
+
+    Raises:
+        InputError: a count below 1, a negative seed, images without labels, or a class that nothing would be left of.
+    """
+    if count < 1 or seed < 0:
+        raise InputError(f"{count} images of each class to set aside, seed {seed}: expected at least 1, a seed from 0")
+    stay, aside = list[Numbers](), list[Numbers]()
+    for label, members in enumerate(_members(np.asarray(labels))):
+        if 0 < len(members) <= count:
+            raise InputError(f"class {label} has {len(members)} images: {count} set aside would leave none")
+        order = np.random.Generator(np.random.PCG64([seed, label])).permutation(members)
+        aside.append(order[:count])
+        stay.append(order[count:])
+    return np.sort(np.concatenate(stay)), np.sort(np.concatenate(aside))
+
+
 def few_per_class(labels: ArrayLike, count: int) -> Numbers:
     """The first `count` images of each class.
 

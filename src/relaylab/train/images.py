@@ -20,9 +20,10 @@ from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.source import UNLABELLED, Source
 from relaylab.data.statistics import ImageStatistics
+from relaylab.data.subset import Thinned, held_out, long_tail
 from relaylab.errors import InputError, LabError
 from relaylab.progress import progress
-from relaylab.recipe import Recipe
+from relaylab.recipe import ImagesConfig, Recipe
 from relaylab.train.options import TrainConfig
 
 log = logging.getLogger("relaylab.train")
@@ -30,6 +31,7 @@ log = logging.getLogger("relaylab.train")
 MEMORY_SHARE = 0.5  # of what is free may be filled with images; beyond that they are decoded as they are needed
 DEATHS = 3  # of worker processes without a batch in between
 LEAST_STD = 1.0  # of a channel that hardly varies
+CHOICE_SEED = 0  # which images are set aside, and which classes are rare: the same for all runs, whatever their seeds
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def open_images(
     with first:
         train, val = _open(config)
         _check(recipe, train, val)
+        train, val = _chosen(recipe.images, train, val)
         in_memory = _fits(config, (train, val), view, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
@@ -181,6 +184,16 @@ def _check(recipe: Recipe, train: Source, val: Source) -> None:
         labels = np.asarray(source.labels)
         if (labels == UNLABELLED).any():
             raise InputError(f"{source.title}: {split} images without labels cannot be used")
+
+
+def _chosen(config: ImagesConfig, train: Source, val: Source) -> tuple[Source, Source]:
+    """The images that the recipe trains on and tests on, of those that there are."""
+    if config.held_out:
+        stay, aside = held_out(train.labels, count=config.held_out, seed=CHOICE_SEED)
+        train, val = Thinned(train, stay), Thinned(train, aside)
+    if config.long_tail is not None:
+        train = Thinned(train, long_tail(train.labels, ratio=config.long_tail, seed=CHOICE_SEED))
+    return train, val
 
 
 def _fits(config: TrainConfig, sources: tuple[Source, Source], view: View, devices_here: int) -> bool:

@@ -3,12 +3,12 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from relaylab.config import Folder, Images, Number, Switch
-from relaylab.recipe import Dial
+from relaylab.recipe import Dial, Scheme
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Changes = Annotated[
@@ -16,7 +16,7 @@ Changes = Annotated[
 ]
 Resume = Annotated[str | None, tyro.conf.arg(metavar="auto|PATH", help_behavior_hint="")]
 Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
-SCHEMES = ("standard", "multi_loss", "relay")
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

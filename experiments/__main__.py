@@ -1,0 +1,38 @@
+"""The command line of the experiments."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.studies import ARMS, SHARED
+from experiments.training import Place, train_missing
+from relaylab.errors import LabError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing.
+
+    Returns:
+        The exit code: 0, 130 if somebody stopped it, or that of an error.
+    """
+    groups = list(dict.fromkeys(name.partition("/")[0] for name in ARMS))
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("--size", choices=SHARED, default="cores", help="of networks, images and schedules")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="training and validation images")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="groups of runs")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="bf16", help="of the arithmetic")
+    given = parser.parse_args(arguments)
+    place = Place(size=given.size, out=given.out, data=tuple(given.data), precision=given.precision)
+    try:
+        return 0 if train_missing(given.only, place) else INTERRUPTED
+    except LabError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

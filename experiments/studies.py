@@ -1,0 +1,137 @@
+"""Which runs answer which question of docs/evidence.md. Plain values; nothing is run here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Size = Literal["cores", "gpu", "tiny"]
+
+# Learning rates to choose from, for each scheme, by the error on training images that were set aside.
+RATES = (0.01, 0.02, 0.04)
+HELD_OUT = 50  # of the 900 training images of each class
+SELECTION = "selection"  # group of the runs that the rates are chosen by
+SELECTION_SEED = 100  # no other run has it
+SELECTION_LENGTH = 1 / 3
+SCHEMES = ("standard", "multi_loss", "relay", "isolated")
+FULL_WEIGHT = "plan.auxiliary.aux.weight=1.0"
+A, B = "table3-model-a-relay", "table3-model-b-relay"
+
+# What all runs of a size share. A small recipe is on 100 classes of Places2, see relaylab.recipes.scales.
+SHARED: Mapping[Size, tuple[str, ...]] = {
+    "cores": (
+        "network.image_size=32",
+        "images.short_side=36",
+        "optimizer.batch_size=64",
+        "optimizer.warmup=500",
+    ),
+    "gpu": ("optimizer.batch_size=128", "optimizer.warmup=500"),
+    "tiny": ("network.image_size=32", "images.short_side=36", "network.num_classes=5", "optimizer.batch_size=4"),
+}
+ITERATIONS: Mapping[Size, int] = {"cores": 12_000, "gpu": 28_000, "tiny": 6}
+# Of networks with that dial, and of models A and B.
+WIDTH: Mapping[Size, int] = {"cores": 16, "gpu": 64, "tiny": 4}
+PYRAMID: Mapping[Size, str] = {"cores": "2,1", "gpu": "4,2,1", "tiny": "2,1"}
+EVALUATIONS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train a network, under several seeds.
+
+    Attributes:
+        recipe: of `relaylab recipes`, at small scale.
+        scheme: that trains it.
+        changes: of the recipe, besides those that all runs of a size share.
+        rate: the learning rate; None for the one that was chosen for the scheme.
+        length: in shares of a size's iterations.
+        seeds: of weights, batches, crops and dropout.
+    """
+
+    recipe: str
+    scheme: str
+    changes: tuple[str, ...] = ()
+    rate: float | None = None
+    length: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A table: what its arms are called there, and the one that the others are compared with.
+
+    Attributes:
+        question: that it answers.
+        arms: names of `ARMS` by the words that the table has for them.
+        base: the word of the arm to compare with; None to compare nothing.
+    """
+
+    question: str
+    arms: Mapping[str, str]
+    base: str | None = None
+
+
+def _selection() -> dict[str, Arm]:
+    held_out = (f"images.held_out={HELD_OUT}",)
+    return {
+        f"{SELECTION}/{scheme}-{rate:g}": Arm(
+            recipe=A,
+            scheme=scheme,
+            changes=held_out,
+            rate=rate,
+            length=SELECTION_LENGTH,
+            seeds=(SELECTION_SEED,),
+        )
+        for rate in RATES
+        for scheme in SCHEMES
+    }
+
+
+def _vgg(depth: int, scheme: str) -> Arm:
+    return Arm(recipe=f"table1-vgg{depth}-places2", scheme=scheme)
+
+
+def _length(length: float) -> dict[str, Arm]:
+    name = f"length-{length:g}"
+    arms = {f"{name}/{scheme}": Arm(recipe=A, scheme=scheme, length=length) for scheme in SCHEMES}
+    return {**arms, f"{name}/relay-weight-1": Arm(recipe=A, scheme="relay", changes=(FULL_WEIGHT,), length=length)}
+
+
+def _tails() -> dict[str, Arm]:
+    return {
+        f"tail-{ratio:g}/{kind}": Arm(
+            recipe=A,
+            scheme="standard",
+            changes=(f"images.long_tail={ratio:g}", f"images.sampling={kind}"),
+            seeds=(0, 1),
+        )
+        for ratio in (7.5, 50)
+        for kind in ("shuffled", "class-aware")
+    }
+
+
+THREE = (0, 1, 2)
+# In the order in which they are run.
+ARMS: Mapping[str, Arm] = {
+    **_selection(),
+    **{f"model-a/{scheme}": Arm(recipe=A, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
+    **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
+    "why/relay-weight-1": Arm(recipe=A, scheme="relay", changes=(FULL_WEIGHT,), seeds=THREE),
+    "why/multi-loss-weight-1": Arm(recipe=A, scheme="multi_loss", changes=(FULL_WEIGHT,)),
+    "why/relay-lr-3.33": Arm(recipe=A, scheme="relay", changes=("optimizer.segment_lr.aux=3.33",)),
+    "why/relay-2-stages": Arm(recipe=A, scheme="relay", changes=("plan.primary.bottom=segment3",)),
+    "why/relay-3-stages": Arm(recipe=A, scheme="relay", changes=("plan.primary.bottom=segment2",)),
+    **_length(2),
+    **_length(0.5),
+    "vgg/19-standard": _vgg(19, "standard"),
+    "vgg/22-standard": _vgg(22, "standard"),
+    "vgg/25-standard": _vgg(25, "standard"),
+    "vgg/25-relay": _vgg(25, "relay"),
+    "vgg/19-relay": _vgg(19, "relay"),
+    "vgg/19-relay-2-branches": Arm(recipe="figure2-vgg19-relay", scheme="relay"),
+    **_tails(),
+    **{f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme) for scheme in ("standard", "relay")},
+    **{
+        f"inception-v3/{scheme}": Arm(recipe="table6-inception-v3-relay", scheme=scheme)
+        for scheme in ("multi_loss", "relay")
+    },
+}

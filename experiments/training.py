@@ -1,0 +1,216 @@
+"""From the arms of the studies to runs of the trainer: each may be stopped and goes on, and several can take turns."""
+
+import fcntl
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.studies import (
+    ARMS,
+    EVALUATIONS,
+    ITERATIONS,
+    PYRAMID,
+    RATES,
+    SELECTION,
+    SELECTION_SEED,
+    SHARED,
+    WIDTH,
+    Size,
+)
+from relaylab.errors import NonFiniteLossError
+from relaylab.files import write_text
+from relaylab.recipe import Recipe
+from relaylab.recipes import find_recipe
+from relaylab.train import runs, session
+from relaylab.train.compare import Result, result_of
+from relaylab.train.options import TrainConfig
+
+log = logging.getLogger("relaylab.train")
+
+FAILED = "failed.txt"  # beside the checkpoints of a run whose loss was not finite: that is its result
+WAIT_S = 10.0  # for rates that another process is choosing
+
+
+class NotChosenError(Exception):
+    """A learning rate depends on runs that are not done yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where runs are made, and how.
+
+    Attributes:
+        size: of everything.
+        out: folder of the runs.
+        data: training and validation images.
+        precision: of the arithmetic, as `relaylab train` has it.
+    """
+
+    size: Size
+    out: Path
+    data: tuple[Path, ...]
+    precision: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one seed.
+
+    Attributes:
+        arm: its name.
+        seed: of weights, batches, crops and dropout.
+        config: that trains it.
+        iterations: after which it is done.
+    """
+
+    arm: str
+    seed: int
+    config: TrainConfig
+    iterations: int
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        assert self.config.out is not None
+        return self.config.out
+
+    @property
+    def failed(self) -> bool:
+        """Whether its loss was not finite."""
+        return (self.folder / FAILED).exists()
+
+    @property
+    def result(self) -> Result | None:
+        """What it has found; None if it is not done."""
+        return result_of(self.config, self.iterations, ARMS[self.arm].scheme, self.seed)
+
+
+def run_of(name: str, seed: int, place: Place) -> Run:
+    """How an arm is trained.
+
+    Args:
+        name: of the arm.
+        seed: one of its seeds.
+        place: where.
+
+    Raises:
+        InputError: its learning rate has not been chosen yet.
+    """
+    arm = ARMS[name]
+    iterations = round(ITERATIONS[place.size] * arm.length)
+    rate = chosen_rate(arm.scheme, place) if arm.rate is None else arm.rate
+    changes = {
+        f"scheme={arm.scheme}",
+        f"optimizer.lr={rate:g}",
+        f"optimizer.iterations={iterations}",
+        f"optimizer.evaluate_every={max(1, iterations // EVALUATIONS)}",
+        *_sizes(find_recipe(arm.recipe), place.size),
+        *SHARED[place.size],
+        *arm.changes,
+    }
+    config = TrainConfig(
+        recipe=arm.recipe,
+        scale="small",
+        changes=tuple(sorted(changes)),
+        data=place.data,
+        seed=seed,
+        out=place.out / f"{name}-s{seed}",
+        resume="auto",
+        precision=place.precision,  # pyright: ignore[reportArgumentType]
+        diagnose_every=max(1, iterations // (2 * EVALUATIONS)),
+        log_every=max(1, iterations // 240),
+    )
+    return Run(name, seed, config, iterations)
+
+
+def _sizes(recipe: Recipe, size: Size) -> Iterator[str]:
+    if recipe.network.width is not None:
+        yield f"network.width={WIDTH[size]}"
+    if recipe.network.pyramid is not None:
+        yield f"network.pyramid={PYRAMID[size]}"
+
+
+def chosen_rate(scheme: str, place: Place) -> float:
+    """The learning rate under which a scheme has the least top-1 error on the images that were set aside.
+
+    Raises:
+        NotChosenError: the runs that decide about it are not done.
+    """
+    errors: dict[float, float] = {}
+    for rate in RATES:
+        run = run_of(f"{SELECTION}/{scheme}-{rate:g}", SELECTION_SEED, place)
+        if run.result is not None:
+            errors[rate] = run.result.last["top1"]
+        elif not run.failed:
+            raise NotChosenError(run.arm)
+    if not errors:
+        raise NotChosenError(f"{scheme} failed under all rates")
+    return min(errors, key=lambda rate: errors[rate])
+
+
+def keys_of(groups: Sequence[str]) -> list[tuple[str, int]]:
+    """Arms and seeds in the order in which they are run: group by group, and in a group seed by seed.
+
+    Args:
+        groups: what stands before the slash in the arms' names.
+    """
+    keys: list[tuple[str, int]] = []
+    for group in groups:
+        own = [name for name in ARMS if name.partition("/")[0] == group]
+        seeds = sorted({seed for name in own for seed in ARMS[name].seeds})
+        keys += [(name, seed) for seed in seeds for name in own if seed in ARMS[name].seeds]
+    return keys
+
+
+def train_missing(groups: Sequence[str], place: Place) -> bool:
+    """Train what is not done yet and what no other process is training.
+
+    Args:
+        groups: of arms.
+        place: where.
+
+    Returns:
+        Whether all has been trained, and not interrupted.
+
+    Raises:
+        InputError: what is wrong with the images.
+    """
+    place.out.mkdir(parents=True, exist_ok=True)
+    keys = keys_of(groups)
+    while True:
+        waiting = False
+        for number, key in enumerate(keys, 1):
+            with _claimed(place.out / f".{key[0].replace('/', '-')}-s{key[1]}.lock") as mine:
+                if not mine:
+                    continue
+                try:
+                    run = run_of(*key, place)
+                except NotChosenError:
+                    waiting = True
+                    break
+                if run.failed or run.result is not None:
+                    continue
+                print(f"run {number} of {len(keys)}: {key[0]}, seed {key[1]}", flush=True)
+                try:
+                    if session.train(runs.understand(run.config)).interrupted:
+                        return False
+                except NonFiniteLossError as error:
+                    write_text(run.folder / FAILED, f"{error}\n")
+        if not waiting:
+            return True
+        time.sleep(WAIT_S)
+
+
+@contextmanager
+def _claimed(file: Path) -> Iterator[bool]:
+    """Whether this process may work on something; others may not then, until it is through or has died."""
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

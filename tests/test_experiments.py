@@ -1,0 +1,151 @@
+"""The experiments' runs: what they are, in which order, which learning rates they take, and that they go on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+
+from experiments import __main__ as command
+from experiments import studies, training
+from experiments.studies import ARMS, Arm
+from experiments.training import NotChosenError, Place
+from relaylab.errors import InputError, NonFiniteLossError
+from relaylab.train import compare, runs, session
+
+
+@pytest.fixture
+def place(tiny_images: Path, tmp_path: Path) -> Place:
+    return Place(size="tiny", out=tmp_path / "runs", data=(tiny_images,), precision="32")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
+    """Two rates to choose from, and one arm that takes the rate that was chosen."""
+    relay = Arm(recipe=studies.A, scheme="relay", changes=("images.held_out=2",), seeds=(100,))
+    arms = {
+        "selection/relay-0.005": dataclasses.replace(relay, rate=0.005),
+        "selection/relay-0.02": dataclasses.replace(relay, rate=0.02),
+        "model-a/relay": Arm(recipe=studies.A, scheme="relay", seeds=(0, 1)),
+    }
+    monkeypatch.setattr(training, "ARMS", arms)
+    monkeypatch.setattr(training, "RATES", (0.005, 0.02))
+    return arms
+
+
+@pytest.mark.parametrize("size", ["cores", "gpu"])
+def test_every_run_is_a_recipe_that_can_be_trained(
+    size: studies.Size, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "chosen_rate", lambda scheme, place: 0.01)
+    place = Place(size=size, out=tmp_path, data=(tiny_images,))
+    seen: set[tuple[str, int]] = set()
+    for name, seed in training.keys_of(list(dict.fromkeys(name.partition("/")[0] for name in ARMS))):
+        run = training.run_of(name, seed, place)
+        recipe = runs.understand(run.config).recipe
+        assert recipe.scheme == ARMS[name].scheme
+        assert recipe.optimizer.iterations == run.iterations
+        assert recipe.optimizer.lr == (ARMS[name].rate or 0.01)
+        assert (recipe.images.held_out > 0) == name.startswith("selection/")
+        seen.add((name, seed))
+    assert seen == {(name, seed) for name, arm in ARMS.items() for seed in arm.seeds}
+
+
+def test_the_seeds_that_choose_rates_are_no_others() -> None:
+    for name, arm in ARMS.items():
+        assert (studies.SELECTION_SEED in arm.seeds) == name.startswith("selection/"), name
+
+
+def test_rates_are_chosen_by_images_set_aside_and_runs_go_on(
+    few: dict[str, Arm], place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(NotChosenError):
+        training.run_of("model-a/relay", 0, place)
+    assert training.train_missing(["selection"], place)
+    results = {rate: training.run_of(f"selection/relay-{rate}", 100, place).result for rate in (0.005, 0.02)}
+    errors = {rate: result.last["top1"] for rate, result in results.items() if result is not None}
+    assert training.chosen_rate("relay", place) == min(errors, key=lambda rate: errors[rate])
+    assert training.train_missing(["selection", "model-a"], place)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert told == [
+        "run 1 of 2: selection/relay-0.005, seed 100",
+        "run 2 of 2: selection/relay-0.02, seed 100",
+        "run 3 of 4: model-a/relay, seed 0",
+        "run 4 of 4: model-a/relay, seed 1",
+    ]
+    recipe = runs.recipe_of(place.out / "model-a" / "relay-s1")
+    assert recipe.optimizer.lr == training.chosen_rate("relay", place)
+    assert recipe.images.held_out == 0
+
+
+def test_a_run_that_fails_is_a_result_and_is_not_repeated(
+    few: dict[str, Arm], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, tried = session.train, list[str]()
+
+    def train(request: runs.Request) -> Any:
+        tried.append(str(request.config.out))
+        if "0.02" in tried[-1]:
+            (place.out / "selection" / "relay-0.02-s100").mkdir(parents=True)
+            raise NonFiniteLossError("the loss is nan in step 3")
+        return original(request)
+
+    monkeypatch.setattr(session, "train", train)
+    assert training.train_missing(["selection"], place)
+    assert training.train_missing(["selection"], place)
+    assert len(tried) == 2
+    assert training.run_of("selection/relay-0.02", 100, place).failed
+    assert training.chosen_rate("relay", place) == 0.005
+
+
+def test_two_processes_do_not_train_the_same(
+    few: dict[str, Arm], place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.out.mkdir()
+    with training._claimed(place.out / ".selection-relay-0.005-s100.lock") as mine:
+        assert mine
+        with training._claimed(place.out / ".selection-relay-0.005-s100.lock") as also:
+            assert not also
+        assert training.train_missing(["selection"], place)
+    assert "0.005" not in capsys.readouterr().out
+
+
+def test_the_command_line(
+    few: dict[str, Arm], place: Place, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "tiny", "--precision", "32", "--out", str(place.out), "--data"]
+    assert command.main([*words, str(tiny_images), "--only", "selection"]) == 0
+    assert command.main([*words, str(tiny_images / "none"), "--only", "model-a"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_images_set_aside_take_the_place_of_the_validation_images(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    original = session.assemble
+
+    def assemble(fabric: Any, request: Any, images: Any, *rest: Any) -> Any:
+        seen["train"], seen["val"] = images.train, images.val
+        return original(fabric, request, images, *rest)
+
+    monkeypatch.setattr(session, "assemble", assemble)
+    for name, changes in (("aside", ("images.held_out=3",)), ("tail", ("images.long_tail=4", "images.held_out=2"))):
+        config = dataclasses.replace(
+            compare._member(compare.CompareConfig(recipe=studies.A, scale="tiny"), "isolated", 0, tmp_path),
+            data=(tiny_images,),
+            out=tmp_path / name,
+            changes=("scheme=isolated", *changes),
+        )
+        assert session.train(runs.understand(config)).finished
+        train, val = (sorted(seen[part].labels.tolist()) for part in ("train", "val"))
+        if name == "aside":
+            assert train == sorted([*range(5)] * 9)
+            assert val == sorted([*range(5)] * 3)
+        else:
+            assert sorted((train.count(label) for label in range(5)), reverse=True) == [10, 7, 5, 4, 2]
+            assert val == sorted([*range(5)] * 2)
+    with pytest.raises(InputError, match="would leave none"):
+        session.train(runs.understand(dataclasses.replace(config, out=tmp_path / "x", changes=("images.held_out=12",))))
