@@ -5,15 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.report import write_report
 from experiments.studies import ARMS, SHARED
 from experiments.training import Place, train_missing
-from relaylab.errors import LabError
+from relaylab.errors import InputError, LabError
 
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing.
+    """Train what is missing, or write down what has been found.
 
     Returns:
         The exit code: 0, 130 if somebody stopped it, or that of an error.
@@ -21,13 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = list(dict.fromkeys(name.partition("/")[0] for name in ARMS))
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("--size", choices=SHARED, default="cores", help="of networks, images and schedules")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="training and validation images")
+    parser.add_argument("--data", type=Path, nargs="+", default=(), help="training and validation images")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="groups of runs")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="train nothing; write tables and pictures there")
     parser.add_argument("--precision", choices=("32", "bf16"), default="bf16", help="of the arithmetic")
     given = parser.parse_args(arguments)
     place = Place(size=given.size, out=given.out, data=tuple(given.data), precision=given.precision)
     try:
+        if given.report is not None:
+            print(write_report(place, given.report))
+            return 0
+        if not given.data:
+            raise InputError("--data is missing: training and validation images")
         return 0 if train_missing(given.only, place) else INTERRUPTED
     except LabError as error:
         print(f"experiments: {error}", file=sys.stderr)

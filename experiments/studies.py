@@ -57,17 +57,19 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A table: what its arms are called there, and the one that the others are compared with.
+    """A table of the evidence.
 
     Attributes:
-        question: that it answers.
+        title: above it.
         arms: names of `ARMS` by the words that the table has for them.
-        base: the word of the arm to compare with; None to compare nothing.
+        against: the words of the arms that the others are compared with, a column each.
+        seeds: the only ones that count; None for all that an arm has.
     """
 
-    question: str
+    title: str
     arms: Mapping[str, str]
-    base: str | None = None
+    against: tuple[str, ...] = ()
+    seeds: tuple[int, ...] | None = None
 
 
 def _selection() -> dict[str, Arm]:
@@ -133,5 +135,105 @@ ARMS: Mapping[str, Arm] = {
     **{
         f"inception-v3/{scheme}": Arm(recipe="table6-inception-v3-relay", scheme=scheme)
         for scheme in ("multi_loss", "relay")
+    },
+}
+
+_METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay", "isolated windows": "isolated"}
+
+
+def _lengths() -> dict[str, Study]:
+    groups = {0.5: "length-0.5", 1.0: "model-a", 2.0: "length-2"}
+    return {
+        f"length-{length:g}": Study(
+            title=f"Question 2: {length:g} times the iterations",
+            arms={
+                **{word: f"{group}/{scheme}" for word, scheme in _METHODS.items()},
+                "Relay BP, weight 1": f"{'why' if length == 1 else group}/relay-weight-1",
+            },
+            against=("standard BP",),
+            seeds=(0,),
+        )
+        for length, group in groups.items()
+    }
+
+
+# By name, in the order of the questions of docs/evidence.md.
+STUDIES: Mapping[str, Study] = {
+    "selection": Study(
+        title="Learning rates: errors on training images that were set aside",
+        arms={
+            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}" for word, scheme in _METHODS.items() for rate in RATES
+        },
+    ),
+    **{
+        f"model-{letter}": Study(
+            title=f"Question 1: Table 3, model {letter.upper()}",
+            arms={word: f"model-{letter}/{scheme}" for word, scheme in _METHODS.items()},
+            against=("standard BP", "Relay BP"),
+        )
+        for letter in "ab"
+    },
+    "weight": Study(
+        title="Question 2: the auxiliary loss's weight, and the learning rate below the overlap",
+        arms={
+            "standard BP": "model-a/standard",
+            "multi-loss, 0.3": "model-a/multi_loss",
+            "multi-loss, 1": "why/multi-loss-weight-1",
+            "Relay BP, 0.3": "model-a/relay",
+            "Relay BP, 1": "why/relay-weight-1",
+            "Relay BP, 0.3, rate x 3.33 below": "why/relay-lr-3.33",
+        },
+        against=("standard BP", "multi-loss, 0.3"),
+    ),
+    "overlap": Study(
+        title="Question 2: the overlap",
+        arms={
+            "none (isolated windows)": "model-a/isolated",
+            "1 stage (the paper's)": "model-a/relay",
+            "2 stages": "why/relay-2-stages",
+            "3 stages": "why/relay-3-stages",
+            "all 4 (multi-loss)": "model-a/multi_loss",
+        },
+        against=("1 stage (the paper's)",),
+        seeds=(0,),
+    ),
+    **_lengths(),
+    "branches": Study(
+        title="Question 2: branches, VGG-19",
+        arms={
+            "none (standard BP)": "vgg/19-standard",
+            "one": "vgg/19-relay",
+            "two (Figure 2)": "vgg/19-relay-2-branches",
+        },
+        against=("none (standard BP)",),
+    ),
+    "depth": Study(
+        title="Question 3: Table 1, depth",
+        arms={
+            "VGG-19, standard BP": "vgg/19-standard",
+            "VGG-22, standard BP": "vgg/22-standard",
+            "VGG-25, standard BP": "vgg/25-standard",
+            "VGG-19, Relay BP": "vgg/19-relay",
+            "VGG-25, Relay BP": "vgg/25-relay",
+        },
+        against=("VGG-19, standard BP",),
+    ),
+    "resnet50": Study(
+        title="Question 4: Table 6, ResNet-50",
+        arms={"standard BP": "resnet50/standard", "Relay BP": "resnet50/relay"},
+        against=("standard BP",),
+    ),
+    "inception-v3": Study(
+        title="Question 4: Table 6, Inception-v3",
+        arms={"standard BP with its own head": "inception-v3/multi_loss", "Relay BP": "inception-v3/relay"},
+        against=("standard BP with its own head",),
+    ),
+    **{
+        f"tail-{ratio:g}": Study(
+            title=f"Question 5: sampling, largest to smallest class {ratio:g} : 1",
+            arms={"shuffled": f"tail-{ratio:g}/shuffled", "class-aware": f"tail-{ratio:g}/class-aware"},
+            against=("shuffled",),
+        )
+        for ratio in (7.5, 50)
     },
 }

@@ -1,6 +1,7 @@
 """The experiments' runs: what they are, in which order, which learning rates they take, and that they go on."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from experiments import __main__ as command
-from experiments import studies, training
+from experiments import report, studies, tables, training
 from experiments.studies import ARMS, Arm
 from experiments.training import NotChosenError, Place
 from relaylab.errors import InputError, NonFiniteLossError
@@ -30,7 +31,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
         "selection/relay-0.02": dataclasses.replace(relay, rate=0.02),
         "model-a/relay": Arm(recipe=studies.A, scheme="relay", seeds=(0, 1)),
     }
-    monkeypatch.setattr(training, "ARMS", arms)
+    for module in (training, tables, report):
+        monkeypatch.setattr(module, "ARMS", arms)
     monkeypatch.setattr(training, "RATES", (0.005, 0.02))
     return arms
 
@@ -48,7 +50,7 @@ def test_every_run_is_a_recipe_that_can_be_trained(
         assert recipe.scheme == ARMS[name].scheme
         assert recipe.optimizer.iterations == run.iterations
         assert recipe.optimizer.lr == (ARMS[name].rate or 0.01)
-        assert (recipe.images.held_out > 0) == name.startswith("selection/")
+        assert (recipe.images.held_out is not None) == name.startswith("selection/")
         seen.add((name, seed))
     assert seen == {(name, seed) for name, arm in ARMS.items() for seed in arm.seeds}
 
@@ -77,7 +79,7 @@ def test_rates_are_chosen_by_images_set_aside_and_runs_go_on(
     ]
     recipe = runs.recipe_of(place.out / "model-a" / "relay-s1")
     assert recipe.optimizer.lr == training.chosen_rate("relay", place)
-    assert recipe.images.held_out == 0
+    assert recipe.images.held_out is None
 
 
 def test_a_run_that_fails_is_a_result_and_is_not_repeated(
@@ -119,6 +121,63 @@ def test_the_command_line(
     assert command.main([*words, str(tiny_images), "--only", "selection"]) == 0
     assert command.main([*words, str(tiny_images / "none"), "--only", "model-a"]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_tables_and_pictures_of_what_is_there(
+    few: dict[str, Arm], place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="train first"):
+        report.write_report(place, tmp_path)
+    assert training.train_missing(["selection", "model-a"], place)
+    words = ["--size", "tiny", "--precision", "32", "--out", str(place.out)]
+    assert command.main(words) == 2
+    assert "--data is missing" in capsys.readouterr().err
+    assert command.main([*words, "--report", str(tmp_path / "results")]) == 0
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    pictures = {f"evidence-tiny-{name}.png" for name in ("errors", "curves", "gradients", "angles")}
+    assert written == {"evidence-tiny.md", "evidence-tiny.json", *pictures}
+    found = json.loads((tmp_path / "results" / "evidence-tiny.json").read_text())["runs"]
+    assert [(each["arm"], each["seed"]) for each in found] == [
+        ("selection/relay-0.005", 100),
+        ("selection/relay-0.02", 100),
+        ("model-a/relay", 0),
+        ("model-a/relay", 1),
+    ]
+    assert found[2]["top1"] == list(found[2]["curve"].values())[-1]
+    assert "standard BP |  |  | not run yet" in (tmp_path / "results" / "evidence-tiny.md").read_text()
+
+
+def finding(arm: str, seed: int, top1: float) -> tables.Finding:
+    more: dict[str, Any] = {"rate": 0.01, "top5": top1 / 2, "loss": 4.0, "curve": {1: top1}, "trained": top1}
+    return tables.Finding(arm=arm, seed=seed, top1=top1, **more, images_per_s=500.0, gflops=0.2)
+
+
+def test_differences_are_paired_and_collapsed_runs_are_named() -> None:
+    study = tables.Study(title="A", arms={"standard BP": "a", "Relay BP": "b", "other": "c"}, against=("standard BP",))
+    found = [finding("a", seed, top1) for seed, top1 in enumerate((90.0, 91.0, 99.0))]
+    found += [finding("b", seed, top1) for seed, top1 in enumerate((88.0, 90.0, 89.0))]
+    table = tables.table_of(study, found)
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["Relay BP"]["top-1 minus standard BP"] == compare.difference([-2.0, -1.0, -10.0])
+    assert rows["Relay BP"]["top-1 error"] == "89.00 +- 1.00"
+    assert rows["other"]["top-1 error"] == "not run yet"
+    assert table.notes == (
+        "Collapsed: standard BP, seed 2.",
+        f"Relay BP minus standard BP without them, top-1: {compare.difference([-2.0, -1.0])}.",
+    )
+    only = dataclasses.replace(study, seeds=(0,))
+    assert tables.table_of(only, found).rows[1][2] == "0"
+    assert not tables.table_of(only, found).notes
+
+
+def test_studies_are_of_arms_that_there_are() -> None:
+    for name, study in studies.STUDIES.items():
+        assert set(study.arms.values()) <= ARMS.keys(), name
+        assert set(study.against) <= study.arms.keys(), name
+        for arm in study.arms.values():
+            assert study.seeds is None or set(study.seeds) <= set(ARMS[arm].seeds), (name, arm)
+    named = {arm for study in studies.STUDIES.values() for arm in study.arms.values()}
+    assert named == ARMS.keys(), "a run that no table shows"
 
 
 def test_images_set_aside_take_the_place_of_the_validation_images(

@@ -76,7 +76,7 @@ class ImagesConfig:
     short_side: int
     """To which the shorter side is resized, in pixels, the aspect ratio kept."""
     sampling: Sampling
-    held_out: int = 0
+    held_out: int | None = None
     """Training images of each class that are set aside and take the place of the validation images: for choosing a
     learning rate, say, by images that no reported error is measured on."""
     long_tail: float | None = None
@@ -217,7 +217,11 @@ class Recipe:
         """Every value of the recipe by its dotted name, and where it comes from."""
         for group in ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation"):
             for name, value in _leaves(group, getattr(self, group)):
-                if value is not None or group not in ("network", "plan"):  # there, None is an option that it lacks
+                if value is not None or group not in (
+                    "network",
+                    "plan",
+                    "images",
+                ):  # there, None is an option that it lacks
                     yield name, value, self.source_of(name)
 
     def source_of(self, name: str) -> str:

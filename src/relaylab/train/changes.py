@@ -161,7 +161,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     check("optimizer.weight_decay", optimizer.weight_decay, least=0)
     check("optimizer.clip_norm", optimizer.clip_norm, above=0)
     check("optimizer.warmup", optimizer.warmup, least=0)
-    check("images.held_out", recipe.images.held_out, least=0)
+    check("images.held_out", recipe.images.held_out, least=1)
     check("images.long_tail", recipe.images.long_tail, least=1)
     check("augmentation.colour_shift", recipe.augmentation.colour_shift, least=0)
     for name in ("batch_size", "iterations", "evaluate_every"):

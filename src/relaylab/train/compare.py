@@ -163,7 +163,7 @@ def table(results: Sequence[Result]) -> str:
         own = {result.seed: result for result in results if result.scheme == scheme}
         base = {result.seed: result for result in results if result.scheme == schemes[0]}
         cells = [METHODS[scheme], str(len(own))]
-        cells += [_mean([result.last[name] for result in own.values()]) for name in ("top1", "top5")]
+        cells += [mean_and_spread([result.last[name] for result in own.values()]) for name in ("top1", "top5")]
         for name in ("top1", "top5"):
             both = [seed for seed in own if seed in base]
             pairs = [own[seed].last[name] - base[seed].last[name] for seed in both]
@@ -184,7 +184,8 @@ def difference(values: Sequence[float]) -> str:
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and with several values their standard deviation."""
     spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 

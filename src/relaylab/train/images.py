@@ -188,7 +188,7 @@ def _check(recipe: Recipe, train: Source, val: Source) -> None:
 
 def _chosen(config: ImagesConfig, train: Source, val: Source) -> tuple[Source, Source]:
     """The images that the recipe trains on and tests on, of those that there are."""
-    if config.held_out:
+    if config.held_out is not None:
         stay, aside = held_out(train.labels, count=config.held_out, seed=CHOICE_SEED)
         train, val = Thinned(train, stay), Thinned(train, aside)
     if config.long_tail is not None:
