@@ -7,7 +7,7 @@ from typing import Literal
 Size = Literal["cores", "gpu", "tiny"]
 
 # Learning rates to choose from, for each scheme, by the error on training images that were set aside.
-RATES = (0.01, 0.02, 0.04)
+RATES = (0.005, 0.01, 0.02, 0.04)
 HELD_OUT = 50  # of the 900 training images of each class
 SELECTION = "selection"  # group of the runs that the rates are chosen by
 SELECTION_SEED = 100  # no other run has it
