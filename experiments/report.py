@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from experiments.pictures import angles_figure, curves_figure, errors_figure
 from experiments.studies import ARMS, STUDIES
 from experiments.tables import Finding, all_tables, as_values, findings
-from experiments.training import Place, run_of
+from experiments.testing import test_finished
+from experiments.training import Place, finished_runs, run_of
 from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.pictures import write_figure
@@ -35,7 +36,7 @@ def write_report(place: Place, folder: Path) -> str:
     """Write evidence-SIZE.md, evidence-SIZE.json and pictures about all runs that are finished.
 
     Args:
-        place: where the runs are.
+        place: where the runs are; if it has images, runs are tested on them first, as far as they have not been.
         folder: which is made if need be.
 
     Returns:
@@ -45,9 +46,12 @@ def write_report(place: Place, folder: Path) -> str:
         InputError: no run is finished.
         OSError: something cannot be written.
     """
-    found = findings(place)
-    if not found:
+    finished = finished_runs(place)
+    if not finished:
         raise InputError(f"no finished run in {place.out}: train first")
+    if place.data:
+        test_finished(finished, place)
+    found = findings(finished)
     tables = "\n".join(render(table, "markdown") for table in all_tables(found))
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"evidence-{place.size}"

@@ -8,7 +8,8 @@ Size = Literal["cores", "gpu", "tiny"]
 
 # Learning rates to choose from, for each scheme, by the error on training images that were set aside.
 RATES = (0.005, 0.01, 0.02, 0.04)
-HELD_OUT = 50  # of the 900 training images of each class
+PER_CLASS = 900  # training images
+HELD_OUT = 50  # of them
 SELECTION = "selection"  # group of the runs that the rates are chosen by
 SELECTION_SEED = 100  # no other run has it
 SELECTION_LENGTH = 1 / 3
@@ -98,6 +99,10 @@ def _length(length: float) -> dict[str, Arm]:
     return {**arms, f"{name}/relay-weight-1": Arm(recipe=A, scheme="relay", changes=(FULL_WEIGHT,), length=length)}
 
 
+SAMPLING = ("shuffled", "class-aware")
+TAILS = (7.5, 50)  # 30,000 : 4,000 as in Places2, and more
+
+
 def _tails() -> dict[str, Arm]:
     return {
         f"tail-{ratio:g}/{kind}": Arm(
@@ -106,8 +111,8 @@ def _tails() -> dict[str, Arm]:
             changes=(f"images.long_tail={ratio:g}", f"images.sampling={kind}"),
             seeds=(0, 1),
         )
-        for ratio in (7.5, 50)
-        for kind in ("shuffled", "class-aware")
+        for ratio in TAILS
+        for kind in SAMPLING
     }
 
 
@@ -231,9 +236,9 @@ STUDIES: Mapping[str, Study] = {
     **{
         f"tail-{ratio:g}": Study(
             title=f"Question 5: sampling, largest to smallest class {ratio:g} : 1",
-            arms={"shuffled": f"tail-{ratio:g}/shuffled", "class-aware": f"tail-{ratio:g}/class-aware"},
+            arms={kind: f"tail-{ratio:g}/{kind}" for kind in SAMPLING},
             against=("shuffled",),
         )
-        for ratio in (7.5, 50)
+        for ratio in TAILS
     },
 }

@@ -2,15 +2,20 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiments.studies import ARMS, STUDIES, Study
-from experiments.training import NotChosenError, Place, Run, run_of
+import numpy as np
+
+from experiments.studies import PER_CLASS, SAMPLING, STUDIES, TAILS, Study
+from experiments.testing import Tested, tested
+from experiments.training import Run
+from relaylab.data.subset import long_tail
 from relaylab.model_commands import BATCH, cost_of
 from relaylab.report.tables import Table
 from relaylab.train import runs
 from relaylab.train.compare import difference, mean_and_spread
+from relaylab.train.images import CHOICE_SEED
 from relaylab.train.records import read_metrics
 
 COLLAPSED = 98.0  # per cent of top-1 error; guessing among 100 classes gives 99
@@ -29,8 +34,7 @@ class Finding:
         top5: the same.
         loss: on the same images.
         curve: top-1 error by iteration.
-        trained: mean top-1 error in the training batches of the last tenth of the iterations, with crops, mirroring and
-            dropout.
+        tested: on training images too; None if it has not been.
         images_per_s: median over the run.
         gflops: of a training step, per image.
     """
@@ -42,7 +46,7 @@ class Finding:
     top5: float
     loss: float
     curve: Mapping[int, float]
-    trained: float
+    tested: Tested | None
     images_per_s: float
     gflops: float
 
@@ -52,18 +56,9 @@ class Finding:
         return self.top1 >= COLLAPSED
 
 
-def findings(place: Place) -> list[Finding]:
-    """What the finished runs have found, in the order of `ARMS`."""
-    found: list[Finding] = []
-    for name, arm in ARMS.items():
-        for seed in arm.seeds:
-            try:
-                run = run_of(name, seed, place)
-            except NotChosenError:
-                continue
-            if run.result is not None:
-                found.append(_finding(run))
-    return found
+def findings(finished: Sequence[Run]) -> list[Finding]:
+    """What finished runs have found."""
+    return [_finding(run) for run in finished]
 
 
 def _finding(run: Run) -> Finding:
@@ -81,7 +76,7 @@ def _finding(run: Run) -> Finding:
         top5=last["top5"],
         loss=last["loss"],
         curve={int(point["step"]): point["top1"] for point in run.result.validations},
-        trained=statistics.fmean(line["top1"] for line in training if line["step"] > 0.9 * run.iterations),
+        tested=tested(run),
         images_per_s=statistics.median(line["images_per_s"] for line in training),
         gflops=cost / BATCH / 1e9,
     )
@@ -95,7 +90,7 @@ def table_of(study: Study, found: Sequence[Finding]) -> Table:
         found: of all runs.
     """
     own = {word: _seeds(study, name, found) for word, name in study.arms.items()}
-    header = ["", "rate", "seeds", "top-1 error", "top-5 error", "in training", "GFLOPs"]
+    header = ["", "rate", "seeds", "top-1 error", "top-5 error", "on training images", "GFLOPs"]
     header += [f"{top} minus {word}" for word in study.against for top in ("top-1", "top-5")]
     rows: list[tuple[str, ...]] = []
     for word, by_seed in own.items():
@@ -105,7 +100,8 @@ def table_of(study: Study, found: Sequence[Finding]) -> Table:
         first = next(iter(by_seed.values()))
         cells = [word, f"{first.rate:g}", ", ".join(map(str, by_seed))]
         cells += [mean_and_spread([getattr(each, top) for each in by_seed.values()]) for top in ("top1", "top5")]
-        cells += [f"{statistics.fmean(each.trained for each in by_seed.values()):.2f}", f"{first.gflops:.3f}"]
+        fits = [each.tested.train for each in by_seed.values() if each.tested is not None]
+        cells += [f"{statistics.fmean(fits):.2f}" if fits else "", f"{first.gflops:.3f}"]
         for base in study.against:
             cells += [_minus(by_seed, own[base], top) if base != word else "" for top in ("top1", "top5")]
         rows.append(tuple(cells))
@@ -137,10 +133,31 @@ def _notes(own: Mapping[str, Mapping[int, Finding]], against: Sequence[str]) -> 
 
 def as_values(found: Sequence[Finding]) -> list[dict[str, Any]]:
     """Findings as plain values for JSON."""
-    return [{name: getattr(each, name) for name in Finding.__dataclass_fields__} for each in found]
+    return [asdict(each) for each in found]
+
+
+def tail_table(ratio: float, found: Sequence[Finding]) -> Table:
+    """Errors of the classes that have many training images, some and few, a third of the classes each.
+
+    Args:
+        ratio: largest to smallest class.
+        found: of all runs.
+    """
+    rows: list[tuple[str, ...]] = []
+    for kind in SAMPLING:
+        own = [each.tested for each in found if each.arm == f"tail-{ratio:g}/{kind}" and each.tested is not None]
+        if own:
+            errors = np.mean([each.by_class for each in own], axis=0)
+            labels = np.repeat(np.arange(len(errors)), PER_CLASS)
+            sizes = np.bincount(labels[long_tail(labels, ratio=ratio, seed=CHOICE_SEED)])
+            thirds = np.array_split(np.argsort(-sizes, kind="stable"), 3)
+            rows.append((kind, *(f"{errors[third].mean():.2f}" for third in thirds)))
+    header = ("", *(f"{many} training images" for many in ("many", "some", "few")))
+    return Table(f"Question 5: top-1 errors of thirds of the classes, {ratio:g} : 1", header, tuple(rows))
 
 
 def all_tables(found: Sequence[Finding]) -> list[Table]:
     """The tables of all studies of which something has been run."""
     names = {each.arm for each in found}
-    return [table_of(study, found) for study in STUDIES.values() if names & set(study.arms.values())]
+    own = [table_of(study, found) for study in STUDIES.values() if names & set(study.arms.values())]
+    return own + [table for ratio in TAILS if (table := tail_table(ratio, found)).rows]

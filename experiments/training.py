@@ -4,7 +4,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +163,18 @@ def keys_of(groups: Sequence[str]) -> list[tuple[str, int]]:
         seeds = sorted({seed for name in own for seed in ARMS[name].seeds})
         keys += [(name, seed) for seed in seeds for name in own if seed in ARMS[name].seeds]
     return keys
+
+
+def finished_runs(place: Place) -> list[Run]:
+    """The runs that have come to their end, in the order of `ARMS`."""
+    found: list[Run] = []
+    for name, arm in ARMS.items():
+        for seed in arm.seeds:
+            with suppress(NotChosenError):
+                run = run_of(name, seed, place)
+                if run.result is not None:
+                    found.append(run)
+    return found
 
 
 def train_missing(groups: Sequence[str], place: Place) -> bool:

@@ -5,16 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from experiments import __main__ as command
-from experiments import report, studies, tables, training
+from experiments import report, studies, tables, testing, training
 from experiments.studies import ARMS, Arm
 from experiments.training import NotChosenError, Place
+from relaylab.data.subset import long_tail
 from relaylab.errors import InputError, NonFiniteLossError
 from relaylab.train import compare, runs, session
+from relaylab.train.images import CHOICE_SEED
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
         "selection/relay-0.02": dataclasses.replace(relay, rate=0.02),
         "model-a/relay": Arm(recipe=studies.A, scheme="relay", seeds=(0, 1)),
     }
-    for module in (training, tables, report):
+    for module in (training, report):
         monkeypatch.setattr(module, "ARMS", arms)
     monkeypatch.setattr(training, "RATES", (0.005, 0.02))
     return arms
@@ -133,6 +138,9 @@ def test_tables_and_pictures_of_what_is_there(
     assert command.main(words) == 2
     assert "--data is missing" in capsys.readouterr().err
     assert command.main([*words, "--report", str(tmp_path / "results")]) == 0
+    untested = (tmp_path / "results" / "evidence-tiny.json").read_text()
+    assert json.loads(untested)["runs"][0]["tested"] is None
+    assert command.main([*words, "--report", str(tmp_path / "results"), "--data", str(place.data[0])]) == 0
     written = {path.name for path in (tmp_path / "results").iterdir()}
     pictures = {f"evidence-tiny-{name}.png" for name in ("errors", "curves", "gradients", "angles")}
     assert written == {"evidence-tiny.md", "evidence-tiny.json", *pictures}
@@ -143,12 +151,17 @@ def test_tables_and_pictures_of_what_is_there(
         ("model-a/relay", 0),
         ("model-a/relay", 1),
     ]
-    assert found[2]["top1"] == list(found[2]["curve"].values())[-1]
+    for each in found:
+        assert each["top1"] == list(each["curve"].values())[-1]
+        if each["arm"] == "model-a/relay":
+            assert each["tested"]["val"] == pytest.approx(each["top1"])
+            assert sum(each["tested"]["by_class"]) / 5 == pytest.approx(each["top1"])
+        assert 0 <= each["tested"]["dead"] < 1
     assert "standard BP |  |  | not run yet" in (tmp_path / "results" / "evidence-tiny.md").read_text()
 
 
 def finding(arm: str, seed: int, top1: float) -> tables.Finding:
-    more: dict[str, Any] = {"rate": 0.01, "top5": top1 / 2, "loss": 4.0, "curve": {1: top1}, "trained": top1}
+    more: dict[str, Any] = {"rate": 0.01, "top5": top1 / 2, "loss": 4.0, "curve": {1: top1}, "tested": None}
     return tables.Finding(arm=arm, seed=seed, top1=top1, **more, images_per_s=500.0, gflops=0.2)
 
 
@@ -168,6 +181,21 @@ def test_differences_are_paired_and_collapsed_runs_are_named() -> None:
     only = dataclasses.replace(study, seeds=(0,))
     assert tables.table_of(only, found).rows[1][2] == "0"
     assert not tables.table_of(only, found).notes
+
+
+def test_errors_by_how_many_training_images_a_class_has() -> None:
+    labels = np.repeat(np.arange(6), studies.PER_CLASS)
+    sizes = np.bincount(labels[long_tail(labels, ratio=50, seed=CHOICE_SEED)])
+    errors = {"shuffled": 90 - sizes / 10, "class-aware": np.full(6, 50.0)}
+    found = [
+        dataclasses.replace(finding(f"tail-50/{kind}", 0, 60), tested=testing.Tested(0, 0, tuple(own), 0))
+        for kind, own in errors.items()
+    ]
+    table = tables.tail_table(50, found)
+    largest = np.sort(sizes)[::-1]
+    expected = [f"{90 - pair.mean() / 10:.2f}" for pair in np.split(largest, 3)]
+    assert table.rows == (("shuffled", *expected), ("class-aware", "50.00", "50.00", "50.00"))
+    assert not tables.tail_table(7.5, found).rows
 
 
 def test_studies_are_of_arms_that_there_are() -> None:
@@ -208,3 +236,18 @@ def test_images_set_aside_take_the_place_of_the_validation_images(
             assert val == sorted([*range(5)] * 2)
     with pytest.raises(InputError, match="would leave none"):
         session.train(runs.understand(dataclasses.replace(config, out=tmp_path / "x", changes=("images.held_out=12",))))
+
+
+def test_channels_that_are_never_positive_are_counted_as_dead() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 2), nn.ReLU())
+    with torch.no_grad():
+        for layer in (network[0], network[3]):
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            layer.weight.zero_()
+        network[0].bias.copy_(torch.tensor([1.0, -1, -1, 1]))  # pyright: ignore
+        network[3].bias.copy_(torch.tensor([-1.0, 1]))  # pyright: ignore
+    with testing._watched(network) as alive:
+        for _ in range(2):
+            network(torch.rand(3, 1, 1, 1))
+    assert torch.cat(list(alive.values())).tolist() == [True, False, False, True, False, True]
+    assert not any(module._forward_hooks for module in network.modules())

@@ -56,6 +56,9 @@ class Scorer:
     Args:
         model: the network and how to use it.
         device: where it runs.
+
+    Attributes:
+        network: in evaluation mode.
     """
 
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu") -> None:
@@ -66,9 +69,9 @@ class Scorer:
         self._mean = mean_of(model).to(self.device)
         self._colour = torch.tensor(config.mean).view(3, 1, 1).to(self.device)
         self._std = None if config.std is None else torch.tensor(config.std).view(3, 1, 1).to(self.device)
-        self._plain = model.model().to(self.device, memory_format=torch.channels_last)  # pyright: ignore
-        side = _map_size(self._plain, config.crop)
-        self._dense = dense(self._plain, map_size=side)
+        self.network = model.model().to(self.device, memory_format=torch.channels_last)  # pyright: ignore
+        side = _map_size(self.network, config.crop)
+        self._dense = dense(self.network, map_size=side)
 
     @torch.inference_mode()
     def __call__(self, each: Pass, images: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class Scorer:
         return average(rows.unflatten(0, (-1, count)).flatten(1, 2), 1).cpu()
 
     def _one(self, each: Pass, x: Tensor) -> Tensor:
-        scores = self._dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self._plain(x)
+        scores = self._dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self.network(x)
         return scores.float()
 
     def normalised(self, images: Tensor) -> Tensor:
