@@ -29,7 +29,7 @@ SHARED: Mapping[Size, tuple[str, ...]] = {
     "tiny": ("network.image_size=32", "images.short_side=36", "network.num_classes=5", "optimizer.batch_size=4"),
 }
 ITERATIONS: Mapping[Size, int] = {"cores": 12_000, "gpu": 28_000, "tiny": 6}
-# Of networks with that dial, and of models A and B.
+# Of networks that have such a dial, and of models A and B.
 WIDTH: Mapping[Size, int] = {"cores": 16, "gpu": 64, "tiny": 4}
 PYRAMID: Mapping[Size, str] = {"cores": "2,1", "gpu": "4,2,1", "tiny": "2,1"}
 EVALUATIONS = 8
@@ -45,6 +45,7 @@ class Arm:
         changes: of the recipe, besides those that all runs of a size share.
         rate: the learning rate; None for the one that was chosen for the scheme.
         length: in shares of a size's iterations.
+        on_cores: what the length is multiplied by on two cores.
         seeds: of weights, batches, crops and dropout.
     """
 
@@ -53,6 +54,7 @@ class Arm:
     changes: tuple[str, ...] = ()
     rate: float | None = None
     length: float = 1.0
+    on_cores: float = 1.0
     seeds: tuple[int, ...] = (0,)
 
 
@@ -136,7 +138,10 @@ ARMS: Mapping[str, Arm] = {
     "vgg/19-relay": _vgg(19, "relay"),
     "vgg/19-relay-2-branches": Arm(recipe="figure2-vgg19-relay", scheme="relay"),
     **_tails(),
-    **{f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme) for scheme in ("standard", "relay")},
+    **{
+        f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme, on_cores=0.25)
+        for scheme in ("standard", "relay")
+    },
     **{
         f"inception-v3/{scheme}": Arm(recipe="table6-inception-v3-relay", scheme=scheme)
         for scheme in ("multi_loss", "relay")

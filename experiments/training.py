@@ -20,6 +20,7 @@ from experiments.studies import (
     WIDTH,
     Size,
 )
+from relaylab.building import KINDS
 from relaylab.errors import NonFiniteLossError
 from relaylab.files import write_text
 from relaylab.recipe import Recipe
@@ -100,7 +101,8 @@ def run_of(name: str, seed: int, place: Place) -> Run:
         InputError: its learning rate has not been chosen yet.
     """
     arm = ARMS[name]
-    iterations = round(ITERATIONS[place.size] * arm.length)
+    share = arm.length * (arm.on_cores if place.size == "cores" else 1)
+    iterations = round(ITERATIONS[place.size] * share)
     rate = chosen_rate(arm.scheme, place) if arm.rate is None else arm.rate
     changes = {
         f"scheme={arm.scheme}",
@@ -127,7 +129,7 @@ def run_of(name: str, seed: int, place: Place) -> Run:
 
 
 def _sizes(recipe: Recipe, size: Size) -> Iterator[str]:
-    if recipe.network.width is not None:
+    if "width" in KINDS[recipe.network.architecture].options:
         yield f"network.width={WIDTH[size]}"
     if recipe.network.pyramid is not None:
         yield f"network.pyramid={PYRAMID[size]}"

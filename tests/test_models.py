@@ -202,6 +202,9 @@ def test_resnet_50_for_small_images_keeps_all_shapes() -> None:
     ]
     assert outputs(usual, 224)["layer4"] == (2048, 7, 7)
     assert outputs(small, 64)["layer4"] == (2048, 8, 8)
+    narrow = on_meta("resnet50", image_size=64, width=16)
+    assert outputs(narrow, 64)["layer4"] == (2048, 8, 8)
+    assert narrow.get_submodule("layer1.0.conv2").weight.shape == (16, 16, 3, 3)
 
 
 def test_inception_v3_enlarges_small_images() -> None:
@@ -309,7 +312,10 @@ def test_head_errors() -> None:
     [
         # Wrong on purpose: no architecture of that name.
         (NetworkConfig(architecture="vgg7", num_classes=5, image_size=64), "unknown architecture 'vgg7'"),  # type: ignore
-        (NetworkConfig(architecture="resnet50", num_classes=5, image_size=64, width=3), "resnet50 has no width"),
+        (
+            NetworkConfig(architecture="inception_v3", num_classes=5, image_size=64, width=3),
+            "inception_v3 has no width",
+        ),
         (NetworkConfig(architecture="vgg19", num_classes=5, image_size=64, pyramid=(1,)), "vgg19 has no pyramid"),
         (NetworkConfig(architecture="model_a", num_classes=1, image_size=64), "num_classes is 1"),
         (NetworkConfig(architecture="vgg19", num_classes=5, image_size=16), "at least 32"),

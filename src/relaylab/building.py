@@ -35,7 +35,7 @@ KINDS: Mapping[Architecture, _Kind] = {
     "model_a": _Kind(models.model_a, ("width", "pyramid")),
     "model_a_printed": _Kind(models.model_a_printed, ("width", "pyramid")),
     "model_b": _Kind(models.model_b, ("width", "pyramid")),
-    "resnet50": _Kind(models.resnet50, (), batch_norm=True),
+    "resnet50": _Kind(models.resnet50, ("width",), batch_norm=True),
     "inception_v3": _Kind(models.inception_v3, (), batch_norm=True),
 }
 
