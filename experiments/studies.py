@@ -7,7 +7,12 @@ from typing import Literal
 Size = Literal["cores", "gpu", "tiny"]
 
 # Learning rates to choose from, for each scheme, by the error on training images that were set aside.
-RATES = (0.005, 0.01, 0.02, 0.04)
+RATES: Mapping[str, tuple[float, ...]] = {
+    "standard": (0.0025, 0.005, 0.01, 0.02, 0.04),
+    "multi_loss": (0.005, 0.01, 0.02, 0.04),
+    "relay": (0.005, 0.01, 0.02, 0.04),
+    "isolated": (0.005, 0.01, 0.02, 0.04),
+}
 PER_CLASS = 900  # training images
 HELD_OUT = 50  # of them
 SELECTION = "selection"  # group of the runs that the rates are chosen by
@@ -86,8 +91,8 @@ def _selection() -> dict[str, Arm]:
             length=SELECTION_LENGTH,
             seeds=(SELECTION_SEED,),
         )
-        for rate in RATES
         for scheme in SCHEMES
+        for rate in RATES[scheme]
     }
 
 
@@ -172,7 +177,9 @@ STUDIES: Mapping[str, Study] = {
     "selection": Study(
         title="Learning rates: errors on training images that were set aside",
         arms={
-            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}" for word, scheme in _METHODS.items() for rate in RATES
+            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}"
+            for word, scheme in _METHODS.items()
+            for rate in RATES[scheme]
         },
     ),
     **{

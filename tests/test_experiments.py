@@ -38,7 +38,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
     }
     for module in (training, report):
         monkeypatch.setattr(module, "ARMS", arms)
-    monkeypatch.setattr(training, "RATES", (0.005, 0.02))
+    monkeypatch.setattr(training, "RATES", {"relay": (0.005, 0.02)})
     return arms
 
 
