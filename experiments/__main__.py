@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.report import write_report
-from experiments.studies import ARMS, SHARED
+from experiments.studies import GROUPS, SHARED
 from experiments.training import Place, train_missing
 from relaylab.errors import InputError, LabError
 
@@ -19,12 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 130 if somebody stopped it, or that of an error.
     """
-    groups = list(dict.fromkeys(name.partition("/")[0] for name in ARMS))
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("--size", choices=SHARED, default="cores", help="of networks, images and schedules")
     parser.add_argument("--data", type=Path, nargs="+", default=(), help="training and validation images")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=groups, default=groups, help="groups of runs")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of runs")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="train nothing; write tables and pictures there")
     parser.add_argument("--precision", choices=("32", "bf16"), default="bf16", help="of the arithmetic")
     given = parser.parse_args(arguments)

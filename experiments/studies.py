@@ -4,21 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from relaylab.train.options import SCHEMES
+
 Size = Literal["cores", "gpu", "tiny"]
 
 # Learning rates to choose from, for each scheme, by the error on training images that were set aside.
 RATES: Mapping[str, tuple[float, ...]] = {
+    **dict.fromkeys(SCHEMES, (0.005, 0.01, 0.02, 0.04)),
     "standard": (0.0025, 0.005, 0.01, 0.02, 0.04),
-    "multi_loss": (0.005, 0.01, 0.02, 0.04),
-    "relay": (0.005, 0.01, 0.02, 0.04),
-    "isolated": (0.005, 0.01, 0.02, 0.04),
 }
 PER_CLASS = 900  # training images
 HELD_OUT = 50  # of them
 SELECTION = "selection"  # group of the runs that the rates are chosen by
 SELECTION_SEED = 100  # no other run has it
 SELECTION_LENGTH = 1 / 3
-SCHEMES = ("standard", "multi_loss", "relay", "isolated")
 FULL_WEIGHT = "plan.auxiliary.aux.weight=1.0"
 A, B = "table3-model-a-relay", "table3-model-b-relay"
 
@@ -152,6 +151,7 @@ ARMS: Mapping[str, Arm] = {
         for scheme in ("multi_loss", "relay")
     },
 }
+GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in ARMS))
 
 _METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay", "isolated windows": "isolated"}
 

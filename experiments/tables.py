@@ -1,9 +1,8 @@
-"""From runs to the tables of results/evidence.md: what was found, and what differs by how much."""
+"""From runs to the tables of the evidence: what was found, and what differs by how much."""
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -56,17 +55,14 @@ class Finding:
         return self.top1 >= COLLAPSED
 
 
-def findings(finished: Sequence[Run]) -> list[Finding]:
-    """What finished runs have found."""
-    return [_finding(run) for run in finished]
-
-
-def _finding(run: Run) -> Finding:
-    assert run.result is not None
+def finding_of(run: Run) -> Finding:
+    """What a finished run has found."""
+    result = run.result
+    assert result is not None, run.folder
     recipe = runs.recipe_of(run.folder)
     lines = read_metrics(run.folder / runs.METRICS)
     training = [line for line in lines if line["kind"] == "train"]
-    last = run.result.last
+    last = result.last
     cost = cost_of(recipe).totals[recipe.scheme].flops
     return Finding(
         arm=run.arm,
@@ -75,7 +71,7 @@ def _finding(run: Run) -> Finding:
         top1=last["top1"],
         top5=last["top5"],
         loss=last["loss"],
-        curve={int(point["step"]): point["top1"] for point in run.result.validations},
+        curve={int(point["step"]): point["top1"] for point in result.validations},
         tested=tested(run),
         images_per_s=statistics.median(line["images_per_s"] for line in training),
         gflops=cost / BATCH / 1e9,
@@ -129,11 +125,6 @@ def _notes(own: Mapping[str, Mapping[int, Finding]], against: Sequence[str]) -> 
                 rest = {seed: each for seed, each in by_seed.items() if seed not in lost}
                 notes.append(f"{word} minus {base} without them, top-1: {_minus(rest, own[base], 'top1')}.")
     return notes
-
-
-def as_values(found: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Findings as plain values for JSON."""
-    return [asdict(each) for each in found]
 
 
 def tail_table(ratio: float, found: Sequence[Finding]) -> Table:

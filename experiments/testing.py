@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.training import Place, Run
+from experiments.training import Run
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages, MemoryEvaluationLoader, decode_all
-from relaylab.data.opening import open_source
 from relaylab.data.subset import Thinned, few_per_class
 from relaylab.errors import InputError
 from relaylab.evaluate.figures import misses
@@ -22,8 +21,10 @@ from relaylab.files import write_text
 from relaylab.model_file import read_model
 from relaylab.progress import progress
 from relaylab.train import runs
+from relaylab.train.images import open_sources
+from relaylab.train.options import TrainConfig
 
-PER_CLASS = 100  # images, in both parts: there are as many validation images
+TESTED_PER_CLASS = 100  # images, in both parts: there are as many validation images
 BATCH = 100
 FILE = "tested.json"
 
@@ -45,12 +46,11 @@ class Tested:
     dead: float
 
 
-def test_finished(found: Sequence[Run], place: Place) -> None:
+def test_finished(found: Sequence[Run]) -> None:
     """Test what has not been tested yet.
 
     Args:
-        found: finished runs, of one size.
-        place: where the images are.
+        found: finished runs, of one size and on the same images.
 
     Raises:
         InputError: images that cannot be used.
@@ -60,7 +60,7 @@ def test_finished(found: Sequence[Run], place: Place) -> None:
         return
     recipe = runs.recipe_of(missing[0].folder)
     view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
-    parts = _decoded(place, view)
+    parts = _decoded(missing[0].config, view)
     with progress("test", len(missing)) as task:
         for run in missing:
             write_text(run.folder / FILE, json.dumps(asdict(_test(run, parts, view))) + "\n")
@@ -76,11 +76,10 @@ def tested(run: Run) -> Tested | None:
     return Tested(**{**values, "by_class": tuple(values["by_class"])})
 
 
-def _decoded(place: Place, view: View) -> dict[str, DecodedImages]:
-    train = open_source(place.data, split="train", watch=progress)
-    val = open_source(place.data, split="val", classes=train.folders, watch=progress)
+def _decoded(config: TrainConfig, view: View) -> dict[str, DecodedImages]:
+    train, val = open_sources(config)
     return {
-        "train": decode_all(Thinned(train, few_per_class(train.labels, PER_CLASS)), view),
+        "train": decode_all(Thinned(train, few_per_class(train.labels, TESTED_PER_CLASS)), view),
         "val": decode_all(val, view),
     }
 

@@ -1,7 +1,6 @@
 """From the arms of the studies to runs of the trainer: each may be stopped and goes on, and several can take turns."""
 
 import fcntl
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,8 +27,6 @@ from relaylab.recipes import find_recipe
 from relaylab.train import runs, session
 from relaylab.train.compare import Result, result_of
 from relaylab.train.options import TrainConfig
-
-log = logging.getLogger("relaylab.train")
 
 FAILED = "failed.txt"  # beside the checkpoints of a run whose loss was not finite: that is its result
 WAIT_S = 10.0  # for rates that another process is choosing
@@ -98,7 +95,7 @@ def run_of(name: str, seed: int, place: Place) -> Run:
         place: where.
 
     Raises:
-        InputError: its learning rate has not been chosen yet.
+        NotChosenError: its learning rate depends on runs that are not done yet.
     """
     arm = ARMS[name]
     share = arm.length * (arm.on_cores if place.size == "cores" else 1)

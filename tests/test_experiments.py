@@ -20,6 +20,7 @@ from relaylab.data.subset import long_tail
 from relaylab.errors import InputError, NonFiniteLossError
 from relaylab.train import compare, runs, session
 from relaylab.train.images import CHOICE_SEED
+from relaylab.train.options import TrainConfig
 
 
 @pytest.fixture
@@ -36,8 +37,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
         "selection/relay-0.02": dataclasses.replace(relay, rate=0.02),
         "model-a/relay": Arm(recipe=studies.A, scheme="relay", seeds=(0, 1)),
     }
-    for module in (training, report):
-        monkeypatch.setattr(module, "ARMS", arms)
+    monkeypatch.setattr(training, "ARMS", arms)
     monkeypatch.setattr(training, "RATES", {"relay": (0.005, 0.02)})
     return arms
 
@@ -49,7 +49,7 @@ def test_every_run_is_a_recipe_that_can_be_trained(
     monkeypatch.setattr(training, "chosen_rate", lambda scheme, place: 0.01)
     place = Place(size=size, out=tmp_path, data=(tiny_images,))
     seen: set[tuple[str, int]] = set()
-    for name, seed in training.keys_of(list(dict.fromkeys(name.partition("/")[0] for name in ARMS))):
+    for name, seed in training.keys_of(studies.GROUPS):
         run = training.run_of(name, seed, place)
         recipe = runs.understand(run.config).recipe
         assert recipe.scheme == ARMS[name].scheme
@@ -220,8 +220,9 @@ def test_images_set_aside_take_the_place_of_the_validation_images(
 
     monkeypatch.setattr(session, "assemble", assemble)
     for name, changes in (("aside", ("images.held_out=3",)), ("tail", ("images.long_tail=4", "images.held_out=2"))):
-        config = dataclasses.replace(
-            compare._member(compare.CompareConfig(recipe=studies.A, scale="tiny"), "isolated", 0, tmp_path),
+        config = TrainConfig(
+            recipe=studies.A,
+            scale="tiny",
             data=(tiny_images,),
             out=tmp_path / name,
             changes=("scheme=isolated", *changes),

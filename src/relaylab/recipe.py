@@ -24,6 +24,7 @@ Scheme = Literal["standard", "multi_loss", "relay", "isolated"]
 Head = Literal["googlenet", "inception", "linear"]
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
+LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,11 +218,7 @@ class Recipe:
         """Every value of the recipe by its dotted name, and where it comes from."""
         for group in ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation"):
             for name, value in _leaves(group, getattr(self, group)):
-                if value is not None or group not in (
-                    "network",
-                    "plan",
-                    "images",
-                ):  # there, None is an option that it lacks
+                if value is not None or group not in LACKING:
                     yield name, value, self.source_of(name)
 
     def source_of(self, name: str) -> str:

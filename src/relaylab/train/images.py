@@ -14,6 +14,7 @@ from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
+from relaylab.data.index import IndexedImages
 from relaylab.data.memory import decode_all, free_memory
 from relaylab.data.opening import open_source
 from relaylab.data.parts import InMemory, OnDisk, Part
@@ -101,7 +102,7 @@ def open_images(
     view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
     workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
     with first:
-        train, val = _open(config)
+        train, val = open_sources(config)
         _check(recipe, train, val)
         train, val = _chosen(recipe.images, train, val)
         in_memory = _fits(config, (train, val), view, devices_here)
@@ -165,7 +166,12 @@ class Stream:
         self._loader.load_state_dict(state)
 
 
-def _open(config: TrainConfig) -> tuple[Source, Source]:
+def open_sources(config: TrainConfig) -> tuple[IndexedImages, IndexedImages]:
+    """The training and the validation images that the options name, with the same numbers for the same classes.
+
+    Raises:
+        InputError: a path or its contents that cannot be used.
+    """
     if config.val_data:
         train = open_source(config.data, watch=progress)
         return train, open_source(config.val_data, classes=train.folders, watch=progress)
