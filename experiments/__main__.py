@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.packed import train_packed
 from experiments.report import write_report
 from experiments.studies import GROUPS, SHARED
 from experiments.training import Place, train_missing
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of runs")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="train nothing; write tables and pictures there")
     parser.add_argument("--precision", choices=("32", "bf16"), default="bf16", help="of the arithmetic")
+    parser.add_argument("--at-once", type=int, metavar="N", help="train N runs at once, on one GPU")
     given = parser.parse_args(arguments)
     place = Place(size=given.size, out=given.out, data=tuple(given.data), precision=given.precision)
     try:
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not given.data:
             raise InputError("--data is missing: training and validation images")
+        if given.at_once:
+            train_packed(given.only, place, given.at_once)
+            return 0
         return 0 if train_missing(given.only, place) else INTERRUPTED
     except LabError as error:
         print(f"experiments: {error}", file=sys.stderr)

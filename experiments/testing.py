@@ -4,29 +4,31 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from experiments.training import Run
+from experiments.training import TESTED, Run
 from relaylab.data.geometry import View
-from relaylab.data.memory import DecodedImages, MemoryEvaluationLoader, decode_all
+from relaylab.data.memory import decode_all
+from relaylab.data.parts import InMemory
 from relaylab.data.subset import Thinned, few_per_class
 from relaylab.errors import InputError
 from relaylab.evaluate.figures import misses
 from relaylab.evaluate.protocols import Pass
 from relaylab.evaluate.testing import Scorer
 from relaylab.files import write_text
-from relaylab.model_file import read_model
+from relaylab.model_file import ModelFile, read_model
 from relaylab.progress import progress
 from relaylab.train import runs
 from relaylab.train.images import open_sources
-from relaylab.train.options import TrainConfig
+from relaylab.train.validation import BATCH
 
 TESTED_PER_CLASS = 100  # images, in both parts: there are as many validation images
-BATCH = 100
-FILE = "tested.json"
 
 
 @dataclass(frozen=True)
@@ -55,53 +57,69 @@ def test_finished(found: Sequence[Run]) -> None:
     Raises:
         InputError: images that cannot be used.
     """
-    missing = [run for run in found if not (run.folder / FILE).exists()]
+    missing = [run for run in found if not (run.folder / TESTED).exists()]
     if not missing:
         return
     recipe = runs.recipe_of(missing[0].folder)
     view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
-    parts = _decoded(missing[0].config, view)
+    train, val = open_sources(missing[0].config)
+    few = Thinned(train, few_per_class(train.labels, TESTED_PER_CLASS))
+    parts = [InMemory(decode_all(source, view), view) for source in (few, val)]
     with progress("test", len(missing)) as task:
         for run in missing:
-            write_text(run.folder / FILE, json.dumps(asdict(_test(run, parts, view))) + "\n")
+            scorer = Scorer(_model_of(run, train.classes))
+            write_tested(run, test_network(partial(_scores, scorer), scorer.network, *parts))
             task.advance(1, note=f"{run.arm}, seed {run.seed}")
+
+
+def test_network(score: Callable[[Tensor], Tensor], network: nn.Module, train: InMemory, val: InMemory) -> Tested:
+    """Test a network.
+
+    Args:
+        score: class scores (n, classes) of uint8 images (n, size, size, 3).
+        network: in evaluation mode; what `score` calls.
+        train: training images.
+        val: validation images.
+    """
+    few = train.some(few_per_class(train.labels, TESTED_PER_CLASS))
+    with torch.inference_mode(), _watched(network) as alive:
+        fits = _misses(score, few)
+        dead = 1 - torch.cat([channels.cpu() for channels in alive.values()]).float().mean()
+    with torch.inference_mode():
+        misses = _misses(score, val)
+    by_class = [misses[val.labels == label].mean().item() for label in range(len(val.decoded.classes))]
+    return Tested(fits.mean().item(), misses.mean().item(), tuple(by_class), dead.item())
+
+
+def write_tested(run: Run, found: Tested) -> None:
+    """Keep what a test has found beside the run's other files."""
+    write_text(run.folder / TESTED, json.dumps(asdict(found)) + "\n")
 
 
 def tested(run: Run) -> Tested | None:
     """What a test of a run has found; None if it has not been tested."""
     try:
-        values = json.loads((run.folder / FILE).read_text(encoding="utf-8"))
+        values = json.loads((run.folder / TESTED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return Tested(**{**values, "by_class": tuple(values["by_class"])})
 
 
-def _decoded(config: TrainConfig, view: View) -> dict[str, DecodedImages]:
-    train, val = open_sources(config)
-    return {
-        "train": decode_all(Thinned(train, few_per_class(train.labels, TESTED_PER_CLASS)), view),
-        "val": decode_all(val, view),
-    }
-
-
-def _test(run: Run, parts: dict[str, DecodedImages], view: View) -> Tested:
+def _model_of(run: Run, classes: Sequence[str]) -> ModelFile:
     model = read_model(run.folder / runs.MODEL)
-    if model.classes != parts["train"].classes:
+    if model.classes != tuple(classes):
         raise InputError(f"{run.folder} was trained on other classes")
-    scorer = Scorer(model)
-    with _watched(scorer.network) as alive:
-        train = _misses(scorer, parts["train"], view)
-        dead = 1 - torch.cat(list(alive.values())).float().mean()
-    val = _misses(scorer, parts["val"], view)
-    labels = parts["val"].labels
-    by_class = [val[labels == label].mean().item() for label in range(len(model.classes))]
-    return Tested(train.mean().item(), val.mean().item(), tuple(by_class), dead.item())
+    return model
 
 
-def _misses(scorer: Scorer, images: DecodedImages, view: View) -> Tensor:
-    batches = MemoryEvaluationLoader(images, view, batch_size=BATCH)
-    scores = torch.cat([scorer(Pass("single-crop"), batch.images[:, None]) for batch in batches])
-    return torch.from_numpy(misses(scores, images.labels, 1))
+def _scores(scorer: Scorer, images: Tensor) -> Tensor:
+    return scorer(Pass("single-crop"), images[:, None])
+
+
+def _misses(score: Callable[[Tensor], Tensor], part: InMemory) -> NDArray[np.float64]:
+    labels = part.decoded.labels
+    scores = [score(batch.images).cpu() for batch in part.evaluation(BATCH[labels.device.type])]
+    return misses(torch.cat(scores), labels.cpu(), 1)
 
 
 @contextmanager

@@ -25,10 +25,11 @@ from relaylab.files import write_text
 from relaylab.recipe import Recipe
 from relaylab.recipes import find_recipe
 from relaylab.train import runs, session
-from relaylab.train.compare import Result, result_of
+from relaylab.train.compare import Result, validated
 from relaylab.train.options import TrainConfig
 
 FAILED = "failed.txt"  # beside the checkpoints of a run whose loss was not finite: that is its result
+TESTED = "tested.json"  # what a run's network has been found to do; see experiments.testing
 WAIT_S = 10.0  # for rates that another process is choosing
 
 
@@ -83,7 +84,9 @@ class Run:
     @property
     def result(self) -> Result | None:
         """What it has found; None if it is not done."""
-        return result_of(self.config, self.iterations, ARMS[self.arm].scheme, self.seed)
+        if not any((self.folder / name).is_file() for name in (runs.MODEL, TESTED)):
+            return None
+        return validated(self.folder, self.iterations, ARMS[self.arm].scheme, self.seed)
 
 
 def run_of(name: str, seed: int, place: Place) -> Run:

@@ -192,7 +192,7 @@ def decoded_statistics(decoded: DecodedImages, view: View) -> ImageStatistics:
     """The statistics of decoded images' centre crops, as `relaylab.data.statistics.compute` finds them from files."""
     sums, products = np.zeros((view.size, view.size, 3), np.int64), np.zeros((3, 3), np.int64)
     for batch in MemoryEvaluationLoader(decoded, view, batch_size=1024):
-        parts = sum_batch(batch.images.cpu())
+        parts = sum_batch(batch.images)
         sums += parts[0]
         products += parts[1]
     return ImageStatistics(sums, products, len(decoded))

@@ -189,11 +189,14 @@ def sum_batch(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
     """Exact sums over a batch.
 
     Args:
-        images: uint8 (n, size, size, 3), n below 2^23.
+        images: uint8 (n, size, size, 3), n below 2^23, on any device.
 
     Returns:
         Sums of each pixel, (size, size, 3), and of the products of two channels, (3, 3).
     """
+    if images.device.type != "cpu":
+        rows = images.reshape(-1, 3).double()
+        return images.sum(0, dtype=torch.int32).cpu().numpy(), (rows.T @ rows).long().cpu().numpy()
     pixels = images.numpy()
     sums = np.zeros(pixels.shape[1:], np.int32)
     products = np.zeros((3, 3))

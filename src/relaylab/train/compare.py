@@ -117,10 +117,16 @@ def arguments_of(config: TrainConfig) -> list[str]:
 def result_of(config: TrainConfig, iterations: int, scheme: str, seed: int) -> Result | None:
     """What a run has found, if it has been carried out to its end."""
     assert config.out is not None
-    metrics, model = config.out / runs.METRICS, config.out / runs.MODEL
-    if not metrics.is_file() or not model.is_file():
+    if not (config.out / runs.MODEL).is_file():
         return None
-    found = [line for line in read_metrics(metrics) if line["kind"] == "val"]
+    return validated(config.out, iterations, scheme, seed)
+
+
+def validated(folder: Path, iterations: int, scheme: str, seed: int) -> Result | None:
+    """What a run's metrics say, if they go to its end."""
+    if not (folder / runs.METRICS).is_file():
+        return None
+    found = [line for line in read_metrics(folder / runs.METRICS) if line["kind"] == "val"]
     if not found or found[-1]["step"] != iterations:
         return None
     return Result(

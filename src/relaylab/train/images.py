@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from relaylab.cores import available_cores
 from relaylab.data.augment import Augmentation
@@ -21,7 +22,7 @@ from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.source import UNLABELLED, Source
 from relaylab.data.statistics import ImageStatistics
-from relaylab.data.subset import Thinned, held_out, long_tail
+from relaylab.data.subset import Numbers, Thinned, held_out, long_tail
 from relaylab.errors import InputError, LabError
 from relaylab.progress import progress
 from relaylab.recipe import ImagesConfig, Recipe
@@ -103,8 +104,10 @@ def open_images(
     workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
     with first:
         train, val = open_sources(config)
-        _check(recipe, train, val)
-        train, val = _chosen(recipe.images, train, val)
+        check_images(recipe, train, val)
+        stay, aside = chosen_numbers(recipe.images, train.labels)
+        val = val if aside is None else Thinned(train, aside)
+        train = train if stay is None else Thinned(train, stay)
         in_memory = _fits(config, (train, val), view, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
@@ -179,7 +182,12 @@ def open_sources(config: TrainConfig) -> tuple[IndexedImages, IndexedImages]:
     return train, open_source(config.data, split="val", classes=train.folders, watch=progress)
 
 
-def _check(recipe: Recipe, train: Source, val: Source) -> None:
+def check_images(recipe: Recipe, train: Source, val: Source) -> None:
+    """Raise unless the images are of as many classes as the recipe's network, and labelled.
+
+    Raises:
+        InputError: they are not.
+    """
     there, expected = len(train.classes), recipe.network.num_classes
     if there != expected:
         raise InputError(
@@ -192,14 +200,24 @@ def _check(recipe: Recipe, train: Source, val: Source) -> None:
             raise InputError(f"{source.title}: {split} images without labels cannot be used")
 
 
-def _chosen(config: ImagesConfig, train: Source, val: Source) -> tuple[Source, Source]:
-    """The images that the recipe trains on and tests on, of those that there are."""
+def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:
+    """Which training images a recipe trains on, and which take the validation images' place.
+
+    Args:
+        config: of the recipe.
+        labels: (n,) of all training images.
+
+    Returns:
+        Image numbers, rising. None for the first stands for all images, for the second for none.
+    """
+    labels = np.asarray(labels)
+    stay, aside = None, None
     if config.held_out is not None:
-        stay, aside = held_out(train.labels, count=config.held_out, seed=CHOICE_SEED)
-        train, val = Thinned(train, stay), Thinned(train, aside)
+        stay, aside = held_out(labels, count=config.held_out, seed=CHOICE_SEED)
     if config.long_tail is not None:
-        train = Thinned(train, long_tail(train.labels, ratio=config.long_tail, seed=CHOICE_SEED))
-    return train, val
+        rest = np.arange(len(labels)) if stay is None else stay
+        stay = rest[long_tail(labels[rest], ratio=config.long_tail, seed=CHOICE_SEED)]
+    return stay, aside
 
 
 def _fits(config: TrainConfig, sources: tuple[Source, Source], view: View, devices_here: int) -> bool:

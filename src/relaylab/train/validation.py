@@ -1,6 +1,6 @@
 """Errors on the validation images while a network is trained: single centre crop, all processes together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from relaybackprop import Relay
 from relaylab.data.augment import Augmentation
+from relaylab.data.batches import Batch
 from relaylab.data.parts import Part
 
-BATCH = 64  # larger ones fall out of a CPU's cache, and a GPU is busy with them
+BATCH = {"cpu": 64, "cuda": 1000}  # larger ones fall out of a CPU's cache; a GPU waits for the launches of smaller ones
 
 
 class Validation:
@@ -49,8 +50,11 @@ class Validation:
         Raises:
             InputError: one that cannot be; it is named.
         """
-        for _ in self._part.evaluation(BATCH):
+        for _ in self._batches():
             pass
+
+    def _batches(self) -> Iterable[Batch]:
+        return self._part.evaluation(BATCH[self._fabric.device.type])
 
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
         """The errors, in per cent, and the mean loss. Afterwards the mode is as before.
@@ -68,7 +72,7 @@ class Validation:
         done = 0
         try:
             with torch.no_grad(), self._fabric.autocast():
-                for batch in self._part.evaluation(BATCH):
+                for batch in self._batches():
                     images = self._augment(batch.images.to(self._fabric.device, non_blocking=True))
                     labels = batch.labels.to(self._fabric.device, non_blocking=True)
                     scores = relay(images).float()

@@ -1,0 +1,157 @@
+"""Runs that share a GPU: the same trainings as `relaylab train`'s, whether steps are recorded or made one by one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+
+from experiments import __main__ as command
+from experiments import packed, studies, training
+from experiments.studies import Arm
+from experiments.training import NotChosenError, Place
+from relaylab.train import runs
+from relaylab.train.records import read_metrics
+
+CHANGES = ("optimizer.segment_lr.aux=2", "optimizer.clip_norm=5", "images.held_out=3")
+
+
+@pytest.fixture
+def place(tiny_images: Path, tmp_path: Path) -> Place:
+    return Place(size="tiny", out=tmp_path / "packed", data=(tiny_images,), precision="32")
+
+
+@pytest.fixture
+def arms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
+    relay = Arm(recipe=studies.A, scheme="relay", changes=CHANGES, rate=0.005, seeds=(0, 1))
+    standard = Arm(recipe=studies.B, scheme="standard", rate=0.005)
+    arms = {"model-a/relay": relay, "model-b/standard": standard}
+    monkeypatch.setattr(training, "ARMS", arms)
+    return arms
+
+
+@pytest.fixture
+def no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two draw their masks by different generators."""
+    for kind in (nn.Dropout, packed.FilledDropout):
+        monkeypatch.setattr(kind, "forward", lambda self, values: values)
+
+
+def metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder / runs.METRICS) if line["kind"] == kind]
+
+
+def test_the_same_training_as_one_by_one(arms: dict[str, Arm], place: Place, no_dropout: None) -> None:
+    groups = ["model-a", "model-b"]
+    packed.train_packed(groups, place, 8)
+    alone = dataclasses.replace(place, out=place.out.with_name("alone"))
+    assert training.train_missing(groups, alone)
+    for name, seed in training.keys_of(groups):
+        ours, theirs = (training.run_of(name, seed, where) for where in (place, alone))
+        for mine, other in zip(metrics(ours.folder, "val"), metrics(theirs.folder, "val"), strict=True):
+            assert mine["step"] == other["step"]
+            assert mine["loss"] == pytest.approx(other["loss"], rel=2e-5)
+            assert mine["top1"] == other["top1"]
+        last, other = metrics(ours.folder, "gradients")[-1], metrics(theirs.folder, "gradients")[-1]
+        for layer, sizes in last["layers"].items():
+            assert sizes["ratio"] == pytest.approx(other["layers"][layer]["ratio"], rel=1e-3), layer
+        assert runs.recipe_of(ours.folder) == runs.recipe_of(theirs.folder)
+    one, two = (metrics(training.run_of("model-a/relay", seed, place).folder, "val")[-1] for seed in (0, 1))
+    assert one["loss"] != pytest.approx(two["loss"], rel=1e-4)  # so that the comparison above could have failed
+
+
+def test_angles_and_sizes_are_written_down(arms: dict[str, Arm], place: Place) -> None:
+    packed.train_packed(["model-a"], place, 8)
+    run = training.run_of("model-a/relay", 0, place)
+    assert run.result is not None
+    looks = metrics(run.folder, "gradients")
+    assert [look["step"] for look in looks] == [1, 2, 3, 4, 5, 6]
+    assert all(-1 <= look["cosines"]["aux+primary"]["aux, primary"] <= 1 for look in looks[:-1])
+    assert {"loss", "gradient_norm"} <= metrics(run.folder, "train")[0].keys()
+
+
+def test_what_is_done_is_not_done_again_and_what_was_broken_off_begins_anew(
+    arms: dict[str, Arm], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed.train_packed(["model-a"], place, 1)
+    first, second = (training.run_of("model-a/relay", seed, place) for seed in (0, 1))
+    (second.folder / training.TESTED).unlink()
+    before = (first.folder / runs.METRICS).read_bytes(), (second.folder / runs.METRICS).read_bytes()
+    trained: list[training.Run] = []
+    original = packed._train
+    monkeypatch.setattr(packed, "_train", lambda own, task: trained.extend(e.run for e in own) or original(own, task))
+    packed.train_packed(["model-a"], place, 4)
+    assert trained == [second]
+    assert before == ((first.folder / runs.METRICS).read_bytes(), (second.folder / runs.METRICS).read_bytes())
+
+
+def test_a_loss_that_is_not_finite_is_a_result(arms: dict[str, Arm], place: Place) -> None:
+    arms["model-b/standard"] = dataclasses.replace(arms["model-b/standard"], rate=1e30)
+    packed.train_packed(["model-b"], place, 4)
+    run = training.run_of("model-b/standard", 0, place)
+    assert run.failed
+    assert run.result is None
+    packed.train_packed(["model-b"], place, 4)  # and is not repeated
+
+
+def test_rates_that_nobody_has_chosen(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "ARMS", {"model-a/relay": Arm(recipe=studies.A, scheme="relay")} | training.ARMS)
+    with pytest.raises(NotChosenError):
+        packed.train_packed(["model-a"], place, 4)
+
+
+def test_the_command_line(arms: dict[str, Arm], place: Place) -> None:
+    words = ["--size", "tiny", "--precision", "32", "--out", str(place.out), "--at-once", "2", "--data"]
+    assert command.main([*words, str(place.data[0]), "--only", "model-b"]) == 0
+    assert training.run_of("model-b/standard", 0, place).result is not None
+
+
+def test_dropout_drops_its_share_and_the_same_under_all_schemes() -> None:
+    def masks(*layers: nn.Module) -> list[Tensor]:
+        found: list[Tensor] = []
+        for number, dropout in enumerate(packed.fill_dropouts(nn.Sequential(*layers), torch.device("cpu"))):
+            dropout.generator.manual_seed(number)
+            for _ in range(2):
+                dropout.fill()
+                found.append(dropout(torch.ones(100, 100)))
+        return found
+
+    one = masks(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.7)))
+    two = masks(nn.Dropout(0.5))
+    assert [mask.mean().item() for mask in one] == pytest.approx([1.0] * 4, abs=0.06)
+    assert [(mask == 0).float().mean().item() for mask in one] == pytest.approx([0.5, 0.5, 0.7, 0.7], abs=0.03)
+    assert torch.equal(one[0], two[0])
+    assert not torch.equal(one[0], one[1])
+    module = packed.FilledDropout(0.5, torch.Generator()).eval()
+    assert torch.equal(module(torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_recorded_steps_are_the_steps(
+    precision: str, arms: dict[str, Arm], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(name: str) -> list[list[dict[str, Any]]]:
+        there = dataclasses.replace(place, out=place.out.with_name(name), precision=precision)
+        packed.train_packed(["model-a", "model-b"], there, 3)
+        folders = [training.run_of(*key, there).folder for key in training.keys_of(["model-a", "model-b"])]
+        return [metrics(folder, "train") for folder in folders]
+
+    recorded = trained("recorded")
+    record = packed.PackedRun.record
+
+    def unrecorded(self: packed.PackedRun) -> None:
+        record(self)
+        self.graph = None
+        self.reset()
+
+    monkeypatch.setattr(packed.PackedRun, "record", unrecorded)
+    for ours, theirs in zip(recorded, trained("made"), strict=True):
+        for line, other in zip(ours, theirs, strict=True):
+            for loss, value in line["loss"].items():
+                assert value == pytest.approx(other["loss"][loss], rel=1e-4 if precision == "32" else 1e-2)
