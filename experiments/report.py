@@ -24,7 +24,7 @@ GRADIENTS = STUDIES["model-a"].arms
 ANGLES = {
     "multi-loss, weight 0.3": "model-a/multi_loss",
     "Relay BP, weight 0.3": "model-a/relay",
-    "Relay BP, weight 1": "why/relay-weight-1",
+    "Relay BP, weight 1": "relay-weight-1/relay",
 }
 
 

@@ -8,16 +8,14 @@ from relaylab.train.options import SCHEMES
 
 Size = Literal["cores", "gpu", "tiny"]
 
-# Learning rates to choose from, for each scheme, by the error on training images that were set aside.
-RATES: Mapping[str, tuple[float, ...]] = {
-    **dict.fromkeys(SCHEMES, (0.005, 0.01, 0.02, 0.04)),
-    "standard": (0.0025, 0.005, 0.01, 0.02, 0.04),
-}
+# Learning rates to choose from, by the error on training images that were set aside.
+RATES = (0.005, 0.01, 0.02, 0.04, 0.08)
+CLIPPED = (0.01, 0.02, 0.04)  # rates of standard BP with clipped gradients
 PER_CLASS = 900  # training images
 HELD_OUT = 50  # of them
 SELECTION = "selection"  # group of the runs that the rates are chosen by
 SELECTION_SEED = 100  # no other run has it
-SELECTION_LENGTH = 1 / 3
+SELECTION_LENGTH = 1 / 4
 FULL_WEIGHT = "plan.auxiliary.aux.weight=1.0"
 A, B = "table3-model-a-relay", "table3-model-b-relay"
 
@@ -29,14 +27,15 @@ SHARED: Mapping[Size, tuple[str, ...]] = {
         "optimizer.batch_size=64",
         "optimizer.warmup=500",
     ),
-    "gpu": ("optimizer.batch_size=128", "optimizer.warmup=500"),
+    "gpu": ("optimizer.warmup=500",),
     "tiny": ("network.image_size=32", "images.short_side=36", "network.num_classes=5", "optimizer.batch_size=4"),
 }
-ITERATIONS: Mapping[Size, int] = {"cores": 12_000, "gpu": 28_000, "tiny": 6}
+ITERATIONS: Mapping[Size, int] = {"cores": 12_000, "gpu": 8_400, "tiny": 6}
 # Of networks that have such a dial, and of models A and B.
-WIDTH: Mapping[Size, int] = {"cores": 16, "gpu": 64, "tiny": 4}
+WIDTH: Mapping[Size, int] = {"cores": 16, "gpu": 16, "tiny": 4}
 PYRAMID: Mapping[Size, str] = {"cores": "2,1", "gpu": "4,2,1", "tiny": "2,1"}
-EVALUATIONS = 8
+EVALUATIONS = 6
+THREE = (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def _selection() -> dict[str, Arm]:
             seeds=(SELECTION_SEED,),
         )
         for scheme in SCHEMES
-        for rate in RATES[scheme]
+        for rate in RATES
     }
 
 
@@ -103,6 +102,10 @@ def _length(length: float) -> dict[str, Arm]:
     name = f"length-{length:g}"
     arms = {f"{name}/{scheme}": Arm(recipe=A, scheme=scheme, length=length) for scheme in SCHEMES}
     return {**arms, f"{name}/relay-weight-1": Arm(recipe=A, scheme="relay", changes=(FULL_WEIGHT,), length=length)}
+
+
+def _relay(*changes: str) -> Arm:
+    return Arm(recipe=A, scheme="relay", changes=changes, seeds=THREE)
 
 
 SAMPLING = ("shuffled", "class-aware")
@@ -122,17 +125,20 @@ def _tails() -> dict[str, Arm]:
     }
 
 
-THREE = (0, 1, 2)
 # In the order in which they are run.
 ARMS: Mapping[str, Arm] = {
     **_selection(),
     **{f"model-a/{scheme}": Arm(recipe=A, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
+    "relay-weight-1/relay": _relay(FULL_WEIGHT),
+    "multi-loss-weight-1/multi_loss": Arm(recipe=A, scheme="multi_loss", changes=(FULL_WEIGHT,), seeds=THREE),
+    "overlap/2-stages": _relay("plan.primary.bottom=segment3"),
+    "overlap/3-stages": _relay("plan.primary.bottom=segment2"),
     **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
-    "why/relay-weight-1": Arm(recipe=A, scheme="relay", changes=(FULL_WEIGHT,), seeds=THREE),
-    "why/multi-loss-weight-1": Arm(recipe=A, scheme="multi_loss", changes=(FULL_WEIGHT,)),
-    "why/relay-lr-3.33": Arm(recipe=A, scheme="relay", changes=("optimizer.segment_lr.aux=3.33",)),
-    "why/relay-2-stages": Arm(recipe=A, scheme="relay", changes=("plan.primary.bottom=segment3",)),
-    "why/relay-3-stages": Arm(recipe=A, scheme="relay", changes=("plan.primary.bottom=segment2",)),
+    "relay-lr-3.33/relay": _relay("optimizer.segment_lr.aux=3.33"),
+    **{
+        f"clipped/standard-{rate:g}": Arm(recipe=A, scheme="standard", changes=("optimizer.clip_norm=1",), rate=rate)
+        for rate in CLIPPED
+    },
     **_length(2),
     **_length(0.5),
     "vgg/19-standard": _vgg(19, "standard"),
@@ -163,7 +169,7 @@ def _lengths() -> dict[str, Study]:
             title=f"Question 2: {length:g} times the iterations",
             arms={
                 **{word: f"{group}/{scheme}" for word, scheme in _METHODS.items()},
-                "Relay BP, weight 1": f"{'why' if length == 1 else group}/relay-weight-1",
+                "Relay BP, weight 1": "relay-weight-1/relay" if length == 1 else f"{group}/relay-weight-1",
             },
             against=("standard BP",),
             seeds=(0,),
@@ -177,9 +183,7 @@ STUDIES: Mapping[str, Study] = {
     "selection": Study(
         title="Learning rates: errors on training images that were set aside",
         arms={
-            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}"
-            for word, scheme in _METHODS.items()
-            for rate in RATES[scheme]
+            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}" for word, scheme in _METHODS.items() for rate in RATES
         },
     ),
     **{
@@ -195,10 +199,10 @@ STUDIES: Mapping[str, Study] = {
         arms={
             "standard BP": "model-a/standard",
             "multi-loss, 0.3": "model-a/multi_loss",
-            "multi-loss, 1": "why/multi-loss-weight-1",
+            "multi-loss, 1": "multi-loss-weight-1/multi_loss",
             "Relay BP, 0.3": "model-a/relay",
-            "Relay BP, 1": "why/relay-weight-1",
-            "Relay BP, 0.3, rate x 3.33 below": "why/relay-lr-3.33",
+            "Relay BP, 1": "relay-weight-1/relay",
+            "Relay BP, 0.3, rate x 3.33 below": "relay-lr-3.33/relay",
         },
         against=("standard BP", "multi-loss, 0.3"),
     ),
@@ -207,11 +211,20 @@ STUDIES: Mapping[str, Study] = {
         arms={
             "none (isolated windows)": "model-a/isolated",
             "1 stage (the paper's)": "model-a/relay",
-            "2 stages": "why/relay-2-stages",
-            "3 stages": "why/relay-3-stages",
+            "2 stages": "overlap/2-stages",
+            "3 stages": "overlap/3-stages",
             "all 4 (multi-loss)": "model-a/multi_loss",
         },
         against=("1 stage (the paper's)",),
+    ),
+    "clipped": Study(
+        title="Question 2: standard BP with gradients clipped to a norm of 1",
+        arms={
+            "standard BP": "model-a/standard",
+            **{f"clipped, {rate:g}": f"clipped/standard-{rate:g}" for rate in CLIPPED},
+            "Relay BP": "model-a/relay",
+        },
+        against=("standard BP",),
         seeds=(0,),
     ),
     **_lengths(),

@@ -142,7 +142,7 @@ def chosen_rate(scheme: str, place: Place) -> float:
         NotChosenError: the runs that decide about it are not done.
     """
     errors: dict[float, float] = {}
-    for rate in RATES[scheme]:
+    for rate in RATES:
         run = run_of(f"{SELECTION}/{scheme}-{rate:g}", SELECTION_SEED, place)
         if run.result is not None:
             errors[rate] = run.result.last["top1"]

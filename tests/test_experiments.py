@@ -38,7 +38,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
         "model-a/relay": Arm(recipe=studies.A, scheme="relay", seeds=(0, 1)),
     }
     monkeypatch.setattr(training, "ARMS", arms)
-    monkeypatch.setattr(training, "RATES", {"relay": (0.005, 0.02)})
+    monkeypatch.setattr(training, "RATES", (0.005, 0.02))
     return arms
 
 
