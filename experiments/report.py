@@ -4,21 +4,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.pictures import angles_figure, curves_figure, errors_figure
-from experiments.studies import STUDIES
-from experiments.tables import Finding, all_tables, finding_of
+from experiments.pictures import angles_figure, curves_figure, errors_figure, rates_figure
+from experiments.studies import SELECTION, STUDIES
+from experiments.tables import Finding, all_tables, finding_of, shown_studies
 from experiments.testing import test_finished
-from experiments.training import Place, Run, finished_runs
+from experiments.training import Place, Run, begun_runs
 from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.pictures import write_figure
 from relaylab.report.paper_figures import gradient_figure
 from relaylab.report.tables import render
 from relaylab.train import runs
-from relaylab.train.records import read_metrics
 
 GRADIENTS = STUDIES["model-a"].arms
 ANGLES = {
@@ -42,42 +42,55 @@ def write_report(place: Place, folder: Path) -> str:
         InputError: no run is finished.
         OSError: something cannot be written.
     """
-    finished = finished_runs(place)
+    begun = begun_runs(place)
+    finished = [run for run in begun if run.result is not None]
     if not finished:
         raise InputError(f"no finished run in {place.out}: train first")
     if place.data:
         test_finished(finished)
-    found = [finding_of(run) for run in finished]
-    tables = "\n".join(render(table, "markdown") for table in all_tables(found))
+    tables = "\n".join(render(table, "markdown") for table in all_tables(begun))
+    found = [finding_of(run) for run in begun]
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"evidence-{place.size}"
     write_text(folder / f"{stem}.md", tables)
     write_text(
         folder / f"{stem}.json",
-        json.dumps({"size": place.size, "runs": [asdict(each) for each in found]}, indent=1) + "\n",
+        json.dumps({"size": place.size, "runs": [_values(*pair) for pair in zip(begun, found, strict=True)]}, indent=1)
+        + "\n",
     )
-    for name, figure in _figures(finished, found):
+    for name, figure in _figures(finished, [each for each, run in zip(found, begun, strict=True) if run in finished]):
         write_figure(figure, folder / f"{stem}-{name}.png")
     return tables
 
 
+def _values(run: Run, finding: Finding) -> dict[str, Any]:
+    """A finding, whether it is the run's end, and where the run was made."""
+    starts = json.loads((run.folder / runs.ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
+    made = {name: starts[-1].get(name) for name in ("device", "packed", "started_at")}
+    return {**asdict(finding), "finished": run.result is not None, **made, "torch": starts[-1]["versions"]["torch"]}
+
+
 def _figures(finished: Sequence[Run], found: Sequence[Finding]) -> Iterator[tuple[str, Figure]]:
-    there = {run.arm for run in finished}
-    shown = [name for name, study in STUDIES.items() if name != "selection" and there & set(study.arms.values())]
-    if shown:
-        yield "errors", errors_figure(shown, found)
+    shown = shown_studies({run.arm for run in finished})
+    if SELECTION in shown:
+        yield "rates", rates_figure(found)
+    errors = [name for name in shown if name != SELECTION]
+    if errors:
+        yield "errors", errors_figure(errors, found)
     models = [name for name in ("model-a", "model-b") if name in shown]
     if models:
         yield "curves", curves_figure(models, found)
-    gradients = _metrics(finished, GRADIENTS)
+    collapsed = {(each.arm, each.seed) for each in found if each.collapsed}
+    good = [run for run in finished if (run.arm, run.seed) not in collapsed]
+    gradients = _metrics(good, GRADIENTS)
     if gradients:
         yield "gradients", gradient_figure({word: seeds[0] for word, seeds in gradients.items()})
-    angles = _metrics(finished, ANGLES)
+    angles = _metrics(good, ANGLES)
     if angles:
-        yield "angles", angles_figure(angles)
+        yield "angles", angles_figure(angles, ANGLES)
 
 
 def _metrics(finished: Sequence[Run], arms: Mapping[str, str]) -> dict[str, list[list[dict[str, object]]]]:
     """By word, of those arms that have finished runs, their metrics seed by seed."""
-    own = {word: [run.folder / runs.METRICS for run in finished if run.arm == arm] for word, arm in arms.items()}
-    return {word: list(map(read_metrics, files)) for word, files in own.items() if files}
+    own = {word: [run.lines for run in finished if run.arm == arm] for word, arm in arms.items()}
+    return {word: lines for word, lines in own.items() if lines}

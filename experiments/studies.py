@@ -159,7 +159,7 @@ ARMS: Mapping[str, Arm] = {
 }
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in ARMS))
 
-_METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay", "isolated windows": "isolated"}
+METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay", "isolated windows": "isolated"}
 
 
 def _lengths() -> dict[str, Study]:
@@ -168,7 +168,7 @@ def _lengths() -> dict[str, Study]:
         f"length-{length:g}": Study(
             title=f"Question 2: {length:g} times the iterations",
             arms={
-                **{word: f"{group}/{scheme}" for word, scheme in _METHODS.items()},
+                **{word: f"{group}/{scheme}" for word, scheme in METHODS.items()},
                 "Relay BP, weight 1": "relay-weight-1/relay" if length == 1 else f"{group}/relay-weight-1",
             },
             against=("standard BP",),
@@ -183,19 +183,19 @@ STUDIES: Mapping[str, Study] = {
     "selection": Study(
         title="Learning rates: errors on training images that were set aside",
         arms={
-            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}" for word, scheme in _METHODS.items() for rate in RATES
+            f"{word}, {rate:g}": f"{SELECTION}/{scheme}-{rate:g}" for word, scheme in METHODS.items() for rate in RATES
         },
     ),
     **{
         f"model-{letter}": Study(
             title=f"Question 1: Table 3, model {letter.upper()}",
-            arms={word: f"model-{letter}/{scheme}" for word, scheme in _METHODS.items()},
+            arms={word: f"model-{letter}/{scheme}" for word, scheme in METHODS.items()},
             against=("standard BP", "Relay BP"),
         )
         for letter in "ab"
     },
     "weight": Study(
-        title="Question 2: the auxiliary loss's weight, and the learning rate below the overlap",
+        title="Question 2: auxiliary weight, rate below the overlap",
         arms={
             "standard BP": "model-a/standard",
             "multi-loss, 0.3": "model-a/multi_loss",
@@ -218,7 +218,7 @@ STUDIES: Mapping[str, Study] = {
         against=("1 stage (the paper's)",),
     ),
     "clipped": Study(
-        title="Question 2: standard BP with gradients clipped to a norm of 1",
+        title="Question 2: gradients clipped to a norm of 1",
         arms={
             "standard BP": "model-a/standard",
             **{f"clipped, {rate:g}": f"clipped/standard-{rate:g}" for rate in CLIPPED},

@@ -1,8 +1,8 @@
 """From runs to the tables of the evidence: what was found, and what differs by how much."""
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from relaylab.report.tables import Table
 from relaylab.train import runs
 from relaylab.train.compare import difference, mean_and_spread
 from relaylab.train.images import CHOICE_SEED
-from relaylab.train.records import read_metrics
 
 COLLAPSED = 98.0  # per cent of top-1 error; guessing among 100 classes gives 99
 NOT_RUN = "not run yet"
@@ -34,7 +33,7 @@ class Finding:
         loss: on the same images.
         curve: top-1 error by iteration.
         tested: on training images too; None if it has not been.
-        images_per_s: median over the run.
+        images_per_s: median over the run, or what it reaches alone, if it has shared a GPU with others.
         gflops: of a training step, per image.
     """
 
@@ -46,7 +45,7 @@ class Finding:
     loss: float
     curve: Mapping[int, float]
     tested: Tested | None
-    images_per_s: float
+    images_per_s: float | None
     gflops: float
 
     @property
@@ -55,14 +54,18 @@ class Finding:
         return self.top1 >= COLLAPSED
 
 
-def finding_of(run: Run) -> Finding:
-    """What a finished run has found."""
-    result = run.result
-    assert result is not None, run.folder
+def finding_of(run: Run, step: int | None = None) -> Finding:
+    """What a run has found.
+
+    Args:
+        run: that has been validated.
+        step: of the validation that counts; None for the last one.
+    """
     recipe = runs.recipe_of(run.folder)
-    lines = read_metrics(run.folder / runs.METRICS)
-    training = [line for line in lines if line["kind"] == "train"]
-    last = result.last
+    lines = run.lines
+    points = [line for line in lines if line["kind"] == "val" and (step is None or line["step"] <= step)]
+    speeds = [line["images_per_s"] for line in lines if line["kind"] == "train" and "images_per_s" in line]
+    last = points[-1]
     cost = cost_of(recipe).totals[recipe.scheme].flops
     return Finding(
         arm=run.arm,
@@ -71,9 +74,9 @@ def finding_of(run: Run) -> Finding:
         top1=last["top1"],
         top5=last["top5"],
         loss=last["loss"],
-        curve={int(point["step"]): point["top1"] for point in result.validations},
-        tested=tested(run),
-        images_per_s=statistics.median(line["images_per_s"] for line in training),
+        curve={point["step"]: point["top1"] for point in points},
+        tested=None if last["step"] < run.iterations else tested(run),
+        images_per_s=statistics.median(speeds) if speeds else None,
         gflops=cost / BATCH / 1e9,
     )
 
@@ -86,18 +89,20 @@ def table_of(study: Study, found: Sequence[Finding]) -> Table:
         found: of all runs.
     """
     own = {word: _seeds(study, name, found) for word, name in study.arms.items()}
-    header = ["", "rate", "seeds", "top-1 error", "top-5 error", "on training images", "GFLOPs"]
+    header = ["", "rate", "seeds", "top-1 error", "top-5 error", "on training images", "dead", "GFLOPs"]
     header += [f"{top} minus {word}" for word in study.against for top in ("top-1", "top-5")]
     rows: list[tuple[str, ...]] = []
     for word, by_seed in own.items():
         if not by_seed:
-            rows.append((word, *[""] * 2, NOT_RUN, *[""] * (len(header) - 4)))
+            rows.append((word, "", "", NOT_RUN, *[""] * (len(header) - 4)))
             continue
         first = next(iter(by_seed.values()))
         cells = [word, f"{first.rate:g}", ", ".join(map(str, by_seed))]
         cells += [mean_and_spread([getattr(each, top) for each in by_seed.values()]) for top in ("top1", "top5")]
-        fits = [each.tested.train for each in by_seed.values() if each.tested is not None]
-        cells += [f"{statistics.fmean(fits):.2f}" if fits else "", f"{first.gflops:.3f}"]
+        tests = [each.tested for each in by_seed.values() if each.tested is not None]
+        cells.append(f"{statistics.fmean(each.train for each in tests):.2f}" if tests else "")
+        cells.append(f"{100 * statistics.fmean(each.dead for each in tests):.0f} %" if tests else "")
+        cells.append(f"{first.gflops:.3f}")
         for base in study.against:
             cells += [_minus(by_seed, own[base], top) if base != word else "" for top in ("top1", "top5")]
         rows.append(tuple(cells))
@@ -147,8 +152,49 @@ def tail_table(ratio: float, found: Sequence[Finding]) -> Table:
     return Table(f"Question 5: top-1 errors of thirds of the classes, {ratio:g} : 1", header, tuple(rows))
 
 
-def all_tables(found: Sequence[Finding]) -> list[Table]:
-    """The tables of all studies of which something has been run."""
-    names = {each.arm for each in found}
-    own = [table_of(study, found) for study in STUDIES.values() if names & set(study.arms.values())]
-    return own + [table for ratio in TAILS if (table := tail_table(ratio, found)).rows]
+def shown_studies(arms: Set[str]) -> list[str]:
+    """The studies that have something to say which no study before them has said.
+
+    Args:
+        arms: of which there are runs.
+    """
+    names: list[str] = []
+    seen: set[str] = set()
+    for name, study in STUDIES.items():
+        there = arms & set(study.arms.values())
+        if there - seen:
+            names.append(name)
+        seen |= there
+    return names
+
+
+def common_table(study: Study, begun: Sequence[Run]) -> Table | None:
+    """Where some of a study's runs have not come to their end, what all had found by their last common validation.
+
+    Args:
+        study: which arms.
+        begun: all runs that have been validated.
+
+    Returns:
+        None if all are finished, or are of different lengths.
+    """
+    own = [run for run in begun if run.arm in study.arms.values() and (not study.seeds or run.seed in study.seeds)]
+    if all(run.result is not None for run in own) or len({run.iterations for run in own}) > 1:
+        return None
+    step = min(max(finding_of(run).curve) for run in own)
+    title = f"{study.title}: after {step:,} of {own[0].iterations:,} iterations, also of runs that were broken off"
+    return table_of(replace(study, title=title), [finding_of(run, step) for run in own])
+
+
+def all_tables(begun: Sequence[Run]) -> list[Table]:
+    """The tables of all studies of which something has been run.
+
+    Args:
+        begun: all runs that have been validated.
+    """
+    found = [finding_of(run) for run in begun if run.result is not None]
+    own: list[Table | None] = []
+    for name in shown_studies({run.arm for run in begun}):
+        own += [table_of(STUDIES[name], found), common_table(STUDIES[name], begun)]
+    tails = [table for ratio in TAILS if (table := tail_table(ratio, found)).rows]
+    return [table for table in own if table is not None] + tails

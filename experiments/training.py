@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.studies import (
     ARMS,
@@ -27,6 +28,7 @@ from relaylab.recipes import find_recipe
 from relaylab.train import runs, session
 from relaylab.train.compare import Result, validated
 from relaylab.train.options import TrainConfig
+from relaylab.train.records import read_metrics
 
 FAILED = "failed.txt"  # beside the checkpoints of a run whose loss was not finite: that is its result
 TESTED = "tested.json"  # what a run's network has been found to do; see experiments.testing
@@ -80,6 +82,12 @@ class Run:
     def failed(self) -> bool:
         """Whether its loss was not finite."""
         return (self.folder / FAILED).exists()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Its metrics so far."""
+        file = self.folder / runs.METRICS
+        return read_metrics(file) if file.is_file() else []
 
     @property
     def result(self) -> Result | None:
@@ -167,14 +175,14 @@ def keys_of(groups: Sequence[str]) -> list[tuple[str, int]]:
     return keys
 
 
-def finished_runs(place: Place) -> list[Run]:
-    """The runs that have come to their end, in the order of `ARMS`."""
+def begun_runs(place: Place) -> list[Run]:
+    """The runs that have been validated at least once, in the order of `ARMS`."""
     found: list[Run] = []
     for name, arm in ARMS.items():
         for seed in arm.seeds:
             with suppress(NotChosenError):
                 run = run_of(name, seed, place)
-                if run.result is not None:
+                if any(line["kind"] == "val" for line in run.lines):
                     found.append(run)
     return found
 

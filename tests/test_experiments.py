@@ -142,7 +142,7 @@ def test_tables_and_pictures_of_what_is_there(
     assert json.loads(untested)["runs"][0]["tested"] is None
     assert command.main([*words, "--report", str(tmp_path / "results"), "--data", str(place.data[0])]) == 0
     written = {path.name for path in (tmp_path / "results").iterdir()}
-    pictures = {f"evidence-tiny-{name}.png" for name in ("errors", "curves", "gradients", "angles")}
+    pictures = {f"evidence-tiny-{name}.png" for name in ("rates", "errors", "curves", "gradients", "angles")}
     assert written == {"evidence-tiny.md", "evidence-tiny.json", *pictures}
     found = json.loads((tmp_path / "results" / "evidence-tiny.json").read_text())["runs"]
     assert [(each["arm"], each["seed"]) for each in found] == [
@@ -157,7 +157,38 @@ def test_tables_and_pictures_of_what_is_there(
             assert each["tested"]["val"] == pytest.approx(each["top1"])
             assert sum(each["tested"]["by_class"]) / 5 == pytest.approx(each["top1"])
         assert 0 <= each["tested"]["dead"] < 1
+        assert (each["finished"], each["device"]) == (True, "cpu")
     assert "standard BP |  |  | not run yet" in (tmp_path / "results" / "evidence-tiny.md").read_text()
+
+
+def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
+    few: dict[str, Arm], place: Place, tmp_path: Path
+) -> None:
+    assert training.train_missing(["selection", "model-a"], place)
+    study = studies.STUDIES["model-a"]
+    assert tables.common_table(study, training.begun_runs(place)) is None
+    run = training.run_of("model-a/relay", 1, place)
+    (run.folder / runs.MODEL).unlink()
+    lines = (run.folder / runs.METRICS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 3]
+    (run.folder / runs.METRICS).write_text("".join(kept))
+    begun = training.begun_runs(place)
+    assert [each.result is None for each in begun] == [False, False, False, True]
+    table = tables.common_table(study, begun)
+    assert table is not None
+    assert "after 3 of 6 iterations" in table.title
+    row = dict(zip(table.header, dict(zip(study.arms, table.rows, strict=True))["Relay BP"], strict=True))
+    at_3 = [tables.finding_of(each).curve[3] for each in begun if each.arm == "model-a/relay"]
+    assert row["top-1 error"] == compare.mean_and_spread(at_3)
+    assert row["seeds"] == "0, 1"
+    report.write_report(place, tmp_path / "results")
+    found = json.loads((tmp_path / "results" / "evidence-tiny.json").read_text())["runs"]
+    assert [each["finished"] for each in found] == [True, True, True, False]
+
+
+def test_a_study_that_only_repeats_others_is_left_out() -> None:
+    assert tables.shown_studies({"model-a/standard", "model-a/relay"}) == ["model-a"]
+    assert tables.shown_studies({"model-a/relay", "overlap/2-stages"}) == ["model-a", "overlap"]
 
 
 def finding(arm: str, seed: int, top1: float) -> tables.Finding:
