@@ -59,7 +59,7 @@ def write_report(place: Place, folder: Path) -> str:
         + "\n",
     )
     for name, figure in _figures(finished, [each for each, run in zip(found, begun, strict=True) if run in finished]):
-        write_figure(figure, folder / f"{stem}-{name}.png")
+        write_figure(figure, folder / f"{stem}-{name}.svg")
     return tables
 
 

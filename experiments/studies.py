@@ -6,10 +6,12 @@ from typing import Literal
 
 from relaylab.train.options import SCHEMES
 
-Size = Literal["cores", "gpu", "tiny"]
+Size = Literal["32px", "64px", "tiny"]
 
 # Learning rates to choose from, by the error on training images that were set aside.
 RATES = (0.005, 0.01, 0.02, 0.04, 0.08)
+EQUAL_RATE = 0.01  # at 32 pixels standard BP's and multi-loss's own
+WEIGHTS = (0.3, 1.0)
 CLIPPED = (0.01, 0.02, 0.04)  # rates of standard BP with clipped gradients
 PER_CLASS = 900  # training images
 HELD_OUT = 50  # of them
@@ -21,19 +23,19 @@ A, B = "table3-model-a-relay", "table3-model-b-relay"
 
 # What all runs of a size share. A small recipe is on 100 classes of Places2, see relaylab.recipes.scales.
 SHARED: Mapping[Size, tuple[str, ...]] = {
-    "cores": (
+    "32px": (
         "network.image_size=32",
         "images.short_side=36",
         "optimizer.batch_size=64",
         "optimizer.warmup=500",
     ),
-    "gpu": ("optimizer.warmup=500",),
+    "64px": ("optimizer.warmup=500",),
     "tiny": ("network.image_size=32", "images.short_side=36", "network.num_classes=5", "optimizer.batch_size=4"),
 }
-ITERATIONS: Mapping[Size, int] = {"cores": 12_000, "gpu": 8_400, "tiny": 6}
+ITERATIONS: Mapping[Size, int] = {"32px": 12_000, "64px": 8_400, "tiny": 6}
 # Of networks that have such a dial, and of models A and B.
-WIDTH: Mapping[Size, int] = {"cores": 16, "gpu": 16, "tiny": 4}
-PYRAMID: Mapping[Size, str] = {"cores": "2,1", "gpu": "4,2,1", "tiny": "2,1"}
+WIDTH: Mapping[Size, int] = {"32px": 16, "64px": 16, "tiny": 4}
+PYRAMID: Mapping[Size, str] = {"32px": "2,1", "64px": "4,2,1", "tiny": "2,1"}
 EVALUATIONS = 6
 THREE = (0, 1, 2)
 
@@ -48,7 +50,7 @@ class Arm:
         changes: of the recipe, besides those that all runs of a size share.
         rate: the learning rate; None for the one that was chosen for the scheme.
         length: in shares of a size's iterations.
-        on_cores: what the length is multiplied by on two cores.
+        length_at_32px: what the length is multiplied by at that size.
         seeds: of weights, batches, crops and dropout.
     """
 
@@ -57,7 +59,7 @@ class Arm:
     changes: tuple[str, ...] = ()
     rate: float | None = None
     length: float = 1.0
-    on_cores: float = 1.0
+    length_at_32px: float = 1.0
     seeds: tuple[int, ...] = (0,)
 
 
@@ -134,6 +136,12 @@ ARMS: Mapping[str, Arm] = {
     "overlap/2-stages": _relay("plan.primary.bottom=segment3"),
     "overlap/3-stages": _relay("plan.primary.bottom=segment2"),
     **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
+    **{
+        f"equal-rate/relay-weight-{weight:g}": Arm(
+            recipe=A, scheme="relay", changes=(f"plan.auxiliary.aux.weight={weight}",), rate=EQUAL_RATE
+        )
+        for weight in WEIGHTS
+    },
     "relay-lr-3.33/relay": _relay("optimizer.segment_lr.aux=3.33"),
     **{
         f"clipped/standard-{rate:g}": Arm(recipe=A, scheme="standard", changes=("optimizer.clip_norm=1",), rate=rate)
@@ -149,7 +157,7 @@ ARMS: Mapping[str, Arm] = {
     "vgg/19-relay-2-branches": Arm(recipe="figure2-vgg19-relay", scheme="relay"),
     **_tails(),
     **{
-        f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme, on_cores=0.25)
+        f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme, length_at_32px=0.25)
         for scheme in ("standard", "relay")
     },
     **{
@@ -205,6 +213,17 @@ STUDIES: Mapping[str, Study] = {
             "Relay BP, 0.3, rate x 3.33 below": "relay-lr-3.33/relay",
         },
         against=("standard BP", "multi-loss, 0.3"),
+    ),
+    "equal-rate": Study(
+        title=f"Question 2: Relay BP at a rate of {EQUAL_RATE:g}, standard BP's own at 32 pixels",
+        arms={
+            "standard BP": "model-a/standard",
+            "multi-loss, 0.3": "model-a/multi_loss",
+            "multi-loss, 1": "multi-loss-weight-1/multi_loss",
+            **{f"Relay BP, {weight:g}": f"equal-rate/relay-weight-{weight:g}" for weight in WEIGHTS},
+        },
+        against=("standard BP", "multi-loss, 0.3"),
+        seeds=(0,),
     ),
     "overlap": Study(
         title="Question 2: the overlap",

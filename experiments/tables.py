@@ -193,8 +193,9 @@ def all_tables(begun: Sequence[Run]) -> list[Table]:
         begun: all runs that have been validated.
     """
     found = [finding_of(run) for run in begun if run.result is not None]
+    whole = shown_studies({each.arm for each in found})
     own: list[Table | None] = []
     for name in shown_studies({run.arm for run in begun}):
-        own += [table_of(STUDIES[name], found), common_table(STUDIES[name], begun)]
+        own += [table_of(STUDIES[name], found) if name in whole else None, common_table(STUDIES[name], begun)]
     tails = [table for ratio in TAILS if (table := tail_table(ratio, found)).rows]
     return [table for table in own if table is not None] + tails

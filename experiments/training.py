@@ -21,7 +21,7 @@ from experiments.studies import (
     Size,
 )
 from relaylab.building import KINDS
-from relaylab.errors import NonFiniteLossError
+from relaylab.errors import InputError, NonFiniteLossError
 from relaylab.files import write_text
 from relaylab.recipe import Recipe
 from relaylab.recipes import find_recipe
@@ -35,8 +35,11 @@ TESTED = "tested.json"  # what a run's network has been found to do; see experim
 WAIT_S = 10.0  # for rates that another process is choosing
 
 
-class NotChosenError(Exception):
+class NotChosenError(InputError):
     """A learning rate depends on runs that are not done yet."""
+
+    def __init__(self, arm: str) -> None:
+        super().__init__(f"{arm} decides about a learning rate and is not done: train the group {SELECTION} first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ def run_of(name: str, seed: int, place: Place) -> Run:
         NotChosenError: its learning rate depends on runs that are not done yet.
     """
     arm = ARMS[name]
-    share = arm.length * (arm.on_cores if place.size == "cores" else 1)
+    share = arm.length * (arm.length_at_32px if place.size == "32px" else 1)
     iterations = round(ITERATIONS[place.size] * share)
     rate = chosen_rate(arm.scheme, place) if arm.rate is None else arm.rate
     changes = {
@@ -157,7 +160,7 @@ def chosen_rate(scheme: str, place: Place) -> float:
         elif not run.failed:
             raise NotChosenError(run.arm)
     if not errors:
-        raise NotChosenError(f"{scheme} failed under all rates")
+        raise InputError(f"{scheme} failed under all learning rates: give it smaller ones")
     return min(errors, key=lambda rate: errors[rate])
 
 
@@ -180,7 +183,7 @@ def begun_runs(place: Place) -> list[Run]:
     found: list[Run] = []
     for name, arm in ARMS.items():
         for seed in arm.seeds:
-            with suppress(NotChosenError):
+            with suppress(InputError):  # without a learning rate nothing has begun
                 run = run_of(name, seed, place)
                 if any(line["kind"] == "val" for line in run.lines):
                     found.append(run)

@@ -110,6 +110,24 @@ def test_the_command_line(arms: dict[str, Arm], place: Place) -> None:
     assert training.run_of("model-b/standard", 0, place).result is not None
 
 
+def test_the_command_line_says_what_is_wrong(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--size", "tiny", "--out", str(place.out), "--only", "model-a", "--data", str(place.data[0])]
+    for number, code, message in ((-1, 2, "expected at least 1"), (2, 2, "train the group selection first")):
+        assert command.main([*words, "--at-once", str(number)]) == code
+        assert message in capsys.readouterr().err
+    errors = {torch.OutOfMemoryError: (1, "take fewer runs"), KeyboardInterrupt: (130, "say the same again")}
+    for error, (code, message) in errors.items():
+
+        def fails(*_args: object, error: type[BaseException] = error) -> None:
+            raise error
+
+        monkeypatch.setattr(command, "train_packed", fails)
+        assert command.main([*words, "--at-once", "2"]) == code
+        assert message in capsys.readouterr().err
+
+
 def test_dropout_drops_its_share_and_the_same_under_all_schemes() -> None:
     def masks(*layers: nn.Module) -> list[Tensor]:
         found: list[Tensor] = []
