@@ -268,6 +268,29 @@ def test_the_page_refuses_runs_that_do_not_belong_together(
     assert "there is no folder" in capsys.readouterr().err
 
 
+def test_each_method_may_have_a_learning_rate_of_its_own(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, page = tmp_path / "runs", tmp_path / "r.html"
+    shutil.copytree(tiny / "runs", folder)
+    shutil.copytree(folder / "relay-s0", tmp_path / "relay-s1")
+    changes = {folder / "relay-s0": ("lr", 0.5), tmp_path / "relay-s1": ("seed", 1)}
+    for run, (what, value) in changes.items():
+        config = json.loads((run / "config.json").read_text())
+        if what == "lr":
+            config["options"]["changes"].append(f"optimizer.lr={value}")
+            config["recipe"]["values"]["optimizer.lr"] = value
+        else:
+            config["options"]["seed"] = value
+        (run / "config.json").write_text(json.dumps(config))
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "Each method has a learning rate of its own: standard BP 0.01, Relay BP 0.5." in text
+    assert "0.01 / 0.5" in text
+    assert main(["report", str(folder), str(tmp_path / "relay-s1"), "--out", str(page)]) == 2
+    assert "different recipes (optimizer.lr)" in capsys.readouterr().err
+
+
 def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

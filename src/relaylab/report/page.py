@@ -1,5 +1,6 @@
 """`relaylab report`: one page about runs that needs nothing but itself."""
 
+import itertools
 import json
 import statistics
 from base64 import b64encode
@@ -33,6 +34,7 @@ from relaylab.train import runs
 from relaylab.train.compare import difference
 
 PAIRS = 8  # of classes that are taken for each other most often
+RATE = "optimizer.lr"  # which may have been chosen for each scheme
 PAPER_TABLES = ("1", "3", "4", "6", "sampling", "5")
 
 
@@ -84,8 +86,8 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
     if not folders:
         raise InputError("which runs? Give folders of runs, or of comparisons")
     found = [_open(folder) for folder in folders]
-    for other in found[1:]:
-        _check_alike(found[0], other)
+    for one, other in itertools.combinations(found, 2):
+        _check_alike(one, other)
     validated = [{line["step"]: line for line in each.metrics if line["kind"] == "val"} for each in found]
     steps = set.intersection(*map(set, validated))
     if not steps:
@@ -117,7 +119,8 @@ def _check_alike(one: Run, other: Run) -> None:
     if (one.about["data"], one.about["val_data"]) != (other.about["data"], other.about["val_data"]):
         refuse("different images")
     values = one.about["values"], other.about["values"]
-    names = [name for name in {**values[0], **values[1]} if not name.startswith(("scheme", "plan", "evaluation"))]
+    apart = ("scheme", "plan", "evaluation", *([RATE] if one.recipe.scheme != other.recipe.scheme else []))
+    names = [name for name in {**values[0], **values[1]} if not name.startswith(apart)]
     different = [name for name in names if values[0].get(name) != values[1].get(name)]
     if different:
         refuse(f"different recipes ({different[0]})")
@@ -129,7 +132,7 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
     """The page as HTML text: no scripts, nothing from elsewhere.
 
     Args:
-        found: the runs, alike but for scheme and seed.
+        found: the runs, alike but for scheme, seed and the schemes' learning rates.
         scores: of their networks; None leaves out what needs them.
     """
     by_scheme = {s: [each for each in found if each.recipe.scheme == s] for s in METHODS}
@@ -173,8 +176,18 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
         scored=None if scores is None else _scored(by_scheme, scores),
         scores_title=None if scores is None else scores.images.title,
         origins=[_origin(each) for each in found],
-        fields=[(name, _text(value), source) for name, value, source in found[0].recipe.fields()],
+        fields=_fields(by_scheme),
     )
+
+
+def _fields(by_scheme: Mapping[str, Sequence[Run]]) -> list[tuple[str, str, str]]:
+    """The recipe, value by value, with where each comes from."""
+    recipes = [own[0].recipe for own in by_scheme.values()]
+    rates = dict.fromkeys(f"{recipe.optimizer.lr:g}" for recipe in recipes)
+    return [
+        (name, " / ".join(rates) if name == RATE else _text(value), source)
+        for name, value, source in recipes[0].fields()
+    ]
 
 
 def summary(by_scheme: Mapping[str, Sequence[Run]]) -> Table:
@@ -196,6 +209,10 @@ def summary(by_scheme: Mapping[str, Sequence[Run]]) -> Table:
         f"Per cent; single crop, {when}. After ±, the standard deviation over seeds. Differences are "
         "paired by seed; in brackets, their 95 % confidence interval over seeds (t).",
     )
+    rates = {scheme: own[0].recipe.optimizer.lr for scheme, own in by_scheme.items()}
+    if len(set(rates.values())) > 1:
+        told = ", ".join(f"{METHODS[scheme]} {rate:g}" for scheme, rate in rates.items())
+        notes = (*notes, f"Each method has a learning rate of its own: {told}.")
     return Table("Errors on the validation images", header, tuple(rows), notes)
 
 
