@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from experiments.studies import PER_CLASS, SAMPLING, STUDIES, TAILS, Study
-from experiments.testing import Tested, tested
+from experiments.testing import Tested, tested, tested_from
 from experiments.training import Run
 from relaylab.data.subset import long_tail
 from relaylab.model_commands import BATCH, cost_of
@@ -79,6 +80,14 @@ def finding_of(run: Run, step: int | None = None) -> Finding:
         images_per_s=statistics.median(speeds) if speeds else None,
         gflops=cost / BATCH / 1e9,
     )
+
+
+def finding_from(values: Mapping[str, Any]) -> Finding:
+    """A finding as it stands in evidence-SIZE.json."""
+    own: dict[str, Any] = {entry.name: values[entry.name] for entry in fields(Finding)}
+    own["curve"] = {int(step): top1 for step, top1 in own["curve"].items()}
+    own["tested"] = own["tested"] and tested_from(own["tested"])
+    return Finding(**own)
 
 
 def table_of(study: Study, found: Sequence[Finding]) -> Table:

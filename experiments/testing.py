@@ -1,7 +1,7 @@
 """Finished runs' networks on training and validation images alike: do they fit, do they generalise?"""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -102,6 +102,11 @@ def tested(run: Run) -> Tested | None:
         values = json.loads((run.folder / TESTED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    return tested_from(values)
+
+
+def tested_from(values: Mapping[str, Any]) -> Tested:
+    """What a test has found, from the values that JSON has kept."""
     return Tested(**{**values, "by_class": tuple(values["by_class"])})
 
 

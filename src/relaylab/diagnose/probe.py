@@ -70,7 +70,8 @@ def _log_shares(x: Features, y: Labels, penalty: float, new: Features, truth: La
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is not quite fitted is a probe
         probe = LogisticRegression(C=penalty, max_iter=100, tol=1e-3).fit(x, y)
-    logs = np.asarray(probe.predict_log_proba(new)) / np.log(2)
+    with np.errstate(divide="ignore"):  # a share of zero: see the floor
+        logs = np.asarray(probe.predict_log_proba(new)) / np.log(2)
     column = {label: number for number, label in enumerate(probe.classes_.tolist())}
     floor = np.log2(1 / (10 * len(y)))
     found = [logs[row, column[label]] if label in known else floor for row, label in enumerate(truth.tolist())]

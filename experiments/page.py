@@ -1,0 +1,65 @@
+"""The tables of docs/evidence.md, made from results/evidence-SIZE.json: python -m experiments.page"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.studies import STUDIES, Size
+from experiments.tables import Finding, finding_from
+from relaylab.files import write_text
+from relaylab.reproduce import renewed
+from relaylab.train.compare import difference, mean_and_spread
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "results"
+# Studies of the page, by size.
+SHOWN: dict[Size, tuple[str, ...]] = {
+    "64px": ("model-a", "weight"),
+    "32px": ("model-a", "model-b", "weight", "equal-rate", "overlap", "clipped", "length-2"),
+}
+
+
+def sections() -> dict[str, list[str]]:
+    """By marker of the page, the lines of its table."""
+    tables: dict[str, list[str]] = {}
+    for size, names in SHOWN.items():
+        text = (RESULTS / f"evidence-{size}.json").read_text(encoding="utf-8")
+        found = [finding_from(values) for values in json.loads(text)["runs"]]
+        tables |= {f"{name}-{size}": brief(name, found) for name in names}
+    return tables
+
+
+def brief(name: str, found: Sequence[Finding]) -> list[str]:
+    """A study in few columns, as Markdown. Runs that collapsed are counted, and left out of means and differences.
+
+    Args:
+        name: of the study.
+        found: of all runs. Those that did not come as far as the others of the study are left out.
+    """
+    study = STUDIES[name]
+    own = [each for each in found if each.arm in study.arms.values() and (not study.seeds or each.seed in study.seeds)]
+    furthest = max(max(each.curve) for each in own)
+    good = {
+        word: {each.seed: each for each in own if each.arm == arm and furthest in each.curve and not each.collapsed}
+        for word, arm in study.arms.items()
+    }
+    header = ["", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against)]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for word, arm in study.arms.items():
+        runs = [each for each in own if each.arm == arm and furthest in each.curve]
+        if not runs:
+            continue
+        lost = len(runs) - len(good[word])
+        errors = [[getattr(each, top) for each in good[word].values()] for top in ("top1", "top5")]
+        cells = [mean_and_spread(values) if values else "" for values in errors]
+        cells[0] += f" ({lost} of {len(runs)} collapsed)" if lost else ""
+        for base in study.against:
+            both = good[word].keys() & good[base].keys() if base != word else set[int]()
+            pairs = [good[word][seed].top1 - good[base][seed].top1 for seed in sorted(both)]
+            cells.append(difference(pairs) if pairs else "")
+        lines.append([word, f"{runs[0].rate:g}", *cells])
+    return [f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8"), sections()))
