@@ -1,7 +1,7 @@
 """Many runs at once on one GPU: the step of each is a CUDA graph, and their replays share the card.
 
 Note [Packing]
-1. A small network leaves most of a GPU idle, and to launch the thousand kernels of its step takes longer than to run
+1. A small network leaves most of a GPU idle, and to launch the hundreds of kernels of its step takes longer than to run
    them. Here a whole step (crops, augmentation, forward and backward pass, update) is recorded once for each run and
    then replayed, on a stream of the run's own: what one leaves idle, the others take.
 2. All that changes from step to step is on the device: the number of the step, the draws (`experiments.shelf`), the
@@ -13,25 +13,29 @@ Note [Packing]
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from experiments.shelf import Shelf
 from experiments.testing import test_network, write_tested
-from experiments.training import FAILED, NotChosenError, Place, Run, keys_of, run_of
+from experiments.training import FAILED, NotChosenError, Place, Run, claimed, keys_of, run_of
 from relaylab.building import build_criterion, build_relay
 from relaylab.data.keyed import keys
 from relaylab.data.parts import InMemory
+from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.progress import Task, progress
+from relaylab.recipe import PlateauConfig
 from relaylab.train import diagnosis, runs
 from relaylab.train.engine import make_fabric
 from relaylab.train.records import Records
 from relaylab.train.schedule import learning_rate
-from relaylab.train.segments import parameter_groups, segments_of
+from relaylab.train.segments import parameter_groups, segment_problems, segments_of
 from relaylab.train.validation import Validation
 
 WARM_UPS = 3  # steps before one is recorded: libraries choose their algorithms in them
@@ -92,6 +96,11 @@ class PackedRun:
         self.supply = shelf.supply(self.recipe, run.seed)
         self.fabric = make_fabric(run.config)
         self.segments = segments_of(self.recipe)
+        problems = segment_problems(config, self.segments)
+        if isinstance(config.schedule, PlateauConfig):
+            problems.append("a plateau schedule looks at errors, which recorded steps cannot: take another schedule")
+        if problems:
+            raise InputError("; ".join(problems))
         torch.manual_seed(run.seed)
         relay = build_relay(self.recipe)
         self.first = {name: tensor.clone() for name, tensor in relay.state_dict().items()}
@@ -136,6 +145,7 @@ class PackedRun:
         """The losses of the batch whose turn it is, before weighting; their graph is kept."""
         turn = self.made % len(self.rates)  # to time a step, more are made than there are
         images, labels = self.supply.batch(turn * len(self.rows) + self.rows)
+        images = self.fabric.strategy.precision.convert_input(images)  # as Fabric's own wrapper of modules does
         with self.fabric.autocast():
             output = self.relay(images)
         whole = type(output)(output.primary.float(), {name: each.float() for name, each in output.auxiliary.items()})
@@ -195,8 +205,9 @@ class PackedRun:
     def begin(self) -> None:
         """Make the run's folder, and write down what is going to be trained."""
         folder = self.run.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / runs.METRICS).unlink(missing_ok=True)  # of one that was broken off
+        if folder.exists():
+            shutil.rmtree(folder)  # of one that was broken off
+        folder.mkdir(parents=True)
         runs.describe(folder, self.run.config, self.recipe, {"classes": self.classes})
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         runs.note_start(folder, {"device": gpu, "packed": True})
@@ -226,17 +237,21 @@ class PackedRun:
         with self.streamed():
             weights = torch.nn.utils.get_total_norm(list(self.relay.parameters()))
             *figures, size = torch.cat([self.history[since:step].mean(0), weights[None]]).tolist()
-            if not all(map(math.isfinite, (*figures, size))):
-                write_text(self.run.folder / FAILED, f"losses, gradients or weights are not finite by step {step}\n")
-                self.records.close()
-                return False
             losses = dict(zip(self.relay.plan.windows, figures, strict=False))
             speed = {} if self.images_per_s is None else {"images_per_s": round(self.images_per_s)}
-            self.records.write("train", step, {"loss": losses, "gradient_norm": figures[-1], **speed})
             layers, by_segment = diagnosis.sizes(self.relay, self.segments)
             angles = self._angles() if step < self.run.iterations else {}
-            self.records.write("gradients", step, diagnosis.Look(layers, by_segment, angles).values())
-            self.records.write("val", step, self.validation(self.relay))
+            found: dict[str, Mapping[str, Any]] = {
+                "train": {"loss": losses, "gradient_norm": figures[-1], **speed},
+                "gradients": diagnosis.Look(layers, by_segment, angles).values(),
+                "val": self.validation(self.relay) if math.isfinite(size) else {},
+            }
+        if not all(map(math.isfinite, (size, *_numbers(found)))):
+            write_text(self.run.folder / FAILED, f"losses, gradients or weights are not finite by step {step}\n")
+            self.records.close()
+            return False
+        for kind, values in found.items():
+            self.records.write(kind, step, values)
         return True
 
     def finish(self) -> None:
@@ -274,27 +289,34 @@ class PackedRun:
         return 1000 * TIMED * len(self.rows) / began.elapsed_time(ended)
 
 
-def train_packed(groups: Sequence[str], place: Place, at_once: int, shelf: Shelf | None = None) -> None:
-    """Train what is not done yet, so many runs at once.
+def train_packed(groups: Sequence[str], place: Place, at_once: int) -> None:
+    """Train what is not done yet and what no other process is training, so many runs at once.
 
     Args:
         groups: of arms.
         place: where.
         at_once: the most runs that share the device.
-        shelf: of images, if there is one.
 
     Raises:
-        InputError: what is wrong with the images.
+        InputError: what is wrong with recipes or images.
         NotChosenError: learning rates depend on runs that are not in these groups.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    while missing := _missing(groups, place):
-        shelf = shelf or Shelf(device, missing[0].config)
-        wave = [run for run in missing if run.iterations == missing[0].iterations][:at_once]
-        with progress("train", len(wave) * wave[0].iterations) as task:
+    shelf: Shelf | None = None
+    while True:
+        with ExitStack() as stack:
+            wave: list[Run] = []
+            for run in _missing(groups, place):
+                is_alike = not wave or run.iterations == wave[0].iterations
+                if len(wave) < at_once and is_alike and stack.enter_context(claimed((run.arm, run.seed), place)):
+                    wave.append(run)
+            if not wave:
+                return
+            shelf = shelf or Shelf(device, wave[0].config)
+            task = stack.enter_context(progress("train", len(wave) * wave[0].iterations))
             _train([PackedRun(run, shelf) for run in wave], task)
-        shelf.clear()
+            shelf.clear()
 
 
 def _missing(groups: Sequence[str], place: Place) -> list[Run]:
@@ -329,3 +351,9 @@ def _train(packed: list[PackedRun], task: Task) -> None:
         task.advance(len(packed) * (step - since), note=f"{len(packed)} runs at once")
     for each in packed:
         each.finish()
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers of nested mappings."""
+    for part in value.values() if isinstance(value, Mapping) else ():
+        yield from [part] if isinstance(part, float) else _numbers(part)

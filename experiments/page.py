@@ -1,4 +1,7 @@
-"""The tables of docs/evidence.md, made from results/evidence-SIZE.json: python -m experiments.page"""
+"""The tables of docs/evidence.md, made from results/evidence-SIZE.json.
+
+python -m experiments.page    # renews them
+"""
 
 import json
 from collections.abc import Sequence

@@ -73,20 +73,25 @@ def rates_figure(found: Sequence[Finding]) -> Figure:
 
 
 def curves_figure(names: Sequence[str], found: Sequence[Finding]) -> Figure:
-    """Top-1 error against iterations, a panel for each study: the mean over seeds, and each seed faint behind it."""
+    """Top-1 error against iterations, a panel for each study: the mean over seeds, and each seed faint behind it.
+
+    Runs that collapsed are left out, and the legend says so.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(names), 3.8), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
             for word, arm in STUDIES[name].arms.items():
-                own = [each.curve for each in found if each.arm == arm and not each.collapsed]
+                seeds = [each for each in found if each.arm == arm]
+                own = [each.curve for each in seeds if not each.collapsed]
                 if not own:
                     continue
+                told = f"{word} ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else word
                 scheme, weight = ARMS[arm].scheme, 1.2 if ARMS[arm].changes else 2.2
                 look: dict[str, Any] = {"color": SCHEME_COLOURS[scheme], "linestyle": SCHEME_DASHES[scheme]}
                 for curve in own if len(own) > 1 else []:
                     axes.plot(list(curve), list(curve.values()), color=look["color"], linewidth=0.8, alpha=0.3)
                 means = [statistics.fmean(curve[step] for curve in own) for step in own[0]]
-                axes.plot(list(own[0]), means, linewidth=weight, label=word, **look)
+                axes.plot(list(own[0]), means, linewidth=weight, label=told, **look)
             axes.set_title(STUDIES[name].title)
             axes.set_xlabel("iteration")
             axes.legend(fontsize=9)
@@ -110,7 +115,7 @@ def angles_figure(runs: Mapping[str, Sequence[Lines]], arms: Mapping[str, str]) 
             for line in (line for lines in own for line in lines if line["kind"] == "gradients"):
                 for pairs in line.get("cosines", {}).values():
                     by_step.setdefault(line["step"], []).extend(pairs.values())
-            steps = sorted(by_step)
+            steps = sorted(step for step in by_step if len(by_step[step]) == max(map(len, by_step.values())))
             means = [statistics.fmean(by_step[step]) for step in steps]
             dash = ":" if arm.changes else SCHEME_DASHES[arm.scheme]
             axes.plot(steps, means, linewidth=2, label=title, color=SCHEME_COLOURS[arm.scheme], linestyle=dash)

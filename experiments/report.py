@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -18,7 +17,6 @@ from relaylab.files import write_text
 from relaylab.pictures import write_figure
 from relaylab.report.paper_figures import gradient_figure
 from relaylab.report.tables import render
-from relaylab.train import runs
 
 GRADIENTS = STUDIES["model-a"].arms
 ANGLES = {
@@ -49,25 +47,20 @@ def write_report(place: Place, folder: Path) -> str:
     if place.data:
         test_finished(finished)
     tables = "\n".join(render(table, "markdown") for table in all_tables(begun))
-    found = [finding_of(run) for run in begun]
+    failed = [run for run in begun if run.failed]
+    found = [finding_of(run) for run in begun if run not in failed]
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"evidence-{place.size}"
     write_text(folder / f"{stem}.md", tables)
-    write_text(
-        folder / f"{stem}.json",
-        json.dumps({"size": place.size, "runs": [_values(*pair) for pair in zip(begun, found, strict=True)]}, indent=1)
-        + "\n",
-    )
-    for name, figure in _figures(finished, [each for each, run in zip(found, begun, strict=True) if run in finished]):
+    values = {
+        "size": place.size,
+        "runs": [asdict(each) for each in found],
+        "failed": [{"arm": run.arm, "seed": run.seed} for run in failed],
+    }
+    write_text(folder / f"{stem}.json", json.dumps(values, indent=1) + "\n")
+    for name, figure in _figures(finished, [each for each in found if each.ended]):
         write_figure(figure, folder / f"{stem}-{name}.svg")
     return tables
-
-
-def _values(run: Run, finding: Finding) -> dict[str, Any]:
-    """A finding, whether it is the run's end, and where the run was made."""
-    starts = json.loads((run.folder / runs.ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
-    made = {name: starts[-1].get(name) for name in ("device", "packed", "started_at")}
-    return {**asdict(finding), "finished": run.result is not None, **made, "torch": starts[-1]["versions"]["torch"]}
 
 
 def _figures(finished: Sequence[Run], found: Sequence[Finding]) -> Iterator[tuple[str, Figure]]:

@@ -171,13 +171,13 @@ METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "r
 
 
 def _lengths() -> dict[str, Study]:
-    groups = {0.5: "length-0.5", 1.0: "model-a", 2.0: "length-2"}
+    groups = {0.5: "length-0.5", 2.0: "length-2"}
     return {
         f"length-{length:g}": Study(
             title=f"Question 2: {length:g} times the iterations",
             arms={
                 **{word: f"{group}/{scheme}" for word, scheme in METHODS.items()},
-                "Relay BP, weight 1": "relay-weight-1/relay" if length == 1 else f"{group}/relay-weight-1",
+                "Relay BP, weight 1": f"{group}/relay-weight-1",
             },
             against=("standard BP",),
             seeds=(0,),

@@ -1,5 +1,6 @@
 """From runs to the tables of the evidence: what was found, and what differs by how much."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
@@ -19,11 +20,13 @@ from relaylab.train.images import CHOICE_SEED
 
 COLLAPSED = 98.0  # per cent of top-1 error; guessing among 100 classes gives 99
 NOT_RUN = "not run yet"
+Failed = Set[tuple[str, int]]
+"""Arms and seeds of runs whose loss was not finite."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a finished run has found.
+    """What a run has found.
 
     Attributes:
         arm: its name.
@@ -36,6 +39,8 @@ class Finding:
         tested: on training images too; None if it has not been.
         images_per_s: median over the run, or what it reaches alone, if it has shared a GPU with others.
         gflops: of a training step, per image.
+        ended: whether it has come to its end.
+        device: that has trained it.
     """
 
     arm: str
@@ -48,11 +53,13 @@ class Finding:
     tested: Tested | None
     images_per_s: float | None
     gflops: float
+    ended: bool
+    device: str
 
     @property
     def collapsed(self) -> bool:
-        """Whether it has learnt nothing."""
-        return self.top1 >= COLLAPSED
+        """Whether it has learnt nothing by its end."""
+        return self.ended and self.top1 >= COLLAPSED
 
 
 def finding_of(run: Run, step: int | None = None) -> Finding:
@@ -67,6 +74,7 @@ def finding_of(run: Run, step: int | None = None) -> Finding:
     points = [line for line in lines if line["kind"] == "val" and (step is None or line["step"] <= step)]
     speeds = [line["images_per_s"] for line in lines if line["kind"] == "train" and "images_per_s" in line]
     last = points[-1]
+    starts = json.loads((run.folder / runs.ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
     cost = cost_of(recipe).totals[recipe.scheme].flops
     return Finding(
         arm=run.arm,
@@ -79,6 +87,8 @@ def finding_of(run: Run, step: int | None = None) -> Finding:
         tested=None if last["step"] < run.iterations else tested(run),
         images_per_s=statistics.median(speeds) if speeds else None,
         gflops=cost / BATCH / 1e9,
+        ended=last["step"] == run.iterations,
+        device=starts[-1]["device"],
     )
 
 
@@ -90,12 +100,13 @@ def finding_from(values: Mapping[str, Any]) -> Finding:
     return Finding(**own)
 
 
-def table_of(study: Study, found: Sequence[Finding]) -> Table:
+def table_of(study: Study, found: Sequence[Finding], failed: Failed = frozenset()) -> Table:
     """A study's table; arms that have not been run are said to be missing.
 
     Args:
         study: which arms.
-        found: of all runs.
+        found: of all runs but those that failed.
+        failed: arms and seeds of these.
     """
     own = {word: _seeds(study, name, found) for word, name in study.arms.items()}
     header = ["", "rate", "seeds", "top-1 error", "top-5 error", "on training images", "dead", "GFLOPs"]
@@ -103,19 +114,25 @@ def table_of(study: Study, found: Sequence[Finding]) -> Table:
     rows: list[tuple[str, ...]] = []
     for word, by_seed in own.items():
         if not by_seed:
-            rows.append((word, "", "", NOT_RUN, *[""] * (len(header) - 4)))
+            told = NOT_RUN if study.arms[word] not in {arm for arm, _ in failed} else "failed"
+            rows.append((word, "", "", told, *[""] * (len(header) - 4)))
             continue
         first = next(iter(by_seed.values()))
         cells = [word, f"{first.rate:g}", ", ".join(map(str, by_seed))]
         cells += [mean_and_spread([getattr(each, top) for each in by_seed.values()]) for top in ("top1", "top5")]
         tests = [each.tested for each in by_seed.values() if each.tested is not None]
         cells.append(f"{statistics.fmean(each.train for each in tests):.2f}" if tests else "")
-        cells.append(f"{100 * statistics.fmean(each.dead for each in tests):.0f} %" if tests else "")
+        dead = [100 * each.dead for each in tests if each.dead is not None]
+        cells.append(f"{statistics.fmean(dead):.0f} %" if dead else "")
         cells.append(f"{first.gflops:.3f}")
         for base in study.against:
             cells += [_minus(by_seed, own[base], top) if base != word else "" for top in ("top1", "top5")]
         rows.append(tuple(cells))
-    return Table(study.title, tuple(header), tuple(rows), tuple(_notes(own, study.against)))
+    words = {arm: word for word, arm in study.arms.items()}
+    lost = [
+        f"Failed, since losses or gradients were not finite: {words[a]}, seed {s}." for a, s in failed if a in words
+    ]
+    return Table(study.title, tuple(header), tuple(rows), (*lost, *_notes(own, study.against), *_devices(own)))
 
 
 def _seeds(study: Study, name: str, found: Sequence[Finding]) -> dict[int, Finding]:
@@ -139,6 +156,16 @@ def _notes(own: Mapping[str, Mapping[int, Finding]], against: Sequence[str]) -> 
                 rest = {seed: each for seed, each in by_seed.items() if seed not in lost}
                 notes.append(f"{word} minus {base} without them, top-1: {_minus(rest, own[base], 'top1')}.")
     return notes
+
+
+def _devices(own: Mapping[str, Mapping[int, Finding]]) -> list[str]:
+    """Which runs were not made where most were."""
+    by_device: dict[str, list[str]] = {}
+    for word, by_seed in own.items():
+        for seed, each in by_seed.items():
+            by_device.setdefault(each.device, []).append(f"{word}, seed {seed}")
+    rare = sorted(by_device, key=lambda device: len(by_device[device]))[:-1]
+    return [f"Trained on another device ({device}): {'; '.join(by_device[device])}." for device in rare]
 
 
 def tail_table(ratio: float, found: Sequence[Finding]) -> Table:
@@ -185,9 +212,10 @@ def common_table(study: Study, begun: Sequence[Run]) -> Table | None:
         begun: all runs that have been validated.
 
     Returns:
-        None if all are finished, or are of different lengths.
+        None if all are finished or have failed, or are of different lengths.
     """
     own = [run for run in begun if run.arm in study.arms.values() and (not study.seeds or run.seed in study.seeds)]
+    own = [run for run in own if not run.failed]
     if all(run.result is not None for run in own) or len({run.iterations for run in own}) > 1:
         return None
     step = min(max(finding_of(run).curve) for run in own)
@@ -199,12 +227,14 @@ def all_tables(begun: Sequence[Run]) -> list[Table]:
     """The tables of all studies of which something has been run.
 
     Args:
-        begun: all runs that have been validated.
+        begun: all runs that have been validated, or have failed.
     """
     found = [finding_of(run) for run in begun if run.result is not None]
+    failed = {(run.arm, run.seed) for run in begun if run.failed}
     whole = shown_studies({each.arm for each in found})
     own: list[Table | None] = []
     for name in shown_studies({run.arm for run in begun}):
-        own += [table_of(STUDIES[name], found) if name in whole else None, common_table(STUDIES[name], begun)]
+        study = STUDIES[name]
+        own += [table_of(study, found, failed) if name in whole else None, common_table(study, begun)]
     tails = [table for ratio in TAILS if (table := tail_table(ratio, found)).rows]
     return [table for table in own if table is not None] + tails

@@ -16,6 +16,7 @@ from experiments.training import TESTED, Run
 from relaylab.data.geometry import View
 from relaylab.data.memory import decode_all
 from relaylab.data.parts import InMemory
+from relaylab.data.source import Source
 from relaylab.data.subset import Thinned, few_per_class
 from relaylab.errors import InputError
 from relaylab.evaluate.figures import misses
@@ -24,9 +25,10 @@ from relaylab.evaluate.testing import Scorer
 from relaylab.files import write_text
 from relaylab.model_file import ModelFile, read_model
 from relaylab.progress import progress
+from relaylab.recipe import ImagesConfig
 from relaylab.train import runs
-from relaylab.train.images import open_sources
-from relaylab.train.validation import BATCH
+from relaylab.train.images import chosen_numbers, open_sources
+from relaylab.train.validation import batch_size
 
 TESTED_PER_CLASS = 100  # images, in both parts: there are as many validation images
 
@@ -36,16 +38,17 @@ class Tested:
     """Single-crop top-1 errors of a network, in per cent, in float32 and without augmentation and dropout.
 
     Attributes:
-        train: on 100 training images of each class.
-        val: on the validation images.
+        train: on at most 100 images of each class, of those that it was trained on.
+        val: on the images that it was validated with.
         by_class: on those of each class.
-        dead: share of the channels of all rectifiers that are zero on all of the training images.
+        dead: share of the channels of all rectifiers that are zero on all of those training images; None for a network
+            whose rectifiers are no modules.
     """
 
     train: float
     val: float
     by_class: tuple[float, ...]
-    dead: float
+    dead: float | None
 
 
 def test_finished(found: Sequence[Run]) -> None:
@@ -60,16 +63,27 @@ def test_finished(found: Sequence[Run]) -> None:
     missing = [run for run in found if not (run.folder / TESTED).exists()]
     if not missing:
         return
-    recipe = runs.recipe_of(missing[0].folder)
-    view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
-    train, val = open_sources(missing[0].config)
-    few = Thinned(train, few_per_class(train.labels, TESTED_PER_CLASS))
-    parts = [InMemory(decode_all(source, view), view) for source in (few, val)]
+    sources = open_sources(missing[0].config)
+    parts: dict[ImagesConfig, list[InMemory]] = {}
     with progress("test", len(missing)) as task:
         for run in missing:
-            scorer = Scorer(_model_of(run, train.classes))
-            write_tested(run, test_network(partial(_scores, scorer), scorer.network, *parts))
+            recipe = runs.recipe_of(run.folder)
+            if recipe.images not in parts:
+                view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
+                parts[recipe.images] = [
+                    InMemory(decode_all(source, view), view) for source in _tested_images(recipe.images, *sources)
+                ]
+            scorer = Scorer(_model_of(run, sources[0].classes))
+            write_tested(run, test_network(partial(_scores, scorer), scorer.network, *parts[recipe.images]))
             task.advance(1, note=f"{run.arm}, seed {run.seed}")
+
+
+def _tested_images(config: ImagesConfig, train: Source, val: Source) -> tuple[Source, Source]:
+    """A few of the images that a recipe trains on, and those that it is validated with."""
+    stay, aside = chosen_numbers(config, train.labels)
+    labels = np.asarray(train.labels) if stay is None else np.asarray(train.labels)[stay]
+    few = few_per_class(labels, TESTED_PER_CLASS)
+    return Thinned(train, few if stay is None else stay[few]), val if aside is None else Thinned(train, aside)
 
 
 def test_network(score: Callable[[Tensor], Tensor], network: nn.Module, train: InMemory, val: InMemory) -> Tested:
@@ -84,11 +98,16 @@ def test_network(score: Callable[[Tensor], Tensor], network: nn.Module, train: I
     few = train.some(few_per_class(train.labels, TESTED_PER_CLASS))
     with torch.inference_mode(), _watched(network) as alive:
         fits = _misses(score, few)
-        dead = 1 - torch.cat([channels.cpu() for channels in alive.values()]).float().mean()
+    channels = torch.cat([own.cpu() for own in alive.values()]).float() if alive else None
     with torch.inference_mode():
         misses = _misses(score, val)
     by_class = [misses[val.labels == label].mean().item() for label in range(len(val.decoded.classes))]
-    return Tested(fits.mean().item(), misses.mean().item(), tuple(by_class), dead.item())
+    return Tested(
+        fits.mean().item(),
+        misses.mean().item(),
+        tuple(by_class),
+        None if channels is None else 1 - channels.mean().item(),
+    )
 
 
 def write_tested(run: Run, found: Tested) -> None:
@@ -123,7 +142,7 @@ def _scores(scorer: Scorer, images: Tensor) -> Tensor:
 
 def _misses(score: Callable[[Tensor], Tensor], part: InMemory) -> NDArray[np.float64]:
     labels = part.decoded.labels
-    scores = [score(batch.images).cpu() for batch in part.evaluation(BATCH[labels.device.type])]
+    scores = [score(batch.images).cpu() for batch in part.evaluation(batch_size(part, labels.device))]
     return misses(torch.cat(scores), labels.cpu(), 1)
 
 

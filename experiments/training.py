@@ -179,13 +179,13 @@ def keys_of(groups: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def begun_runs(place: Place) -> list[Run]:
-    """The runs that have been validated at least once, in the order of `ARMS`."""
+    """The runs that have been validated at least once, or have failed, in the order of `ARMS`."""
     found: list[Run] = []
     for name, arm in ARMS.items():
         for seed in arm.seeds:
             with suppress(InputError):  # without a learning rate nothing has begun
                 run = run_of(name, seed, place)
-                if any(line["kind"] == "val" for line in run.lines):
+                if run.failed or any(line["kind"] == "val" for line in run.lines):
                     found.append(run)
     return found
 
@@ -203,12 +203,11 @@ def train_missing(groups: Sequence[str], place: Place) -> bool:
     Raises:
         InputError: what is wrong with the images.
     """
-    place.out.mkdir(parents=True, exist_ok=True)
     keys = keys_of(groups)
     while True:
         waiting = False
         for number, key in enumerate(keys, 1):
-            with _claimed(place.out / f".{key[0].replace('/', '-')}-s{key[1]}.lock") as mine:
+            with claimed(key, place) as mine:
                 if not mine:
                     continue
                 try:
@@ -230,9 +229,10 @@ def train_missing(groups: Sequence[str], place: Place) -> bool:
 
 
 @contextmanager
-def _claimed(file: Path) -> Iterator[bool]:
-    """Whether this process may work on something; others may not then, until it is through or has died."""
-    with file.open("w") as opened:
+def claimed(key: tuple[str, int], place: Place) -> Iterator[bool]:
+    """Whether this process may train an arm under a seed; others may not then, until it is through or has died."""
+    place.out.mkdir(parents=True, exist_ok=True)
+    with (place.out / f".{key[0].replace('/', '-')}-s{key[1]}.lock").open("w") as opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

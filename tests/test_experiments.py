@@ -111,9 +111,9 @@ def test_two_processes_do_not_train_the_same(
     few: dict[str, Arm], place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.out.mkdir()
-    with training._claimed(place.out / ".selection-relay-0.005-s100.lock") as mine:
+    with training.claimed(("selection/relay-0.005", 100), place) as mine:
         assert mine
-        with training._claimed(place.out / ".selection-relay-0.005-s100.lock") as also:
+        with training.claimed(("selection/relay-0.005", 100), place) as also:
             assert not also
         assert training.train_missing(["selection"], place)
     assert "0.005" not in capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_tables_and_pictures_of_what_is_there(
             assert each["tested"]["val"] == pytest.approx(each["top1"])
             assert sum(each["tested"]["by_class"]) / 5 == pytest.approx(each["top1"])
         assert 0 <= each["tested"]["dead"] < 1
-        assert (each["finished"], each["device"]) == (True, "cpu")
+        assert (each["ended"], each["device"]) == (True, "cpu")
     assert "standard BP |  |  | not run yet" in (tmp_path / "results" / "evidence-tiny.md").read_text()
 
 
@@ -183,7 +183,21 @@ def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
     assert row["seeds"] == "0, 1"
     report.write_report(place, tmp_path / "results")
     found = json.loads((tmp_path / "results" / "evidence-tiny.json").read_text())["runs"]
-    assert [each["finished"] for each in found] == [True, True, True, False]
+    assert [each["ended"] for each in found] == [True, True, True, False]
+    assert not any(each.collapsed for each in map(tables.finding_from, found[3:])), "it may yet learn"
+
+
+def test_a_run_that_failed_is_in_the_tables(few: dict[str, Arm], place: Place, tmp_path: Path) -> None:
+    assert training.train_missing(["selection", "model-a"], place)
+    run = training.run_of("model-a/relay", 1, place)
+    (run.folder / runs.MODEL).unlink()
+    (run.folder / training.FAILED).write_text("the loss is nan\n")
+    text = report.write_report(place, tmp_path)
+    assert "Failed, since losses or gradients were not finite: Relay BP, seed 1." in text
+    assert "broken off" not in text
+    values = json.loads((tmp_path / "evidence-tiny.json").read_text())
+    assert values["failed"] == [{"arm": "model-a/relay", "seed": 1}]
+    assert [(each["arm"], each["seed"]) for each in values["runs"]][-1] == ("model-a/relay", 0)
 
 
 def test_a_study_that_only_repeats_others_is_left_out() -> None:
@@ -193,7 +207,8 @@ def test_a_study_that_only_repeats_others_is_left_out() -> None:
 
 def finding(arm: str, seed: int, top1: float) -> tables.Finding:
     more: dict[str, Any] = {"rate": 0.01, "top5": top1 / 2, "loss": 4.0, "curve": {1: top1}, "tested": None}
-    return tables.Finding(arm=arm, seed=seed, top1=top1, **more, images_per_s=500.0, gflops=0.2)
+    end: dict[str, Any] = {"ended": True, "device": "cpu"}
+    return tables.Finding(arm=arm, seed=seed, top1=top1, **more, images_per_s=500.0, gflops=0.2, **end)
 
 
 def test_differences_are_paired_and_collapsed_runs_are_named() -> None:
@@ -209,6 +224,9 @@ def test_differences_are_paired_and_collapsed_runs_are_named() -> None:
         "Collapsed: standard BP, seed 2.",
         f"Relay BP minus standard BP without them, top-1: {compare.difference([-2.0, -1.0])}.",
     )
+    assert tables.table_of(study, [], {("a", 0)}).rows[0][3] == "failed"
+    elsewhere = [*found[1:], dataclasses.replace(found[0], device="one GPU")]
+    assert "Trained on another device (one GPU): standard BP, seed 0." in tables.table_of(study, elsewhere).notes
     only = dataclasses.replace(study, seeds=(0,))
     assert tables.table_of(only, found).rows[1][2] == "0"
     assert not tables.table_of(only, found).notes

@@ -32,6 +32,7 @@ from relaybackprop import RelayLoss
 from relaylab.errors import LabError, NonFiniteLossError
 from relaylab.train import checkpoint, loop, runs, session
 from relaylab.train.options import TrainConfig
+from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after, train
 
 LONG = 120.0  # seconds that a child may take on a busy machine
@@ -475,3 +476,15 @@ def test_a_stop_while_a_validation_is_due_does_not_skip_it(
     assert state["validated"] == 4
     session.train(runs.understand(TrainConfig(resume=str(tmp_path / "run"))))
     assert_as_reference(tmp_path / "run", reference)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Validation.__call__
+
+    def lost(self: Validation, *args: Any) -> dict[str, float]:
+        return original(self, *args) | {"loss": float("nan")}
+
+    monkeypatch.setattr(Validation, "__call__", lost)
+    with pytest.raises(NonFiniteLossError, match="step 8: the loss on the validation images is nan; try a smaller"):
+        go_on(halfway)
+    assert newest_step(halfway) == 8

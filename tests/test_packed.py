@@ -11,12 +11,14 @@ from torch import Tensor, nn
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from experiments import __main__ as command
-from experiments import packed, studies, training
+from experiments import packed, studies, testing, training
 from experiments.studies import Arm
 from experiments.training import NotChosenError, Place
+from relaylab.errors import InputError
 from relaylab.train import runs
 from relaylab.train.records import read_metrics
 
+PLATEAU = ("optimizer.schedule.kind=plateau", "optimizer.schedule.patience=2")
 CHANGES = ("optimizer.segment_lr.aux=2", "optimizer.clip_norm=5", "images.held_out=3")
 
 
@@ -89,13 +91,52 @@ def test_what_is_done_is_not_done_again_and_what_was_broken_off_begins_anew(
     assert before == ((first.folder / runs.METRICS).read_bytes(), (second.folder / runs.METRICS).read_bytes())
 
 
-def test_a_loss_that_is_not_finite_is_a_result(arms: dict[str, Arm], place: Place) -> None:
-    arms["model-b/standard"] = dataclasses.replace(arms["model-b/standard"], rate=1e30)
-    packed.train_packed(["model-b"], place, 4)
+@pytest.mark.parametrize("rate", [1e2, 1e4, 1e15, 1e30])
+def test_a_loss_that_is_not_finite_is_a_result(rate: float, arms: dict[str, Arm], place: Place) -> None:
+    arms["model-b/standard"] = dataclasses.replace(arms["model-b/standard"], rate=rate)
+    packed.train_packed(["model-b", "model-a"], place, 4)
     run = training.run_of("model-b/standard", 0, place)
     assert run.failed
     assert run.result is None
+    assert training.run_of("model-a/relay", 1, place).result is not None, "the others of the wave go on"
     packed.train_packed(["model-b"], place, 4)  # and is not repeated
+
+
+@pytest.mark.parametrize("recipe", ["table6-resnet50-relay", "table6-inception-v3-relay"])
+def test_networks_with_batch_normalisation(
+    recipe: str, arms: dict[str, Arm], place: Place, no_dropout: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms["model-a/relay"] = Arm(recipe=recipe, scheme="relay", rate=0.005)
+    monkeypatch.setitem(studies.ITERATIONS, "tiny", 2)
+    place = dataclasses.replace(place, precision="bf16")
+    packed.train_packed(["model-a"], place, 1)
+    alone = dataclasses.replace(place, out=place.out.with_name("alone"))
+    assert training.train_missing(["model-a"], alone)
+    ours, theirs = (training.run_of("model-a/relay", 0, where) for where in (place, alone))
+    tested = testing.tested(ours)
+    assert tested is not None
+    assert (tested.dead is None) == (recipe == "table6-inception-v3-relay")
+    for mine, other in zip(metrics(ours.folder, "gradients"), metrics(theirs.folder, "gradients"), strict=True):
+        assert "cosines" not in mine
+        for layer, sizes in mine["layers"].items():
+            assert sizes["gradient"] == pytest.approx(other["layers"][layer]["gradient"], rel=1e-3), layer
+
+
+def test_what_recorded_steps_cannot_do(arms: dict[str, Arm], place: Place) -> None:
+    shelf = packed.Shelf(torch.device("cpu"), training.run_of("model-a/relay", 0, place).config)
+    wrong = {("optimizer.segment_lr.nowhere=2",): "no such segment", PLATEAU: "another schedule"}
+    for changes, message in wrong.items():
+        arms["model-a/relay"] = dataclasses.replace(arms["model-a/relay"], changes=changes)
+        with pytest.raises(InputError, match=message):
+            packed.PackedRun(training.run_of("model-a/relay", 0, place), shelf)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(arms: dict[str, Arm], place: Place) -> None:
+    with training.claimed(("model-a/relay", 0), place) as mine:
+        assert mine
+        packed.train_packed(["model-a"], place, 4)
+    assert not training.run_of("model-a/relay", 0, place).folder.exists()
+    assert training.run_of("model-a/relay", 1, place).result is not None
 
 
 def test_rates_that_nobody_has_chosen(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,24 +169,37 @@ def test_the_command_line_says_what_is_wrong(
         assert message in capsys.readouterr().err
 
 
-def test_dropout_drops_its_share_and_the_same_under_all_schemes() -> None:
-    def masks(*layers: nn.Module) -> list[Tensor]:
-        found: list[Tensor] = []
-        for number, dropout in enumerate(packed.fill_dropouts(nn.Sequential(*layers), torch.device("cpu"))):
-            dropout.generator.manual_seed(number)
-            for _ in range(2):
-                dropout.fill()
-                found.append(dropout(torch.ones(100, 100)))
-        return found
+def test_dropout_drops_its_share() -> None:
+    layer = packed.FilledDropout(0.7, torch.Generator())
+    one = layer(torch.ones(100, 100))
+    assert one.mean().item() == pytest.approx(1, abs=0.06)
+    assert (one == 0).float().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert torch.equal(one, layer(torch.ones(100, 100))), "until it is filled anew"
+    layer.fill()
+    assert not torch.equal(one, layer(torch.ones(100, 100)))
+    assert torch.equal(layer.eval()(torch.ones(3)), torch.ones(3))
 
-    one = masks(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.7)))
-    two = masks(nn.Dropout(0.5))
-    assert [mask.mean().item() for mask in one] == pytest.approx([1.0] * 4, abs=0.06)
-    assert [(mask == 0).float().mean().item() for mask in one] == pytest.approx([0.5, 0.5, 0.7, 0.7], abs=0.03)
-    assert torch.equal(one[0], two[0])
-    assert not torch.equal(one[0], one[1])
-    module = packed.FilledDropout(0.5, torch.Generator()).eval()
-    assert torch.equal(module(torch.ones(3)), torch.ones(3))
+
+def test_all_schemes_of_a_seed_drop_the_same(arms: dict[str, Arm], place: Place) -> None:
+    shelf = packed.Shelf(torch.device("cpu"), training.run_of("model-a/relay", 0, place).config)
+
+    def masks(scheme: str, seed: int) -> list[list[Tensor]]:
+        arms["model-a/relay"] = dataclasses.replace(arms["model-a/relay"], scheme=scheme, changes=())
+        run = packed.PackedRun(training.run_of("model-a/relay", seed, place), shelf)
+        run.record()
+        steps: list[list[Tensor]] = []
+        for _ in range(2):
+            run.replay()
+            steps.append([dropout.numbers.clone() for dropout in run.dropouts if dropout.numbers is not None])
+        return steps
+
+    relay, standard, other = masks("relay", 0), masks("standard", 0), masks("relay", 1)
+    for ours, theirs in zip(relay, standard, strict=True):
+        assert (len(ours), len(theirs)) == (3, 2)
+        assert all(map(torch.equal, ours, theirs))
+    assert not torch.equal(relay[0][0], relay[1][0])
+    assert not torch.equal(relay[0][0], relay[0][1])
+    assert not torch.equal(relay[0][0], other[0][0])
 
 
 @pytest.mark.gpu

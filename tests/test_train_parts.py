@@ -12,10 +12,14 @@ from torch import nn
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaybackprop import Plan, Relay, RelayLoss, Window
+from relaylab.data import statistics
+from relaylab.data.geometry import View
+from relaylab.data.memory import DecodedImages
+from relaylab.data.parts import InMemory, OnDisk
 from relaylab.recipe import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
 from relaylab.recipes import find_recipe
 from relaylab.recipes.scales import at_scale
-from relaylab.train import changes, checkpoint, diagnosis, options, segments
+from relaylab.train import changes, checkpoint, diagnosis, options, segments, validation
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
 from relaylab.train.signals import StopRequest
@@ -286,3 +290,22 @@ def test_a_second_ctrl_c_stops_at_once_but_not_the_same_one_passed_on() -> None:
     request.receive(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         request.receive(signal.SIGINT)
+
+
+def test_batches_of_validation_images_fit_the_device_and_the_images() -> None:
+    def part(size: int) -> InMemory:
+        decoded = DecodedImages(torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1).long(), ("a",))
+        return InMemory(decoded, View(size=size, short_side=size))
+
+    gpu = torch.device("cuda")
+    assert [validation.batch_size(part(size), gpu) for size in (64, 224, 512)] == [1000, 81, 64]
+    assert validation.batch_size(part(64), torch.device("cpu")) == 64
+    on_disk = OnDisk(part, View(size=64, short_side=64), workers=1)  # pyright: ignore
+    assert validation.batch_size(on_disk, gpu) == 64
+
+
+def test_sums_on_another_device_are_the_same() -> None:
+    images = torch.randint(0, 256, (40, 5, 5, 3), dtype=torch.uint8)
+    for ours, theirs in zip(statistics._sum_on_device(images), statistics.sum_batch(images), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours == theirs).all()

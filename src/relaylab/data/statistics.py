@@ -195,8 +195,7 @@ def sum_batch(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
         Sums of each pixel, (size, size, 3), and of the products of two channels, (3, 3).
     """
     if images.device.type != "cpu":
-        rows = images.reshape(-1, 3).double()
-        return images.sum(0, dtype=torch.int32).cpu().numpy(), (rows.T @ rows).long().cpu().numpy()
+        return _sum_on_device(images)
     pixels = images.numpy()
     sums = np.zeros(pixels.shape[1:], np.int32)
     products = np.zeros((3, 3))
@@ -207,6 +206,11 @@ def sum_batch(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
         rows = some.reshape(-1, 3).astype(np.float64)
         products += rows.T @ rows  # whole numbers far below 2^53: exact in whatever order they are added
     return sums, products.astype(np.int64)
+
+
+def _sum_on_device(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
+    rows = images.reshape(-1, 3).double()  # again whole numbers below 2^53
+    return images.sum(0, dtype=torch.int32).cpu().numpy(), (rows.T @ rows).long().cpu().numpy()
 
 
 def _read(file: Path, about: dict[str, str], size: int) -> ImageStatistics | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from relaybackprop import Relay, RelayLoss
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
+from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Task
 from relaylab.recipe import PlateauConfig, Recipe
 from relaylab.train import checkpoint, diagnosis
@@ -242,10 +243,19 @@ class Trainer:
             self.records.write(kind, step, values)
 
     def validate(self) -> None:
-        """Find the errors on the validation images, and let the schedule know."""
+        """Find the errors on the validation images, and let the schedule know.
+
+        Raises:
+            NonFiniteLossError: their loss is not finite: the network is lost.
+        """
         progress, schedule = self.progress, self.recipe.optimizer.schedule
         with self.meter.stopped():
             found = self.validation(self.relay, lambda done: self.task.advance(0, f"validating, {done:.0%}"))
+        if not math.isfinite(found["loss"]):
+            raise NonFiniteLossError(
+                f"step {progress.step}: the loss on the validation images is {found['loss']}; try a smaller "
+                "optimizer.lr, a warm-up or optimizer.clip_norm"
+            )
         progress.last, progress.validated = {"step": progress.step, **found}, progress.step
         if not progress.best or found["top1"] < progress.best["top1"]:
             progress.best = progress.last

@@ -12,9 +12,22 @@ from torchmetrics.classification import MulticlassAccuracy
 from relaybackprop import Relay
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
-from relaylab.data.parts import Part
+from relaylab.data.parts import InMemory, Part
 
-BATCH = {"cpu": 64, "cuda": 1000}  # larger ones fall out of a CPU's cache; a GPU waits for the launches of smaller ones
+CPU_BATCH = 64  # images; larger batches fall out of the caches
+GPU_PIXELS = 1000 * 64**2  # of a batch: enough to keep a GPU busy, and little beside what a training step needs
+
+
+def batch_size(part: Part, device: torch.device) -> int:
+    """How many images a network is tested on at once.
+
+    Args:
+        part: of the data. Batches of images that workers decode are small: several for each worker are in memory.
+        device: of the network.
+    """
+    if device.type == "cpu" or not isinstance(part, InMemory):
+        return CPU_BATCH
+    return max(CPU_BATCH, GPU_PIXELS // part.view.size**2)
 
 
 class Validation:
@@ -34,7 +47,7 @@ class Validation:
         self._own = len(share)
         # Every process goes through as many images, the last one twice if need be: FSDP gathers parameters as it goes.
         padded = np.concatenate([share, np.zeros(-(-count // ranks) - len(share), np.int64)])
-        self._part = part.some(padded)
+        self._part = part.some(padded) if ranks > 1 else part
         self._augment, self._criterion, self._fabric = augment, criterion, fabric
         self._errors = MetricCollection(
             {
@@ -42,7 +55,7 @@ class Validation:
                 "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
             }
         ).to(fabric.device)
-        self._loss = MeanMetric().to(fabric.device)
+        self._loss = MeanMetric(nan_strategy="disable").to(fabric.device)  # one that is not a number has to be seen
 
     def read_all(self) -> None:
         """Look whether all images can be read: before the first step, rather than after the first thousands.
@@ -54,7 +67,7 @@ class Validation:
             pass
 
     def _batches(self) -> Iterable[Batch]:
-        return self._part.evaluation(BATCH[self._fabric.device.type])
+        return self._part.evaluation(batch_size(self._part, self._fabric.device))
 
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
         """The errors, in per cent, and the mean loss. Afterwards the mode is as before.
