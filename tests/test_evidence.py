@@ -1,0 +1,58 @@
+"""docs/evidence.md and the README say what results/evidence-SIZE.json has, and the tables there are made from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+
+from experiments import page, tables
+from experiments.studies import STUDIES
+from experiments.tables import Finding
+from relaylab.report.tables import render
+from relaylab.reproduce import renewed
+
+README = page.ROOT / "README.md"
+
+
+def found(size: str) -> list[Finding]:
+    values = json.loads((page.RESULTS / f"evidence-{size}.json").read_text())
+    return [tables.finding_from(each) for each in values["runs"]]
+
+
+def test_tables_of_the_page_are_those_of_the_runs() -> None:
+    text = page.PAGE.read_text()
+    sections = page.sections()
+    assert renewed(text, sections) == text, "run: python -m experiments.page"
+    name = "model-a-64px"
+    assert renewed(text, {name: [*sections[name][:-1], "| something else |"]}) != text
+
+
+@pytest.mark.parametrize("size", ["32px", "64px"])
+def test_the_whole_tables_are_those_of_the_runs(size: str) -> None:
+    text = (page.RESULTS / f"evidence-{size}.md").read_text()
+    own = [each for each in found(size) if each.ended]
+    names = tables.shown_studies({each.arm for each in own})
+    assert {"selection", "model-a"} <= set(names)
+    for name in names:
+        assert render(tables.table_of(STUDIES[name], own), "markdown") in text, name
+
+
+def test_the_readme_quotes_the_runs() -> None:
+    _, _, *rows = page.brief("model-a", found("64px"))
+    words = {"standard BP": "standard BP", "multi-loss": "multi-loss + standard BP", "Relay BP": "Relay BP"}
+    quoted = {line.split(" | ")[0].removeprefix("| "): line for line in README.read_text().splitlines() if "| " in line}
+    for row in rows:
+        word, _, top1, _, minus, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        line = quoted[words.get(word, "isolated windows (no overlap)")]
+        assert top1.split(" ")[0] in line
+        assert minus in line
+        assert ("collapsed" in top1) == ("collapsed" in line)
+
+
+def test_pictures_of_the_page_are_there() -> None:
+    for text, folder in ((page.PAGE.read_text(), page.PAGE.parent), (README.read_text(), README.parent)):
+        for link in (part.split(")")[0] for part in text.split("](")[1:]):
+            if not link.startswith(("http", "#")):
+                assert (folder / Path(link.partition("#")[0])).exists(), link
