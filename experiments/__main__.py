@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("--size", choices=SHARED, default="32px", help="of networks, images and schedules")
     parser.add_argument("--data", type=Path, nargs="+", default=(), help="training and validation images")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/evidence-SIZE)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of runs")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="train nothing; write tables and pictures there")
     parser.add_argument("--precision", choices=("32", "bf16"), default="bf16", help="of the arithmetic")
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="train N runs at once, on one GPU; those under way begin anew after a stop",
     )
     given = parser.parse_args(arguments)
-    place = Place(size=given.size, out=given.out, data=tuple(given.data), precision=given.precision)
+    out = given.out or Path("runs") / f"evidence-{given.size}"
+    place = Place(size=given.size, out=out, data=tuple(given.data), precision=given.precision)
     try:
         if given.report is not None:
             print(write_report(place, given.report))
