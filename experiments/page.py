@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "results"
 # Studies of the page, by size.
 SHOWN: dict[Size, tuple[str, ...]] = {
-    "64px": ("model-a", "weight"),
+    "64px": ("model-a",),
     "32px": ("model-a", "model-b", "weight", "equal-rate", "overlap", "clipped", "length-2"),
 }
 
