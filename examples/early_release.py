@@ -55,12 +55,14 @@ def main(epochs: int = 6) -> float:
     relay = make_relay()
     criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
     optimizer = torch.optim.SGD(relay.parameters(), lr=0.02, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)  # batch statistics settle at small rates
     for epoch in range(epochs):
         losses = []
         for images, labels in loader:
             losses.append(relay.step(images, target=labels, loss=criterion).loss)  # forward and backward
             optimizer.step()
             optimizer.zero_grad()
+        schedule.step()
         print(f"epoch {epoch + 1}: loss {torch.stack(losses).mean():.3f}, {len(relay.heads)} branches")
     model = relay.model.eval()
     with torch.no_grad():
