@@ -40,7 +40,7 @@ def brief(name: str, found: Sequence[Finding]) -> list[str]:
         found: of all runs. Those that did not come as far as the others of the study are left out.
     """
     study = STUDIES[name]
-    own = [each for each in found if each.arm in study.arms.values() and (not study.seeds or each.seed in study.seeds)]
+    own = [each for each in found if study.counts(each.arm, each.seed)]
     furthest = max(max(each.curve) for each in own)
     good = {
         word: {each.seed: each for each in own if each.arm == arm and furthest in each.curve and not each.collapsed}

@@ -37,7 +37,7 @@ def errors_figure(names: Sequence[str], found: Sequence[Finding]) -> Figure:
 
 def _errors(axes: Axes, study: Study, found: Sequence[Finding]) -> None:
     for place, name in enumerate(study.arms.values()):
-        own = [each for each in found if each.arm == name and (study.seeds is None or each.seed in study.seeds)]
+        own = [each for each in found if each.arm == name and study.counts(name, each.seed)]
         good = [each.top1 for each in own if not each.collapsed]
         lost = len(own) - len(good)
         told = "not run" if not own else f"{lost} of {len(own)} collapsed" if lost else ""

@@ -79,6 +79,10 @@ class Study:
     against: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
 
+    def counts(self, arm: str, seed: int) -> bool:
+        """Whether an arm's run under a seed belongs to the study."""
+        return arm in self.arms.values() and (self.seeds is None or seed in self.seeds)
+
 
 def _selection() -> dict[str, Arm]:
     held_out = (f"images.held_out={HELD_OUT}",)

@@ -136,8 +136,7 @@ def table_of(study: Study, found: Sequence[Finding], failed: Failed = frozenset(
 
 
 def _seeds(study: Study, name: str, found: Sequence[Finding]) -> dict[int, Finding]:
-    own = {each.seed: each for each in found if each.arm == name}
-    return {seed: each for seed, each in own.items() if study.seeds is None or seed in study.seeds}
+    return {each.seed: each for each in found if each.arm == name and study.counts(name, each.seed)}
 
 
 def _minus(ours: Mapping[int, Finding], base: Mapping[int, Finding], top: str) -> str:
@@ -214,11 +213,10 @@ def common_table(study: Study, begun: Sequence[Run]) -> Table | None:
     Returns:
         None if all are finished or have failed, or are of different lengths.
     """
-    own = [run for run in begun if run.arm in study.arms.values() and (not study.seeds or run.seed in study.seeds)]
-    own = [run for run in own if not run.failed]
+    own = [run for run in begun if study.counts(run.arm, run.seed) and not run.failed]
     if all(run.result is not None for run in own) or len({run.iterations for run in own}) > 1:
         return None
-    step = min(max(finding_of(run).curve) for run in own)
+    step = min(max(line["step"] for line in run.lines if line["kind"] == "val") for run in own)
     title = f"{study.title}: after {step:,} of {own[0].iterations:,} iterations, also of runs that were broken off"
     return table_of(replace(study, title=title), [finding_of(run, step) for run in own])
 
