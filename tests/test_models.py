@@ -202,9 +202,17 @@ def test_resnet_50_for_small_images_keeps_all_shapes() -> None:
     ]
     assert outputs(usual, 224)["layer4"] == (2048, 7, 7)
     assert outputs(small, 64)["layer4"] == (2048, 8, 8)
-    narrow = on_meta("resnet50", image_size=64, width=16)
-    assert outputs(narrow, 64)["layer4"] == (2048, 8, 8)
-    assert narrow.get_submodule("layer1.0.conv2").weight.shape == (16, 16, 3, 3)
+
+
+def test_a_narrow_resnet_50_is_torchvisions_with_fewer_filters() -> None:
+    usual, narrow = (on_meta("resnet50", num_classes=3, width=width) for width in (64, 16))
+    expected = [(key, tuple(side // 4 if side >= 64 else side for side in shape)) for key, shape in shapes(usual)]
+    assert [(key, tuple(shape)) for key, shape in shapes(narrow)] == expected
+    of_usual, of_narrow = outputs(usual, 224), outputs(narrow, 224)
+    assert list(of_narrow) == list(of_usual)
+    assert [of_narrow[name][1:] for name in of_narrow] == [of_usual[name][1:] for name in of_usual]
+    weight = models.resnet50(width=16).get_submodule("layer3.0.conv2").weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05), "torchvision's initialisation"
 
 
 def test_inception_v3_enlarges_small_images() -> None:

@@ -36,8 +36,8 @@ class NetworkConfig:
     image_size: int
     """Side of the square crops that the network sees, in pixels."""
     width: int | None = None
-    """Filters of the first segment (VGG, model A) or k of the first inception modules (model B), and with it the width
-    of everything; 64 in the paper. For ResNet-50, of the 3x3 convolutions of its first stage. Inception-v3 has none."""
+    """Filters of the first segment (VGG, model A, ResNet-50) or k of the first inception modules (model B), and with it
+    the width of everything; 64 in the paper. Inception-v3 has none."""
     pyramid: tuple[int, ...] | None = None
     """Bins along a side of each grid of the spatial pyramid; models A and B have one."""
 

@@ -1,13 +1,16 @@
-"""ResNet-50: torchvision's, and the same for small images."""
+"""ResNet-50: torchvision's, and the same for small images and with fewer filters."""
 
 from torch import nn
 from torchvision.models import ResNet
 from torchvision.models import resnet50 as torchvision_resnet50
+from torchvision.models.resnet import Bottleneck
 
 SMALL = 112  # pixels; below, the usual stem would leave maps of 3x3 and less
+WIDTH = 64  # torchvision's
+BLOCKS = (3, 4, 6, 3)  # of the stages
 
 
-def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = 64) -> ResNet:
+def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = WIDTH) -> ResNet:
     """ResNet-50 (the paper's [27]).
 
     DEVIATION(small-resnet): on images of less than 112 pixels the first convolution has stride 1 and no pooling follows
@@ -16,14 +19,37 @@ def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = 64)
     Args:
         num_classes: length of the output.
         image_size: side of the images in pixels.
-        width: filters of the 3x3 convolutions of the first stage, and with them those of the others; the 1x1
-            convolutions around them keep their outputs (torchvision's `width_per_group`).
+        width: filters of the first convolution, and with it the width of everything; 64 in the paper.
 
     Returns:
         torchvision's module, with its names: images (batch, 3, h, w) to class scores (batch, num_classes).
     """
-    model = torchvision_resnet50(num_classes=num_classes, width_per_group=width)
+    model = torchvision_resnet50(num_classes=num_classes)
+    if width != WIDTH:
+        _change_width(model, width)
     if image_size < SMALL:
         model.conv1.stride = (1, 1)
         model.maxpool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     return model
+
+
+def _change_width(model: ResNet, width: int) -> None:
+    """Other layers in the place of all; the constructor can thin only the 3x3 convolutions."""
+    model.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(width)
+    channels = width
+    for number, blocks in enumerate(BLOCKS):
+        filters = width * 2**number
+        setattr(model, f"layer{number + 1}", _stage(channels, filters, blocks, stride=1 if number == 0 else 2))
+        channels = filters * Bottleneck.expansion
+    model.fc = nn.Linear(channels, model.fc.out_features)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+
+
+def _stage(channels: int, filters: int, blocks: int, stride: int) -> nn.Sequential:
+    outputs = filters * Bottleneck.expansion
+    shortcut = nn.Sequential(nn.Conv2d(channels, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+    first = Bottleneck(channels, filters, stride, shortcut)
+    return nn.Sequential(first, *(Bottleneck(outputs, filters) for _ in range(1, blocks)))
