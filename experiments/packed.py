@@ -16,6 +16,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -298,7 +299,7 @@ def train_packed(groups: Sequence[str], place: Place, at_once: int) -> None:
         at_once: the most runs that share the device.
 
     Raises:
-        InputError: what is wrong with recipes or images.
+        InputError: what is wrong with recipes or images; runs that `relaylab train` has begun.
         NotChosenError: learning rates depend on runs that are not in these groups.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -309,7 +310,9 @@ def train_packed(groups: Sequence[str], place: Place, at_once: int) -> None:
             wave: list[Run] = []
             for run in _missing(groups, place):
                 is_alike = not wave or run.iterations == wave[0].iterations
-                if len(wave) < at_once and is_alike and stack.enter_context(claimed((run.arm, run.seed), place)):
+                has_room = len(wave) < at_once and is_alike
+                if has_room and stack.enter_context(claimed((run.arm, run.seed), place)) and not run.is_done:
+                    _check_not_begun(run.folder)
                     wave.append(run)
             if not wave:
                 return
@@ -329,11 +332,17 @@ def _missing(groups: Sequence[str], place: Place) -> list[Run]:
         except NotChosenError as error:
             unknown = error
             continue
-        if run.result is None and not run.failed:
+        if not run.is_done:
             missing.append(run)
     if unknown is not None and not missing:
         raise unknown
     return missing
+
+
+def _check_not_begun(folder: Path) -> None:
+    """Runs begin anew here, which must not cost anybody a checkpoint."""
+    if (folder / runs.CHECKPOINTS).exists():
+        raise InputError(f"{folder} was begun without --at-once: end it without, or remove the folder")
 
 
 def _train(packed: list[PackedRun], task: Task) -> None:

@@ -87,6 +87,11 @@ class Run:
         return (self.folder / FAILED).exists()
 
     @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end, or failed."""
+        return self.failed or self.result is not None
+
+    @property
     def lines(self) -> list[dict[str, Any]]:
         """Its metrics so far."""
         file = self.folder / runs.METRICS
@@ -215,7 +220,7 @@ def train_missing(groups: Sequence[str], place: Place) -> bool:
                 except NotChosenError:
                     waiting = True
                     break
-                if run.failed or run.result is not None:
+                if run.is_done:
                     continue
                 print(f"run {number} of {len(keys)}: {key[0]}, seed {key[1]}", flush=True)
                 try:

@@ -91,6 +91,29 @@ def test_what_is_done_is_not_done_again_and_what_was_broken_off_begins_anew(
     assert before == ((first.folder / runs.METRICS).read_bytes(), (second.folder / runs.METRICS).read_bytes())
 
 
+def test_what_was_begun_one_by_one_is_not_thrown_away(arms: dict[str, Arm], place: Place) -> None:
+    folder = training.run_of("model-b/standard", 0, place).folder
+    kept = folder / runs.CHECKPOINTS / "step-00000002"
+    kept.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"standard-s0 was begun without --at-once: end it without, or remove"):
+        packed.train_packed(["model-b"], place, 4)
+    assert kept.exists()
+    with training.claimed(("model-b/standard", 0), place) as mine:  # somebody trains it now
+        assert mine
+        packed.train_packed(["model-b"], place, 4)
+    assert kept.exists()
+
+
+def test_what_another_process_has_just_finished_is_not_done_again(
+    arms: dict[str, Arm], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = packed._missing(["model-b"], place)
+    packed.train_packed(["model-b"], place, 4)
+    monkeypatch.setattr(packed, "_missing", lambda groups, place: missing)
+    monkeypatch.setattr(packed, "_train", lambda own, task: pytest.fail("trained again"))
+    packed.train_packed(["model-b"], place, 4)
+
+
 @pytest.mark.parametrize("rate", [1e2, 1e4, 1e15, 1e30])
 def test_a_loss_that_is_not_finite_is_a_result(rate: float, arms: dict[str, Arm], place: Place) -> None:
     arms["model-b/standard"] = dataclasses.replace(arms["model-b/standard"], rate=rate)
