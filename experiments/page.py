@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.studies import STUDIES, Size
-from experiments.tables import Finding, finding_from
+from experiments.studies import STUDIES, TAILS, Size
+from experiments.tables import Finding, finding_from, tail_table
 from relaylab.files import write_text
 from relaylab.reproduce import renewed
 from relaylab.train.compare import difference, mean_and_spread
@@ -29,6 +29,10 @@ def sections() -> dict[str, list[str]]:
         text = (RESULTS / f"evidence-{size}.json").read_text(encoding="utf-8")
         found = [finding_from(values) for values in json.loads(text)["runs"]]
         tables |= {f"{name}-{size}": brief(name, found) for name in names}
+        for ratio in TAILS:
+            if f"tail-{ratio:g}" in names:
+                thirds = tail_table(ratio, found)
+                tables[f"tail-{ratio:g}-thirds-{size}"] = _markdown([list(thirds.header), *map(list, thirds.rows)])
     return tables
 
 
@@ -46,8 +50,7 @@ def brief(name: str, found: Sequence[Finding]) -> list[str]:
         word: {each.seed: each for each in own if each.arm == arm and furthest in each.curve and not each.collapsed}
         for word, arm in study.arms.items()
     }
-    header = ["", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = [["", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against)]]
     for word, arm in study.arms.items():
         runs = [each for each in own if each.arm == arm and furthest in each.curve]
         if not runs:
@@ -61,7 +64,14 @@ def brief(name: str, found: Sequence[Finding]) -> list[str]:
             pairs = [good[word][seed].top1 - good[base][seed].top1 for seed in sorted(both)]
             cells.append(difference(pairs) if pairs else "")
         lines.append([word, f"{runs[0].rate:g}", *cells])
-    return [f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines]
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table, its header first, with all columns but the first to the right."""
+    header, *rows = lines
+    ruled = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(cell.strip() for cell in line)} |" for line in ruled]
 
 
 if __name__ == "__main__":

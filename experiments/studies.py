@@ -140,7 +140,7 @@ ARMS: Mapping[str, Arm] = {
     "multi-loss-weight-1/multi_loss": Arm(recipe=A, scheme="multi_loss", changes=(FULL_WEIGHT,), seeds=THREE),
     "overlap/2-stages": _relay("plan.primary.bottom=segment3"),
     "overlap/3-stages": _relay("plan.primary.bottom=segment2"),
-    **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
+    **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=(*THREE, 3)) for scheme in SCHEMES},
     **{
         f"equal-rate/relay-weight-{weight:g}": Arm(
             recipe=A, scheme="relay", changes=(f"plan.auxiliary.aux.weight={weight}",), rate=EQUAL_RATE
