@@ -101,8 +101,8 @@ def _selection() -> dict[str, Arm]:
     }
 
 
-def _vgg(depth: int, scheme: str) -> Arm:
-    return Arm(recipe=f"table1-vgg{depth}-places2", scheme=scheme)
+def _vgg(depth: int, scheme: str, rate: float | None = None) -> Arm:
+    return Arm(recipe=f"table1-vgg{depth}-places2", scheme=scheme, rate=rate)
 
 
 def _length(length: float) -> dict[str, Arm]:
@@ -147,7 +147,9 @@ ARMS: Mapping[str, Arm] = {
         )
         for weight in WEIGHTS
     },
-    "relay-lr-3.33/relay": _relay("optimizer.segment_lr.aux=3.33"),
+    "equal-rate/relay-lr-3.33": Arm(
+        recipe=A, scheme="relay", changes=("optimizer.segment_lr.aux=3.33",), rate=EQUAL_RATE
+    ),
     **{
         f"clipped/standard-{rate:g}": Arm(recipe=A, scheme="standard", changes=("optimizer.clip_norm=1",), rate=rate)
         for rate in CLIPPED
@@ -158,8 +160,9 @@ ARMS: Mapping[str, Arm] = {
     "vgg/22-standard": _vgg(22, "standard"),
     "vgg/25-standard": _vgg(25, "standard"),
     "vgg/25-relay": _vgg(25, "relay"),
-    "vgg/19-relay": _vgg(19, "relay"),
-    "vgg/19-relay-2-branches": Arm(recipe="figure2-vgg19-relay", scheme="relay"),
+    "vgg-equal-rate/25-relay": _vgg(25, "relay", EQUAL_RATE),
+    "vgg-equal-rate/19-relay": _vgg(19, "relay", EQUAL_RATE),
+    "vgg-equal-rate/19-relay-2-branches": Arm(recipe="figure2-vgg19-relay", scheme="relay", rate=EQUAL_RATE),
     **_tails(),
     **{
         f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme, rate=RESNET_RATE, length_at_32px=0.25)
@@ -208,14 +211,13 @@ STUDIES: Mapping[str, Study] = {
         for letter in "ab"
     },
     "weight": Study(
-        title="Question 2: auxiliary weight, rate below the overlap",
+        title="Question 2: auxiliary weight",
         arms={
             "standard BP": "model-a/standard",
             "multi-loss, 0.3": "model-a/multi_loss",
             "multi-loss, 1": "multi-loss-weight-1/multi_loss",
             "Relay BP, 0.3": "model-a/relay",
             "Relay BP, 1": "relay-weight-1/relay",
-            "Relay BP, 0.3, rate x 3.33 below": "relay-lr-3.33/relay",
         },
         against=("standard BP", "multi-loss, 0.3"),
     ),
@@ -226,6 +228,7 @@ STUDIES: Mapping[str, Study] = {
             "multi-loss, 0.3": "model-a/multi_loss",
             "multi-loss, 1": "multi-loss-weight-1/multi_loss",
             **{f"Relay BP, {weight:g}": f"equal-rate/relay-weight-{weight:g}" for weight in WEIGHTS},
+            "Relay BP, 0.3, rate x 3.33 below": "equal-rate/relay-lr-3.33",
         },
         against=("standard BP", "multi-loss, 0.3"),
         seeds=(0,),
@@ -256,8 +259,8 @@ STUDIES: Mapping[str, Study] = {
         title="Question 2: branches, VGG-19",
         arms={
             "none (standard BP)": "vgg/19-standard",
-            "one": "vgg/19-relay",
-            "two (Figure 2)": "vgg/19-relay-2-branches",
+            "one": "vgg-equal-rate/19-relay",
+            "two (Figure 2)": "vgg-equal-rate/19-relay-2-branches",
         },
         against=("none (standard BP)",),
     ),
@@ -267,8 +270,9 @@ STUDIES: Mapping[str, Study] = {
             "VGG-19, standard BP": "vgg/19-standard",
             "VGG-22, standard BP": "vgg/22-standard",
             "VGG-25, standard BP": "vgg/25-standard",
-            "VGG-19, Relay BP": "vgg/19-relay",
-            "VGG-25, Relay BP": "vgg/25-relay",
+            "VGG-19, Relay BP": "vgg-equal-rate/19-relay",
+            "VGG-25, Relay BP": "vgg-equal-rate/25-relay",
+            "VGG-25, Relay BP at model A's rate": "vgg/25-relay",
         },
         against=("VGG-19, standard BP",),
     ),
