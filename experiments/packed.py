@@ -299,7 +299,7 @@ def train_packed(groups: Sequence[str], place: Place, at_once: int) -> None:
         at_once: the most runs that share the device.
 
     Raises:
-        InputError: what is wrong with recipes or images; runs that `relaylab train` has begun.
+        InputError: what is wrong with recipes or images; runs that have checkpoints of `relaylab train`.
         NotChosenError: learning rates depend on runs that are not in these groups.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -308,12 +308,18 @@ def train_packed(groups: Sequence[str], place: Place, at_once: int) -> None:
     while True:
         with ExitStack() as stack:
             wave: list[Run] = []
+            overtaken = False
             for run in _missing(groups, place):
                 is_alike = not wave or run.iterations == wave[0].iterations
                 has_room = len(wave) < at_once and is_alike
-                if has_room and stack.enter_context(claimed((run.arm, run.seed), place)) and not run.is_done:
-                    _check_not_begun(run.folder)
-                    wave.append(run)
+                if has_room and stack.enter_context(claimed((run.arm, run.seed), place)):
+                    if run.is_done:
+                        overtaken = True
+                    else:
+                        _check_not_begun(run.folder)
+                        wave.append(run)
+            if not wave and overtaken:
+                continue  # another process has ended runs meanwhile, and may have made rates known with them
             if not wave:
                 return
             shelf = shelf or Shelf(device, wave[0].config)

@@ -18,7 +18,11 @@ PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "results"
 # Studies of the page, by size.
 SHOWN: dict[Size, tuple[str, ...]] = {
     "64px": ("model-a",),
-    "32px": ("model-a", "model-b", "weight", "equal-rate", "overlap", "clipped", "length-2"),
+    "32px": (
+        *("model-a", "model-b", "model-b-cores"),
+        *("weight", "equal-rate", "overlap", "clipped", "length-2", "branches"),
+        *("depth", "resnet50", "tail-50"),
+    ),
 }
 
 

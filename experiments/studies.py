@@ -140,7 +140,8 @@ ARMS: Mapping[str, Arm] = {
     "multi-loss-weight-1/multi_loss": Arm(recipe=A, scheme="multi_loss", changes=(FULL_WEIGHT,), seeds=THREE),
     "overlap/2-stages": _relay("plan.primary.bottom=segment3"),
     "overlap/3-stages": _relay("plan.primary.bottom=segment2"),
-    **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=(*THREE, 3)) for scheme in SCHEMES},
+    **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
+    **{f"model-b-cores/{scheme}": Arm(recipe=B, scheme=scheme, seeds=(3,)) for scheme in ("standard", "relay")},
     **{
         f"equal-rate/relay-weight-{weight:g}": Arm(
             recipe=A, scheme="relay", changes=(f"plan.auxiliary.aux.weight={weight}",), rate=EQUAL_RATE
@@ -210,6 +211,11 @@ STUDIES: Mapping[str, Study] = {
         )
         for letter in "ab"
     },
+    "model-b-cores": Study(
+        title="Question 1: Table 3, model B to its end, on two cores",
+        arms={"standard BP": "model-b-cores/standard", "Relay BP": "model-b-cores/relay"},
+        against=("standard BP",),
+    ),
     "weight": Study(
         title="Question 2: auxiliary weight",
         arms={

@@ -51,6 +51,21 @@ def test_the_readme_quotes_the_runs() -> None:
         assert ("collapsed" in top1) == ("collapsed" in line)
 
 
+def test_the_readme_quotes_single_seeds() -> None:
+    top1 = {(each.arm, each.seed): each.top1 for each in found("32px")}
+
+    def lead(arm: str, base: str) -> str:
+        return f"{top1[base, 0] - top1[arm, 0]:.1f}"
+
+    at_19 = lead("vgg-equal-rate/19-relay", "vgg/19-standard")
+    at_25 = lead("vgg-equal-rate/25-relay", "vgg/25-standard")
+    text = " ".join(README.read_text().split())
+    model_b = top1["model-b-cores/standard", 3] - top1["model-b-cores/relay", 3]
+    assert f"on model B ({model_b:.1f} points, one seed)" in text
+    assert f"with relay VGG-19 and VGG-25 did better by {at_19} and {at_25} points" in text
+    assert f"ResNet-50, with batch normalisation, worse by {lead('resnet50/standard', 'resnet50/relay')} after" in text
+
+
 def test_pictures_of_the_page_are_there() -> None:
     for text, folder in ((page.PAGE.read_text(), page.PAGE.parent), (README.read_text(), README.parent)):
         for link in (part.split(")")[0] for part in text.split("](")[1:]):
