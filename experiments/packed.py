@@ -307,21 +307,18 @@ def train_packed(groups: Sequence[str], place: Place, at_once: int) -> None:
     shelf: Shelf | None = None
     while True:
         with ExitStack() as stack:
-            wave: list[Run] = []
-            overtaken = False
+            mine: list[Run] = []
             for run in _missing(groups, place):
-                is_alike = not wave or run.iterations == wave[0].iterations
-                has_room = len(wave) < at_once and is_alike
-                if has_room and stack.enter_context(claimed((run.arm, run.seed), place)):
-                    if run.is_done:
-                        overtaken = True
-                    else:
-                        _check_not_begun(run.folder)
-                        wave.append(run)
-            if not wave and overtaken:
-                continue  # another process has ended runs meanwhile, and may have made rates known with them
-            if not wave:
+                is_alike = not mine or run.iterations == mine[0].iterations
+                if len(mine) < at_once and is_alike and stack.enter_context(claimed((run.arm, run.seed), place)):
+                    mine.append(run)
+            if not mine:
                 return
+            wave = [run for run in mine if not run.is_done]  # another process may have ended some meanwhile
+            if not wave:
+                continue
+            for run in wave:
+                _check_not_begun(run.folder)
             shelf = shelf or Shelf(device, wave[0].config)
             task = stack.enter_context(progress("train", len(wave) * wave[0].iterations))
             _train([PackedRun(run, shelf) for run in wave], task)

@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments.studies import STUDIES, TAILS, Size
 from experiments.tables import Finding, finding_from, tail_table
 from relaylab.files import write_text
+from relaylab.report.tables import Table, markdown_lines
 from relaylab.reproduce import renewed
 from relaylab.train.compare import difference, mean_and_spread
 
@@ -19,9 +20,18 @@ PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "results"
 SHOWN: dict[Size, tuple[str, ...]] = {
     "64px": ("model-a",),
     "32px": (
-        *("model-a", "model-b", "model-b-cores"),
-        *("weight", "equal-rate", "overlap", "clipped", "length-2", "branches"),
-        *("depth", "resnet50", "tail-50"),
+        "model-a",
+        "model-b",
+        "model-b-cores",
+        "weight",
+        "equal-rate",
+        "overlap",
+        "clipped",
+        "length-2",
+        "branches",
+        "depth",
+        "resnet50",
+        "tail-50",
     ),
 }
 
@@ -35,8 +45,7 @@ def sections() -> dict[str, list[str]]:
         tables |= {f"{name}-{size}": brief(name, found) for name in names}
         for ratio in TAILS:
             if f"tail-{ratio:g}" in names:
-                thirds = tail_table(ratio, found)
-                tables[f"tail-{ratio:g}-thirds-{size}"] = _markdown([list(thirds.header), *map(list, thirds.rows)])
+                tables[f"tail-{ratio:g}-thirds-{size}"] = markdown_lines(tail_table(ratio, found))
     return tables
 
 
@@ -54,7 +63,8 @@ def brief(name: str, found: Sequence[Finding]) -> list[str]:
         word: {each.seed: each for each in own if each.arm == arm and furthest in each.curve and not each.collapsed}
         for word, arm in study.arms.items()
     }
-    lines = [["", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against)]]
+    header = ("", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against))
+    rows: list[tuple[str, ...]] = []
     for word, arm in study.arms.items():
         runs = [each for each in own if each.arm == arm and furthest in each.curve]
         if not runs:
@@ -67,15 +77,8 @@ def brief(name: str, found: Sequence[Finding]) -> list[str]:
             both = good[word].keys() & good[base].keys() if base != word else set[int]()
             pairs = [good[word][seed].top1 - good[base][seed].top1 for seed in sorted(both)]
             cells.append(difference(pairs) if pairs else "")
-        lines.append([word, f"{runs[0].rate:g}", *cells])
-    return _markdown(lines)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table, its header first, with all columns but the first to the right."""
-    header, *rows = lines
-    ruled = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return [f"| {' | '.join(cell.strip() for cell in line)} |" for line in ruled]
+        rows.append((word, f"{runs[0].rate:g}", *(cell.strip() for cell in cells)))
+    return markdown_lines(Table(study.title, header, tuple(rows)))
 
 
 if __name__ == "__main__":

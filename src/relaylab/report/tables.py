@@ -40,11 +40,15 @@ def render(table: Table, form: Format) -> str:
     return _RENDERERS[form](table)
 
 
-def _markdown(table: Table) -> str:
+def markdown_lines(table: Table) -> list[str]:
+    """The lines of a table in Markdown, its header and a rule first, without title and notes."""
     lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def _markdown(table: Table) -> str:
     notes = [f"\n{note}" for note in table.notes]
-    body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-    return "\n".join([f"**{table.title}**\n", *body, *notes]) + "\n"
+    return "\n".join([f"**{table.title}**\n", *markdown_lines(table), *notes]) + "\n"
 
 
 def _latex(table: Table) -> str:
