@@ -11,7 +11,7 @@ Size = Literal["32px", "64px", "tiny"]
 # Learning rates to choose from, by the error on training images that were set aside.
 RATES = (0.005, 0.01, 0.02, 0.04, 0.08)
 EQUAL_RATE = 0.01  # at 32 pixels standard BP's and multi-loss's own
-RESNET_RATE = 0.025  # for 64 images: 0.1 for 256, as the paper's [27] has it
+BATCH_NORM_RATE = 0.025  # for 64 images: 0.1 for 256, as ResNet-50's own paper has it
 WEIGHTS = (0.3, 1.0)
 CLIPPED = (0.01, 0.02, 0.04)  # rates of standard BP with clipped gradients
 PER_CLASS = 900  # training images
@@ -141,7 +141,7 @@ ARMS: Mapping[str, Arm] = {
     "overlap/2-stages": _relay("plan.primary.bottom=segment3"),
     "overlap/3-stages": _relay("plan.primary.bottom=segment2"),
     **{f"model-b/{scheme}": Arm(recipe=B, scheme=scheme, seeds=THREE) for scheme in SCHEMES},
-    **{f"model-b-cores/{scheme}": Arm(recipe=B, scheme=scheme, seeds=(3,)) for scheme in ("standard", "relay")},
+    **{f"model-b-cores/{scheme}": Arm(recipe=B, scheme=scheme, seeds=(3, 4, 5)) for scheme in SCHEMES},
     **{
         f"equal-rate/relay-weight-{weight:g}": Arm(
             recipe=A, scheme="relay", changes=(f"plan.auxiliary.aux.weight={weight}",), rate=EQUAL_RATE
@@ -166,12 +166,11 @@ ARMS: Mapping[str, Arm] = {
     "vgg-equal-rate/19-relay-2-branches": Arm(recipe="figure2-vgg19-relay", scheme="relay", rate=EQUAL_RATE),
     **_tails(),
     **{
-        f"resnet50/{scheme}": Arm(recipe="table6-resnet50-relay", scheme=scheme, rate=RESNET_RATE, length_at_32px=0.25)
-        for scheme in ("standard", "relay")
-    },
-    **{
-        f"inception-v3/{scheme}": Arm(recipe="table6-inception-v3-relay", scheme=scheme)
-        for scheme in ("multi_loss", "relay")
+        f"{network}/{scheme}": Arm(
+            recipe=f"table6-{network}-relay", scheme=scheme, rate=BATCH_NORM_RATE, length_at_32px=0.25
+        )
+        for network, schemes in {"resnet50": ("standard", "relay"), "inception-v3": ("multi_loss", "relay")}.items()
+        for scheme in schemes
     },
 }
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in ARMS))
@@ -213,8 +212,8 @@ STUDIES: Mapping[str, Study] = {
     },
     "model-b-cores": Study(
         title="Question 1: Table 3, model B to its end, on two cores",
-        arms={"standard BP": "model-b-cores/standard", "Relay BP": "model-b-cores/relay"},
-        against=("standard BP",),
+        arms={word: f"model-b-cores/{scheme}" for word, scheme in METHODS.items()},
+        against=("standard BP", "Relay BP"),
     ),
     "weight": Study(
         title="Question 2: auxiliary weight",
