@@ -46,9 +46,10 @@ def write_report(place: Place, folder: Path) -> str:
         raise InputError(f"no finished run in {place.out}: train first")
     if place.data:
         test_finished(finished)
-    tables = "\n".join(render(table, "markdown") for table in all_tables(begun))
     failed = [run for run in begun if run.failed]
-    found = [finding_of(run) for run in begun if run not in failed]
+    found = [finding_of(run) for run in begun if not run.failed]
+    ended = [each for each in found if each.ended]
+    tables = "\n".join(render(table, "markdown") for table in all_tables(begun, ended))
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"evidence-{place.size}"
     write_text(folder / f"{stem}.md", tables)
@@ -58,7 +59,7 @@ def write_report(place: Place, folder: Path) -> str:
         "failed": [{"arm": run.arm, "seed": run.seed} for run in failed],
     }
     write_text(folder / f"{stem}.json", json.dumps(values, indent=1) + "\n")
-    for name, figure in _figures(finished, [each for each in found if each.ended]):
+    for name, figure in _figures(finished, ended):
         write_figure(figure, folder / f"{stem}-{name}.svg")
     return tables
 

@@ -221,13 +221,13 @@ def common_table(study: Study, begun: Sequence[Run]) -> Table | None:
     return table_of(replace(study, title=title), [finding_of(run, step) for run in own])
 
 
-def all_tables(begun: Sequence[Run]) -> list[Table]:
+def all_tables(begun: Sequence[Run], found: Sequence[Finding]) -> list[Table]:
     """The tables of all studies of which something has been run.
 
     Args:
         begun: all runs that have been validated, or have failed.
+        found: of those that have come to their end.
     """
-    found = [finding_of(run) for run in begun if run.result is not None]
     failed = {(run.arm, run.seed) for run in begun if run.failed}
     whole = shown_studies({each.arm for each in found})
     own: list[Table | None] = []
