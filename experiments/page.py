@@ -21,7 +21,6 @@ SHOWN: dict[Size, tuple[str, ...]] = {
     "64px": ("model-a",),
     "32px": (
         "model-a",
-        "model-b",
         "model-b-cores",
         "weight",
         "equal-rate",

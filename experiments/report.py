@@ -71,7 +71,7 @@ def _figures(finished: Sequence[Run], found: Sequence[Finding]) -> Iterator[tupl
     errors = [name for name in shown if name != SELECTION]
     if errors:
         yield "errors", errors_figure(errors, found)
-    models = [name for name in ("model-a", "model-b") if name in shown]
+    models = [name for name in ("model-a", "model-b", "model-b-cores") if name in shown]
     if models:
         yield "curves", curves_figure(models, found)
     collapsed = {(each.arm, each.seed) for each in found if each.collapsed}
