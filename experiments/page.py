@@ -30,6 +30,7 @@ SHOWN: dict[Size, tuple[str, ...]] = {
         "branches",
         "depth",
         "resnet50",
+        "inception-v3",
         "tail-50",
     ),
 }
