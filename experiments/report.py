@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from experiments.pictures import angles_figure, curves_figure, errors_figure, rates_figure
-from experiments.studies import SELECTION, STUDIES
+from experiments.studies import MODELS, SELECTION, STUDIES
 from experiments.tables import Finding, all_tables, finding_of, shown_studies
 from experiments.testing import test_finished
 from experiments.training import Place, Run, begun_runs
@@ -71,7 +71,7 @@ def _figures(finished: Sequence[Run], found: Sequence[Finding]) -> Iterator[tupl
     errors = [name for name in shown if name != SELECTION]
     if errors:
         yield "errors", errors_figure(errors, found)
-    models = [name for name in ("model-a", "model-b", "model-b-cores") if name in shown]
+    models = [name for name in MODELS if name in shown]
     if models:
         yield "curves", curves_figure(models, found)
     collapsed = {(each.arm, each.seed) for each in found if each.collapsed}

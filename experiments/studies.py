@@ -175,6 +175,7 @@ ARMS: Mapping[str, Arm] = {
 }
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in ARMS))
 
+MODELS = {"model-a": "model A", "model-b": "model B", "model-b-cores": "model B to its end, on two cores"}
 METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay", "isolated windows": "isolated"}
 
 
@@ -203,18 +204,13 @@ STUDIES: Mapping[str, Study] = {
         },
     ),
     **{
-        f"model-{letter}": Study(
-            title=f"Question 1: Table 3, model {letter.upper()}",
-            arms={word: f"model-{letter}/{scheme}" for word, scheme in METHODS.items()},
+        group: Study(
+            title=f"Question 1: Table 3, {title}",
+            arms={word: f"{group}/{scheme}" for word, scheme in METHODS.items()},
             against=("standard BP", "Relay BP"),
         )
-        for letter in "ab"
+        for group, title in MODELS.items()
     },
-    "model-b-cores": Study(
-        title="Question 1: Table 3, model B to its end, on two cores",
-        arms={word: f"model-b-cores/{scheme}" for word, scheme in METHODS.items()},
-        against=("standard BP", "Relay BP"),
-    ),
     "weight": Study(
         title="Question 2: auxiliary weight",
         arms={

@@ -8,14 +8,13 @@ import pytest
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from experiments import page, tables
-from experiments.studies import STUDIES
+from experiments.studies import ARMS, STUDIES
 from experiments.tables import Finding
 from relaylab.report.tables import render
 from relaylab.reproduce import renewed
 from relaylab.train.compare import difference
 
 README = page.ROOT / "README.md"
-MODEL_B = (3, 4, 5)  # seeds
 
 
 def found(size: str) -> list[Finding]:
@@ -62,7 +61,8 @@ def test_the_readme_quotes_32_pixels() -> None:
     at_19 = lead("vgg-equal-rate/19-relay", "vgg/19-standard")
     at_25 = lead("vgg-equal-rate/25-relay", "vgg/25-standard")
     text = " ".join(README.read_text().split())
-    model_b = difference([top1["model-b-cores/relay", seed] - top1["model-b-cores/standard", seed] for seed in MODEL_B])
+    relay, standard = "model-b-cores/relay", "model-b-cores/standard"
+    model_b = difference([top1[relay, seed] - top1[standard, seed] for seed in ARMS[relay].seeds])
     assert f"on model B at 32 pixels too ({model_b})" in text
     assert f"with relay VGG-19 and VGG-25 did better by {at_19} and {at_25} points" in text
     assert f"ResNet-50, with batch normalisation, worse by {lead('resnet50/standard', 'resnet50/relay')} after" in text
