@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -34,7 +34,12 @@ STYLE: dict[Any, Any] = {
 
 
 def plot(
-    draw: Callable[[Axes], None], title: str, unit: str, *, size: tuple[float, float] = (5.3, 3.6), legend: bool = True
+    draw: Callable[[Axes], None],
+    title: str,
+    unit: str,
+    *,
+    size: tuple[float, float] = (5.3, 3.6),
+    legend: Literal["inside", "below"] | None = "inside",
 ) -> str:
     """A plot as SVG text, the same text each time.
 
@@ -43,7 +48,7 @@ def plot(
         title: above the plot.
         unit: on the vertical axis.
         size: width and height in inches.
-        legend: name what was drawn with a label.
+        legend: where what was drawn with a label is named; None to leave it out.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -51,8 +56,10 @@ def plot(
         draw(axes)
         axes.set_title(title)
         axes.set_ylabel(unit)
-        if legend:
+        if legend == "inside":
             axes.legend(fontsize=10)
+        elif legend == "below":
+            figure.legend(loc="outside lower center", ncols=len(axes.get_legend_handles_labels()[1]), fontsize=10)
     return figure_text(figure)
 
 

@@ -44,7 +44,6 @@ def balance_picture(counts: Mapping[str, ArrayLike], classes: Sequence[str], *, 
             axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         else:
             axes.set_xlabel(f"{len(classes)} classes, the largest first")
-        if len(columns) > 1:  # the bars leave a legend no room inside
-            axes.figure.legend(loc="outside lower center", ncols=len(columns), fontsize=10)
 
-    return plot(draw, title.replace("$", r"\$"), unit, size=(7.4, 3.6), legend=False)
+    legend = "below" if len(columns) > 1 else None  # the bars leave it no room inside
+    return plot(draw, title.replace("$", r"\$"), unit, size=(7.4, 3.6), legend=legend)
