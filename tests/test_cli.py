@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,14 @@ def interrupt(process: subprocess.Popen[str]) -> str:
 def test_ctrl_c_leaves_cleanly(tmp_path: Path) -> None:
     folder = tmp_path / "report"
     command = [sys.executable, "-m", "relaylab.cli", "demo", "--epochs", "1000", "--out", str(folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not folder.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
