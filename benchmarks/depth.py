@@ -35,7 +35,7 @@ from benchmarks.measure import (
     ratio,
 )
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, cost, suggest_plan
-from relaylab.pictures import STYLE, write_figure
+from relaylab.report.style import STYLE, write_figure
 
 SEED = 20160916
 BUDGET = 0.65

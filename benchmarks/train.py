@@ -34,19 +34,19 @@ from torch import Tensor
 
 from benchmarks.measure import Figures, Target, environment, interleave, keep_memory, parse_arguments, publish, ratio
 from relaybackprop import Relay
-from relaylab.building import build_criterion, build_relay
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages, decoded_statistics
 from relaylab.data.parts import InMemory
-from relaylab.recipe import Recipe
+from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
+from relaylab.recipes.schema import Recipe
 from relaylab.train import runs
-from relaylab.train.chance import seed_all
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages
 from relaylab.train.loop import Trainer
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records
+from relaylab.train.seeding import seed_all
 from relaylab.train.segments import segments_of
 from relaylab.train.session import assemble
 from relaylab.train.signals import StopRequest

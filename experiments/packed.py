@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from experiments.shelf import Shelf
 from experiments.testing import test_network, write_tested
 from experiments.training import FAILED, NotChosenError, Place, Run, claimed, keys_of, run_of
-from relaylab.building import build_criterion, build_relay
 from relaylab.data.keyed import keys
 from relaylab.data.parts import InMemory
 from relaylab.errors import InputError
 from relaylab.files import write_text
+from relaylab.models.building import build_criterion, build_relay
 from relaylab.progress import Task, progress
-from relaylab.recipe import PlateauConfig
-from relaylab.train import diagnosis, runs
+from relaylab.recipes.schema import PlateauConfig
+from relaylab.train import gradients as diagnosis
+from relaylab.train import runs
 from relaylab.train.engine import make_fabric
 from relaylab.train.records import Records
 from relaylab.train.schedule import learning_rate

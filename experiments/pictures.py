@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.studies import ARMS, METHODS, RATES, SELECTION, STUDIES, Study
 from experiments.tables import Finding
-from relaylab.pictures import INK, SCHEME_COLOURS, SCHEME_DASHES, STYLE
+from relaylab.report.style import INK, SCHEME_COLOURS, SCHEME_DASHES, STYLE
 
 Lines = Sequence[Mapping[str, Any]]
 

@@ -14,9 +14,9 @@ from experiments.testing import test_finished
 from experiments.training import Place, Run, begun_runs
 from relaylab.errors import InputError
 from relaylab.files import write_text
-from relaylab.pictures import write_figure
 from relaylab.report.paper_figures import gradient_figure
-from relaylab.report.tables import render
+from relaylab.report.style import write_figure
+from relaylab.tables import render
 
 GRADIENTS = STUDIES["model-a"].arms
 ANGLES = {

@@ -14,7 +14,7 @@ from relaylab.data.keyed import uniforms
 from relaylab.data.memory import DecodedImages, decode_all
 from relaylab.data.parts import InMemory
 from relaylab.progress import progress
-from relaylab.recipe import Recipe
+from relaylab.recipes.schema import Recipe
 from relaylab.train.images import RunImages, check_images, chosen_numbers, open_sources
 from relaylab.train.options import TrainConfig
 

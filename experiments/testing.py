@@ -16,16 +16,16 @@ from experiments.training import TESTED, Run
 from relaylab.data.geometry import View
 from relaylab.data.memory import decode_all
 from relaylab.data.parts import InMemory
-from relaylab.data.source import Source
-from relaylab.data.subset import Thinned, few_per_class
+from relaylab.data.sources.source import Source
+from relaylab.data.sources.subset import Thinned, few_per_class
 from relaylab.errors import InputError
-from relaylab.evaluate.figures import misses
+from relaylab.evaluate.error_rates import misses
 from relaylab.evaluate.protocols import Pass
 from relaylab.evaluate.testing import Scorer
 from relaylab.files import write_text
-from relaylab.model_file import ModelFile, read_model
+from relaylab.models.file import ModelFile, read_model
 from relaylab.progress import progress
-from relaylab.recipe import ImagesConfig
+from relaylab.recipes.schema import ImagesConfig
 from relaylab.train import runs
 from relaylab.train.images import chosen_numbers, open_sources
 from relaylab.train.validation import batch_size

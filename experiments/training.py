@@ -20,11 +20,11 @@ from experiments.studies import (
     WIDTH,
     Size,
 )
-from relaylab.building import KINDS
 from relaylab.errors import InputError, NonFiniteLossError
 from relaylab.files import write_text
-from relaylab.recipe import Recipe
+from relaylab.models.building import KINDS
 from relaylab.recipes import find_recipe
+from relaylab.recipes.schema import Recipe
 from relaylab.train import runs, session
 from relaylab.train.compare import Result, validated
 from relaylab.train.options import TrainConfig

@@ -8,10 +8,10 @@ import torch
 from google.protobuf import text_format
 from torch import Tensor
 
-from relaylab.building import build_network
-from relaylab.caffe.schema import V1_TYPES, NetParameter
+from relaylab.models.building import build_network
+from relaylab.models.caffe.schema import V1_TYPES, NetParameter
 from relaylab.models.pyramid import window
-from relaylab.recipe import NetworkConfig
+from relaylab.recipes.schema import NetworkConfig
 
 Change = Callable[[Any], None]
 V1 = {"InnerProduct": "INNER_PRODUCT", "ImageData": "IMAGE_DATA"}

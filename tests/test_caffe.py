@@ -16,13 +16,13 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 pytest.importorskip("google.protobuf", reason="needs the lab extra")
 
 from caffe_files import FULL, THIN, Change, definition, messages, random_state, write_pair
-from relaylab.building import build_network
-from relaylab.caffe import reading
-from relaylab.caffe.importing import import_caffe
-from relaylab.caffe.schema import NetParameter
 from relaylab.errors import InputError
-from relaylab.model_file import InputConfig, load_state, read_model, save_model
-from relaylab.recipe import NetworkConfig
+from relaylab.models.building import build_network
+from relaylab.models.caffe import reading
+from relaylab.models.caffe.importing import import_caffe
+from relaylab.models.caffe.schema import NetParameter
+from relaylab.models.file import InputConfig, load_state, read_model, save_model
+from relaylab.recipes.schema import NetworkConfig
 
 Pair = tuple[Path, Path]
 CLOSE = 1e-4  # largest relative difference of two engines' scores in single precision

@@ -148,7 +148,7 @@ def test_a_missing_package_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.delitem(sys.modules, "relaylab.config", raising=False)
+    monkeypatch.delitem(sys.modules, "relaylab.options", raising=False)
     assert 'pip install "relaybackprop[lab]"' in refused(capsys, "--out", str(tmp_path / "report"))
 
 

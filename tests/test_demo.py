@@ -16,9 +16,9 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 from PIL import Image
 
 from relaylab import cli, demo, demo_data, demo_report
-from relaylab.config import DemoConfig
 from relaylab.data.faults import TooManyFaultsError
 from relaylab.errors import NonFiniteLossError
+from relaylab.options import DemoConfig
 from relaylab.progress import Silent
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist_ci4000.tar.xz"

@@ -18,14 +18,14 @@ from torchvision.transforms import functional as vision
 from relaylab.cli import main
 from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import combined, fit_weights, halves
-from relaylab.evaluate.figures import confusion, difference, error_rates, interval, misses, per_class_errors
+from relaylab.evaluate.error_rates import confusion, difference, error_rates, interval, misses, per_class_errors
 from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
 from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike
 from relaylab.evaluate.testing import Scorer
 from relaylab.evaluate.trained import Trained
-from relaylab.model_file import InputConfig, ModelFile, save_model
 from relaylab.models import model_a
-from relaylab.recipe import NetworkConfig
+from relaylab.models.file import InputConfig, ModelFile, save_model
+from relaylab.recipes.schema import NetworkConfig
 
 MEAN = (100.0, 110.0, 120.0)
 

@@ -16,7 +16,7 @@ from experiments import __main__ as command
 from experiments import report, studies, tables, testing, training
 from experiments.studies import ARMS, Arm
 from experiments.training import NotChosenError, Place
-from relaylab.data.subset import long_tail
+from relaylab.data.sources.subset import long_tail
 from relaylab.errors import InputError, NonFiniteLossError
 from relaylab.train import compare, runs, session
 from relaylab.train.images import CHOICE_SEED

@@ -15,12 +15,12 @@ pytest.importorskip("safetensors", reason="needs the lab extra")
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from relaylab.building import build, build_network
 from relaylab.data.geometry import View
 from relaylab.errors import InputError
-from relaylab.exporting import Classifier, export, mean_of
-from relaylab.model_file import InputConfig, ModelFile, load_state, mean_path, read_model, save_model
-from relaylab.predict import Prediction, crop_of, find_pictures, network_of, open_network, predict
+from relaylab.evaluate.predict import Prediction, crop_of, find_pictures, network_of, open_network, predict
+from relaylab.models.building import build, build_network
+from relaylab.models.export import Classifier, export, mean_of
+from relaylab.models.file import InputConfig, ModelFile, load_state, mean_path, read_model, save_model
 from relaylab.recipes import RECIPES
 from relaylab.recipes.scales import at_scale
 

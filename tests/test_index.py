@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from relaylab.data.index import IndexedImages, UnusableIndexError, write_index
-from relaylab.data.listing import Listing, Place
+from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
+from relaylab.data.sources.listing import Listing, Place
 
 PLACES2 = 8_100_000
 NUM_CLASSES = 401

@@ -11,13 +11,13 @@ import torchvision
 from oracle import assert_same, expected_gradients, relay_gradients
 from relaybackprop import LinearHead, Plan, Relay, Window
 from relaylab import models
-from relaylab.building import build_head, build_heads, build_network, build_plan, head_inputs
 from relaylab.errors import InputError
+from relaylab.models.building import build_head, build_heads, build_network, build_plan, head_inputs
 from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid
-from relaylab.recipe import AuxiliaryConfig, NetworkConfig, PlanConfig, PrimaryConfig
 from relaylab.recipes import RECIPES, windows
 from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import AuxiliaryConfig, NetworkConfig, PlanConfig, PrimaryConfig
 
 
 def on_meta(name: str, **options: object) -> nn.Module:

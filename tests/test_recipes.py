@@ -11,16 +11,16 @@ import torch
 pytest.importorskip("torchvision", reason="needs the lab extra")
 
 from relaybackprop.reach import reach
-from relaylab.building import build
 from relaylab.data.augment import Augmentation
 from relaylab.data.geometry import View
 from relaylab.data.loader import training_loader
-from relaylab.data.opening import open_source
 from relaylab.data.sampling import ClassAwareSampler
+from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
-from relaylab.recipe import Architecture, Recipe, changed
+from relaylab.models.building import build
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
 from relaylab.recipes.scales import DIALS, at_scale
+from relaylab.recipes.schema import Architecture, Recipe, changed
 
 # Top-1 and top-5 errors of the trained rows, typed from the paper's tables once more.
 REPORTED = {

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from relaylab.cli import main
-from relaylab.data.opening import open_source
+from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
 from relaylab.evaluate.scores import ImageList, ScoreFolder
+from relaylab.evaluate.submission import FORMATS, check_submission, read_test_list, submission_lines
 from relaylab.report.paper_figures import pick_photos, plain
 from relaylab.report.paper_tables import paper_table
-from relaylab.report.tables import Table, render
-from relaylab.submission import FORMATS, check_submission, read_test_list, submission_lines
+from relaylab.tables import Table, render
 
 LABELS = torch.arange(200) % 10
 

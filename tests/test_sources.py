@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relaylab.data.index import IndexedImages
-from relaylab.data.listing import IMAGE_EXTENSIONS, is_image
-from relaylab.data.opening import META, TRUTH, open_source
-from relaylab.data.source import UNLABELLED
-from relaylab.data.subset import Thinned, few_per_class, held_out, long_tail
+from relaylab.data.sources.index import IndexedImages
+from relaylab.data.sources.listing import IMAGE_EXTENSIONS, is_image
+from relaylab.data.sources.opening import META, TRUTH, open_source
+from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.subset import Thinned, few_per_class, held_out, long_tail
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from relaylab import cli
 from relaylab.errors import InputError
-from relaylab.model_file import read_model
+from relaylab.models.file import read_model
 from relaylab.train import compare, loop, runs, session
 from relaylab.train.options import CompareConfig, TrainConfig
 from relaylab.train.records import read_metrics
@@ -259,7 +259,7 @@ def test_a_segments_factor_scales_its_learning_rate_alone(tiny_images: Path, tmp
     train(tiny_images, tmp_path / "run", changes=("optimizer.segment_lr.aux=0",))
     torch.manual_seed(0)
     start = runs.understand(config_of(tiny_images)).recipe
-    from relaylab.building import build_relay
+    from relaylab.models.building import build_relay
     from relaylab.train.segments import segments_of
 
     torch.manual_seed(0)

@@ -16,10 +16,11 @@ from relaylab.data import statistics
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages
 from relaylab.data.parts import InMemory, OnDisk
-from relaylab.recipe import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.recipes import find_recipe
+from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
-from relaylab.train import changes, checkpoint, diagnosis, options, segments, validation
+from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
+from relaylab.train import checkpoint, options, segments, validation
+from relaylab.train import gradients as diagnosis
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
 from relaylab.train.signals import StopRequest

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 from relaylab.errors import InputError, LabError
 
 if TYPE_CHECKING:
-    from relaylab.config import CheckConfig, DemoConfig, InspectConfig
     from relaylab.diagnose.options import InformationConfig
     from relaylab.evaluate.options import EvaluateConfig
     from relaylab.model_config import ModelConfig
+    from relaylab.options import CheckConfig, DemoConfig, InspectConfig
     from relaylab.train.options import CompareConfig, TrainConfig
 
     Training = TrainConfig | CompareConfig | EvaluateConfig | InformationConfig
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: "Config", arguments: list[str]) -> int:
-    from relaylab.config import CheckConfig, DemoConfig, InspectConfig, check_data_config
     from relaylab.diagnose.options import InformationConfig
     from relaylab.evaluate.options import EvaluateConfig
+    from relaylab.options import CheckConfig, DemoConfig, InspectConfig, check_data_config
     from relaylab.train.options import CompareConfig, TrainConfig
 
     if isinstance(config, DemoConfig):
@@ -109,7 +109,8 @@ def _run(config: "Config", arguments: list[str]) -> int:
 
 
 def _train(config: "TrainConfig", arguments: list[str]) -> int:
-    from relaylab.train import launched, options, runs
+    from relaylab.train import options, runs
+    from relaylab.train import torchrun as launched
 
     if launched.restart_count() and launched.noted_failure() is not None:
         return 0  # what has failed would fail again; the command that has started us knows
@@ -271,9 +272,9 @@ def _parse(arguments: list[str]) -> "Config":
     import tyro
 
     from relaylab import model_config as given
-    from relaylab.config import CheckConfig, DemoConfig, InspectConfig
     from relaylab.diagnose.options import InformationConfig
     from relaylab.evaluate import options as evaluating
+    from relaylab.options import CheckConfig, DemoConfig, InspectConfig
     from relaylab.train.options import CompareConfig, TrainConfig
 
     kinds = (

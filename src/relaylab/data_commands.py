@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from relaylab.config import CheckConfig, DataConfig, InspectConfig
-from relaylab.data.balance import balance_picture
-from relaylab.data.index import IndexedImages
-from relaylab.data.listing import SplitNeededError
-from relaylab.data.opening import open_source
+from relaylab.data.sources.index import IndexedImages
+from relaylab.data.sources.listing import SplitNeededError
+from relaylab.data.sources.opening import open_source
 from relaylab.data.survey import Survey, spread, summary, survey
 from relaylab.errors import InputError
 from relaylab.files import write_text
+from relaylab.options import CheckConfig, DataConfig, InspectConfig
 from relaylab.progress import progress
+from relaylab.report.balance import balance_picture
 
 SHOWN = 5  # bad images on the terminal; the files name all
 BAD_IMAGES_FOUND = 1

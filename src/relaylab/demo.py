@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, RelayOutput, Window
-from relaylab.config import DemoConfig
 from relaylab.data.augment import Augmentation
 from relaylab.demo_data import ImageSet, make_sampler
 from relaylab.errors import NonFiniteLossError
 from relaylab.models.layers import classifier, initialise
+from relaylab.options import DemoConfig
 from relaylab.progress import Task
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 2e-4  # the paper's, section 5.1

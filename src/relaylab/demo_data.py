@@ -10,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from relaylab.config import DemoConfig
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages, decode_all, free_memory
-from relaylab.data.opening import LISTS, open_source
 from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
-from relaylab.data.source import Source
+from relaylab.data.sources.opening import LISTS, open_source
+from relaylab.data.sources.source import Source
+from relaylab.data.sources.subset import Thinned, few_per_class, long_tail
 from relaylab.data.statistics import ImageStatistics
-from relaylab.data.subset import Thinned, few_per_class, long_tail
 from relaylab.errors import InputError
+from relaylab.options import DemoConfig
 from relaylab.progress import progress
 
 DIGITS_TRAIN = 1000  # of 1,797; the rest is the validation part

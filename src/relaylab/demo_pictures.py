@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from relaylab.network_picture import draw_network
-from relaylab.pictures import SCHEME_COLOURS, SCHEME_DASHES, figure_text, plot
-from relaylab.stages import Loss, Stage
+from relaylab.report.network import draw_network
+from relaylab.report.stages import Loss, Stage
+from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, figure_text, plot
 
 
 def learning_curves(figures: Mapping[str, Any], quantity: str, title: str, unit: str) -> str:

@@ -17,13 +17,13 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from relaylab import demo_pictures
-from relaylab.config import DemoConfig
-from relaylab.data.balance import balance_picture
 from relaylab.demo import LR_DROPS, MOMENTUM, SCHEMES, WEIGHT_DECAY, Run, describe
 from relaylab.demo_data import ImageSet, epoch_draws
 from relaylab.files import write_text
 from relaylab.models.layers import DROPOUT
-from relaylab.network_picture import AUXILIARY, PRIMARY
+from relaylab.options import DemoConfig
+from relaylab.report.balance import balance_picture
+from relaylab.report.network import AUXILIARY, PRIMARY
 
 ERRORS = {"top1": "top-1 err.", "top5": "top-5 err."}
 PAPER = {  # Table 3, model A

@@ -13,13 +13,13 @@ from rich.table import Table
 from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.model_config import CostConfig, DrawConfig, ExportConfig, ImportCaffeConfig, PredictConfig, ShowConfig
-from relaylab.recipe import Errors, Recipe
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
 from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Errors, Recipe
 
 if TYPE_CHECKING:
     from relaybackprop.cost import Cost
-    from relaylab.predict import Prediction
+    from relaylab.evaluate.predict import Prediction
 
 MOST_DRAWN = 40  # images in one picture
 WIDTH_UNKNOWN = 140  # columns, where the output is no terminal
@@ -143,7 +143,7 @@ def cost_of(recipe: Recipe) -> "Cost":
     import torch
 
     from relaybackprop import cost
-    from relaylab.building import build_heads, build_network, build_plan
+    from relaylab.models.building import build_heads, build_network, build_plan
 
     with torch.device("meta"):
         model = build_network(recipe.network)
@@ -165,10 +165,10 @@ def draw(config: DrawConfig, folder: Path) -> int:
     """Write a recipe's network as SVG, PNG and, in the form of Table 2, as Markdown."""
     import torch
 
-    from relaylab.building import build_network, build_plan
-    from relaylab.network_picture import draw_network
-    from relaylab.pictures import write_figure
-    from relaylab.stages import markdown_table, stages_of
+    from relaylab.models.building import build_network, build_plan
+    from relaylab.report.network import draw_network
+    from relaylab.report.stages import markdown_table, stages_of
+    from relaylab.report.style import write_figure
 
     recipe = at_scale(find_recipe(config.name), config.scale)
     with torch.device("meta"):
@@ -186,8 +186,8 @@ def draw(config: DrawConfig, folder: Path) -> int:
 
 def import_caffe(config: ImportCaffeConfig) -> int:
     """Turn a Caffe definition and its weights into a model file."""
-    from relaylab.caffe.importing import import_caffe as read
-    from relaylab.model_file import save_model
+    from relaylab.models.caffe.importing import import_caffe as read
+    from relaylab.models.file import save_model
 
     out = config.out or Path(f"{config.caffemodel.stem}.safetensors")
     if out.exists():
@@ -203,8 +203,8 @@ def import_caffe(config: ImportCaffeConfig) -> int:
 
 def export(config: ExportConfig, folder: Path) -> int:
     """Write a trained network for use elsewhere."""
-    from relaylab.exporting import export as write
-    from relaylab.model_file import read_model
+    from relaylab.models.export import export as write
+    from relaylab.models.file import read_model
 
     for file in write(read_model(config.model), folder, tuple(dict.fromkeys(config.formats))):
         print(f"{file.resolve()} ({file.stat().st_size / 1e6:.1f} MB)")
@@ -213,10 +213,10 @@ def export(config: ExportConfig, folder: Path) -> int:
 
 def predict(config: PredictConfig) -> int:
     """Print the likeliest classes of images. Images that cannot be read are named, and the exit code says so."""
-    from relaylab.pictures import write_figure
-    from relaylab.predict import find_pictures, open_network
-    from relaylab.predict import predict as guess
+    from relaylab.evaluate.predict import find_pictures, open_network
+    from relaylab.evaluate.predict import predict as guess
     from relaylab.report.paper_figures import default_path, prediction_figure
+    from relaylab.report.style import write_figure
 
     path = None if config.picture is None else default_path("", config.picture, "--picture")
     network = open_network(config.model)

@@ -1,4 +1,4 @@
-"""The options of the commands about networks and recipes. No torch in here; see `relaylab.config`."""
+"""The options of the commands about networks and recipes. No torch in here; see `relaylab.options`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.config import File, Folder
-from relaylab.recipe import Dial
+from relaylab.options import File, Folder
+from relaylab.recipes.schema import Dial
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from relaylab.files import write_text
 from relaylab.model_commands import cost_table, text_of
-from relaylab.recipe import Recipe
 from relaylab.recipes import ENSEMBLES, RECIPES
 from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Recipe
 
 # One of each kind; the other rows of a table differ from it in network, scheme and evaluation.
 KINDS = {

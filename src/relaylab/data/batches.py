@@ -25,7 +25,7 @@ from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.geometry import View, centre_box, cut_box, cut_window, training_window
 from relaylab.data.keyed import uniforms
 from relaylab.data.slots import Slots
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, LabError
 
 ATTEMPTS = 8  # at replacing an unreadable image

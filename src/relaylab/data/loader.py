@@ -22,7 +22,7 @@ from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
 from relaylab.data.sampling import DrawBatches, KeyedSampler
 from relaylab.data.slots import Slots, SlottedBatches
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, LabError
 
 SHARED_MEMORY = Path("/dev/shm")

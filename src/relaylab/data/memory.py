@@ -15,7 +15,7 @@ from relaylab.data.geometry import View, centre_box
 from relaylab.data.keyed import uniforms
 from relaylab.data.loader import Workers
 from relaylab.data.sampling import DrawBatches, KeyedSampler
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.data.statistics import ImageStatistics, sum_batch
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from relaylab.data.cache import cache_folder
 from relaylab.data.geometry import View
 from relaylab.data.loader import EvaluationLoader, TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import DecodedImages, MemoryEvaluationLoader, MemoryTrainingLoader, decoded_statistics
 from relaylab.data.sampling import KeyedSampler
-from relaylab.data.source import Source
+from relaylab.data.sources.cache import cache_folder
+from relaylab.data.sources.source import Source
+from relaylab.data.sources.subset import Thinned
 from relaylab.data.statistics import ImageStatistics, image_statistics
-from relaylab.data.subset import Thinned
 from relaylab.progress import progress
 
 Training = TrainingLoader | MemoryTrainingLoader

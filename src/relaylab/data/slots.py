@@ -12,17 +12,13 @@ Note [Slots]
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from relaylab.data.batches import OrderedBatches
-    from relaylab.data.sampling import DrawBatches
 
 _keys = itertools.count()
 _known: "WeakValueDictionary[int, Slots]" = WeakValueDictionary()
@@ -60,6 +56,12 @@ class Slots:
         return torch.empty(images.shape, dtype=images.dtype, pin_memory=pin).copy_(images)
 
 
+class _Batches(Protocol):
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]: ...
+
+
 class SlottedBatches:
     """A batch sampler that gives each batch of another one a slot.
 
@@ -68,7 +70,7 @@ class SlottedBatches:
         slots: how many there are.
     """
 
-    def __init__(self, batches: "DrawBatches | OrderedBatches", slots: int) -> None:
+    def __init__(self, batches: _Batches, slots: int) -> None:
         self.batches, self.slots = batches, slots
         self._taken: deque[int] = deque()
         self._free: deque[int] = deque()

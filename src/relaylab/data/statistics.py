@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 
 from relaylab.data.augment import ColourComponents
 from relaylab.data.batches import ImageBatches, OrderedBatches, Pairs
-from relaylab.data.cache import written
 from relaylab.data.faults import Fault
 from relaylab.data.geometry import View
 from relaylab.data.loader import Workers
-from relaylab.data.source import Source
+from relaylab.data.sources.cache import written
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 

@@ -16,7 +16,7 @@ from relaylab.data.batches import OrderedBatches
 from relaylab.data.decode import FORMATS, decode_checked
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.loader import Workers
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.progress import Silent, Task
 
 BATCH = 32

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from relaybackprop import Relay
-from relaylab.building import build_relay
-from relaylab.data.opening import open_source
-from relaylab.data.source import Source
+from relaylab.data.sources.opening import open_source
+from relaylab.data.sources.source import Source
 from relaylab.diagnose import page
 from relaylab.diagnose.information import collect, read_all, trained_layers
 from relaylab.diagnose.options import InformationConfig
@@ -19,7 +18,8 @@ from relaylab.errors import InputError
 from relaylab.evaluate.command import class_order
 from relaylab.evaluate.protocols import Pass
 from relaylab.evaluate.testing import Cuts, Scorer
-from relaylab.model_file import ModelFile, read_model
+from relaylab.models.building import build_relay
+from relaylab.models.file import ModelFile, read_model
 from relaylab.progress import Task, progress
 from relaylab.report.page import Run, open_runs
 from relaylab.train import checkpoint, runs

@@ -20,7 +20,7 @@ from torch.nn import functional
 from relaybackprop import Relay
 from relaylab.diagnose.probe import readable_bits
 from relaylab.evaluate.ensembles import halves
-from relaylab.evaluate.figures import Interval
+from relaylab.evaluate.error_rates import Interval
 from relaylab.progress import Silent, Task
 from relaylab.train.segments import Segments
 

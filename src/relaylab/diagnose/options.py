@@ -1,12 +1,12 @@
-"""The options of `relaylab diagnose`. No torch in here; see `relaylab.config`."""
+"""The options of `relaylab diagnose`. No torch in here; see `relaylab.options`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.config import Folder, Images
 from relaylab.evaluate.options import Runs
+from relaylab.options import Folder, Images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from relaylab.diagnose.information import ACTIVATIONS, Reading
 from relaylab.files import write_text
-from relaylab.pictures import SCHEME_COLOURS, STYLE, figure_text
-from relaylab.recipes.places2 import METHODS
-from relaylab.report.tables import Table, render
+from relaylab.recipes.schema import SCHEMES
+from relaylab.report.style import SCHEME_COLOURS, STYLE, figure_text
+from relaylab.tables import Table, render
 
 PICTURE, FIGURES, PAGE = "information.svg", "information.json", "information.md"
 MARKERS = ("o", "s", "^", "D")
@@ -74,7 +74,7 @@ def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[st
         EXPLANATION.format(entropy=about["entropy"]),
         "## Figures\n",
         *(
-            render(table_of(f"{METHODS[about['schemes'][name]]} ({name})", own), "markdown")
+            render(table_of(f"{SCHEMES[about['schemes'][name]]} ({name})", own), "markdown")
             for name, own in runs.items()
         ),
     ]
@@ -110,7 +110,7 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
         figure = Figure(figsize=(10, 8), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for name, own in runs.items():
-            colour, method = SCHEME_COLOURS[schemes[name]], METHODS[schemes[name]]
+            colour, method = SCHEME_COLOURS[schemes[name]], SCHEMES[schemes[name]]
             for marker, loss in zip(MARKERS, losses, strict=False):
                 parts = [each for each in own if each.source == loss]
                 label = f"{method}: {loss} ({name})"

@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from relaylab.errors import InputError
-from relaylab.evaluate.figures import Interval, interval
+from relaylab.evaluate.error_rates import Interval, interval
 
 PENALTIES = (0.003, 0.03, 0.3, 3.0)  # scikit-learn's C: the larger, the weaker
 Features = NDArray[np.float32]

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from relaylab.cores import available_cores
-from relaylab.data.opening import open_source
-from relaylab.data.source import UNLABELLED, Source
+from relaylab.data.sources.opening import open_source
+from relaylab.data.sources.source import UNLABELLED, Source
 from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import COMBINE, Combine, combined, fit_weights, halves
-from relaylab.evaluate.figures import ErrorRates, Interval, difference, error_rates, misses
+from relaylab.evaluate.error_rates import ErrorRates, Interval, difference, error_rates, misses
 from relaylab.evaluate.options import EvalConfig
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, passes_of
 from relaylab.evaluate.scores import ScoreFolder, describe_images
 from relaylab.evaluate.testing import Scorer, evaluate
 from relaylab.evaluate.trained import Trained, find_trained
 from relaylab.files import write_text
-from relaylab.model_file import ModelFile, read_model
+from relaylab.models.file import ModelFile, read_model
 from relaylab.progress import progress
 from relaylab.train.options import nearest
 from relaylab.train.runs import ROOT

@@ -1,4 +1,4 @@
-"""The options of the commands about trained networks. No torch in here; see `relaylab.config`."""
+"""The options of the commands about trained networks. No torch in here; see `relaylab.options`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.config import File, Folder, Images, Number, Sources, Switch
+from relaylab.options import File, Folder, Images, Number, Sources, Switch
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 Scores = Annotated[

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relaylab.data.geometry import Pixels, View, centre_box, cut_box, resized
 from relaylab.errors import InputError
-from relaylab.model_file import InputConfig
+from relaylab.models.file import InputConfig
 
 Kind = Literal["single-crop", "ten-crop", "dense"]
 PROTOCOLS: tuple[Kind, ...] = ("single-crop", "ten-crop", "dense")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
 from relaylab.files import replacing, write_text

@@ -12,13 +12,13 @@ from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
 from relaylab.data.loader import Workers
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, average, cut, mirrored
 from relaylab.evaluate.scores import ScoreFolder
-from relaylab.exporting import mean_of
-from relaylab.model_file import InputConfig, ModelFile
 from relaylab.models.dense import dense
+from relaylab.models.export import mean_of
+from relaylab.models.file import InputConfig, ModelFile
 from relaylab.progress import Task
 
 READ_AT_ONCE = 16  # images, by one worker

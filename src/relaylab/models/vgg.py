@@ -8,7 +8,7 @@ from torchvision.models.vgg import VGG, make_layers
 
 from relaylab.errors import InputError
 from relaylab.models.layers import classifier, initialise
-from relaylab.recipe import VGG_CONVOLUTIONS
+from relaylab.recipes.schema import VGG_CONVOLUTIONS
 
 STRIDE = 32  # of the last map, in pixels of the image
 

@@ -3,8 +3,8 @@
 import difflib
 
 from relaylab.errors import InputError
-from relaylab.recipe import Ensemble, Recipe
 from relaylab.recipes import imagenet, places2
+from relaylab.recipes.schema import Ensemble, Recipe
 
 __all__ = ["ENSEMBLES", "RECIPES", "find_recipe"]
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from relaylab.recipe import (
+from relaylab.recipes import windows
+from relaylab.recipes.schema import (
     Architecture,
     AugmentationConfig,
     DecayConfig,
@@ -15,7 +16,6 @@ from relaylab.recipe import (
     Recipe,
     Scheme,
 )
-from relaylab.recipes import windows
 
 CLASSES = 1000
 NAMES = "the paper, section 5.2: inception4a to 4d, in torchvision's names by our reading"

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from relaylab.recipe import (
+from relaylab.recipes import windows
+from relaylab.recipes.schema import (
+    SCHEMES,
     Architecture,
     AugmentationConfig,
     Ensemble,
@@ -18,16 +20,9 @@ from relaylab.recipe import (
     Scheme,
     changed,
 )
-from relaylab.recipes import windows
 
 CLASSES, WIDTH, PYRAMID = 401, 64, (7, 3, 2, 1)
 DENSE = EvaluationConfig(protocol="dense", scales=(224, 256, 320, 384, 448))
-METHODS: Mapping[str, str] = {
-    "standard": "standard BP",
-    "multi_loss": "multi-loss + standard BP",
-    "relay": "Relay BP",
-    "isolated": "isolated windows",  # ours: relay without the overlap
-}
 NOT_GIVEN = "ours: the paper mentions none"
 SOURCES: Mapping[str, str] = {
     "network": "the paper, section 5.1 and Table 2",
@@ -88,7 +83,7 @@ def _table3(letter: str, scheme: Scheme, top1: float, top5: float) -> Recipe:
     architecture: Architecture = "model_a" if letter == "A" else "model_b"
     plan = windows.MODEL_A if letter == "A" else windows.MODEL_B
     name = f"table3-model-{letter.lower()}-{scheme.replace('_', '-')}"
-    row = f"Table 3, model {letter}, {METHODS[scheme]}"
+    row = f"Table 3, model {letter}, {SCHEMES[scheme]}"
     recipe = _places2(name, row, architecture, plan, scheme, Errors(top1=top1, top5=top5))
     if letter == "A":
         filters = "the paper, section 5.1 (VGGNet-19 plus three layers); Table 2 prints 256 filters on 14x14 maps"

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from relaylab.errors import InputError
-from relaylab.recipe import Dial, Recipe, StepsConfig, changed
+from relaylab.recipes.schema import Dial, Recipe, StepsConfig, changed
 
 DIALS: tuple[Dial, ...] = ("paper", "small", "tiny")
 

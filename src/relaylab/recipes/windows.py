@@ -1,6 +1,6 @@
 """The paper's windows, by the names of the networks' modules."""
 
-from relaylab.recipe import VGG_CONVOLUTIONS, AuxiliaryConfig, PlanConfig, PrimaryConfig
+from relaylab.recipes.schema import VGG_CONVOLUTIONS, AuxiliaryConfig, PlanConfig, PrimaryConfig
 
 # Table 2: both losses train the layers on 28x28 maps, and the auxiliary classifier stands behind their pooling.
 MODEL_A = PlanConfig(primary=PrimaryConfig(bottom="segment4"), auxiliary={"aux": AuxiliaryConfig(top="segment4")})

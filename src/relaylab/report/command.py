@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from relaylab.data.opening import open_source
-from relaylab.data.source import Source
+from relaylab.data.sources.opening import open_source
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.command import class_order
 from relaylab.evaluate.ensembles import combined
 from relaylab.evaluate.options import FigureConfig, SubmitConfig, TableConfig
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder, describe_images
+from relaylab.evaluate.submission import FORMATS, check_submission, read_test_list, submission_lines
 from relaylab.files import write_text
-from relaylab.pictures import write_figure
 from relaylab.progress import progress
-from relaylab.recipes.places2 import METHODS
+from relaylab.recipes.schema import SCHEMES
 from relaylab.report.paper_figures import default_path, gradient_figure, photo_figure, pick_photos, window_figure
 from relaylab.report.paper_tables import paper_table
-from relaylab.report.tables import render
-from relaylab.submission import FORMATS, check_submission, read_test_list, submission_lines
+from relaylab.report.style import write_figure
+from relaylab.tables import render
 from relaylab.train import runs
 from relaylab.train.records import read_metrics
 
@@ -111,7 +111,7 @@ def title_of(folder: Path) -> str:
     if not (folder / runs.CONFIG).is_file():
         raise InputError(f"{folder} holds no run: expected {runs.CONFIG}, as `relaylab train` writes it")
     recipe = runs.recipe_of(folder)
-    return f"{METHODS[recipe.scheme]} ({folder.resolve().name})"
+    return f"{SCHEMES[recipe.scheme]} ({folder.resolve().name})"
 
 
 def metrics_of(folder: Path) -> list[dict[str, object]]:

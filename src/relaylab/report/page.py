@@ -16,20 +16,19 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from relaylab.errors import InputError
-from relaylab.evaluate.figures import confusion, per_class_errors
+from relaylab.evaluate.error_rates import confusion, per_class_errors
 from relaylab.evaluate.options import ReportConfig
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder
 from relaylab.evaluate.trained import describe_run
 from relaylab.files import write_text
-from relaylab.pictures import SCHEME_COLOURS, figure_text
-from relaylab.recipe import Recipe
-from relaylab.recipes.places2 import METHODS
-from relaylab.report import page_pictures
+from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.report import curves as page_pictures
 from relaylab.report.command import images_of, metrics_of
 from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, plain, window_figure
 from relaylab.report.paper_tables import NAMES, mean_text, paper_table
-from relaylab.report.tables import Table, render
+from relaylab.report.style import SCHEME_COLOURS, figure_text
+from relaylab.tables import Table, render
 from relaylab.train import runs
 from relaylab.train.compare import difference
 
@@ -93,7 +92,7 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
     if not steps:
         raise InputError("the runs have no validation at the same iteration: let all of them go on")
     found = [replace(each, last=own[max(steps)]) for each, own in zip(found, validated, strict=True)]
-    return sorted(found, key=lambda each: (list(METHODS).index(each.recipe.scheme), each.about["seed"]))
+    return sorted(found, key=lambda each: (list(SCHEMES).index(each.recipe.scheme), each.about["seed"]))
 
 
 def _open(folder: Path) -> Run:
@@ -135,7 +134,7 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
         found: the runs, alike but for scheme, seed and the schemes' learning rates.
         scores: of their networks; None leaves out what needs them.
     """
-    by_scheme = {s: [each for each in found if each.recipe.scheme == s] for s in METHODS}
+    by_scheme = {s: [each for each in found if each.recipe.scheme == s] for s in SCHEMES}
     by_scheme = {scheme: own for scheme, own in by_scheme.items() if own}
     metrics = {scheme: [each.metrics for each in own] for scheme, own in by_scheme.items()}
     template = resources.files("relaylab.report").joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -147,15 +146,15 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
         ("val", "loss", "Validation loss", "nats"),
     ]
     has_train = all(any(line["kind"] == "train" for line in each.metrics) for each in found)
-    first = {METHODS[scheme]: own[0] for scheme, own in by_scheme.items()}
+    first = {SCHEMES[scheme]: own[0] for scheme, own in by_scheme.items()}
     looks = {name: each.metrics for name, each in first.items() if _has_gradients(each)}
     network = NAMES[found[0].recipe.network.architecture]
     angles = page_pictures.angle_picture(metrics)
     return environment.from_string(template).render(
         recipe=found[0].recipe,
-        title=f"{_capital(network)}: {' against '.join(METHODS[s] for s in by_scheme)}",
+        title=f"{_capital(network)}: {' against '.join(SCHEMES[s] for s in by_scheme)}",
         network=network,
-        methods=METHODS,
+        methods=SCHEMES,
         by_scheme=by_scheme,
         colours=SCHEME_COLOURS,
         classes=found[0].classes,
@@ -168,7 +167,7 @@ def render_page(found: Sequence[Run], scores: ScoreFolder | None) -> str:
             if kind == "val" or has_train
         ],
         windows=[
-            (METHODS[scheme], _svg(figure_text(window_figure(own[0].recipe, METHODS[scheme]))))
+            (SCHEMES[scheme], _svg(figure_text(window_figure(own[0].recipe, SCHEMES[scheme]))))
             for scheme, own in by_scheme.items()
         ],
         gradients=_svg(figure_text(gradient_figure(looks))) if looks else None,
@@ -195,7 +194,7 @@ def summary(by_scheme: Mapping[str, Sequence[Run]]) -> Table:
     base = by_scheme.get("standard", [])
     rows: list[tuple[str, ...]] = []
     for scheme, own in by_scheme.items():
-        cells = [METHODS[scheme], ", ".join(str(each.about["seed"]) for each in own)]
+        cells = [SCHEMES[scheme], ", ".join(str(each.about["seed"]) for each in own)]
         cells += [mean_text([each.last[top] for each in own]) for top in ("top1", "top5")]
         for top in ("top1", "top5"):
             pairs = _pairs(own, base, top)
@@ -211,7 +210,7 @@ def summary(by_scheme: Mapping[str, Sequence[Run]]) -> Table:
     )
     rates = {scheme: own[0].recipe.optimizer.lr for scheme, own in by_scheme.items()}
     if len(set(rates.values())) > 1:
-        told = ", ".join(f"{METHODS[scheme]} {rate:g}" for scheme, rate in rates.items())
+        told = ", ".join(f"{SCHEMES[scheme]} {rate:g}" for scheme, rate in rates.items())
         notes = (*notes, f"Each method has a learning rate of its own: {told}.")
     return Table("Errors on the validation images", header, tuple(rows), notes)
 
@@ -226,7 +225,7 @@ def verdict(by_scheme: Mapping[str, Sequence[Run]]) -> list[str]:
             continue
         mean, same = statistics.fmean(pairs), len({value > 0 for value in pairs}) == 1
         word = "lower" if mean < 0 else "higher"
-        text = f"{METHODS[scheme]}: top-1 error {abs(mean):.2f} points {word} than standard BP"
+        text = f"{SCHEMES[scheme]}: top-1 error {abs(mean):.2f} points {word} than standard BP"
         if len(pairs) == 1:
             text += ", with one seed; another seed may turn that round."
         elif same:
@@ -292,7 +291,7 @@ def _scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict
         }
         gains = _svg(page_pictures.gain_picture(errors["standard"] - errors[shown], classes))
     return {
-        "method": METHODS[shown],
+        "method": SCHEMES[shown],
         "network": network,
         "networks": len(own[shown]),
         "photos": photos,

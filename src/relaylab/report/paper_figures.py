@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from relaylab.building import build_network, build_plan
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
-from relaylab.data.source import Source
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
-from relaylab.network_picture import draw_network
-from relaylab.pictures import STYLE
-from relaylab.predict import Prediction
-from relaylab.recipe import Recipe
-from relaylab.stages import stages_of
+from relaylab.evaluate.predict import Prediction
+from relaylab.models.building import build_network, build_plan
+from relaylab.recipes.schema import Recipe
+from relaylab.report.network import draw_network
+from relaylab.report.stages import stages_of
+from relaylab.report.style import STYLE
 
 RIGHT, WRONG = "#00664a", "#a33f00"
 COLUMNS, ROWS = 4, 2

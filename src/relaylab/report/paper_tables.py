@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from relaylab.errors import InputError
 from relaylab.evaluate.command import FIGURES
-from relaylab.evaluate.figures import difference, misses, per_class_errors
+from relaylab.evaluate.error_rates import difference, misses, per_class_errors
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder, check_alike
-from relaylab.recipe import Recipe
 from relaylab.recipes import RECIPES
-from relaylab.recipes.places2 import METHODS
-from relaylab.report.tables import Table
+from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.tables import Table
 
 TABLES = ("1", "3", "4", "5", "6", "sampling")
 NAMES = {
@@ -157,7 +156,7 @@ def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
     for own in columns.values():
         check_column(own)
     rows: list[tuple[str, ...]] = []
-    for scheme, method in METHODS.items():
+    for scheme, method in SCHEMES.items():
         if not any(entry.values["scheme"] == scheme for own in columns.values() for entry in own):
             continue
         cells = [method]
@@ -167,7 +166,7 @@ def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
             if scheme != "standard" and ours and base:
                 notes.append(_difference(f"{method} minus standard BP, {NAMES[architecture]}", ours, base))
         rows.append(tuple(cells))
-    for scheme, method in METHODS.items():
+    for scheme, method in SCHEMES.items():
         cells = [f"{method} (the paper)"]
         for architecture in columns:
             own = [recipe for recipe in _recipes(f"table{number}-") if recipe.network.architecture == architecture]

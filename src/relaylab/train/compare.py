@@ -15,8 +15,8 @@ from scipy import stats
 
 from relaylab.errors import InputError, LabError
 from relaylab.files import write_text
-from relaylab.pictures import SCHEME_COLOURS, SCHEME_DASHES, plot
-from relaylab.recipes.places2 import METHODS
+from relaylab.recipes.schema import SCHEMES
+from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
 from relaylab.train import runs
 from relaylab.train.options import CompareConfig, Engine, TrainConfig, listed_schemes, listed_seeds
 from relaylab.train.records import read_metrics
@@ -72,7 +72,7 @@ def compare(config: CompareConfig) -> int:
     requests = {key: runs.understand(member) for key, member in members.items()}
     for number, (key, request) in enumerate(requests.items(), 1):
         if result_of(members[key], request.recipe.optimizer.iterations, *key) is None:
-            print(f"run {number} of {len(requests)}: {METHODS[key[0]]}, seed {key[1]}", flush=True)
+            print(f"run {number} of {len(requests)}: {SCHEMES[key[0]]}, seed {key[1]}", flush=True)
             if _is_interrupted(members[key], request):
                 return INTERRUPTED
     iterations = next(iter(requests.values())).recipe.optimizer.iterations
@@ -163,12 +163,12 @@ def table(results: Sequence[Result]) -> str:
     """A comparison's table as Markdown; the first scheme is what the others are compared with."""
     schemes = list(dict.fromkeys(result.scheme for result in results))
     header = ["scheme", "seeds", "top-1 error", "top-5 error"]
-    header += [f"{name} minus {METHODS[schemes[0]]}" for name in ("top-1", "top-5")]
+    header += [f"{name} minus {SCHEMES[schemes[0]]}" for name in ("top-1", "top-5")]
     lines = [_line(header), _line(["---", "---:", "---:", "---:", "---:", "---:"])]
     for scheme in schemes:
         own = {result.seed: result for result in results if result.scheme == scheme}
         base = {result.seed: result for result in results if result.scheme == schemes[0]}
-        cells = [METHODS[scheme], str(len(own))]
+        cells = [SCHEMES[scheme], str(len(own))]
         cells += [mean_and_spread([result.last[name] for result in own.values()]) for name in ("top1", "top5")]
         for name in ("top1", "top5"):
             both = [seed for seed in own if seed in base]
@@ -209,7 +209,7 @@ def curves(results: Sequence[Result]) -> str:
                 axes.plot(steps, row, linewidth=0.8, alpha=0.3, color=SCHEME_COLOURS[scheme])
             mean = [statistics.fmean(column) for column in zip(*rows, strict=True)]
             marker = "o" if len(steps) == 1 else None
-            axes.plot(steps, mean, linewidth=2, marker=marker, label=METHODS[scheme], **look)
+            axes.plot(steps, mean, linewidth=2, marker=marker, label=SCHEMES[scheme], **look)
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from relaybackprop import Relay
 from relaylab.errors import InputError
-from relaylab.train.launched import FAILURE, is_launched, noted_failure
 from relaylab.train.options import Engine
+from relaylab.train.torchrun import FAILURE, is_launched, noted_failure
 
 INTERRUPTED = 130
 

@@ -15,17 +15,17 @@ from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
-from relaylab.data.index import IndexedImages
 from relaylab.data.memory import decode_all, free_memory
-from relaylab.data.opening import open_source
 from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
-from relaylab.data.source import UNLABELLED, Source
+from relaylab.data.sources.index import IndexedImages
+from relaylab.data.sources.opening import open_source
+from relaylab.data.sources.source import UNLABELLED, Source
+from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
-from relaylab.data.subset import Numbers, Thinned, held_out, long_tail
 from relaylab.errors import InputError, LabError
 from relaylab.progress import progress
-from relaylab.recipe import ImagesConfig, Recipe
+from relaylab.recipes.schema import ImagesConfig, Recipe
 from relaylab.train.options import TrainConfig
 
 log = logging.getLogger("relaylab.train")

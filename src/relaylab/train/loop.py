@@ -27,17 +27,18 @@ from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Task
-from relaylab.recipe import PlateauConfig, Recipe
-from relaylab.train import checkpoint, diagnosis
-from relaylab.train.chance import seed_all
+from relaylab.recipes.schema import PlateauConfig, Recipe
+from relaylab.train import checkpoint
+from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import scaler_of, whole
-from relaylab.train.finite import not_finite
 from relaylab.train.images import Stream
 from relaylab.train.meter import Meter, top_errors
+from relaylab.train.nonfinite import not_finite
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, Values
 from relaylab.train.runs import values_of
 from relaylab.train.schedule import learning_rate
+from relaylab.train.seeding import seed_all
 from relaylab.train.segments import Segments
 from relaylab.train.signals import StopRequest
 from relaylab.train.state import Progress, optimizer_tensors
@@ -314,7 +315,7 @@ class Trainer:
 
     @property
     def can_see_angles(self) -> bool:
-        """See Note [Diagnosis] 3 in `relaylab.train.diagnosis`."""
+        """See Note [Diagnosis] 3 in `relaylab.train.gradients`."""
         config = self.config
         has_graph = not config.compile and not config.early_release and config.strategy != "fsdp"
         return has_graph and self.records is not None

@@ -1,14 +1,14 @@
-"""The options of `relaylab train` and `relaylab compare`. No torch in here; see `relaylab.config`."""
+"""The options of `relaylab train` and `relaylab compare`. No torch in here; see `relaylab.options`."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.config import Folder, Images, Number, Switch
-from relaylab.recipe import Dial, Scheme
+from relaylab.options import Folder, Images, Number, Switch
+from relaylab.recipes.schema import SCHEMES, Dial
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Changes = Annotated[
@@ -16,7 +16,6 @@ Changes = Annotated[
 ]
 Resume = Annotated[str | None, tyro.conf.arg(metavar="auto|PATH", help_behavior_hint="")]
 Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

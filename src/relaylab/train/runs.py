@@ -7,7 +7,7 @@ metrics.jsonl      a line for each look at training, validation and gradients
 tensorboard/       the same for TensorBoard
 log.txt
 checkpoints/       see relaylab.train.checkpoint
-model.safetensors  at the end; see relaylab.model_file
+model.safetensors  at the end; see relaylab.models.file
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from typing import Any
 
 from relaylab.errors import InputError
 from relaylab.files import write_text
-from relaylab.recipe import Recipe
 from relaylab.recipes import find_recipe
+from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
-from relaylab.train.changes import recipe_problems, with_changes
-from relaylab.train.launched import restart_count
+from relaylab.recipes.schema import Recipe
 from relaylab.train.options import TrainConfig, engine_problems
+from relaylab.train.torchrun import restart_count
 
 log = logging.getLogger("relaylab.train")
 

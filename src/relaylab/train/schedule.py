@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from relaylab.recipe import CosineConfig, DecayConfig, OptimizerConfig, PlateauConfig, StepsConfig
+from relaylab.recipes.schema import CosineConfig, DecayConfig, OptimizerConfig, PlateauConfig, StepsConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from relaybackprop import reach
-from relaylab.building import build_relay
-from relaylab.recipe import OptimizerConfig, Recipe
+from relaylab.models.building import build_relay
+from relaylab.recipes.schema import OptimizerConfig, Recipe
 
 UNTRAINED = "no loss"
 

@@ -14,17 +14,15 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from relaybackprop import Relay
-from relaylab.building import build_criterion, build_relay
 from relaylab.errors import InputError, LabError
-from relaylab.model_file import InputConfig, ModelFile, save_model
+from relaylab.models.building import build_criterion, build_relay
+from relaylab.models.file import InputConfig, ModelFile, save_model
 from relaylab.progress import Silent, Task, progress
-from relaylab.recipe import Recipe
-from relaylab.recipes.places2 import METHODS
+from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import checkpoint, runs
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, open_images
-from relaylab.train.launched import launch_id, restart_count
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
 from relaylab.train.options import TrainConfig
@@ -32,6 +30,7 @@ from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, parameter_groups, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
 from relaylab.train.state import Progress, load_tensors
+from relaylab.train.torchrun import launch_id, restart_count
 from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
@@ -267,7 +266,7 @@ def _say(trainer: Trainer, folder: Path, segments: Segments, state: dict[str, An
                 state["processes"],
             )
     else:
-        log.info("%s, %s, seed %d: %s", recipe.name, METHODS[recipe.scheme], trainer.config.seed, folder)
+        log.info("%s, %s, seed %d: %s", recipe.name, SCHEMES[recipe.scheme], trainer.config.seed, folder)
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relaylab.caffe.reading import read_prototxt
-from relaylab.caffe.schema import PHASE_TEST, V1_TYPES
-from relaylab.data.listing import printable
+from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
+from relaylab.models.caffe.reading import read_prototxt
+from relaylab.models.caffe.schema import PHASE_TEST, V1_TYPES
 
 RENAMED = {"Relu": "ReLU"}  # of the types that the old form has in capitals
 

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from relaylab.pictures import INK, STYLE
-from relaylab.stages import Loss, Stage
+from relaylab.report.stages import Loss, Stage
+from relaylab.report.style import INK, STYLE
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart: strong for a loss, light for what it trains.
 PRIMARY = "#0072b2", "#cfe5f3"

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from relaylab.caffe.network import Layer
-from relaylab.data.listing import printable
+from relaylab.data.sources.listing import printable
+from relaylab.models.caffe.network import Layer
 
 PLAIN = {  # layers with nothing to say about them
     "ReLU": "ReLU",

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from relaylab.data.archives import list_tars
-from relaylab.data.cache import cache_folder
-from relaylab.data.class_names import files_beside, read_truth, synset_numbers
-from relaylab.data.index import IndexedImages, UnusableIndexError, write_index
-from relaylab.data.listing import SPLITS, Listing, Watch, few, label_type, printable, relabelled, unwatched
-from relaylab.data.lists import list_file
-from relaylab.data.stamps import stamp
-from relaylab.data.trees import list_trees
+from relaylab.data.sources.archives import list_tars
+from relaylab.data.sources.cache import cache_folder
+from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
+from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
+from relaylab.data.sources.listing import SPLITS, Listing, Watch, few, label_type, printable, relabelled, unwatched
+from relaylab.data.sources.lists import list_file
+from relaylab.data.sources.stamps import stamp
+from relaylab.data.sources.trees import list_trees
 from relaylab.errors import InputError
 
 TARS = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tar.zst", ".txz", ".tgz", ".tbz2", ".tzst")

@@ -21,11 +21,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from relaylab.data.cache import written
-from relaylab.data.class_names import named_classes, names_beside
-from relaylab.data.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
-from relaylab.data.source import UNLABELLED
-from relaylab.data.stamps import stamp
+from relaylab.data.sources.cache import written
+from relaylab.data.sources.class_names import named_classes, names_beside
+from relaylab.data.sources.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
+from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
 CHUNK = 1 << 20

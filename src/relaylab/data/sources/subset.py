@@ -6,7 +6,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from relaylab.data.source import Labels, Source
+from relaylab.data.sources.source import Labels, Source
 from relaylab.errors import InputError
 
 Numbers = NDArray[np.int64]

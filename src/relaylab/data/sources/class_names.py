@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from relaylab.data.listing import few, printable
-from relaylab.data.stamps import Stamp, stamp
+from relaylab.data.sources.listing import few, printable
+from relaylab.data.sources.stamps import Stamp, stamp
 from relaylab.errors import InputError
 
 BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt")

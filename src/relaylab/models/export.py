@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from relaylab.files import replacing
-from relaylab.model_file import InputConfig, ModelFile, save_model
+from relaylab.models.file import InputConfig, ModelFile, save_model
 
 Format = Literal["safetensors", "pt2", "onnx"]
 NAME = "model"

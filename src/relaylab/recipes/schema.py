@@ -21,6 +21,12 @@ VGG_CONVOLUTIONS = {
     25: (2, 2, 6, 6, 6),
 }
 Scheme = Literal["standard", "multi_loss", "relay", "isolated"]
+SCHEMES: Mapping[str, str] = {  # their names for people, in the order of tables
+    "standard": "standard BP",
+    "multi_loss": "multi-loss + standard BP",
+    "relay": "Relay BP",
+    "isolated": "isolated windows",  # ours: relay without the overlap
+}
 Head = Literal["googlenet", "inception", "linear"]
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]

@@ -12,7 +12,7 @@ from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, Win
 from relaylab import models
 from relaylab.errors import InputError
 from relaylab.models.layers import initialise
-from relaylab.recipe import Architecture, Head, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+from relaylab.recipes.schema import Architecture, Head, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
 
 INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
 

@@ -3,10 +3,10 @@
 Backwards, since every blob has one maker while several layers may read it. Names of layers do not matter.
 """
 
-from relaylab.caffe.describing import describe
-from relaylab.caffe.network import Layer, Network
-from relaylab.data.listing import few, printable
+from relaylab.data.sources.listing import few, printable
 from relaylab.errors import InputError
+from relaylab.models.caffe.describing import describe
+from relaylab.models.caffe.network import Layer, Network
 
 ADVICE = "expected Model B, as in the authors' Places2-401-CNN.prototxt"
 GRIDS = "segment4.spp"

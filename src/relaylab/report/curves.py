@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from relaylab.pictures import SCHEME_COLOURS, SCHEME_DASHES, STYLE, figure_text, plot
-from relaylab.recipes.places2 import METHODS
+from relaylab.recipes.schema import SCHEMES
 from relaylab.report.paper_figures import plain
+from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, STYLE, figure_text, plot
 
 Lines = Sequence[Mapping[str, Any]]
 GAIN, LOSS = "#009e73", "#d55e00"
@@ -41,7 +41,7 @@ def curve_picture(runs: Mapping[str, Sequence[Lines]], kind: str, quantity: str,
             marker = "o" if len(steps) == 1 else None
             means = list(map(statistics.fmean, values))
             look: dict[str, Any] = {"color": colour, "linestyle": SCHEME_DASHES[scheme], "marker": marker}
-            axes.plot(steps, means, linewidth=2, label=METHODS[scheme], **look)
+            axes.plot(steps, means, linewidth=2, label=SCHEMES[scheme], **look)
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
@@ -65,7 +65,7 @@ def angle_picture(runs: Mapping[str, Sequence[Lines]]) -> str | None:
                 steps = sorted(by_step)
                 means = [statistics.fmean(by_step[step]) for step in steps]
                 look: dict[str, Any] = {"color": SCHEME_COLOURS[scheme], "linestyle": SCHEME_DASHES[scheme]}
-                axes.plot(steps, means, linewidth=2, label=f"{METHODS[scheme]}: {pair}", **look)
+                axes.plot(steps, means, linewidth=2, label=f"{SCHEMES[scheme]}: {pair}", **look)
         axes.axhline(0, color="#888888", linewidth=0.8)
         axes.set_xlabel("iteration")
 

@@ -10,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from relaylab.building import build_network
-from relaylab.caffe.describing import PLAIN, describe, describe_module, max_pooling, window
-from relaylab.caffe.matching import ADVICE, GRIDS, follow
-from relaylab.caffe.network import Layer, Source, read_network
-from relaylab.caffe.reading import Blobs, read_limited, read_weights
-from relaylab.data.class_names import read_categories, without_letter
-from relaylab.data.listing import printable
+from relaylab.data.sources.class_names import read_categories, without_letter
+from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
-from relaylab.model_file import InputConfig, ModelFile
 from relaylab.models import pyramid
-from relaylab.recipe import NetworkConfig
+from relaylab.models.building import build_network
+from relaylab.models.caffe.describing import PLAIN, describe, describe_module, max_pooling, window
+from relaylab.models.caffe.matching import ADVICE, GRIDS, follow
+from relaylab.models.caffe.network import Layer, Source, read_network
+from relaylab.models.caffe.reading import Blobs, read_limited, read_weights
+from relaylab.models.file import InputConfig, ModelFile
+from relaylab.recipes.schema import NetworkConfig
 
 MEAN = (105.448, 113.768, 116.052)  # the authors', of blue, green and red, 0 to 255
 RESIZE, CROP = 256, 224  # the authors', in pixels

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relaylab.data.source import UNLABELLED, Labels
-from relaylab.data.stamps import Stamp
+from relaylab.data.sources.source import UNLABELLED, Labels
+from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 

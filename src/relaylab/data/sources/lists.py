@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from relaylab.data.class_names import names_beside, read_categories, without_letter
-from relaylab.data.listing import Listing, Place, Rows, Watch, few, is_image, printable
-from relaylab.data.source import UNLABELLED
-from relaylab.data.stamps import stamp
-from relaylab.data.trees import refuse_to_leave
+from relaylab.data.sources.class_names import names_beside, read_categories, without_letter
+from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image, printable
+from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.stamps import stamp
+from relaylab.data.sources.trees import refuse_to_leave
 from relaylab.errors import InputError
 
 LARGEST_LABEL = 999_999

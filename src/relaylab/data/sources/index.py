@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from relaylab.data.cache import written
-from relaylab.data.listing import Listing, Place, printable
-from relaylab.data.source import UNLABELLED, Labels
-from relaylab.data.stamps import Stamp, stale, unsettled
+from relaylab.data.sources.cache import written
+from relaylab.data.sources.listing import Listing, Place, printable
+from relaylab.data.sources.source import UNLABELLED, Labels
+from relaylab.data.sources.stamps import Stamp, stale, unsettled
 from relaylab.errors import InputError
 
 FORMAT = "relaylab image index 1"

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from relaylab.data.class_names import names_beside
-from relaylab.data.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
-from relaylab.data.source import UNLABELLED
-from relaylab.data.stamps import stamp
+from relaylab.data.sources.class_names import names_beside
+from relaylab.data.sources.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
+from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
 NO_CLASS = "__MACOSX"

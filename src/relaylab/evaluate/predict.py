@@ -11,12 +11,12 @@ from torch import Tensor
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
-from relaylab.data.listing import is_image
+from relaylab.data.sources.listing import is_image
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, cut
 from relaylab.evaluate.trained import find_trained
-from relaylab.exporting import Classifier
-from relaylab.model_file import InputConfig, ModelFile, read_model
+from relaylab.models.export import Classifier
+from relaylab.models.file import InputConfig, ModelFile, read_model
 
 TOP, BATCH = 5, 32
 STDIN = "-"

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relaylab.building import build_network
 from relaylab.errors import InputError
 from relaylab.files import replacing
-from relaylab.recipe import NetworkConfig
+from relaylab.models.building import build_network
+from relaylab.recipes.schema import NetworkConfig
 
 KEY, FORMAT = "relaylab", "relaylab model 1"
 NAMED = 5  # keys that an error names, at most

@@ -10,9 +10,9 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from relaylab.caffe.schema import NetParameter
-from relaylab.data.listing import printable
+from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
+from relaylab.models.caffe.schema import NetParameter
 
 LARGEST_TEXT = 4 << 20  # bytes; the authors' prototxt has 20,952
 LARGEST_BINARY = (1 << 31) - 1  # bytes; protobuf reads no more

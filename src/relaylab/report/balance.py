@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from relaylab.pictures import plot
+from relaylab.report.style import plot
 
 NAMED_CLASSES = 40  # more names than these cannot be read
 BAR_COLOUR, LINE_COLOURS = "#b9c0c7", ("#d55e00", "#0072b2")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from relaylab.recipe import CosineConfig, DecayConfig, PlateauConfig, Recipe, StepsConfig
+from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, Recipe, StepsConfig
 from relaylab.train.options import nearest
 
 SOURCE = "the command line"
