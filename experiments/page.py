@@ -10,8 +10,7 @@ from pathlib import Path
 from experiments.studies import STUDIES, TAILS, Size
 from experiments.tables import Finding, finding_from, tail_table
 from relaylab.files import write_text
-from relaylab.reproduce import renewed
-from relaylab.tables import Table, markdown_lines
+from relaylab.tables import Table, markdown_lines, renewed
 from relaylab.train.compare import difference, mean_and_spread
 
 ROOT = Path(__file__).parents[1]

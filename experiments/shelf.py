@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relaylab.cores import available_cores
 from relaylab.data.augment import Augmentation, arithmetic, random_flips, random_shifts
 from relaylab.data.geometry import View
 from relaylab.data.keyed import uniforms
 from relaylab.data.memory import DecodedImages, decode_all
 from relaylab.data.parts import InMemory
+from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import Recipe
 from relaylab.train.images import RunImages, check_images, chosen_numbers, open_sources

@@ -12,7 +12,7 @@ from experiments.studies import PER_CLASS, SAMPLING, STUDIES, TAILS, Study
 from experiments.testing import Tested, tested, tested_from
 from experiments.training import Run
 from relaylab.data.sources.subset import long_tail
-from relaylab.model_commands import BATCH, cost_of
+from relaylab.report.costs import BATCH, cost_of
 from relaylab.tables import Table
 from relaylab.train import runs
 from relaylab.train.compare import difference, mean_and_spread

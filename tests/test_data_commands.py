@@ -136,7 +136,7 @@ def test_a_test_list_has_no_balance(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect"], "which images"),
+        (["inspect"], "no images given"),
         (["inspect", "nowhere"], "no such file or folder: nowhere"),
         (["inspect", "{tree}", "--split", "test"], "has no test folder, only train, val"),
         (["inspect", "{tree}", "--workers", "-1"], "--workers must be at least 0"),

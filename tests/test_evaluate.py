@@ -20,11 +20,12 @@ from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import combined, fit_weights, halves
 from relaylab.evaluate.error_rates import confusion, difference, error_rates, interval, misses, per_class_errors
 from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
+from relaylab.evaluate.results import baseline
 from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike
 from relaylab.evaluate.testing import Scorer
 from relaylab.evaluate.trained import Trained
 from relaylab.models import model_a
-from relaylab.models.file import InputConfig, ModelFile, save_model
+from relaylab.models.file import InputConfig, ModelFile, read_model, save_model
 from relaylab.recipes.schema import NetworkConfig
 
 MEAN = (100.0, 110.0, 120.0)
@@ -306,6 +307,45 @@ def test_the_command_tests_runs(tiny_runs: Path, tmp_path: Path, capsys: pytest.
     assert len(json.loads((out / "evaluation.json").read_text())["ensembles"]) == 6, "earlier ensembles stay"
 
 
+def test_networks_are_compared_with_standard_bp_or_the_one_named(
+    tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(tiny_runs), "--out", str(tmp_path / "scores"), "--workers", "0"]
+
+    def compared(*more: str) -> dict[str, str]:
+        assert main([*command, *more]) == 0
+        rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        column = rows[0].index("compared with")
+        return {row[0]: (row[column] if len(row) > column else "") for row in rows[2:]}
+
+    assert compared() == {"relay": "standard (standard BP)", "standard": ""}
+    assert compared("--against", "relay") == {"relay": "", "standard": "relay (Relay BP)"}
+    assert main([*command, "--against", "relai"]) == 2
+    assert "--against relai: unknown network; nearest: relay" in capsys.readouterr().err
+
+
+def test_the_baseline_is_standard_bp_of_the_same_seed() -> None:
+    def about(scheme: str, seed: int) -> dict[str, object]:
+        return {"values": {"scheme": scheme}, "seed": seed}
+
+    networks = {f"{scheme}-{seed}": about(scheme, seed) for scheme in ("relay", "standard") for seed in (0, 1)}
+    assert [baseline(name, networks) for name in networks] == ["standard-0", "standard-1"] * 2
+    assert baseline("relay-0", {"relay-0": about("relay", 0), "standard-1": about("standard", 1)}) == "standard-1"
+    assert baseline("b", {"a": {}, "b": {}}) == "a"
+
+
+def test_a_run_is_exported_by_its_folder(tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "--format", "safetensors", "--out", str(tmp_path / "exported")]
+    assert main([*command, str(tiny_runs / "relay")]) == 0
+    original, exported = (
+        read_model(path)
+        for path in (tiny_runs / "relay" / "model.safetensors", tmp_path / "exported" / "model.safetensors")
+    )
+    assert_close(dict(exported.state), dict(original.state), rtol=0, atol=0)
+    assert main(["export", str(tiny_runs), "--out", str(tmp_path / "two")]) == 2
+    assert "holds 2 networks: name one of its runs" in capsys.readouterr().err
+
+
 def test_an_interrupted_evaluation_goes_on(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "scores"
     command = ["eval", str(tiny_runs), "--out", str(out), "--workers", "0"]
@@ -349,19 +389,19 @@ def test_the_command_refuses_what_it_cannot_do(
     (unfinished / "config.json").write_text((tiny_runs / "relay" / "config.json").read_text())
     relay = str(tiny_runs / "relay")
     for arguments, message in [
-        ([], "which runs?"),
+        ([], "no runs given"),
         (["nowhere"], "no such file or folder"),
         ([str(empty)], "holds no run"),
-        ([str(unfinished)], "has not come to its end: relaylab train --resume"),
+        ([str(unfinished)], "is unfinished; to complete it: relaylab train --resume"),
         ([relay, relay], "more than once"),
         ([relay, str(other)], "different classes"),
-        ([str(other)], "which images?"),
+        ([str(other)], "--data is required"),
         ([relay, "--protocol", "dens"], "unknown protocol 'dens'; nearest: dense"),
         ([relay, "--ensemble", "product"], "at least two networks"),
         ([relay, "--scales", "224"], "--scales and --flip are for dense testing"),
         ([relay, "--protocol", "dense", "--scales", "big"], "expected pixels"),
         ([relay, "--protocol", "dense", "--scales", "16"], "crops of 32 pixels"),
-        ([relay, "--batch-size", "0"], "expected at least 1"),
+        ([relay, "--batch-size", "0"], "--batch-size must be at least 1"),
     ]:
         assert main(["eval", *arguments]) == 2, arguments
         assert message in capsys.readouterr().err

@@ -10,8 +10,7 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 from experiments import page, tables
 from experiments.studies import ARMS, STUDIES
 from experiments.tables import Finding
-from relaylab.reproduce import renewed
-from relaylab.tables import render
+from relaylab.tables import render, renewed
 from relaylab.train.compare import difference
 
 README = page.ROOT / "README.md"

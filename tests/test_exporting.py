@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from relaylab.data.geometry import View
 from relaylab.errors import InputError
 from relaylab.evaluate.predict import Prediction, crop_of, find_pictures, network_of, open_network, predict
-from relaylab.models.building import build, build_network
+from relaylab.models.building import build_network, build_relay
 from relaylab.models.export import Classifier, export, mean_of
 from relaylab.models.file import InputConfig, ModelFile, load_state, mean_path, read_model, save_model
 from relaylab.recipes import RECIPES
@@ -37,11 +37,11 @@ ARCHITECTURES = {
 def trained(recipe_name: str = "table3-model-b-relay", *, mean_image: bool = False, **given: object) -> ModelFile:
     """As after training: the plain model out of a relay, with batch statistics that say something."""
     recipe = at_scale(RECIPES[recipe_name], "tiny")
-    training = build(recipe)
+    relay = build_relay(recipe)
     size = recipe.network.image_size
     with torch.no_grad():
-        training.relay(torch.randn(4, 3, size, size))
-        for name, parameter in training.relay.model.named_parameters():
+        relay(torch.randn(4, 3, size, size))
+        for name, parameter in relay.model.named_parameters():
             if name.endswith("bias"):  # not all zero, and no two the same, as after training
                 parameter.normal_()
     image = torch.rand(size, size, 3) * 255 if mean_image else None
@@ -50,7 +50,7 @@ def trained(recipe_name: str = "table3-model-b-relay", *, mean_image: bool = Fal
         network=recipe.network,
         classes=("airport", "bar", "canyon", "dam", "euro"),
         input=InputConfig(**options),  # type: ignore[arg-type]
-        state=training.relay.model.state_dict(),
+        state=relay.model.state_dict(),
         mean_image=image,
         about="trained for a test",
     )

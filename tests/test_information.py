@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from relaybackprop import LinearHead, Plan, Relay, Window
 from relaylab.cli import main
-from relaylab.diagnose.command import names_of
 from relaylab.diagnose.information import ACTIVATIONS, LENGTH, collect, weight_layers
 from relaylab.diagnose.probe import entropy_bits, readable_bits
+from relaylab.diagnose.runs import names_of
 from relaylab.errors import InputError
 
 

@@ -12,9 +12,11 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 from PIL import Image
 
 from caffe_files import THIN, random_state, write_pair
-from relaylab import cli, model_commands
+from relaylab import cli
 from relaylab.recipes import RECIPES
+from relaylab.recipes.changes import with_changes
 from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Dial, value_text
 
 Captured = pytest.CaptureFixture[str]
 
@@ -116,7 +118,7 @@ def test_import_export_predict(capsys: Captured, tmp_path: Path, monkeypatch: py
     code, _, err = run(capsys, *command)
     assert code == 2
     assert "b.safetensors exists; give another name with --out" in err
-    code, out, _ = run(capsys, "export", "b.safetensors", "--formats", "safetensors", "pt2", "--out", "e")
+    code, out, _ = run(capsys, "export", "b.safetensors", "--format", "safetensors", "pt2", "--out", "e")
     assert code == 0
     assert sorted(path.name for path in Path("e").iterdir()) == ["model.pt2", "model.safetensors"]
     Image.new("RGB", (300, 280), (90, 60, 20)).save("photo.jpg")
@@ -173,7 +175,18 @@ def test_an_ensemble_and_a_name_that_is_a_folder(capsys: Captured, tmp_path: Pat
     assert (code, "holds no run" in err) == (2, True)
 
 
+@pytest.mark.parametrize("scale", ["paper", "small"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_values_are_printed_as_set_takes_them(name: str, scale: Dial) -> None:
+    recipe = at_scale(RECIPES[name], scale)
+    shown = [(field, value, value_text(value)) for field, value, _ in recipe.fields()]
+    kinds = {field: text for field, _, text in shown if field.endswith(".kind")}
+    changed, problems = with_changes(recipe, [f"{k}={text}" for k, _, text in shown if k not in kinds])
+    assert not problems
+    assert [(field, value) for field, value, _ in changed.fields()] == [(field, value) for field, value, _ in shown]
+
+
 def test_words_for_values() -> None:
-    assert [model_commands.text_of(v) for v in (True, None, 800_000, (7, 3), 0.3, "x", 256)] == [
-        "yes", "none", "800,000", "7, 3", "0.3", "x", "256",
+    assert [value_text(v) for v in (True, None, 800_000, (7, 3), 0.3, "x", 256)] == [
+        "true", "none", "800000", "7,3", "0.3", "x", "256",
     ]  # fmt: skip

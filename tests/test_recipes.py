@@ -10,14 +10,14 @@ import torch
 
 pytest.importorskip("torchvision", reason="needs the lab extra")
 
-from relaybackprop.reach import reach
+from relaybackprop import Relay, reach
 from relaylab.data.augment import Augmentation
 from relaylab.data.geometry import View
 from relaylab.data.loader import training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
-from relaylab.models.building import build
+from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
 from relaylab.recipes.scales import DIALS, at_scale
 from relaylab.recipes.schema import Architecture, Recipe, changed
@@ -128,30 +128,36 @@ def test_table_5_is_five_networks_of_different_architectures_and_scales() -> Non
     assert (ensemble.reported.top5, ensemble.reported.split) == (16.87, "test")
 
 
+def sgd(recipe: Recipe, relay: Relay) -> torch.optim.SGD:
+    config = recipe.optimizer
+    return torch.optim.SGD(relay.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_at_tiny_size(name: str) -> None:
     recipe = at_scale(RECIPES[name], "tiny")
-    training = build(recipe)
+    relay = build_relay(recipe)
+    criterion, optimizer = build_criterion(recipe.optimizer, relay.plan), sgd(recipe, relay)
     size, batch = recipe.network.image_size, recipe.optimizer.batch_size
     images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % recipe.network.num_classes
-    before = {key: value.clone() for key, value in training.relay.named_parameters()}
+    before = {key: value.clone() for key, value in relay.named_parameters()}
     for _ in range(2):
-        loss = training.criterion(training.relay(images), labels)
+        loss = criterion(relay(images), labels)
         assert torch.isfinite(loss)
-        training.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        training.optimizer.step()
-    unchanged = [key for key, value in training.relay.named_parameters() if torch.equal(value, before[key])]
+        optimizer.step()
+    unchanged = [key for key, value in relay.named_parameters() if torch.equal(value, before[key])]
     assert not unchanged
-    assert training.relay.eval()(images).shape == (batch, 5)
+    assert relay.eval()(images).shape == (batch, 5)
     has_heads = recipe.scheme != "standard"
-    assert bool(len(training.relay.heads)) == has_heads
+    assert bool(len(relay.heads)) == has_heads
 
 
 @pytest.mark.parametrize("name", ["table3-model-a-relay", "table3-model-b-relay", "figure2-vgg19-relay"])
 def test_each_loss_reaches_its_column_of_table_2(name: str) -> None:
-    training = build(at_scale(RECIPES[name], "tiny"))
-    table = reach(training.relay, torch.randn(2, 3, 32, 32))
+    relay = build_relay(at_scale(RECIPES[name], "tiny"))
+    table = reach(relay, torch.randn(2, 3, 32, 32))
     reached = {
         loss: {parameter.split(".")[1] for parameter in names if parameter.startswith("model.")}
         for loss, names in table.losses.items()
@@ -177,19 +183,20 @@ def test_two_steps_on_real_scenes_at_small_size(architecture: str, shared_data: 
     names = [n for n, r in RECIPES.items() if r.network.architecture == architecture and r.images.short_side < 350]
     recipe = at_scale(RECIPES[names[-1]], "small")
     source = open_source(shared_data / "miniplaces72_val.tar.xz", split="val")
-    training = build(recipe, num_classes=len(source.classes))
     assert len(source.classes) == recipe.network.num_classes == 100
+    relay = build_relay(recipe)
+    criterion, optimizer = build_criterion(recipe.optimizer, relay.plan), sgd(recipe, relay)
     sampler = ClassAwareSampler(np.asarray(source.labels), seed=0)
     view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
     loader = training_loader(source, sampler, view, batch_size=4, seed=0)
     augment = Augmentation(torch.full((3,), 112.0), torch.full((3,), 66.0), seed=0, flip=recipe.augmentation.flip)
     losses = []
     for batch, _ in zip(loader, range(2), strict=False):
-        output = training.relay(augment(batch.images, batch.draws))
-        loss = training.criterion(output, batch.labels)
-        training.optimizer.zero_grad()
+        output = relay(augment(batch.images, batch.draws))
+        loss = criterion(output, batch.labels)
+        optimizer.zero_grad()
         loss.backward()
-        training.optimizer.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert len(losses) == 2
     assert np.isfinite(losses).all()
@@ -220,5 +227,6 @@ def test_changes_carry_their_source() -> None:
 
 
 def test_another_number_of_classes() -> None:
-    recipe: Recipe = at_scale(RECIPES["table3-model-b-relay"], "tiny")
-    assert build(recipe, num_classes=9).relay.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 9)
+    tiny = at_scale(RECIPES["table3-model-b-relay"], "tiny")
+    recipe = changed(tiny, "this test", {"network.num_classes": 9})
+    assert build_relay(recipe).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 9)

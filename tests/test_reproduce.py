@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("torchvision", reason="needs the lab extra")
 
+from docs.renew_tables import sections
 from relaylab.recipes import ENSEMBLES, RECIPES
-from relaylab.reproduce import renewed, sections
+from relaylab.tables import renewed
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
 
@@ -20,7 +21,7 @@ def test_tables_are_those_of_the_recipes(name: str) -> None:
     page = PAGE.read_text()
     table = sections()[name]()
     assert len(table) > 5
-    assert renewed(page, {name: table}) == page, "run: python -m relaylab.reproduce docs/reproduce.md"
+    assert renewed(page, {name: table}) == page, "run: python docs/renew_tables.py docs/reproduce.md"
     assert renewed(page, {name: [*table[:-1], "| something else |"]}) != page
 
 
@@ -47,12 +48,12 @@ def test_its_python_runs() -> None:
 
 def test_its_commands_are_real() -> None:
 
-    from relaylab.cli import _parse
+    from relaylab.cli import parse
 
     for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL):
         for line in block.splitlines():
             command = line.split("#")[0].split()
             assert command[0] == "relaylab"
-            assert _parse(command[1:]) is not None
+            assert parse(command[1:]) is not None
     with pytest.raises(SystemExit):
-        _parse(["recipes", "shew"])
+        parse(["recipes", "shew"])

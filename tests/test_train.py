@@ -455,9 +455,9 @@ def test_an_interval_is_that_of_the_paired_t_test() -> None:
 
 def test_a_comparisons_run_can_be_said_as_a_command() -> None:
     config = config_of(Path("images"), out=Path("out"), devices=2, precision="bf16", compile=True)
-    from relaylab.cli import _parse
+    from relaylab.cli import parse
 
-    assert _parse(compare.arguments_of(config)) == config
+    assert parse(runs.arguments_of(config))[1] == config
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
@@ -475,7 +475,7 @@ def test_the_training_pages_python_runs(
 
 def test_the_training_pages_commands_have_these_options() -> None:
     """Words that stand for the reader's own ones are left out."""
-    from relaylab.cli import _parse
+    from relaylab.cli import parse
 
     lines = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)).splitlines()
     assert len(lines) >= 5
@@ -483,7 +483,7 @@ def test_the_training_pages_commands_have_these_options() -> None:
         words = [word for word in line.partition("#")[0].split() if word != "..."]
         assert words[0] == "relaylab", line
         assert isinstance(
-            _parse([*words[1:], "x"] if words[-1] == "--data" else words[1:]), TrainConfig | CompareConfig
+            parse([*words[1:], "x"] if words[-1] == "--data" else words[1:])[1], TrainConfig | CompareConfig
         )
 
 

@@ -1,21 +1,26 @@
-"""Files that are whole or not there at all."""
+"""Atomic file writes, new folders for results with their time stamps, and the cores of this machine."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+
+from relaylab.errors import InputError
+
+ROOT = Path("runs")  # default folder of everything that commands write
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file under another name while it is written: whoever stops half-way leaves the old file, or none.
+    """Write to a temporary file and rename it into place, so that an interrupted write leaves the old file intact.
 
     Args:
         path: in an existing folder.
 
     Yields:
-        Where to write; that file takes the path's place when all went well.
+        The temporary file.
 
     Raises:
         OSError: it cannot be written.
@@ -31,15 +36,57 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one piece.
+    """Write a text file atomically.
 
     Args:
         path: in an existing folder.
-        text: written as UTF-8; what names of files hold that is not Unicode is written with a backslash.
+        text: written as UTF-8; bytes of file names that are not Unicode are written with a backslash.
 
     Raises:
         OSError: it cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.chmod(0o644)  # a temporary file is its owner's alone
+        temporary.chmod(0o644)  # a temporary file is readable by its owner only
+
+
+def timestamp() -> str:
+    """Return the present time for the name of a folder, such as 20261128T224500Z."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+@contextmanager
+def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> Iterator[Path]:
+    """Make a new or empty folder for results; one that was made is removed again if nothing was written to it.
+
+    Args:
+        given: by the user.
+        default: without one.
+        may_hold: whether it may hold earlier results.
+
+    Yields:
+        The folder, which can be written to.
+
+    Raises:
+        InputError: it is not empty, or cannot be written to.
+    """
+    folder = given or default
+    is_new = not folder.exists()
+    try:
+        if not may_hold and folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty; give a new folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # before minutes of work, not after them
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,34 +1,95 @@
-"""The options of the commands. No torch in here, so that `relaylab --help` answers at once."""
+"""Option types shared by the commands. No torch in here, so that `relaylab COMMAND --help` answers at once."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from relaylab.cores import available_cores
 from relaylab.errors import InputError
+from relaylab.files import available_cores
 
-DIGITS_DEFAULTS = {"seeds": 3, "size": 8, "epochs": 30, "batch_size": 32, "lr": 0.02, "width": 32, "convs": 3}
-PHOTO_DEFAULTS = {"seeds": 1, "size": 64, "epochs": 12, "batch_size": 64, "lr": 0.01, "width": 16, "convs": 2}
 
-# Their help texts give the defaults, which depend on the data; None would be news to nobody.
+class MustExist:
+    """Marks a type of paths that are checked before anything slow is imported."""
+
+
+# Defaults that depend on the data are part of the help text, so the uninformative None is hidden.
 Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 Rate = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
+OptionalList = Annotated[str, tyro.conf.arg(metavar="A,B,...", help_behavior_hint="")]
 Images = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Split = Annotated[Literal["train", "val", "test"] | None, tyro.conf.arg(help_behavior_hint="")]
 Sources = Annotated[
-    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
+    tuple[Path, ...], MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
 ]
-Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Runs = Annotated[
+    tuple[Path, ...], MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+]
+Scores = Annotated[
+    tuple[Path, ...],
+    MustExist,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="SCORES [SCORES ...]", help_behavior_hint=""),
+]
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
+Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
+Model = Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+
+
+def check_paths(options: object) -> None:
+    """Check that all paths whose type asks for it exist.
+
+    Args:
+        options: a dataclass.
+
+    Raises:
+        InputError: a path that does not exist or cannot be read.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if MustExist in getattr(hint, "__metadata__", ()):
+            value: Any = getattr(options, name)
+            for problem in path_problems([value] if isinstance(value, Path) else value or ()):
+                raise InputError(problem)
+
+
+def path_problems(paths: Sequence[Path]) -> list[str]:
+    """Return an error message for each path that does not exist or cannot be read."""
+    problems: list[str] = []
+    for path in paths:
+        try:
+            path.stat()
+        except FileNotFoundError:
+            problems.append(f"no such file or folder: {path}")
+        except OSError as error:
+            problems.append(f"cannot read {path}: {error.strerror}")
+    return problems
+
+
+def given_options(kind: type[Any], arguments: Sequence[str]) -> set[str]:
+    """Return the fields of an option class that a command line sets.
+
+    Args:
+        kind: a dataclass.
+        arguments: of the command line.
+    """
+    names = {f"--{entry.name.replace('_', '-')}": entry.name for entry in fields(kind)} | {"--set": "changes"}
+    return {names[word] for argument in arguments if (word := argument.partition("=")[0]) in names}
+
+
+DIGITS_DEFAULTS = {"seeds": 3, "size": 8, "epochs": 30, "batch_size": 32, "lr": 0.02, "width": 32, "convs": 3}
+PHOTO_DEFAULTS = {"seeds": 1, "size": 64, "epochs": 12, "batch_size": 64, "lr": 0.01, "width": 16, "convs": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Train standard BP, multi-loss and relay on one network and write a report.
+    """Compare three schemes on handwritten digits, with a report.
 
     Without options it trains on handwritten digits that come along, in two to three minutes on two cores. Options that
     are left out take a value that suits the data.
@@ -110,57 +171,6 @@ class DemoConfig:
         config = dataclasses.replace(self, **missing)
         _check_ranges(config)
         return config
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """Which images."""
-
-    paths: Sources
-    """Folders or tar files with CLASS/IMAGE, perhaps below train/, val/ and test/; or a list file with NAME LABEL lines
-    and the folder that it is about; or ImageNet's validation images with their development kit."""
-
-    split: Split = None
-    """One of train, val and test, where the data has them (default: all, one after another)."""
-
-    categories: File = None
-    """For a list: file with a line NAME LABEL for each class (default: categories*.txt beside the list)."""
-
-    cache: Folder = None
-    """Folder for indexes and unpacked archives (default: RELAYLAB_CACHE, or the user's cache folder)."""
-
-    workers: Number = None
-    """Processes that decode (default: one on each core)."""
-
-    out: Folder = None
-    """Folder for the results; it must be new or empty. (default: runs/data/TIME)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InspectConfig(DataConfig):
-    """Say what a data set holds: images, classes, balance, sizes, formats; a sample of the images is decoded."""
-
-    sample: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
-    """How many images to decode, evenly spread."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckConfig(DataConfig):
-    """Decode every image of a data set and list those that cannot be read."""
-
-
-def check_data_config(config: DataConfig) -> None:
-    """Check what can be checked without the data.
-
-    Raises:
-        InputError: no paths, or a number out of range.
-    """
-    if not config.paths:
-        raise InputError("which images? Give a folder, tar files or a list")
-    if config.workers is not None and config.workers < 0:
-        raise InputError(f"--workers must be at least 0, not {config.workers}")
-    if isinstance(config, InspectConfig) and config.sample < 1:
-        raise InputError(f"--sample must be at least 1, not {config.sample}")
 
 
 def _check_ranges(config: DemoConfig) -> None:

@@ -1,5 +1,6 @@
 """Tables as plain values, and as Markdown, LaTeX and HTML."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -41,9 +42,35 @@ def render(table: Table, form: Format) -> str:
 
 
 def markdown_lines(table: Table) -> list[str]:
-    """The lines of a table in Markdown, its header and a rule first, without title and notes."""
-    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
+    """Return the lines of a table in Markdown, its header and a rule first, without title and notes."""
+    rule = ["---:" if _is_numeric(column) else "---" for column in zip(*table.rows, strict=True)]
+    lines = [table.header, rule or ["---"] * len(table.header), *table.rows]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """Return the page with other tables between its markers.
+
+    Args:
+        page: Markdown with lines <!-- NAME --> and <!-- end -->.
+        tables: by name, the lines between these markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name, lines in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(
+            pattern, lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"the page has {count} markers <!-- {name} -->: expected one, and <!-- end --> after it")
+    return page
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    """Whether a column holds numbers, which are right-aligned; it may have empty cells and dashes."""
+    return all(re.match(r"[-+(]*\d|-?$", cell) for cell in cells)
 
 
 def _markdown(table: Table) -> str:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relaylab.cores import available_cores
 from relaylab.data.batches import OrderedBatches
 from relaylab.data.decode import FORMATS, decode_checked
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.loader import Workers
 from relaylab.data.sources.source import Source
+from relaylab.files import available_cores
 from relaylab.progress import Silent, Task
 
 BATCH = 32

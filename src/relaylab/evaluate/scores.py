@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import UNLABELLED, Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
 from relaylab.files import replacing, write_text
@@ -54,8 +54,13 @@ class ImageList:
     names: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Images."""
+        """Return the number of images."""
         return len(self.labels)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether all images have a label."""
+        return bool((self.labels != UNLABELLED).all())
 
 
 def describe_images(source: Source) -> ImageList:

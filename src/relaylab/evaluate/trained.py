@@ -7,7 +7,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from relaylab.errors import InputError
+from relaylab.errors import InputError, raise_all
 from relaylab.train import runs
 
 
@@ -44,14 +44,15 @@ class Trained:
             return file_digest(file, "sha256").hexdigest()
 
 
-def find_trained(paths: Sequence[Path]) -> list[Trained]:
-    """Look at what people named.
+def find_trained(paths: Sequence[Path], *, most: int | None = None) -> list[Trained]:
+    """Open trained networks.
 
     Args:
         paths: folders of runs, or of comparisons, which hold runs; or model files.
+        most: largest number of networks that the caller can use.
 
     Raises:
-        InputError: all that is wrong with them, at once.
+        InputError: everything that is wrong with the paths, at once.
     """
     problems: list[str] = []
     found: list[Trained] = []
@@ -62,11 +63,12 @@ def find_trained(paths: Sequence[Path]) -> list[Trained]:
             except InputError as error:
                 problems.append(str(error))
     if not paths:
-        problems.append("which runs? Give folders of runs, or model files")
+        problems.append("no runs given: name folders of runs, or model files")
     files = [trained.file.resolve() for trained in found]
     problems += [f"{file} is given more than once" for file in dict.fromkeys(files) if files.count(file) > 1]
-    if problems:
-        raise InputError("; ".join(problems))
+    if most is not None and len(found) > most:
+        problems.append(f"{paths[0]} holds {len(found)} networks: name one of its runs")
+    raise_all(problems)
     names = [trained.name for trained in found]
     return [_distinct(trained) if names.count(trained.name) > 1 else trained for trained in found]
 
@@ -86,7 +88,7 @@ def _open(path: Path) -> Trained:
     if not (path / runs.CONFIG).is_file():
         raise InputError(f"{path} holds no run: expected {runs.CONFIG}, as `relaylab train` writes it, or a model file")
     if not (path / runs.MODEL).is_file():
-        raise InputError(f"the run in {path} has not come to its end: relaylab train --resume {path}")
+        raise InputError(f"the run in {path} is unfinished; to complete it: relaylab train --resume {path}")
     return Trained(path.resolve().name, path / runs.MODEL, path, describe_run(path))
 
 

@@ -1,7 +1,7 @@
 """From a recipe's plain values to modules, plans, heads and optimizers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -162,36 +162,6 @@ def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
     return shapes
 
 
-@dataclass(frozen=True)
-class Training:
-    """All that a training step needs.
-
-    Attributes:
-        relay: network, heads and plan.
-        criterion: the weighted sum of the losses.
-        optimizer: over the parameters of network and heads.
-    """
-
-    relay: Relay
-    criterion: RelayLoss
-    optimizer: torch.optim.SGD
-
-
-def build(recipe: Recipe, *, num_classes: int | None = None) -> Training:
-    """What a recipe trains, with fresh weights from the default random generator.
-
-    Args:
-        recipe: of a row.
-        num_classes: of other data than the recipe's own.
-
-    Raises:
-        InputError: values that do not go together.
-    """
-    network = recipe.network if num_classes is None else replace(recipe.network, num_classes=num_classes)
-    relay = build_relay(replace(recipe, network=network))
-    return Training(relay, build_criterion(recipe.optimizer, relay.plan), build_optimizer(recipe.optimizer, relay))
-
-
 def build_relay(recipe: Recipe) -> Relay:
     """A recipe's network and heads under its plan, with fresh weights from the default random generator.
 
@@ -206,8 +176,3 @@ def build_relay(recipe: Recipe) -> Relay:
 def build_criterion(config: OptimizerConfig, plan: Plan) -> RelayLoss:
     """The weighted sum of a plan's cross-entropies."""
     return RelayLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), plan)
-
-
-def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.SGD:
-    """Stochastic gradient descent over all of a module's parameters, biases decayed like weights, as Caffe does."""
-    return torch.optim.SGD(module.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)

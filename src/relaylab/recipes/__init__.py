@@ -1,8 +1,6 @@
 """One typed function for each row of the paper's tables; the command line knows them by name."""
 
-import difflib
-
-from relaylab.errors import InputError
+from relaylab.errors import InputError, nearest
 from relaylab.recipes import imagenet, places2
 from relaylab.recipes.schema import Ensemble, Recipe
 
@@ -25,6 +23,5 @@ def find_recipe(name: str) -> Recipe:
     if name in ENSEMBLES:
         members = ", ".join(member.name for member in ENSEMBLES[name].members)
         raise InputError(f"{name} is an ensemble; name one of its members: {members}")
-    near = difflib.get_close_matches(name, [*RECIPES, *ENSEMBLES], n=3, cutoff=0.4)
-    advice = f"nearest: {', '.join(near)}" if near else "'relaylab recipes' lists them"
-    raise InputError(f"unknown recipe {name!r}; {advice}")
+    advice = nearest(name, [*RECIPES, *ENSEMBLES]) or "; 'relaylab recipes' lists them"
+    raise InputError(f"unknown recipe {name!r}{advice}")

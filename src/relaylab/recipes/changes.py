@@ -8,8 +8,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from relaylab.errors import nearest
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, Recipe, StepsConfig
-from relaylab.train.options import nearest
 
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"

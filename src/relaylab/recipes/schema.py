@@ -288,6 +288,17 @@ def changed(recipe: Recipe, source: str, changes: Mapping[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **values, sources=MappingProxyType(sources))
 
 
+def value_text(value: object) -> str:
+    """Return a recipe's value as `--set` takes it: true, none, 800000, "7,3,2,1"."""
+    match value:
+        case True | False | None:
+            return str(value).lower()
+        case tuple():
+            return ",".join(map(value_text, value))
+        case _:
+            return str(value)
+
+
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(value):
         parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}

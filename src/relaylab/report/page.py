@@ -17,20 +17,19 @@ from matplotlib.figure import Figure
 
 from relaylab.errors import InputError
 from relaylab.evaluate.error_rates import confusion, per_class_errors
-from relaylab.evaluate.options import ReportConfig
+from relaylab.evaluate.images import images_of
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder
 from relaylab.evaluate.trained import describe_run
-from relaylab.files import write_text
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.report import curves as page_pictures
-from relaylab.report.command import images_of, metrics_of
 from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, plain, window_figure
 from relaylab.report.paper_tables import NAMES, mean_text, paper_table
 from relaylab.report.style import SCHEME_COLOURS, figure_text
 from relaylab.tables import Table, render
 from relaylab.train import runs
 from relaylab.train.compare import difference
+from relaylab.train.records import metrics_of
 
 PAIRS = 8  # of classes that are taken for each other most often
 RATE = "optimizer.lr"  # which may have been chosen for each scheme
@@ -60,18 +59,6 @@ class Run:
     last: Mapping[str, Any]
 
 
-def run(config: ReportConfig) -> int:
-    """Write the page."""
-    out = config.out or Path("report.html")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    found = open_runs(config.runs)
-    scores = None if config.scores is None else ScoreFolder(config.scores)
-    write_text(out, render_page(found, scores))
-    print(out.resolve())
-    return 0
-
-
 def open_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in folders, or in folders of comparisons.
 
@@ -83,7 +70,7 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
         inside = sorted(file.parent for file in path.glob(f"*/{runs.CONFIG}"))
         folders += [path] if (path / runs.CONFIG).exists() or not inside else inside
     if not folders:
-        raise InputError("which runs? Give folders of runs, or of comparisons")
+        raise InputError("no runs given: name folders of runs, or of comparisons")
     found = [_open(folder) for folder in folders]
     for one, other in itertools.combinations(found, 2):
         _check_alike(one, other)

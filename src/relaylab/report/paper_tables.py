@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relaylab.errors import InputError
-from relaylab.evaluate.command import FIGURES
 from relaylab.evaluate.error_rates import difference, misses, per_class_errors
 from relaylab.evaluate.protocols import Kind
+from relaylab.evaluate.results import RESULTS
 from relaylab.evaluate.scores import ScoreFolder, check_alike
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEMES, Recipe
@@ -216,7 +216,7 @@ def _sampling(title: str, found: Sequence[Entry]) -> Table:
 def _ensembles(folders: Sequence[ScoreFolder]) -> Table:
     rows: list[tuple[str, ...]] = []
     for folder in folders:
-        file = folder.path / FIGURES
+        file = folder.path / RESULTS
         found = json.loads(file.read_text(encoding="utf-8"))["ensembles"] if file.is_file() else []
         for entry in found:
             what = f"{', '.join(entry['members'])} by {entry['how']}, {entry['protocol']}, {entry['images']:,} images"

@@ -13,15 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from relaylab.errors import InputError, LabError
-from relaylab.files import write_text
+from relaylab.errors import INTERRUPTED, LabError, raise_all
+from relaylab.files import ROOT, write_text
 from relaylab.recipes.schema import SCHEMES
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
 from relaylab.train import runs
 from relaylab.train.options import CompareConfig, Engine, TrainConfig, listed_schemes, listed_seeds
 from relaylab.train.records import read_metrics
 
-INTERRUPTED = 130
 CONFIDENCE = 0.95
 TABLE, FIGURES, CURVES = "comparison.md", "comparison.json", "curves.svg"
 
@@ -61,9 +60,8 @@ def compare(config: CompareConfig) -> int:
     problems = wrong_schemes + wrong_seeds
     if any(change.replace(" ", "").startswith("scheme=") for change in config.changes):
         problems.append("--set scheme=...: say which with --schemes")
-    if problems:
-        raise InputError("; ".join(problems))
-    folder = config.out or runs.ROOT / "compare" / (config.recipe or "")
+    raise_all(problems)
+    folder = config.out or ROOT / "compare" / (config.recipe or "")
     if config.out is None and config.scale != "paper":
         folder = folder.with_name(f"{folder.name}-{config.scale}")
     members = {
@@ -96,22 +94,10 @@ def _is_interrupted(config: TrainConfig, request: runs.Request) -> bool:
         from relaylab.train import session
 
         return session.train(request).interrupted
-    code = engine.launch(config, arguments_of(config))
+    code = engine.launch(config, runs.arguments_of(config))
     if code not in (0, INTERRUPTED):
         raise LabError(f"the run in {config.out} has failed; say the same again to go on")
     return code == INTERRUPTED
-
-
-def arguments_of(config: TrainConfig) -> list[str]:
-    """The command line that gives these options."""
-    arguments = ["train", str(config.recipe)]
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if entry.name == "recipe" or value == entry.default:
-            continue
-        option = "--set" if entry.name == "changes" else f"--{entry.name.replace('_', '-')}"
-        arguments += [option] if value is True else [option, *map(str, value if isinstance(value, tuple) else [value])]
-    return arguments
 
 
 def result_of(config: TrainConfig, iterations: int, scheme: str, seed: int) -> Result | None:

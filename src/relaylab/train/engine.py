@@ -20,11 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from relaybackprop import Relay
-from relaylab.errors import InputError
+from relaylab.errors import FAILED, INTERRUPTED, InputError
 from relaylab.train.options import Engine
 from relaylab.train.torchrun import FAILURE, is_launched, noted_failure
-
-INTERRUPTED = 130
 
 
 def launch(config: Engine, arguments: Sequence[str]) -> int:
@@ -54,7 +52,7 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             print(f"relaylab: process {rank} has ended with exit code {failure.exitcode}; see above", file=sys.stderr)
-            return noted_failure() or 1
+            return noted_failure() or FAILED
         finally:
             failed = noted_failure()
             del os.environ[FAILURE]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from relaylab.cores import available_cores
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.faults import FaultLog
@@ -24,6 +23,7 @@ from relaylab.data.sources.source import UNLABELLED, Source
 from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
 from relaylab.errors import InputError, LabError
+from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe
 from relaylab.train.options import TrainConfig

@@ -1,12 +1,11 @@
 """The options of `relaylab train` and `relaylab compare`. No torch in here; see `relaylab.options`."""
 
-import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
+from relaylab.errors import nearest
 from relaylab.options import Folder, Images, Number, Switch
 from relaylab.recipes.schema import SCHEMES, Dial
 
@@ -95,7 +94,9 @@ class Engine(Subject):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(Engine):
-    """Train a recipe. It can be stopped at any time (Ctrl-C, SIGTERM, a power cut) and goes on with --resume.
+    """Train a recipe, or resume a run.
+
+    Training can be stopped at any time (Ctrl-C, SIGTERM, a power cut) and continues with --resume.
 
     A run is a folder: resolved configuration, environment, metrics as JSON lines and for TensorBoard, checkpoints, log,
     and at the end a model file for `relaylab predict` and `relaylab export`.
@@ -108,13 +109,18 @@ class TrainConfig(Engine):
     """Folder of the run; it must be new or empty. (default: runs/RECIPE/TIME-sSEED)."""
 
     resume: Resume = None
-    """Go on with a run: its folder, one of its checkpoints, or "auto" for the newest run of these very options, or a
-    new one if there is none."""
+    """Resume a run: its folder, one of its checkpoints, or "auto" for the newest run of these very options, or a new
+    one if there is none."""
+
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareConfig(Engine):
-    """Train one recipe under several schemes and seeds, and compare them. Runs that are there already are continued."""
+    """Train a recipe under several schemes and seeds, in one table.
+
+    Runs that exist already are resumed.
+    """
 
     schemes: Listed = "standard,multi-loss,relay"
     """Which schemes, in place of the recipe's; the first one is what the others are compared with."""
@@ -124,13 +130,6 @@ class CompareConfig(Engine):
 
     out: Folder = None
     """Folder of the comparison; it may hold an earlier one's runs. (default: runs/compare/RECIPE)."""
-
-
-def given_options(arguments: Sequence[str]) -> set[str]:
-    """Which options of `TrainConfig` a command line gives."""
-    names = {f"--{entry.name.replace('_', '-')}": entry.name for entry in fields(TrainConfig)} | {"--set": "changes"}
-    given = {names[word] for argument in arguments if (word := argument.partition("=")[0]) in names}
-    return given | {"recipe"}
 
 
 def engine_problems(config: Engine) -> list[str]:
@@ -162,10 +161,3 @@ def listed_seeds(text: str) -> tuple[list[int], list[str]]:
     if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
         return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
     return [int(part) for part in parts], []
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The names most like one that is unknown, as the end of a message."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or (names if len(names) <= 12 else [])
-    return f"; nearest: {', '.join(near)}" if near else ""

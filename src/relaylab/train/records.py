@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.train.runs import LOG, METRICS, TENSORBOARD
 
@@ -68,6 +69,19 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError:
             break
+    return lines
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.
+
+    Raises:
+        InputError: there are none.
+    """
+    file = folder / METRICS
+    lines = read_metrics(file) if file.is_file() else []
+    if not lines:
+        raise InputError(f"{folder} holds an empty run; train it first: relaylab train --resume {folder}")
     return lines
 
 

@@ -25,18 +25,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from relaylab.errors import InputError
-from relaylab.files import write_text
+from relaylab.errors import InputError, raise_all
+from relaylab.files import ROOT, timestamp, write_text
+from relaylab.options import path_problems
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
-from relaylab.recipes.schema import Recipe
+from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train.options import TrainConfig, engine_problems
 from relaylab.train.torchrun import restart_count
 
 log = logging.getLogger("relaylab.train")
 
-ROOT = Path("runs")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
 CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
 LOCK = ".lock"
@@ -79,8 +79,8 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     recipe, problems = _recipe_of(config)
     if not config.data:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    problems += _missing(config)
-    _raise(problems)
+    problems += path_problems((*config.data, *config.val_data))
+    raise_all(problems)
     assert recipe is not None
     if config.resume == "auto":
         folder = _newest_alike(config, recipe)
@@ -114,25 +114,6 @@ def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
     return recipe, problems
 
 
-def _missing(config: TrainConfig) -> list[str]:
-    problems: list[str] = []
-    for path in (*config.data, *config.val_data):
-        try:
-            path.stat()
-        except FileNotFoundError:
-            problems.append(f"no such file or folder: {path}")
-        except OSError as error:
-            problems.append(f"cannot read {path}: {error.strerror}")
-    return problems
-
-
-def _raise(problems: list[str]) -> None:
-    if len(problems) == 1:
-        raise InputError(problems[0])
-    if problems:
-        raise InputError(f"{len(problems)} problems:\n  " + "\n  ".join(problems))
-
-
 def _given(config: TrainConfig, given: Collection[str] | None) -> Collection[str]:
     if given is not None:
         return given
@@ -151,8 +132,11 @@ def _named_run(config: TrainConfig, path: Path, given: Collection[str]) -> Reque
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
     merged = _merged(config, folder, given)
     recipe, problems = _recipe_of(merged)
-    problems += [f"{problem}; if the images have moved, say where to with --data" for problem in _missing(merged)]
-    _raise(problems)
+    problems += [
+        f"{problem}; if the images have moved, say where to with --data"
+        for problem in path_problems((*merged.data, *merged.val_data))
+    ]
+    raise_all(problems)
     assert recipe is not None
     _check_recipe(recipe, folder)
     return Request(merged, recipe, folder, checkpoint)
@@ -171,7 +155,7 @@ def _merged(config: TrainConfig, folder: Path, given: Collection[str]) -> TrainC
         values[entry.name] = now
         if entry.name in FIXED and not (entry.name == "images" and now == "auto"):
             problems.append(f"the run in {folder} has {entry.name} {own!r}, not {now!r}: that cannot change")
-    _raise(problems)
+    raise_all(problems)
     return TrainConfig(**{**values, "resume": config.resume, "out": config.out})
 
 
@@ -182,10 +166,21 @@ def recipe_of(folder: Path) -> Recipe:
         InputError: it cannot be read, or recipes are not what they were.
     """
     recipe, problems = _recipe_of(_stored_options(folder))
-    _raise(problems)
+    raise_all(problems)
     assert recipe is not None
     _check_recipe(recipe, folder)
     return recipe
+
+
+def title_of(folder: Path) -> str:
+    """Return a run's scheme and name.
+
+    Raises:
+        InputError: the folder does not hold a run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds no run: expected {CONFIG}, as `relaylab train` writes it")
+    return f"{SCHEMES[recipe_of(folder).scheme]} ({folder.resolve().name})"
 
 
 def _stored_options(folder: Path) -> TrainConfig:
@@ -249,6 +244,18 @@ def _paths(config: TrainConfig) -> list[str]:
     return [str(path.absolute()) for path in (*config.data, Path("--"), *config.val_data)]
 
 
+def arguments_of(config: TrainConfig) -> list[str]:
+    """Return the command line that sets these options."""
+    arguments = ["train", *([] if config.recipe is None else [config.recipe])]
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in ("recipe", "given") or (value == entry.default and entry.name not in config.given):
+            continue
+        option = "--set" if entry.name == "changes" else f"--{entry.name.replace('_', '-')}"
+        arguments += [option] if value is True else [option, *map(str, value if isinstance(value, tuple) else [value])]
+    return arguments
+
+
 def name_of(config: TrainConfig) -> str:
     """The name that runs of a recipe share."""
     assert config.recipe is not None
@@ -269,7 +276,7 @@ def new_folder(config: TrainConfig) -> Path:
             return config.out
         parent = ROOT / name_of(config)
         parent.mkdir(parents=True, exist_ok=True)
-        stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-s{config.seed}"
+        stem = f"{timestamp()}-s{config.seed}"
         for suffix in ("", *(f"-{number}" for number in range(2, 100))):
             try:
                 (parent / f"{stem}{suffix}").mkdir()
@@ -300,6 +307,7 @@ def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[s
     """
     data = {"data": [str(p.absolute()) for p in config.data], "val_data": [str(p.absolute()) for p in config.val_data]}
     options = {**dataclasses.asdict(config), **data, "out": None, "resume": None}
+    del options["given"]
     sources = {name: source for name, _, source in recipe.fields()}
     whole = {
         "options": options,

@@ -1,21 +1,19 @@
-"""`relaylab diagnose information`: from runs to the page."""
+"""Readings of the class from the networks of runs: their newest checkpoints, on their validation images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from relaybackprop import Relay
-from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import Source
-from relaylab.diagnose import page
-from relaylab.diagnose.information import collect, read_all, trained_layers
-from relaylab.diagnose.options import InformationConfig
+from relaylab.diagnose.information import Reading, collect, read_all, trained_layers
 from relaylab.diagnose.probe import entropy_bits
 from relaylab.errors import InputError
-from relaylab.evaluate.command import class_order
+from relaylab.evaluate.images import open_split
 from relaylab.evaluate.protocols import Pass
 from relaylab.evaluate.testing import Cuts, Scorer
 from relaylab.models.building import build_relay
@@ -28,36 +26,45 @@ from relaylab.train.segments import segments_of
 BATCH, LEAST = 50, 8
 
 
-def run(config: InformationConfig, folder: Path) -> int:
-    """Measure, write the page and say where it is.
+def read_runs(
+    folders: Sequence[Path], data: Sequence[Path], images: int, seed: int
+) -> tuple[dict[str, list[Reading]], dict[str, Any]]:
+    """Read the class from each run's activations and gradients.
+
+    Args:
+        folders: of runs, or of comparisons.
+        data: images; empty for those of the first run.
+        images: number of validation images, as many of each class.
+        seed: of the projection and of the halves.
+
+    Returns:
+        By run the readings, and what the page says of them.
 
     Raises:
         InputError: runs that do not belong together or have no checkpoint, or too few images.
     """
-    found = open_runs(config.runs)
+    found = open_runs(folders)
     runs = dict(zip(names_of([each.folder for each in found]), found, strict=True))
     checkpoints = {name: _newest(each.folder) for name, each in runs.items()}
-    first = read_model(_model_of(found[0]))
-    source, numbers = _images(config, found[0], first)
+    source, numbers = _images(data, images, found[0], read_model(_model_of(found[0])))
     labels = torch.tensor([int(source.labels[number]) for number in numbers])
-    read = {}
+    readings: dict[str, list[Reading]] = {}
     for name, each in runs.items():
         model = read_model(_model_of(each))
         relay = load_relay(each, checkpoints[name])
         with progress(f"images, {name}", len(numbers)) as task:
-            features = collect(relay, _batches(source, numbers, labels, model, task), seed=config.seed)
+            features = collect(relay, _batches(source, numbers, labels, model, task), seed=seed)
         with progress(f"probes, {name}", len(features)) as task:
             trained = trained_layers(segments_of(each.recipe))
-            read[name] = read_all(features, labels, trained, seed=config.seed, task=task)
+            readings[name] = read_all(features, labels, trained, seed=seed, task=task)
     about = {
         "schemes": {name: each.recipe.scheme for name, each in runs.items()},
         "checkpoints": {name: f"{name} at {path.name}" for name, path in checkpoints.items()},
         "images": len(numbers),
         "entropy": entropy_bits(labels.numpy()),
-        "seed": config.seed,
+        "seed": seed,
     }
-    print(page.write(folder, read, about).resolve())
-    return 0
+    return readings, about
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -87,21 +94,21 @@ def _newest(folder: Path) -> Path:
 def _model_of(each: Run) -> Path:
     file = each.folder / runs.MODEL
     if not file.is_file():
-        raise InputError(f"the run in {each.folder} has not come to its end: relaylab train --resume {each.folder}")
+        raise InputError(
+            f"the run in {each.folder} is unfinished; to complete it: relaylab train --resume {each.folder}"
+        )
     return file
 
 
-def _images(config: InformationConfig, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
-    """The validation images, and which of them: as many of each class as can be."""
-    own_val = tuple(map(Path, first.about["val_data"]))
-    paths = config.data or own_val or tuple(map(Path, first.about["data"]))
-    split = None if own_val and not config.data else "val"
-    source = open_source(paths, split=split, classes=class_order(model.classes), watch=progress)
+def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
+    """Open the validation images, and choose as many of each class."""
+    of_run = tuple(map(Path, first.about["data"])), tuple(map(Path, first.about["val_data"]))
+    source = open_split(data, of_run, "val", model.classes)
     labels = np.asarray(source.labels)
     classes = np.unique(labels)
-    each = config.images // len(classes)
+    each = images // len(classes)
     if each < LEAST:
-        raise InputError(f"--images {config.images}: {len(classes)} classes need at least {LEAST * len(classes)}")
+        raise InputError(f"--images {images}: {len(classes)} classes need at least {LEAST * len(classes)}")
     numbers = sorted(int(n) for label in classes for n in np.flatnonzero(labels == label)[:each])
     return source, numbers
 

@@ -1,0 +1,60 @@
+"""The tables of docs/reproduce.md, made from the recipes themselves.
+
+python docs/renew_tables.py docs/reproduce.md    # replaces the text between the page's markers
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from relaylab.files import write_text
+from relaylab.recipes import ENSEMBLES, RECIPES
+from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Recipe, value_text
+from relaylab.report.costs import cost_table
+from relaylab.tables import Table, markdown_lines, renewed
+
+# One of each kind; the other rows of a table differ from it in network, scheme and evaluation.
+KINDS = {
+    "places2": "table3-model-a-relay",
+    "places2-vgg": "table1-vgg22-places2",
+    "imagenet-vgg": "table1-vgg19-imagenet",
+    "resnet50": "table6-resnet50-relay",
+    "inception-v3": "table6-inception-v3-relay",
+}
+
+
+def rows() -> Table:
+    """Return all recipes, with what distinguishes them."""
+    lines: list[tuple[str, ...]] = []
+    for r in RECIPES.values():
+        rates = (None, None) if r.reported is None else (r.reported.top1, r.reported.top5)
+        tested = f"{r.evaluation.protocol} at {value_text(r.evaluation.scales)}"
+        cells = [f"`{r.name}`", r.row, f"{r.network.architecture}, {r.network.image_size} px", r.scheme, tested]
+        lines.append((*cells, *("-" if rate is None else f"{rate:.2f}" for rate in rates)))
+    for e in ENSEMBLES.values():
+        members = ", ".join(f"`{member.name}`" for member in e.members)
+        lines.append((f"`{e.name}`", e.row, members, "-", e.combine, "-", f"{e.reported.top5:.2f} (test)"))
+    return Table("Recipes", ("recipe", "row", "network", "scheme", "tested", "top-1", "top-5"), tuple(lines))
+
+
+def fields(recipe: Recipe) -> Table:
+    """Return a recipe's values and their sources."""
+    lines = tuple((name, value_text(value), source) for name, value, source in recipe.fields())
+    return Table(recipe.row, (f"`{recipe.name}`", "value", "source"), lines)
+
+
+def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
+    """Return the text between the markers of the page, by their names."""
+    recipes = list(RECIPES.values())
+    tables: dict[str, Callable[[], Table]] = {"rows": rows}
+    for kind, name in KINDS.items():
+        tables[kind] = lambda name=name: fields(RECIPES[name])
+    tables["cost"] = lambda: cost_table(recipes)
+    tables["cost-small"] = lambda: cost_table([at_scale(recipe, "small") for recipe in recipes])
+    return {name: lambda make=make: markdown_lines(make()) for name, make in tables.items()}
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    write_text(file, renewed(file.read_text(encoding="utf-8"), {name: make() for name, make in sections().items()}))

@@ -1,0 +1,174 @@
+"""`relaylab data inspect` and `relaylab data check`: what a data set holds, and whether all of it can be read."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from relaylab.errors import FAILED, InputError
+from relaylab.files import ROOT, new_folder, timestamp, write_text
+from relaylab.options import File, Folder, Number, Sources, Split
+
+if TYPE_CHECKING:
+    from relaylab.data.sources.index import IndexedImages
+
+SHOWN = 5  # bad images on the terminal; the files name all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """Images on disk."""
+
+    paths: Sources
+    """Folders or tar files with CLASS/IMAGE, perhaps below train/, val/ and test/; or a list file with NAME LABEL lines
+    and the folder that it is about; or ImageNet's validation images with their development kit."""
+
+    split: Split = None
+    """One of train, val and test, where the data has them (default: all, one after another)."""
+
+    categories: File = None
+    """For a list: file with a line NAME LABEL for each class (default: categories*.txt beside the list)."""
+
+    cache: Folder = None
+    """Folder for indexes and unpacked archives (default: RELAYLAB_CACHE, or the user's cache folder)."""
+
+    workers: Number = None
+    """Processes that decode (default: one on each core)."""
+
+    out: Folder = None
+    """Folder for the results; it must be new or empty. (default: runs/data/TIME)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectOptions(DataOptions):
+    """List classes, balance, sizes and formats of a data set."""
+
+    sample: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
+    """Number of images to decode, evenly spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckOptions(DataOptions):
+    """Decode all images of a data set, and list the bad ones."""
+
+
+def inspect(options: InspectOptions) -> int:
+    """Print and write the summary of each split."""
+    if options.sample < 1:
+        raise InputError(f"--sample must be at least 1, not {options.sample}")
+    _survey(options, options.sample)
+    return 0
+
+
+def check(options: CheckOptions) -> int:
+    """Decode all images of each split; the exit code is 1 if some cannot be read."""
+    return FAILED if _survey(options, None) else 0
+
+
+def _survey(options: DataOptions, limit: int | None) -> int:
+    """Survey one split after another, into summary.json, balance.svg and bad-images.txt; return the bad images."""
+    if not options.paths:
+        raise InputError("no images given: name a folder, tar files or a list")
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers must be at least 0, not {options.workers}")
+    bad = 0
+    with new_folder(options.out, ROOT / "data" / timestamp()) as folder:
+        from relaylab.data.survey import Survey, spread, summary, survey
+        from relaylab.progress import progress
+
+        for split, source in _sources(options):
+            numbers, findings = spread(len(source), limit), Survey()
+            try:
+                with progress("decoding", len(numbers)) as task:
+                    survey(source, findings, limit=limit, workers=options.workers, task=task)
+            finally:  # after Ctrl-C too: hours of decoding are not lost
+                facts = summary(source, findings)
+                here = folder / split if split else folder
+                _write(here, facts, split)
+                print(f"{describe(facts, split)}\nFiles: {here.resolve()}\n")
+            bad += len(findings.unreadable) + len(findings.damaged)
+    return bad
+
+
+def _sources(options: DataOptions) -> Iterator[tuple[str | None, "IndexedImages"]]:
+    from relaylab.data.sources.listing import SplitNeededError
+    from relaylab.data.sources.opening import open_source
+    from relaylab.progress import progress
+
+    shared: dict[str, Any] = {"categories": options.categories, "cache": options.cache, "watch": progress}
+    try:
+        first = open_source(options.paths, split=options.split, **shared)
+    except SplitNeededError as error:
+        for split in error.splits:
+            yield split, open_source(options.paths, split=split, **shared)
+    else:
+        yield options.split, first
+
+
+def describe(facts: dict[str, Any], split: str | None = None) -> str:
+    """A summary in lines for the terminal."""
+    import numpy as np
+
+    names = [name for name, _ in facts["classes"]]
+    sizes = np.array([count for _, count in facts["classes"]])
+    lines = [f"{facts['title']}{f', {split}' if split else ''}: {facts['images']:,} images in {len(names):,} classes"]
+    if facts["unlabelled"]:
+        lines.append(f"  without a label     {facts['unlabelled']:,}")
+    if facts["unlabelled"] < facts["images"]:
+        least, most = int(sizes.argmin()), int(sizes.argmax())
+        lines.append(
+            f"  images per class    {sizes[least]:,} ({names[least]}) to {sizes[most]:,} ({names[most]}), "
+            f"median {np.median(sizes):,.0f}"
+        )
+        empty = [names[label] for label in np.flatnonzero(sizes == 0)]
+        if empty:
+            lines.append(
+                f"  empty classes       {len(empty)}: {', '.join(empty[:SHOWN])}{'...' * (len(empty) > SHOWN)}"
+            )
+    ignored = facts["ignored_files"]
+    if ignored:
+        kinds = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in ignored.items())
+        lines.append(f"  passed over         {kinds}")
+    part = "all" if facts["examined"] == facts["images"] else f"{facts['examined']:,}, of them"
+    lines.append(f"  decoded             {part}")
+    for key, unit in (("short_side", "pixels"), ("width", "pixels"), ("height", "pixels"), ("file_bytes", "bytes")):
+        if facts[key]:
+            values = facts[key]
+            name = {"short_side": "shorter side", "file_bytes": "file size"}.get(key, key)
+            lines.append(f"  {name:<19} {values['least']:,} to {values['most']:,}, median {values['median']:,} {unit}")
+    kinds = ", ".join(f"{name} {100 * count / facts['examined']:.4g} %" for name, count in facts["kinds"].items())
+    lines.append(f"  formats             {kinds or 'none'}")
+    for key, what in (("unreadable", "unreadable"), ("damaged", "damaged, yet read")):
+        faults = facts[key]
+        lines.append(f"  {what:<19} {len(faults):,}")
+        lines += [f"    {name}: {reason}" for name, reason in faults[:SHOWN]]
+        if len(faults) > SHOWN:
+            lines.append(f"    and {len(faults) - SHOWN:,} more in bad-images.txt")
+    return "\n".join(lines)
+
+
+def _write(folder: Path, facts: dict[str, Any], split: str | None) -> None:
+    from relaylab.report.balance import balance_picture
+
+    files = {"summary.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
+    if facts["images"] > facts["unlabelled"]:
+        picture = balance_picture(
+            {"images": [count for _, count in facts["classes"]]},
+            [name for name, _ in facts["classes"]],
+            title=f"{facts['title']}{f', {split}' if split else ''}: images of each class",
+            unit="images",
+        )
+        files["balance.svg"] = picture
+    bad = [("unreadable", *fault) for fault in facts["unreadable"]] + [
+        ("damaged", *fault) for fault in facts["damaged"]
+    ]
+    files["bad-images.txt"] = "".join(f"{kind}\t{name}\t{reason}\n" for kind, name, reason in bad)
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            write_text(folder / name, text)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None

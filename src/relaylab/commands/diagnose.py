@@ -1,0 +1,51 @@
+"""`relaylab diagnose information`: from runs to the page."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from relaylab.files import ROOT, new_folder, timestamp
+from relaylab.options import Folder, Images, MustExist, Runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InformationOptions:
+    """Measure what each layer reveals of an image's class.
+
+    Takes the newest checkpoint of each run, which holds the auxiliary heads too, and fits a linear probe for each layer
+    on one half of the images; what it says of the other half bounds the information from below, in bits.
+    """
+
+    what: Annotated[Literal["information"], tyro.conf.Positional]
+    """Diagnosis to make."""
+
+    runs: Runs = ()
+    """Folders of runs, or of comparisons, which hold runs."""
+
+    images: int = 2000
+    """Number of validation images, as many of each class."""
+
+    data: Annotated[Images, MustExist] = ()
+    """Images (default: those of the first run)."""
+
+    seed: int = 0
+    """Seed of the projection and of the halves."""
+
+    out: Folder = None
+    """Folder for the page, its picture and the figures; it must be new or empty. (default: runs/information/TIME)."""
+
+
+def main(options: InformationOptions) -> int:
+    """Measure, write the page and print where it is.
+
+    Raises:
+        InputError: runs that do not belong together or have no checkpoint, or too few images.
+    """
+    with new_folder(options.out, ROOT / "information" / timestamp()) as folder:
+        from relaylab.diagnose import page
+        from relaylab.diagnose.runs import read_runs
+
+        readings, about = read_runs(options.runs, options.data, options.images, options.seed)
+        print(page.write(folder, readings, about).resolve())
+    return 0

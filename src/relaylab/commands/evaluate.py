@@ -1,0 +1,276 @@
+"""The commands that use trained networks: `eval`, `predict` and `submit`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from relaylab.errors import INTERRUPTED, WRONG_INPUT, InputError, nearest, raise_all
+from relaylab.files import ROOT, available_cores, write_text
+from relaylab.options import File, Folder, Images, Listed, Model, MustExist, Number, OptionalList, Runs, Switch
+
+if TYPE_CHECKING:
+    from relaylab.evaluate.ensembles import Combine
+    from relaylab.evaluate.predict import Prediction
+    from relaylab.evaluate.protocols import Kind
+
+MOST_DRAWN = 40  # images in one picture
+Pictures = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """Evaluate trained networks: scores, error rates, ensembles.
+
+    Class scores of every image go to disk, and error rates with their intervals are computed from these.
+
+    It can be stopped at any time, and the same command resumes. Existing scores are not computed again, so that other
+    ensembles of the same networks cost nothing.
+    """
+
+    runs: Runs = ()
+    """Folders of finished runs, or of comparisons, which hold runs; or model files."""
+
+    protocol: Listed = "single-crop"
+    """single-crop (the centre), ten-crop (corners, centre, and their mirror images) and dense (whole images at several
+    scales, the network slid over them)."""
+
+    scales: OptionalList = ""
+    """Shorter sides of the images in dense testing, in pixels (default: the recipe's; else the paper's
+    224,256,320,384,448 for networks trained on images of 256 pixels, others in proportion)."""
+
+    flip: Switch = False
+    """In dense testing, look at mirror images too."""
+
+    ensemble: OptionalList = ""
+    """Combine the probabilities of all the networks named: average, product, learnt-weights. The latter are learnt on
+    one half of the images; all ensembles of the command are then tested on the other half."""
+
+    against: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """Network that the others are compared with (default: standard BP of the same seed, if it is among them)."""
+
+    data: Annotated[Images, MustExist] = ()
+    """Images, as for `relaylab train` (default: those of the first run)."""
+
+    split: Literal["val", "test", "train", "all"] = "val"
+    """Which part of them; all where they have no parts."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+    workers: Number = None
+    """Processes that decode images (default: one on each core)."""
+
+    batch_size: int = 32
+    """Crops at once; of whole images as many as have so many pixels."""
+
+    out: Folder = None
+    """Folder for scores and tables; it may hold those of other networks on the same images. (default: runs/eval/NAME)."""  # noqa: E501
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictOptions:
+    """Print the five likeliest classes of images."""
+
+    model: Model
+    """A finished run's folder, a model file (.safetensors), or an exported ONNX program (.onnx)."""
+
+    images: Pictures
+    """Image files, folders of images, or - for one image from stdin."""
+
+    format: Literal["text", "json"] = "text"
+    """Output format."""
+
+    picture: File = None
+    """Also draw the images with their classes, to this .png or .svg file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitOptions:
+    """Write a challenge's submission file.
+
+    It has five labels for each test image, in the official order.
+    """
+
+    scores: Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="SCORES", help_behavior_hint="")]
+    """Folder that `relaylab eval --split test` has written."""
+
+    list: Annotated[Path, MustExist, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+    """The challenge's list of test images, one on each line."""
+
+    network: OptionalList = ""
+    """Networks to use; several are combined as an ensemble (default: all in the folder)."""
+
+    protocol: Literal["single-crop", "ten-crop", "dense"] = "dense"
+    """Protocol of their scores."""
+
+    combine: Literal["average", "product"] = "product"
+    """How the probabilities of several networks are combined."""
+
+    format: Literal["ilsvrc", "places2"] = "places2"
+    """Submission format."""
+
+    out: File = None
+    """File to write. (default: submission.txt)."""
+
+
+def main(options: EvaluateOptions) -> int:
+    """Evaluate the given networks, skipping what is already scored, and print the table.
+
+    Returns:
+        The exit code: 0, or 130 if it was stopped; the same command then resumes.
+
+    Raises:
+        InputError: wrong options, runs or images.
+    """
+    kinds, combine, scales = _listed(options)
+    from relaylab.evaluate.images import open_images
+    from relaylab.evaluate.protocols import passes_of
+    from relaylab.evaluate.results import ensemble_of, write
+    from relaylab.evaluate.scores import ScoreFolder, describe_images
+    from relaylab.evaluate.testing import Scorer, device_of, evaluate
+    from relaylab.evaluate.trained import find_trained
+    from relaylab.models.file import read_model
+    from relaylab.progress import progress
+    from relaylab.train.signals import stopping
+
+    networks = find_trained(options.runs)
+    names = [each.name for each in networks]
+    if combine and len(networks) < 2:
+        raise InputError("an ensemble needs at least two networks")
+    device = device_of(options.accelerator)
+    models = {each.name: read_model(each.file) for each in networks}
+    passes = {
+        each.name: [
+            p
+            for kind in kinds
+            for p in passes_of(kind, models[each.name].input, scales or each.scales, flip=options.flip)
+        ]
+        for each in networks
+    }
+    source = open_images(options.data, options.split, networks, models)
+    folder = ScoreFolder(options.out or ROOT / "eval" / options.runs[0].resolve().name, describe_images(source))
+    if options.against is not None and options.against not in {*names, *folder.names()}:
+        raise InputError(f"--against {options.against}: unknown network{nearest(options.against, names)}")
+    total = len(source) * sum(map(len, passes.values()))
+    with stopping() as stop, progress("evaluate", total) as task:
+        for each in networks:
+            folder.add(each.name, {"sha256": each.sha256(), "file": str(each.file.absolute()), **each.about})
+            if all(folder.has(each.name, p.name, i) for p in passes[each.name] for i in range(len(folder.chunks))):
+                task.advance(len(source) * len(passes[each.name]))
+                continue
+            done = evaluate(
+                Scorer(models[each.name], device),
+                source,
+                folder,
+                each.name,
+                passes[each.name],
+                models[each.name].input,
+                workers=available_cores() if options.workers is None else options.workers,
+                task=task,
+                batch_size=options.batch_size,
+                stopped=lambda: bool(stop),
+            )
+            if not done:
+                print(f"stopped; finished scores are in {folder.path}, and the same command resumes")
+                return INTERRUPTED
+    if not folder.images.is_labelled:
+        print(f"{folder.path.resolve()}: scores of {len(source):,} images, not all with a label. Next: relaylab submit")
+        return 0
+    learnt = "learnt-weights" in combine
+    ensembles = [ensemble_of(folder, names, kind, how, held_out=learnt) for kind in kinds for how in combine]
+    print(write(folder, ensembles, options.against))
+    return 0
+
+
+def predict(options: PredictOptions) -> int:
+    """Print the likeliest classes of images. Images that cannot be read are named, and the exit code is 2."""
+    from relaylab.evaluate.predict import find_pictures, open_network
+    from relaylab.evaluate.predict import predict as predictions
+    from relaylab.report.paper_figures import default_path, prediction_figure
+    from relaylab.report.style import write_figure
+
+    path = None if options.picture is None else default_path("", options.picture, "--picture")
+    network = open_network(options.model)
+    pictures = find_pictures(options.images, sys.stdin.buffer.read)
+    if path is not None and len(pictures) > MOST_DRAWN:
+        raise InputError(f"--picture: {len(pictures)} images; at most {MOST_DRAWN} can be drawn")
+    printed: list[dict[str, object]] = []
+    drawn: list[Prediction] = []
+    failed = 0
+    for picture, result in zip(pictures, predictions(network, pictures), strict=True):
+        if isinstance(result, InputError):
+            print(f"relaylab: {result}", file=sys.stderr)
+            printed.append({"image": picture.name, "error": str(result)})
+            failed = WRONG_INPUT
+            continue
+        printed.append({"image": result.name, "classes": [dataclasses.asdict(each) for each in result.guesses]})
+        if path is not None:
+            drawn.append(result)
+        if options.format == "text":
+            print(result.name)
+            for best in result.guesses:
+                print(f"  {100 * best.probability:5.1f} %  {best.name}")
+    if options.format == "json":
+        print(json.dumps(printed, indent=1))
+    if path is not None and drawn:
+        write_figure(prediction_figure(drawn), path)
+    return failed
+
+
+def submit(options: SubmitOptions) -> int:
+    """Write a challenge's submission file, and validate it by reading it again."""
+    from relaylab.evaluate.ensembles import combined
+    from relaylab.evaluate.scores import ScoreFolder
+    from relaylab.evaluate.submission import FORMATS, check_submission, read_test_list, submission_lines
+
+    folder = ScoreFolder(options.scores)
+    names = [name.strip() for name in options.network.split(",") if name.strip()] or folder.names()
+    if not names:
+        raise InputError(f"{folder.path} holds no network's scores")
+    scores = combined([folder.protocol(name, options.protocol) for name in names], options.combine)
+    expected = read_test_list(options.list)
+    form = FORMATS[options.format]
+    lines = submission_lines(folder.images.names, scores, expected, form)
+    check_submission(lines, expected, len(folder.images.classes), form)
+    out = options.out or Path("submission.txt")
+    write_text(out, "".join(f"{line}\n" for line in lines))
+    print(f"{out.resolve()}: {len(lines):,} images, {' x '.join(names)}, {options.protocol}")
+    return 0
+
+
+def _listed(options: EvaluateOptions) -> "tuple[list[Kind], list[Combine], list[int]]":
+    """Split the options that are lists, and report everything that is wrong with the options at once."""
+    from relaylab.evaluate.ensembles import COMBINE
+    from relaylab.evaluate.protocols import PROTOCOLS
+
+    problems: list[str] = []
+
+    def parts(text: str, known: Sequence[str], what: str) -> list[Any]:
+        names = [part.strip() for part in text.split(",") if part.strip()]
+        problems.extend(f"unknown {what} {name!r}{nearest(name, known)}" for name in names if name not in known)
+        return list(dict.fromkeys(names))
+
+    kinds = parts(options.protocol, PROTOCOLS, "protocol")
+    combine = parts(options.ensemble, COMBINE, "way to combine")
+    scales = [part.strip() for part in options.scales.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in scales):
+        problems.append(f"--scales {options.scales}: expected pixels, separated by commas")
+        scales = []
+    if not kinds and not problems:
+        problems.append(f"--protocol is empty: expected one or more of {', '.join(PROTOCOLS)}")
+    if (scales or options.flip) and "dense" not in kinds:
+        problems.append("--scales and --flip are for dense testing, and --protocol does not have it")
+    if options.batch_size < 1:
+        problems.append(f"--batch-size must be at least 1, not {options.batch_size}")
+    if options.workers is not None and options.workers < 0:
+        problems.append(f"--workers must be at least 0, not {options.workers}")
+    raise_all(problems)
+    return kinds, combine, [int(part) for part in scales]

@@ -1,0 +1,151 @@
+"""The commands about one network: `draw`, `cost`, `export` and `import-caffe`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from relaylab.errors import InputError
+from relaylab.files import ROOT, new_folder, timestamp, write_text
+from relaylab.options import File, Folder, Model, MustExist, Name, Names
+from relaylab.recipes import RECIPES, find_recipe
+from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Dial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawOptions:
+    """Draw the network of a recipe with its heads and windows.
+
+    The picture is in the form of Figure 2 of the paper, and the table in that of its Table 2.
+    """
+
+    name: Name
+    """A recipe's name; `relaylab recipes` lists them."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+    out: Folder = None
+    """Folder for NAME.svg, NAME.png and NAME.md. (default: runs/draw)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostOptions:
+    """Print parameters, FLOPs and memory of a training step.
+
+    Nothing is run, and no memory is needed.
+    """
+
+    names: Names = ()
+    """Recipes; those that cost the same are shown once. (default: all)."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+    segments: bool = False
+    """Show each segment, not the sums alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """Export a trained network: state dict, torch.export, ONNX.
+
+    The programs take RGB images (n, 3, size, size) with values from 0 to 255 and give class scores (n, classes).
+    """
+
+    model: Model
+    """A finished run's folder, or a model file (.safetensors)."""
+
+    format: tuple[Literal["safetensors", "pt2", "onnx"], ...] = ("safetensors", "pt2", "onnx")
+    """Formats to write."""
+
+    out: Folder = None
+    """Folder to write into; it must be new or empty. (default: runs/export/TIME)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportCaffeOptions:
+    """Import the authors' released Model B from Caffe files."""
+
+    prototxt: Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="PROTOTXT")]
+    """The definition, a deploy.prototxt."""
+
+    caffemodel: Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="CAFFEMODEL")]
+    """The weights."""
+
+    classes: Annotated[File, MustExist] = None
+    """Text file with a class's name on each line, in the order of the network's output. (default: numbers)."""
+
+    out: File = None
+    """Where to write. (default: the weights' name with .safetensors, in the current folder)."""
+
+
+def draw(options: DrawOptions) -> int:
+    """Write a recipe's network as SVG, PNG and, in the form of Table 2, as Markdown."""
+    with new_folder(options.out, ROOT / "draw", may_hold=True) as folder:
+        import torch
+
+        from relaylab.models.building import build_network, build_plan
+        from relaylab.report.network import draw_network
+        from relaylab.report.stages import markdown_table, stages_of
+        from relaylab.report.style import write_figure
+
+        recipe = at_scale(find_recipe(options.name), options.scale)
+        with torch.device("meta"):
+            model = build_network(recipe.network)
+        stages, losses = stages_of(model, build_plan(recipe.plan, recipe.scheme), recipe.network.image_size)
+        figure = draw_network(stages, losses, recipe.row)
+        table = markdown_table(stages, losses, recipe.row)
+        for suffix in ("svg", "png"):
+            write_figure(figure, folder / f"{recipe.name}.{suffix}")
+        write_text(folder / f"{recipe.name}.md", table)
+    print(table)
+    print(f"Drawn: {(folder / recipe.name).resolve()}.svg, .png and .md")
+    return 0
+
+
+def cost(options: CostOptions) -> int:
+    """Print the cost of training steps as a Markdown table, which reads well on a terminal too."""
+    from relaylab.report.costs import cost_of, cost_table, distinct
+    from relaylab.tables import markdown_lines
+
+    recipes = [at_scale(find_recipe(name), options.scale) for name in options.names or RECIPES]
+    if not options.segments:
+        print("\n".join(markdown_lines(cost_table(recipes))))
+        print("\nA training step, per image. MB saved: activations that are kept for the backward pass.")
+        return 0
+    for recipe in distinct(recipes):
+        print(f"{recipe.row}\n\n{cost_of(recipe)}\n")
+    return 0
+
+
+def export(options: ExportOptions) -> int:
+    """Write a trained network for use elsewhere."""
+    with new_folder(options.out, ROOT / "export" / timestamp()) as folder:
+        from relaylab.evaluate.trained import find_trained
+        from relaylab.models.export import export as write
+        from relaylab.models.file import read_model
+
+        (trained,) = find_trained([options.model], most=1)
+        for file in write(read_model(trained.file), folder, tuple(dict.fromkeys(options.format))):
+            print(f"{file.resolve()} ({file.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def import_caffe(options: ImportCaffeOptions) -> int:
+    """Turn a Caffe definition and its weights into a model file."""
+    out = options.out or Path(f"{options.caffemodel.stem}.safetensors")
+    if out.exists():
+        raise InputError(f"{out} exists; give another name with --out, or remove it")
+    if not out.parent.is_dir():
+        raise InputError(f"no such folder: {out.parent}")
+    from relaylab.models.caffe.importing import import_caffe as read
+    from relaylab.models.file import save_model
+
+    model = read(options.prototxt, options.caffemodel, options.classes)
+    save_model(out, model)
+    parameters = sum(tensor.numel() for tensor in model.state.values())
+    print(f"Model B, {len(model.classes)} classes, {parameters:,} parameters: {out.resolve()}")
+    return 0

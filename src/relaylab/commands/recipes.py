@@ -1,0 +1,99 @@
+"""`relaylab recipes list` and `relaylab recipes show`: the rows of the paper's tables."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from relaylab.errors import InputError
+from relaylab.options import Name
+from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
+from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Dial, Errors, value_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH_UNKNOWN = 140  # columns, where the output is not a terminal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListOptions:
+    """List the recipes: the rows of the paper's tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowOptions:
+    """Show the values of a recipe, each with its source."""
+
+    name: Name
+    """A recipe's name; `relaylab recipes` lists them."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+
+def list_recipes(options: ListOptions) -> int:  # noqa: ARG001
+    """Print all recipes: name, row of the paper, and the paper's errors."""
+    from rich.table import Table
+
+    table = Table("recipe", "row of the paper", "network", "top-1", "top-5", box=None, pad_edge=False)
+    for recipe in RECIPES.values():
+        network = f"{recipe.network.architecture}, {recipe.network.image_size} px"
+        table.add_row(recipe.name, recipe.row, network, *_errors(recipe.reported))
+    for ensemble in ENSEMBLES.values():
+        members = f"{len(ensemble.members)} networks"
+        table.add_row(ensemble.name, ensemble.row, members, *_errors(ensemble.reported))
+    _print(table)
+    print("\nErrors in per cent, as the paper reports them. 'relaylab recipes show RECIPE' shows one with its sources.")
+    return 0
+
+
+def show(options: ShowOptions) -> int:
+    """Print a recipe's values as `--set` takes them, each with its source."""
+    from rich.table import Table
+
+    name, scale = options.name, options.scale
+    if name in ENSEMBLES:
+        if scale != "paper":
+            raise InputError(f"{name} has no scale of its own: show its members with --scale {scale}")
+        return _show_ensemble(name)
+    recipe = at_scale(find_recipe(name), scale)
+    print(f"{recipe.name}: {recipe.row}" + (f", at {scale} scale" if scale != "paper" else ""))
+    if recipe.trained_as is not None:
+        print(f"tests the network that {recipe.trained_as} trains")
+    if recipe.reported is not None:
+        top1, top5 = _errors(recipe.reported)
+        print(f"the paper's error: top-1 {top1 or '-'} %, top-5 {top5 or '-'} %")
+    print()
+    table = Table("field", "value", "source", box=None, pad_edge=False)
+    for field, value, source in recipe.fields():
+        table.add_row(field, value_text(value), source)
+    _print(table)
+    return 0
+
+
+def _show_ensemble(name: str) -> int:
+    ensemble = ENSEMBLES[name]
+    print(f"{ensemble.name}: {ensemble.row}")
+    for errors in (ensemble.reported, ensemble.validation):
+        print(f"the paper's error: top-5 {errors.top5:.2f} % on the {errors.split} images")
+    print(f"\nmembers ({ensemble.sources['members']}):")
+    for member in ensemble.members:
+        print(f"  {member.name}")
+    print(f"probabilities are combined by their {ensemble.combine} ({ensemble.sources['combine']})")
+    return 0
+
+
+def _errors(errors: Errors | None) -> tuple[str, str]:
+    rates = (None, None) if errors is None else (errors.top1, errors.top5)
+    mark = " (test)" if errors is not None and errors.split == "test" else ""
+    top1, top5 = ("" if rate is None else f"{rate:.2f}{mark}" for rate in rates)
+    return top1, top5
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(WIDTH_UNKNOWN, console.measure(table).maximum))
+    console.print(table)

@@ -1,0 +1,30 @@
+"""`relaylab train`: one recipe, one scheme, one seed."""
+
+from relaylab.errors import INTERRUPTED, LabError
+from relaylab.train.options import TrainConfig
+
+
+def main(options: TrainConfig) -> int:
+    """Train a recipe, or resume a run.
+
+    Raises:
+        LabError: the run failed; under torchrun only in the first process that failed.
+    """
+    from relaylab.train import runs, torchrun
+
+    if torchrun.restart_count() and torchrun.noted_failure() is not None:
+        return 0  # the failure would repeat, and the launching command knows of it
+    try:
+        request = runs.understand(options, {*options.given, "recipe"} if options.given else None)
+        if request.config.devices > 1 and not torchrun.is_launched():
+            from relaylab.train import engine
+
+            return engine.launch(request.config, runs.arguments_of(options))
+        from relaylab.train import session
+
+        outcome = session.train(request)
+    except LabError as error:
+        if torchrun.note_failure(error):
+            raise
+        return error.exit_code
+    return 0 if outcome.finished or torchrun.is_launched() else INTERRUPTED

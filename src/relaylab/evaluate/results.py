@@ -1,0 +1,160 @@
+"""Error rates, comparisons and ensembles from stored scores: evaluation.md and evaluation.json."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from relaylab.evaluate.ensembles import Combine, combined, fit_weights, halves
+from relaylab.evaluate.error_rates import ErrorRates, Interval, difference, error_rates, misses
+from relaylab.evaluate.protocols import Kind
+from relaylab.evaluate.scores import ScoreFolder
+from relaylab.files import write_text
+from relaylab.recipes.schema import SCHEMES
+from relaylab.tables import Table, markdown_lines
+
+TABLE, RESULTS = "evaluation.md", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several networks, evaluated together.
+
+    Attributes:
+        members: their names.
+        protocol: of all of them.
+        how: their probabilities are combined.
+        weights: of each, if they were learnt.
+        images: number of images it was evaluated on.
+        errors: its error rates.
+    """
+
+    members: tuple[str, ...]
+    protocol: Kind
+    how: Combine
+    weights: tuple[float, ...]
+    images: int
+    errors: ErrorRates
+
+
+def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str | None = None) -> str:
+    """Write all results of a folder's scores.
+
+    Args:
+        folder: of scores.
+        ensembles: new ones; those of earlier calls are kept.
+        against: the network that the others are compared with; None for standard BP, see `baseline`.
+
+    Returns:
+        The table, and where it is.
+    """
+    labels = folder.images.labels
+    scores: dict[tuple[str, Kind], Tensor] = {}
+    for name in folder.names():
+        scores |= {(name, kind): folder.protocol(name, kind) for kind in folder.protocols(name)}
+    rates = {key: error_rates(values, labels) for key, values in scores.items()}
+    together = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
+    text = [
+        f"# {folder.images.title}: {len(labels):,} images, {len(folder.images.classes)} classes\n",
+        "Error rates in per cent. In brackets, 95 % intervals over images (bootstrap).\n",
+        *markdown_lines(_table(folder, rates, scores, against)),
+    ]
+    if together:
+        text += ["\n## Ensembles\n", *markdown_lines(_ensemble_table(list(together.values())))]
+    results = {
+        "images": {"title": folder.images.title, "count": len(labels), "fingerprint": folder.images.fingerprint},
+        "networks": {name: folder.about(name) for name in folder.names()},
+        "errors": [{"network": name, "protocol": kind, **asdict(found)} for (name, kind), found in rates.items()],
+        "ensembles": [asdict(ensemble) for ensemble in together.values()],
+    }
+    write_text(folder.path / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_text(folder.path / TABLE, "\n".join(text) + "\n")
+    return "\n".join(text) + f"\n\n{(folder.path / TABLE).resolve()}"
+
+
+def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Combine, *, held_out: bool) -> Ensemble:
+    """Evaluate an ensemble.
+
+    Args:
+        folder: of scores.
+        names: of its members.
+        kind: protocol of the scores.
+        how: to combine probabilities.
+        held_out: fit weights on one half of the images and evaluate on the other.
+    """
+    members = [folder.protocol(name, kind) for name in names]
+    labels = folder.images.labels
+    weights: Tensor | None = None
+    if held_out:
+        fitted, reported = halves(labels)
+        if how == "learnt-weights":
+            weights = fit_weights([member[fitted] for member in members], labels[fitted])
+        members, labels = [member[reported] for member in members], labels[reported]
+    rates = error_rates(combined(members, how, weights), labels)
+    kept = () if weights is None else tuple(round(float(weight), 4) for weight in weights)
+    return Ensemble(tuple(names), kind, how, kept, len(labels), rates)
+
+
+def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the network that another one is compared with: standard BP of its seed, else standard BP, else the first.
+
+    Args:
+        name: of the network.
+        networks: by name, what their runs say of them; see `relaylab.evaluate.trained.describe_run`.
+    """
+    standard = [each for each, about in networks.items() if about.get("values", {}).get("scheme") == "standard"]
+    paired = [each for each in standard if networks[each]["seed"] == networks[name].get("seed")]
+    return next(iter(paired or standard or networks))
+
+
+def _table(
+    folder: ScoreFolder,
+    rates: Mapping[tuple[str, Kind], ErrorRates],
+    scores: Mapping[tuple[str, Kind], Tensor],
+    against: str | None,
+) -> Table:
+    labels = folder.images.labels
+    header = ("network", "protocol", "top-1", "top-5", "mean per class", "compared with", "top-1 minus it", "top-5")
+    rows: list[tuple[str, ...]] = []
+    for (name, kind), found in rates.items():
+        networks = {other: folder.about(other) for other, protocol in scores if protocol == kind}
+        base = against if against in networks else baseline(name, networks)
+        scales = [each.removeprefix("dense-") for each in folder.passes_of(name, kind) if kind == "dense"]
+        what = f"{kind} {', '.join(scales)}".rstrip()
+        cells = [name, what, found.top1.text(), found.top5.text(), f"{found.mean_per_class:.2f}"]
+        differences = ["", "", ""]
+        if name != base:
+            scheme = networks[base].get("values", {}).get("scheme")
+            differences[0] = f"{base} ({SCHEMES[scheme]})" if scheme in SCHEMES else base
+            for place, top in ((1, 1), (2, 5)):
+                pair = [misses(scores[each, kind], labels, top) for each in (name, base)]
+                differences[place] = difference(pair[:1], pair[1:]).text(signed=True)
+        rows.append((*cells, *differences))
+    return Table("Error rates", header, tuple(rows))
+
+
+def _ensemble_table(ensembles: Sequence[Ensemble]) -> Table:
+    header = ("ensemble of", "protocol", "combined by", "images", "top-1", "top-5", "mean per class")
+    rows: list[tuple[str, ...]] = []
+    for e in ensembles:
+        how = e.how + (f" ({', '.join(f'{weight:.2f}' for weight in e.weights)})" if e.weights else "")
+        errors = [e.errors.top1.text(), e.errors.top5.text(), f"{e.errors.mean_per_class:.2f}"]
+        rows.append((", ".join(e.members), e.protocol, how, f"{e.images:,}", *errors))
+    return Table("Ensembles", header, tuple(rows))
+
+
+def _kept(folder: ScoreFolder) -> list[Ensemble]:
+    """Read the ensembles of earlier commands."""
+    file = folder.path / RESULTS
+    if not file.is_file():
+        return []
+    found: list[Ensemble] = []
+    for entry in json.loads(file.read_text(encoding="utf-8"))["ensembles"]:
+        errors: dict[str, Any] = entry["errors"]
+        top1, top5 = Interval(**errors["top1"]), Interval(**errors["top5"])
+        members, weights = tuple(entry["members"]), tuple(entry["weights"])
+        rates = ErrorRates(top1, top5, errors["mean_per_class"])
+        found.append(Ensemble(members, entry["protocol"], entry["how"], weights, entry["images"], rates))
+    return found
