@@ -78,25 +78,6 @@ def test_plans(name: str) -> None:
         Plan(**arguments)
 
 
-BAD_JSON = {
-    "not json": ("{", "a plan as JSON text", "not JSON", "to_json"),
-    "not an object": ("[]", "a plan as a JSON object", "list", "to_json"),
-    "unknown field": ('{"auxilliary": {}}', "fields ['auxiliary', 'primary']", "['auxilliary']", "rename"),
-    "unknown window field": ('{"primary": {"floor": "a"}}', "in the window 'primary'", "['floor']", "rename"),
-    "window as text": ('{"primary": "a"}', "the window 'primary' as a JSON object", "str", "to_json"),
-    "duplicate names": (
-        '{"auxiliary": {"aux": {"top": "a"}, "aux": {"top": "b"}}}', "each name once", "'aux' twice", "Rename"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_JSON)
-def test_json(name: str) -> None:
-    text, *parts = BAD_JSON[name]
-    with raises(PlanError, *parts):
-        Plan.from_json(text)
-
-
 def test_unknown_module_lists_the_nearest_names() -> None:
     with raises(ModuleNameError, "name of a module", "'layer3.O', which ResNet does not have", "layer3.0"):
         models = pytest.importorskip("torchvision.models")

@@ -142,8 +142,6 @@ plans = st.builds(Plan, windows(top=False), st.dictionaries(loss_names, windows(
 
 @given(plans)
 def test_round_trips(plan: Plan) -> None:
-    assert Plan.from_json(plan.to_json()) == plan
-    assert list(Plan.from_json(plan.to_json()).auxiliary) == list(plan.auxiliary)
     assert pickle.loads(pickle.dumps(plan)) == plan
     assert copy.deepcopy(plan) == plan
 

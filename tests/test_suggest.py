@@ -33,7 +33,7 @@ def assert_trains(model: nn.Module, suggestion: Suggestion, *inputs: Any) -> Rel
         name: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 5, device=inputs[0].device))
         for name, shape in suggestion.head_inputs.items()
     }
-    plan = Plan.from_json(suggestion.plan.to_json())  # not bound
+    plan = Plan(suggestion.plan.primary, suggestion.plan.auxiliary)  # not bound
     relay = Relay(model, plan, {name: head.to(inputs[0].dtype) for name, head in heads.items()})
     output = relay(*inputs)
     relay.plan.check_relay()
@@ -124,14 +124,14 @@ def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
 def test_links_of_a_chain_with_views_and_in_place_operations() -> None:
     links = chain(Views(), torch.randn(2, 3, 6, 6))
     assert links[:4] == (
-        Link("body.0", ("body.0",), (2, 4, 4, 4), 1, True),
-        Link("body.1", ("body.1",), (2, 4, 4, 4), 1, False),
-        Link("body", ("body.2.0", "body.2", "body"), (2, 4, 2, 2), 2, True),
-        Link("flatten", ("flatten",), (2, 16), 2, False),
+        Link("body.0", ("body.0",), (2, 4, 4, 4), 1),
+        Link("body.1", ("body.1",), (2, 4, 4, 4), 1),
+        Link("body", ("body.2.0", "body.2", "body"), (2, 4, 2, 2), 2),
+        Link("flatten", ("flatten",), (2, 16), 2),
     )
     # A last operation that is no module of its own (`act` runs three times) is a link without a name.
     assert [link.name for link in links[4:]] == ["fc", "out.0", "out", ""]
-    assert links[-1] == Link("", (), (2, 4), 4, False)
+    assert links[-1] == Link("", (), (2, 4), 4)
 
 
 def test_depths_are_those_of_a_bound_plan() -> None:
@@ -461,7 +461,7 @@ def test_a_budget_and_a_depth_limit() -> None:
 
 
 def test_balanced_windows_by_hand() -> None:
-    links = [Link(f"{n}", (f"{n}",), (2, 4), n + 1, True) for n in range(6)]
+    links = [Link(f"{n}", (f"{n}",), (2, 4), n + 1) for n in range(6)]
     assert balance(links, [1] * 6, 1, 1) == Fit((3,), 1)  # four links and three, one of them shared
     assert balance(links, [1] * 6, 1, 2) == Fit((3,), 2)  # four and four
     assert balance(links, [10, 1, 1, 1, 1, 1], 1, 1) == Fit((1,), 1)  # all that is kept is at the bottom

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from relaybackprop import graph
 from relaybackprop.errors import PlanError, RelayError
+from relaybackprop.plan import Plan
+from relaybackprop.relay import Relay
 from relaybackprop.structure import map_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,15 +37,12 @@ class Link:
         names: of all modules whose output it is, the innermost first.
         shape: of the tensor.
         depth: weight layers on the longest path from the model's input, counted as `Binding.depths`; at least 1.
-        has_parameters: whether trainable parameters, also those that do not count as a layer, are used between the
-            link below and this one.
     """
 
     name: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
     depth: int
-    has_parameters: bool
 
 
 def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
@@ -76,6 +75,31 @@ def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
             "Build the model from modules that follow one another and are trainable, or write the plan by hand.",
         )
     return links
+
+
+def bind(model: nn.Module, plan: Plan, example_input: Any) -> Plan:
+    """Return a plan with the depths of its windows in a model, without running the model on values.
+
+    Args:
+        model: any module that runs on the meta device; it is not changed.
+        plan: its windows. Heads that cost nothing take the place of the real ones.
+        example_input: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
+
+    Returns:
+        The bound plan: `binding.depths` has the paper's N of each loss, and `print(plan)` shows them.
+
+    Raises:
+        PlanError: a model that does not run on the meta device.
+        RelayError: a plan that does not fit the model.
+
+    Example:
+        >>> print(bind(resnet50(), plan, torch.empty(2, 3, 224, 224)))  # doctest: +SKIP
+    """
+    with dry_run():
+        (shadow,), (args, kwargs) = shadows([model]), shadow_input(example_input)
+        relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
+        relay(*args, **kwargs)
+    return relay.plan
 
 
 def shadows(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -211,7 +235,6 @@ def _links(marks: Mapping[Node, tuple[str, tuple[int, ...]]], outputs: Sequence[
     order = {node: number for number, node in enumerate(_from_below(roots))}
     inner = [[order[lower] for lower in _next(node) if lower in order] for node in order]
     is_layer = [_is_weight_layer(node) for node in order]
-    has_leaf = _set(order[node] for node in order if any(map(graph.is_leaf, _next(node))))
     depths: list[int] = []
     below: list[int] = []  # each with itself
     for number, lower in enumerate(inner):
@@ -242,16 +265,15 @@ def _links(marks: Mapping[Node, tuple[str, tuple[int, ...]]], outputs: Sequence[
                 (source,) = _next(source)
             groups.setdefault(source, []).append(node)
     links: list[Link] = []
-    seen = last = 0
+    last = 0
     for nodes in groups.values():
         last = order[nodes[-1]]
         names = tuple(name for name, _ in (marks[node] for node in nodes) if name)
         name = min(names, key=lambda name: name.count("."), default="")
-        links.append(Link(name, names, marks[nodes[0]][1], depths[last], bool(below[last] & ~seen & has_leaf)))
-        seen = below[last]
+        links.append(Link(name, names, marks[nodes[0]][1], depths[last]))
     if roots and (not links or top != 1 << last):  # several outputs, or something else than a tensor
         shape, depth = tuple(outputs[0].shape), max(depths[order[root]] for root in roots)
-        links.append(Link("", (), shape, depth, bool(((1 << len(order)) - 1) & ~seen & has_leaf)))
+        links.append(Link("", (), shape, depth))
     return tuple(links)
 
 

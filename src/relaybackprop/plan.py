@@ -10,7 +10,6 @@ The training schemes that the field compares are transformations of one plan:
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -235,30 +234,6 @@ class Plan:
                     f"Lower the end of {upper!r}, or raise the head of {lower!r}.",
                 )
 
-    def to_json(self) -> str:
-        """The plan as JSON text; `Plan.from_json` reads it back. What it learnt from a model is left out."""
-        windows = {name: _without_none(window) for name, window in self.windows.items()}
-        return json.dumps({PRIMARY: windows.pop(PRIMARY), "auxiliary": windows}, indent=2)
-
-    @staticmethod
-    def from_json(text: str) -> "Plan":
-        """Read a plan that `to_json` wrote, or one written by hand in that form.
-
-        Raises:
-            PlanError: not JSON, unknown or repeated names, or anything that `Plan` and `Window` refuse.
-        """
-        try:
-            data = json.loads(text, object_pairs_hook=_dict_without_duplicates)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise PlanError("a plan as JSON text", f"text that is not JSON ({error})", "See Plan.to_json.") from None
-        _check_keys("a plan", data, {PRIMARY, "auxiliary"})
-        auxiliary = data.get("auxiliary", {})
-        _check_keys("auxiliary", auxiliary, None)
-        return Plan(
-            _window_from_json(PRIMARY, data.get(PRIMARY, {})),
-            {name: _window_from_json(name, window) for name, window in auxiliary.items()},
-        )
-
     def __str__(self) -> str:
         rows = [("loss", "weight", "from", "down to", "depth")]
         for name, window in self.windows.items():
@@ -334,28 +309,3 @@ def _check_head_name(name: object) -> None:
             f"{name!r}",
             "Rename the loss, for example 'aux'.",
         )
-
-
-def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise PlanError("each name once", f"{name!r} twice in one JSON object", "Rename one of them.")
-    return dict(pairs)
-
-
-def _check_keys(what: str, data: object, allowed: set[str] | None) -> None:
-    if not isinstance(data, dict):
-        raise PlanError(f"{what} as a JSON object", f"{type(data).__name__}", "See Plan.to_json.")
-    unknown = set[str]() if allowed is None else set(cast(dict[str, Any], data)) - allowed
-    if unknown:
-        raise PlanError(f"the fields {sorted(allowed or ())} in {what}", f"{sorted(unknown)}", "Remove or rename them.")
-
-
-def _window_from_json(name: str, data: Any) -> Window:
-    _check_keys(f"the window {name!r}", data, {entry.name for entry in dataclasses.fields(Window)})
-    return Window(**data)
-
-
-def _without_none(window: Window) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(window).items() if value is not None}

@@ -24,11 +24,10 @@ from typing import Any
 from torch import nn
 
 from relaybackprop.budget import fit, head_names
-from relaybackprop.chain import Link, StandIn, chain, dry_run, shadow_input, shadows
+from relaybackprop.chain import Link, bind, chain
 from relaybackprop.cost import early_peak, kept_between
 from relaybackprop.errors import PlanError, WindowError
 from relaybackprop.plan import Plan, Window
-from relaybackprop.relay import Relay
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def suggest_plan(
         )
     if max_layers is not None and arrangement.deepest > max_layers:
         raise _too_deep(links, num_auxiliary, max_layers, arrangement.deepest)
-    plan = _bound(model, _plan(arrangement), example_input)
+    plan = bind(model, _plan(arrangement), example_input)
+    plan.check_relay()
     shapes = {name: arrangement.segments[at].shape for name, at in zip(plan.auxiliary, arrangement.heads, strict=True)}
     reads = [f"The head {name} reads {shape}." for name, shape in shapes.items()]
     return Suggestion(plan, (*_reasons(links, arrangement, max_layers), *reads), shapes)
@@ -112,16 +112,6 @@ def _half(ends: Sequence[Link], kept: Sequence[int]) -> str:
     """The name of the link up to which half of all that is kept is kept."""
     so_far = accumulate(kept)
     return next(end.name for end, size in zip(ends, so_far, strict=True) if 2 * size >= sum(kept))
-
-
-def _bound(model: nn.Module, plan: Plan, example_input: Any) -> Plan:
-    """The plan with the depths of its windows; neighbours overlap."""
-    with dry_run():
-        (shadow,), (args, kwargs) = shadows([model]), shadow_input(example_input)
-        relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
-        relay(*args, **kwargs)
-    relay.plan.check_relay()
-    return relay.plan
 
 
 def _fitting(
@@ -143,7 +133,8 @@ def _fitting(
             f"{least:,} bytes as the least, with at least num_auxiliary={num_auxiliary}",
             "Allow that much, take a smaller batch, or use activation checkpointing inside of the windows.",
         )
-    plan = _bound(model, found.plan(ends), example_input)
+    plan = bind(model, found.plan(ends), example_input)
+    plan.check_relay()
     assert plan.binding is not None, "a training forward pass binds the plan"
     deepest = max(plan.binding.depths.values())
     if max_layers is not None and deepest > max_layers:

@@ -6,11 +6,11 @@ from itertools import groupby
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from relaybackprop import Plan, Relay
-from relaybackprop.chain import Link, StandIn, chain, dry_run, shadows
+from relaybackprop import Plan
+from relaybackprop.chain import Link, bind, chain
 from relaybackprop.plan import Boundary
 from relaylab.errors import InputError
 from relaylab.models.model_b import Inception
@@ -83,9 +83,11 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
         losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
         stages.append(Stage(_name(run, links), _words(model, run, before), size, run[-1].shape[1:], losses))
         size, first, before = _side(run[-1]), first + len(run), run[-1].depth
-    depths = _depths(model, plan, images)
+    binding = bind(model, plan, images).binding
+    assert binding is not None, "bound by its pass"
     losses = [
-        Loss(loss, plan.weights[loss], of_link[low], of_link[top], depths[loss]) for loss, (low, top) in spans.items()
+        Loss(loss, plan.weights[loss], of_link[low], of_link[top], binding.depths[loss])
+        for loss, (low, top) in spans.items()
     ]
     return stages, losses
 
@@ -195,16 +197,6 @@ _DESCRIPTIONS: Mapping[type[nn.Module], Callable[[Any], str]] = {
     Bottleneck: _bottleneck,
     BasicBlock: lambda module: f"basic block, {module.conv2.out_channels}",
 }
-
-
-def _depths(model: nn.Module, plan: Plan, images: Tensor) -> Mapping[str, int]:
-    """Weight layers of each window."""
-    with dry_run():
-        (shadow,) = shadows([model])
-        relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
-        relay(images)
-    assert relay.plan.binding is not None, "bound by this pass"
-    return relay.plan.binding.depths
 
 
 def markdown_table(
