@@ -467,7 +467,7 @@ def test_balanced_windows_by_hand() -> None:
     assert balance(links, [10, 1, 1, 1, 1, 1], 1, 1) == Fit((1,), 1)  # all that is kept is at the bottom
     assert balance(links, [1] * 6, 2, 1) is not None
     assert balance(links, [1] * 6, 6, 1) is None
-    maps = [Link(f"{n}", (f"{n}",), (2, 4, *((4, 4) if n < 3 else (1, 1))), n + 1, True) for n in range(6)]
+    maps = [Link(f"{n}", (f"{n}",), (2, 4, *((4, 4) if n < 3 else (1, 1))), n + 1) for n in range(6)]
     found = balance(maps, [1] * 6, 1, 1)
     assert found is not None
     assert max(found.tops) < 3, "no head within a classifier"

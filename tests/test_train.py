@@ -23,6 +23,7 @@ from relaylab.train import compare, loop, runs, session
 from relaylab.train.options import CompareConfig, TrainConfig
 from relaylab.train.records import read_metrics
 
+ROOT = Path(__file__).parents[1]
 STEPS = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
 TIMES = ("images_per_s", "data_wait")
 
@@ -96,7 +97,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(
 ) -> None:
     """Parameters, momentum, buffers and metrics are those of the uninterrupted run, bit by bit."""
     options, (steps, end, other) = KINDS[kind], (4, 6, 3) if "short" in KINDS[kind] else (6, 12, 8)
-    whole = train(tiny_images, tmp_path / "whole", **options)
+    whole = train(tiny_images, tmp_path / "whole", keep=9, **options)
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         stopped = train(tiny_images, tmp_path / "stopped", **options)
@@ -116,6 +117,12 @@ def reference(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("reference") / "run"
     train(tiny_images, out, keep=9)
     return out
+
+
+def test_a_finished_run_keeps_its_last_and_its_best_checkpoint(tiny_images: Path, tmp_path: Path) -> None:
+    outcome = train(tiny_images, tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run" / runs.CHECKPOINTS).iterdir())
+    assert kept == sorted({"step-00000012", f"step-{int(outcome.best['step']):08d}"})
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 11])
@@ -147,7 +154,7 @@ def test_the_checkpoint_with_the_least_error_is_kept(
 
     errors = iter([50.0, 20.0, 60.0, 70.0, 80.0, 90.0])
     monkeypatch.setattr(Validation, "__call__", lambda *_: {"top1": next(errors), "top5": 0.0, "loss": 1.0})
-    outcome = train(tiny_images, tmp_path / "run", short=True, save_every=5, changes=(
+    outcome = train(tiny_images, tmp_path / "run", short=True, save_every=5, keep=2, changes=(
         "optimizer.iterations=12", "optimizer.evaluate_every=2"))  # fmt: skip
     steps = sorted(path.name for path in (tmp_path / "run" / runs.CHECKPOINTS).iterdir())
     assert steps == ["step-00000004", "step-00000010", "step-00000012"]
@@ -226,6 +233,8 @@ def test_what_a_run_leaves_behind(tiny_images: Path, reference: Path) -> None:
     (start,) = json.loads((reference / runs.ENVIRONMENT).read_text())["starts"]
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or start["versions"]["torch"]
     assert start["processes"] == 1
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{12}( with local changes)?", start["commit"])
     lines = read_metrics(reference / runs.METRICS)
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] != "gradients"] == [
         ("val", 4), ("train", 5), ("val", 8), ("train", 10), ("val", 12),
@@ -460,7 +469,7 @@ def test_a_comparisons_run_can_be_said_as_a_command() -> None:
     assert parse(runs.arguments_of(config))[1] == config
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+PAGE = ROOT / "docs" / "training.md"
 
 
 def test_the_training_pages_python_runs(
@@ -480,11 +489,10 @@ def test_the_training_pages_commands_have_these_options() -> None:
     lines = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)).splitlines()
     assert len(lines) >= 5
     for line in lines:
-        words = [word for word in line.partition("#")[0].split() if word != "..."]
+        text = line.partition("#")[0].replace("--data ...", "--data x")
+        words = [word for word in text.split() if word != "..."]
         assert words[0] == "relaylab", line
-        assert isinstance(
-            parse([*words[1:], "x"] if words[-1] == "--data" else words[1:])[1], TrainConfig | CompareConfig
-        )
+        assert isinstance(parse(words[1:])[1], TrainConfig | CompareConfig)
 
 
 def test_the_training_page_names_what_a_run_leaves_behind() -> None:

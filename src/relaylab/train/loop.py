@@ -116,7 +116,7 @@ class Trainer:
             if due and progress.validated != progress.step:
                 self.validate()
                 if is_last:
-                    self.save()  # once more: with what this validation has found
+                    self.save()  # once more: with the results of this validation
             if is_last:
                 return True
             stopping = self.step(batches)
@@ -281,7 +281,8 @@ class Trainer:
             if self.records is not None:
                 path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, momentum, self.state_dict()))
                 best = [int(self.progress.best["step"])] if self.progress.best else []
-                checkpoint.thin_out(self.checkpoints, self.config.keep, best)
+                is_finished = self.progress.validated == self.recipe.optimizer.iterations
+                checkpoint.thin_out(self.checkpoints, self.config.keep or (1 if is_finished else 2), best)
                 log.debug("saved %s", path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class Engine(Subject):
     save_every: Number = None
     """Iterations between two checkpoints, besides those at each evaluation (default: none besides)."""
 
-    keep: int = 2
-    """How many of the newest checkpoints are kept; the one with the least error is kept besides."""
+    keep: Number = None
+    """Number of newest checkpoints to keep besides the best one (default: two, and one of a finished run)."""
 
     log_every: int = 20
     """Iterations between two lines of metrics."""

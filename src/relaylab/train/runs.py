@@ -12,11 +12,8 @@ model.safetensors  at the end; see relaylab.models.file
 
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +29,7 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.train.environment import environment
 from relaylab.train.options import TrainConfig, engine_problems
 from relaylab.train.torchrun import restart_count
 
@@ -43,7 +41,6 @@ LOCK = ".lock"
 BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT)  # all that a run that failed at once has left behind
 # What a run is. All other options may change when it goes on.
 FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "images")
-PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "torchmetrics", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -324,8 +321,8 @@ def note_start(folder: Path, about: Mapping[str, Any]) -> None:
         OSError: it cannot be written.
     """
     starts = _starts(folder)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    here = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+    here = environment()
+    versions: dict[str, str] = here["versions"]
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     before = starts[-1]["versions"] if starts else versions
@@ -334,7 +331,7 @@ def note_start(folder: Path, about: Mapping[str, Any]) -> None:
             log.warning(
                 "%s %s now, %s before: the numbers may differ in their last digits", name, version, before[name]
             )
-    starts.append({"started_at": now, "command": command, **about, **here, "versions": versions})
+    starts.append({"started_at": now, "command": command, **about, **here})
     write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
 
 

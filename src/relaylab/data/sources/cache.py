@@ -1,11 +1,9 @@
-"""Where indexes and unpacked archives are kept between runs, and how a file gets there whole or not at all."""
+"""The cache of indexes and unpacked archives, and atomic writes to it."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from platformdirs import user_cache_path
 
 from relaylab.errors import InputError
 from relaylab.files import replacing
@@ -14,11 +12,9 @@ VARIABLE = "RELAYLAB_CACHE"
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """The folder given, else the one that the environment names, else the user's own for such things."""
-    if cache is not None:
-        return cache
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else user_cache_path("relaylab")
+    """Return the given folder, else that of RELAYLAB_CACHE, else relaylab's in the user's cache, as torch has one."""
+    named = cache or os.environ.get(VARIABLE)
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "relaylab"
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""The environment of a run: commit, versions and machine, for environment.json."""
+
+import functools
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "numpy", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Return the commit of the checkout (None outside of one), the versions of packages, and the machine."""
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """Return the commit of the checkout that this file is in, with a mark if files were changed; None elsewhere."""
+    source = Path(__file__).resolve().parents[2]
+    if source.name != "src":  # an installed package, perhaps inside of another project's repository
+        return None
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10, "cwd": source}
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--", source], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found + (" with local changes" if changed else "")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "unknown"
