@@ -1,6 +1,6 @@
 """Tables 1 (right), 3, 4 and 5, and Figure 2: the networks trained on Places2 (section 5.1)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from relaylab.recipes import windows
@@ -91,70 +91,10 @@ def _table3(letter: str, scheme: Scheme, top1: float, top5: float) -> Recipe:
     return recipe
 
 
-def model_a_standard() -> Recipe:
-    """Table 3."""
-    return _table3("A", "standard", 50.91, 19.00)
-
-
-def model_a_multi_loss() -> Recipe:
-    """Table 3."""
-    return _table3("A", "multi_loss", 50.72, 18.84)
-
-
-def model_a_relay() -> Recipe:
-    """Table 3."""
-    return _table3("A", "relay", 49.75, 17.83)
-
-
-def model_b_standard() -> Recipe:
-    """Table 3."""
-    return _table3("B", "standard", 50.62, 18.69)
-
-
-def model_b_multi_loss() -> Recipe:
-    """Table 3."""
-    return _table3("B", "multi_loss", 50.59, 18.68)
-
-
-def model_b_relay() -> Recipe:
-    """Table 3."""
-    return _table3("B", "relay", 49.77, 17.86)
-
-
 def _dense(recipe: Recipe, top1: float, top5: float) -> Recipe:
     name, row = recipe.name.replace("table3", "table4"), recipe.row.replace("Table 3", "Table 4")
     dense = changed(recipe, "the paper, section 5.1", {"evaluation": DENSE})
     return replace(dense, name=name, row=row, reported=Errors(top1=top1, top5=top5), trained_as=recipe.name)
-
-
-def dense_model_a_standard() -> Recipe:
-    """Table 4."""
-    return _dense(model_a_standard(), 48.67, 17.19)
-
-
-def dense_model_a_multi_loss() -> Recipe:
-    """Table 4."""
-    return _dense(model_a_multi_loss(), 48.55, 17.05)
-
-
-def dense_model_a_relay() -> Recipe:
-    """Table 4."""
-    return _dense(model_a_relay(), 47.86, 16.33)
-
-
-def dense_model_b_standard() -> Recipe:
-    """Table 4."""
-    return _dense(model_b_standard(), 48.29, 16.89)
-
-
-def dense_model_b_multi_loss() -> Recipe:
-    """Table 4."""
-    return _dense(model_b_multi_loss(), 48.27, 16.89)
-
-
-def dense_model_b_relay() -> Recipe:
-    """Table 4."""
-    return _dense(model_b_relay(), 47.72, 16.36)
 
 
 def _table1(depth: int, top1: float, top5: float) -> Recipe:
@@ -182,55 +122,6 @@ def _table1(depth: int, top1: float, top5: float) -> Recipe:
     return replace(recipe, evaluation=DENSE, sources=sources)
 
 
-def vgg19_places2() -> Recipe:
-    """Table 1."""
-    return _table1(19, 48.5, 17.1)
-
-
-def vgg22_places2() -> Recipe:
-    """Table 1."""
-    return _table1(22, 48.7, 17.2)
-
-
-def vgg25_places2() -> Recipe:
-    """Table 1."""
-    return _table1(25, 48.9, 17.4)
-
-
-def vgg19_figure2() -> Recipe:
-    """Figure 2, with two auxiliary losses; the paper shows it and reports no errors."""
-    recipe = replace(vgg19_places2(), name="figure2-vgg19-relay", row="Figure 2, VGGNet-19, Relay BP with two branches")
-    recipe = changed(recipe, "the paper, Figure 2", {"plan": windows.vgg_figure_2(), "scheme": "relay"})
-    sources = dict(recipe.sources)
-    for name in recipe.plan.auxiliary:
-        sources[f"plan.auxiliary.{name}.weight"] = "ours: as in section 5.1, which has one branch"
-        sources[f"plan.auxiliary.{name}.head"] = SOURCES["plan.auxiliary.aux.head"]
-    return replace(recipe, reported=None, sources=sources)
-
-
-def ensemble() -> Ensemble:
-    """Table 5: "five models of different architectures and input scales" (section 5.1)."""
-    members = (
-        dense_model_a_relay(),
-        dense_model_b_relay(),
-        _enlarged(model_a_relay()),
-        _enlarged(model_b_relay()),
-        _printed(dense_model_a_relay()),
-    )
-    return Ensemble(
-        name="table5-ensemble",
-        row="Table 5, WM (model ensemble)",
-        members=members,
-        combine="product",
-        reported=Errors(top5=16.87, split="test"),
-        validation=Errors(top5=15.74),
-        sources={
-            "members": "ours: the paper says five models of different architectures and input scales, not which",
-            "combine": "ILSVRC 2015's result page: product 16.87, learnt weights 16.87, mean 16.89",
-        },
-    )
-
-
 def _enlarged(recipe: Recipe) -> Recipe:
     """On images of 320 pixels: the pyramid fits them, and 320 is a scale of section 5.1."""
     name, row = recipe.name.replace("table3", "table5") + "-320", recipe.row.replace("Table 3", "Table 5")
@@ -247,21 +138,40 @@ def _printed(recipe: Recipe) -> Recipe:
     return replace(plain, name=name, row=row, reported=None, trained_as=None)
 
 
-ROWS: tuple[Callable[[], Recipe], ...] = (
-    vgg19_places2,
-    vgg22_places2,
-    vgg25_places2,
-    model_a_standard,
-    model_a_multi_loss,
-    model_a_relay,
-    model_b_standard,
-    model_b_multi_loss,
-    model_b_relay,
-    dense_model_a_standard,
-    dense_model_a_multi_loss,
-    dense_model_a_relay,
-    dense_model_b_standard,
-    dense_model_b_multi_loss,
-    dense_model_b_relay,
-    vgg19_figure2,
+def _figure2(vgg19: Recipe) -> Recipe:
+    """Two auxiliary losses; the paper shows the network and reports no errors."""
+    recipe = replace(vgg19, name="figure2-vgg19-relay", row="Figure 2, VGGNet-19, Relay BP with two branches")
+    recipe = changed(recipe, "the paper, Figure 2", {"plan": windows.vgg_figure_2(), "scheme": "relay"})
+    sources = dict(recipe.sources)
+    for name in recipe.plan.auxiliary:
+        sources[f"plan.auxiliary.{name}.weight"] = "ours: as in section 5.1, which has one branch"
+        sources[f"plan.auxiliary.{name}.head"] = SOURCES["plan.auxiliary.aux.head"]
+    return replace(recipe, reported=None, sources=sources)
+
+
+TABLE_1 = (_table1(19, 48.5, 17.1), _table1(22, 48.7, 17.2), _table1(25, 48.9, 17.4))
+TABLE_3 = (
+    _table3("A", "standard", 50.91, 19.00),
+    _table3("A", "multi_loss", 50.72, 18.84),
+    _table3("A", "relay", 49.75, 17.83),
+    _table3("B", "standard", 50.62, 18.69),
+    _table3("B", "multi_loss", 50.59, 18.68),
+    _table3("B", "relay", 49.77, 17.86),
+)
+_ERRORS_OF_TABLE_4 = ((48.67, 17.19), (48.55, 17.05), (47.86, 16.33), (48.29, 16.89), (48.27, 16.89), (47.72, 16.36))
+TABLE_4 = tuple(_dense(row, *errors) for row, errors in zip(TABLE_3, _ERRORS_OF_TABLE_4, strict=True))
+ROWS: tuple[Recipe, ...] = (*TABLE_1, *TABLE_3, *TABLE_4, _figure2(TABLE_1[0]))
+
+_A, _B = TABLE_3[2], TABLE_3[5]
+ENSEMBLE = Ensemble(  # "five models of different architectures and input scales" (section 5.1)
+    name="table5-ensemble",
+    row="Table 5, WM (model ensemble)",
+    members=(TABLE_4[2], TABLE_4[5], _enlarged(_A), _enlarged(_B), _printed(TABLE_4[2])),
+    combine="product",
+    reported=Errors(top5=16.87, split="test"),
+    validation=Errors(top5=15.74),
+    sources={
+        "members": "ours: the paper says five models of different architectures and input scales, not which",
+        "combine": "ILSVRC 2015's result page: product 16.87, learnt weights 16.87, mean 16.89",
+    },
 )
