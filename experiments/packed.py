@@ -124,9 +124,7 @@ class PackedRun:
         self.rows = torch.arange(config.batch_size, device=self.device)
         # Of each step, the losses and the gradient's norm.
         self.history = torch.zeros(config.iterations, len(self.relay.plan.windows) + 1, device=self.device)
-        self.validation = Validation(
-            self.supply.images.val, self.supply.augment, nn.CrossEntropyLoss(), len(self.classes), self.fabric
-        )
+        self.validation = Validation(self.supply.images.val, self.supply.augment, nn.CrossEntropyLoss(), self.fabric)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.images_per_s: float | None = None

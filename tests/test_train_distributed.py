@@ -13,8 +13,9 @@ import torch.distributed as dist
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 import train_ranks
+from relaylab.options import given_options
 from relaylab.train import runs, session
-from relaylab.train.options import TrainConfig, given_options
+from relaylab.train.options import TrainConfig
 from test_train import assert_identical, final, lines_of
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
@@ -57,6 +58,7 @@ def test_two_processes_give_one_processs_parameters(
     for one, both in zip(lines_of(tmp_path / "one"), lines_of(two / name), strict=True):
         if one["kind"] == "val":
             assert (both["top1"], both["top5"]) == (one["top1"], one["top5"])
+            assert both["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", train_ranks.STOPPED)
@@ -72,7 +74,7 @@ def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.
     shutil.copytree(two / "fsdp", tmp_path / "run")
     path = tmp_path / "run" / runs.CHECKPOINTS / "step-00000003"
     words = ["train", "--resume", str(path), "--strategy", "ddp", "--devices=1"]
-    request = runs.understand(TrainConfig(resume=str(path)), given_options(words))
+    request = runs.understand(TrainConfig(resume=str(path)), {*given_options(TrainConfig, words), "recipe"})
     assert request.config.devices == 1
     outcome = session.train(request)
     assert outcome.finished

@@ -13,6 +13,7 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaybackprop import Plan, Relay, RelayLoss, Window
 from relaylab.data import statistics
+from relaylab.data.augment import Augmentation
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages
 from relaylab.data.parts import InMemory, OnDisk
@@ -21,12 +22,36 @@ from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
 from relaylab.train import checkpoint, options, segments, validation
 from relaylab.train import gradients as diagnosis
+from relaylab.train.engine import make_fabric
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
 from relaylab.train.signals import StopRequest
 
 RELAY = at_scale(find_recipe("table3-model-a-relay"), "tiny")
 OPTIMIZER = replace(RELAY.optimizer, lr=1.0, iterations=100)
+
+
+def test_the_validation_loss_is_the_mean_over_images() -> None:
+    """With 65 images the last batch has one image."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (65, 4, 4, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 7, (65,), generator=generator)
+    part = InMemory(DecodedImages(images, labels, tuple("abcdefg")), View(size=4, short_side=4))
+    relay = Relay(nn.Sequential(nn.Flatten(), nn.Linear(48, 7)), Plan())
+    augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
+    fabric = make_fabric(options.TrainConfig(recipe="x", accelerator="cpu"))
+    found = validation.Validation(part, augment, nn.CrossEntropyLoss(), fabric)(relay)
+    with torch.no_grad():
+        scores = relay.model.double()(images.permute(0, 3, 1, 2).double() / 64)
+    losses = nn.functional.cross_entropy(scores, labels, reduction="none")
+    assert found["loss"] == pytest.approx(losses.sum().item() / 65, rel=1e-6)
+    batches = (losses[:64].mean() + losses[64:].mean()).item() / 2
+    assert found["loss"] != pytest.approx(batches, rel=1e-3), "negative control: the mean over batches is another"
+    ranks = scores.argsort(dim=1, descending=True)
+    for name, top in {"top1": 1, "top5": 5}.items():
+        wrong = sum(int(label not in row[:top]) for row, label in zip(ranks.tolist(), labels.tolist(), strict=True))
+        assert found[name] == pytest.approx(100 * wrong / 65, abs=1e-4)
+    assert relay.training
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ STOP_AT = 4
 def config_of(name: str, tree: Path, out: Path, **more: object) -> TrainConfig:
     """A scenario's options."""
     options = {"recipe": "table3-model-a-relay", "scale": "tiny", "data": (tree,), "workers": 0, **SCENARIOS[name]}
-    return TrainConfig(**{**options, "out": out, "accelerator": "cpu", "diagnose_every": 2, **more})
+    return TrainConfig(**{**options, "out": out, "accelerator": "cpu", "diagnose_every": 2, "keep": 9, **more})
 
 
 def without_dropout() -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relaylab.errors import InputError
+from relaylab.train.metrics import label_ranks
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
 Values = NDArray[np.float64]
@@ -90,11 +91,7 @@ def misses(scores: Tensor, labels: Tensor, top: int) -> Values:
         raise InputError(f"the scores of {int(scores.isnan().any(dim=1).sum())} images are not numbers")
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise InputError("images without a label have no error: take another part of the data, with --split")
-    # Of equal scores, which half precision makes, the lower class counts as the likelier: the same on all machines.
-    own = scores.gather(1, labels[:, None])
-    before = torch.arange(scores.shape[1]) < labels[:, None]
-    rank = ((scores > own) | ((scores == own) & before)).sum(dim=1)
-    return 100.0 * (rank >= top).double().numpy()
+    return 100.0 * (label_ranks(scores, labels) >= top).double().numpy()
 
 
 def interval(values: Values, *, seed: int = 0) -> Interval:

@@ -32,7 +32,8 @@ from relaylab.train import checkpoint
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import scaler_of, whole
 from relaylab.train.images import Stream
-from relaylab.train.meter import Meter, top_errors
+from relaylab.train.meter import Meter
+from relaylab.train.metrics import top_errors
 from relaylab.train.nonfinite import not_finite
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, Values

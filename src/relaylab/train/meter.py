@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
 AVERAGED = 0.9  # of the past, in what a person sees
 
 
@@ -92,9 +90,3 @@ class Meter:
     def _speed(self, batch_size: int) -> tuple[float, float]:
         elapsed = max(time.perf_counter() - self._began, 1e-9)
         return self._timed_steps * batch_size / elapsed, self._waited / elapsed
-
-
-def top_errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The top-1 and top-5 errors of a batch, 0 to 1."""
-    hits = scores.detach().topk(min(5, scores.shape[1])).indices == labels[:, None]
-    return {"top1": 1 - hits[:, :1].any(1).float().mean(), "top5": 1 - hits.any(1).float().mean()}

@@ -231,7 +231,7 @@ def assemble(
         segments=segments,
         stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed),
         augment=augment,
-        validation=Validation(images.val, augment, nn.CrossEntropyLoss(), recipe.network.num_classes, fabric),
+        validation=Validation(images.val, augment, nn.CrossEntropyLoss(), fabric),
         records=None,
         checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
         stop=stop,
