@@ -1,0 +1,93 @@
+"""The verdict of a comparison: differences paired by seed, their confidence interval, and one sentence."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from scipy import stats
+
+from relaylab.recipes.schema import SCHEMES
+
+CONFIDENCE = 0.95
+COMPARED = ("standard", "multi_loss")  # with the scheme in question, in this order
+IN_QUESTION = ("relay", "isolated", "multi_loss")
+Errors = Mapping[int, float | None]  # by seed; None where the run failed
+
+
+def paired_differences(ours: Errors, base: Errors) -> list[float]:
+    """Return ours minus base for each seed that both have finished."""
+    pairs = ((value, base.get(seed)) for seed, value in ours.items())
+    return [value - other for value, other in pairs if value is not None and other is not None]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the confidence interval of the mean (t), or None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """Format a mean over seeds, followed by the standard deviation if there are several."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def difference_text(values: Sequence[float]) -> str:
+    """Format the mean of paired differences, followed by its confidence interval."""
+    if not values:
+        return "no common seed"
+    mean, ends = statistics.fmean(values), interval(values)
+    return f"{mean:+.2f} (one seed)" if ends is None else f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+
+
+def chance_error(classes: int, top: int) -> float:
+    """Return the error of guessing, in per cent."""
+    return 100 * (1 - min(top, classes) / classes)
+
+
+def verdict(results: Mapping[str, Errors]) -> str:
+    """Summarise a comparison in one sentence.
+
+    Args:
+        results: by scheme and seed, the top-1 error in per cent; None for a run that failed.
+    """
+    trained = {scheme: own for scheme, own in results.items() if any(value is not None for value in own.values())}
+    ours = next((scheme for scheme in IN_QUESTION if scheme in trained), None)
+    bases = [scheme for scheme in COMPARED if scheme in trained and scheme != ours]
+    failed = _failed(results)
+    if ours is None or not bases:
+        names = ", ".join(SCHEMES[scheme] for scheme in trained) or "no method"
+        return f"Nothing to compare: {names} finished{failed}."
+    found = {scheme: paired_differences(trained[ours], trained[scheme]) for scheme in bases}
+    paired = {scheme: values for scheme, values in found.items() if values}
+    if not paired:
+        return f"Nothing to compare: {SCHEMES[ours]} and {SCHEMES[bases[0]]} have no seed in common{failed}."
+    parts = [_comparison(SCHEMES[scheme], values) for scheme, values in paired.items()]
+    return f"The top-1 error of {SCHEMES[ours]} is {' and '.join(parts)}; {_basis(paired)}{failed}."
+
+
+def _comparison(base: str, values: Sequence[float]) -> str:
+    mean, ends = statistics.fmean(values), interval(values)
+    size = f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than that of {base}"
+    if ends is None:
+        return size
+    if ends[0] <= 0 <= ends[1]:
+        return f"not distinguishable from that of {base} ({difference_text(values)})"
+    return f"{size} ({difference_text(values)})"
+
+
+def _basis(paired: Mapping[str, Sequence[float]]) -> str:
+    """Say what the intervals are over, or that there are none."""
+    counts = list(dict.fromkeys(len(values) for values in paired.values()))
+    if counts == [1]:
+        return "one seed, so this may be chance: compare with --seeds 0,1,2"
+    seeds = " and ".join(map(str, counts))
+    return f"{100 * CONFIDENCE:.0f} % intervals over {seeds} paired seeds (t)"
+
+
+def _failed(results: Mapping[str, Errors]) -> str:
+    counts = {scheme: sum(value is None for value in own.values()) for scheme, own in results.items()}
+    parts = [f"{count} of {SCHEMES[scheme]}" for scheme, count in counts.items() if count]
+    return f"; failed runs, left out: {', '.join(parts)}" if parts else ""
