@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from relaylab.files import write_text
-from relaylab.recipes import ENSEMBLES, RECIPES
+from relaylab.recipes import ENSEMBLES, PAPER
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import Recipe, value_text
 from relaylab.report.costs import cost_table
@@ -27,7 +27,7 @@ KINDS = {
 def rows() -> Table:
     """Return all recipes, with what distinguishes them."""
     lines: list[tuple[str, ...]] = []
-    for r in RECIPES.values():
+    for r in PAPER.values():
         rates = (None, None) if r.reported is None else (r.reported.top1, r.reported.top5)
         tested = f"{r.evaluation.protocol} at {value_text(r.evaluation.scales)}"
         cells = [f"`{r.name}`", r.row, f"{r.network.architecture}, {r.network.image_size} px", r.scheme, tested]
@@ -46,10 +46,10 @@ def fields(recipe: Recipe) -> Table:
 
 def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
     """Return the text between the markers of the page, by their names."""
-    recipes = list(RECIPES.values())
+    recipes = list(PAPER.values())
     tables: dict[str, Callable[[], Table]] = {"rows": rows}
     for kind, name in KINDS.items():
-        tables[kind] = lambda name=name: fields(RECIPES[name])
+        tables[kind] = lambda name=name: fields(PAPER[name])
     tables["cost"] = lambda: cost_table(recipes)
     tables["cost-small"] = lambda: cost_table([at_scale(recipe, "small") for recipe in recipes])
     return {name: lambda make=make: markdown_lines(make()) for name, make in tables.items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 from experiments.studies import STUDIES, TAILS, Size
 from experiments.tables import Finding, finding_from, tail_table
 from relaylab.files import write_text
+from relaylab.report.verdict import difference_text, mean_text
 from relaylab.tables import Table, markdown_lines, renewed
-from relaylab.train.compare import difference, mean_and_spread
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "results"
@@ -70,12 +70,12 @@ def brief(name: str, found: Sequence[Finding]) -> list[str]:
             continue
         lost = len(runs) - len(good[word])
         errors = [[getattr(each, top) for each in good[word].values()] for top in ("top1", "top5")]
-        cells = [mean_and_spread(values) if values else "" for values in errors]
+        cells = [mean_text(values) if values else "" for values in errors]
         cells[0] += f" ({lost} of {len(runs)} collapsed)" if lost else ""
         for base in study.against:
             both = good[word].keys() & good[base].keys() if base != word else set[int]()
             pairs = [good[word][seed].top1 - good[base][seed].top1 for seed in sorted(both)]
-            cells.append(difference(pairs) if pairs else "")
+            cells.append(difference_text(pairs) if pairs else "")
         rows.append((word, f"{runs[0].rate:g}", *(cell.strip() for cell in cells)))
     return markdown_lines(Table(study.title, header, tuple(rows)))
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from relaylab.train.options import SCHEMES
+from relaylab.recipes.schema import SCHEMES
 
 Size = Literal["32px", "64px", "tiny"]
 

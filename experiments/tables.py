@@ -13,9 +13,9 @@ from experiments.testing import Tested, tested, tested_from
 from experiments.training import Run
 from relaylab.data.sources.subset import long_tail
 from relaylab.report.costs import BATCH, cost_of
+from relaylab.report.verdict import difference_text, mean_text
 from relaylab.tables import Table
 from relaylab.train import runs
-from relaylab.train.compare import difference, mean_and_spread
 from relaylab.train.images import CHOICE_SEED
 
 COLLAPSED = 98.0  # per cent of top-1 error; guessing among 100 classes gives 99
@@ -119,7 +119,7 @@ def table_of(study: Study, found: Sequence[Finding], failed: Failed = frozenset(
             continue
         first = next(iter(by_seed.values()))
         cells = [word, f"{first.rate:g}", ", ".join(map(str, by_seed))]
-        cells += [mean_and_spread([getattr(each, top) for each in by_seed.values()]) for top in ("top1", "top5")]
+        cells += [mean_text([getattr(each, top) for each in by_seed.values()]) for top in ("top1", "top5")]
         tests = [each.tested for each in by_seed.values() if each.tested is not None]
         cells.append(f"{statistics.fmean(each.train for each in tests):.2f}" if tests else "")
         dead = [100 * each.dead for each in tests if each.dead is not None]
@@ -141,7 +141,7 @@ def _seeds(study: Study, name: str, found: Sequence[Finding]) -> dict[int, Findi
 
 def _minus(ours: Mapping[int, Finding], base: Mapping[int, Finding], top: str) -> str:
     both = [seed for seed in ours if seed in base]
-    return difference([getattr(ours[seed], top) - getattr(base[seed], top) for seed in both])
+    return difference_text([getattr(ours[seed], top) - getattr(base[seed], top) for seed in both])
 
 
 def _notes(own: Mapping[str, Mapping[int, Finding]], against: Sequence[str]) -> list[str]:

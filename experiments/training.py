@@ -25,8 +25,8 @@ from relaylab.files import write_text
 from relaylab.models.building import KINDS
 from relaylab.recipes import find_recipe
 from relaylab.recipes.schema import Recipe
+from relaylab.report.comparison import Result, result_of
 from relaylab.train import runs, session
-from relaylab.train.compare import Result, validated
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import read_metrics
 
@@ -102,7 +102,7 @@ class Run:
         """What it has found; None if it is not done."""
         if not any((self.folder / name).is_file() for name in (runs.MODEL, TESTED)):
             return None
-        return validated(self.folder, self.iterations, ARMS[self.arm].scheme, self.seed)
+        return result_of(self.folder, self.iterations, ARMS[self.arm].scheme, self.seed)
 
 
 def run_of(name: str, seed: int, place: Place) -> Run:

@@ -10,8 +10,8 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 from experiments import page, tables
 from experiments.studies import ARMS, STUDIES
 from experiments.tables import Finding
+from relaylab.report.verdict import difference_text
 from relaylab.tables import render, renewed
-from relaylab.train.compare import difference
 
 README = page.ROOT / "README.md"
 
@@ -61,7 +61,7 @@ def test_the_readme_quotes_32_pixels() -> None:
     at_25 = lead("vgg-equal-rate/25-relay", "vgg/25-standard")
     text = " ".join(README.read_text().split())
     relay, standard = "model-b-cores/relay", "model-b-cores/standard"
-    model_b = difference([top1[relay, seed] - top1[standard, seed] for seed in ARMS[relay].seeds])
+    model_b = difference_text([top1[relay, seed] - top1[standard, seed] for seed in ARMS[relay].seeds])
     assert f"on model B at 32 pixels too ({model_b})" in text
     assert f"with relay VGG-19 and VGG-25 did better by {at_19} and {at_25} points" in text
     assert f"ResNet-50, with batch normalisation, worse by {lead('resnet50/standard', 'resnet50/relay')} after" in text

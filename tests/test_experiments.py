@@ -18,7 +18,8 @@ from experiments.studies import ARMS, Arm
 from experiments.training import NotChosenError, Place
 from relaylab.data.sources.subset import long_tail
 from relaylab.errors import InputError, NonFiniteLossError
-from relaylab.train import compare, runs, session
+from relaylab.report.verdict import difference_text, mean_text
+from relaylab.train import runs, session
 from relaylab.train.images import CHOICE_SEED
 from relaylab.train.options import TrainConfig
 
@@ -179,7 +180,7 @@ def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
     assert "after 3 of 6 iterations" in table.title
     row = dict(zip(table.header, dict(zip(study.arms, table.rows, strict=True))["Relay BP"], strict=True))
     at_3 = [tables.finding_of(each).curve[3] for each in begun if each.arm == "model-a/relay"]
-    assert row["top-1 error"] == compare.mean_and_spread(at_3)
+    assert row["top-1 error"] == mean_text(at_3)
     assert row["seeds"] == "0, 1"
     report.write_report(place, tmp_path / "results")
     found = json.loads((tmp_path / "results" / "evidence-tiny.json").read_text())["runs"]
@@ -217,12 +218,12 @@ def test_differences_are_paired_and_collapsed_runs_are_named() -> None:
     found += [finding("b", seed, top1) for seed, top1 in enumerate((88.0, 90.0, 89.0))]
     table = tables.table_of(study, found)
     rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
-    assert rows["Relay BP"]["top-1 minus standard BP"] == compare.difference([-2.0, -1.0, -10.0])
-    assert rows["Relay BP"]["top-1 error"] == "89.00 +- 1.00"
+    assert rows["Relay BP"]["top-1 minus standard BP"] == difference_text([-2.0, -1.0, -10.0])
+    assert rows["Relay BP"]["top-1 error"] == "89.00 ± 1.00"
     assert rows["other"]["top-1 error"] == "not run yet"
     assert table.notes == (
         "Collapsed: standard BP, seed 2.",
-        f"Relay BP minus standard BP without them, top-1: {compare.difference([-2.0, -1.0])}.",
+        f"Relay BP minus standard BP without them, top-1: {difference_text([-2.0, -1.0])}.",
     )
     assert tables.table_of(study, [], {("a", 0)}).rows[0][3] == "failed"
     elsewhere = [*found[1:], dataclasses.replace(found[0], device="one GPU")]

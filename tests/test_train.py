@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 from safetensors.torch import load_file
 
 from relaylab import cli
+from relaylab.commands.compare import CompareOptions
 from relaylab.errors import InputError
 from relaylab.models.file import read_model
-from relaylab.train import compare, loop, runs, session
-from relaylab.train.options import CompareConfig, TrainConfig
+from relaylab.train import loop, runs, session
+from relaylab.train.options import TrainConfig
 from relaylab.train.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -415,60 +415,6 @@ def test_other_images_than_before_are_refused(
         go_on(tmp_path / "run", data=(other,))
 
 
-def test_compare_runs_what_is_missing_and_tells_the_spread(
-    tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["compare", "table3-model-a-relay", "--scale", "tiny", "--data", str(tiny_images), "--out", str(tmp_path)]
-    words += ["--schemes", "standard,relay", "--set", "optimizer.iterations=4", "optimizer.evaluate_every=2"]
-    assert run(*words, "--seeds", "0") == 0
-    assert "one seed" in capsys.readouterr().out
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
-    assert len(done) == 2
-    assert run(*words, "--seeds", "0,1") == 0
-    assert {path: path.stat().st_mtime_ns for path in done} == done, "what was there has been trained again"
-    table = capsys.readouterr().out
-    assert "| Relay BP | 2 |" in table
-    assert (tmp_path / "comparison.md").read_text().count("+-") >= 4
-    assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 4
-    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
-    assert run(*words, "--schemes", "standard,rely") == 2
-
-
-def test_a_comparison_stops_also_when_the_wish_comes_in_a_runs_last_validation(
-    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from relaylab.train.validation import Validation
-
-    original = Validation.__call__
-
-    def validate(self: Validation, *arguments: Any) -> dict[str, float]:
-        signal.raise_signal(signal.SIGINT)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Validation, "__call__", validate)
-    words = ["compare", "table3-model-a-relay", "--scale", "tiny", "--data", str(tiny_images), "--out", str(tmp_path)]
-    words += ["--seeds", "0", "--set", "optimizer.iterations=2", "optimizer.evaluate_every=2"]
-    assert run(*words) == 130
-    assert [path.parent.name for path in tmp_path.glob("*/model.safetensors")] == ["standard-s0"]
-
-
-def test_an_interval_is_that_of_the_paired_t_test() -> None:
-    from scipy import stats
-
-    ours, theirs = [50.0, 48.5, 51.0, 47.0], [52.0, 49.0, 53.5, 50.0]
-    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    text = compare.difference([a - b for a, b in zip(ours, theirs, strict=True)])
-    assert text == f"-2.00 [{interval.low:+.2f}, {interval.high:+.2f}]"
-    assert compare.difference([-1.0]) == "-1.00 (one seed)"
-
-
-def test_a_comparisons_run_can_be_said_as_a_command() -> None:
-    config = config_of(Path("images"), out=Path("out"), devices=2, precision="bf16", compile=True)
-    from relaylab.cli import parse
-
-    assert parse(runs.arguments_of(config))[1] == config
-
-
 PAGE = ROOT / "docs" / "training.md"
 
 
@@ -492,7 +438,7 @@ def test_the_training_pages_commands_have_these_options() -> None:
         text = line.partition("#")[0].replace("--data ...", "--data x")
         words = [word for word in text.split() if word != "..."]
         assert words[0] == "relaylab", line
-        assert isinstance(parse(words[1:])[1], TrainConfig | CompareConfig)
+        assert isinstance(parse(words[1:])[1], TrainConfig | CompareOptions)
 
 
 def test_the_training_page_names_what_a_run_leaves_behind() -> None:

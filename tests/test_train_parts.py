@@ -20,7 +20,7 @@ from relaylab.data.parts import InMemory, OnDisk
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.train import checkpoint, options, segments, validation
+from relaylab.train import checkpoint, segments, validation
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import make_fabric
 from relaylab.train.records import Records, read_metrics
@@ -162,15 +162,6 @@ def test_values_that_cannot_be_trained_with_are_found(change: str) -> None:
     found = changes.recipe_problems(recipe)
     assert [change.split("=")[0] in problem for problem in found] == [True], found
     assert changes.recipe_problems(RELAY) == []
-
-
-def test_lists_of_schemes_and_seeds() -> None:
-    assert options.listed_schemes("standard, multi-loss,relay") == (["standard", "multi_loss", "relay"], [])
-    assert "nearest: relay" in options.listed_schemes("rely")[1][0]
-    assert options.listed_seeds("0,2") == ([0, 2], [])
-    assert options.listed_seeds("0,0")[1]
-    assert options.listed_seeds("a")[1]
-    assert options.listed_seeds("")[1]
 
 
 def test_segments_are_named_by_the_losses_that_train_them() -> None:

@@ -1,10 +1,217 @@
 """`relaylab compare`: one recipe under several schemes and seeds."""
 
-from relaylab.train.options import CompareConfig
+import dataclasses
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relaylab.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError, nearest, raise_all
+from relaylab.files import ROOT, available_cores
+from relaylab.options import Folder, Listed, Number
+from relaylab.recipes.schema import SCHEMES
+from relaylab.train.options import Engine, TrainConfig
+
+if TYPE_CHECKING:
+    from relaylab.report.comparison import Comparison, Member
+    from relaylab.train.failures import Failure
+    from relaylab.train.runs import Request
 
 
-def main(options: CompareConfig) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions(Engine):
+    """Train a recipe under several schemes and seeds, in one table.
+
+    Runs that exist already are resumed. A run that diverges or fails is reported, and the others continue.
+    """
+
+    schemes: Listed = "standard,multi-loss,relay"
+    """Schemes, in place of the recipe's; all are compared with the first one."""
+
+    seeds: Listed = "0,1,2"
+    """Seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
+
+    jobs: Number = None
+    """Runs at once, each in its own process. The results do not depend on it. (default: as many as the cores allow; 1
+    with a GPU)."""
+
+    out: Folder = None
+    """Folder of the comparison; it may hold the runs of an earlier one. (default: runs/compare/RECIPE)."""
+
+
+def main(options: CompareOptions) -> int:
     """Train the missing runs, then write and print the table."""
-    from relaylab.train.compare import compare
+    folder = options.out or ROOT / "compare" / name_of(options)
+    comparison = compare(options, folder)
+    if comparison is None:
+        return INTERRUPTED
+    print_table(comparison, folder)
+    from relaylab.report.comparison import TABLE
 
-    return compare(options)
+    print(f"\n{(folder / TABLE).resolve()}")
+    return FAILED if comparison.failures else 0
+
+
+def name_of(options: Engine) -> str:
+    """Return the name of a recipe with its scale."""
+    return f"{options.recipe}" if options.scale == "paper" else f"{options.recipe}-{options.scale}"
+
+
+def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
+    """Train the runs that are missing.
+
+    Args:
+        options: of the comparison.
+        folder: that holds a folder for each run.
+
+    Returns:
+        The results; None after SIGINT or SIGTERM, and then the same call resumes.
+
+    Raises:
+        InputError: all that is wrong with the options or the images, before anything is trained.
+    """
+    from relaylab.train import failures, runs
+
+    members = _members(options, folder)
+    requests = {key: runs.understand(member) for key, member in members.items()}
+    iterations = next(iter(requests.values())).recipe.optimizer.iterations
+    folders = {key: folder / _folder_name(*key) for key in members}
+    before = {key: failures.read_failure(path) for key, path in folders.items()}
+    missing = {
+        key: request.config
+        for key, request in requests.items()
+        if not (folders[key] / runs.MODEL).is_file() and getattr(before[key], "kind", None) != "diverged"
+    }
+    found = _train(options, requests, missing, iterations) if missing else {}
+    if found is None:
+        done = sum((path / runs.MODEL).is_file() for path in folders.values())
+        print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")
+        return None
+    from relaylab.report.comparison import Comparison, result_of
+
+    results = {key: result_of(path, iterations, *key) or found.get(key) or before[key] for key, path in folders.items()}
+    return Comparison(name_of(options), options.changes, results)
+
+
+def print_table(comparison: "Comparison", folder: Path) -> None:
+    """Write and print a comparison's table, and say which runs have failed."""
+    from relaylab.report.comparison import write
+    from relaylab.tables import markdown_lines
+
+    print("\n".join(markdown_lines(write(folder, comparison))))
+    for (scheme, seed), failure in comparison.failures.items():
+        print(f"{SCHEMES[scheme]}, seed {seed}: {failure.text}", file=sys.stderr)
+    kinds = {failure.kind for failure in comparison.failures.values()}
+    if "failed" in kinds:
+        print("The same command resumes the runs that have failed.", file=sys.stderr)
+    if "diverged" in kinds:
+        told = "A run that has diverged would diverge again: change the recipe, or remove the run's folder from"
+        print(f"{told} {folder}.", file=sys.stderr)
+
+
+def listed_schemes(text: str) -> tuple[list[str], list[str]]:
+    """Return the schemes in a list, and error messages."""
+    names = [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
+    problems = [f"unknown scheme {name!r}{nearest(name, SCHEMES)}" for name in names if name not in SCHEMES]
+    if len(set(names)) != len(names) or not names:
+        problems.append(f"--schemes {text}: expected one or more, each once")
+    return names, problems
+
+
+def listed_seeds(text: str) -> tuple[list[int], list[str]]:
+    """Return the seeds in a list, and error messages."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
+        return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
+    return [int(part) for part in parts], []
+
+
+def _folder_name(scheme: str, seed: int) -> str:
+    return f"{scheme.replace('_', '-')}-s{seed}"
+
+
+def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig]":
+    """Return the options of each run."""
+    schemes, wrong_schemes = listed_schemes(options.schemes)
+    seeds, wrong_seeds = listed_seeds(options.seeds)
+    problems = wrong_schemes + wrong_seeds
+    if any(change.replace(" ", "").startswith("scheme=") for change in options.changes):
+        problems.append("--set scheme=... is not allowed here: name the schemes with --schemes")
+    if options.jobs is not None and options.jobs < 1:
+        problems.append(f"--jobs must be at least 1, not {options.jobs}")
+    if options.devices > 1 and options.jobs not in (None, 1):
+        problems.append(f"--jobs {options.jobs} with --devices {options.devices}: expected one of them to be 1")
+    raise_all(problems)
+    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(Engine)}
+    members: dict[Member, TrainConfig] = {}
+    for seed, scheme in itertools.product(seeds, schemes):
+        shared["changes"] = (*options.changes, f"scheme={scheme}")
+        members[scheme, seed] = TrainConfig(**shared, seed=seed, out=folder / _folder_name(scheme, seed), resume="auto")
+    return members
+
+
+def _train(
+    options: CompareOptions, requests: "Mapping[Member, Request]", missing: "Mapping[Member, TrainConfig]", length: int
+) -> "dict[Member, Failure | None] | None":
+    """Train the missing runs: several at once, or one after another with several devices."""
+    if options.devices > 1:
+        return _train_in_turn(missing)
+    from relaylab.train import jobs
+
+    jobs.start_server()
+    images, threads = _alike(options, requests)
+    fitting = 1 if threads is None else max(1, available_cores() // threads)
+    at_once = min(options.jobs or fitting, len(missing))
+    workers = max(1, available_cores() // at_once) if options.workers is None else options.workers
+    configs = {
+        _folder_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
+        for key, config in missing.items()
+    }
+    found = jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)
+    return None if found is None else {key: found[_folder_name(*key)] for key in missing}
+
+
+def _alike(options: CompareOptions, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:
+    """Check the images, and choose what has to be the same for all runs, whenever and with however many jobs they run.
+
+    Returns:
+        "memory" or "disk", where the images are; and the number of threads, None for PyTorch's default on a GPU. Both
+        are those of the runs that have begun, if there are any.
+    """
+    import torch
+
+    from relaylab.train import images, runs
+
+    first = next(iter(requests.values()))
+    begun = next((request for request in requests.values() if request.folder is not None), None)
+    cores = available_cores()
+    train, val = images.open_sources(first.config)
+    images.check_images(first.recipe, train, val)
+    config = dataclasses.replace(first.config, images=begun.config.images if begun else options.images)
+    in_memory = images.fits_memory(config, (train, val), images.view_of(first.recipe), min(cores, len(requests)))
+    where = "memory" if in_memory else "disk"
+    if options.accelerator != "cpu" and torch.cuda.is_available():
+        return where, None
+    threads = min(torch.get_num_threads(), max(1, cores // len(requests)))
+    starts = runs.starts_of(begun.folder) if begun and begun.folder else []
+    return where, min(starts[0]["threads"], cores) if starts else threads
+
+
+def _train_in_turn(missing: "Mapping[Member, TrainConfig]") -> "dict[Member, Failure | None] | None":
+    """Train with several devices, whose processes torchrun starts."""
+    from relaylab.train import engine, runs
+    from relaylab.train.failures import Failure, read_failure
+
+    found: dict[Member, Failure | None] = {}
+    for number, (key, config) in enumerate(missing.items(), 1):
+        assert config.out is not None
+        print(f"run {number} of {len(missing)}: {SCHEMES[key[0]]}, seed {key[1]}", file=sys.stderr, flush=True)
+        code = engine.launch(config, runs.arguments_of(config))
+        if code == INTERRUPTED:
+            return None
+        if code == WRONG_INPUT:
+            raise InputError(f"the run in {config.out} could not begin: see the error above")
+        found[key] = (read_failure(config.out) or Failure("failed", 0, f"exit code {code}")) if code else None
+    return found

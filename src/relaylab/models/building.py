@@ -36,6 +36,7 @@ KINDS: Mapping[Architecture, _Kind] = {
     "model_a_printed": _Kind(models.model_a_printed, ("width", "pyramid")),
     "model_b": _Kind(models.model_b, ("width", "pyramid")),
     "resnet50": _Kind(models.resnet50, ("width",), batch_norm=True),
+    "small_vgg": _Kind(models.small_vgg, ("width", "convs")),
     "inception_v3": _Kind(models.inception_v3, (), batch_norm=True),
 }
 
@@ -50,8 +51,8 @@ def build_network(config: NetworkConfig) -> nn.Module:
     kind = KINDS.get(config.architecture)
     if kind is None:
         raise InputError(f"unknown architecture {config.architecture!r}: expected one of {', '.join(KINDS)}")
-    numbers = {"num_classes": config.num_classes, "image_size": config.image_size, "width": config.width}
-    for name, value in numbers.items():
+    for name in ("num_classes", "image_size", "width", "convs"):
+        value = getattr(config, name)
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"network.{name} is {value!r}: expected a whole number of at least 1")
     is_grids = isinstance(config.pyramid, tuple) and all(type(b) is int and b > 0 for b in config.pyramid)
@@ -59,7 +60,7 @@ def build_network(config: NetworkConfig) -> nn.Module:
         raise InputError(f"network.pyramid is {config.pyramid!r}: expected whole numbers of at least 1")
     if config.num_classes < 2:
         raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
-    given = {"width": config.width, "pyramid": config.pyramid}
+    given = {name: getattr(config, name) for name in ("width", "convs", "pyramid")}
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if name not in kind.options:

@@ -1,15 +1,16 @@
-"""The rows of the paper's tables as typed recipes, by name."""
+"""The rows of the paper's tables, and ours, as typed recipes, by name."""
 
 from relaylab.errors import InputError, nearest
-from relaylab.recipes import imagenet, places2
+from relaylab.recipes import digits, imagenet, places2
 from relaylab.recipes.schema import Ensemble, Recipe
 
-__all__ = ["ENSEMBLES", "RECIPES", "find_recipe"]
+__all__ = ["ENSEMBLES", "PAPER", "RECIPES", "find_recipe"]
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*imagenet.ROWS, *places2.ROWS)}
+PAPER: dict[str, Recipe] = {recipe.name: recipe for recipe in (*imagenet.ROWS, *places2.ROWS)}
 ENSEMBLES: dict[str, Ensemble] = {places2.ENSEMBLE.name: places2.ENSEMBLE}
 for _ensemble in ENSEMBLES.values():
-    RECIPES |= {member.name: member for member in _ensemble.members if member.name not in RECIPES}
+    PAPER |= {member.name: member for member in _ensemble.members if member.name not in PAPER}
+RECIPES: dict[str, Recipe] = {**PAPER, **{recipe.name: recipe for recipe in digits.ROWS}}
 
 
 def find_recipe(name: str) -> Recipe:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from relaylab.errors import InputError
 
 Architecture = Literal[
-    "vgg13", "vgg16", "vgg19", "vgg22", "vgg25", "model_a", "model_a_printed", "model_b", "resnet50", "inception_v3"
-]
+    "vgg13", "vgg16", "vgg19", "vgg22", "vgg25", "model_a", "model_a_printed", "model_b", "resnet50", "inception_v3",
+    "small_vgg",
+]  # fmt: skip
 # 3x3 convolutions by segment. "VGGNet-22 and VGGNet-25 are obtained by simply adding 3 and 6 layers on VGGNet-19": one
 # and two on each of the three smallest maps, as in model A.
 VGG_CONVOLUTIONS = {
@@ -42,8 +43,10 @@ class NetworkConfig:
     image_size: int
     """Side of the square crops that the network sees, in pixels."""
     width: int | None = None
-    """Filters of the first segment (VGG, model A, ResNet-50) or k of the first inception modules (model B), and with it
-    the width of everything; 64 in the paper. Inception-v3 has none."""
+    """Filters of the first segment (VGGs, model A, ResNet-50) or k of the first inception modules (model B), and with
+    it the width of everything; 64 in the paper. Inception-v3 has none."""
+    convs: int | None = None
+    """Convolutions in each segment of the small VGG."""
     pyramid: tuple[int, ...] | None = None
     """Bins along a side of each grid of the spatial pyramid; models A and B have one."""
 
@@ -79,7 +82,7 @@ class PlanConfig:
 class ImagesConfig:
     """Which images, and how each becomes a crop of the network's `image_size`."""
 
-    data_set: Literal["Places2 challenge", "ImageNet 2012", "MiniPlaces", "any"]
+    data_set: Literal["Places2 challenge", "ImageNet 2012", "MiniPlaces", "digits", "any"]
     short_side: int
     """To which the shorter side is resized, in pixels, the aspect ratio kept."""
     sampling: Sampling

@@ -26,9 +26,9 @@ from relaylab.report import curves as page_pictures
 from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, plain, window_figure
 from relaylab.report.paper_tables import NAMES, mean_text, paper_table
 from relaylab.report.style import SCHEME_COLOURS, figure_text
+from relaylab.report.verdict import difference_text
 from relaylab.tables import Table, render
 from relaylab.train import runs
-from relaylab.train.compare import difference
 from relaylab.train.records import metrics_of
 
 PAIRS = 8  # of classes that are taken for each other most often
@@ -185,7 +185,7 @@ def summary(by_scheme: Mapping[str, Sequence[Run]]) -> Table:
         cells += [mean_text([each.last[top] for each in own]) for top in ("top1", "top5")]
         for top in ("top1", "top5"):
             pairs = _pairs(own, base, top)
-            cells.append(difference(pairs) if pairs and scheme != "standard" else "")
+            cells.append(difference_text(pairs) if pairs and scheme != "standard" else "")
         rows.append(tuple(cells))
     header = ("method", "seeds", "top-1 error", "top-5 error", "top-1 minus standard BP", "top-5 minus standard BP")
     first = next(iter(by_scheme.values()))[0]

@@ -35,6 +35,7 @@ NAMES = {
     "model_b": "model B",
     "resnet50": "ResNet-50",
     "inception_v3": "Inception-v3",
+    "small_vgg": "a small VGG",
     **{f"vgg{depth}": f"VGGNet-{depth}" for depth in (13, 16, 19, 22, 25)},
 }
 COLUMNS = {"3": ("model_a", "model_b"), "4": ("model_a", "model_b"), "6": ("resnet50", "inception_v3")}

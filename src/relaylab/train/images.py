@@ -1,7 +1,7 @@
 """The images of a run: opened, checked against the recipe, with what is subtracted from them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,12 @@ from relaylab.errors import InputError, LabError
 from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import Engine, TrainConfig
 
 log = logging.getLogger("relaylab.train")
 
 MEMORY_SHARE = 0.5  # of what is free may be filled with images; beyond that they are decoded as they are needed
+IMAGES_PER_PROCESS = 2000  # decoded in memory; fewer are decoded sooner than another process has started
 DEATHS = 3  # of worker processes without a batch in between
 LEAST_STD = 1.0  # of a channel that hardly varies
 CHOICE_SEED = 0  # which images are set aside, and which classes are rare: the same for all runs, whatever their seeds
@@ -100,7 +101,7 @@ def open_images(
     Raises:
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
     """
-    view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
+    view = view_of(recipe)
     workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
     with first:
         train, val = open_sources(config)
@@ -108,7 +109,7 @@ def open_images(
         stay, aside = chosen_numbers(recipe.images, train.labels)
         val = val if aside is None else Thinned(train, aside)
         train = train if stay is None else Thinned(train, stay)
-        in_memory = _fits(config, (train, val), view, devices_here)
+        in_memory = fits_memory(config, (train, val), view, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
             parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
@@ -116,6 +117,11 @@ def open_images(
             return RunImages(tuple(train.classes), parts[0], parts[1], view, statistics, in_memory)
     decoded = list(_decoded(train, val, view, workers, fault_file))
     return RunImages(tuple(train.classes), decoded[0], decoded[1], view, decoded[0].statistics(), in_memory)
+
+
+def view_of(recipe: Recipe) -> View:
+    """Return the sizes of a recipe's images and crops."""
+    return View(size=recipe.network.image_size, short_side=recipe.images.short_side)
 
 
 class Stream:
@@ -169,7 +175,7 @@ class Stream:
         self._loader.load_state_dict(state)
 
 
-def open_sources(config: TrainConfig) -> tuple[IndexedImages, IndexedImages]:
+def open_sources(config: Engine) -> tuple[IndexedImages, IndexedImages]:
     """The training and the validation images that the options name, with the same numbers for the same classes.
 
     Raises:
@@ -220,15 +226,23 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
     return stay, aside
 
 
-def _fits(config: TrainConfig, sources: tuple[Source, Source], view: View, devices_here: int) -> bool:
+def fits_memory(config: Engine, sources: Sequence[Source], view: View, copies: int) -> bool:
+    """Return whether images are to be decoded once and kept in memory.
+
+    Args:
+        config: what the user wants.
+        sources: of all images.
+        view: of them.
+        copies: processes of this machine that each hold all images.
+    """
     if config.images != "auto":
         return config.images == "memory"
     needed = sum(len(source) for source in sources) * 3 * view.short_side**2
-    return needed * devices_here <= MEMORY_SHARE * free_memory("cpu")
+    return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 
 
 def _decoded(train: Source, val: Source, view: View, workers: int, fault_file: Path | None) -> Iterator[InMemory]:
     with progress("decoding", len(train) + len(val)) as task:
         for source, faults in ((train, FaultLog(len(train), file=fault_file)), (val, None)):
-            enough = min(workers, len(source) // 500)  # to start one takes seconds
+            enough = min(workers, len(source) // IMAGES_PER_PROCESS)
             yield InMemory(decode_all(source, view, workers=enough, faults=faults, task=task), view)

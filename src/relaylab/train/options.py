@@ -1,20 +1,18 @@
-"""The options of `relaylab train` and `relaylab compare`. No torch in here; see `relaylab.options`."""
+"""The options of a training run. No torch in here; see `relaylab.options`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.errors import nearest
 from relaylab.options import Folder, Images, Number, Switch
-from relaylab.recipes.schema import SCHEMES, Dial
+from relaylab.recipes.schema import Dial
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Changes = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="", name="set")
 ]
 Resume = Annotated[str | None, tyro.conf.arg(metavar="auto|PATH", help_behavior_hint="")]
-Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,23 +113,6 @@ class TrainConfig(Engine):
     given: Annotated[frozenset[str], tyro.conf.Suppress] = field(default=frozenset(), compare=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareConfig(Engine):
-    """Train a recipe under several schemes and seeds, in one table.
-
-    Runs that exist already are resumed.
-    """
-
-    schemes: Listed = "standard,multi-loss,relay"
-    """Which schemes, in place of the recipe's; the first one is what the others are compared with."""
-
-    seeds: Listed = "0,1,2"
-    """Which seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
-
-    out: Folder = None
-    """Folder of the comparison; it may hold an earlier one's runs. (default: runs/compare/RECIPE)."""
-
-
 def engine_problems(config: Engine) -> list[str]:
     """What is wrong with the numbers among the options."""
     least = {"devices": 1, "restarts": 0, "accumulate": 1, "workers": 0, "save_every": 1, "keep": 1}
@@ -144,20 +125,3 @@ def engine_problems(config: Engine) -> list[str]:
     if config.early_release and config.strategy == "fsdp":
         problems.append("--early-release needs whole parameters on each device: leave out --strategy fsdp")
     return problems
-
-
-def listed_schemes(text: str) -> tuple[list[str], list[str]]:
-    """The schemes in a list, and what is wrong with it."""
-    names = [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
-    problems = [f"unknown scheme {name!r}{nearest(name, SCHEMES)}" for name in names if name not in SCHEMES]
-    if len(set(names)) != len(names) or not names:
-        problems.append(f"--schemes {text}: expected one or more, each once")
-    return names, problems
-
-
-def listed_seeds(text: str) -> tuple[list[int], list[str]]:
-    """The seeds in a list, and what is wrong with it."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
-        return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
-    return [int(part) for part in parts], []

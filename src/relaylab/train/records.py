@@ -105,14 +105,16 @@ class _Stderr(logging.Handler):
 
 
 @contextmanager
-def logging_to(folder: Path | None) -> Iterator[None]:
+def logging_to(folder: Path | None, shown: int = logging.INFO) -> Iterator[None]:
     """Send what the lab has to say to stderr and to a run's log, while this lasts.
 
     Args:
         folder: of the run; None in all processes but the first, which then only pass warnings on.
+        shown: the least level of what goes to stderr.
     """
     logger = logging.getLogger("relaylab")
     handlers: list[logging.Handler] = [_Stderr()]
+    handlers[0].setLevel(shown)
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if folder is not None:
         handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8"))

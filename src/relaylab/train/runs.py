@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from relaylab.data.sources import digits
 from relaylab.errors import InputError, raise_all
 from relaylab.files import ROOT, timestamp, write_text
 from relaylab.options import path_problems
@@ -74,6 +75,7 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     if config.resume is not None and config.resume != "auto":
         return _named_run(config, Path(config.resume), _given(config, given))
     recipe, problems = _recipe_of(config)
+    config = _with_digits(config, recipe)
     if not config.data:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
     problems += path_problems((*config.data, *config.val_data))
@@ -111,6 +113,14 @@ def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
     return recipe, problems
 
 
+def _with_digits(config: TrainConfig, recipe: Recipe | None) -> TrainConfig:
+    """The options with the embedded digits as images, where the recipe is for them and the user names no others."""
+    if recipe is None or recipe.images.data_set != "digits" or config.val_data:
+        return config
+    is_lost = len(config.data) == 1 and config.data[0].name == digits.NAME and not config.data[0].exists()
+    return dataclasses.replace(config, data=(digits.digits_tar(),)) if is_lost or not config.data else config
+
+
 def _given(config: TrainConfig, given: Collection[str] | None) -> Collection[str]:
     if given is not None:
         return given
@@ -129,6 +139,7 @@ def _named_run(config: TrainConfig, path: Path, given: Collection[str]) -> Reque
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
     merged = _merged(config, folder, given)
     recipe, problems = _recipe_of(merged)
+    merged = _with_digits(merged, recipe)
     problems += [
         f"{problem}; if the images have moved, say where to with --data"
         for problem in path_problems((*merged.data, *merged.val_data))
@@ -320,7 +331,7 @@ def note_start(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    starts = _starts(folder)
+    starts = starts_of(folder)
     here = environment()
     versions: dict[str, str] = here["versions"]
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -339,7 +350,7 @@ def find_launch(config: TrainConfig, launch: str) -> Path | None:
     """The run that the processes of this launch trained before they were started again."""
     folders = [config.out] if config.out is not None else sorted((ROOT / name_of(config)).glob("*"), reverse=True)
     for folder in folders:
-        if any(start.get("launch") == launch for start in _starts(folder)):
+        if any(start.get("launch") == launch for start in starts_of(folder)):
             return folder
     return None
 
@@ -354,7 +365,8 @@ def forget(folder: Path) -> None:
         folder.rmdir()
 
 
-def _starts(folder: Path) -> list[dict[str, Any]]:
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the environments that a run was started in, the first one first."""
     try:
         return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError):

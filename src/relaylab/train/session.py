@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +14,12 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from relaybackprop import Relay
-from relaylab.errors import InputError, LabError
+from relaylab.errors import InputError, LabError, NonFiniteLossError
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.models.file import InputConfig, ModelFile, save_model
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
-from relaylab.train import checkpoint, runs
+from relaylab.train import checkpoint, failures, runs
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, open_images
@@ -46,7 +46,7 @@ class Outcome:
     Attributes:
         folder: of the run.
         finished: whether the recipe has been carried out to its end.
-        interrupted: whether somebody wanted it to stop, be it in the last validation.
+        interrupted: whether a stop was requested, be it during the last validation.
         step: updates made.
         last: step, top1, top5 and loss of the last validation.
         best: the same of the one with the least top-1 error.
@@ -60,24 +60,35 @@ class Outcome:
     best: dict[str, float]
 
 
-def train(request: runs.Request) -> Outcome:
+def train(
+    request: runs.Request,
+    *,
+    task: Task | None = None,
+    first: AbstractContextManager[object] | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Train, in this process, which may be one of several that torchrun has started.
 
     Args:
         request: from `relaylab.train.runs.understand`.
+        task: shows the progress; None for a bar or lines on stderr, together with the log. With a task only warnings
+            of the log are shown.
+        first: entered while images are listed and decoded, for callers that train several runs at once.
+        stop: the caller's own, if it has set the handlers of the signals.
 
     Raises:
         InputError: what is wrong with options, images or the machine, before the first step.
         LabError: what goes wrong later. All that the last checkpoint holds is there to go on from.
     """
     fabric = make_fabric(request.config)
-    with stopping() as stop, ExitStack() as stack:
-        folder, path = _agree(fabric, request, stack)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stopping()) if stop is None else stop
+        folder, path = _agree(fabric, request, stack, logging.INFO if task is None else logging.WARNING)
         with _logging_failure(fabric, folder):
-            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop)
+            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop, task, first)
 
 
-def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack) -> tuple[Path, Path | None]:
+def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to go on from, as the first process finds them."""
     found: tuple[str, str | None] | None = None
     if fabric.is_global_zero:
@@ -86,7 +97,8 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack) -> tuple[Pat
             folder = runs.find_launch(request.config, launch_id())
         folder = folder or runs.new_folder(request.config)
         stack.enter_context(runs.locked(folder))
-        stack.enter_context(logging_to(folder))
+        stack.enter_context(logging_to(folder, level))
+        (folder / failures.FILE).unlink(missing_ok=True)
         runs.note_start(folder, {"launch": launch_id(), **_where(fabric, request.config)})
         found = str(folder), _newest(folder, request)
     else:
@@ -124,7 +136,13 @@ def _unwritable(folder: Path, error: OSError) -> LabError:
     return LabError(f"cannot read or write {error.filename or f'files in {folder}'}: {error.strerror or error}{more}")
 
 
-def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
+def _train(
+    fabric: Fabric,
+    request: runs.Request,
+    stop: StopRequest,
+    task: Task | None,
+    first: AbstractContextManager[object] | None,
+) -> Outcome:
     config, recipe, folder = request.config, request.recipe, request.folder
     assert folder is not None
     is_first = fabric.is_global_zero
@@ -138,7 +156,7 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
         device=fabric.device,
         devices_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         fault_file=folder / "unreadable-images.txt",
-        first=fabric.rank_zero_first(local=True),
+        first=first or fabric.rank_zero_first(local=True),
     )
     is_new = not (folder / runs.CONFIG).exists()
     if is_first and is_new:
@@ -156,9 +174,15 @@ def _train(fabric: Fabric, request: runs.Request, stop: StopRequest) -> Outcome:
     _say(trainer, folder, segments, state)
     done = trainer.progress.step
     try:
-        with _watched(is_first, recipe, done) as task:
-            trainer.task = task
+        with _watched(is_first, recipe, done, task) as trainer.task:
             finished = trainer.run()
+    except (OSError, LabError) as error:
+        if is_first:
+            kind = "diverged" if isinstance(error, NonFiniteLossError) else "failed"
+            with suppress(OSError):  # a full disk, perhaps
+                text = str(error if isinstance(error, LabError) else _unwritable(folder, error))
+                failures.write_failure(folder, failures.Failure(kind, trainer.progress.step, text))
+        raise
     finally:
         if trainer.records is not None:
             trainer.records.close()
@@ -270,9 +294,11 @@ def _say(trainer: Trainer, folder: Path, segments: Segments, state: dict[str, An
 
 
 @contextmanager
-def _watched(is_first: bool, recipe: Recipe, done: int) -> Iterator[Task]:
-    if not is_first:
-        yield Silent()
+def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> Iterator[Task]:
+    if task is not None:
+        task.advance(done)
+    if task is not None or not is_first:
+        yield task or Silent()
         return
     with progress("train", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES) as task:
         yield task

@@ -1,12 +1,12 @@
-"""Ctrl-C and SIGTERM as a wish that is granted at the end of a step."""
+"""Graceful shutdown: SIGINT and SIGTERM stop training at the end of the current step."""
 
 import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 log = logging.getLogger("relaylab.train")
@@ -15,10 +15,10 @@ AT_ONCE_AFTER_S = 2.0  # torchrun passes a terminal's Ctrl-C on once more at onc
 
 
 class StopRequest:
-    """Whether somebody wants the training to stop.
+    """Whether a stop has been requested.
 
     Attributes:
-        signal: what came: its name, or none.
+        signal: the name of the signal; None before there was one.
     """
 
     def __init__(self) -> None:
@@ -45,20 +45,31 @@ class StopRequest:
 
 @contextmanager
 def stopping() -> Iterator[StopRequest]:
-    """Take SIGINT and SIGTERM as requests to stop, while this lasts.
+    """Take SIGINT and SIGTERM as requests to stop, in a process that trains.
 
     A worker process that dies would make PyTorch raise an error in the midst of whatever this process does, perhaps of
     an update; with SIGCHLD left alone it does so where the next batch is asked for.
     """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # signals are the main thread's
-        return
     from torch.utils.data._utils import signal_handling
 
-    signal_handling._set_SIGCHLD_handler()  # once in a process: let it be now  # pyright: ignore
-    handlers: dict[int, Any] = {signal.SIGINT: request.receive, signal.SIGTERM: request.receive}
-    handlers[signal.SIGCHLD] = signal.SIG_DFL
+    if threading.current_thread() is threading.main_thread():
+        signal_handling._set_SIGCHLD_handler()  # once in a process: let it be now  # pyright: ignore
+    with receiving({signal.SIGCHLD: signal.SIG_DFL}) as request:
+        yield request
+
+
+@contextmanager
+def receiving(others: Mapping[int, Any] = MappingProxyType({})) -> Iterator[StopRequest]:
+    """Take SIGINT and SIGTERM as requests to stop.
+
+    Args:
+        others: handlers of other signals, for as long.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may set handlers
+        return
+    handlers: dict[int, Any] = {signal.SIGINT: request.receive, signal.SIGTERM: request.receive, **others}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield request

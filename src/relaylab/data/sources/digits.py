@@ -1,0 +1,55 @@
+"""The embedded data set: scikit-learn's handwritten digits, written once as a tar file of PNG images."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from relaylab.data.sources.cache import cache_folder, written
+
+NAME = "digits-1.tar"  # a change of the contents needs another name: a cached file is never rewritten
+TRAINING = 1000  # images of 1,797; the others are the validation images
+MARGIN = 1  # pixels of background on each side, so that 8x8 crops shift by one pixel
+
+
+def digits_tar(cache: Path | None = None) -> Path:
+    """Return the tar file of the digits, and write it first if it is not in the cache.
+
+    It has 1,000 images train/DIGIT/NNNN.png and 797 images val/DIGIT/NNNN.png of 10x10 pixels, NNNN being the index in
+    scikit-learn's data set. The split is stratified and always the same.
+
+    Args:
+        cache: folder to keep it in; by default `RELAYLAB_CACHE`, or the user's cache folder.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    path = cache_folder(cache) / "digits" / NAME
+    if not path.exists():
+        with written(path) as temporary:
+            _write(temporary)
+    return path
+
+
+def _write(path: Path) -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = cast("tuple[NDArray[np.float64], NDArray[np.int64]]", load_digits(return_X_y=True))
+    grey = np.round(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
+    grey = np.pad(grey, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN)))
+    indices = range(len(labels))
+    parts: Any = train_test_split(indices, train_size=TRAINING, stratify=labels, random_state=0)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for split, chosen in zip(("train", "val"), parts, strict=True):
+            for index in sorted(chosen, key=lambda index: (labels[index], index)):
+                file = io.BytesIO()
+                Image.fromarray(grey[index]).save(file, "PNG")
+                member = tarfile.TarInfo(f"{split}/{labels[index]}/{index:04d}.png")
+                member.size, member.mode = file.tell(), 0o644
+                file.seek(0)
+                archive.addfile(member, file)

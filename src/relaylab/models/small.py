@@ -1,0 +1,54 @@
+"""A small VGG for images of any size: the paper's model A with fewer layers, for demonstrations on a CPU."""
+
+import math
+from collections import OrderedDict
+
+from torch import nn
+
+from relaylab.errors import InputError
+from relaylab.models.layers import classifier, initialise
+
+SMALLEST = 8  # pixels
+MOST_SEGMENTS = 5  # of model A, for images of 224 pixels
+
+
+def small_vgg(num_classes: int, *, width: int = 32, convs: int = 3, image_size: int = 8) -> nn.Sequential:
+    """A plain VGG: segments of 3x3 convolutions that end in max pooling, then three fully connected layers.
+
+    It has no batch normalisation, and He's initialisation. The last segment keeps its map of at least 2x2 pixels, where
+    the paper's networks have a pooling pyramid. Images of 8 pixels have room for three segments, those of 32 pixels and
+    more for five.
+
+    Args:
+        num_classes: length of the output.
+        width: filters of the first segment; they double from segment to segment, up to eightfold.
+        convs: convolutions in each segment.
+        image_size: side of the images in pixels.
+
+    Returns:
+        `segment1` to `segmentN` and `classifier` in forward order: images (batch, 3, image_size, image_size) to class
+        scores (batch, num_classes).
+
+    Raises:
+        InputError: images of less than 8 pixels.
+    """
+    if image_size < SMALLEST:
+        raise InputError(f"images of {image_size} pixels: small_vgg needs at least {SMALLEST}")
+    count = min(MOST_SEGMENTS, int(math.log2(image_size)))
+    parts = OrderedDict[str, nn.Module]()
+    channels, side = 3, image_size
+    for number in range(1, count + 1):
+        filters = width * min(2 ** (number - 1), 8)
+        layers = OrderedDict[str, nn.Module]()
+        for i in range(1, convs + 1):
+            layers[f"conv{i}"] = nn.Conv2d(channels, filters, 3, padding=1)
+            layers[f"relu{i}"] = nn.ReLU()
+            channels = filters
+        if number < count:
+            layers["pool"] = nn.MaxPool2d(2)
+            side //= 2
+        parts[f"segment{number}"] = nn.Sequential(layers)
+    parts["classifier"] = classifier(channels * side * side, 8 * width, num_classes)
+    network = nn.Sequential(parts)
+    initialise(network)
+    return network

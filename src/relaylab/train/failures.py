@@ -1,0 +1,47 @@
+"""How a run has failed, as a file in its folder: a comparison reports it, and a new start of the run removes it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from relaylab.files import write_text
+
+FILE = "failure.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of a run before its last iteration.
+
+    Attributes:
+        kind: "diverged" if a loss or gradient was not finite, which the same recipe will repeat; "failed" otherwise.
+        step: updates made.
+        error: the error's text.
+    """
+
+    kind: Literal["diverged", "failed"]
+    step: int
+    error: str
+
+    @property
+    def text(self) -> str:
+        """One sentence for tables and terminals."""
+        return f"{self.kind} after step {self.step}: {' '.join(self.error.split())}"
+
+
+def write_failure(folder: Path, failure: Failure) -> None:
+    """Write a run's failure.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_text(folder / FILE, json.dumps(asdict(failure), indent=1) + "\n")
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """Read a run's failure; None if it has not failed, or the file is damaged."""
+    try:
+        return Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

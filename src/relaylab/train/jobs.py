@@ -1,0 +1,242 @@
+"""Several runs at once, each in a process of its own, with one progress display for all of them.
+
+Note [Jobs]
+1. The processes are forked by a server that has imported PyTorch once (`forkserver`), so that a run starts in
+   milliseconds. Each reports through its own pipe: a process that is killed holds no lock and damages no other report,
+   and the end of its pipe tells the parent.
+2. All runs use the same number of threads, however many run at once: sums are then added in the same order, and the
+   result does not depend on the number of jobs.
+3. SIGINT and SIGTERM are passed on as SIGTERM. Each run finishes its step and saves it. A process whose pipe is broken,
+   because its parent was killed, does the same.
+4. One process at a time lists and decodes images: the next one finds the index and the mean image in the cache.
+"""
+
+import fcntl
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal
+
+from relaylab.errors import InputError, LabError
+from relaylab.progress import progress
+from relaylab.train.failures import Failure, read_failure, write_failure
+from relaylab.train.options import TrainConfig
+from relaylab.train.signals import StopRequest, receiving
+
+WAY = multiprocessing.get_context("forkserver")
+SECONDS_BETWEEN_REPORTS = 0.2
+SECONDS_BETWEEN_LINES = 20.0  # where stderr is not a terminal
+End = Literal["finished", "stopped", "failed", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a run's process sends: its progress, a line for the terminal, or at last how it has ended.
+
+    Attributes:
+        step: updates made.
+        note: how the run is doing.
+        line: of its log.
+        end: "refused" if it could not begin.
+        error: of a run that has failed or was refused.
+    """
+
+    step: int
+    note: str = ""
+    line: str = ""
+    end: End | None = None
+    error: str = ""
+
+
+@dataclass(eq=False)
+class _Job:
+    """A run in another process, and its last report."""
+
+    name: str
+    folder: Path
+    process: BaseProcess
+    pipe: Connection
+    last: _Report
+    failure: Failure | None = None
+
+
+def start_server() -> None:
+    """Start the server that forks the processes. It imports PyTorch while the caller continues."""
+    WAY.set_forkserver_preload(["relaylab.train.session"])
+    forkserver.ensure_running()
+
+
+def train_all(
+    configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | None, iterations: int
+) -> dict[str, Failure | None] | None:
+    """Train runs, several at once. See Note [Jobs].
+
+    Args:
+        configs: by name, the options of each run; `out` is its folder.
+        jobs: number of processes at once.
+        threads: of PyTorch in each process; None for PyTorch's default.
+        iterations: of each run.
+
+    Returns:
+        By name, the failure of each run, or None for a run that has finished; None for the whole if a signal has
+        stopped the runs, which the same call resumes.
+
+    Raises:
+        InputError: a run could not begin. The others have been stopped.
+    """
+    waiting, running, ended = list(configs), list[_Job](), list[_Job]()
+    with ExitStack() as stack:
+        stop = stack.enter_context(receiving())
+        lock = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relaylab-"))) / "lock"
+        task = stack.enter_context(progress("train", iterations * len(configs), every_s=SECONDS_BETWEEN_LINES))
+        stack.callback(_end_all, running, signal.SIGKILL)
+        is_told = False
+        while running or (waiting and not stop):
+            while waiting and len(running) < jobs and not stop:
+                name = waiting.pop(0)
+                running.append(_start(name, configs[name], threads, lock))
+            if stop and not is_told:
+                is_told = True
+                _end_all(running, signal.SIGTERM)
+            before = sum(job.last.step for job in (*running, *ended))
+            ready = wait([job.pipe for job in running], timeout=0.5)
+            for job in [job for job in running if job.pipe in ready and not _receive(job)]:
+                running.remove(job)
+                ended.append(job)
+                _settle(job, is_stopping=bool(stop))
+                text = f"failed {job.failure.text}" if job.failure else f"{job.last.end}, {job.last.note}"
+                print(f"{len(ended)} of {len(configs)}: {job.name}: {text}", file=sys.stderr)
+                if job.last.end == "refused":
+                    stop.signal = "refused"
+            shown = "; ".join(f"{job.name} {job.last.step / iterations:.0%}" for job in running)
+            steps = sum(job.last.step for job in (*running, *ended)) - before
+            task.advance(steps, f"{len(ended)}/{len(configs)} runs done; {shown}")
+    refused = [job.last.error for job in ended if job.last.end == "refused"]
+    if refused:
+        raise InputError(refused[0])
+    return None if stop else {job.name: job.failure for job in ended}
+
+
+def _start(name: str, config: TrainConfig, threads: int | None, lock: Path) -> _Job:
+    assert config.out is not None
+    pipe, its_end = WAY.Pipe(duplex=False)
+    process = WAY.Process(target=_work, args=(config, threads, its_end, lock, dict(os.environ)), name=name)
+    process.start()
+    its_end.close()
+    return _Job(name, config.out, process, pipe, _Report(0))
+
+
+def _receive(job: _Job) -> bool:
+    """Take one report; whether the process still has its end of the pipe."""
+    try:
+        report = job.pipe.recv()
+    except (EOFError, OSError):
+        return False
+    if report.line:
+        print(f"{job.name}: {report.line}", file=sys.stderr)
+    else:
+        job.last = report
+    return True
+
+
+def _settle(job: _Job, *, is_stopping: bool) -> None:
+    """Find out how a run has ended whose process is gone, and write it down if nobody has."""
+    job.process.join()
+    job.pipe.close()
+    last = job.last
+    if last.end is None and is_stopping:
+        job.last = _Report(last.step, end="stopped")
+    elif last.end is None:
+        code = job.process.exitcode or 0
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        job.last = _Report(last.step, end="failed", error=f"its process was ended {how}")
+    if job.last.end == "failed":
+        job.failure = read_failure(job.folder) or Failure("failed", job.last.step, job.last.error)
+        with suppress(OSError):  # a full disk, perhaps
+            write_failure(job.folder, job.failure)
+
+
+def _end_all(running: Sequence[_Job], number: signal.Signals) -> None:
+    for job in running:
+        with suppress(ProcessLookupError):
+            os.kill(job.process.pid or 0, number)
+
+
+class _Reporter(io.TextIOBase):
+    """The run's side of the pipe: a `Task` that reports its steps, and a stderr whose lines are sent.
+
+    Args:
+        pipe: to the parent.
+        stop: is told if the parent is gone.
+    """
+
+    def __init__(self, pipe: Connection, stop: StopRequest) -> None:
+        self.pipe, self.stop = pipe, stop
+        self.has_begun, self.step, self.sent_at, self.text = False, 0, 0.0, ""
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        self.has_begun, self.step = True, self.step + count
+        if time.monotonic() - self.sent_at >= SECONDS_BETWEEN_REPORTS:
+            self.sent_at = time.monotonic()
+            self.send(_Report(self.step, note or ""))
+
+    def write(self, text: str) -> int:
+        self.text += text
+        *lines, self.text = self.text.split("\n")
+        for line in filter(None, lines):
+            self.send(_Report(self.step, line=line))
+        return len(text)
+
+    def send(self, report: _Report) -> None:
+        try:
+            self.pipe.send(report)
+        except OSError:  # the parent was killed
+            if not self.stop:
+                self.stop.receive(signal.SIGTERM)
+
+
+def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]) -> None:
+    """Train one run: the main function of its process."""
+    import torch
+
+    from relaylab.train import runs, session
+    from relaylab.train.signals import stopping
+
+    os.environ.update(environment)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with stopping() as stop, pipe:
+        reporter = _Reporter(pipe, stop)
+        with redirect_stderr(reporter):
+            try:
+                outcome = session.train(runs.understand(config), task=reporter, first=_alone(lock), stop=stop)
+            except Exception as error:  # all that is wrong with one run is a result of the comparison
+                if not isinstance(error, LabError):
+                    traceback.print_exc()
+                end = "refused" if isinstance(error, InputError) and not reporter.has_begun else "failed"
+                reporter.send(_Report(reporter.step, end=end, error=str(error) or type(error).__name__))
+            else:
+                last = f"top-1 error {outcome.last['top1']:.2f} %" if outcome.last else f"step {outcome.step}"
+                end = "finished" if outcome.finished else "stopped"
+                reporter.send(_Report(outcome.step, last, end=end))
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Keep the other processes out. The lock goes with the process, however it ends."""
+    with lock.open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
