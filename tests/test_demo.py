@@ -1,187 +1,43 @@
-"""The demo in miniature: fair starts, determinism, data from folders and tars, a report that says what was measured."""
+"""The demo: fair starts, the embedded digits as a data set, changes that suit the user's images, and a page."""
 
-import dataclasses
 import io
 import json
-import re
 import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("torchvision", reason="needs the lab extra")
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from relaylab import cli, demo, demo_data, demo_report
-from relaylab.data.faults import TooManyFaultsError
-from relaylab.errors import NonFiniteLossError
-from relaylab.options import DemoConfig
-from relaylab.progress import Silent
+from relaylab import cli
+from relaylab.commands.demo import DemoOptions, stored_side, suited
+from relaylab.data.decode import decode
+from relaylab.data.sources.digits import digits_tar
+from relaylab.data.sources.opening import open_source
+from relaylab.models.building import build_relay
+from relaylab.models.small import small_vgg
+from relaylab.recipes import find_recipe
+from relaylab.recipes.changes import with_changes
+from relaylab.recipes.schema import Recipe
+from relaylab.train import runs, session
+from relaylab.train.options import TrainConfig
+from relaylab.train.records import read_metrics
 
-MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist_ci4000.tar.xz"
-TINY = DemoConfig(epochs=1, train_per_class=4, width=4, convs=1, seeds=2)
-
-
-@pytest.fixture(scope="module")
-def tiny_config() -> DemoConfig:
-    return TINY.resolved()
-
-
-@pytest.fixture(scope="module")
-def digits(tiny_config: DemoConfig) -> demo_data.ImageSet:
-    return demo_data.load(tiny_config)
-
-
-def png(colour: tuple[int, int, int], size: tuple[int, int] = (12, 10)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
+SCHEMES = ("standard", "multi_loss", "relay")
+TINY = ("network.width=2", "network.convs=1")
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:xz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("train/red/link.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-    return path
-
-
-def report_of(folder: Path, *options: str) -> dict:
-    assert cli.main(["demo", "--out", str(folder), *options]) == 0
-    return json.loads((folder / "figures.json").read_text())
-
-
-TINY_OPTIONS = "--epochs 1 --train-per-class 4 --width 4 --convs 1".split()
-
-
-def test_the_report_says_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = report_of(tmp_path / "report", *TINY_OPTIONS, "--seeds", "2")
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1] == f"Report: {(tmp_path / 'report' / 'report.html').resolve()}"
-    assert "val. error" in captured.err
-    html = (tmp_path / "report" / "report.html").read_text()
-    markdown = (tmp_path / "report" / "report.md").read_text()
-    for scheme, title in demo.SCHEMES.items():
-        cells = [demo_report.cell(figures, scheme, error) for error in demo_report.ERRORS]
-        row = re.search(rf'<tr class="{scheme}">(.*?)</tr>', html, re.DOTALL)
-        assert row is not None
-        assert re.findall(r"<td>(.*?)<span", row[1]) == cells
-        assert re.search(rf"\| {re.escape(title)} \| {re.escape(cells[0])} \u00b1 ", markdown)
-        of_runs = [run["epochs"][-1]["top1"] for run in figures["runs"] if run["scheme"] == scheme]
-        assert len(of_runs) == 2
-        assert float(cells[0].split()[0]) == pytest.approx(sum(of_runs) / 2, abs=0.006)
-    assert "50.72 (0.19)" in html
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "figures.json"}
-
-
-def test_the_page_stands_alone(tmp_path: Path) -> None:
-    report_of(tmp_path / "report", *TINY_OPTIONS, "--seeds", "1")
-    html = (tmp_path / "report" / "report.html").read_text()
-    assert "<script" not in html
-    assert not re.search(r"""(?:src|href)=["'](?!data:)""", html)
-    assert "url(" not in html
-    assert all("alt=" in image for image in re.findall(r"<img [^>]*>", html))
-    assert "With one seed and 797 validation images" in html
-
-
-def test_all_schemes_start_from_the_same_weights(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:
-    relays = {scheme: demo.build(scheme, digits, tiny_config, seed=3) for scheme in demo.SCHEMES}
-    networks = [relay.model.state_dict() for relay in relays.values()]
-    for network in networks[1:]:
-        torch.testing.assert_close(network, networks[0], rtol=0, atol=0)
-    heads = [relays[scheme].heads.state_dict() for scheme in ("multi_loss", "relay")]
-    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=0)
-    assert len(relays["standard"].heads) == 0
-    other = demo.build("relay", digits, tiny_config, seed=4).model.state_dict()
-    assert any(not torch.equal(other[name], value) for name, value in networks[0].items())
-
-
-def test_all_schemes_see_the_same_batches_and_masks(
-    digits: demo_data.ImageSet, tiny_config: DemoConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, list[torch.Tensor]] = {scheme: [] for scheme in demo.SCHEMES}
-    build = demo.build
-
-    def watched(scheme: str, *arguments: object) -> object:
-        relay = build(scheme, *arguments)  # pyright: ignore[reportArgumentType]
-        classifier = relay.model.get_submodule("classifier")
-        relay.model.register_forward_pre_hook(lambda _, inputs: seen[scheme].append(inputs[0].clone()))
-        classifier.get_submodule("dropout1").register_forward_hook(
-            lambda _, inputs, output: seen[scheme].append((output == 0) & (inputs[0] != 0))
-        )
-        # A head with dropout of its own must not shift the masks of the network.
-        if relay.heads:
-            relay.heads["aux"] = torch.nn.Sequential(torch.nn.Dropout(0.5), relay.heads["aux"])
-        return relay
-
-    monkeypatch.setattr(demo, "build", watched)
-    for scheme in demo.SCHEMES:
-        demo.train(scheme, digits, dataclasses.replace(tiny_config, lr=1e-9), seed=0, task=Silent())
-    for scheme in ("multi_loss", "relay"):
-        assert len(seen[scheme]) == len(seen["standard"]) > 4
-        images = list(zip(seen[scheme][::2], seen["standard"][::2], strict=True))
-        assert all(torch.equal(ours, theirs) for ours, theirs in images)
-    # Weights move by next to nothing at this rate, so masks can be compared where units are active.
-    assert torch.equal(seen["relay"][-1], seen["multi_loss"][-1])
-    assert torch.equal(seen["relay"][-1], seen["standard"][-1])
-
-
-def test_runs_are_deterministic_and_leave_the_global_generator_alone(
-    digits: demo_data.ImageSet, tiny_config: DemoConfig
-) -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    runs = [dataclasses.asdict(demo.train("relay", digits, tiny_config, 1, Silent())) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)
-    for run in runs:
-        run.pop("seconds")
-    assert runs[0] == runs[1]
-
-
-def test_windows_are_those_of_the_papers_table_2(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:
-    plan = demo.build("relay", digits, tiny_config, 0).plan
-    assert (plan.auxiliary["aux"].top, plan.auxiliary["aux"].bottom) == ("segment2", None)
-    assert plan.primary.bottom == "segment2"
-    run = demo.train("relay", digits, tiny_config, 0, Silent())
-    assert run.depths == {"primary": 5, "aux": 2}  # one convolution per segment, three fc layers
-    below, above = run.gradients["start"]["segment1.conv1"], run.gradients["start"]["segment3.conv1"]
-    standard = demo.train("standard", digits, tiny_config, 0, Silent()).gradients["start"]
-    assert above == standard["segment3.conv1"]
-    assert below["gradient"] != standard["segment1.conv1"]["gradient"]
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(digits: demo_data.ImageSet, tiny_config: DemoConfig) -> None:
-    config = dataclasses.replace(tiny_config, lr=10.0, epochs=100)
-    with pytest.raises(NonFiniteLossError, match=r"Relay BP, seed 2, step \d+"):
-        demo.train("relay", digits, config, 2, Silent())
-
-
-def test_a_folder_tree(tmp_path: Path) -> None:
-    colours = {"red": (250, 0, 0), "blue": (0, 0, 250)}
-    for split in ("train", "val"):
-        for name, colour in colours.items():
-            folder = tmp_path / "tree" / split / name
-            folder.mkdir(parents=True)
-            for i in range(3):
-                (folder / f"{i}.png").write_bytes(png(colour, (20, 10 + i)))
-            (folder / "notes.txt").write_text("no image")
-    data = demo_data.load(DemoConfig(data=(tmp_path / "tree",), size=8, train_per_class=2).resolved())
-    assert data.classes == ("blue", "red")
-    assert data.train.decoded.images.shape == (4, 8, 8, 3)
-    assert data.train.labels.tolist() == [0, 0, 1, 1]
-    assert data.val.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.val.decoded.images[data.val.labels == 1].float().mean(dim=(0, 1, 2)).tolist() == [250, 0, 0]
-    tree = str(tmp_path / "tree")
-    figures = report_of(tmp_path / "report", "--data", tree, "--size", "8", *TINY_OPTIONS)
-    assert figures["data"]["flip"]
-    assert demo_report.cell(figures, "relay", "top5") == "-"  # two classes have no top-5 error
+def recipe_of(name: str, *changes: str) -> Recipe:
+    recipe, problems = with_changes(find_recipe(name), changes)
+    assert not problems
+    return recipe
 
 
 def scenes(root: Path, sizes: dict[str, int], side: int = 36) -> Path:
@@ -197,115 +53,169 @@ def scenes(root: Path, sizes: dict[str, int], side: int = 36) -> Path:
     return root
 
 
-SCENE_OPTIONS = ("--size", "32", "--epochs", "2", "--batch-size", "8", "--width", "4", "--convs", "1")
+def test_the_digits_are_a_tar_file_like_any_other(tmp_path: Path) -> None:
+    path = digits_tar(tmp_path / "one")
+    assert path.read_bytes() == digits_tar(tmp_path / "other").read_bytes()
+    before = path.stat().st_mtime_ns
+    assert digits_tar(tmp_path / "one").stat().st_mtime_ns == before, "it is written once"
+    pixels, labels = load_digits(return_X_y=True)
+    seen: list[int] = []
+    for split, count in (("train", 1000), ("val", 797)):
+        source = open_source(path, split=split)
+        assert len(source) == count
+        assert source.classes == tuple("0123456789")
+        share = Counter(np.asarray(source.labels).tolist())
+        assert max(share.values()) - min(share.values()) <= 10, "the split is stratified"
+        for number in range(0, count, 50):
+            index = int(Path(source.name(number)).stem)
+            seen.append(index)
+            assert labels[index] == source.labels[number]
+            image = decode(source.read(number))
+            assert image.shape == (10, 10, 3)
+            assert not image[0].any(), "the margin is background"
+            assert image[1:-1, 1:-1, 0].tolist() == np.round(pixels[index].reshape(8, 8) * 255 / 16).tolist()
+    assert len(set(seen)) == len(seen)
 
 
-def test_a_long_tail_and_class_aware_sampling(tmp_path: Path) -> None:
-    root = scenes(tmp_path / "data", {"bus": 24, "quay": 24, "zoo": 24})
-    options = ["--data", str(root), *SCENE_OPTIONS, "--long-tail", "6"]
-    figures = report_of(tmp_path / "aware", *options)
-    draws = figures["data"]["epoch_draws"]
-    assert sorted(draws["shuffled"]) == [4, 10, 24]
-    assert figures["data"]["train_images"] == 38
-    assert sorted(draws["class-aware"]) == [12, 13, 13]
-    kept = (tmp_path / "aware" / "training-images.txt").read_text().splitlines()
-    assert len(set(kept)) == 38
-    assert all(Path(name).is_file() for name in kept)
-    html = (tmp_path / "aware" / "report.html").read_text()
-    assert "thinned out" in html
-    assert "class-aware" in html
-    shuffled = report_of(tmp_path / "shuffled", *options, "--sampling", "shuffled")
-    assert list(shuffled["data"]["epoch_draws"]) == ["shuffled"]
-    assert (tmp_path / "shuffled" / "training-images.txt").read_text().splitlines() == kept
-    assert shuffled["runs"][0]["epochs"] != figures["runs"][0]["epochs"]
+def test_all_schemes_start_from_the_same_weights() -> None:
+    def built(scheme: str, seed: int) -> Any:
+        torch.manual_seed(seed)
+        return build_relay(recipe_of("digits", *TINY, f"scheme={scheme}"))
+
+    relays = {scheme: built(scheme, 3) for scheme in SCHEMES}
+    networks = [relay.model.state_dict() for relay in relays.values()]
+    for network in networks[1:]:
+        torch.testing.assert_close(network, networks[0], rtol=0, atol=0)
+    heads = [relays[scheme].heads.state_dict() for scheme in ("multi_loss", "relay")]
+    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=0)
+    assert len(relays["standard"].heads) == 0
+    other = built("relay", 4).model.state_dict()
+    assert any(not torch.equal(other[name], value) for name, value in networks[0].items())
 
 
-def test_unreadable_training_images_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
-    (root / "train" / "zoo" / "3.png").write_bytes(b"")
-    config = DemoConfig(data=(root,), size=32, workers=0).resolved()
-    data = demo_data.load(config)
-    assert np.bincount(data.train.labels).tolist() == [12, 19]
-    assert "zoo/3.png: the file is empty" in caplog.text
-    for number in range(4, 15):
-        (root / "train" / "zoo" / f"{number}.png").write_bytes(b"")
-    with pytest.raises(TooManyFaultsError, match="12 unreadable images, 10 allowed"):
-        demo_data.load(config)
+def test_all_schemes_see_the_same_batches_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[torch.Tensor]] = {scheme: [] for scheme in SCHEMES}
 
+    def watched(recipe: Recipe) -> Any:
+        relay, scheme = build_relay(recipe), recipe.scheme
+        dropout = relay.model.get_submodule("classifier.dropout1")
+        relay.model.register_forward_pre_hook(lambda _, inputs: seen[scheme].append(inputs[0].clone()))
+        dropout.register_forward_hook(lambda _, inputs, output: seen[scheme].append((output == 0) & (inputs[0] != 0)))
+        return relay
 
-def test_images_that_do_not_fit_into_memory_are_decoded_as_they_are_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
-    config = DemoConfig(data=(root,), size=32, epochs=2, batch_size=8, width=4, convs=1, workers=1).resolved()
-    runs = []
-    for share, kind in ((0.5, demo_data.InMemory), (0.0, demo_data.OnDisk)):
-        monkeypatch.setattr(demo_data, "MEMORY_SHARE", share)
-        data = demo_data.load(config)
-        assert isinstance(data.train, kind)
-        run = dataclasses.asdict(demo.train("relay", data, config, 0, Silent()))
-        run.pop("seconds")
-        runs.append(run)
-    assert runs[0] == runs[1], "square images give the same crops either way"
-
-
-def test_tar_files_in_several_parts(tmp_path: Path) -> None:
-    names = b"0 00_blue /b/blue_sky\n1 01_red /r/red_car\n"
-    paths = (
-        write_tar(tmp_path / "train1.tar.xz", {"classes.txt": names, "train/01_red/a.png": png((250, 0, 0))}),
-        write_tar(tmp_path / "train2.tar.xz", {"train/00_blue/a.png": png((0, 0, 250)), "other/x.txt": b"junk"}),
-        write_tar(tmp_path / "val.tar", {f"val/{name}/a.png": png((9, 9, 9)) for name in ("00_blue", "01_red")}),
-    )
-    data = demo_data.load(DemoConfig(data=paths, size=8).resolved())
-    assert data.classes == ("blue_sky", "red_car")
-    assert data.train.labels.tolist() == [0, 1]
-    assert data.train.decoded.images[:, 0, 0].tolist() == [[0, 0, 250], [250, 0, 0]]
-    assert len(data.val.labels) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train1.tar.xz", "train2.tar.xz", "val.tar"]
-
-
-@pytest.mark.skipif(not MNIST.exists(), reason="the MNIST subset is not beside this checkout (../shared/data)")
-def test_real_data_from_a_tar() -> None:
-    config = DemoConfig(data=(MNIST,), size=28, no_flip=True, train_per_class=5, classes=3).resolved()
-    data = demo_data.load(config)
-    assert data.train.decoded.images.shape == (15, 32, 32, 3)
-    assert data.classes == ("0", "1", "2")
-    assert len(data.val.labels) == 300
-    assert np.bincount(data.val.labels).tolist() == [100, 100, 100]
-
-
-@pytest.mark.parametrize(("size", "side"), [(64, 72), (32, 36), (28, 32), (224, 256), (8, 8)])
-def test_stored_images_are_larger_than_crops_as_in_the_paper(size: int, side: int) -> None:
-    assert demo_data.stored_side(size) == side
+    monkeypatch.setattr(session, "build_relay", watched)
+    for scheme in SCHEMES:
+        changes = (*TINY, "optimizer.iterations=4", "optimizer.evaluate_every=4", "optimizer.lr=1e-9")
+        config = TrainConfig(recipe="digits", changes=(*changes, f"scheme={scheme}"), out=tmp_path / scheme)
+        session.train(runs.understand(config))
+    for scheme in ("multi_loss", "relay"):
+        assert len(seen[scheme]) == len(seen["standard"]) > 8
+        images = list(zip(seen[scheme][::2], seen["standard"][::2], strict=True))
+        assert all(torch.equal(ours, theirs) for ours, theirs in images)
+    # Weights move by next to nothing at this rate, so masks can be compared where units are active.
+    masks = [seen[scheme][7] for scheme in SCHEMES]  # of the last training step
+    assert masks[0].any()
+    assert torch.equal(masks[2], masks[1])
+    assert torch.equal(masks[2], masks[0])
 
 
 @pytest.mark.parametrize(("size", "segments"), [(8, 3), (28, 4), (32, 5), (64, 5)])
 def test_the_network_has_as_many_segments_as_the_images_allow(size: int, segments: int) -> None:
-    config = dataclasses.replace(TINY.resolved(), size=size)
-    network = demo.build_network(3, 7, config)
-    assert [name for name, _ in network.named_children()] == [
-        *(f"segment{i + 1}" for i in range(segments)),
-        "classifier",
-    ]
+    network = small_vgg(7, width=4, convs=1, image_size=size)
+    names = [name for name, _ in network.named_children()]
+    assert names == [*(f"segment{i + 1}" for i in range(segments)), "classifier"]
     assert network(torch.randn(2, 3, size, size)).shape == (2, 7)
 
 
+@pytest.mark.parametrize(("size", "side"), [(64, 72), (32, 36), (28, 32), (224, 256), (8, 8)])
+def test_stored_images_are_larger_than_crops_as_in_the_paper(size: int, side: int) -> None:
+    assert stored_side(size) == side
+
+
+def test_the_recipe_is_suited_to_images_and_network(tmp_path: Path) -> None:
+    assert suited("digits", DemoOptions()) == ()
+    assert suited("digits", DemoOptions(epochs=2)) == ("optimizer.iterations=62",)
+    tree = scenes(tmp_path, {"bus": 20, "quay": 20, "zoo": 23})
+    given = ("network.image_size=28", "optimizer.batch_size=8", "images.long_tail=5")
+    changes = suited("photos", DemoOptions(data=(tree,), epochs=3, changes=given))
+    recipe = recipe_of("photos", *changes)
+    assert (recipe.network.num_classes, recipe.images.short_side, recipe.evaluation.scales) == (3, 32, (32,))
+    assert (recipe.plan.primary.bottom, recipe.plan.auxiliary["aux"].top) == ("segment3", "segment3")
+    thinned = round(23 + 23 / 5**0.5 + 23 / 5)
+    assert recipe.optimizer.evaluate_every == thinned // 8
+    assert recipe.optimizer.iterations == 3 * (thinned // 8)
+    assert recipe.augmentation.flip
+    own = suited("photos", DemoOptions(data=(tree,), changes=("optimizer.iterations=5",)))
+    assert [change for change in own if "iterations" in change] == ["optimizer.iterations=5"], "the user's value stays"
+    relay = build_relay(recipe)
+    relay(torch.zeros(2, 3, 28, 28))
+    assert relay.plan.binding is not None
+    assert relay.plan.binding.depths == {"primary": 2 * 2 + 3, "aux": 3 * 2}  # convolutions and fc layers
+
+
+def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree, out = scenes(tmp_path / "data", {"bus": 12, "zoo": 20}), tmp_path / "out"
+    words = ["demo", "--data", str(tree), "--out", str(out), "--epochs", "1", "--seeds", "0,1", "--set", *TINY]
+    assert cli.main([*words, "network.image_size=32", "optimizer.batch_size=8"]) == 0
+    captured = capsys.readouterr()
+    *table, blank, verdict, _, page = captured.out.splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| standard BP", "| multi-loss + standard BP", "| Relay BP"]
+    assert blank == ""
+    assert verdict.startswith("The top-1 error of Relay BP is ")
+    assert verdict.endswith(".")
+    assert page == f"Page: {(out / 'report.html').resolve()}"
+    assert "6 of 6: " in captured.err
+    html = (out / "report.html").read_text()
+    assert "<script" not in html
+    results = json.loads((out / "comparison.json").read_text())["runs"]
+    top1 = [run["validations"][-1]["top1"] for run in results if run["scheme"] == "relay"]
+    mean = f"{sum(top1) / 2:.2f}"
+    assert f"| Relay BP | 2 | {mean}" in "\n".join(table)
+    assert mean in html
+
+
+def test_decoding_once_and_as_needed_train_to_the_same_figures(tmp_path: Path) -> None:
+    """Of square images of the stored size the crops are the same either way."""
+    tree = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
+    changes = (*TINY, "network.image_size=32", "images.short_side=36", "network.num_classes=2")
+    changes += ("optimizer.iterations=8", "optimizer.evaluate_every=4", "optimizer.batch_size=8")
+    lines: list[list[dict[str, Any]]] = []
+    for images in ("memory", "disk"):
+        config = TrainConfig(
+            recipe="photos", data=(tree,), changes=changes, images=images, workers=1, out=tmp_path / images, log_every=4
+        )
+        session.train(runs.understand(config))
+        found = read_metrics(tmp_path / images / runs.METRICS)
+        times = ("images_per_s", "data_wait", "seconds")
+        lines.append([{name: value for name, value in line.items() if name not in times} for line in found])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 4
+
+
 def test_data_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = {f"{split}/{name}/1.png": png((9, 9, 9)) for split in ("train", "val") for name in ("blue", "red")}
-    tar = write_tar(tmp_path / "a.tar.xz", images)
-    options = ["demo", "--out", str(tmp_path / "out"), "--data"]
-    assert cli.main([*options, str(tar), str(tmp_path / "." / "a.tar.xz")]) == 2
-    assert "more than once" in capsys.readouterr().err
-    with tarfile.open(tmp_path / "b.tar", "w") as archive:
-        for name in [*images, "train/red/1.png"]:
+    file = io.BytesIO()
+    Image.new("RGB", (12, 10), (9, 9, 9)).save(file, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in [f"{split}/{name}/1.png" for split in ("train", "val") for name in ("blue", "red")]:
             member = tarfile.TarInfo(name)
-            member.size = len(images[name])
-            archive.addfile(member, io.BytesIO(images[name]))
-    assert cli.main([*options, str(tmp_path / "b.tar")]) == 2
-    assert "train/red/1.png more than once" in capsys.readouterr().err
+            member.size = len(file.getvalue())
+            archive.addfile(member, io.BytesIO(file.getvalue()))
+    paths = [str(tmp_path / "a.tar"), str(tmp_path / "." / "a.tar")]
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--data", *paths]) == 2
+    assert "more than once" in capsys.readouterr().err
 
 
 def test_data_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["demo", "--data"], ["demo", "--data", "--seeds", "1"], ["demo", "--data", ""]):
         assert cli.main(arguments) == 2
-        assert "--data needs a folder or tar files" in capsys.readouterr().err
+        assert "--data has no value" in capsys.readouterr().err
+
+
+def test_a_run_of_the_digits_outlives_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAYLAB_CACHE", str(tmp_path / "cache"))
+    changes = (*TINY, "optimizer.iterations=2", "optimizer.evaluate_every=1")
+    session.train(runs.understand(TrainConfig(recipe="digits", changes=changes, out=tmp_path / "run")))
+    digits_tar().unlink()
+    request = runs.understand(TrainConfig(resume=str(tmp_path / "run")))
+    assert request.config.data == (digits_tar(),)
+    assert request.config.data[0].exists()

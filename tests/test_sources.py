@@ -17,7 +17,7 @@ from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import IMAGE_EXTENSIONS, is_image
 from relaylab.data.sources.opening import META, TRUTH, open_source
 from relaylab.data.sources.source import UNLABELLED
-from relaylab.data.sources.subset import Thinned, few_per_class, held_out, long_tail
+from relaylab.data.sources.subset import Thinned, held_out, long_tail
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 
@@ -694,11 +694,3 @@ def test_images_that_are_set_aside() -> None:
         held_out(labels, count=10, seed=0)
     with pytest.raises(InputError, match="without labels"):
         held_out(np.array([0, UNLABELLED]), count=1, seed=0)
-
-
-def test_a_few_of_each_class() -> None:
-    labels = np.array([2, 0, 2, 0, 2, 2, 0])
-    assert few_per_class(labels, 2).tolist() == [0, 1, 2, 3]
-    assert few_per_class(labels, 9).tolist() == list(range(7))
-    with pytest.raises(InputError, match="at least 1"):
-        few_per_class(labels, 0)

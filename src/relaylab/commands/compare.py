@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relaylab.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError, nearest, raise_all
-from relaylab.files import ROOT, available_cores
+from relaylab.files import ROOT, available_cores, new_folder
 from relaylab.options import Folder, Listed, Number
 from relaylab.recipes.schema import SCHEMES
 from relaylab.train.options import Engine, TrainConfig
@@ -43,15 +43,15 @@ class CompareOptions(Engine):
 
 def main(options: CompareOptions) -> int:
     """Train the missing runs, then write and print the table."""
-    folder = options.out or ROOT / "compare" / name_of(options)
-    comparison = compare(options, folder)
-    if comparison is None:
-        return INTERRUPTED
-    print_table(comparison, folder)
-    from relaylab.report.comparison import TABLE
+    with new_folder(options.out, ROOT / "compare" / name_of(options), may_hold=True) as folder:
+        comparison = compare(options, folder)
+        if comparison is None:
+            return INTERRUPTED
+        print_table(comparison, folder)
+        from relaylab.report.comparison import TABLE
 
-    print(f"\n{(folder / TABLE).resolve()}")
-    return FAILED if comparison.failures else 0
+        print(f"\n{(folder / TABLE).resolve()}")
+        return FAILED if comparison.failures else 0
 
 
 def name_of(options: Engine) -> str:
@@ -77,7 +77,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     members = _members(options, folder)
     requests = {key: runs.understand(member) for key, member in members.items()}
     iterations = next(iter(requests.values())).recipe.optimizer.iterations
-    folders = {key: folder / _folder_name(*key) for key in members}
+    folders = {key: folder / folder_name(*key) for key in members}
     before = {key: failures.read_failure(path) for key, path in folders.items()}
     missing = {
         key: request.config
@@ -128,7 +128,8 @@ def listed_seeds(text: str) -> tuple[list[int], list[str]]:
     return [int(part) for part in parts], []
 
 
-def _folder_name(scheme: str, seed: int) -> str:
+def folder_name(scheme: str, seed: int) -> str:
+    """Return the name of a run's folder in that of its comparison."""
     return f"{scheme.replace('_', '-')}-s{seed}"
 
 
@@ -148,7 +149,7 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
     members: dict[Member, TrainConfig] = {}
     for seed, scheme in itertools.product(seeds, schemes):
         shared["changes"] = (*options.changes, f"scheme={scheme}")
-        members[scheme, seed] = TrainConfig(**shared, seed=seed, out=folder / _folder_name(scheme, seed), resume="auto")
+        members[scheme, seed] = TrainConfig(**shared, seed=seed, out=folder / folder_name(scheme, seed), resume="auto")
     return members
 
 
@@ -166,11 +167,11 @@ def _train(
     at_once = min(options.jobs or fitting, len(missing))
     workers = max(1, available_cores() // at_once) if options.workers is None else options.workers
     configs = {
-        _folder_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
+        folder_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
         for key, config in missing.items()
     }
     found = jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)
-    return None if found is None else {key: found[_folder_name(*key)] for key in missing}
+    return None if found is None else {key: found[folder_name(*key)] for key in missing}
 
 
 def _alike(options: CompareOptions, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:

@@ -1,30 +1,178 @@
 """`relaylab demo`: standard BP, multi-loss and relay on handwritten digits or on the user's images."""
 
-import shlex
-import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from relaylab.errors import InputError
-from relaylab.files import ROOT, new_folder, timestamp
-from relaylab.options import DemoConfig, path_problems
+from relaylab.commands.compare import CompareOptions, compare, folder_name, print_table
+from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
+from relaylab.files import ROOT, new_folder, write_text
+from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems
+from relaylab.train.options import Changes, Engine
+
+if TYPE_CHECKING:
+    from relaylab.data.sources.source import Source
+    from relaylab.recipes.schema import Recipe
+    from relaylab.report.comparison import Comparison
+
+PAGE = "report.html"
+EPOCHS, SEEDS = {"digits": 30, "photos": 12}, {"digits": "0,1,2", "photos": "0"}  # by recipe
 
 
-def main(options: DemoConfig) -> int:
-    """Train standard BP, multi-loss and relay on one network, and write the report."""
-    options = options.resolved()
-    for problem in path_problems(options.data):
-        raise InputError(problem)
-    with new_folder(options.out, ROOT / "demo" / f"{timestamp()}-s{options.seed}") as folder:
-        import torch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """Train standard BP, multi-loss and relay on one network, and write a page.
 
-        from relaylab import demo, demo_data, demo_report
-        from relaylab.progress import progress
+    Without options the images are handwritten digits that are installed with the lab; training then takes about two
+    minutes on two cores. The demo is `relaylab compare digits`, or `photos` with --data, followed by `relaylab report`.
+    """
 
-        if not options.data:
-            torch.set_num_threads(1)  # at this size, threads slow training down, especially on a shared machine
-        data = demo_data.load(options)
-        with progress("training", demo.images_to_train_on(data, options)) as task:
-            runs = demo.compare(data, options, task)
-        figures = demo_report.collect(data, options, runs, shlex.join(["relaylab", *sys.argv[1:]]))
-        path = demo_report.write(folder, figures, demo_data.sample(data, options), data.training_images)
-    print(f"Report: {path.resolve()}")
-    return 0
+    data: Images = ()
+    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
+    that docs/data.md describes. (default: the handwritten digits)."""
+
+    val_data: Images = ()
+    """Validation images, where --data has training images only."""
+
+    out: Folder = None
+    """Folder for the runs and the page; it may hold those of an earlier demo. (default: runs/demo/NAME, after the
+    images)."""
+
+    schemes: Listed = "standard,multi-loss,relay"
+    """Schemes; all are compared with the first one."""
+
+    seeds: OptionalList = ""
+    """Seeds: how often each scheme is trained. (default: 0,1,2 for the digits, 0 for photographs)."""
+
+    epochs: Number = None
+    """Passes over the training images. (default: 30 for the digits, 12 for photographs)."""
+
+    jobs: Number = None
+    """Runs at once, each in its own process. (default: as many as the cores allow; 1 with a GPU)."""
+
+    workers: Number = None
+    """Processes that decode images, for each run. (default: the cores divided among the runs at once)."""
+
+    changes: Changes = ()
+    """Change values of the recipe, such as network.image_size=32 or images.long_tail=50; `relaylab recipes show photos`
+    lists them."""
+
+
+def main(options: DemoOptions) -> int:
+    """Train what is missing, print the table and the verdict, and write the page."""
+    recipe = "photos" if options.data else "digits"
+    problems = path_problems((*options.data, *options.val_data))
+    if options.val_data and not options.data:
+        problems.append("--val-data needs --data")
+    if options.epochs is not None and options.epochs < 1:
+        problems.append(f"--epochs must be at least 1, not {options.epochs}")
+    raise_all(problems)
+    name = options.data[0].name.partition(".")[0] if options.data else recipe
+    with new_folder(options.out, ROOT / "demo" / name, may_hold=True) as folder:
+        given = CompareOptions(
+            recipe=recipe,
+            data=options.data,
+            val_data=options.val_data,
+            schemes=options.schemes,
+            seeds=options.seeds or SEEDS[recipe],
+            jobs=options.jobs,
+            workers=options.workers,
+            changes=suited(recipe, options),
+        )
+        comparison = compare(given, folder)
+        if comparison is None:
+            return INTERRUPTED
+        print_table(comparison, folder)
+        from relaylab.report.verdict import verdict
+
+        print(f"\n{verdict(comparison.errors('top1'))}")
+        if comparison.finished:
+            print(f"\nPage: {_page(comparison, folder).resolve()}")
+        return FAILED if comparison.failures else 0
+
+
+def _page(comparison: "Comparison", folder: Path) -> Path:
+    from relaylab.report.page import open_runs, render_page
+
+    members = [folder / folder_name(*key) for key, result in comparison.results.items() if result is not None]
+    write_text(folder / PAGE, render_page(open_runs(members), None))
+    return folder / PAGE
+
+
+def suited(name: str, options: DemoOptions) -> tuple[str, ...]:
+    """Return the user's changes of a recipe, and those that suit it to the images and to the network's size.
+
+    Args:
+        name: of the recipe.
+        options: of the demo.
+
+    Raises:
+        InputError: changes or images that cannot be used.
+    """
+    from relaylab.recipes import find_recipe
+    from relaylab.recipes.changes import with_changes
+    from relaylab.recipes.schema import value_text
+    from relaylab.train import jobs
+
+    recipe, problems = with_changes(find_recipe(name), options.changes)
+    raise_all(problems)
+    jobs.start_server()
+    values = _sizes(recipe, name) | _counts(recipe, name, options)
+    present = {key: value for key, value, _ in recipe.fields()}
+    given = {change.partition("=")[0].strip() for change in options.changes}
+    more = [f"{key}={value_text(value)}" for key, value in values.items() if key not in given and present[key] != value]
+    return (*options.changes, *more)
+
+
+def stored_side(size: int) -> int:
+    """Return the side of the images that crops of `size` pixels are cut from: the paper's 256 for 224.
+
+    It is a multiple of 4, so that the centre crop is in the centre, and 64-pixel crops come from 72 and not 73 pixels.
+    """
+    return max(size, 4 * round(size * 256 / 224 / 4))
+
+
+def _sizes(recipe: "Recipe", name: str) -> dict[str, object]:
+    """What follows from the size of the crops: the windows, head and overlap at the last segment but one."""
+    from relaylab.models.small import segment_count
+
+    size = recipe.network.image_size
+    segment = f"segment{segment_count(max(4, size)) - 1}"
+    sides: dict[str, object] = {}
+    if name == "photos":
+        sides = {"images.short_side": stored_side(size), "evaluation.scales": (stored_side(size),)}
+    return {**sides, "plan.primary.bottom": segment, "plan.auxiliary.aux.top": segment}
+
+
+def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, object]:
+    """What follows from the images: the number of classes, and of the iterations of an epoch."""
+    import numpy as np
+
+    from relaylab.data.sources.digits import digits_tar
+    from relaylab.train.images import chosen_numbers, open_sources
+
+    train, val = open_sources(Engine(data=options.data or (digits_tar(),), val_data=options.val_data))
+    _check_classes(train, val)
+    labels = np.asarray(train.labels)
+    chosen, _ = chosen_numbers(recipe.images, labels)
+    count = len(labels) if chosen is None else len(chosen)
+    epoch = max(1, count // recipe.optimizer.batch_size)
+    return {
+        "network.num_classes": len(train.classes),
+        "optimizer.iterations": (options.epochs or EPOCHS[name]) * epoch,
+        "optimizer.evaluate_every": epoch,
+    }
+
+
+def _check_classes(train: "Source", val: "Source") -> None:
+    import numpy as np
+
+    if len(train.classes) < 2:
+        raise InputError(f"one class only ({train.classes[0]}) in {train.title}: expected at least 2")
+    counts = [np.bincount(np.asarray(each.labels), minlength=len(train.classes)) for each in (train, val)]
+    has_train, has_val = (count > 0 for count in counts)
+    for split, other, labels in (("train", "val", has_train & ~has_val), ("val", "train", has_val & ~has_train)):
+        alone = [train.classes[label] for label in np.flatnonzero(labels).tolist()]
+        if alone:
+            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            raise InputError(f"classes with {split} images but no {other} images: {', '.join(alone[:3])}{more}")

@@ -12,6 +12,11 @@ SMALLEST = 8  # pixels
 MOST_SEGMENTS = 5  # of model A, for images of 224 pixels
 
 
+def segment_count(image_size: int) -> int:
+    """Return the number of segments that images of this size have room for."""
+    return min(MOST_SEGMENTS, int(math.log2(image_size)))
+
+
 def small_vgg(num_classes: int, *, width: int = 32, convs: int = 3, image_size: int = 8) -> nn.Sequential:
     """A plain VGG: segments of 3x3 convolutions that end in max pooling, then three fully connected layers.
 
@@ -34,7 +39,7 @@ def small_vgg(num_classes: int, *, width: int = 32, convs: int = 3, image_size: 
     """
     if image_size < SMALLEST:
         raise InputError(f"images of {image_size} pixels: small_vgg needs at least {SMALLEST}")
-    count = min(MOST_SEGMENTS, int(math.log2(image_size)))
+    count = segment_count(image_size)
     parts = OrderedDict[str, nn.Module]()
     channels, side = 3, image_size
     for number in range(1, count + 1):

@@ -110,24 +110,6 @@ def held_out(labels: ArrayLike, *, count: int, seed: int) -> tuple[Numbers, Numb
     return np.sort(np.concatenate(stay)), np.sort(np.concatenate(aside))
 
 
-def few_per_class(labels: ArrayLike, count: int) -> Numbers:
-    """The first `count` images of each class.
-
-    Args:
-        labels: (n,) class numbers from 0.
-        count: at least 1.
-
-    Returns:
-        (m,) image numbers, rising.
-
-    Raises:
-        InputError: a count below 1, or images without labels.
-    """
-    if count < 1:
-        raise InputError(f"{count} images per class: expected at least 1")
-    return np.sort(np.concatenate([group[:count] for group in _members(np.asarray(labels))]))
-
-
 def _members(labels: NDArray[np.integer]) -> list[Numbers]:
     """Image numbers of each class, rising."""
     if not labels.size or labels.min() < 0:
