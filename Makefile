@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+METHOD := $(patsubst %,tests/test_%.py,plan exact exact_random relay autograd errors house)
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test check lint types bench clean
 
 demo: $(STAMP)  ## train standard BP, multi-loss and relay on handwritten digits and write a report
 	$(BIN)/relaylab demo $(ARGS)
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## the test suite on all cores, except the slow tests
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+
+check: $(STAMP)  ## the tests of the method only
+	$(BIN)/python -m pytest $(METHOD) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,17 +1,47 @@
-"""What holds for every test: one thread for tiny tensors, fixed seeds, single precision by default."""
+"""Setup of every test: one thread, fixed seeds, single precision, a cache of its own; and how tests are distributed."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+from relaylab.cores import available_cores
+
+for library in ("OMP", "OPENBLAS", "MKL"):  # before torch and numpy are imported, and for child processes
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_configure() -> None:
+    """Random examples without a limit on their time, and without a folder of failures that processes would share."""
+    from hypothesis import settings
+
+    settings.register_profile("tests", deadline=None, database=None)
+    settings.load_profile("tests")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """All cores that this process may use: xdist by itself counts only physical ones, and ignores the affinity."""
+    return available_cores()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run tests that share a module's fixture in one process, so that the fixture is built once."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("xdist_group") is None:
+            fixtures = [definition for found in item._fixtureinfo.name2fixturedefs.values() for definition in found]
+            if any(fixture.scope == "module" for fixture in fixtures):
+                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(autouse=True)
 def _steady() -> None:
-    torch.set_num_threads(1)  # threads cost more than they give at these sizes
+    import torch
+
+    torch.set_num_threads(1)  # a test may have changed it; at these sizes, threads slow everything down
     torch.manual_seed(0)
     assert torch.get_default_dtype() == torch.float32, "a test has changed the default dtype"
 

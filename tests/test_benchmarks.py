@@ -223,6 +223,7 @@ def test_targets_compare_as_they_say():
     ]
 
 
+@pytest.mark.slow
 def test_main_writes_every_figure(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torchvision")
     checked = []
@@ -309,6 +310,7 @@ def test_the_contender_is_class_aware_and_ranks_have_slices_of_one_epoch(monkeyp
 # The input pipeline's benchmark.
 
 
+@pytest.mark.slow
 def test_the_input_benchmark_in_miniature(tmp_path, monkeypatch):
     tiny = input_benchmark.Settings(files=20, images=64, batch=16, rounds=2, large=20_000)
     monkeypatch.setattr(input_benchmark, "QUICK", tiny)

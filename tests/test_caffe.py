@@ -153,6 +153,7 @@ def test_opencv_agrees_also_where_caffe_rounds_up(size: int, pyramid: tuple[int,
     assert compare(write_pair(tmp_path, config, state, softmax=False), config, state) < CLOSE
 
 
+@pytest.mark.slow
 def test_opencv_agrees_at_full_size(tmp_path: Path) -> None:
     state = random_state(FULL)
     pair = write_pair(tmp_path, FULL, state, softmax=False, old=True, source="input_dim")
@@ -409,7 +410,8 @@ def test_bad_weights_are_refused_by_name(name: str, pair: Pair) -> None:
     assert str(pair[1]) in refused(rewritten(pair, change), message)
 
 
-def test_a_file_cut_off_anywhere_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cuts", "ends"), [(15, 3), pytest.param(80, 20, marks=pytest.mark.slow)])
+def test_a_file_cut_off_anywhere_is_refused(cuts: int, ends: int, state: dict[str, Tensor], tmp_path: Path) -> None:
     pair = write_pair(tmp_path, THIN, state, softmax=False)  # a text without its last layer might be good
     parts = [len(part.SerializeToString()) for part in messages(definition(THIN)[1], state)]
     between = {sum(parts[:count]) for count in range(len(parts))}  # there a part is a whole message
@@ -417,18 +419,19 @@ def test_a_file_cut_off_anywhere_is_refused(state: dict[str, Tensor], tmp_path: 
     for path, places in zip(pair, (set[int](), between), strict=True):
         whole = path.read_bytes()
         end = len(whole.rstrip()) if path == pair[0] else len(whole)
-        for cut in {*range(0, end, end // 80), *range(20), *range(end - 20, end), *places}:
+        for cut in {*range(0, end, end // cuts), *range(ends), *range(end - ends, end), *places}:
             path.write_bytes(whole[:cut])
             refused(pair, re.escape(str(path)))
         path.write_bytes(whole)
     import_caffe(*pair)
 
 
-def test_damaged_bytes_give_no_other_error(pair: Pair) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_damaged_bytes_give_no_other_error(count: int, pair: Pair) -> None:
     dice = random.Random(0)
     for path in pair:
         whole = path.read_bytes()
-        for _ in range(100):
+        for _ in range(count):
             damaged = bytearray(whole)
             for _ in range(dice.choice((1, 3, 30))):
                 damaged[dice.randrange(len(damaged) if dice.random() < 0.5 else 400)] = dice.randrange(256)

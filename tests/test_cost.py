@@ -1,6 +1,7 @@
 """What a plan costs: by hand on small networks, and against the benchmarks' own count on the paper's."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -109,14 +110,25 @@ def test_convolutions_by_hand() -> None:
     assert [part.schemes["relay"].saved for part in found.parts] == sizes
 
 
-@pytest.mark.parametrize(("build", "size"), [(resnet50, (224, 1)), (vgg22, (4, 64, 2))], ids=["resnet50", "vgg22"])
+@pytest.fixture(scope="module")
+def counted() -> Callable[[str], tuple[Subject, Cost]]:
+    """The cost of a network of the benchmarks, counted once."""
+
+    @functools.cache
+    def count(name: str) -> tuple[Subject, Cost]:
+        pytest.importorskip("torchvision")
+        subject = resnet50(224, 1, device="meta") if name == "resnet50" else vgg22(4, 64, 2, device="meta")
+        return subject, cost(subject.model, subject.plan, subject.images, {"aux": subject.head})
+
+    return count
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg22"])
 def test_agrees_with_the_benchmark_which_cuts_the_network_by_hand(
-    build: Callable[..., Subject], size: tuple[int, ...]
+    name: str, counted: Callable[[str], tuple[Subject, Cost]]
 ) -> None:
-    pytest.importorskip("torchvision")
-    subject = build(*size, device="meta")
+    subject, found = counted(name)
     counts = engine.flops(subject, ["standard", "multi_loss", "relay"])
-    found = cost(subject.model, subject.plan, subject.images, {"aux": subject.head})
     totals = {name: spent.flops for name, spent in found.totals.items()}
     assert {name: totals[name] for name in ("standard", "multi_loss", "relay")} | {
         "lower_bound": found.lower_bound
@@ -125,11 +137,9 @@ def test_agrees_with_the_benchmark_which_cuts_the_network_by_hand(
     assert counts["multi_loss"] < counts["lower_bound"] < counts["relay"]
 
 
-def test_resnet50_costs_what_the_method_says() -> None:
+def test_resnet50_costs_what_the_method_says(counted: Callable[[str], tuple[Subject, Cost]]) -> None:
     """docs/method.md: 1.086 and 1.069, at 224 pixels."""
-    pytest.importorskip("torchvision")
-    subject = resnet50(224, 1, device="meta")
-    found = cost(subject.model, subject.plan, subject.images, {"aux": subject.head})
+    subject, found = counted("resnet50")
     assert found.ratios["relay"] == pytest.approx(1.0859, abs=1e-4)
     assert found.ratios["lower_bound"] == pytest.approx(1.0690, abs=1e-4)
     assert sum(part.parameters for part in found.parts) == sum(p.numel() for p in subject.parameters)

@@ -1,5 +1,6 @@
-"""Random networks with random plans: exact, or a leak that is really there. 300 examples, float64."""
+"""Random networks with random plans: exact, or a leak that is really there. float64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -147,11 +148,15 @@ def build(example: Example) -> tuple[Relay, Tensor]:
     return relay, torch.randn(3, WIDTH, dtype=torch.float64)
 
 
+def for_random(check: Callable[[Example], None], count: int) -> None:
+    """Run a check on `count` random examples, the same ones every time."""
+    options = settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    options(given(examples())(check))()
+
+
 COUNTS = {"exact": 0, "leak": 0}
 
 
-@given(examples())
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def check_random_network(example: Example) -> None:
     relay, x = build(example)
     if any(example.leaks(loss) for loss in example.plan.windows):
@@ -177,7 +182,9 @@ def check_random_network(example: Example) -> None:
         assert_same(gradients_of(relay), only)
 
 
-def test_random_networks() -> None:
-    check_random_network()
-    assert COUNTS["exact"] >= 150, COUNTS
-    assert COUNTS["leak"] >= 10, COUNTS
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_networks(count: int) -> None:
+    COUNTS.update(exact=0, leak=0)
+    for_random(check_random_network, count)
+    assert COUNTS["exact"] >= count // 2, COUNTS
+    assert COUNTS["leak"] >= count // 30, COUNTS

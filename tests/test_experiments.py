@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def place(tiny_images: Path, tmp_path: Path) -> Place:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
+    return few_arms(monkeypatch)
+
+
+def few_arms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
     """Two rates to choose from, and one arm that takes the rate that was chosen."""
     relay = Arm(recipe=studies.A, scheme="relay", changes=("images.held_out=2",), seeds=(100,))
     arms = {
@@ -41,6 +46,16 @@ def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
     monkeypatch.setattr(training, "ARMS", arms)
     monkeypatch.setattr(training, "RATES", (0.005, 0.02))
     return arms
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the four runs of these arms, trained once; tests change a copy."""
+    place = Place(size="tiny", out=tmp_path_factory.mktemp("trained"), data=(tiny_images,), precision="32")
+    with pytest.MonkeyPatch.context() as patch:
+        few_arms(patch)
+        assert training.train_missing(["selection", "model-a"], place)
+    return place.out
 
 
 @pytest.mark.parametrize("size", ["32px", "64px"])
@@ -130,11 +145,11 @@ def test_the_command_line(
 
 
 def test_tables_and_pictures_of_what_is_there(
-    few: dict[str, Arm], place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few: dict[str, Arm], place: Place, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError, match="train first"):
         report.write_report(place, tmp_path)
-    assert training.train_missing(["selection", "model-a"], place)
+    shutil.copytree(trained, place.out)
     words = ["--size", "tiny", "--precision", "32", "--out", str(place.out)]
     assert command.main(words) == 2
     assert "--data is missing" in capsys.readouterr().err
@@ -163,9 +178,9 @@ def test_tables_and_pictures_of_what_is_there(
 
 
 def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
-    few: dict[str, Arm], place: Place, tmp_path: Path
+    few: dict[str, Arm], place: Place, trained: Path, tmp_path: Path
 ) -> None:
-    assert training.train_missing(["selection", "model-a"], place)
+    shutil.copytree(trained, place.out)
     study = studies.STUDIES["model-a"]
     assert tables.common_table(study, training.begun_runs(place)) is None
     run = training.run_of("model-a/relay", 1, place)
@@ -188,8 +203,8 @@ def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
     assert not any(each.collapsed for each in map(tables.finding_from, found[3:])), "it may yet learn"
 
 
-def test_a_run_that_failed_is_in_the_tables(few: dict[str, Arm], place: Place, tmp_path: Path) -> None:
-    assert training.train_missing(["selection", "model-a"], place)
+def test_a_run_that_failed_is_in_the_tables(few: dict[str, Arm], place: Place, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, place.out)
     run = training.run_of("model-a/relay", 1, place)
     (run.folder / runs.MODEL).unlink()
     (run.folder / training.FAILED).write_text("the loss is nan\n")

@@ -1,6 +1,8 @@
 """Model files, exported programs and predictions: the same scores everywhere, nothing of the heads, clear refusals."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,44 +77,70 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     assert error < CLOSE, f"relative error {error:.1e}"
 
 
+@pytest.fixture(scope="module")
+def plain() -> ModelFile:
+    """A model file that tests only read."""
+    torch.manual_seed(0)
+    return trained()
+
+
+Exported = Callable[[str], tuple[ModelFile, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """By architecture, a network and the folder with its files in all formats, each exported once."""
+
+    @functools.cache
+    def export_once(name: str) -> tuple[ModelFile, Path]:
+        pytest.importorskip("onnxscript", reason="needs the export extra")
+        torch.manual_seed(0)
+        channels = "BGR" if name == "model_b" else "RGB"
+        model = trained(ARCHITECTURES[name], mean_image=name == "model_a", channels=channels)
+        folder = tmp_path_factory.mktemp("exported")
+        files = export(model, folder, ("safetensors", "pt2", "onnx"))
+        assert [file.name for file in files] == ["model.safetensors", "model.pt2", "model.onnx"]
+        return model, folder
+
+    return export_once
+
+
 @pytest.fixture
 def images() -> Tensor:
     return torch.rand(3, 3, 32, 32) * 255
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 on its own file
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_onnxruntime_and_torch_export_give_the_same_scores(name: str, images: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["model_a", "model_b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg22", "resnet50"))]
+)
+def test_onnxruntime_and_torch_export_give_the_same_scores(name: str, images: Tensor, exported: Exported) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs the export extra and onnxruntime")
-    model = trained(ARCHITECTURES[name], mean_image=name == "model_a", channels="BGR" if name == "model_b" else "RGB")
-    files = export(model, tmp_path, ("safetensors", "pt2", "onnx"))
-    assert [file.name for file in files] == ["model.safetensors", "model.pt2", "model.onnx"]
+    model, folder = exported(name)
     expected = scores_by_hand(model, images)
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    session = runtime.InferenceSession(str(folder / "model.onnx"))
     (scores,) = session.run(["scores"], {"images": images.numpy()})
     assert_close(torch.from_numpy(scores), expected)
-    program = torch.export.load(tmp_path / "model.pt2")
+    program = torch.export.load(folder / "model.pt2")
     with torch.no_grad():
         assert_close(program.module()(images), expected)
         assert_close(program.module()(images[:1]), expected[:1])  # any size of batch
     assert_close(torch.from_numpy(session.run(None, {"images": images[:1].numpy()})[0]), expected[:1])
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(model.classes)
-    assert_close(scores_by_hand(read_model(files[0]), images), expected)
+    assert_close(scores_by_hand(read_model(folder / "model.safetensors"), images), expected)
     with pytest.raises(AssertionError, match="relative error"):  # negative control
         assert_close(torch.from_numpy(scores), scores_by_hand(model, images.flip(1)))
 
 
-def test_nothing_of_the_heads_is_in_any_file(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="needs the export extra")
+def test_nothing_of_the_heads_is_in_any_file(exported: Exported) -> None:
     onnx = pytest.importorskip("onnx", reason="needs the export extra")
-    model = trained()
-    export(model, tmp_path, ("safetensors", "pt2", "onnx"))
+    model, folder = exported("model_b")
     plain = {name for name, _ in build_network(model.network).named_parameters()}
-    assert set(load_file(tmp_path / "model.safetensors")) == plain
-    names = {initializer.name for initializer in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert set(load_file(folder / "model.safetensors")) == plain
+    names = {initializer.name for initializer in onnx.load(folder / "model.onnx").graph.initializer}
     assert {name.removeprefix("model.") for name in names if name.endswith((".weight", ".bias"))} == plain
     assert not any("head" in name or "aux" in name for name in names)
-    program = torch.export.load(tmp_path / "model.pt2")
+    program = torch.export.load(folder / "model.pt2")
     assert {name.removeprefix("model.") for name in program.state_dict} - {"mean", "std"} == plain
     elements = sum(tensor.numel() for tensor in model.state.values())
     assert sum(t.numel() for n, t in program.state_dict.items() if n not in ("mean", "std")) == elements
@@ -214,10 +242,12 @@ def test_saving_refuses_another_networks_state(tmp_path: Path) -> None:
         *((part, None, v) for part in ("input", "network", "classes") for v in (None, [1], 3)),
     ],
 )
-def test_headers_that_say_something_else(part: str, key: str | None, value: object, tmp_path: Path) -> None:
+def test_headers_that_say_something_else(
+    part: str, key: str | None, value: object, plain: ModelFile, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
-    path, model = tmp_path / "x.safetensors", trained()
+    path, model = tmp_path / "x.safetensors", plain
     save_model(path, model)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["relaylab"])
@@ -261,12 +291,11 @@ def test_predictions_name_the_likeliest_first(tmp_path: Path, monkeypatch: pytes
     assert "cannot read" in str(absent)
 
 
-def test_an_onnx_program_predicts_what_its_model_file_does(tmp_path: Path) -> None:
-    model = trained()
-    export(model, tmp_path, ["safetensors", "onnx"])
+def test_an_onnx_program_predicts_what_its_model_file_does(exported: Exported, tmp_path: Path) -> None:
+    _, folder = exported("model_b")
     Image.new("RGB", (50, 40), (10, 130, 20)).save(tmp_path / "green.png")
     pictures = find_pictures([tmp_path / "green.png"], bytes)
-    one, other = (next(predict(open_network(tmp_path / f"model.{kind}"), pictures)) for kind in ("safetensors", "onnx"))
+    one, other = (next(predict(open_network(folder / f"model.{kind}"), pictures)) for kind in ("safetensors", "onnx"))
     assert isinstance(one, Prediction)
     assert isinstance(other, Prediction)
     assert [guess.name for guess in one.guesses] == [guess.name for guess in other.guesses]
@@ -275,7 +304,7 @@ def test_an_onnx_program_predicts_what_its_model_file_does(tmp_path: Path) -> No
     with pytest.raises(InputError, match="no program that"):
         open_network(tmp_path / "broken.onnx")
     with pytest.raises(InputError, match="can run code that it holds"):
-        open_network(tmp_path / "model.pt2")
+        open_network(folder / "model.pt2")
 
 
 def test_pictures_come_from_files_folders_and_stdin(tmp_path: Path) -> None:

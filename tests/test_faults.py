@@ -35,6 +35,8 @@ from relaylab.train.options import TrainConfig
 from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after, train
 
+pytestmark = pytest.mark.xdist_group("test_faults")  # one process, and so one that the trainings are forked from
+
 LONG = 120.0  # seconds that a child may take on a busy machine
 
 
@@ -313,7 +315,7 @@ def test_a_checkpoint_of_another_network_is_refused(halfway: Path, tiny_images: 
 
 
 def test_a_workers_death_costs_nothing(tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tiny_images, tmp_path / "whole", images="disk", workers=2)
+    train(tiny_images, tmp_path / "whole", images="disk", workers=0)
     original = loop.Trainer.step
 
     def step(self: loop.Trainer, batches: Any) -> bool:
@@ -327,6 +329,7 @@ def test_a_workers_death_costs_nothing(tiny_images: Path, tmp_path: Path, monkey
     assert "new ones are started" in (tmp_path / "run" / runs.LOG).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "relaylab"]
@@ -350,15 +353,16 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
         assert run.returncode == 0, told
         assert "going on from step" in told
     finally:
-        for process in psutil.Process().children(recursive=True):
-            if "relaylab" in " ".join(process.cmdline()):
+        if run.poll() is None:
+            for process in (*psutil.Process(run.pid).children(recursive=True), run):
                 process.kill()
-        run.wait()
+            run.wait()
     assert len(list((tmp_path / "runs").glob("*/*"))) == 1
     assert_identical(final(out, 24), final(tmp_path / "whole", 24))
     assert lines_of(out) == lines_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_an_error_that_would_come_again_is_not_tried_again(tiny_images: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -439,13 +443,19 @@ def test_a_rate_that_is_too_high_is_an_exit_code_and_a_line(
     assert "try a smaller optimizer.lr" in told
 
 
+@pytest.fixture(scope="module")
+def longer(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 80 iterations, in a process of its own as those that are compared with it."""
+    folder = tmp_path_factory.mktemp("longer")
+    assert wait_for(fault_runs.start(folder / "log", words(tiny_images, folder / "run", 80, 20))) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
-    number: signal.Signals, tiny_images: Path, tmp_path: Path, start: Callable[..., BaseProcess]
+    number: signal.Signals, longer: Path, tiny_images: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
     out = tmp_path / "run"
-    plain = words(tiny_images, tmp_path / "whole", 80, 20)
-    assert wait_for(start(plain)) == 0
     child = start(words(tiny_images, out, 80, 20))
     wait_until(lambda: newest_step(out) >= 20)
     assert child.pid is not None
@@ -455,8 +465,8 @@ def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
     assert f"stopped by {number.name} after step {newest_step(out)}, which is saved" in told
     assert f"relaylab train --resume {out}" in told
     assert wait_for(start(["train", "--resume", str(out)])) == 0
-    assert_identical(final(out, 80), final(tmp_path / "whole", 80))
-    assert lines_of(out) == lines_of(tmp_path / "whole")
+    assert_identical(final(out, 80), final(longer, 80))
+    assert lines_of(out) == lines_of(longer)
 
 
 def test_two_processes_on_one_run(halfway: Path, tmp_path: Path, start: Callable[..., BaseProcess]) -> None:

@@ -55,7 +55,7 @@ def networks() -> dict[str, tuple[nn.Module, Plan, dict[str, nn.Module], torch.T
     }
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("resnet", marks=pytest.mark.slow), "vit"])
 def test_cost_predicts_the_peak_within_a_tenth(name: str) -> None:
     """Images of the usual size: workspaces of convolutions, which nobody predicts, are large beside small ones."""
     model, plan, heads, images = networks()[name]
@@ -85,6 +85,7 @@ def test_cost_predicts_the_peak_within_a_tenth(name: str) -> None:
 TINY = memory.Settings(pixels=32, resnet50_batch=2, vit_b_batch=1, rounds=2, budget_s=0)
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_gives_its_figures() -> None:
     subject = memory.resnet50(32, 2, classes=5)
     figures = memory.measure_network("resnet50", subject, TINY)
@@ -108,6 +109,7 @@ def _swapped(subject: memory.Subject) -> dict[str, memory.Step]:
     return steps | {"early_release": steps["multi_loss"]}
 
 
+@pytest.mark.slow
 def test_the_depth_benchmark_keeps_within_the_budget() -> None:
     settings = depth.Settings(depths=(1, 2), pixels=64, batch=16, rounds=2, budget_s=0)
     found, budget = depth.measure_depth("vit", depth.vision_transformer, 1, settings, "cpu", None)

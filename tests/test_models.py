@@ -1,5 +1,7 @@
 """The paper's networks: sizes, orders and shapes that the paper and the authors' release fix, and their windows."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid
 from relaylab.recipes import RECIPES, windows
 from relaylab.recipes.scales import at_scale
-from relaylab.recipes.schema import AuxiliaryConfig, NetworkConfig, PlanConfig, PrimaryConfig
+from relaylab.recipes.schema import AuxiliaryConfig, NetworkConfig, PlanConfig, PrimaryConfig, changed
 
 
 def on_meta(name: str, **options: object) -> nn.Module:
@@ -265,12 +267,18 @@ def test_the_heads_read_what_table_2_says() -> None:
         assert head_inputs(recipe.plan, recipe.network, model) == {"aux": expected}
 
 
-@pytest.mark.parametrize("name", DEPTHS)
-@pytest.mark.parametrize("scheme", ["relay", "multi_loss"])
-def test_gradients_of_every_network_equal_the_reference(name: str, scheme: str) -> None:
-    if (name, scheme) == ("table6-inception-v3-relay", "multi_loss"):
-        pytest.skip("the slowest network; relay, the harder case, is compared")
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        *itertools.product(["relay"], DEPTHS),
+        *(("multi_loss", name) for name in DEPTHS if name != "table6-inception-v3-relay"),
+        pytest.param("multi_loss", "table6-inception-v3-relay", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_every_network_equal_the_reference(scheme: str, name: str) -> None:
     recipe = at_scale(RECIPES[name], "tiny")
+    if recipe.network.architecture == "resnet50":
+        recipe = changed(recipe, "ours: the same graph with fewer filters", {"network.width": 8})
     torch.manual_seed(1)
     model = build_network(recipe.network).double()
     heads = {name: head.double() for name, head in build_heads(recipe.plan, recipe.network, model).items()}
@@ -278,7 +286,7 @@ def test_gradients_of_every_network_equal_the_reference(name: str, scheme: str) 
     images = torch.randn(2, 3, recipe.network.image_size, recipe.network.image_size, dtype=torch.float64)
     got = relay_gradients(relay, images)
     # Batch normalisation over two images amplifies rounding.
-    tolerance = 1e-12 if recipe.network.width else 1e-8
+    tolerance = 1e-8 if name.startswith("table6") else 1e-12
     assert_same(got, expected_gradients(relay, images), tolerance)
     other = build_plan(recipe.plan, "relay" if scheme == "multi_loss" else "multi_loss")
     with pytest.raises(AssertionError, match=r"relative error|expected no gradient"):  # negative control

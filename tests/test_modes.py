@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,12 +333,17 @@ def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bo
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_code_in_an_overlap_is_refused_with_a_cache_made_without_lanes() -> None:
+def test_compiled_code_in_an_overlap_is_refused_with_a_cache_made_without_lanes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Artefacts on disk, compiled with donated buffers by plain training, must not slip in and be silently wrong."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     relay = conv_relay(OVERLAP.multi_loss())
     relay.model[3].compile()  # inductor, whose cache is on disk
     weighted_sum(losses_of(by_loss(relay(X))), relay.plan).backward()
+    assert any(tmp_path.iterdir()), "the cache is elsewhere"
     torch._dynamo.reset()
     again = conv_relay()
     again.model[3].compile()

@@ -127,7 +127,9 @@ def test_a_loss_that_is_not_finite_is_a_result(rate: float, arms: dict[str, Arm]
     packed.train_packed(["model-b"], place, 4)  # and is not repeated
 
 
-@pytest.mark.parametrize("recipe", ["table6-resnet50-relay", "table6-inception-v3-relay"])
+@pytest.mark.parametrize(
+    "recipe", ["table6-resnet50-relay", pytest.param("table6-inception-v3-relay", marks=pytest.mark.slow)]
+)
 def test_networks_with_batch_normalisation(
     recipe: str, arms: dict[str, Arm], place: Place, no_dropout: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,15 @@ def test_each_loss_reaches_its_column_of_table_2(name: str) -> None:
         assert ends == {"aux1": (0, 16), "aux2": (10, 25), "primary": (19, 34)}
 
 
-@pytest.mark.parametrize("architecture", ["model_a", "model_b", "vgg22", "resnet50", "inception_v3"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "model_a",
+        "model_b",
+        "vgg22",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("resnet50", "inception_v3")),
+    ],
+)
 def test_two_steps_on_real_scenes_at_small_size(architecture: str, shared_data: Path) -> None:
     """The Places2 subset as the recipe says: 72 pixels, crops of 64, its augmentation, class-aware draws."""
     names = [n for n, r in RECIPES.items() if r.network.architecture == architecture and r.images.short_side < 350]
