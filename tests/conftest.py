@@ -28,6 +28,7 @@ def pytest_xdist_auto_num_workers() -> int:
     return available_cores()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests that share a module's fixture in one process, so that the fixture is built once."""
     for item in items:

@@ -177,6 +177,7 @@ def test_tables_and_pictures_of_what_is_there(
     assert "standard BP |  |  | not run yet" in (tmp_path / "results" / "evidence-tiny.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
     few: dict[str, Arm], place: Place, trained: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_a_run_that_was_broken_off_is_compared_as_far_as_it_came(
     assert not any(each.collapsed for each in map(tables.finding_from, found[3:])), "it may yet learn"
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_in_the_tables(few: dict[str, Arm], place: Place, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, place.out)
     run = training.run_of("model-a/relay", 1, place)
