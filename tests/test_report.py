@@ -295,6 +295,7 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium: the page is not opened in a browser")
 def test_the_page_opens_in_a_browser(tiny: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"

@@ -18,7 +18,10 @@ from relaylab.train import runs, session
 from relaylab.train.options import TrainConfig
 from test_train import assert_identical, final, lines_of
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo"),
+]
 TOLERANCE = 2e-5  # of the largest value of a tensor, in single precision: sums in another order, over six updates
 
 
