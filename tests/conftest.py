@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from relaylab.cores import available_cores
+from relaylab.files import available_cores
 
 for library in ("OMP", "OPENBLAS", "MKL"):  # before torch and numpy are imported, and for child processes
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
