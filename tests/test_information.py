@@ -1,6 +1,7 @@
 """What linear probes read: of made-up vectors, of single images' gradients against an oracle, and the command."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +126,11 @@ def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytes
     figures = json.loads((out / "information.json").read_text())
     sources = {(each["source"], each["trained"]) for each in figures["runs"]["relay"]}
     assert sources == {("activations", True), ("primary", True), ("primary", False), ("aux", True)}
-    page = (out / "information.md").read_text()
-    assert "What is shown, and what is not" in page
+    page = (out / "information.html").read_text()
+    assert "<h3>Limits</h3>" in page
+    assert '<th scope="row">segment 4, conv 2</th>' in page
+    assert "relay at step 2" in page
+    assert not re.search(r"""<script|(?:src|href)=["'](?!data:|#)""", page), "self-contained"
     assert (out / "information.svg").stat().st_size > 10_000
     for folder in (run / "checkpoints").iterdir():
         (folder / "SHA256SUMS").unlink()

@@ -229,7 +229,7 @@ def test_the_page_is_whole(tiny: Path, tmp_path: Path) -> None:
         "Table 3.",
         "Table 4.",
         "Table 5.",
-        "Most often taken for each other",
+        "Most often confused",
         "Every value of the recipe",
     ):
         assert expected in text
@@ -285,10 +285,22 @@ def test_each_method_may_have_a_learning_rate_of_its_own(
         (run / "config.json").write_text(json.dumps(config))
     assert main(["report", str(folder), "--out", str(page)]) == 0
     text = page.read_text()
-    assert "Each method has a learning rate of its own: standard BP 0.01, Relay BP 0.5." in text
-    assert "0.01 / 0.5" in text
+    assert "standard BP: 0.01; Relay BP: 0.5" in text
+    assert [cell(text, method, "learning rate") for method in ("standard BP", "Relay BP")] == ["0.01", "0.5"]
+    sources = re.search(r">optimizer\.lr</th>.*?data-label=\"source\">([^<]*)<", text)
+    assert sources is not None
+    assert sources[1] == "standard BP: the paper, section 5.1; Relay BP: the command line"
     assert main(["report", str(folder), str(tmp_path / "relay-s1"), "--out", str(page)]) == 2
     assert "different recipes (optimizer.lr)" in capsys.readouterr().err
+
+
+def cell(page: str, row: str, column: str) -> str:
+    """A cell of the page's first table."""
+    table = page[page.index("<table>") : page.index("</table>")]
+    found = re.search(rf'<th scope="row">{re.escape(row)}</th>(.*?)</tr>', table)
+    assert found is not None
+    cells = dict(re.findall(r'<td data-label="([^"]*)">([^<]*)</td>', found[1]))
+    return cells[column]
 
 
 def chromium() -> str | None:
@@ -311,16 +323,20 @@ def test_the_page_opens_in_a_browser(tiny: Path, tmp_path: Path) -> None:
         const ink = luminance(getComputedStyle(e).color);
         return (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05); });
       const wide = document.documentElement.scrollWidth > innerWidth;
-      const reachable = [...document.querySelectorAll("a, summary, .scroll")].every(e => e.tabIndex >= 0);
+      const cells = [...document.querySelectorAll("td, tbody th")].filter(e => e.textContent && e.offsetParent);
+      const cut = cells.filter(e => e.scrollWidth > e.clientWidth + 1).length;
+      const narrow = cells.filter(e => e.clientWidth < 40 && e.textContent.length > 4).length;
+      const used = document.querySelector("main").clientWidth / innerWidth;
+      const reachable = [...document.querySelectorAll("a, summary")].every(e => e.tabIndex >= 0);
       const outside = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
-      document.title = JSON.stringify({shown, contrast: Math.min(...contrast), wide, reachable, outside,
-        images: document.images.length});
+      document.title = JSON.stringify({shown, contrast: Math.min(...contrast), wide, reachable, outside, cut, narrow,
+        used, cells: cells.length, width: innerWidth, images: document.images.length});
     });</script>"""
     copy = tmp_path / "probed.html"
-    copy.write_text(page.read_text() + probe)
+    copy.write_text(page.read_text().replace("<details>", "<details open>") + probe)
     binary = chromium()
     assert binary is not None
-    for size, dark in (("1200,900", False), ("500,900", True)):
+    for size, dark in (("1280,900", False), ("390,900", True)):
         command = [binary, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
         command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
         command += [f"--user-data-dir={tmp_path / ('d' + size)}", f"--window-size={size}", "--virtual-time-budget=5000"]
@@ -336,6 +352,9 @@ def test_the_page_opens_in_a_browser(tiny: Path, tmp_path: Path) -> None:
         assert found["contrast"] >= 4.5, found
         assert found["outside"] == 0, found
         assert found["images"] >= 10
+        assert found["cells"] > 100
+        assert (found["cut"], found["narrow"]) == (0, 0), f"cells that cannot be read at {size}: {found}"
+        assert found["used"] > 0.9, f"the width is not used at {size}: {found}"
 
 
 def test_photos_are_sure_and_of_different_classes(tmp_path: Path) -> None:

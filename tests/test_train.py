@@ -25,7 +25,7 @@ from relaylab.train.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
-TIMES = ("images_per_s", "data_wait")
+TIMES = ("images_per_s", "data_wait", "seconds")
 
 
 def config_of(tree: Path, **options: Any) -> TrainConfig:
@@ -230,6 +230,7 @@ def test_what_a_run_leaves_behind(tiny_images: Path, reference: Path) -> None:
     assert config["options"]["data"] == [str(tiny_images)]
     assert config["options"]["images"] == "memory"
     assert config["classes"] == [f"class{label}" for label in range(5)]
+    assert config["counts"] == {"train": [12] * 5, "val": [4] * 5}
     (start,) = json.loads((reference / runs.ENVIRONMENT).read_text())["starts"]
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or start["versions"]["torch"]
     assert start["processes"] == 1
@@ -247,6 +248,8 @@ def test_what_a_run_leaves_behind(tiny_images: Path, reference: Path) -> None:
     train_line = next(line for line in lines if line["kind"] == "train")
     assert set(train_line["loss"]) == {"primary", "aux"}
     assert 0 <= train_line["data_wait"] < 1
+    seconds = [line["seconds"] for line in lines if line["kind"] == "val"]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
     assert (reference / runs.LOG).read_text().count("val. error") == 3
     assert list((reference / runs.TENSORBOARD).glob("events.out.*"))
 

@@ -27,7 +27,7 @@ def test_relay_is_compared_with_standard_bp_and_with_multi_loss() -> None:
     results = {"standard": STANDARD, "multi_loss": shifted(-1, 1, -2), "relay": shifted(-2.0, -2.1, -1.9)}
     assert verdict(results) == (
         "The top-1 error of Relay BP is 2.00 points lower than that of standard BP (-2.00 [-2.25, -1.75]) and not "
-        "distinguishable from that of multi-loss + standard BP (-1.33 [-5.37, +2.71]); 95 % intervals over 3 paired "
+        "distinguishable from that of multi-loss (-1.33 [-5.37, +2.71]); 95 % intervals over 3 paired "
         "seeds (t)."
     )
     worse = verdict({"standard": STANDARD, "relay": shifted(2.0, 2.1, 1.9)})
@@ -36,19 +36,29 @@ def test_relay_is_compared_with_standard_bp_and_with_multi_loss() -> None:
 
 def test_one_seed_and_nothing_to_compare_are_said() -> None:
     one = verdict({"standard": {0: 50.0}, "relay": {0: 49.0}})
-    assert "1.00 points lower than that of standard BP; one seed, so this may be chance" in one
+    assert "1.00 points lower than that of standard BP (one seed); this may be chance" in one
     assert "[" not in one
     assert verdict({"relay": {0: 1.0}}) == "Nothing to compare: Relay BP finished."
     assert verdict({}) == "Nothing to compare: no method finished."
     assert "no seed in common" in verdict({"standard": {0: 1.0}, "relay": {1: 1.0}})
-    assert "multi-loss + standard BP is 1.00 points" in verdict({"standard": {0: 1.0}, "multi_loss": {0: 2.0}})
+    assert "multi-loss is 1.00 points" in verdict({"standard": {0: 1.0}, "multi_loss": {0: 2.0}})
+
+
+def test_equal_outcomes_are_said_once_and_single_seeds_are_marked() -> None:
+    unclear = verdict({"standard": STANDARD, "multi_loss": shifted(1, -1, 0), "relay": shifted(-1, 1, 0.5)})
+    assert "is not distinguishable from that of standard BP (+0.17 [" in unclear
+    assert "]) or that of multi-loss (+0.17 [" in unclear
+    mixed = verdict({"standard": STANDARD, "multi_loss": {0: 50.0}, "relay": shifted(-2.0, -2.1, -1.9)})
+    assert "and 2.00 points lower than" not in mixed
+    assert "than that of standard BP (-2.00 [-2.25, -1.75]) and that of multi-loss (one seed)" in mixed
+    assert "intervals over 3 paired seeds" in mixed
 
 
 def test_failed_runs_are_counted_and_left_out() -> None:
     results = {"standard": STANDARD, "multi_loss": {0: 49.0, 1: 53.0, 2: None}, "relay": shifted(-2.0, -2.1, -1.9)}
     text = verdict(results)
     assert "intervals over 3 and 2 paired seeds" in text
-    assert text.endswith("; failed runs, left out: 1 of multi-loss + standard BP.")
+    assert text.endswith("; failed runs, left out: 1 of multi-loss.")
     assert verdict({"standard": {0: 1.0}, "relay": {0: None}}) == (
         "Nothing to compare: standard BP finished; failed runs, left out: 1 of Relay BP."
     )

@@ -104,8 +104,11 @@ def _latex(table: Table) -> str:
 
 def _html(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    labels = [escape(cell) for cell in table.header[1:]]  # for narrow screens, where each cell has its own line
     rows = [
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f'<td data-label="{label}">{escape(cell)}</td>' for label, cell in zip(labels, row[1:], strict=True))
+        + "</tr>"
         for row in table.rows
     ]
     notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in table.notes)

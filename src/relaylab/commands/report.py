@@ -8,7 +8,7 @@ import tyro
 
 from relaylab.errors import InputError
 from relaylab.files import write_text
-from relaylab.options import File, Folder, Images, MustExist, Runs, Scores, Sources
+from relaylab.options import File, Folder, Images, MustExist, Runs, Scores, Sources, Switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,10 @@ class ReportOptions:
     """Folders of runs, or of comparisons, which hold runs."""
 
     scores: Annotated[Folder, MustExist] = None
-    """Folder that `relaylab eval` has written about them (default: none: no photos, intervals and confusions)."""
+    """Folder that `relaylab eval` has written about them (default: none: no photos and confusions)."""
+
+    images: Switch = False
+    """Show training images of each class (default: only the lab's own digits)."""
 
     out: File = None
     """File to write. (default: report.html)."""
@@ -74,11 +77,12 @@ def main(options: ReportOptions) -> int:
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     from relaylab.evaluate.scores import ScoreFolder
-    from relaylab.report.page import open_runs, render_page
+    from relaylab.report.opening import open_runs
+    from relaylab.report.page import render_page
 
-    found = open_runs(options.runs)
+    comparison = open_runs(options.runs)
     scores = None if options.scores is None else ScoreFolder(options.scores)
-    write_text(out, render_page(found, scores))
+    write_text(out, render_page(comparison, scores, images=options.images))
     print(out.resolve())
     return 0
 

@@ -19,7 +19,7 @@ from relaylab.evaluate.testing import Cuts, Scorer
 from relaylab.models.building import build_relay
 from relaylab.models.file import ModelFile, read_model
 from relaylab.progress import Task, progress
-from relaylab.report.page import Run, open_runs
+from relaylab.report.opening import Run, open_runs
 from relaylab.train import checkpoint, runs
 from relaylab.train.segments import segments_of
 
@@ -43,7 +43,7 @@ def read_runs(
     Raises:
         InputError: runs that do not belong together or have no checkpoint, or too few images.
     """
-    found = open_runs(folders)
+    found = open_runs(folders).runs
     runs = dict(zip(names_of([each.folder for each in found]), found, strict=True))
     checkpoints = {name: _newest(each.folder) for name, each in runs.items()}
     source, numbers = _images(data, images, found[0], read_model(_model_of(found[0])))
@@ -59,7 +59,9 @@ def read_runs(
             readings[name] = read_all(features, labels, trained, seed=seed, task=task)
     about = {
         "schemes": {name: each.recipe.scheme for name, each in runs.items()},
-        "checkpoints": {name: f"{name} at {path.name}" for name, path in checkpoints.items()},
+        "checkpoints": {
+            name: f"{name} at step {int(path.name.rpartition('-')[2]):,}" for name, path in checkpoints.items()
+        },
         "images": len(numbers),
         "entropy": entropy_bits(labels.numpy()),
         "seed": seed,
@@ -89,6 +91,10 @@ def _newest(folder: Path) -> Path:
     if path is None:
         raise InputError(f"{folder} has no whole checkpoint, and model files have no auxiliary heads: train it again")
     return path
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def _model_of(each: Run) -> Path:

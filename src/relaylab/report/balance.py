@@ -1,18 +1,39 @@
-"""How many images each class has, as a picture."""
+"""The balance of classes: images of each class, and how often sampling draws each class in an epoch."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from relaylab.data.sampling import SAMPLERS
 from relaylab.report.style import plot
 
 NAMED_CLASSES = 40  # more names than these cannot be read
 BAR_COLOUR, LINE_COLOURS = "#b9c0c7", ("#d55e00", "#0072b2")
 
 
-def balance_picture(counts: Mapping[str, ArrayLike], classes: Sequence[str], *, title: str, unit: str) -> str:
+def draws_per_epoch(counts: ArrayLike, sampling: str) -> NDArray[np.float64]:
+    """Return how often each class is drawn, on average, in as many draws as there are images.
+
+    Args:
+        counts: (C,) images of each class.
+        sampling: a key of `SAMPLERS`.
+    """
+    sizes = np.asarray(counts)
+    turns = getattr(SAMPLERS[sampling], "turns", None)  # plain shuffling has none
+    shares = sizes if turns is None else turns(sizes)
+    return sizes.sum() * shares / shares.sum()
+
+
+def balance_picture(
+    counts: Mapping[str, ArrayLike],
+    classes: Sequence[str],
+    *,
+    title: str,
+    unit: str,
+    size: tuple[float, float] = (7.4, 3.6),
+) -> str:
     """A bar for each class and a line for each further count, the classes sorted by the bars.
 
     Args:
@@ -20,6 +41,7 @@ def balance_picture(counts: Mapping[str, ArrayLike], classes: Sequence[str], *, 
         classes: their names.
         title: of the picture.
         unit: on the vertical axis.
+        size: width and height in inches.
 
     Returns:
         SVG.
@@ -46,4 +68,4 @@ def balance_picture(counts: Mapping[str, ArrayLike], classes: Sequence[str], *, 
             axes.set_xlabel(f"{len(classes)} classes, the largest first")
 
     legend = "below" if len(columns) > 1 else None  # the bars leave it no room inside
-    return plot(draw, title.replace("$", r"\$"), unit, size=(7.4, 3.6), legend=legend)
+    return plot(draw, title.replace("$", r"\$"), unit, size=size, legend=legend)

@@ -11,15 +11,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from relaylab.recipes.schema import SCHEMES
 from relaylab.report.paper_figures import plain
-from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, STYLE, figure_text, plot
+from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, SCHEME_NAMES, STYLE, figure_text, plot
 
 Lines = Sequence[Mapping[str, Any]]
+IN_RANGE = 0.8  # of guessing: curves that reach it are shown together with its line
 GAIN, LOSS = "#009e73", "#d55e00"
 
 
-def curve_picture(runs: Mapping[str, Sequence[Lines]], kind: str, quantity: str, title: str, unit: str) -> str:
+def curve_picture(
+    runs: Mapping[str, Sequence[Lines]],
+    kind: str,
+    quantity: str,
+    title: str,
+    unit: str,
+    *,
+    guess: float | None = None,
+    size: tuple[float, float] = (5.6, 3.6),
+) -> str:
     """A quantity against iterations: the mean over seeds, and a band from the least to the greatest.
 
     Args:
@@ -28,6 +37,8 @@ def curve_picture(runs: Mapping[str, Sequence[Lines]], kind: str, quantity: str,
         quantity: a name in them, dotted for groups.
         title: above the picture.
         unit: on the vertical axis.
+        guess: the value that guessing gives, which has a line of its own unless all values are far below it.
+        size: width and height in inches.
     """
 
     def draw(axes: Axes) -> None:
@@ -41,11 +52,13 @@ def curve_picture(runs: Mapping[str, Sequence[Lines]], kind: str, quantity: str,
             marker = "o" if len(steps) == 1 else None
             means = list(map(statistics.fmean, values))
             look: dict[str, Any] = {"color": colour, "linestyle": SCHEME_DASHES[scheme], "marker": marker}
-            axes.plot(steps, means, linewidth=2, label=SCHEMES[scheme], **look)
+            axes.plot(steps, means, linewidth=2, label=SCHEME_NAMES[scheme], **look)
+        if guess is not None and axes.get_ylim()[1] >= IN_RANGE * guess:
+            axes.axhline(guess, color="#555555", linewidth=1.2, linestyle=(0, (1, 2)), label="guessing")
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
-    return plot(draw, title, unit)
+    return plot(draw, title, unit, size=size)
 
 
 def angle_picture(runs: Mapping[str, Sequence[Lines]]) -> str | None:
@@ -65,11 +78,11 @@ def angle_picture(runs: Mapping[str, Sequence[Lines]]) -> str | None:
                 steps = sorted(by_step)
                 means = [statistics.fmean(by_step[step]) for step in steps]
                 look: dict[str, Any] = {"color": SCHEME_COLOURS[scheme], "linestyle": SCHEME_DASHES[scheme]}
-                axes.plot(steps, means, linewidth=2, label=f"{SCHEMES[scheme]}: {pair}", **look)
+                axes.plot(steps, means, linewidth=2, label=f"{SCHEME_NAMES[scheme]}: {pair}", **look)
         axes.axhline(0, color="#888888", linewidth=0.8)
         axes.set_xlabel("iteration")
 
-    return plot(draw, "Angle between the losses' gradients on the layers that they share", "cosine", size=(7.5, 3.4))
+    return plot(draw, "Angle between the losses' gradients, shared layers", "cosine", size=(5.6, 3.4), legend="below")
 
 
 def _at(line: Mapping[str, Any], name: str) -> float:
@@ -114,12 +127,12 @@ def gain_picture(gains: NDArray[np.float64], classes: Sequence[str], most: int =
     order = [int(i) for i in np.argsort(gains) if not np.isnan(gains[i])]
     shown = order if len(order) <= most else [*order[: most // 2], *order[-most // 2 :]]
     with rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(7.5, 0.24 * len(shown) + 1), layout="constrained")
+        figure = Figure(figsize=(5.6, 0.24 * len(shown) + 1), layout="constrained")
         axes = figure.add_subplot()
         colours = [GAIN if gains[i] >= 0 else LOSS for i in shown]
         axes.barh(range(len(shown)), [gains[i] for i in shown], color=colours)
         axes.set_yticks(range(len(shown)), [plain(classes[i]) for i in shown], fontsize=9)
         axes.axvline(0, color="#444444", linewidth=0.8)
-        axes.set_xlabel("points of top-1 error less than standard BP; to the right is better")
+        axes.set_xlabel("points of top-1 error below standard BP")
         axes.margins(y=0.01)
     return figure_text(figure)

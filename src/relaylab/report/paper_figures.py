@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
 from torch import Tensor
 
 from relaylab.data.decode import decode
@@ -24,11 +26,12 @@ from relaylab.models.building import build_network, build_plan
 from relaylab.recipes.schema import Recipe
 from relaylab.report.network import draw_network
 from relaylab.report.stages import stages_of
-from relaylab.report.style import STYLE
+from relaylab.report.style import STYLE, layer_name
 
 RIGHT, WRONG = "#00664a", "#a33f00"
 COLUMNS, ROWS = 4, 2
 TOP = 5
+QUANTITIES = {"gradient": "mean |gradient|", "ratio": "mean |gradient| / mean |weight|"}
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ class Photo:
     guesses: tuple[tuple[str, float], ...]
 
 
-def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str | None = None) -> Figure:
     """Figure 1: mean absolute gradient of each layer, and its ratio to the weights', a line for each iteration.
 
     Args:
         runs: for each title, the lines of a run's metrics.
+        only: a title whose panels alone are drawn, below each other, on the scales that all runs need.
 
     Raises:
         InputError: a run that has not looked at gradients.
@@ -59,37 +63,49 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for title, own in looks.items():
         if not own:
             raise InputError(f"{title} has no gradients: train with --diagnose-every, and not with 0")
+    found = {
+        (title, quantity): [_by_layer(line, list(own[-1]["layers"]), quantity) for line in own]
+        for title, own in looks.items()
+        for quantity in QUANTITIES
+    }
+    shown = [title for title in looks if only in (None, title)]
+    last = max(line["step"] for own in looks.values() for line in own)
+    colours, norm = colormaps["viridis"], Normalize(0, last * 1.1)
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.1 * len(looks) + 0.6), layout="constrained")
-        axes = figure.subplots(len(looks), 2, squeeze=False, sharex="col", sharey="col")
-        last = max(line["step"] for own in looks.values() for line in own)
-        colours, norm = colormaps["viridis"], Normalize(0, last * 1.1)
-        for row, (title, own) in zip(axes, looks.items(), strict=True):
-            names = list(own[-1]["layers"])
-            for line in own:
-                for panel, quantity in zip(row, ("gradient", "ratio"), strict=True):
-                    values = [line["layers"].get(name, {}).get(quantity, np.nan) for name in names]
-                    panel.plot(np.maximum(values, 1e-12), color=colours(norm(line["step"])), linewidth=1.2)
-            for panel, quantity in zip(row, ("mean |gradient|", "mean |gradient| / mean |weight|"), strict=True):
+        figure = Figure(figsize=(11, 3.1 * len(looks) + 0.6) if only is None else (5.6, 6.6), layout="constrained")
+        shape = (len(shown), 2) if only is None else (2, 1)
+        axes = figure.subplots(*shape, squeeze=False).reshape(len(shown), 2)
+        for row, title in zip(axes, shown, strict=True):
+            for panel, (quantity, unit) in zip(row, QUANTITIES.items(), strict=True):
+                for line, values in zip(looks[title], found[title, quantity], strict=True):
+                    panel.plot(values, color=colours(norm(line["step"])), linewidth=1.2)
+                every = np.concatenate([values for key in found if key[1] == quantity for values in found[key]])
+                panel.set_ylim(0.8 * np.nanmin(every), 1.25 * np.nanmax(every))
                 panel.set_yscale("log")
+                panel.yaxis.set_minor_formatter(NullFormatter())
                 panel.set_title(title)
-                panel.set_ylabel(quantity)
-                _layer_ticks(panel, names)
+                panel.set_ylabel(unit)
+                _layer_ticks(panel, list(looks[title][-1]["layers"]))
         for panel in axes[-1]:
             panel.set_xlabel("weight layer, lowest on the left")
-        steps = [line["step"] for line in next(iter(looks.values()))]
+        steps = [line["step"] for line in looks[shown[0]]]
         handles = [Line2D([], [], color=colours(norm(step)), label=f"{step:,}") for step in _few(steps)]
-        figure.legend(handles=handles, title="iteration", loc="outside right center")
+        place: dict[str, Any] = {"loc": "outside right center"} if only is None else {"loc": "outside lower center"}
+        figure.legend(handles=handles, title="iteration", ncols=1 if only is None else 6, **place)
     return figure
 
 
+def _by_layer(line: Mapping[str, Any], names: Sequence[str], quantity: str) -> NDArray[np.float64]:
+    values = [line["layers"].get(name, {}).get(quantity, np.nan) for name in names]
+    return np.maximum(np.array(values, dtype=float), 1e-12)
+
+
 def _layer_ticks(panel: Axes, names: Sequence[str]) -> None:
-    replaced = {"segment": "", "classifier.": "", "heads.": "", ".fc": " fc", ".conv": "-"}
-    short = list(names)
-    for old, new in replaced.items():
-        short = [name.replace(old, new) for name in short]
+    short = [layer_name(name) for name in names]
     every = -(-len(names) // 30)
-    panel.set_xticks(range(0, len(names), every), short[::every], rotation=60 if len(names) > 12 else 0, fontsize=8)
+    panel.set_xticks(
+        range(0, len(names), every), short[::every], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
+    )
     panel.tick_params(labelbottom=True)
 
 

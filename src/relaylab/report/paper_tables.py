@@ -26,6 +26,7 @@ from relaylab.evaluate.results import RESULTS
 from relaylab.evaluate.scores import ScoreFolder, check_alike
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.report.verdict import mean_text
 from relaylab.tables import Table
 
 TABLES = ("1", "3", "4", "5", "6", "sampling")
@@ -167,16 +168,7 @@ def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
             if scheme != "standard" and ours and base:
                 notes.append(_difference(f"{method} minus standard BP, {NAMES[architecture]}", ours, base))
         rows.append(tuple(cells))
-    for scheme, method in SCHEMES.items():
-        cells = [f"{method} (the paper)"]
-        for architecture in columns:
-            own = [recipe for recipe in _recipes(f"table{number}-") if recipe.network.architecture == architecture]
-            reported = {recipe.scheme: recipe for recipe in own}
-            if number == "6" and "standard" not in reported:
-                reported = {"standard": reported.pop("multi_loss"), **reported}  # Note [Tables] 3
-            cells += _reported(reported.get(scheme), reported.get("standard"))
-        if any(cells[1:]):
-            rows.append(tuple(cells))
+    rows += reported_rows(number, list(columns))
     header = ("method", *(f"{NAMES[a]}, {top} error" for a in columns for top in ("top-1", "top-5")))
     return Table(title, header, tuple(rows), tuple(notes))
 
@@ -242,12 +234,6 @@ def _cell(ours: Sequence[Entry], base: Sequence[Entry], top: str) -> str:
     return f"{text} ({means[0] - means[1]:+.2f})"
 
 
-def mean_text(values: Sequence[float]) -> str:
-    """The mean over seeds, and after ± their standard deviation."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
-
-
 def _difference(what: str, ours: Sequence[Entry], base: Sequence[Entry]) -> str:
     """The interval over images, beside the spread over seeds that the cells have."""
     texts = [
@@ -267,6 +253,22 @@ def _reported(recipe: Recipe | None, base: Recipe | None) -> list[str]:
         gain = f" ({other - value:+.2f})" if value is not None and other is not None and recipe is not base else ""
         cells.append("" if value is None else f"{value:.2f}{gain}")
     return cells
+
+
+def reported_rows(number: str, architectures: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the paper's own rows of Table 3, 4 or 6: top-1 and top-5 error for each network."""
+    rows: list[tuple[str, ...]] = []
+    for scheme, method in SCHEMES.items():
+        cells = [f"{method} (the paper)"]
+        for architecture in architectures:
+            own = [recipe for recipe in _recipes(f"table{number}-") if recipe.network.architecture == architecture]
+            reported = {recipe.scheme: recipe for recipe in own}
+            if number == "6" and "standard" not in reported:
+                reported = {"standard": reported.pop("multi_loss"), **reported}  # Note [Tables] 3
+            cells += _reported(reported.get(scheme), reported.get("standard"))
+        if any(cells[1:]):
+            rows.append(tuple(cells))
+    return rows
 
 
 def _recipes(prefix: str) -> list[Recipe]:

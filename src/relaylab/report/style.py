@@ -1,6 +1,7 @@
-"""How all plots look, and how they become SVG text."""
+"""The look of all plots and the schemes' names and colours; plots as SVG text, layers' names as words."""
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from relaylab.files import replacing
+from relaylab.recipes.schema import SCHEMES
 
 INK = "#1c1c1c"
 # Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
 SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73", "isolated": "#0072b2"}
+SCHEME_NAMES = {**SCHEMES, "multi_loss": "multi-loss"}  # short, for sentences and legends; tables have the paper's
 SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-", "isolated": ":"}
 
 STYLE: dict[Any, Any] = {
@@ -85,3 +88,12 @@ def write_figure(figure: Figure, path: Path) -> None:
     with rc_context(STYLE), replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
         temporary.chmod(0o644)
+
+
+def layer_name(name: str) -> str:
+    """Name a layer in words: "segment4.conv2" becomes "segment 4, conv 2", "layer3.0.conv1" "layer3.0, conv1"."""
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    parent = re.sub(r"^heads\.", "head ", parent)
+    if re.fullmatch(r"segment\d+|classifier", parent):
+        parent, leaf = (re.sub(r"(?<=[a-z])(?=\d+$)", " ", part) for part in (parent, leaf))
+    return f"{parent}, {leaf}" if parent else leaf

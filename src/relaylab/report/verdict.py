@@ -1,15 +1,16 @@
 """The verdict of a comparison: differences paired by seed, their confidence interval, and one sentence."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from scipy import stats
 
-from relaylab.recipes.schema import SCHEMES
+from relaylab.report.style import SCHEME_NAMES
 
 CONFIDENCE = 0.95
 COMPARED = ("standard", "multi_loss")  # with the scheme in question, in this order
 IN_QUESTION = ("relay", "isolated", "multi_loss")
+UNCLEAR = "not distinguishable from"
 Errors = Mapping[int, float | None]  # by seed; None where the run failed
 
 
@@ -47,6 +48,11 @@ def chance_error(classes: int, top: int) -> float:
     return 100 * (1 - min(top, classes) / classes)
 
 
+def in_question(schemes: Collection[str]) -> str | None:
+    """Return the scheme that a comparison is about: the others are what it is compared with."""
+    return next((scheme for scheme in IN_QUESTION if scheme in schemes and len(schemes) > 1), None)
+
+
 def verdict(results: Mapping[str, Errors]) -> str:
     """Summarise a comparison in one sentence.
 
@@ -54,40 +60,46 @@ def verdict(results: Mapping[str, Errors]) -> str:
         results: by scheme and seed, the top-1 error in per cent; None for a run that failed.
     """
     trained = {scheme: own for scheme, own in results.items() if any(value is not None for value in own.values())}
-    ours = next((scheme for scheme in IN_QUESTION if scheme in trained), None)
+    ours = in_question(trained)
     bases = [scheme for scheme in COMPARED if scheme in trained and scheme != ours]
     failed = _failed(results)
     if ours is None or not bases:
-        names = ", ".join(SCHEMES[scheme] for scheme in trained) or "no method"
+        names = ", ".join(SCHEME_NAMES[scheme] for scheme in trained) or "no method"
         return f"Nothing to compare: {names} finished{failed}."
     found = {scheme: paired_differences(trained[ours], trained[scheme]) for scheme in bases}
     paired = {scheme: values for scheme, values in found.items() if values}
     if not paired:
-        return f"Nothing to compare: {SCHEMES[ours]} and {SCHEMES[bases[0]]} have no seed in common{failed}."
-    parts = [_comparison(SCHEMES[scheme], values) for scheme, values in paired.items()]
-    return f"The top-1 error of {SCHEMES[ours]} is {' and '.join(parts)}; {_basis(paired)}{failed}."
+        return f"Nothing to compare: {SCHEME_NAMES[ours]} and {SCHEME_NAMES[bases[0]]} have no seed in common{failed}."
+    text = _comparisons({SCHEME_NAMES[scheme]: values for scheme, values in paired.items()})
+    return f"The top-1 error of {SCHEME_NAMES[ours]} is {text}; {_basis(paired)}{failed}."
 
 
-def _comparison(base: str, values: Sequence[float]) -> str:
-    mean, ends = statistics.fmean(values), interval(values)
-    size = f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than that of {base}"
-    if ends is None:
-        return size
-    if ends[0] <= 0 <= ends[1]:
-        return f"not distinguishable from that of {base} ({difference_text(values)})"
-    return f"{size} ({difference_text(values)})"
+def _comparisons(paired: Mapping[str, Sequence[float]]) -> str:
+    """Say by how much the error is lower or higher than that of each method, or that chance may explain it."""
+    told: dict[str, list[str]] = {}
+    for base, values in paired.items():
+        mean, ends = statistics.fmean(values), interval(values)
+        is_clear = ends is None or not ends[0] <= 0 <= ends[1]
+        word = (
+            f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than"
+            if is_clear
+            else "not distinguishable from"
+        )
+        basis = "one seed" if ends is None else difference_text(values)
+        told.setdefault(word, []).append(f"that of {base} ({basis})")
+    parts = [f"{word} {(' or ' if word == UNCLEAR else ' and ').join(bases)}" for word, bases in told.items()]
+    return " and ".join(parts)
 
 
 def _basis(paired: Mapping[str, Sequence[float]]) -> str:
     """Say what the intervals are over, or that there are none."""
-    counts = list(dict.fromkeys(len(values) for values in paired.values()))
-    if counts == [1]:
-        return "one seed, so this may be chance: compare with --seeds 0,1,2"
-    seeds = " and ".join(map(str, counts))
-    return f"{100 * CONFIDENCE:.0f} % intervals over {seeds} paired seeds (t)"
+    counts = list(dict.fromkeys(len(values) for values in paired.values() if len(values) > 1))
+    if not counts:
+        return "this may be chance: compare with --seeds 0,1,2"
+    return f"{100 * CONFIDENCE:.0f} % intervals over {' and '.join(map(str, counts))} paired seeds (t)"
 
 
 def _failed(results: Mapping[str, Errors]) -> str:
     counts = {scheme: sum(value is None for value in own.values()) for scheme, own in results.items()}
-    parts = [f"{count} of {SCHEMES[scheme]}" for scheme, count in counts.items() if count]
+    parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in counts.items() if count]
     return f"; failed runs, left out: {', '.join(parts)}" if parts else ""

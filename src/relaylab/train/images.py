@@ -64,6 +64,11 @@ class RunImages:
         labels = self.train.labels
         return make(labels, seed=seed, rank=rank, num_replicas=ranks, num_samples=draws, classes=self.classes)
 
+    def counts(self) -> dict[str, list[int]]:
+        """Images of each class, by part."""
+        parts = {"train": self.train, "val": self.val}
+        return {name: np.bincount(p.labels, minlength=len(self.classes)).tolist() for name, p in parts.items()}
+
     def augmentation(self, recipe: Recipe, seed: int) -> Augmentation:
         """What the recipe does to training images, and the normalisation alone in evaluation mode."""
         config, statistics = recipe.augmentation, self.statistics

@@ -120,7 +120,9 @@ class Trainer:
                     self.save()  # once more: with the results of this validation
             if is_last:
                 return True
+            began = time.perf_counter()
             stopping = self.step(batches)
+            progress.seconds += time.perf_counter() - began
 
     @property
     def save_every(self) -> int:
@@ -264,7 +266,7 @@ class Trainer:
         drops = progress.plateau.drops
         if isinstance(schedule, PlateauConfig):
             progress.plateau = progress.plateau.after(found["top1"], schedule.patience)
-        self.record("val", progress.step, found)
+        self.record("val", progress.step, {**found, "seconds": round(progress.seconds, 3)})
         log.info("step %d: val. error top-1 %.2f %%, top-5 %.2f %%", progress.step, found["top1"], found["top5"])
         if progress.plateau.drops > drops:
             rate = learning_rate(self.recipe.optimizer, progress.step, progress.plateau.drops)

@@ -161,7 +161,8 @@ def _train(
     is_new = not (folder / runs.CONFIG).exists()
     if is_first and is_new:
         kept = replace(config, images="memory" if images.in_memory else "disk")
-        about = {"classes": images.classes, "view": asdict(images.view), "segments": _sizes(segments)}
+        about = {"classes": images.classes, "counts": images.counts(), "view": asdict(images.view)}
+        about["segments"] = _sizes(segments)
         runs.describe(folder, kept, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
     if request.checkpoint is None and not images.in_memory:

@@ -23,6 +23,7 @@ class Progress:
         plateau: of the schedule.
         best: step, top1, top5 and loss of the validation with the least top-1 error; empty before the first.
         last: the same of the last one.
+        seconds: spent on updates, over all starts; validation and saving do not count.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class Progress:
     plateau: Plateau = field(default_factory=Plateau)
     best: dict[str, float] = field(default_factory=dict[str, float])
     last: dict[str, float] = field(default_factory=dict[str, float])
+    seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -39,13 +41,15 @@ class Progress:
             "plateau": self.plateau.state_dict(),
             "best": self.best,
             "last": self.last,
+            "seconds": self.seconds,
         }
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "Progress":
         """What `state_dict` has written; other keys are left alone."""
         plateau = Plateau.from_state(state["plateau"])
-        return Progress(state["step"], state["validated"], plateau, dict(state["best"]), dict(state["last"]))
+        best, last = dict(state["best"]), dict(state["last"])
+        return Progress(state["step"], state["validated"], plateau, best, last, state.get("seconds", 0.0))
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,64 @@
+"""The page's section about the training images: samples of each class, and the balance of classes."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from relaylab.data.decode import decode
+from relaylab.data.faults import ImageFault
+from relaylab.errors import InputError
+from relaylab.report.balance import balance_picture, draws_per_epoch
+from relaylab.report.html import image_uri, svg_uri
+from relaylab.report.opening import Run
+from relaylab.report.paper_figures import plain
+from relaylab.train.images import open_sources
+from relaylab.train.options import TrainConfig
+
+CLASSES, EACH = 10, 4  # that are shown, and images of each
+TILE, GAP = 80, 4  # pixels
+EMBEDDED = "digits"  # images without people, which every page may show
+
+
+def is_embedded(run: Run) -> bool:
+    """Return whether a run's images are those that the lab has itself."""
+    data = run.about["data"]
+    return run.recipe.images.data_set == EMBEDDED and all(Path(path).name.startswith(EMBEDDED) for path in data)
+
+
+def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
+    """Return a strip of training images for each class with its name, or the reason why there are none."""
+    about = run.about
+    config = TrainConfig(data=tuple(map(Path, about["data"])), val_data=tuple(map(Path, about["val_data"])))
+    try:
+        source, _ = open_sources(config)
+        labels = np.asarray(source.labels)
+        strips: list[tuple[str, str]] = []
+        for label, name in list(enumerate(run.classes))[:CLASSES]:
+            tiles = [_tile(decode(source.read(int(n)))) for n in np.flatnonzero(labels == label)[:EACH]]
+            if tiles:
+                strips.append((plain(name), image_uri(np.concatenate(tiles, axis=1)[:, :-GAP], "png")))
+    except (InputError, ImageFault, OSError) as error:
+        return [], str(error)
+    return strips, ""
+
+
+def _tile(pixels: np.ndarray) -> np.ndarray:
+    """The centre square, enlarged without smoothing if it is small, with a gap on its right."""
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    how = Image.Resampling.NEAREST if side <= TILE // 2 else Image.Resampling.LANCZOS
+    square = Image.fromarray(pixels[top : top + side, left : left + side]).resize((TILE, TILE), how)
+    return np.pad(np.asarray(square), ((0, 0), (0, GAP), (0, 0)), constant_values=255)
+
+
+def balance(run: Run) -> str | None:
+    """Return a picture of the training images of each class and of their draws; None if the run has not noted them."""
+    if not run.counts:
+        return None
+    sizes, sampling = run.counts["train"], run.recipe.images.sampling
+    counts = {"training images": sizes}
+    if sampling != "shuffled":
+        counts[f"draws per epoch, {sampling} sampling"] = draws_per_epoch(sizes, sampling).tolist()
+    names = [plain(name) for name in run.classes]
+    return svg_uri(balance_picture(counts, names, title="Training images by class", unit="images", size=(5.6, 4.0)))

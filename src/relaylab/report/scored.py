@@ -1,0 +1,114 @@
+"""The page's sections from scores of single images: the paper's tables, photos, confusions, gains by class."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relaylab.errors import InputError
+from relaylab.evaluate.error_rates import confusion, per_class_errors
+from relaylab.evaluate.images import images_of
+from relaylab.evaluate.protocols import Kind
+from relaylab.evaluate.scores import ScoreFolder
+from relaylab.report.curves import confusion_picture, gain_picture
+from relaylab.report.html import image_uri, svg_uri
+from relaylab.report.opening import Run
+from relaylab.report.paper_figures import Photo, pick_photos, plain
+from relaylab.report.paper_tables import paper_table
+from relaylab.report.style import SCHEME_NAMES
+from relaylab.report.summary import is_papers_task
+from relaylab.report.verdict import in_question
+from relaylab.tables import render
+
+PAIRS = 8  # of classes that are taken for each other most often
+PAPER_TABLES = ("1", "3", "4", "6", "sampling", "5")
+
+
+def paper_tables(scores: ScoreFolder, *, papers_rows: bool) -> list[str]:
+    """Return those of the paper's tables into which networks of the scores belong.
+
+    Their intervals over images are left out: the page has one interval for a difference, that over seeds.
+
+    Args:
+        scores: of the networks.
+        papers_rows: keep the paper's own rows, since networks and images are the paper's.
+    """
+    tables: list[str] = []
+    for number in PAPER_TABLES:
+        with suppress(InputError):
+            table = paper_table(number, [scores])
+            rows = tuple(row for row in table.rows if papers_rows or "(the paper" not in row[0])
+            tables.append(render(replace(table, rows=rows, notes=()), "html"))
+    return tables
+
+
+def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[str, Any]:
+    """Return what the page shows of the scores of these runs.
+
+    Raises:
+        InputError: there are none.
+    """
+    kind: Kind = "single-crop"
+    there = {name: scores.about(name) for name in scores.names() if kind in scores.protocols(name)}
+    own: dict[str, list[str]] = {}
+    for scheme, members in by_scheme.items():
+        seeds = {each.about["seed"] for each in members}
+        own[scheme] = [
+            name
+            for name, about in there.items()
+            if about.get("values", {}).get("scheme") == scheme and about.get("seed") in seeds
+        ]
+    own = {scheme: names for scheme, names in own.items() if names}
+    if not own:
+        raise InputError(f"{scores.path} holds no single-crop scores of these runs: relaylab eval RUN...")
+    classes, labels = scores.images.classes, scores.images.labels
+    shown = in_question(own) or next(iter(own))
+    network = own[shown][0]
+    counts = sum((confusion(scores.protocol(name, kind), labels) for name in own[shown]), start=np.zeros(1, np.int64))
+    photos, missing = _photos(scores, network, kind)
+    gains = None
+    if "standard" in own and shown != "standard":
+        errors = {
+            scheme: np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in own[scheme]], axis=0)
+            for scheme in ("standard", shown)
+        }
+        gains = svg_uri(gain_picture(errors["standard"] - errors[shown], classes))
+    return {
+        "title": scores.images.title,
+        "tables": paper_tables(scores, papers_rows=is_papers_task(next(iter(by_scheme.values()))[0])),
+        "method": SCHEME_NAMES[shown],
+        "network": network,
+        "networks": len(own[shown]),
+        "photos": photos,
+        "missing": missing,
+        "confusion": svg_uri(confusion_picture(counts, classes)),
+        "pairs": _worst_pairs(counts, classes),
+        "gains": gains,
+    }
+
+
+def _photos(scores: ScoreFolder, network: str, kind: Kind) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Photos by whether they are classified rightly, or the reason why there are none."""
+    try:
+        source = images_of(scores, network)
+    except InputError as error:  # a page without photos is better than none
+        return {}, str(error)
+    classes, found = scores.images.classes, scores.protocol(network, kind)
+    picked = {what: pick_photos(source, classes, found, right=what == "rightly") for what in ("rightly", "wrongly")}
+    return {what: [_photo(photo) for photo in photos] for what, photos in picked.items() if photos}, ""
+
+
+def _photo(photo: Photo) -> dict[str, Any]:
+    guesses = [(f"{100 * share:.0f} %", plain(name), name == photo.truth) for name, share in photo.guesses]
+    return {"uri": image_uri(photo.pixels), "truth": plain(photo.truth), "guesses": guesses}
+
+
+def _worst_pairs(counts: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, str, str]]:
+    wrong = counts - np.diag(np.diag(counts))
+    shares = 100 * wrong / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    order = np.argsort(shares, axis=None)[::-1][:PAIRS]
+    places = [np.unravel_index(int(place), shares.shape) for place in order]
+    return [(plain(classes[int(i)]), plain(classes[int(j)]), f"{shares[i, j]:.0f}") for i, j in places]

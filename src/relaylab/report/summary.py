@@ -1,0 +1,161 @@
+"""The page's tables: errors by method, failed runs, the paper's rows, and every value of the recipe."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from relaylab.recipes import RECIPES
+from relaylab.recipes.schema import SCHEMES
+from relaylab.report.costs import cost_of
+from relaylab.report.opening import Comparison, Run, joined
+from relaylab.report.paper_tables import NAMES, reported_rows
+from relaylab.report.style import SCHEME_NAMES
+from relaylab.report.verdict import chance_error, difference_text, in_question, mean_text, paired_differences
+from relaylab.tables import Table
+
+TITLES = {"top1": "top-1", "top5": "top-5"}
+TASK = ("network.", "images.")  # values that make it the paper's task
+COLUMNS = {"model_a": "3", "model_b": "3", "resnet50": "6", "inception_v3": "6"}  # networks of the paper's tables
+
+
+def tops(comparison: Comparison) -> dict[str, str]:
+    """Return the error rates that say something: with five classes or fewer, the top-5 error is always 0."""
+    is_few = len(comparison.runs[0].classes) <= 5
+    return {top: title for top, title in TITLES.items() if top == "top1" or not is_few}
+
+
+def summary(comparison: Comparison) -> Table:
+    """Return the page's first table: errors as the runs measured them, and what each method costs."""
+    by_scheme, shown, first = comparison.by_scheme, tops(comparison), comparison.runs[0]
+    errors = {top: comparison.errors(top) for top in shown}
+    ours, ratios = in_question(by_scheme), cost_of(first.recipe).ratios
+    paper = _paper_rows(comparison) if _has_papers_rows(first) else {}
+    header = ["method", "runs", *(f"{title} error, %" for title in shown.values())]
+    header += [f"{SCHEME_NAMES[ours]} minus this, {title}" for title in shown.values()] if ours else []
+    header += ["learning rate", "training time", "FLOPs per step"]
+
+    def row(name: str, runs: str, cells: Sequence[str]) -> tuple[str, ...]:
+        return (name, runs, *cells, *[""] * (len(header) - 2 - len(cells)))
+
+    rows: list[tuple[str, ...]] = []
+    for scheme in errors["top1"]:
+        own = by_scheme.get(scheme, [])
+        cells = [mean_text([each.last[top] for each in own]) if own else "" for top in shown]
+        for top in shown if ours else ():
+            pairs = paired_differences(errors[top][str(ours)], errors[top][scheme])
+            cells.append(difference_text(pairs) if own and scheme != ours else "")
+        cells += [f"{own[0].recipe.optimizer.lr:g}" if own else "", _seconds_text(own)]
+        cells.append(f"{100 * ratios[scheme]:.0f} %" if scheme in ratios else "")
+        rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
+        if scheme in paper:
+            rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme]))
+    rows.append(row("guessing", "", [f"{chance_error(len(first.classes), int(top[3:])):.2f}" for top in shown]))
+    return Table("Errors on the validation images", tuple(header), tuple(rows), _notes(comparison, ours))
+
+
+def _notes(comparison: Comparison, ours: str | None) -> tuple[str, ...]:
+    first, seeds = comparison.runs[0], max(map(len, comparison.by_scheme.values()))
+    step, iterations = first.last["step"], first.recipe.optimizer.iterations
+    when = "at the end of training" if step == iterations else f"at iteration {step:,} of {iterations:,}, unfinished"
+    text = f"Single crop, {when}"
+    if seeds > 1:
+        text += "; ± is the standard deviation over seeds"
+        if ours:
+            text += ". Differences are paired by seed; in brackets, their 95 % confidence interval over seeds (t)"
+    device = str(first.starts[-1].get("device")).replace("cpu", "CPU")
+    costs = (
+        f"Training time is the time spent on updates ({device}), mean over seeds; FLOPs are relative to standard BP."
+    )
+    return (f"{text}. {costs}",)
+
+
+def _runs_text(comparison: Comparison, scheme: str) -> str:
+    done = len(comparison.by_scheme.get(scheme, []))
+    kinds = [failure.kind for failure in comparison.failures if failure.scheme == scheme]
+    if not kinds:
+        return f"{done} seed{'s' if done > 1 else ''}"
+    told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    return f"{done} of {done + len(kinds)} seed{'s' if done + len(kinds) > 1 else ''}; {told}"
+
+
+def _seconds_text(own: Sequence[Run]) -> str:
+    seconds = [each.last["seconds"] for each in own if "seconds" in each.last]
+    if not seconds:
+        return ""
+    mean = statistics.fmean(seconds)
+    if mean < 120:
+        return f"{mean:.3g} s"
+    return f"{mean / 60:.3g} min" if mean < 7200 else f"{mean / 3600:.3g} h"
+
+
+def is_papers_task(run: Run) -> bool:
+    """Return whether a run trains a network of the paper's tables on the paper's images."""
+    recipe = RECIPES.get(run.recipe.name)
+    if recipe is None or recipe.network.architecture not in COLUMNS:
+        return False
+    papers = {name: value for name, value, _ in recipe.fields() if name.startswith(TASK)}
+    return papers == {name: value for name, value, _ in run.recipe.fields() if name.startswith(TASK)}
+
+
+def _has_papers_rows(run: Run) -> bool:
+    """Return whether the paper reports errors by single crop, which runs measure, on the task of a run."""
+    return is_papers_task(run) and COLUMNS[run.recipe.network.architecture] == "3"
+
+
+def papers_table(comparison: Comparison) -> Table | None:
+    """Return the paper's own figures, for a comparison on another task; None where they are in the first table."""
+    if _has_papers_rows(comparison.runs[0]):
+        return None
+    architecture = comparison.runs[0].recipe.network.architecture
+    architecture = architecture if architecture in COLUMNS else "model_a"
+    number = COLUMNS[architecture]
+    data = "Places2, 8.1 million training images, single crop" if number == "3" else "ImageNet 2012, dense testing"
+    title = f"The paper's Table {number}, {NAMES[architecture]}: {data}"
+    notes = ("In brackets, the improvement over standard BP.",)
+    rows = tuple(reported_rows(number, [architecture]))
+    return Table(title, ("method", "top-1 error, %", "top-5 error, %"), rows, notes)
+
+
+def _paper_rows(comparison: Comparison) -> dict[str, list[str]]:
+    rows = reported_rows("3", [comparison.runs[0].recipe.network.architecture])
+    schemes = {f"{method} (the paper)": scheme for scheme, method in SCHEMES.items()}
+    return {schemes[row[0]]: list(row[1 : 1 + len(tops(comparison))]) for row in rows}
+
+
+def failure_table(comparison: Comparison) -> Table | None:
+    """Return the runs that failed, with the reason; None if there are none."""
+    rows = [
+        (f"{SCHEME_NAMES[each.scheme]}, seed {each.seed}", each.kind, f"{each.step or ''}", each.error)
+        for each in comparison.failures
+    ]
+    return Table("Runs without a result", ("run", "outcome", "step", "reason"), tuple(rows)) if rows else None
+
+
+def recipe_table(comparison: Comparison) -> Table:
+    """Return every value of the recipe with its source; schemes are named where they differ."""
+    fields = {scheme: own[0].recipe.fields() for scheme, own in comparison.by_scheme.items()}
+    found = {scheme: {name: (_text(value), source) for name, value, source in own} for scheme, own in fields.items()}
+    names = dict.fromkeys(name for own in found.values() for name in own if name != "scheme")
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        cells = {scheme: own[name] for scheme, own in found.items() if name in own}
+        rows.append((name, *(joined({scheme: cell[i] for scheme, cell in cells.items()}) for i in (0, 1))))
+    return Table(comparison.runs[0].recipe.name, ("name", "value", "source"), tuple(rows))
+
+
+def run_table(comparison: Comparison) -> Table:
+    """Return where and with what each run was trained."""
+    rows: list[tuple[str, ...]] = []
+    for each in comparison.runs:
+        start = each.starts[-1]
+        versions: Mapping[str, str] = start.get("versions", {})
+        where = f"{start.get('device')}, processes: {start.get('processes')}, threads: {start.get('threads')}"
+        told = ", ".join(f"{name} {version}" for name, version in versions.items())
+        name, started = each.folder.resolve().name, str(each.starts[0].get("started_at", ""))
+        commit = str(start.get("commit") or "")
+        rows.append((name, str(each.last["step"]), started, where, f"{told}{f', commit {commit}' if commit else ''}"))
+    return Table("Runs", ("run", "last step", "started", "machine", "versions"), tuple(rows))
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
