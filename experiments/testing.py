@@ -17,7 +17,7 @@ from relaylab.data.geometry import View
 from relaylab.data.memory import decode_all
 from relaylab.data.parts import InMemory
 from relaylab.data.sources.source import Source
-from relaylab.data.sources.subset import Thinned, few_per_class
+from relaylab.data.sources.subset import Thinned
 from relaylab.errors import InputError
 from relaylab.evaluate.error_rates import misses
 from relaylab.evaluate.protocols import Pass
@@ -31,6 +31,11 @@ from relaylab.train.images import chosen_numbers, open_sources
 from relaylab.train.validation import batch_size
 
 TESTED_PER_CLASS = 100  # images, in both parts: there are as many validation images
+
+
+def few_per_class(labels: NDArray[np.integer], count: int) -> NDArray[np.int64]:
+    """Return the indices of the first `count` images of each class."""
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from relaylab.files import write_text
 from relaylab.models.building import KINDS
 from relaylab.recipes import find_recipe
 from relaylab.recipes.schema import Recipe
-from relaylab.report.comparison import Result, result_of
 from relaylab.train import runs, session
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import read_metrics
@@ -40,6 +39,26 @@ class NotChosenError(InputError):
 
     def __init__(self, arm: str) -> None:
         super().__init__(f"{arm} decides about a learning rate and is not done: train the group {SELECTION} first")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The validations of a finished run.
+
+    Attributes:
+        scheme: that trained it.
+        seed: of weights, batches, crops and dropout.
+        validations: step, top1, top5 and loss, in their order.
+    """
+
+    scheme: str
+    seed: int
+    validations: tuple[Mapping[str, float], ...]
+
+    @property
+    def last(self) -> Mapping[str, float]:
+        """The validation at the end of training."""
+        return self.validations[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +122,17 @@ class Run:
         if not any((self.folder / name).is_file() for name in (runs.MODEL, TESTED)):
             return None
         return result_of(self.folder, self.iterations, ARMS[self.arm].scheme, self.seed)
+
+
+def result_of(folder: Path, iterations: int, scheme: str, seed: int) -> Result | None:
+    """Return the result of a run, or None if its metrics do not reach its last iteration."""
+    if not (folder / runs.METRICS).is_file():
+        return None
+    found = [line for line in read_metrics(folder / runs.METRICS) if line["kind"] == "val"]
+    if not found or found[-1]["step"] != iterations:
+        return None
+    names = ("step", "top1", "top5", "loss")
+    return Result(scheme, seed, tuple({name: line[name] for name in names} for line in found))
 
 
 def run_of(name: str, seed: int, place: Place) -> Run:

@@ -59,8 +59,8 @@ def test_what_is_missing_is_trained_and_the_spread_is_in_the_table(
     assert cli.main([*words, "--seeds", "0,1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what was there has been trained again"
     table = capsys.readouterr().out
-    assert "| Relay BP | 2 |" in table
-    assert (tmp_path / "comparison.md").read_text().count("±") >= 4
+    assert "| Relay BP | 2 seeds |" in table
+    assert (tmp_path / "comparison.md").read_text().count("±") == 3, "two errors and the note; no top-5 of five classes"
     assert len(json.loads((tmp_path / "comparison.json").read_text())["runs"]) == 4
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
 
@@ -106,10 +106,10 @@ def test_a_run_that_diverges_is_a_result_and_is_not_trained_again(
         assert cli.main(words) == 1
         captured = capsys.readouterr()
         (row,) = [line for line in captured.out.splitlines() if line.startswith("| Relay BP")]
-        assert row.startswith("| Relay BP | 0 of 2 | - | - |")
+        assert row.startswith("| Relay BP | 0 of 2 seeds; 2 diverged |  |  |")
         assert "Relay BP, seed 1: diverged after step 0: step 1: not finite" in captured.err
         assert "would diverge again" in captured.err
-        assert "| standard BP | 2 |" in captured.out
+        assert "| standard BP | 2 seeds |" in captured.out
         assert "Relay BP, seed 0: diverged" in (tmp_path / "comparison.md").read_text()
         told = json.loads((tmp_path / "comparison.json").read_text())
         assert [(each["scheme"], each["seed"], each["kind"], each["step"]) for each in told["failures"]] == [
@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) ->
     failure = failures.read_failure(tmp_path / "standard-s0")
     assert failure is not None
     assert (failure.kind, failure.error) == ("failed", "its process was ended by SIGKILL")
-    assert "| standard BP | 0 of 1 |" in (tmp_path / "comparison.md").read_text()
+    assert "| standard BP | 0 of 1 seed; 1 failed |" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "relay-s0" / runs.MODEL).is_file(), "the other run was not affected"
     assert cli.main(words) == 0
     assert failures.read_failure(tmp_path / "standard-s0") is None

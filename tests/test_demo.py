@@ -158,19 +158,20 @@ def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: p
     words = ["demo", "--data", str(tree), "--out", str(out), "--epochs", "1", "--seeds", "0,1", "--set", *TINY]
     assert cli.main([*words, "network.image_size=32", "optimizer.batch_size=8"]) == 0
     captured = capsys.readouterr()
-    *table, blank, verdict, _, page = captured.out.splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| standard BP", "| multi-loss + standard BP", "| Relay BP"]
-    assert blank == ""
+    *table, blank, verdict, other_blank, table_path, page = captured.out.splitlines()
+    methods = ["| standard BP", "| multi-loss", "| Relay BP", "| guessing"]
+    assert [line.split(" | ")[0] for line in table[2:]] == methods
+    assert (blank, other_blank, table_path) == ("", "", f"Table: {(out / 'comparison.md').resolve()}")
     assert verdict.startswith("The top-1 error of Relay BP is ")
     assert verdict.endswith(".")
-    assert page == f"Page: {(out / 'report.html').resolve()}"
+    assert page == f"Page:  {(out / 'report.html').resolve()}"
     assert "6 of 6: " in captured.err
     html = (out / "report.html").read_text()
     assert "<script" not in html
     results = json.loads((out / "comparison.json").read_text())["runs"]
     top1 = [run["validations"][-1]["top1"] for run in results if run["scheme"] == "relay"]
     mean = f"{sum(top1) / 2:.2f}"
-    assert f"| Relay BP | 2 | {mean}" in "\n".join(table)
+    assert f"| Relay BP | 2 seeds | {mean}" in "\n".join(table)
     assert mean in html
 
 

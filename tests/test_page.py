@@ -16,8 +16,8 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.scales import at_scale
 from relaylab.report.balance import draws_per_epoch
+from relaylab.report.comparison import open_runs
 from relaylab.report.costs import cost_of
-from relaylab.report.opening import open_runs
 from relaylab.report.page import question, render_page
 from relaylab.report.style import layer_name
 from relaylab.report.summary import failure_table, papers_table, recipe_table, summary
@@ -152,7 +152,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     (failed / runs.METRICS).write_text("")
     early = tmp_path / "isolated-s0"  # it failed before its configuration was written
     early.mkdir()
-    (early / "failure.json").write_text(json.dumps({"step": None, "error": "out of memory"}))
+    (early / "failure.json").write_text(json.dumps({"kind": "failed", "step": 0, "error": "out of memory"}))
     comparison = open_runs([tmp_path])
     rows = rows_of(summary(comparison))
     assert rows["multi-loss"]["runs"] == "2 of 3 seeds; 1 diverged"
@@ -165,7 +165,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     assert table is not None
     assert table.rows == (
         ("multi-loss, seed 1", "diverged", "7", "step 8: not finite: the loss primary"),
-        ("isolated windows, seed 0", "failed", "", "out of memory"),
+        ("isolated windows, seed 0", "failed", "0", "out of memory"),
     )
     page = render_page(comparison)
     assert "2 of 3 seeds; 1 diverged" in page
@@ -177,8 +177,8 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
 
 def test_a_comparison_of_failures_alone_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path, "relay", 0, 50.0)
-    (run / "failure.json").write_text(json.dumps({"step": 3, "error": "it burst"}))
-    with pytest.raises(InputError, match=r"all runs have failed.*relay-s0: it burst"):
+    (run / "failure.json").write_text(json.dumps({"kind": "failed", "step": 3, "error": "it burst"}))
+    with pytest.raises(InputError, match=r"all runs have failed.*Relay BP, seed 0: failed after step 3: it burst"):
         open_runs([tmp_path])
     (run / "failure.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):

@@ -23,6 +23,7 @@ from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, St
 from relaylab.train import checkpoint, segments, validation
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import make_fabric
+from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
 from relaylab.train.signals import StopRequest
@@ -39,7 +40,7 @@ def test_the_validation_loss_is_the_mean_over_images() -> None:
     part = InMemory(DecodedImages(images, labels, tuple("abcdefg")), View(size=4, short_side=4))
     relay = Relay(nn.Sequential(nn.Flatten(), nn.Linear(48, 7)), Plan())
     augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
-    fabric = make_fabric(options.TrainConfig(recipe="x", accelerator="cpu"))
+    fabric = make_fabric(TrainConfig(recipe="x", accelerator="cpu"))
     found = validation.Validation(part, augment, nn.CrossEntropyLoss(), fabric)(relay)
     with torch.no_grad():
         scores = relay.model.double()(images.permute(0, 3, 1, 2).double() / 64)

@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(overview())
             return 0
         run, options = parse(arguments)
+        from relaylab.options import check_paths
+
+        check_paths(options)
         return run(options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -88,12 +91,12 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
         The command's function, and its options.
 
     Raises:
-        InputError: an unknown command, or a path that does not exist.
+        InputError: an unknown command.
         SystemExit: options that are not the command's, or --help.
     """
     import tyro
 
-    from relaylab.options import check_paths, given_options
+    from relaylab.options import given_options
 
     count = next((n for n in (2, 1) if " ".join(arguments[:n]) in COMMANDS), 0)
     if not count:
@@ -109,7 +112,6 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     options = tyro.cli(kind, prog=f"relaylab {name}", args=rest, config=config)
     if hasattr(options, "given"):
         object.__setattr__(options, "given", frozenset(given_options(kind, rest)))
-    check_paths(options)
     return run, options
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from relaylab.train.options import Engine, TrainConfig
 
 if TYPE_CHECKING:
     from relaylab.report.comparison import Comparison, Member
-    from relaylab.train.failures import Failure
     from relaylab.train.runs import Request
 
 
@@ -28,7 +27,7 @@ class CompareOptions(Engine):
     """
 
     schemes: Listed = "standard,multi-loss,relay"
-    """Schemes, in place of the recipe's; all are compared with the first one."""
+    """Schemes, in place of the recipe's."""
 
     seeds: Listed = "0,1,2"
     """Seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
@@ -47,10 +46,7 @@ def main(options: CompareOptions) -> int:
         comparison = compare(options, folder)
         if comparison is None:
             return INTERRUPTED
-        print_table(comparison, folder)
-        from relaylab.report.comparison import TABLE
-
-        print(f"\n{(folder / TABLE).resolve()}")
+        print_results(comparison, folder, options.changes)
         return FAILED if comparison.failures else 0
 
 
@@ -78,29 +74,35 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     requests = {key: runs.understand(member) for key, member in members.items()}
     iterations = next(iter(requests.values())).recipe.optimizer.iterations
     folders = {key: folder / folder_name(*key) for key in members}
-    before = {key: failures.read_failure(path) for key, path in folders.items()}
+    failed = {key: failures.read_failure(path) for key, path in folders.items()}
     missing = {
         key: request.config
         for key, request in requests.items()
-        if not (folders[key] / runs.MODEL).is_file() and getattr(before[key], "kind", None) != "diverged"
+        if not (folders[key] / runs.MODEL).is_file() and getattr(failed[key], "kind", None) != "diverged"
     }
-    found = _train(options, requests, missing, iterations) if missing else {}
-    if found is None:
+    if missing and not _train(options, requests, missing, iterations):
         done = sum((path / runs.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")
         return None
-    from relaylab.report.comparison import Comparison, result_of
+    from relaylab.report.comparison import open_runs
 
-    results = {key: result_of(path, iterations, *key) or found.get(key) or before[key] for key, path in folders.items()}
-    return Comparison(name_of(options), options.changes, results)
+    ended = {key for key, path in folders.items() if (path / runs.MODEL).is_file() or failures.read_failure(path)}
+    comparison = open_runs([folders[key] for key in members if key in ended], may_fail=True)
+    lost = failures.Failure("failed", 0, "it left no result, perhaps for lack of space on the disk")
+    return dataclasses.replace(
+        comparison, failures={**comparison.failures, **{key: lost for key in members if key not in ended}}
+    )
 
 
-def print_table(comparison: "Comparison", folder: Path) -> None:
-    """Write and print a comparison's table, and say which runs have failed."""
-    from relaylab.report.comparison import write
+def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]) -> None:
+    """Write and print a comparison's table and its verdict in one sentence, and name the runs that have failed."""
+    from relaylab.report.summary import TABLE, write_comparison
+    from relaylab.report.verdict import verdict
     from relaylab.tables import markdown_lines
 
-    print("\n".join(markdown_lines(write(folder, comparison))))
+    if comparison.runs:
+        print("\n".join(markdown_lines(write_comparison(folder, comparison, changes))))
+        print(f"\n{verdict(comparison.errors('top1'))}\n\nTable: {(folder / TABLE).resolve()}")
     for (scheme, seed), failure in comparison.failures.items():
         print(f"{SCHEMES[scheme]}, seed {seed}: {failure.text}", file=sys.stderr)
     kinds = {failure.kind for failure in comparison.failures.values()}
@@ -155,8 +157,8 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
 
 def _train(
     options: CompareOptions, requests: "Mapping[Member, Request]", missing: "Mapping[Member, TrainConfig]", length: int
-) -> "dict[Member, Failure | None] | None":
-    """Train the missing runs: several at once, or one after another with several devices."""
+) -> bool:
+    """Train the missing runs, or those of several devices one after another; False if they were stopped."""
     if options.devices > 1:
         return _train_in_turn(missing)
     from relaylab.train import jobs
@@ -170,8 +172,7 @@ def _train(
         folder_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
         for key, config in missing.items()
     }
-    found = jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)
-    return None if found is None else {key: found[folder_name(*key)] for key in missing}
+    return jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)
 
 
 def _alike(options: CompareOptions, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:
@@ -200,19 +201,20 @@ def _alike(options: CompareOptions, requests: "Mapping[Member, Request]") -> tup
     return where, min(starts[0]["threads"], cores) if starts else threads
 
 
-def _train_in_turn(missing: "Mapping[Member, TrainConfig]") -> "dict[Member, Failure | None] | None":
-    """Train with several devices, whose processes torchrun starts."""
+def _train_in_turn(missing: "Mapping[Member, TrainConfig]") -> bool:
+    """Train with several devices, whose processes torchrun starts; False if a run was stopped."""
     from relaylab.train import engine, runs
-    from relaylab.train.failures import Failure, read_failure
+    from relaylab.train.failures import Failure, read_failure, write_failure
 
-    found: dict[Member, Failure | None] = {}
     for number, (key, config) in enumerate(missing.items(), 1):
         assert config.out is not None
         print(f"run {number} of {len(missing)}: {SCHEMES[key[0]]}, seed {key[1]}", file=sys.stderr, flush=True)
         code = engine.launch(config, runs.arguments_of(config))
         if code == INTERRUPTED:
-            return None
+            return False
         if code == WRONG_INPUT:
             raise InputError(f"the run in {config.out} could not begin: see the error above")
-        found[key] = (read_failure(config.out) or Failure("failed", 0, f"exit code {code}")) if code else None
-    return found
+        if code and read_failure(config.out) is None:
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_failure(config.out, Failure("failed", 0, f"its processes ended with exit code {code}"))
+    return True

@@ -1,10 +1,9 @@
 """`relaylab demo`: standard BP, multi-loss and relay on handwritten digits or on the user's images."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relaylab.commands.compare import CompareOptions, compare, folder_name, print_table
+from relaylab.commands.compare import CompareOptions, compare, print_results
 from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder, write_text
 from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems
@@ -13,7 +12,6 @@ from relaylab.train.options import Changes, Engine
 if TYPE_CHECKING:
     from relaylab.data.sources.source import Source
     from relaylab.recipes.schema import Recipe
-    from relaylab.report.comparison import Comparison
 
 PAGE = "report.html"
 EPOCHS, SEEDS = {"digits": 30, "photos": 12}, {"digits": "0,1,2", "photos": "0"}  # by recipe
@@ -39,7 +37,7 @@ class DemoOptions:
     images)."""
 
     schemes: Listed = "standard,multi-loss,relay"
-    """Schemes; all are compared with the first one."""
+    """Schemes to compare."""
 
     seeds: OptionalList = ""
     """Seeds: how often each scheme is trained. (default: 0,1,2 for the digits, 0 for photographs)."""
@@ -82,21 +80,13 @@ def main(options: DemoOptions) -> int:
         comparison = compare(given, folder)
         if comparison is None:
             return INTERRUPTED
-        print_table(comparison, folder)
-        from relaylab.report.verdict import verdict
+        print_results(comparison, folder, given.changes)
+        if comparison.runs:
+            from relaylab.report.page import render_page
 
-        print(f"\n{verdict(comparison.errors('top1'))}")
-        if comparison.finished:
-            print(f"\nPage: {_page(comparison, folder).resolve()}")
+            write_text(folder / PAGE, render_page(comparison))
+            print(f"Page:  {(folder / PAGE).resolve()}")
         return FAILED if comparison.failures else 0
-
-
-def _page(comparison: "Comparison", folder: Path) -> Path:
-    from relaylab.report.page import open_runs, render_page
-
-    members = [folder / folder_name(*key) for key, result in comparison.results.items() if result is not None]
-    write_text(folder / PAGE, render_page(open_runs(members), None))
-    return folder / PAGE
 
 
 def suited(name: str, options: DemoOptions) -> tuple[str, ...]:

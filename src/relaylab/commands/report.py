@@ -77,7 +77,7 @@ def main(options: ReportOptions) -> int:
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     from relaylab.evaluate.scores import ScoreFolder
-    from relaylab.report.opening import open_runs
+    from relaylab.report.comparison import open_runs
     from relaylab.report.page import render_page
 
     comparison = open_runs(options.runs)

@@ -19,7 +19,7 @@ from relaylab.evaluate.testing import Cuts, Scorer
 from relaylab.models.building import build_relay
 from relaylab.models.file import ModelFile, read_model
 from relaylab.progress import Task, progress
-from relaylab.report.opening import Run, open_runs
+from relaylab.report.comparison import Run, open_runs
 from relaylab.train import checkpoint, runs
 from relaylab.train.segments import segments_of
 

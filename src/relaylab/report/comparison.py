@@ -1,156 +1,174 @@
-"""A comparison's results: read from its runs, as one table with the spread over the seeds, and as curves."""
+"""Comparisons: runs that differ in scheme, seed and rate only, opened from their folders, and those that failed."""
 
-import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relaylab.files import write_text
-from relaylab.recipes.schema import SCHEMES
-from relaylab.report.curves import curve_picture
-from relaylab.report.verdict import CONFIDENCE, difference_text, mean_text, paired_differences
-from relaylab.tables import Table, markdown_lines
+from relaylab.errors import InputError
+from relaylab.evaluate.trained import describe_run
+from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.report.style import SCHEME_NAMES
 from relaylab.train import runs
-from relaylab.train.failures import Failure
-from relaylab.train.records import read_metrics
+from relaylab.train.failures import FILE, Failure, read_failure
+from relaylab.train.records import metrics_of
 
-TABLE, RESULTS, CURVES = "comparison.md", "comparison.json", "curves.svg"
-TOPS = {"top1": "top-1", "top5": "top-5"}
+RATE = "optimizer.lr"  # which may have been chosen for each scheme
 Member = tuple[str, int]
 """A scheme and a seed."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """One finished run of a comparison.
+class Run:
+    """A run that the page is about.
 
     Attributes:
-        scheme: that trained it.
-        seed: of weights, batches, crops and dropout.
-        validations: step, top1, top5 and loss, in their order.
+        folder: of it.
+        recipe: what it trains.
+        about: options and values as its folder records them.
+        classes: their names.
+        counts: images of each class, by part; empty for runs of earlier versions.
+        metrics: its lines.
+        starts: where and with what it was started.
+        last: the validation that the page reports: the last one that all runs have.
     """
 
-    scheme: str
-    seed: int
-    validations: tuple[Mapping[str, float], ...]
-
-    @property
-    def last(self) -> Mapping[str, float]:
-        """The validation at the end of training."""
-        return self.validations[-1]
+    folder: Path
+    recipe: Recipe
+    about: Mapping[str, Any]
+    classes: tuple[str, ...]
+    counts: Mapping[str, Sequence[int]]
+    metrics: Sequence[Mapping[str, Any]]
+    starts: Sequence[Mapping[str, Any]]
+    last: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recipe under several schemes and seeds.
+    """Runs that are alike except for scheme, seed and the schemes' learning rates.
 
     Attributes:
-        name: of the recipe, with its scale.
-        changes: of the recipe's values.
-        results: by scheme and seed, in the order that the user gave; the failure of a run that has failed, None for a
-            run that is missing. All schemes are compared with the first one.
+        runs: those with a result, sorted by scheme and seed.
+        failures: the others, in the same order.
     """
 
-    name: str
-    changes: Sequence[str]
-    results: Mapping[Member, Result | Failure | None]
+    runs: Sequence[Run]
+    failures: Mapping[Member, Failure] = field(default_factory=dict[Member, Failure])
 
     @property
-    def finished(self) -> list[Result]:
-        """The runs that have finished."""
-        return [result for result in self.results.values() if isinstance(result, Result)]
-
-    @property
-    def failures(self) -> dict[Member, Failure]:
-        """The runs that have failed."""
-        return {key: result for key, result in self.results.items() if isinstance(result, Failure)}
+    def by_scheme(self) -> dict[str, list[Run]]:
+        """The runs with a result of each scheme that has any."""
+        found = {scheme: [run for run in self.runs if run.recipe.scheme == scheme] for scheme in SCHEMES}
+        return {scheme: own for scheme, own in found.items() if own}
 
     def errors(self, top: str) -> dict[str, dict[int, float | None]]:
-        """Return the final errors in per cent by scheme and seed, None for a run without a result.
-
-        Args:
-            top: "top1" or "top5".
-        """
-        found: dict[str, dict[int, float | None]] = {}
-        for (scheme, seed), result in self.results.items():
-            found.setdefault(scheme, {})[seed] = result.last[top] if isinstance(result, Result) else None
-        return found
+        """Return an error by scheme and seed; None for failed runs."""
+        found: dict[str, dict[int, float | None]] = {scheme: {} for scheme in SCHEMES}
+        for run in self.runs:
+            found[run.recipe.scheme][run.about["seed"]] = run.last[top]
+        for scheme, seed in self.failures:
+            found[scheme].setdefault(seed, None)
+        return {scheme: own for scheme, own in found.items() if own}
 
 
-def result_of(folder: Path, iterations: int, scheme: str, seed: int) -> Result | None:
-    """Return the result of a run, or None if its metrics do not reach its last iteration."""
-    if not (folder / runs.METRICS).is_file():
-        return None
-    found = [line for line in read_metrics(folder / runs.METRICS) if line["kind"] == "val"]
-    if not found or found[-1]["step"] != iterations:
-        return None
-    names = ("step", "top1", "top5", "loss")
-    return Result(scheme, seed, tuple({name: line[name] for name in names} for line in found))
+def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
+    """Open folders of runs, or of comparisons, which hold runs.
 
-
-def write(folder: Path, comparison: Comparison) -> Table:
-    """Write the table, the results behind it and the curves.
-
-    Returns:
-        The table.
+    Args:
+        paths: the folders.
+        may_fail: whether all of them may have failed.
 
     Raises:
-        OSError: they cannot be written.
+        InputError: no runs, empty ones, only failed ones, or runs of different classes, images or recipes.
     """
-    shown = table(comparison)
-    picture = ""
-    if comparison.finished:
-        write_text(folder / CURVES, curves(comparison.finished))
-        picture = f"\n![Validation error]({CURVES})\n"
-    text = [f"# {shown.title}\n", *markdown_lines(shown), "", *(f"{note}\n" for note in shown.notes)]
-    write_text(folder / TABLE, "\n".join(text) + picture)
-    figures = {
-        "recipe": comparison.name,
-        "changes": list(comparison.changes),
-        "runs": [dataclasses.asdict(result) for result in comparison.finished],
-        "failures": [
-            {"scheme": scheme, "seed": seed, **dataclasses.asdict(failure)}
-            for (scheme, seed), failure in comparison.failures.items()
-        ],
-    }
-    write_text(folder / RESULTS, json.dumps(figures, indent=1) + "\n")
-    return shown
-
-
-def table(comparison: Comparison) -> Table:
-    """Return a comparison's table; the first scheme is the one that the others are compared with."""
-    errors = {top: comparison.errors(top) for top in TOPS}
-    first = next(iter(errors["top1"]))
-    header = ["scheme", "seeds", *(f"{name} error" for name in TOPS.values())]
-    header += [f"{name} minus {SCHEMES[first]}" for name in TOPS.values()]
-    rows: list[tuple[str, ...]] = []
-    for scheme, seeds in errors["top1"].items():
-        done = sum(error is not None for error in seeds.values())
-        cells = [SCHEMES[scheme], str(done) if done == len(seeds) else f"{done} of {len(seeds)}"]
-        own = {top: [error for error in errors[top][scheme].values() if error is not None] for top in TOPS}
-        cells += [mean_text(own[top]) if own[top] else "-" for top in TOPS]
-        pairs = {top: paired_differences(errors[top][scheme], errors[top][first]) for top in TOPS}
-        cells += ["" if scheme == first else difference_text(pairs[top]) for top in TOPS]
-        rows.append(tuple(cells))
-    changes = [f"Changed: {', '.join(comparison.changes)}."] if comparison.changes else []
-    failed = [
-        f"{SCHEMES[scheme]}, seed {seed}: {failure.text}" for (scheme, seed), failure in comparison.failures.items()
-    ]
-    notes = (
-        *changes,
-        *failed,
-        "Single-crop errors on the validation images after the last iteration, in per cent: mean ± standard deviation "
-        f"over seeds. Differences are paired by seed, with their {100 * CONFIDENCE:.0f} % confidence interval (t). One "
-        "seed gives all schemes the same weights, batches, crops and dropout masks.",
+    folders: list[Path] = []
+    for path in paths:
+        inside = {file.parent for name in (runs.CONFIG, FILE) for file in path.glob(f"*/{name}")}
+        folders += [path] if _is_run(path) or not inside else sorted(inside)
+    if not folders and not may_fail:
+        raise InputError("no runs are given: name folders of runs, or of comparisons")
+    failed = dict(_open_failure(folder) for folder in folders if _has_failed(folder))
+    found = [_open(folder) for folder in folders if not _has_failed(folder)]
+    if not found and not may_fail:
+        reasons = "; ".join(
+            f"{SCHEMES[scheme]}, seed {seed}: {failure.text}" for (scheme, seed), failure in failed.items()
+        )
+        raise InputError(f"all runs have failed, so there is nothing to report: {reasons}")
+    for one, other in itertools.combinations(found, 2):
+        _check_alike(one, other)
+    validated = [{line["step"]: line for line in each.metrics if line["kind"] == "val"} for each in found]
+    steps = set.intersection(*map(set, validated)) if validated else {0}
+    if not steps:
+        raise InputError("the runs have no validation at the same iteration: resume them, relaylab train --resume RUN")
+    found = [replace(each, last=own[max(steps)]) for each, own in zip(found, validated, strict=True)]
+    order = list(SCHEMES)
+    return Comparison(
+        sorted(found, key=lambda each: (order.index(each.recipe.scheme), each.about["seed"])),
+        dict(sorted(failed.items(), key=lambda each: (order.index(each[0][0]), each[0][1]))),
     )
-    return Table(comparison.name, tuple(header), tuple(rows), notes)
 
 
-def curves(results: Sequence[Result]) -> str:
-    """Draw top-1 errors against iterations, as SVG text."""
-    lines: dict[str, list[list[dict[str, Any]]]] = {}
-    for result in results:
-        lines.setdefault(result.scheme, []).append([{"kind": "val", **line} for line in result.validations])
-    return curve_picture(lines, "val", "top1", "Validation error, top-1", "per cent")
+def _is_run(path: Path) -> bool:
+    return (path / runs.CONFIG).exists() or (path / FILE).exists()
+
+
+def _has_failed(folder: Path) -> bool:
+    return (folder / FILE).is_file() and not (folder / runs.MODEL).exists()
+
+
+def _open_failure(folder: Path) -> tuple[Member, Failure]:
+    failure = read_failure(folder)
+    if failure is None:
+        raise InputError(f"{folder / FILE} cannot be read: it is damaged; remove it, and train the run again")
+    if (folder / runs.CONFIG).is_file():
+        about = describe_run(folder)
+        return (about["values"]["scheme"], about["seed"]), failure
+    name = re.fullmatch(r"(.+)-s(\d+)", folder.resolve().name)  # it failed before it began; named by `compare`
+    scheme = "" if name is None else name[1].replace("-", "_")
+    if name is None or scheme not in SCHEMES:
+        raise InputError(f"{folder} holds {FILE} but no {runs.CONFIG}: scheme and seed are not known")
+    return (scheme, int(name[2])), failure
+
+
+def _open(folder: Path) -> Run:
+    if not (folder / runs.CONFIG).is_file():
+        raise InputError(f"{folder} holds no run: expected {runs.CONFIG}, as `relaylab train` writes it")
+    recipe, about, metrics = runs.recipe_of(folder), describe_run(folder), metrics_of(folder)
+    if not any(line["kind"] == "val" for line in metrics):
+        raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
+    try:
+        config = json.loads((folder / runs.CONFIG).read_text(encoding="utf-8"))
+        classes, counts = tuple(config["classes"]), config.get("counts", {})
+        starts = json.loads((folder / runs.ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: {runs.CONFIG} or {runs.ENVIRONMENT} cannot be read: {error}") from None
+    return Run(folder, recipe, about, classes, counts, metrics, starts, {})
+
+
+def _check_alike(one: Run, other: Run) -> None:
+    def refuse(what: str) -> None:
+        raise InputError(f"{one.folder} and {other.folder} have {what}: they cannot be compared in one table")
+
+    if one.classes != other.classes:
+        refuse(f"different classes ({len(one.classes)} and {len(other.classes)})")
+    if (one.about["data"], one.about["val_data"]) != (other.about["data"], other.about["val_data"]):
+        refuse("different images")
+    values = one.about["values"], other.about["values"]
+    apart = ("scheme", "plan", "evaluation", *([RATE] if one.recipe.scheme != other.recipe.scheme else []))
+    names = [name for name in {**values[0], **values[1]} if not name.startswith(apart)]
+    different = [name for name in names if values[0].get(name) != values[1].get(name)]
+    if different:
+        refuse(f"different recipes ({different[0]})")
+    if one.recipe.scheme == other.recipe.scheme and one.about["seed"] == other.about["seed"]:
+        refuse("the same scheme and seed")
+
+
+def joined(texts: Mapping[str, str]) -> str:
+    """Format a text for each scheme: once if all are the same, else with the schemes' names."""
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    schemes = {text: [SCHEME_NAMES[s] for s, other in texts.items() if other == text] for text in texts.values()}
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in schemes.items())

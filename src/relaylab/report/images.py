@@ -9,8 +9,8 @@ from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.errors import InputError
 from relaylab.report.balance import balance_picture, draws_per_epoch
+from relaylab.report.comparison import Run
 from relaylab.report.html import image_uri, svg_uri
-from relaylab.report.opening import Run
 from relaylab.report.paper_figures import plain
 from relaylab.train.images import open_sources
 from relaylab.train.options import TrainConfig

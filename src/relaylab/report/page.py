@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from relaylab.evaluate.scores import ScoreFolder
+from relaylab.report.comparison import Comparison
 from relaylab.report.curves import angle_picture, curve_picture
 from relaylab.report.html import render_template, svg_uri
 from relaylab.report.images import balance, is_embedded, sample_strips
-from relaylab.report.opening import Comparison
 from relaylab.report.paper_figures import gradient_figure, window_figure
 from relaylab.report.paper_tables import NAMES
 from relaylab.report.scored import scored

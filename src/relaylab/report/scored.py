@@ -13,9 +13,9 @@ from relaylab.evaluate.error_rates import confusion, per_class_errors
 from relaylab.evaluate.images import images_of
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder
+from relaylab.report.comparison import Run
 from relaylab.report.curves import confusion_picture, gain_picture
 from relaylab.report.html import image_uri, svg_uri
-from relaylab.report.opening import Run
 from relaylab.report.paper_figures import Photo, pick_photos, plain
 from relaylab.report.paper_tables import paper_table
 from relaylab.report.style import SCHEME_NAMES

@@ -1,21 +1,65 @@
-"""The page's tables: errors by method, failed runs, the paper's rows, and every value of the recipe."""
+"""The tables of a comparison: errors by method, failed runs, the paper's rows, and every value of the recipe."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from relaylab.files import write_text
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEMES
+from relaylab.report.comparison import Comparison, Run, joined
 from relaylab.report.costs import cost_of
-from relaylab.report.opening import Comparison, Run, joined
+from relaylab.report.curves import curve_picture
 from relaylab.report.paper_tables import NAMES, reported_rows
 from relaylab.report.style import SCHEME_NAMES
 from relaylab.report.verdict import chance_error, difference_text, in_question, mean_text, paired_differences
-from relaylab.tables import Table
+from relaylab.tables import Table, markdown_lines
 
+TABLE, RESULTS, CURVES = "comparison.md", "comparison.json", "curves.svg"
 TITLES = {"top1": "top-1", "top5": "top-5"}
 TASK = ("network.", "images.")  # values that make it the paper's task
 COLUMNS = {"model_a": "3", "model_b": "3", "resnet50": "6", "inception_v3": "6"}  # networks of the paper's tables
+
+
+def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str]) -> Table:
+    """Write comparison.md, comparison.json and curves.svg.
+
+    Args:
+        folder: of the comparison.
+        comparison: with one finished run at least.
+        changes: of the recipe's values, as the user typed them.
+
+    Returns:
+        The table.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    shown, recipe = summary(comparison), comparison.runs[0].recipe
+    failed = [f"{SCHEMES[scheme]}, seed {seed}: {each.text}" for (scheme, seed), each in comparison.failures.items()]
+    notes = [*([f"Changed: {', '.join(changes)}."] if changes else []), *failed, *shown.notes]
+    text = [f"# {recipe.name}\n", *markdown_lines(shown), "", *(f"{note}\n" for note in notes)]
+    write_text(folder / TABLE, "\n".join([*text, f"![Validation error]({CURVES})\n"]))
+    metrics = {scheme: [run.metrics for run in own] for scheme, own in comparison.by_scheme.items()}
+    write_text(folder / CURVES, curve_picture(metrics, "val", "top1", "Validation error, top-1", "per cent"))
+    results = {
+        "recipe": recipe.name,
+        "changes": list(changes),
+        "runs": [
+            {
+                "scheme": run.recipe.scheme,
+                "seed": run.about["seed"],
+                "validations": [line for line in run.metrics if line["kind"] == "val"],
+            }
+            for run in comparison.runs
+        ],
+        "failures": [{"scheme": s, "seed": n, **asdict(failure)} for (s, n), failure in comparison.failures.items()],
+    }
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    return shown
 
 
 def tops(comparison: Comparison) -> dict[str, str]:
@@ -71,7 +115,7 @@ def _notes(comparison: Comparison, ours: str | None) -> tuple[str, ...]:
 
 def _runs_text(comparison: Comparison, scheme: str) -> str:
     done = len(comparison.by_scheme.get(scheme, []))
-    kinds = [failure.kind for failure in comparison.failures if failure.scheme == scheme]
+    kinds = [failure.kind for (own, _), failure in comparison.failures.items() if own == scheme]
     if not kinds:
         return f"{done} seed{'s' if done > 1 else ''}"
     told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -125,8 +169,8 @@ def _paper_rows(comparison: Comparison) -> dict[str, list[str]]:
 def failure_table(comparison: Comparison) -> Table | None:
     """Return the runs that failed, with the reason; None if there are none."""
     rows = [
-        (f"{SCHEME_NAMES[each.scheme]}, seed {each.seed}", each.kind, f"{each.step or ''}", each.error)
-        for each in comparison.failures
+        (f"{SCHEME_NAMES[scheme]}, seed {seed}", each.kind, str(each.step), each.error)
+        for (scheme, seed), each in comparison.failures.items()
     ]
     return Table("Runs without a result", ("run", "outcome", "step", "reason"), tuple(rows)) if rows else None
 

@@ -42,6 +42,9 @@ def write_failure(folder: Path, failure: Failure) -> None:
 def read_failure(folder: Path) -> Failure | None:
     """Read a run's failure; None if it has not failed, or the file is damaged."""
     try:
-        return Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        failure = Failure(found["kind"], found["step"], found["error"])
+    except (OSError, ValueError, TypeError, LookupError):
         return None
+    has_types = type(failure.step) is int and isinstance(failure.error, str)
+    return failure if has_types and failure.kind in ("diverged", "failed") else None

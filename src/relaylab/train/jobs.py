@@ -78,9 +78,7 @@ def start_server() -> None:
     forkserver.ensure_running()
 
 
-def train_all(
-    configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | None, iterations: int
-) -> dict[str, Failure | None] | None:
+def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | None, iterations: int) -> bool:
     """Train runs, several at once. See Note [Jobs].
 
     Args:
@@ -90,8 +88,8 @@ def train_all(
         iterations: of each run.
 
     Returns:
-        By name, the failure of each run, or None for a run that has finished; None for the whole if a signal has
-        stopped the runs, which the same call resumes.
+        False if a signal has stopped the runs, which the same call resumes. A run that failed has left its failure in
+        its folder.
 
     Raises:
         InputError: a run could not begin. The others have been stopped.
@@ -126,7 +124,7 @@ def train_all(
     refused = [job.last.error for job in ended if job.last.end == "refused"]
     if refused:
         raise InputError(refused[0])
-    return None if stop else {job.name: job.failure for job in ended}
+    return not stop
 
 
 def _start(name: str, config: TrainConfig, threads: int | None, lock: Path) -> _Job:
