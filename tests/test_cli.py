@@ -16,7 +16,7 @@ pytest.importorskip("tyro", reason="needs the lab extra")
 
 from PIL import Image
 
-from relaylab import cli
+from relaylab import cli, progress
 
 Make = Callable[..., Path]
 
@@ -196,3 +196,15 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     assert done.returncode in (0, 141), "as fast as the reader goes"
+
+
+def test_work_of_a_moment_leaves_no_line_in_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, lines in ((0.5, []), (1.5, ["decoding: 3/3"]), (6, ["decoding: 1/3", "decoding: 3/3"])):
+        clock = iter([0.0, seconds - 0.2, seconds - 0.1, seconds])
+        monkeypatch.setattr(progress.time, "monotonic", lambda clock=clock: next(clock))
+        with progress.progress("decoding", 3) as task:
+            for _ in range(3):
+                task.advance()
+        assert capsys.readouterr().err.splitlines() == lines

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_WITHOUT_LINES = 1.0  # shorter work leaves no line in a log
 
 
 class Task(Protocol):
@@ -45,13 +46,14 @@ class _Lines:
 
     def __init__(self, what: str, total: int, done: int, every_s: float) -> None:
         self.what, self.total, self.done, self.note, self.every_s = what, total, done, "", every_s
-        self.last_line_at = time.monotonic()
+        self.began_at = self.last_line_at = time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self.done += count
         self.note = self.note if note is None else note
         now = time.monotonic()
-        if (count and self.done >= self.total) or now - self.last_line_at >= self.every_s:
+        is_end = bool(count) and self.done >= self.total and now - self.began_at >= SECONDS_WITHOUT_LINES
+        if is_end or now - self.last_line_at >= self.every_s:
             self.last_line_at = now
             text = f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip()
             sys.stderr.write(text + "\n")
