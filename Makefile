@@ -11,10 +11,10 @@ demo: $(STAMP)  ## train standard BP, multi-loss and relay on handwritten digits
 	$(BIN)/relaylab demo $(ARGS)
 
 test: $(STAMP)  ## the test suite on all cores, except the slow tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## the tests of the method only
-	$(BIN)/python -m pytest $(METHOD) $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(METHOD) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Setup of every test: one thread, fixed seeds, single precision, a cache of its own; and how tests are distributed."""
+"""Setup of every test: one thread, fixed seeds, single precision, a cache of its own; and the number of processes."""
 
 import os
 from collections.abc import Iterator
@@ -26,16 +26,6 @@ def pytest_configure() -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """All cores that this process may use: xdist by itself counts only physical ones, and ignores the affinity."""
     return available_cores()
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that share a module's fixture in one process, so that the fixture is built once."""
-    for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("xdist_group") is None:
-            fixtures = [definition for found in item._fixtureinfo.name2fixturedefs.values() for definition in found]
-            if any(fixture.scope == "module" for fixture in fixtures):
-                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 @pytest.fixture(autouse=True)

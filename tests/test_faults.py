@@ -35,8 +35,6 @@ from relaylab.train.options import TrainConfig
 from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after, train
 
-pytestmark = pytest.mark.xdist_group("test_faults")  # one process, and so one that the trainings are forked from
-
 LONG = 120.0  # seconds that a child may take on a busy machine
 
 
