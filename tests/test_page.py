@@ -80,7 +80,7 @@ def test_relay_is_compared_with_standard_bp_and_multi_loss_and_each_difference_h
     assert rows["multi-loss"]["Relay BP minus this, top-1"] == "-1.33 [-5.37, +2.71]"
     assert rows["Relay BP"]["Relay BP minus this, top-1"] == ""
     assert rows["Relay BP"]["top-1 error, %"] == "49.00 ± 0.95"
-    page = render_page(comparison)
+    page = render_page(comparison).replace("\u00a0", " ")
     intervals = re.findall(r"[+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", page)
     assert len(set(intervals)) == 4, "two differences of two errors; the verdict repeats those of the top-1 error"
     assert {text: intervals.count(text) for text in intervals} == {

@@ -102,22 +102,29 @@ def _latex(table: Table) -> str:
     )
 
 
+def _unbroken(cell: str) -> str:
+    """Let a number's cell break only before brackets and behind semicolons."""
+    if not re.match(r"[-+(]?\d", cell):
+        return cell
+    return " ".join(part.replace(" ", "\u00a0") for part in re.split(r" (?=[\[(])|(?<=;) ", cell))
+
+
 def _html(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     labels = [escape(cell) for cell in table.header[1:]]  # for narrow screens, where each cell has its own line
-    rows = [
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f'<td data-label="{label}">{escape(cell)}</td>' for label, cell in zip(labels, row[1:], strict=True))
-        + "</tr>"
-        for row in table.rows
-    ]
+
+    def row_text(row: Sequence[str]) -> str:
+        cells = zip(labels, map(_unbroken, row[1:]), strict=True)
+        text = "".join(f'<td data-label="{label}">{escape(cell)}</td>' for label, cell in cells)
+        return f'<tr><th scope="row">{escape(row[0])}</th>{text}</tr>'
+
     notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in table.notes)
     return "\n".join(
         [
             f"<table><caption>{escape(table.title)}</caption>",
             f"<thead><tr>{head}</tr></thead>",
             "<tbody>",
-            *rows,
+            *map(row_text, table.rows),
             f"</tbody></table>{notes}",
             "",
         ]

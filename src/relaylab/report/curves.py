@@ -58,7 +58,7 @@ def curve_picture(
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
-    return plot(draw, title, unit, size=size)
+    return plot(draw, title, unit, size=size, legend="below")
 
 
 def angle_picture(runs: Mapping[str, Sequence[Lines]]) -> str | None:

@@ -71,7 +71,7 @@ def _curve(comparison: Comparison, top: str) -> str:
     metrics = {scheme: [each.metrics for each in own] for scheme, own in comparison.by_scheme.items()}
     guess = chance_error(len(comparison.runs[0].classes), int(top[3:]))
     title = f"Validation error, {TITLES[top]}"
-    return svg_uri(curve_picture(metrics, "val", top, title, "per cent", guess=guess, size=(5.6, 3.0)))
+    return svg_uri(curve_picture(metrics, "val", top, title, "per cent", guess=guess, size=(5.6, 3.3)))
 
 
 def question(comparison: Comparison) -> str:

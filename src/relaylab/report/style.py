@@ -62,7 +62,8 @@ def plot(
         if legend == "inside":
             axes.legend(fontsize=10)
         elif legend == "below":
-            figure.legend(loc="outside lower center", ncols=len(axes.get_legend_handles_labels()[1]), fontsize=10)
+            columns = min(3, len(axes.get_legend_handles_labels()[1]))
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=10)
     return figure_text(figure)
 
 
