@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import check, chromium
 from relaylab.cli import main
 from relaylab.errors import InputError
 from relaylab.recipes import find_recipe
@@ -168,7 +169,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
         ("isolated windows, seed 0", "failed", "0", "out of memory"),
     )
     page = render_page(comparison)
-    assert "2 of 3 seeds; 1 diverged" in page
+    assert "2 of 3 seeds; 1 diverged" in page.replace("\u00a0", " ")
     assert "failed runs, left out: 1 of multi-loss, 1 of isolated windows." in page
     (failed / runs.MODEL).write_text("it has been run again, to its end")
     with pytest.raises(InputError, match="empty run"):
@@ -233,6 +234,21 @@ def test_training_images_are_shown_on_demand(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", str(run), "--images", "--out", str(page)]) == 0
     assert "No sample images:" in page.read_text()
     capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="no Chromium: the page is not opened in a browser")
+def test_wide_intervals_and_long_reasons_fit_every_screen(tmp_path: Path) -> None:
+    schemes = ("standard", "multi_loss", "relay", "isolated")
+    make_comparison(tmp_path, {s: {0: 50 + 100.0 * n, 1: 70 + 200.0 * n} for n, s in enumerate(schemes)})
+    failure = {"kind": "diverged", "step": 7, "error": "a_long_word_of_an_error" * 9}
+    for seed in (2, 3):
+        run = make_run(tmp_path, "standard", seed, 50.0)
+        (run / "failure.json").write_text(json.dumps(failure))
+    page = tmp_path / "page.html"
+    page.write_text(render_page(open_runs([tmp_path])))
+    assert "+300.00 [-970.62, +1570.62]" in page.read_text().replace("\u00a0", " ")
+    check(page, tmp_path)
 
 
 def test_layers_have_readable_names() -> None:
