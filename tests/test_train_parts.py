@@ -20,7 +20,7 @@ from relaylab.data.parts import InMemory, OnDisk
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.train import checkpoint, options, segments, validation
+from relaylab.train import checkpoint, segments, validation
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import make_fabric
 from relaylab.train.options import TrainConfig
