@@ -43,11 +43,11 @@ from benchmarks.measure import (
     publish,
     ratio,
 )
+from benchmarks.plain_crops import plain_training_crop
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import OrderedBatches
 from relaylab.data.geometry import View
 from relaylab.data.loader import Workers, training_loader
-from relaylab.data.plain import plain_training_crop
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.index import IndexedImages, write_index
 from relaylab.data.sources.listing import Listing, Place

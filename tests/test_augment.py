@@ -11,6 +11,7 @@ pytest.importorskip("simplejpeg", reason="needs the lab extra")
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from benchmarks.plain_crops import plain_centre_crop, plain_input, plain_training_crop
 from relaylab.data import geometry
 from relaylab.data.augment import (
     IMAGENET_COMPONENTS,
@@ -23,7 +24,6 @@ from relaylab.data.augment import (
 from relaylab.data.decode import decode
 from relaylab.data.geometry import View, cut_window, training_window
 from relaylab.data.keyed import uniforms
-from relaylab.data.plain import plain_centre_crop, plain_input, plain_training_crop
 from relaylab.errors import InputError
 
 SMALL = View(size=56, short_side=64)

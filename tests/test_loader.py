@@ -17,6 +17,7 @@ pytest.importorskip("simplejpeg", reason="needs the lab extra")
 
 from PIL import Image
 
+from benchmarks.plain_crops import plain_centre_crop, plain_training_crop
 from relaylab.data import loader as loading
 from relaylab.data import memory
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
@@ -24,8 +25,7 @@ from relaylab.data.decode import decode_checked
 from relaylab.data.faults import Fault, FaultLog, TooManyFaultsError
 from relaylab.data.geometry import View
 from relaylab.data.loader import TrainingLoader, evaluation_loader, training_loader
-from relaylab.data.memory import MemoryEvaluationLoader, MemoryTrainingLoader, decode_all
-from relaylab.data.plain import plain_centre_crop, plain_training_crop
+from relaylab.data.memory import decode_all, memory_evaluation_loader, memory_training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.statistics import compute, image_statistics
 from relaylab.errors import InputError
@@ -354,16 +354,16 @@ def test_statistics_are_kept(damaged: InMemory, tmp_path: Path) -> None:
 def test_memory_gives_the_same_batches_as_files(workers: int) -> None:
     source = pictures(square=True)
     decoded = decode_all(source, VIEW, workers=workers)
-    made = MemoryTrainingLoader(decoded, sampler(source), VIEW, batch_size=8, seed=9)
+    made = memory_training_loader(decoded, sampler(source), VIEW, batch_size=8, seed=9)
     assert len(made) == 5
     from_files = loader(source)
     assert_same(made, from_files)
-    assert_same(MemoryEvaluationLoader(decoded, VIEW, batch_size=8), evaluation_loader(source, VIEW, batch_size=8))
+    assert_same(memory_evaluation_loader(decoded, VIEW, batch_size=8), evaluation_loader(source, VIEW, batch_size=8))
     state = loader(source)
     next(iter(state))
     made.load_state_dict(state.state_dict())
     assert next(iter(made)).draws[0] == 8
-    shifted = MemoryTrainingLoader(decoded, sampler(source), VIEW, batch_size=8, seed=8)
+    shifted = memory_training_loader(decoded, sampler(source), VIEW, batch_size=8, seed=8)
     assert not torch.equal(next(iter(shifted)).images, next(iter(loader(source))).images)
 
 
@@ -375,7 +375,7 @@ def test_memory_holds_the_centre_squares(source: InMemory) -> None:
         expected = plain_centre_crop(source.read(number), View(size=36, short_side=36)).astype(int)
         assert np.abs(decoded.images[number].numpy() - expected).max() <= 2
     with pytest.raises(InputError, match="decoded images of 36 x 36 for a shorter side of 40"):
-        MemoryEvaluationLoader(decoded, View(size=32, short_side=40), batch_size=8)
+        memory_evaluation_loader(decoded, View(size=32, short_side=40), batch_size=8)
 
 
 def test_memory_says_what_is_missing(damaged: InMemory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_memory_says_what_is_missing(damaged: InMemory, monkeypatch: pytest.Monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_holds_and_cuts_the_same() -> None:
     source = pictures(square=True)
-    made = MemoryTrainingLoader(decode_all(source, VIEW, device="cuda"), sampler(source), VIEW, batch_size=8, seed=9)
+    made = memory_training_loader(decode_all(source, VIEW, device="cuda"), sampler(source), VIEW, batch_size=8, seed=9)
     assert all(batch.images.is_cuda for batch in made)
     made.load_state_dict(loader(source).state_dict())
     assert_same([batch.to("cpu") for batch in made], loader(source))
@@ -419,7 +419,7 @@ def test_real_scenes(shared_data: Path) -> None:
     source, view = InMemory(list(files), [i % 3 for i in range(60)]), View(size=64, short_side=72)
     decoded = decode_all(source, view)
     streamed = training_loader(source, sampler(source, 60), view, batch_size=20, seed=2)
-    kept = MemoryTrainingLoader(decoded, sampler(source, 60), view, batch_size=20, seed=2)
+    kept = memory_training_loader(decoded, sampler(source, 60), view, batch_size=20, seed=2)
     for batch, other in zip(streamed, kept, strict=True):
         assert torch.equal(batch.images, other.images)
         for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
@@ -446,7 +446,7 @@ def test_options_are_checked(options: dict, source: InMemory) -> None:
 
 def test_a_state_moves_from_memory_to_files(source: InMemory) -> None:
     decoded = decode_all(source, VIEW)
-    memory_loader = MemoryTrainingLoader(decoded, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    memory_loader = memory_training_loader(decoded, ClassAwareSampler(source.labels), VIEW, batch_size=4)
     next(iter(memory_loader))
     files = training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4)
     files.load_state_dict(memory_loader.state_dict())

@@ -1,11 +1,11 @@
-"""Whole batches of decoded crops, made in one call each: what a loader's worker does.
+"""Whole batches of decoded crops, made in one call each by a loader's worker.
 
 Note [Batches]
-1. The data set takes the numbers of a whole batch and cuts the crops into the rows of one tensor, in a worker one in
+1. The data set takes the indices of a whole batch and cuts the crops into the rows of one tensor, in a worker one in
    shared memory (Note [Slots]): nothing is stacked.
 2. An image that cannot be read in training is replaced by another one of its class, which the draw chooses: the batch
    stays full, the class's share stays what the sampler made it, and the result stays a function of (seed, draw).
-3. Errors meant for people are returned, not raised: a DataLoader would wrap them in a worker's traceback. The loaders
+3. Errors meant for the user are returned, not raised: a DataLoader would wrap them in a worker's traceback. The loaders
    (`relaylab.data.loader`) raise them in the main process.
 """
 
@@ -35,13 +35,13 @@ Pairs = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Crops and what they are.
+    """Crops with their labels.
 
     Attributes:
         images: uint8 (n, size, size, 3), RGB, neither flipped nor shifted.
         labels: int64 (n,); `UNLABELLED` in a test set. On the images' device.
-        draws: int64 (n,), on the CPU: numbers of the draws that chose the images; in evaluation the images' own.
-        numbers: int64 (n,), on the CPU: of the images, in their source. After a replacement that of the new image.
+        draws: int64 (n,), on the CPU: the draws that chose the images; in evaluation the images' indices.
+        numbers: int64 (n,), on the CPU: indices of the images in their source, after replacements.
         faults: images that could not be read.
     """
 
@@ -52,22 +52,21 @@ class Batch:
     faults: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
-        """Images."""
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with images and labels on a device; from pinned memory the copy does not wait."""
+        """Return the batch with images and labels on a device; from pinned memory the copy is asynchronous."""
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
         return replace(self, images=images, labels=labels)
 
     def pin_memory(self) -> "Batch":
-        """The batch with images and labels in pinned memory."""
+        """Return the batch with images and labels in pinned memory."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What is known of a batch besides its images; see `Batch`. Arrays: between processes a tensor costs a file."""
+    """A batch without its images; see `Batch`. Arrays: between processes a tensor costs a file."""
 
     labels: NDArray[np.int64]
     draws: NDArray[np.int64]
@@ -75,7 +74,7 @@ class Columns:
     faults: tuple[Fault, ...]
 
     def batch(self, images: Tensor) -> Batch:
-        """The batch of these images."""
+        """Return the batch of these images."""
         labels, draws, numbers = map(torch.from_numpy, (self.labels, self.draws, self.numbers))
         return Batch(images, labels, draws, numbers, self.faults)
 
@@ -89,12 +88,12 @@ class Delivery:
     columns: Columns
 
     def received(self, *, pin: bool = False) -> Batch:
-        """The batch, copied out of its slot."""
+        """Return the batch, copied out of its slot."""
         batch = self.columns.batch(Slots.copied(self.key, self.slot, len(self.columns.labels), pin=pin))
         return replace(batch, labels=batch.labels.pin_memory()) if pin else batch
 
     def pin_memory(self) -> Batch:
-        """The batch, copied out of its slot into pinned memory. A DataLoader's thread for such things calls this."""
+        """Return the batch, copied out of its slot into pinned memory; called by the DataLoader's pinning thread."""
         return self.received(pin=True)
 
 
@@ -102,35 +101,25 @@ class ImageBatches(Dataset[Batch]):
     """A source's images as crops, a batch at a time. See Note [Batches].
 
     Args:
-        source: of encoded images.
-        view: of them.
+        source: encoded images.
+        view: size of the crops.
         training: random windows, and other images in place of unreadable ones; otherwise centre crops, with rows of
             zeros for unreadable images.
         seed: of the windows.
-        slots: where workers put their batches; without them batches are made in memory of their own.
+
+    Attributes:
+        slots: buffers for the workers' batches; without them each batch has memory of its own.
     """
 
-    def __init__(
-        self, source: Source, view: View, *, training: bool, seed: int = 0, slots: Slots | None = None
-    ) -> None:
-        self.source, self.view, self.training, self.seed, self.slots = source, view, training, seed, slots
-
-    def __len__(self) -> int:
-        """Images in the source."""
-        return len(self.source)
+    def __init__(self, source: Source, view: View, *, training: bool, seed: int = 0) -> None:
+        self.source, self.view, self.training, self.seed = source, view, training, seed
+        self.slots: Slots | None = None
 
     def __getitems__(self, request: Pairs | tuple[int, Pairs]) -> Batch | Delivery | LabError:
-        """Make a batch.
-
-        Args:
-            request: (n, 2) of draw and image numbers; with slots, a slot and these.
-
-        Returns:
-            The batch, or an error to be raised in the main process.
-        """
+        """Make a batch from (n, 2) draws and image indices, with slots preceded by a slot; errors are returned."""
         try:
             if isinstance(request, tuple):
-                assert self.slots is not None, "who asks for a slot has made some"
+                assert self.slots is not None, "a request for a slot needs slots"
                 slot, pairs = request
                 return Delivery(self.slots.key, slot, self.fill(pairs, self.slots.images[slot]))
             images = torch.empty(len(request), self.view.size, self.view.size, 3, dtype=torch.uint8)
@@ -139,10 +128,10 @@ class ImageBatches(Dataset[Batch]):
             return error
 
     def fill(self, pairs: Pairs, images: Tensor) -> Columns:
-        """Make a batch in memory that is there already.
+        """Make a batch in memory that exists already.
 
         Args:
-            pairs: (n, 2) of draw and image numbers.
+            pairs: (n, 2), draws and image indices.
             images: uint8 (n or more, size, size, 3).
 
         Raises:
@@ -175,7 +164,7 @@ class ImageBatches(Dataset[Batch]):
             return error
 
     def _cut(self, number: int, data: bytes | OSError, place: Sequence[float], out: Tensor) -> Fault | None:
-        """Decode an image and cut its window into `out`, or say why that cannot be."""
+        """Decode an image and cut its window into `out`, or return why that is impossible."""
         if isinstance(data, OSError):
             return Fault(number, self.source.name(number), data.strerror or str(data))
         try:
@@ -190,7 +179,7 @@ class ImageBatches(Dataset[Batch]):
         return None
 
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
-        """Another image of the class: its number, and the faults met on the way to it."""
+        """Cut another image of the class; return its index, and the faults found on the way to it."""
         label = self.source.labels[fault.number]
         others = np.flatnonzero(self.source.labels == label)
         others = others[others != fault.number]
@@ -211,15 +200,16 @@ class ImageBatches(Dataset[Batch]):
         )
 
 
+def spread(count: int, limit: int | None) -> NDArray[np.int64]:
+    """Return at most `limit` indices below `count`, evenly spread; None for all."""
+    chosen = count if limit is None else min(limit, count)
+    return np.arange(chosen, dtype=np.int64) * count // max(chosen, 1)
+
+
 class OrderedBatches:
-    """A batch sampler that goes once through images in order; the last batch may be smaller.
+    """A batch sampler of image indices in order: arrays (batch, 2) of each index, twice; the last may be smaller.
 
-    Args:
-        numbers: (n,) of the images, an array or a range.
-        batch_size: images in a batch.
-
-    Raises:
-        InputError: a batch size below 1.
+    A batch size below 1 raises InputError.
     """
 
     def __init__(self, numbers: Sequence[int] | NDArray[np.int64], batch_size: int) -> None:
@@ -228,11 +218,9 @@ class OrderedBatches:
         self.numbers, self.batch_size = numbers, batch_size
 
     def __len__(self) -> int:
-        """Batches."""
         return math.ceil(len(self.numbers) / self.batch_size)
 
     def __iter__(self) -> Iterator[Pairs]:
-        """Arrays (batch, 2) of an image's number, twice."""
         for first in range(0, len(self.numbers), self.batch_size):
             numbers = np.asarray(self.numbers[first : first + self.batch_size], np.int64)
             yield np.stack([numbers, numbers], axis=1)

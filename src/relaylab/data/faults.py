@@ -1,4 +1,4 @@
-"""Images that cannot be used: said by name, counted, and too many of them stop the work."""
+"""Unreadable images: logged by name, counted, and an error if there are too many."""
 
 import logging
 from collections.abc import Iterable
@@ -24,11 +24,11 @@ class Fault:
     """An image that could not be read or decoded.
 
     Attributes:
-        number: in its source.
-        name: where it is.
-        reason: why not.
+        number: index in its source.
+        name: its path, for messages.
+        reason: why it could not be read.
         draw: the draw that asked for it; None outside training.
-        replacement: number of the image used in its stead; None outside training.
+        replacement: index of the image used instead; None outside training.
     """
 
     number: int
@@ -39,16 +39,16 @@ class Fault:
 
 
 class TooManyFaultsError(LabError):
-    """So many images cannot be read that something is wrong with the data as a whole."""
+    """So many images are unreadable that something is wrong with the data as a whole."""
 
 
 class FaultLog:
-    """What a process knows of unreadable images: each is logged once by name, and too many of them stop the work.
+    """A log of the unreadable images that a process has found: each is logged once by name; too many are an error.
 
     Args:
-        num_images: in the source.
-        max_share: of them may be unreadable, from 0 to 1; `ALWAYS_ALLOWED` images are allowed whatever their share.
-        file: where the whole list goes when there are too many; None for nowhere. Lines of name, tab, reason.
+        num_images: size of the source.
+        max_share: share that may be unreadable, from 0 to 1; `ALWAYS_ALLOWED` images are always allowed.
+        file: file for the whole list if there are too many, in lines of name, tab, reason; None for no file.
     """
 
     def __init__(self, num_images: int, *, max_share: float = 0.001, file: Path | None = None) -> None:
@@ -59,14 +59,10 @@ class FaultLog:
         self._reasons: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
-        """Distinct images so far."""
         return len(self._reasons)
 
     def record(self, faults: Iterable[Fault]) -> None:
-        """Take note of faults.
-
-        Args:
-            faults: of a batch. Those of images that are known already count for nothing.
+        """Record the faults of a batch; images that are known already are not counted again.
 
         Raises:
             TooManyFaultsError: more distinct images than allowed.
@@ -80,19 +76,16 @@ class FaultLog:
             raise TooManyFaultsError(self._complaint())
 
     def lines(self) -> list[str]:
-        """An image a line, in the order in which they were found: name, tab, reason."""
+        """Return a line for each image, in the order in which they were found: name, tab, reason."""
         return [f"{name}\t{reason}" for name, reason in self._reasons.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known, in lists of integers and strings."""
-        names = [list(pair) for pair in self._reasons.values()]
-        return {"numbers": list(self._reasons), "reasons": names}
+        """Return the faults in lists of integers and strings."""
+        return {"numbers": list(self._reasons), "reasons": [list(pair) for pair in self._reasons.values()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Know what another log knew, in place of what this one did."""
-        self._reasons = {
-            number: (name, reason) for number, (name, reason) in zip(state["numbers"], state["reasons"], strict=True)
-        }
+        """Replace the faults by those of another log."""
+        self._reasons = dict(zip(state["numbers"], map(tuple, state["reasons"]), strict=True))
 
     def _complaint(self) -> str:
         first = "; ".join(f"{name} ({reason})" for name, reason in list(self._reasons.values())[:NAMED])
@@ -105,7 +98,7 @@ class FaultLog:
             return False
         try:
             write_text(self.file, "".join(f"{line}\n" for line in self.lines()))
-        except OSError as error:  # what has to be said is the images, not this
+        except OSError as error:  # must not hide the faults themselves
             log.warning("cannot write %s: %s", self.file, error.strerror)
             return False
         return True

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import psutil
@@ -13,19 +12,19 @@ from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
 from relaylab.data.faults import Fault, FaultLog
 from relaylab.data.geometry import View, centre_box
 from relaylab.data.keyed import uniforms
-from relaylab.data.loader import Workers
+from relaylab.data.loader import EvaluationLoader, TrainingLoader, Workers
 from relaylab.data.sampling import DrawBatches, KeyedSampler
 from relaylab.data.sources.source import Source
 from relaylab.data.statistics import ImageStatistics, sum_batch
 from relaylab.errors import InputError
-from relaylab.progress import Silent, Task
+from relaylab.progress import Task
 
 SHARE = 0.8  # of the free memory may be filled with images
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImages:
-    """All images of a source as squares.
+    """All images of a source, decoded to squares.
 
     Attributes:
         images: uint8 (n, side, side, 3), RGB: the shorter side resized to `side`, the centre cut out.
@@ -38,7 +37,6 @@ class DecodedImages:
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Images."""
         return len(self.images)
 
 
@@ -54,18 +52,17 @@ def decode_all(
     """Decode a whole source into memory: n * short_side^2 * 3 bytes.
 
     Args:
-        source: of encoded images.
+        source: encoded images.
         view: its `short_side` is the side of the squares; the crop is taken later.
-        device: where they are kept.
-        workers: processes that decode; 0 decodes in this one.
-        faults: takes note of unreadable images, which are then left out; None makes them an error.
+        device: holds the images.
+        workers: processes that decode; 0 decodes in this process.
+        faults: log of unreadable images, which are then left out; None makes them an error.
         task: counts images.
 
     Raises:
-        InputError: there is too little memory, or images that cannot be read, after all have been tried.
-        TooManyFaultsError: more of them than `faults` allows.
+        InputError: too little memory, or unreadable images, after all have been tried.
+        TooManyFaultsError: more unreadable images than `faults` allows.
     """
-    task = task or Silent()
     side = view.short_side
     needed, free = len(source) * side * side * 3, free_memory(device)
     if needed > SHARE * free:
@@ -83,13 +80,14 @@ def decode_all(
         labels[done : done + len(batch)] = batch.labels
         done += len(batch)
         found += batch.faults
-        task.advance(len(batch))
-    if found and faults is None:
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        raise InputError(
-            f"unreadable image {found[0].name}: {found[0].reason}{more}; `relaylab data check` lists them all"
-        )
-    if found and faults is not None:
+        if task is not None:
+            task.advance(len(batch))
+    if found:
+        if faults is None:
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            raise InputError(
+                f"unreadable image {found[0].name}: {found[0].reason}{more}; `relaylab data check` lists them all"
+            )
         faults.record(found)
         good = torch.ones(len(source), dtype=torch.bool, device=device)
         good[[fault.number for fault in found]] = False
@@ -98,103 +96,62 @@ def decode_all(
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that are free for use on a device."""
+    """Return the bytes of memory that are free on a device."""
     device = torch.device(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-class MemoryTrainingLoader:
-    """Training batches of decoded images; otherwise as `relaylab.data.loader.TrainingLoader`.
+def memory_training_loader(
+    decoded: DecodedImages, sampler: KeyedSampler, view: View, *, batch_size: int, seed: int = 0
+) -> TrainingLoader:
+    """Load random crops of decoded images, as `relaylab.data.loader.training_loader` does from files.
 
-    Of square images of the view's shorter side the windows are the very same as that loader's.
-
-    Args:
-        decoded: images.
-        sampler: of them; its position is where the stream begins.
-        view: the crop's size, and the side of the images.
-        batch_size: images in a batch.
-        seed: of the windows; give `Augmentation` the same.
+    For square images whose side is the view's shorter side, the windows are the same as that loader's.
 
     Raises:
-        InputError: the images have not the view's side, or a batch size below 1.
+        InputError: images of another side than the view's, or a batch size below 1.
     """
+    _check_side(decoded, view)
+    draws = DrawBatches(sampler, batch_size)
 
-    def __init__(
-        self, decoded: DecodedImages, sampler: KeyedSampler, view: View, *, batch_size: int, seed: int = 0
-    ) -> None:
-        _check_side(decoded, view)
-        self._decoded, self._view, self._seed = decoded, view, seed
-        self._draws = DrawBatches(sampler, batch_size)
+    def batches() -> Iterator[Batch]:
+        spare = view.short_side - view.size + 1
+        for pairs in draws:
+            chosen, numbers = torch.from_numpy(pairs.T.copy())
+            corners = (uniforms(seed, pairs[:, 0], 2) * spare).astype(np.int64)
+            yield _gather(decoded, view.size, chosen, numbers, torch.from_numpy(corners))
 
-    @property
-    def position(self) -> int:
-        """Draws of this rank that have been used."""
-        return self._draws.sampler.position
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._draws)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches from `position` to the end of its epoch."""
-        spare = self._view.short_side - self._view.size + 1
-        for pairs in self._draws:
-            draws, numbers = torch.from_numpy(pairs.T.copy())
-            corners = (uniforms(self._seed, pairs[:, 0], 2) * spare).astype(np.int64)
-            yield _gather(self._decoded, self._view.size, draws, numbers, torch.from_numpy(corners))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is. The other loader's too, but for the faults, of which there are none here."""
-        return {"sampler": self._draws.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was.
-
-        Raises:
-            InputError: a state of another stream.
-        """
-        self._draws.load_state_dict(state["sampler"])
+    return TrainingLoader(batches, draws, FaultLog(len(decoded)))
 
 
-class MemoryEvaluationLoader:
-    """Centre crops of all decoded images in order.
-
-    Args:
-        decoded: images.
-        view: the crop's size, and the side of the images.
-        batch_size: images in a batch; the last one may have fewer.
+def memory_evaluation_loader(decoded: DecodedImages, view: View, *, batch_size: int) -> EvaluationLoader:
+    """Load centre crops of all decoded images in order.
 
     Raises:
-        InputError: the images have not the view's side, or a batch size below 1.
+        InputError: images of another side than the view's, or a batch size below 1.
     """
+    _check_side(decoded, view)
+    ordered = OrderedBatches(range(len(decoded)), batch_size)
 
-    def __init__(self, decoded: DecodedImages, view: View, *, batch_size: int) -> None:
-        _check_side(decoded, view)
-        self._decoded, self._view = decoded, view
-        self._batches = OrderedBatches(range(len(decoded)), batch_size)
-
-    def __len__(self) -> int:
-        """Batches."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches; the last one may be smaller."""
-        side, size = self._view.short_side, self._view.size
-        offset = int(centre_box(self._view, side, side)[0])
-        images = self._decoded.images[:, offset : offset + size, offset : offset + size]
-        for pairs in self._batches:
+    def batches() -> Iterator[Batch]:
+        side, size = view.short_side, view.size
+        offset = int(centre_box(view, side, side)[0])
+        images = decoded.images[:, offset : offset + size, offset : offset + size]
+        for pairs in ordered:
             numbers = torch.from_numpy(pairs[:, 0].copy())
             rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
-            yield Batch(images[rows].contiguous(), self._decoded.labels[rows], numbers, numbers)
+            yield Batch(images[rows].contiguous(), decoded.labels[rows], numbers, numbers)
+
+    return EvaluationLoader(batches, len(ordered))
 
 
 def decoded_statistics(decoded: DecodedImages, view: View) -> ImageStatistics:
-    """The statistics of decoded images' centre crops, as `relaylab.data.statistics.compute` finds them from files."""
+    """Return the statistics of decoded images' centre crops, as `relaylab.data.statistics.compute` does from files."""
     sums, products = np.zeros((view.size, view.size, 3), np.int64), np.zeros((3, 3), np.int64)
-    for batch in MemoryEvaluationLoader(decoded, view, batch_size=1024):
-        parts = sum_batch(batch.images)
-        sums += parts[0]
-        products += parts[1]
+    for batch in memory_evaluation_loader(decoded, view, batch_size=1024):
+        batch_sums, batch_products = sum_batch(batch.images)
+        sums += batch_sums
+        products += batch_products
     return ImageStatistics(sums, products, len(decoded))
 
 
@@ -205,9 +162,9 @@ def _check_side(decoded: DecodedImages, view: View) -> None:
 
 
 def _gather(decoded: DecodedImages, size: int, draws: Tensor, numbers: Tensor, corners: Tensor) -> Batch:
-    """Windows cut out of images, by one gather on their device."""
+    """Cut windows out of images by one gather on their device."""
     device = decoded.images.device
-    # All that the device needs to know in one copy, from pinned memory: then nobody waits for it.
+    # One copy to the device, from pinned memory: the host does not wait for it.
     where = torch.cat([numbers[:, None], corners], dim=1)
     if device.type == "cuda":
         where = where.pin_memory()

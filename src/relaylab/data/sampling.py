@@ -1,4 +1,4 @@
-"""Which image comes next: class-aware sampling (the paper's section 5.1), plain shuffling, and square-root sampling.
+"""Samplers: class-aware sampling (the paper's section 5.1), plain shuffling, and square-root sampling.
 
 Note [Sampling]
 The paper keeps a list of the classes and a list of each class's images, and shuffles a list when it runs out. With C
@@ -25,29 +25,29 @@ from torch.utils.data import Sampler
 from relaylab.data.keyed import Integers, keys, permute
 from relaylab.errors import InputError
 
-BLOCK = 1 << 16  # draws worked out at once: the fewer, the more calls for each
+BLOCK = 1 << 16  # draws computed in one call
 SORTED_AT_ONCE = 1 << 20
 SQUARE_ROOT_TURNS = 10  # turns in a cycle of a class of one image: rounding a root to a whole number costs under 5 %
-SHUFFLE, CYCLE, CLASS = range(3)  # what a permutation is for: each has keys of its own
+SHUFFLE, CYCLE, CLASS = range(3)  # uses of a permutation: each has keys of its own
 
 
 class KeyedSampler(Sampler[int]):
     """An endless stream of draws for one rank, as a PyTorch sampler that is read one epoch at a time.
 
-    Iterating it gives the draws from `position` to the end of the epoch; iterating again goes on from there. Draws are
-    counted when they are handed out: a DataLoader with workers asks for some batches more than it has delivered.
+    Iterating it yields the draws from `position` to the end of the epoch; iterating again continues from there. Draws
+    are counted when they are yielded: a DataLoader with workers asks for some batches more than it has delivered.
     torchdata's StatefulDataLoader takes that into account; with the plain one, call `seek` with what was used.
 
     Args:
-        labels: (n,) class numbers from 0, one for each image.
+        labels: (n,) class indices from 0, one for each image.
         seed: of all permutations.
         rank: of this process.
-        num_replicas: the number of processes that share the stream.
+        num_replicas: number of processes that share the stream.
         num_samples: draws of this rank in an epoch; by default its share of as many draws as there are images.
         classes: names, for messages, and for classes without images.
 
     Raises:
-        InputError: no images, labels that are no class numbers, or a rank that is none.
+        InputError: no images, labels that are not class indices, or a rank outside 0 .. num_replicas - 1.
     """
 
     def __init__(
@@ -73,26 +73,17 @@ class KeyedSampler(Sampler[int]):
 
     @property
     def position(self) -> int:
-        """How many draws this rank has handed out, or where `seek` has put it."""
+        """Draws that this rank has yielded, or the position that `seek` has set."""
         return self._block_end - length_hint(self._block)
 
     @abstractmethod
     def draw(self, numbers: Integers) -> Integers:
-        """The images of draws, by their numbers in the stream of all ranks: a pure function of the seed.
-
-        Args:
-            numbers: (n,) from 0, in any order.
-
-        Returns:
-            (n,) image numbers.
-        """
+        """Return the image indices (n,) of draws (n,) of the stream of all ranks: a pure function of the seed."""
 
     def __len__(self) -> int:
-        """Draws in an epoch, also where the next iteration gives the rest of one."""
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        """The image numbers from `position` to the end of its epoch."""
         end = (self.position // self.num_samples + 1) * self.num_samples
         while self.position < end:
             begin = self.position
@@ -102,11 +93,11 @@ class KeyedSampler(Sampler[int]):
             yield from self._block
 
     def numbers(self, begin: int, end: int) -> Integers:
-        """The global draw numbers of this rank's draws begin .. end - 1."""
+        """Return the global draw numbers of this rank's draws begin .. end - 1."""
         return np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank
 
     def seek(self, position: int) -> None:
-        """Go on from this rank's draw of that number. O(1).
+        """Continue from this rank's draw of that number. O(1).
 
         Raises:
             InputError: a negative number.
@@ -117,11 +108,11 @@ class KeyedSampler(Sampler[int]):
         self._block_end = position
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, in draws of all ranks, and what it is a stream of."""
+        """Return the position in draws of all ranks, and what identifies the stream."""
         return {"draw": self.position * self.num_replicas, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another sampler was, of the same data and seed, perhaps with another number of ranks.
+        """Continue where another sampler of the same data and seed stopped, perhaps with another number of ranks.
 
         Raises:
             InputError: a state of another stream, or one between two draws of this rank.
@@ -143,13 +134,16 @@ class ShuffledSampler(KeyedSampler):
     """Every image once in each pass over the data, in a new order each time: instance-balanced."""
 
     def draw(self, numbers: Integers) -> Integers:
-        """See the base class."""
+        """Return the image indices of draws; see `KeyedSampler.draw`."""
         cycles, positions = np.divmod(numbers, self.num_images)
         return permute(positions, self.num_images, keys(self.seed, SHUFFLE, cycles))
 
 
-class _CyclicSampler(KeyedSampler):
-    """Cycles in which each class has a set number of turns. See Note [Sampling]; int32 of memory for each image."""
+class ClassAwareSampler(KeyedSampler):
+    """The paper's class-aware sampling: each class once in a cycle, each of its images once in a pass over them.
+
+    See Note [Sampling]. It takes an int32 of memory for each image. Classes without images raise InputError.
+    """
 
     def __init__(self, labels: ArrayLike, **options: Any) -> None:
         super().__init__(labels, **options)
@@ -165,19 +159,12 @@ class _CyclicSampler(KeyedSampler):
         self._ends = np.cumsum(self._turns)
 
     @staticmethod
-    @abstractmethod
     def turns(counts: Integers) -> Integers:
-        """How often each class comes up in a cycle.
-
-        Args:
-            counts: (C,) images of each class, at least 1.
-
-        Returns:
-            (C,), at least 1.
-        """
+        """Return the turns (C,) of each class in a cycle, at least 1, for the images (C,) of each class."""
+        return np.ones_like(counts)
 
     def draw(self, numbers: Integers) -> Integers:
-        """See the base class."""
+        """Return the image indices of draws; see `KeyedSampler.draw`."""
         length = int(self._ends[-1])
         cycles, positions = np.divmod(numbers, length)
         slots = permute(positions, length, keys(self.seed, CYCLE, cycles))
@@ -193,21 +180,12 @@ class _CyclicSampler(KeyedSampler):
         return self._order[self._starts[label] + permute(places, count, key)].astype(np.int64)
 
 
-class ClassAwareSampler(_CyclicSampler):
-    """The paper's class-aware sampling: each class once in a cycle, each of its images once in a pass over them."""
+class SquareRootSampler(ClassAwareSampler):
+    """Sampling of each class in proportion to the square root of its size (Mahajan et al., 2018)."""
 
     @staticmethod
     def turns(counts: Integers) -> Integers:
-        """One each."""
-        return np.ones_like(counts)
-
-
-class SquareRootSampler(_CyclicSampler):
-    """Between the other two: a class comes up in proportion to the square root of its size (Mahajan et al., 2018)."""
-
-    @staticmethod
-    def turns(counts: Integers) -> Integers:
-        """Ten times the root, rounded."""
+        """Return ten times the root of each class's images, rounded."""
         return np.rint(SQUARE_ROOT_TURNS * np.sqrt(counts)).astype(np.int64)
 
 
@@ -219,18 +197,11 @@ SAMPLERS: dict[str, type[KeyedSampler]] = {
 
 
 class DrawBatches(Sampler[Any]):
-    """A batch sampler for this package's data sets: an image together with the number of the draw that chose it.
+    """A batch sampler for this package's data sets: arrays (batch, 2) of draw numbers and the images that they chose.
 
-    The draw's number is the key of all that is random about the image. No draw is ever dropped: an epoch is a whole
-    number of batches, and the next one begins with the next draw. (Resumed with another batch size than before, the
-    rest of the epoch may end with a smaller batch.)
-
-    Args:
-        sampler: of the images.
-        batch_size: of this rank.
-
-    Raises:
-        InputError: a batch size below 1.
+    The draw's number is the key of everything random about the image. No draw is ever dropped: an epoch is a whole
+    number of batches, at least one, and the next one begins with the next draw. (Resumed with another batch size than
+    before, the rest of the epoch may end with a smaller batch.) A batch size below 1 raises InputError.
     """
 
     def __init__(self, sampler: KeyedSampler, batch_size: int) -> None:
@@ -239,11 +210,9 @@ class DrawBatches(Sampler[Any]):
         self.sampler, self.batch_size = sampler, batch_size
 
     def __len__(self) -> int:
-        """Batches in an epoch, at least one."""
         return max(1, self.sampler.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        """Arrays (batch, 2) of draw and image numbers, to the end of the epoch that the sampler is in."""
         epoch = len(self) * self.batch_size
         end = (self.sampler.position // epoch + 1) * epoch
         at_once = max(1, BLOCK // self.batch_size) * self.batch_size
@@ -255,11 +224,11 @@ class DrawBatches(Sampler[Any]):
                 yield draws[first : first + self.batch_size]
 
     def state_dict(self) -> dict[str, Any]:
-        """The sampler's."""
+        """Return the state of the sampler."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the sampler's."""
+        """Load a state of the sampler."""
         self.sampler.load_state_dict(state)
 
 
@@ -278,7 +247,7 @@ def _checked(labels: ArrayLike, classes: Sequence[str] | None) -> NDArray[Any]:
 
 
 def _by_class(labels: NDArray[Any], counts: Integers) -> NDArray[np.int32]:
-    """Image numbers sorted by class, in order within each class. In pieces, for a small peak of memory."""
+    """Sort image indices by class, in order within each class. In pieces, for a small peak of memory."""
     order = np.empty(len(labels), np.int32)
     free = np.cumsum(counts) - counts
     for begin in range(0, len(labels), SORTED_AT_ONCE):

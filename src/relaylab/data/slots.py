@@ -11,8 +11,7 @@ Note [Slots]
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -25,15 +24,10 @@ _known: "WeakValueDictionary[int, Slots]" = WeakValueDictionary()
 
 
 class Slots:
-    """The shared memory. In the main process it can be found by its key.
-
-    Args:
-        count: of slots.
-        batch_size: images in each.
-        size: side of the images in pixels.
+    """A pool of buffers in shared memory, found by its key in the main process.
 
     Attributes:
-        key: of this object, the same in all processes.
+        key: number of this pool, the same in all processes.
         images: uint8 (count, batch_size, size, size, 3).
     """
 
@@ -44,43 +38,20 @@ class Slots:
 
     @staticmethod
     def copied(key: int, slot: int, count: int, *, pin: bool) -> Tensor:
-        """The first images of a slot, copied out of it.
-
-        Args:
-            key: of the slots.
-            slot: which.
-            count: of images.
-            pin: into pinned memory.
-        """
+        """Return a copy of the first `count` images of a slot, on request in pinned memory."""
         images = _known[key].images[slot, :count]
         return torch.empty(images.shape, dtype=images.dtype, pin_memory=pin).copy_(images)
 
 
-class _Batches(Protocol):
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]: ...
-
-
 class SlottedBatches:
-    """A batch sampler that gives each batch of another one a slot.
+    """A batch sampler that yields each batch of another one together with a free slot of `slots`."""
 
-    Args:
-        batches: that other one.
-        slots: how many there are.
-    """
-
-    def __init__(self, batches: _Batches, slots: int) -> None:
+    def __init__(self, batches: Iterable[NDArray[np.int64]], slots: int) -> None:
         self.batches, self.slots = batches, slots
         self._taken: deque[int] = deque()
         self._free: deque[int] = deque()
 
-    def __len__(self) -> int:
-        """Batches."""
-        return len(self.batches)
-
     def __iter__(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Slot and batch."""
         self._taken, self._free = deque(), deque(range(self.slots))
         for pairs in self.batches:
             self._taken.append(self._free.popleft())

@@ -1,4 +1,4 @@
-"""What is subtracted from images, and along which colours they vary: sums over a training set's centre crops.
+"""Mean image, standard deviation and principal colours: from sums over a training set's centre crops.
 
 Note [Statistics]
 Everything follows from integer sums, which are exact: the result does not depend on how many workers took part or in
@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relaylab.data.augment import ColourComponents
-from relaylab.data.batches import ImageBatches, OrderedBatches, Pairs
+from relaylab.data.batches import ImageBatches, OrderedBatches, Pairs, spread
 from relaylab.data.faults import Fault
 from relaylab.data.geometry import View
 from relaylab.data.loader import Workers
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
-from relaylab.progress import Silent, Task
+from relaylab.progress import Task
 
 FORMAT = "relaylab image statistics 1"
 IMAGES_AT_ONCE = 16  # in float64, within the processor's caches
@@ -38,13 +38,13 @@ Sums = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ImageStatistics:
-    """Exact sums over the pixels of images, in 0 to 255, and what follows from them.
+    """Exact sums over the pixels of images, in 0 to 255, and the statistics that follow from them.
 
     Attributes:
         sums: int64 (size, size, 3), of each pixel over the images.
         products: int64 (3, 3), of products of two channels over all pixels of all images.
-        count: of images.
-        unreadable: names of those that were left out.
+        count: number of images.
+        unreadable: names of images that were left out.
     """
 
     sums: Sums
@@ -54,17 +54,17 @@ class ImageStatistics:
 
     @property
     def mean_image(self) -> NDArray[np.float32]:
-        """(size, size, 3): what the paper subtracts."""
+        """Mean of each pixel, (size, size, 3): subtracted in the paper."""
         return (self.sums / self.count).astype(np.float32)
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """(3,), of each channel."""
+        """Mean of each channel, (3,)."""
         return self.sums.sum((0, 1)) / self._pixels
 
     @property
     def covariance(self) -> NDArray[np.float64]:
-        """(3, 3), of the channels over all pixels."""
+        """Covariance of the channels over all pixels, (3, 3)."""
         totals: list[int] = self.sums.sum((0, 1)).tolist()
         pixels = self._pixels
         # In Python's integers of any length: the difference of two large numbers keeps all its digits.
@@ -76,11 +76,11 @@ class ImageStatistics:
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """(3,), of each channel over all pixels."""
+        """Standard deviation of each channel over all pixels, (3,)."""
         return np.sqrt(np.diag(self.covariance))
 
     def components(self) -> ColourComponents:
-        """For the colour shift: principal components of pixels in [0, 1], the largest first."""
+        """Return the principal components of pixels in [0, 1] for the colour shift, the largest first."""
         values, vectors = np.linalg.eigh(self.covariance / 255**2)
         signs = np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # either sign is one; this makes it one only
         return ColourComponents(values[::-1].copy(), (vectors * signs)[:, ::-1].copy())
@@ -101,15 +101,15 @@ def image_statistics(
     batch_size: int = 64,
     task: Task | None = None,
 ) -> ImageStatistics:
-    """The statistics of a training set, from an earlier run if there was one.
+    """Return the statistics of a training set, from an earlier run if there was one.
 
     Args:
-        source: of encoded images.
-        view: whose centre crops are meant.
-        key: anything that names the data, such as its index's fingerprint. Other data need another key.
-        folder: where the sums are kept.
-        limit: take so many images, spread evenly, instead of all.
-        workers: processes that decode; 0 decodes in this one.
+        source: encoded images.
+        view: size of the centre crops.
+        key: identifies the data, such as its index's fingerprint. Other data need another key.
+        folder: keeps the sums.
+        limit: take so many images, evenly spread, instead of all.
+        workers: processes that decode; 0 decodes in this process.
         batch_size: images that are added up at once.
         task: counts images.
 
@@ -122,13 +122,14 @@ def image_statistics(
     about["images"] = str(len(source))
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     file = folder / f"statistics-{digest}.safetensors"
-    found = _read(file, about, view.size)
-    if found is None:
-        found = compute(source, view, limit=limit, workers=workers, batch_size=batch_size, task=task)
+    statistics = _read(file, about, view.size)
+    if statistics is None:
+        statistics = compute(source, view, limit=limit, workers=workers, batch_size=batch_size, task=task)
         with written(file) as temporary:
-            tensors = {"sums": found.sums, "products": found.products, "count": np.array([found.count])}
-            save_file(tensors, temporary, metadata=about | {"unreadable": json.dumps(found.unreadable)})
-    return found
+            count = np.array([statistics.count])
+            tensors = {"sums": statistics.sums, "products": statistics.products, "count": count}
+            save_file(tensors, temporary, metadata=about | {"unreadable": json.dumps(statistics.unreadable)})
+    return statistics
 
 
 def compute(
@@ -140,59 +141,46 @@ def compute(
     batch_size: int = 64,
     task: Task | None = None,
 ) -> ImageStatistics:
-    """The statistics, from the images. See `image_statistics`.
+    """Compute the statistics from the images; the arguments are those of `image_statistics`.
 
     Raises:
         InputError: no image can be read.
     """
-    task = task or Silent()
-    chosen = min(limit or len(source), len(source))
-    numbers = np.arange(chosen, dtype=np.int64) * len(source) // max(chosen, 1)
+    numbers = spread(len(source), limit)
     sums, products = np.zeros((view.size, view.size, 3), np.int64), np.zeros((3, 3), np.int64)
     faults: list[Fault] = []
     dataset = _BatchSums(ImageBatches(source, view, training=False))
-    for part in Workers(count=workers).loader(dataset, OrderedBatches(numbers, batch_size)):
-        sums += part.sums
-        products += part.products
-        faults += part.faults
-        task.advance(part.asked)
-    if len(faults) == chosen:
+    batches = OrderedBatches(numbers, batch_size)
+    for count, batch_sums, batch_products, batch_faults in Workers(count=workers).loader(dataset, batches):
+        sums += batch_sums
+        products += batch_products
+        faults += batch_faults
+        if task is not None:
+            task.advance(count)
+    if len(faults) == len(numbers):
         first = f": {faults[0].name}: {faults[0].reason}" if faults else ""
-        raise InputError(f"none of {chosen} images can be read{first}")
-    return ImageStatistics(sums, products, chosen - len(faults), tuple(fault.name for fault in faults))
+        raise InputError(f"none of {len(numbers)} images can be read{first}")
+    return ImageStatistics(sums, products, len(numbers) - len(faults), tuple(fault.name for fault in faults))
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    sums: NDArray[np.int32]
-    products: Sums
-    faults: tuple[Fault, ...]
-    asked: int
-
-
-class _BatchSums(Dataset[_Part]):
-    """Batches added up where they are decoded."""
+class _BatchSums(Dataset[Any]):
+    """Batches added up in the process that decodes them."""
 
     def __init__(self, crops: ImageBatches) -> None:
         self.crops = crops
 
-    def __getitems__(self, pairs: Pairs) -> _Part:
-        """Unreadable images are rows of zeros, which add nothing."""
+    def __getitems__(self, pairs: Pairs) -> tuple[int, NDArray[np.int32], Sums, tuple[Fault, ...]]:
+        """Return count, sums, products and faults. Unreadable images are rows of zeros, which add nothing."""
         size = self.crops.view.size
         images = torch.empty(len(pairs), size, size, 3, dtype=torch.uint8)
         faults = self.crops.fill(pairs, images).faults
-        sums, products = sum_batch(images)
-        return _Part(sums, products, faults, len(pairs))
+        return len(pairs), *sum_batch(images), faults
 
 
 def sum_batch(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
-    """Exact sums over a batch.
+    """Return exact sums over uint8 images (n, size, size, 3), n below 2^23, on any device.
 
-    Args:
-        images: uint8 (n, size, size, 3), n below 2^23, on any device.
-
-    Returns:
-        Sums of each pixel, (size, size, 3), and of the products of two channels, (3, 3).
+    The sums are those of each pixel, (size, size, 3), and of the products of two channels, (3, 3).
     """
     if images.device.type != "cpu":
         return _sum_on_device(images)
@@ -214,15 +202,15 @@ def _sum_on_device(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
 
 
 def _read(file: Path, about: dict[str, str], size: int) -> ImageStatistics | None:
-    """What an earlier run has found, unless the file is absent, damaged or of something else."""
+    """Read the result of an earlier run, unless the file is absent, damaged or of other data."""
     if not file.is_file():
         return None
     try:
         with safe_open(file, framework="numpy") as stored:
-            told: dict[str, Any] = stored.metadata() or {}
+            metadata: dict[str, str] = stored.metadata() or {}
             sums, products, count = (stored.get_tensor(name) for name in ("sums", "products", "count"))
-        unreadable = tuple(json.loads(told.pop("unreadable")))
-        fits = told == about and sums.shape == (size, size, 3) and products.shape == (3, 3)
+        unreadable = tuple(json.loads(metadata.pop("unreadable")))
+        fits = metadata == about and sums.shape == (size, size, 3) and products.shape == (3, 3)
         return ImageStatistics(sums, products, int(count[0]), unreadable) if fits else None
     except (SafetensorError, OSError, KeyError, ValueError):
         return None

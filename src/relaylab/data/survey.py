@@ -1,4 +1,4 @@
-"""What the images of a source are like: formats, sizes, and which cannot be read."""
+"""Formats and sizes of a source's images, and the images that cannot be read."""
 
 import io
 import warnings
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relaylab.data.batches import OrderedBatches
+from relaylab.data.batches import OrderedBatches, spread
 from relaylab.data.decode import FORMATS, decode_checked
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.loader import Workers
 from relaylab.data.sources.source import Source
 from relaylab.files import available_cores
-from relaylab.progress import Silent, Task
+from relaylab.progress import Task
 
 BATCH = 32
 
@@ -27,13 +27,13 @@ class Survey:
     """Findings on some images of a source.
 
     Attributes:
-        numbers: of the images that were looked at, those that can be read.
-        widths: in pixels, of the same, upright.
+        numbers: indices of the images that were examined and can be read.
+        widths: of the same images, upright, in pixels.
         heights: likewise.
         file_sizes: in bytes, likewise.
-        kinds: how many there are of each format and colour mode, such as "JPEG RGB" or "JPEG RGB, progressive".
-        unreadable: images of which there are no pixels.
-        damaged: images that strict decoding refuses and that Pillow reads all the same, perhaps in part.
+        kinds: number of images by format and colour mode, such as "JPEG RGB" or "JPEG RGB, progressive".
+        unreadable: images without pixels.
+        damaged: images that strict decoding refuses and Pillow reads, perhaps in part.
     """
 
     numbers: list[int] = field(default_factory=list[int])
@@ -46,11 +46,11 @@ class Survey:
 
     @property
     def examined(self) -> int:
-        """How many images were looked at."""
+        """Number of images that were examined."""
         return len(self.numbers) + len(self.unreadable)
 
     def add(self, other: "Survey") -> None:
-        """Take over another survey's findings."""
+        """Add another survey's findings."""
         for name in ("numbers", "widths", "heights", "file_sizes", "unreadable", "damaged"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds.update(other.kinds)
@@ -63,31 +63,28 @@ class Examination(Dataset[Survey]):
         self.source = source
 
     def __getitems__(self, pairs: NDArray[np.int64]) -> Survey:
-        """Survey of the images whose numbers are in the second column."""
+        """Survey the images whose indices are in the second column."""
         survey = Survey()
         for number in pairs[:, 1].tolist():
-            self._examine(number, survey)
+            try:
+                data = self.source.read(number)
+                pixels, complaint = decode_checked(data)
+            except (ImageFault, OSError) as error:
+                reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+                survey.unreadable.append(Fault(number, self.source.name(number), reason))
+                continue
+            if complaint is not None:
+                survey.damaged.append(Fault(number, self.source.name(number), complaint))
+            survey.numbers.append(number)
+            survey.heights.append(pixels.shape[0])
+            survey.widths.append(pixels.shape[1])
+            survey.file_sizes.append(len(data))
+            survey.kinds[kind(data)] += 1
         return survey
-
-    def _examine(self, number: int, survey: Survey) -> None:
-        try:
-            data = self.source.read(number)
-            pixels, complaint = decode_checked(data)
-        except (ImageFault, OSError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            survey.unreadable.append(Fault(number, self.source.name(number), reason))
-            return
-        if complaint is not None:
-            survey.damaged.append(Fault(number, self.source.name(number), complaint))
-        survey.numbers.append(number)
-        survey.heights.append(pixels.shape[0])
-        survey.widths.append(pixels.shape[1])
-        survey.file_sizes.append(len(data))
-        survey.kinds[kind(data)] += 1
 
 
 def kind(data: bytes) -> str:
-    """Format and colour mode of an encoded image; what costs time or is seldom seen is mentioned."""
+    """Return format and colour mode of an encoded image, and whether it is progressive or animated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -104,7 +101,7 @@ def kind(data: bytes) -> str:
 
 
 def _frames(image: Image.Image) -> int:
-    """Counting them reads all of them, of which only the first needs to be sound."""
+    """Count frames; that reads all of them, of which only the first needs to be sound."""
     try:
         return getattr(image, "n_frames", 1)
     except MemoryError:
@@ -124,35 +121,23 @@ def survey(
     """Decode images and describe them.
 
     Args:
-        source: of the images.
-        findings: what is found is added here as it is found, so that nothing is lost when the work is broken off.
-        limit: look at no more than so many, evenly spread; None for all.
+        source: encoded images.
+        findings: added to as images are examined, so that nothing is lost on an interruption.
+        limit: examine at most so many images, evenly spread; None for all.
         workers: processes that decode; None for one on each core.
-        task: is told of every image.
+        task: counts images and notes the bad ones.
     """
-    task = task or Silent()
     numbers = spread(len(source), limit)
     workers = min(available_cores() if workers is None else workers, len(numbers) // BATCH)
     for part in Workers(count=workers).loader(Examination(source), OrderedBatches(numbers, BATCH)):
         findings.add(part)
         bad = len(findings.unreadable) + len(findings.damaged)
-        task.advance(part.examined, f"{bad} bad" if bad else None)
-
-
-def spread(count: int, limit: int | None) -> NDArray[np.int64]:
-    """At most `limit` of the numbers below `count`, evenly spread."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.arange(limit) * count // limit
+        if task is not None:
+            task.advance(part.examined, f"{bad} bad" if bad else None)
 
 
 def summary(source: Source, findings: Survey) -> dict[str, Any]:
-    """Figures on a source for people and programs, as plain values.
-
-    Args:
-        source: that was surveyed.
-        findings: on it.
-    """
+    """Return the findings on a source as plain values, for JSON and tables."""
     labels = np.asarray(source.labels)
     counts = np.bincount(labels[labels >= 0], minlength=len(source.classes))
     sides = np.minimum(findings.widths, findings.heights)

@@ -1,7 +1,7 @@
-"""The input path written plainly, one image at a time, in Pillow and float64: what the fast path has to agree with.
+"""The input path written plainly, one image at a time, in Pillow and float64: the reference for the fast path.
 
-Slow, and used by tests only. It shares with the fast path the rule for where a window lies and the draws' random
-numbers; all that is done to pixels is done here a second time.
+Slow; for tests and benchmarks. It shares with the fast path the rule for the position of a window and the draws' random
+numbers; everything that is done to pixels is done here a second time.
 """
 
 import io
@@ -21,7 +21,7 @@ def plain_image(data: bytes) -> Image.Image:
 
 
 def plain_training_crop(data: bytes, view: View, *, seed: int, draw: int) -> NDArray[np.uint8]:
-    """What a draw's crop looks like before anything is done to its values, (size, size, 3).
+    """Return a draw's crop before anything is done to its values, (size, size, 3).
 
     Args:
         data: an encoded image.
