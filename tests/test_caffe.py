@@ -310,10 +310,10 @@ def test_swapped_arguments(pair: Pair) -> None:
     ("text", "message"),
     [
         ("name: 'x'", "has no layers"),
-        ("layer { name: 'x' ", "is no Caffe prototxt"),
-        ("a { " * 100_000, "is no Caffe prototxt"),
-        ("layers { type: NOVEL }", "is no Caffe prototxt"),
-        ("layer { blobs { data: 1.0 } }", "is no Caffe prototxt"),
+        ("layer { name: 'x' ", "is not a Caffe prototxt"),
+        ("a { " * 100_000, "is not a Caffe prototxt"),
+        ("layers { type: NOVEL }", "is not a Caffe prototxt"),
+        ("layer { blobs { data: 1.0 } }", "is not a Caffe prototxt"),
         ("input: 'data'\nlayer { name: 'x' }", "input 'data' has no size"),
         ("layer { name: 'data' type: 'Input' top: 'data' }", "has no size"),
         ("layer { name: 'x' top: 'y' }", r"ends in 0 layers \(none\)"),
@@ -330,7 +330,7 @@ def test_prototxts_that_are_none(text: str, message: str, pair: Pair) -> None:
 def test_files_that_cannot_be_read(pair: Pair, tmp_path: Path) -> None:
     refused((tmp_path / "no", pair[1]), "no such file: .*no$")
     refused((pair[0], tmp_path / "no"), "no such file: .*no$")
-    refused((tmp_path, pair[1]), "is no file")
+    refused((tmp_path, pair[1]), "is not a file")
     with pair[1].open("wb") as file:
         file.truncate(reading.LARGEST_BINARY + 1)  # takes no space
     refused(pair, r"has 2,147,483,648 bytes, and at most 2,147,483,647 are read")
@@ -464,7 +464,7 @@ def test_class_names(text: str, names: tuple[str, ...], pair: Pair, tmp_path: Pa
         (b"a\nb\n", "has 2 class names: expected 5, as the network has outputs"),
         (b"", "has 0 class names"),
         (b"a 0\nb 1\nc 2\nd 3\ne 5\n", "leaves out class 4"),
-        (b"\xff\xfe", "is no text"),
+        (b"\xff\xfe", "is not text"),
     ],
 )
 def test_wrong_class_names(content: bytes, message: str, pair: Pair, tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_commands_on_files_that_are_absent_or_wrong(capsys: Captured, tmp_path: 
         ("predict", absent, "x.jpg"): "no such file or folder",
         ("export", absent): "no such file or folder",
         ("import-caffe", absent, absent): "no such file or folder",
-        ("predict", str(wrong), "x.jpg"): "no whole safetensors file",
-        ("export", str(wrong), "--out", str(tmp_path / "e")): "no whole safetensors file",
+        ("predict", str(wrong), "x.jpg"): "is not a valid safetensors file",
+        ("export", str(wrong), "--out", str(tmp_path / "e")): "is not a valid safetensors file",
     }.items():
         code, _, err = run(capsys, *arguments)
         assert code == 2, arguments

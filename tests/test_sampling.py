@@ -225,7 +225,7 @@ def test_a_state_moves_to_another_number_of_ranks() -> None:
     three.load_state_dict(two.state_dict())
     assert three.position == 4
     two.seek(5)
-    with pytest.raises(InputError, match="draw 10 is no multiple of 3 ranks"):
+    with pytest.raises(InputError, match="draw 10 is not a multiple of 3 ranks"):
         three.load_state_dict(two.state_dict())
 
 

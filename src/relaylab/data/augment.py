@@ -25,7 +25,7 @@ from relaylab.errors import InputError
 
 
 class Column(IntEnum):
-    """Which of a draw's random numbers decides what."""
+    """Index of a draw's random number by its use."""
 
     ACROSS = 0
     DOWN = 1
@@ -56,31 +56,16 @@ IMAGENET_COMPONENTS = ColourComponents(
 
 
 def random_flips(seed: int, draws: ArrayLike) -> NDArray[np.bool_]:
-    """Which draws are mirrored: about half.
-
-    Args:
-        seed: of the run.
-        draws: (n,) draw numbers.
-
-    Returns:
-        (n,).
-    """
+    """Return whether each of n draws is mirrored, (n,): about half are."""
     return uniforms(seed, draws, Column.FLIP + 1)[:, Column.FLIP] < 0.5
 
 
 def random_shifts(
     seed: int, draws: ArrayLike, components: ColourComponents, strength: float = 0.1
 ) -> NDArray[np.float64]:
-    """AlexNet's colour shifts. See Note [Augmentation] 3.
+    """Return AlexNet's colour shifts (n, 3) of n draws, to be added to R, G and B in 0 to 255.
 
-    Args:
-        seed: of the run.
-        draws: (n,) draw numbers.
-        components: of the training set.
-        strength: standard deviation of the factors a; 0.1 in AlexNet.
-
-    Returns:
-        (n, 3), to be added to the pixels' R, G and B, in units of 1/255.
+    See Note [Augmentation] 3. `strength` is the standard deviation of the factors a, 0.1 in AlexNet.
     """
     numbers = uniforms(seed, draws, Column.COLOUR + 4)[:, Column.COLOUR :]
     radii = np.sqrt(-2 * np.log1p(-numbers[:, [0, 0, 2]]))  # Box and Muller; three of the four that it gives
@@ -90,14 +75,14 @@ def random_shifts(
 
 
 class Augmentation(nn.Module):
-    """Batches of uint8 (n, size, size, 3) to the network's input. See Note [Augmentation].
+    """Turn batches of uint8 (n, size, size, 3) into the network's input. See Note [Augmentation].
 
-    In training mode it flips and shifts; in evaluation mode it only subtracts the mean (and divides, where asked to).
-    It runs on the device that it has been moved to, and reads nothing back from it.
+    In training mode it flips and shifts; in evaluation mode it only subtracts the mean (and divides, if `std` is
+    given). It runs on the device that it has been moved to, and never synchronises with it.
 
     Args:
-        mean: what is subtracted: (size, size, 3) for each pixel, or (3,) for each channel, in 0 to 255.
-        std: (3,), what the difference is divided by; None, as in the paper, divides by nothing.
+        mean: subtracted from the images, in 0 to 255: (size, size, 3) for each pixel, or (3,) for each channel.
+        std: (3,), divides the difference; None, as in the paper, for no division.
         seed: of the run, the same as the loader's.
         flip: mirror half of the images.
         components: of the colour shift; None for no shift.
@@ -138,7 +123,7 @@ class Augmentation(nn.Module):
             draws: int64 (n,), on the CPU; needed in training mode only.
 
         Returns:
-            (n, 3, size, size) of `dtype`, in channels-last order: the permutation is no copy.
+            (n, 3, size, size) of `dtype`, in channels-last memory format.
 
         Raises:
             InputError: training mode without draws.
@@ -164,18 +149,10 @@ def arithmetic(
     shifts: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(flipped images + shifts - mean) * scale. Nothing random and no synchronisation, for `torch.compile`.
+    """Compute (flipped images + shifts - mean) * scale, without randomness or synchronisation, for `torch.compile`.
 
-    Args:
-        images: uint8 (n, size, size, 3).
-        mean: (size, size, 3) or (3,).
-        scale: (3,).
-        flips: bool (n,).
-        shifts: (n, 3).
-        dtype: of the result.
-
-    Returns:
-        (n, 3, size, size) in channels-last order.
+    Shapes: uint8 images (n, size, size, 3), mean (size, size, 3) or (3,), scale (3,), flips (n,) and shifts (n, 3) to
+    (n, 3, size, size) in channels-last memory format.
     """
     size = images.shape[2]
     if flips is not None:

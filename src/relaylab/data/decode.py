@@ -1,4 +1,4 @@
-"""Encoded bytes to pixels, strictly: what comes out is the whole picture, upright and in RGB, or an `ImageFault`.
+"""Strict decoding of encoded bytes: the whole picture, upright and in RGB, or an `ImageFault`.
 
 Note [Decoding]
 1. JPEGs go to libjpeg-turbo by simplejpeg, with the exact inverse transform and smooth chroma upsampling. `fastdct`
@@ -35,35 +35,24 @@ _EXIF = b"Exif\x00\x00"
 
 
 def decode(data: bytes, *, short_side: int | None = None) -> Pixels:
-    """Decode an image of any common format. See Note [Decoding].
+    """Decode an image of any common format, told by its content. See Note [Decoding].
 
     Args:
-        data: a file's content. Its format is told by its content.
-        short_side: the shorter side that the result needs, in pixels. A JPEG is then decoded at the smallest of full,
-            1/2, 1/4 and 1/8 scale that gives it. None decodes at full scale.
+        data: content of a file.
+        short_side: least shorter side of the result, in pixels. A JPEG is then decoded at the smallest of full, 1/2,
+            1/4 and 1/8 scale that gives it. None decodes at full scale.
 
     Returns:
         uint8 (h, w, 3), RGB, contiguous.
 
     Raises:
-        ImageFault: there is no whole image in the bytes, or one of more than `MAX_PIXELS`.
+        ImageFault: the bytes are not a whole image, or one of more than `MAX_PIXELS`.
     """
     return decode_checked(data, short_side=short_side)[0]
 
 
 def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixels, str | None]:
-    """Decode as `decode` does, and say whether the strict decoder refused the file and Pillow had to do it.
-
-    Args:
-        data: as for `decode`.
-        short_side: as for `decode`.
-
-    Returns:
-        The pixels, and what the strict decoder complained of: such a file is damaged. None is the rule.
-
-    Raises:
-        ImageFault: as for `decode`.
-    """
+    """Decode as `decode` does; return the strict decoder's complaint too, if Pillow had to decode a damaged file."""
     if not data:
         raise ImageFault("the file is empty")
     if not data.startswith(_JPEG):
@@ -95,15 +84,8 @@ def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixel
 
 
 def reduction(short: int, short_side: int | None) -> int:
-    """By how much to reduce while decoding: the largest of 1, 2, 4, 8 that leaves at least the side that is needed.
-
-    Args:
-        short: the image's shorter side in pixels.
-        short_side: what is needed; None for full scale.
-    """
-    if short_side is None:
-        return 1
-    return next((scale for scale in (8, 4, 2) if short >= scale * short_side), 1)
+    """Return the largest of 1, 2, 4, 8 by which a shorter side can be reduced and still have `short_side` pixels."""
+    return next((scale for scale in (8, 4, 2) if short_side is not None and short >= scale * short_side), 1)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -146,7 +128,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
 
 def _orientation(data: bytes) -> int:
-    """What a JPEG's Exif says of it, 1 to 8. A file without Exif costs a microsecond or two."""
+    """Return the orientation of a JPEG's Exif, 1 to 8. A file without Exif costs a microsecond or two."""
     at, end = 2, len(data) - 4
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
@@ -171,12 +153,12 @@ def _read_exif(block: bytes) -> int:
             return exif.get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # damaged Exif is no damage to the picture
+    except Exception:  # damaged Exif does not damage the picture
         return 1
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Undo an Exif orientation. What is not in 2 to 8 means nothing."""
+    """Undo an Exif orientation; values outside 2 to 8 are ignored."""
     if orientation in (2, 3):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4):

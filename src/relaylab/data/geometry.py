@@ -1,4 +1,4 @@
-"""Which part of an image the network sees, and at what size.
+"""Crops: the window of an image that the network sees, and its size.
 
 Note [Windows]
 1. Resizing the shorter side to 256 and cropping 224 keeps the pixels of a window of 224/256 of the shorter side. Only
@@ -41,13 +41,16 @@ FAST_RESIZE = _has_fast_resize()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """How an image becomes the network's input (the paper's section 5.1).
+    """Size and scale of the network's input (the paper's section 5.1).
 
     Attributes:
         size: side of the square crop that the network sees, in pixels.
-        short_side: what the image's shorter side is resized to, aspect ratio kept, before the crop is taken.
+        short_side: length of the image's shorter side before the crop is taken, aspect ratio kept, in pixels.
         reduced_decoding: decode JPEGs at 1/2, 1/4 or 1/8 scale where the result is still at least `short_side`. Faster
             on large images, and slightly different pixels: training and evaluation must agree on it.
+
+    Raises:
+        InputError: a size below 1 or a crop larger than the image.
     """
 
     size: int = 224
@@ -55,11 +58,6 @@ class View:
     reduced_decoding: bool = False
 
     def __post_init__(self) -> None:
-        """Check the sizes.
-
-        Raises:
-            InputError: a size below 1 or a crop larger than the image.
-        """
         if not 1 <= self.size <= self.short_side:
             raise InputError(
                 f"crop size {self.size} of a shorter side of {self.short_side}: expected 1 <= size <= side"
@@ -67,33 +65,17 @@ class View:
 
 
 def training_window(view: View, height: int, width: int, across: float, down: float) -> tuple[int, int, int]:
-    """The square of source pixels that becomes a training crop. See Note [Windows] 2.
+    """Return the square of a training crop as (left, top, side) in pixels of the source. See Note [Windows] 2.
 
-    Args:
-        view: sizes.
-        height: of the source, in pixels.
-        width: likewise.
-        across: in [0, 1), where the window lies between left and right. Uniform numbers give uniform positions.
-        down: likewise between top and bottom.
-
-    Returns:
-        (left, top, side) in source pixels.
+    `across` and `down`, in [0, 1), place it between left and right, top and bottom; uniform numbers give uniform
+    positions.
     """
     side = max(1, (2 * view.size * min(height, width) + view.short_side) // (2 * view.short_side))  # rounded
     return int(across * (width - side + 1)), int(down * (height - side + 1)), side
 
 
 def centre_box(view: View, height: int, width: int) -> Box:
-    """The part of the source that the centre crop shows. See Note [Windows] 4.
-
-    Args:
-        view: sizes.
-        height: of the source, in pixels.
-        width: likewise.
-
-    Returns:
-        (left, top, right, bottom) in source pixels and fractions of them.
-    """
+    """Return the centre crop's box (left, top, right, bottom) in fractional source pixels. See Note [Windows] 4."""
     short = min(height, width)
     resized = [view.short_side * side // short for side in (width, height)]  # torchvision's rounding
     offsets = [round((side - view.size) / 2) for side in resized]  # and again
@@ -103,13 +85,7 @@ def centre_box(view: View, height: int, width: int) -> Box:
 
 
 def cut_window(pixels: Pixels, window: tuple[int, int, int], out: Tensor) -> None:
-    """Cut a window of whole pixels out of an image and resize it.
-
-    Args:
-        pixels: uint8 (h, w, 3).
-        window: (left, top, side) within the image.
-        out: uint8 (size, size, 3), where it goes.
-    """
+    """Cut a window (left, top, side) of whole pixels out of an image, resized into `out`, uint8 (size, size, 3)."""
     left, top, side = window
     part = pixels[top : top + side, left : left + side]
     size = len(out)
@@ -127,13 +103,7 @@ def cut_window(pixels: Pixels, window: tuple[int, int, int], out: Tensor) -> Non
 
 
 def cut_box(pixels: Pixels, box: Box, out: Tensor) -> None:
-    """Resize a part of an image that need not lie on whole pixels.
-
-    Args:
-        pixels: uint8 (h, w, 3).
-        box: (left, top, right, bottom) within the image.
-        out: uint8 (size, size, 3), where it goes.
-    """
+    """Cut a box (left, top, right, bottom) of fractional pixels, resized into `out`, uint8 (size, size, 3)."""
     left, top, right, bottom = box
     size = len(out)
     if right - left == bottom - top == size and left == int(left) and top == int(top):
@@ -149,15 +119,12 @@ def cut_box(pixels: Pixels, box: Box, out: Tensor) -> None:
 
 
 def resized(pixels: Pixels, short_side: int, *, square: bool = False) -> Pixels:
-    """A whole image at another size, as for evaluation. See Note [Windows] 4 and 5.
+    """Resize a whole image, as for evaluation, to a contiguous array. See Note [Windows] 4 and 5.
 
     Args:
         pixels: uint8 (h, w, 3).
-        short_side: of the result, in pixels; the longer side follows, rounded as torchvision does.
+        short_side: of the result, in pixels; the longer side follows, rounded as in torchvision.
         square: give both sides that length.
-
-    Returns:
-        uint8 (h, w, 3), contiguous.
     """
     short = min(pixels.shape[:2])
     height, width = (short_side if square else short_side * side // short for side in pixels.shape[:2])

@@ -38,12 +38,7 @@ def mix(words: Words) -> Words:
 
 
 def keys(seed: int, *counters: ArrayLike) -> Words:
-    """A 64-bit key for each combination of counters, broadcast against each other.
-
-    Args:
-        seed: any integer.
-        counters: integers or arrays of them; their order matters.
-    """
+    """Return a 64-bit key for each combination of counters (integers or arrays), which are broadcast; order matters."""
     key = mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))  # an array: scalars would warn of wrapping round
     for counter in counters:
         key = mix(key ^ np.asarray(counter).astype(np.uint64))
@@ -51,26 +46,17 @@ def keys(seed: int, *counters: ArrayLike) -> Words:
 
 
 def uniforms(seed: int, numbers: ArrayLike, count: int) -> NDArray[np.float64]:
-    """Random numbers uniform in [0, 1), a function of (seed, number, column) alone.
-
-    Args:
-        seed: any integer.
-        numbers: (n,) such as draw numbers.
-        count: of columns.
-
-    Returns:
-        (n, count).
-    """
+    """Return random numbers (n, count), uniform in [0, 1): a function of (seed, number, column) alone."""
     key = keys(seed, np.asarray(numbers)[:, None], np.arange(count))
     return (key >> _S11).astype(np.float64) * 2.0**-53
 
 
 def permute(positions: Integers, sizes: ArrayLike, key: Words) -> Integers:
-    """Where keyed permutations send positions, without the rest of the permutation. See Note [Keyed] 3.
+    """Return the images of positions under keyed permutations. See Note [Keyed] 3.
 
     Args:
         positions: (n,), each in 0 .. size - 1.
-        sizes: of the domains that are permuted, from 1 to 2**31; one, which is faster, or one for each position.
+        sizes: sizes of the permuted domains, from 1 to 2**31; one, which is faster, or one for each position.
         key: from `keys`; one, or one for each position. Each key is another permutation.
 
     Returns:
@@ -90,7 +76,7 @@ def permute(positions: Integers, sizes: ArrayLike, key: Words) -> Integers:
 
 
 def _ranks(positions: Integers, sizes: Halves, key: Words) -> Integers:
-    """For few positions: how many of them have a smaller hash."""
+    """Rank of a position's hash among those of all positions, for small domains."""
     others = np.arange(FEW)
     hashes = mix(key[:, None] ^ mix(others.astype(np.uint64)))
     own = np.take_along_axis(hashes, positions[:, None], axis=1)
@@ -98,7 +84,7 @@ def _ranks(positions: Integers, sizes: Halves, key: Words) -> Integers:
 
 
 def _walk(positions: Integers, sizes: Halves, key: Words) -> Integers:
-    """For many positions: through the network until they are inside."""
+    """Cycle walking: apply the Feistel network until a position is inside the domain."""
     image = _feistel(positions.astype(np.uint32), sizes, key)
     outside = np.flatnonzero(image >= sizes)
     while len(outside):
@@ -110,7 +96,7 @@ def _walk(positions: Integers, sizes: Halves, key: Words) -> Integers:
 
 
 def _feistel(words: Halves, sizes: Halves, key: Words) -> Halves:
-    """A permutation of 0 .. 2**bits - 1, where bits is the least that holds the size."""
+    """Permute 0 .. 2**bits - 1, with the fewest bits that hold the size."""
     bits = np.frexp((sizes - _ONE).astype(np.float64))[1].astype(np.uint32)
     low_bits = bits >> _ONE
     low_mask = (_ONE << low_bits) - _ONE

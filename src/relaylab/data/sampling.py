@@ -122,7 +122,9 @@ class KeyedSampler(Sampler[int]):
                 raise InputError(f"the sampler's state has {key} {state.get(key)!r}; this sampler has {here!r}")
         position, remainder = divmod(int(state["draw"]), self.num_replicas)
         if remainder:
-            raise InputError(f"draw {state['draw']} is no multiple of {self.num_replicas} ranks: end at a global batch")
+            raise InputError(
+                f"draw {state['draw']} is not a multiple of {self.num_replicas} ranks: stop at a global batch"
+            )
         self.seek(position)
 
     def _identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The paper's networks, without their auxiliary heads, modules in forward order."""
+"""The paper's networks, without their auxiliary heads, with modules in forward order."""
 
 from relaylab.models.inception import inception_v3
 from relaylab.models.model_a import model_a, model_a_printed

@@ -19,7 +19,7 @@ INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convol
 
 @dataclass(frozen=True)
 class _Kind:
-    """How to build one architecture, and which options it has."""
+    """The builder of one architecture, and the options that it has."""
 
     build: Callable[..., nn.Module]
     options: tuple[str, ...]
@@ -42,7 +42,7 @@ KINDS: Mapping[Architecture, _Kind] = {
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
-    """The network, with fresh weights.
+    """Build a network with fresh weights.
 
     Raises:
         InputError: an unknown architecture, an option that it lacks, fewer than two classes, or images that are too
@@ -69,14 +69,10 @@ def build_network(config: NetworkConfig) -> nn.Module:
 
 
 def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
-    """The plan of one of the paper's methods.
-
-    Args:
-        config: the windows of relay backpropagation.
-        scheme: "standard", "multi_loss", "isolated" or "relay".
+    """Build the plan of a scheme ("standard", "multi_loss", "isolated" or "relay") from relay's windows.
 
     Raises:
-        InputError: another scheme, or relay without auxiliary losses.
+        InputError: another scheme, or another one than "standard" without auxiliary losses.
     """
     auxiliary = {
         name: Window(top=window.top, bottom=window.bottom, above=window.above, weight=window.weight)
@@ -97,12 +93,7 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
 
 
 def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The auxiliary heads, with fresh weights.
-
-    Args:
-        plan: which heads, and where.
-        network: its classes, and whether the heads have batch normalisation as the network has.
-        model: the network, whose maps the heads read. It is not changed.
+    """Build the auxiliary heads with fresh weights, for the maps of `model`, which is not changed.
 
     Raises:
         InputError: an unknown head, or a map too small for it.
@@ -115,13 +106,13 @@ def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
 
 
 def build_head(head: Head, shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
-    """One auxiliary head.
+    """Build an auxiliary head for a map of shape (c, h, w).
 
     Args:
         head: "googlenet" (`relaybackprop.AuxiliaryHead`, our default), "inception" (torchvision's of Inception-v3) or
             "linear" (`relaybackprop.LinearHead`).
-        shape: of the map that it reads, (c, h, w).
-        num_classes: length of its output.
+        shape: of the map.
+        num_classes: length of the output.
         batch_norm: of the default head; torchvision's always has it.
 
     Raises:
@@ -131,24 +122,23 @@ def build_head(head: Head, shape: tuple[int, ...], num_classes: int, batch_norm:
     match head:
         case "googlenet":
             module = AuxiliaryHead(channels, num_classes, batch_norm=batch_norm)
-            initialise(module)
         case "linear":
             module = LinearHead(channels, num_classes)
-            initialise(module)
         case "inception":
             if min(size) < INCEPTION_HEAD_MAP:
                 raise InputError(
                     f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, and "
                     f"reads one of {size[0]} x {size[1]}; take another head, or larger images"
                 )
-            module = InceptionAux(channels, num_classes)
+            return InceptionAux(channels, num_classes)
         case _:
             raise InputError(f"unknown head {head!r}: expected googlenet, inception or linear")
+    initialise(module)
     return module
 
 
 def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """By auxiliary loss, the shape (c, h, w) of what its head reads, without computing anything."""
+    """Return the shape (c, h, w) of the map that each auxiliary head reads, by loss, without computing anything."""
     with torch.device("meta"):
         twin = build_network(network) if any(p.device.type != "meta" for p in model.parameters()) else model
     shapes: dict[str, tuple[int, ...]] = {}
@@ -164,10 +154,10 @@ def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
 
 
 def build_relay(recipe: Recipe) -> Relay:
-    """A recipe's network and heads under its plan, with fresh weights from the default random generator.
+    """Build a recipe's network and heads under its plan, with fresh weights from the default random generator.
 
     Raises:
-        InputError: values that do not go together.
+        InputError: values that are inconsistent.
     """
     model = build_network(recipe.network)
     plan = build_plan(recipe.plan, recipe.scheme)
@@ -175,5 +165,5 @@ def build_relay(recipe: Recipe) -> Relay:
 
 
 def build_criterion(config: OptimizerConfig, plan: Plan) -> RelayLoss:
-    """The weighted sum of a plan's cross-entropies."""
+    """Build the weighted sum of a plan's cross-entropies."""
     return RelayLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), plan)

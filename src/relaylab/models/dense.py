@@ -27,11 +27,11 @@ from relaylab.models.pyramid import SpatialPyramid, window
 
 
 def dense(model: nn.Module, *, map_size: int | None = None) -> nn.Module:
-    """The network as one that takes images of any size from that of its crops. See Note [Dense].
+    """Turn a network into one for images of any size from that of its crops up. See Note [Dense].
 
     Args:
         model: one of `relaylab.models`; its layers are shared, not copied.
-        map_size: side of the last map that its crops give, for VGGNets; the others know.
+        map_size: side of the last map of its crops, in pixels; needed for VGGNets only.
 
     Returns:
         A module: images (batch, 3, h, w) to class scores (batch, classes, rows, columns).
@@ -60,9 +60,6 @@ def dense(model: nn.Module, *, map_size: int | None = None) -> nn.Module:
 class SlidingPyramid(nn.Module):
     """The pyramid of every window of a map, stride 1. See Note [Dense] 2.
 
-    Args:
-        pyramid: what each window would go through.
-
     Shape:
         (batch, c, h, w) to (batch, h - map_size + 1, w - map_size + 1, features).
     """
@@ -72,11 +69,7 @@ class SlidingPyramid(nn.Module):
         self.bins, self.map_size = pyramid.bins, pyramid.map_size
 
     def forward(self, features: Tensor) -> Tensor:
-        """All windows' features.
-
-        Raises:
-            InputError: a map smaller than a window.
-        """
+        """Pool all windows; raises InputError for a map smaller than a window."""
         rows, columns = _positions(features, self.map_size)
         # Channels innermost: pooling and copying so take a fifth of the time.
         features = features.contiguous(memory_format=torch.channels_last)
@@ -97,7 +90,7 @@ class SlidingPyramid(nn.Module):
 
 
 def _edges(bins: int, map_size: int) -> list[tuple[int, int]]:
-    """Start and length of each bin along a side; the last one may be cut off."""
+    """Return start and length of each bin along a side; the last one may be cut off."""
     size = window(bins, map_size)
     return [(start, min(size, map_size - start)) for start in range(0, map_size, size)]
 
@@ -116,7 +109,7 @@ class _Windows(nn.Module):
 
 
 class _Sliding(nn.Module):
-    """A map, its windows, and what each of them becomes."""
+    """A network whose last layers are applied to every window of its map."""
 
     def __init__(self, body: nn.Module, windows: nn.Module, last: nn.Module) -> None:
         super().__init__()

@@ -19,10 +19,7 @@ NAME = "model"
 
 
 class Classifier(nn.Module):
-    """A network with its own normalisation in front, so that nobody can get that wrong.
-
-    Args:
-        model: a trained network and how to use it.
+    """A trained network that includes its normalisation.
 
     Shape:
         RGB images (batch, 3, crop, crop), float32 with values from 0 to 255, to class scores (batch, classes).
@@ -42,7 +39,7 @@ class Classifier(nn.Module):
 
 
 def mean_of(model: ModelFile) -> Tensor:
-    """What is subtracted, in the order of the network's channels: (3, crop, crop), or (3, 1, 1) for one colour."""
+    """Return the mean in the order of the network's channels: (3, crop, crop), or (3, 1, 1) for one colour."""
     if model.mean_image is None:
         return _planes(model.input.mean)
     return model.mean_image.permute(2, 0, 1).contiguous()
@@ -53,15 +50,10 @@ def _planes(values: Sequence[float]) -> Tensor:
 
 
 def export(model: ModelFile, folder: Path, formats: Sequence[Format]) -> list[Path]:
-    """Write a trained network in several formats.
-
-    Args:
-        model: the network and how to use it.
-        folder: an existing one.
-        formats: which.
+    """Write a trained network to an existing folder in several formats.
 
     Returns:
-        The files, for batches of any size. See `Classifier` for what the programs take.
+        The files, for batches of any size. See `Classifier` for the programs' input.
 
     Raises:
         InputError: the weights are not the network's.
@@ -75,7 +67,7 @@ def export(model: ModelFile, folder: Path, formats: Sequence[Format]) -> list[Pa
 
 
 def about(model: ModelFile) -> dict[str, str]:
-    """What goes with every format: all that is needed to use it, as text."""
+    """Return the metadata of every format: all that is needed to use it, as text."""
     return {
         "classes": json.dumps(model.classes),
         "input": json.dumps(_for_classifier(model.input)),
@@ -85,7 +77,7 @@ def about(model: ModelFile) -> dict[str, str]:
 
 
 def _for_classifier(config: InputConfig) -> dict[str, object]:
-    """Resizing and cropping are left to who uses it; the normalisation is inside."""
+    """Describe the input of `Classifier`: the caller resizes and crops, the program normalises."""
     return {"resize": config.resize, "how": config.how, "crop": config.crop, "channels": "RGB", "values": "0 to 255"}
 
 

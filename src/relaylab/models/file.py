@@ -34,12 +34,15 @@ class InputConfig:
     """How an image becomes the network's input: resized, cropped, its values 0 to 255 minus the mean, then divided.
 
     Attributes:
-        resize: to which side, in pixels.
+        resize: length of the side, in pixels.
         how: "shorter side" keeps the aspect ratio; "both sides" makes a square.
         crop: side of the centre crop, in pixels.
         channels: their order.
         mean: of each channel, in that order, 0 to 255. With a mean image it is that image's, for other sizes.
-        std: what the difference is divided by, in that order; None for nothing.
+        std: divides the difference, in that order; None for no division.
+
+    Raises:
+        InputError: values out of range; they may come from a file.
     """
 
     resize: int = 256
@@ -50,11 +53,6 @@ class InputConfig:
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values, which may come from a file.
-
-        Raises:
-            InputError: one that cannot be.
-        """
         sizes, colours = (self.resize, self.crop), (self.mean, self.std or (1.0, 1.0, 1.0))
         if any(type(size) is not int for size in sizes) or not 1 <= self.crop <= self.resize:
             raise InputError(f"resize {self.resize!r}, crop {self.crop!r}: expected pixels, 1 <= crop <= resize")
@@ -74,12 +72,15 @@ class ModelFile:
     """A trained network and how to use it.
 
     Attributes:
-        network: how it is built.
-        classes: their names, in the order of its output.
-        input: how an image becomes its input.
+        network: architecture and sizes.
+        classes: names, in the order of the output.
+        input: preprocessing of images.
         state: the plain model's state dict.
-        mean_image: (crop, crop, 3), subtracted in place of `input.mean` if there is one.
-        about: where it comes from, in a sentence.
+        mean_image: (crop, crop, 3), subtracted instead of `input.mean` if there is one.
+        about: origin, in a sentence.
+
+    Raises:
+        InputError: a number of classes, a crop or a mean image that do not fit the network.
     """
 
     network: NetworkConfig
@@ -90,11 +91,6 @@ class ModelFile:
     about: str = ""
 
     def __post_init__(self) -> None:
-        """Check that the parts go together.
-
-        Raises:
-            InputError: as many classes as the network does not have, another crop, or a mean image of another size.
-        """
         network, size = self.network, self.input.crop
         if not all(isinstance(name, str) for name in self.classes):
             raise InputError("expected the classes' names as text")
@@ -108,7 +104,7 @@ class ModelFile:
             )
 
     def model(self) -> nn.Module:
-        """The network with its weights, in evaluation mode.
+        """Build the network with its weights, in evaluation mode.
 
         Raises:
             InputError: the weights are not this network's.
@@ -120,7 +116,7 @@ class ModelFile:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put a state dict into a model, which takes over its tensors. The model may be on the meta device.
+    """Load copies of a state dict's tensors into a model, which may be on the meta device.
 
     Raises:
         InputError: missing or unknown keys, or other shapes; they are named.
@@ -140,7 +136,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if any(complaints):
         raise InputError(f"the state dict {'; it '.join(filter(None, complaints))}")
-    # Copies: what comes from a file may lie in memory that the file is mapped to. Half precision becomes single.
+    # Copies, since tensors from a file may be mapped to it. Half precision becomes single.
     copies = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}
     model.load_state_dict(copies, assign=True)
 
@@ -174,7 +170,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> 
 
 
 def mean_path(path: Path) -> Path:
-    """Where the mean image of a model file lies."""
+    """Return the path of the mean image that belongs to a model file."""
     return path.with_name(f"{path.stem}.mean.safetensors")
 
 
@@ -182,7 +178,7 @@ def read_model(path: Path) -> ModelFile:
     """Read a model file.
 
     Raises:
-        InputError: no such file, no safetensors file, or one without what `save_model` writes.
+        InputError: no such file, not a safetensors file, or not one that `save_model` wrote.
     """
     tensors, metadata = _read(path)
     try:
@@ -217,7 +213,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no whole safetensors file: {error}") from None
+        raise InputError(f"{path} is not a valid safetensors file (truncated or corrupt?): {error}") from None
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

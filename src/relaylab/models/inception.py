@@ -14,7 +14,7 @@ class EnlargingInception3(Inception3):
 
     Args:
         image_size: side of the crops, in pixels. They are enlarged to 96; larger images by the same factor.
-        arguments: torchvision's.
+        arguments: as for `torchvision.models.Inception3`.
     """
 
     def __init__(self, image_size: int, **arguments: Any) -> None:

@@ -17,7 +17,7 @@ class Inception(nn.Module):
     """The paper's modified inception module: three branches, concatenated.
 
     Args:
-        channels: of the map that comes in.
+        channels: of the input.
         k: the paper's k.
 
     Shape:
@@ -32,7 +32,7 @@ class Inception(nn.Module):
         self.branch3x3dbl = nn.Sequential(*_convolution(channels, 2 * k, 3), *_convolution(2 * k, 2 * k, 3))
 
     def forward(self, features: Tensor) -> Tensor:
-        """The branches' outputs side by side (batch, 4 k, h, w)."""
+        """Concatenate the branches' outputs."""
         return torch.cat([self.branch1x1(features), self.branch3x3(features), self.branch3x3dbl(features)], dim=1)
 
 
@@ -62,13 +62,12 @@ def model_b(
     stem = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(3, 2 * width, 7, stride=2, padding=3), relu1=nn.ReLU(inplace=True), pool=_pool()
     )
-    last = _segment(8 * width, 2 * width, bins, "spp")
     model = nn.Sequential(
         OrderedDict[str, nn.Module](
             segment1=nn.Sequential(stem),
             segment2=_segment(2 * width, width, _pool(), "pool"),
             segment3=_segment(4 * width, 2 * width, _pool(), "pool"),
-            segment4=last,
+            segment4=_segment(8 * width, 2 * width, bins, "spp"),
             classifier=classifier(num_features(8 * width, pyramid), 64 * width, num_classes),
         )
     )

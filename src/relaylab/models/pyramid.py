@@ -40,11 +40,7 @@ class SpatialPyramid(nn.Module):
         self.map_size = map_size
 
     def forward(self, features: Tensor) -> Tensor:
-        """All grids' maxima (batch, features).
-
-        Raises:
-            InputError: a map of another size.
-        """
+        """Pool all grids; raises InputError for a map of another size."""
         if features.shape[-2:] != (self.map_size, self.map_size):
             raise InputError(
                 f"the pyramid pools maps of {self.map_size} x {self.map_size} and received one of "
@@ -58,26 +54,22 @@ class SpatialPyramid(nn.Module):
         return torch.cat(grids, dim=1)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the arguments for `print(model)`."""
         return f"bins={self.bins}, map_size={self.map_size}"
 
 
 def window(bins: int, map_size: int) -> int:
-    """Side and stride of the windows that pool a map into so many bins along a side."""
+    """Return side and stride of the windows that pool a map into so many bins along a side."""
     return -(-map_size // bins)
 
 
 def misfits(bins: Sequence[int], map_size: int) -> list[int]:
-    """Grids that windows of one size, side by side, cannot make on a map of this size."""
+    """Return the grids that windows of one size, side by side, cannot make on a map of this size."""
     return [b for b in bins if b < 1 or map_size < 1 or -(-map_size // window(b, map_size)) != b]
 
 
 def pyramid_for(image_size: int, bins: Sequence[int]) -> SpatialPyramid:
-    """The pyramid on the last map of models A and B.
-
-    Args:
-        image_size: side of the square crops that the network sees, in pixels.
-        bins: see `SpatialPyramid`.
+    """Build the pyramid on the last map of models A and B for square crops of `image_size` pixels.
 
     Raises:
         InputError: images too small for it, or of a size that it does not fit.
@@ -86,17 +78,17 @@ def pyramid_for(image_size: int, bins: Sequence[int]) -> SpatialPyramid:
 
 
 def num_features(channels: int, bins: Sequence[int]) -> int:
-    """Length of what the pyramid gives."""
+    """Return the number of features that a pyramid gives."""
     return channels * sum(b * b for b in bins)
 
 
 def braces(bins: Sequence[int]) -> str:
-    """As Table 2 writes it."""
+    """Format a pyramid as Table 2 does."""
     return "{" + ", ".join(map(str, sorted(bins, reverse=True))) + "}"
 
 
 def _sizes_that_fit(bins: Sequence[int], map_size: int) -> str:
-    """Advice: the nearest sizes of images for this pyramid."""
+    """Advise the nearest sizes of images for this pyramid."""
     fitting = [size for size in range(1, 65) if not misfits(bins, size)]
     nearest = sorted(sorted(fitting, key=lambda size: abs(size - map_size))[:4])
     images = ", ".join(str(STRIDE * size) for size in nearest)

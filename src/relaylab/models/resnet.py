@@ -34,7 +34,7 @@ def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = WID
 
 
 def _change_width(model: ResNet, width: int) -> None:
-    """Other layers in the place of all; the constructor can thin only the 3x3 convolutions."""
+    """Replace all layers; the constructor can change the width of the 3x3 convolutions only."""
     model.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
     model.bn1 = nn.BatchNorm2d(width)
     channels = width

@@ -23,7 +23,7 @@ def vgg(depth: int, num_classes: int = 1000, *, width: int = 64, image_size: int
         num_classes: length of the output.
         width: filters of the first segment, and with it the width of everything; 64 in the paper.
         image_size: side of the images in pixels. Below 224 the classifier sees the smaller map that they leave; from
-            224 up torchvision's pooling to 7x7 stands before it.
+            224 up torchvision's pooling to 7x7 precedes it.
 
     Returns:
         `features`, `avgpool` and `classifier`: images (batch, 3, image_size, image_size) to class scores (batch,
@@ -48,7 +48,7 @@ def vgg(depth: int, num_classes: int = 1000, *, width: int = 64, image_size: int
 
 
 def _plan(convolutions: Sequence[int], width: int) -> list[str | int]:
-    """What `make_layers` takes: filters, and "M" for max pooling."""
+    """Return the argument of `make_layers`: filters, and "M" for max pooling."""
     layers: list[str | int] = []
     for number, count in enumerate(convolutions):
         layers += [width * min(2**number, 8)] * count + ["M"]

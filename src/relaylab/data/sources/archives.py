@@ -1,4 +1,4 @@
-"""Tar files, read in place: where each image lies is listed once, and nothing is ever unpacked by name.
+"""Tar files, read in place: each image's offset is listed once, and nothing is ever unpacked by name.
 
 Note [Archives]
 1. A plain tar is read by random access. A compressed one cannot be: it is decompressed once, to a plain tar in the
@@ -36,7 +36,7 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, IndexE
 
 
 class Member(NamedTuple):
-    """An entry of a tar file that is a file or a folder: its normalised path, and where its bytes are."""
+    """A file or folder in a tar file: its normalised path, offset and size."""
 
     path: str
     offset: int
@@ -51,15 +51,15 @@ def list_tars(
 
     Args:
         tars: resolved paths.
-        title: for people.
-        split: which of train, val and test, for tars that have them.
+        title: display name.
+        split: train, val or test, for tars that have them.
         named: files beside them that give classes names.
-        watch: how progress is shown.
+        watch: display of progress.
         cache: folder for decompressed tars.
-        flat: take images without class folders, and none other.
+        flat: take images without class folders only.
 
     Raises:
-        InputError: a file that is no tar or is damaged, a member that is refused, a name twice, or no images.
+        InputError: a file that is not a tar or is damaged, a member that is refused, a name twice, or no images.
     """
     rows, shown = Rows(), dict[str, str]()
     keys: dict[str, set[str]] = {}  # class folders by split; "" where there are no splits
@@ -79,7 +79,7 @@ def list_tars(
                     seen = member.offset
                 part, key = _where(member)
                 if (part, key) == ("", "test") and split == "test":
-                    part, key = "test", None  # test/1.jpg: no class called test
+                    part, key = "test", None  # test/1.jpg: not a class called test
                 if flat and not member.folder:
                     part, key = "", None
                 if key is not None:
@@ -91,7 +91,7 @@ def list_tars(
                 elif not is_image(member.path):
                     rows.ignore(member.path)
                 elif part != (split or "") and not (split == "test" and key is None):
-                    if part not in SPLITS:  # the other splits' images are not passed over
+                    if part not in SPLITS:  # images of the other splits are not counted as ignored
                         rows.ignore(member.path)
                 elif key is None and split != "test" and not flat:
                     rows.ignore(member.path)
@@ -105,21 +105,17 @@ def list_tars(
     if split is not None and chosen:
         chosen = chosen.union(keys.get("train", ()), keys.get("val", ()))
     shown = names_beside(named, chosen, rows.stamps) | {key: name for key, name in shown.items() if key in chosen}
-    listing = rows.listing(title, chosen, shown, places, sort=True)
+    listing = rows.listing(title, chosen, shown, places)
     if listing.classes and (listing.labels == UNLABELLED).any():
         raise InputError(f"{title} has images with and without class folders in {split}: expected one kind only")
     return listing
 
 
 def members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """The files and folders of a plain tar, and of plain tars in it, in their order.
+    """Iterate over the files and folders of a plain tar, and of plain tars in it, in their order.
 
-    Args:
-        file: open for reading in binary; its position is moved.
-        title: for messages.
-        rows: files that are passed over are counted here.
-        start: where the tar begins in the file, bytes.
-        stop: where it ends; None for the file's end.
+    The tar lies between the bytes `start` and `stop` of the file, None for its end. Files that are not images are
+    counted in `rows`.
 
     Raises:
         InputError: it is damaged, or has a member that is refused.
@@ -157,12 +153,7 @@ def members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int |
 
 
 def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
-    """A plain tar with the same content: the tar itself, or one in the cache, made if there is none yet.
-
-    Args:
-        tar: resolved path of a tar, compressed or not; told by its first bytes.
-        cache: folder for such tars.
-        watch: how progress is shown, in bytes of the compressed file.
+    """Return a plain tar with the same content: the tar itself, or if it is compressed one in the cache.
 
     Raises:
         InputError: a compression that this Python lacks, a damaged file, no space, or a cache that cannot be written.
@@ -204,9 +195,7 @@ def _check(rows: Rows, title: str, split: str | None, keys: dict[str, set[str]],
     if not rows.found:
         what = "images but no class folders" if outside else "no images"
         raise InputError(f"{title} has {what}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")
-    twice = rows.repeated()
-    if twice:
-        raise InputError(f"{title} has {printable(rows.name(twice[0]))} more than once")
+    rows.refuse_repeats(title)
 
 
 def _decompressed(packed: IO[bytes], kind: str, title: str) -> Iterator[bytes]:
@@ -232,7 +221,7 @@ def _decompressed(packed: IO[bytes], kind: str, title: str) -> Iterator[bytes]:
 
 
 def _path(member: tarfile.TarInfo, title: str) -> str:
-    """The normalised path of a member."""
+    """Return the normalised path of a member; refuse one outside the tar."""
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     if member.name.startswith("/") or ".." in parts or "\0" in member.name:
         raise InputError(f"{title} has a member that leads out of it, {printable(member.name)}: refused")
@@ -240,7 +229,7 @@ def _path(member: tarfile.TarInfo, title: str) -> str:
 
 
 def _plain(member: tarfile.TarInfo, path: str, title: str) -> bool:
-    """Whether a member is a file to look at; an image that is something else is refused."""
+    """Return whether a member is a regular file; an image that is not is refused."""
     if path.startswith("__MACOSX/"):
         return False
     whole = member.isreg() and not member.issparse()
@@ -251,7 +240,7 @@ def _plain(member: tarfile.TarInfo, path: str, title: str) -> bool:
 
 
 def _where(member: Member) -> tuple[str, str | None]:
-    """Split and class folder that a member's path says; a folder around the splits is looked through."""
+    """Return split and class folder of a member's path; a folder around the splits is skipped."""
     parts = member.path.split("/")
     folders = parts if member.folder else parts[:-1]
     if len(folders) >= 2 and folders[0] not in SPLITS and folders[1] in SPLITS:

@@ -19,13 +19,7 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A file under another name while it is written, which takes its place when all went well.
-
-    Args:
-        path: of the finished file; folders above it are made.
-
-    Yields:
-        Where to write.
+    """Write a file of the cache atomically: yields the temporary file; folders above `path` are made.
 
     Raises:
         InputError: the folder or the file cannot be written.

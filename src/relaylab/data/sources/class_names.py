@@ -1,4 +1,4 @@
-"""Files that say what classes are called: MiniPlaces' classes.txt, ImageNet's synsets, Places' categories."""
+"""Files with the names of classes: MiniPlaces' classes.txt, ImageNet's synsets, Places' categories."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,18 +12,12 @@ BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt")
 
 
 def files_beside(folders: Iterable[Path]) -> list[Path]:
-    """Those files in some folders that give classes names, the more particular first."""
+    """Return the files in some folders that give classes names, the more particular first."""
     return [folder / name for name in BESIDE for folder in folders if (folder / name).is_file()]
 
 
 def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]) -> dict[str, str]:
-    """Names for people by class folder, from the first of some files that knows every folder.
-
-    Args:
-        files: such as `files_beside` finds.
-        keys: folders of the classes.
-        stamps: what is read is added here.
-    """
+    """Return display names by class folder from the first file that names every folder; add them to `stamps`."""
     wanted = set(keys)
     for file in files:
         stamps.append(stamp(file))
@@ -34,11 +28,7 @@ def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]
 
 
 def named_classes(text: str) -> dict[str, str]:
-    """Names by folder: `4 004_market /m/market/outdoor` gives market/outdoor, `n01440764 tench, Tinca tinca` the tench.
-
-    Args:
-        text: of a file; lines of other forms are passed over.
-    """
+    """Parse names by folder from lines such as `4 004_market /m/market/outdoor` and `n01440764 tench, Tinca tinca`."""
     names = dict[str, str]()
     for line in text.splitlines():
         if match := re.fullmatch(r"\s*\d+\s+(\S+)\s+(\S.*?)\s*", line):
@@ -49,7 +39,7 @@ def named_classes(text: str) -> dict[str, str]:
 
 
 def read_categories(file: Path) -> tuple[str, ...]:
-    """The classes of a file with a line `/a/airfield 0` for each, in the order of their numbers.
+    """Read the classes of a file with a line `/a/airfield 0` for each, in the order of their numbers.
 
     Raises:
         InputError: a line of another form, a number twice or left out, or a file that cannot be read.
@@ -71,20 +61,17 @@ def read_categories(file: Path) -> tuple[str, ...]:
 
 
 def without_letter(name: str) -> str:
-    """A class's name without the letter that Places sorts by: /a/airfield gives airfield."""
+    """Remove the letter that Places sorts classes by: /a/airfield gives airfield."""
     return re.sub(r"^/?\w/", "", name.strip("/")) if "/" in name.strip("/") else name.strip("/")
 
 
 def synset_numbers(meta: Path) -> tuple[dict[int, str], dict[str, str]]:
-    """ImageNet's numbers of 2012 and names of synsets, from the development kit's meta.mat.
+    """Read the synset of each of ImageNet's numbers of 2012 and the name of each synset from the kit's meta.mat.
 
-    The numbers 1 to 1000 are not in the order of the sorted synsets, by which everyone numbers the classes.
-
-    Returns:
-        The synset of each number, and the name of each synset.
+    The numbers 1 to 1000 are not in the order of the sorted synsets, by which the field numbers the classes.
 
     Raises:
-        InputError: it is no such file.
+        InputError: another kind of file.
     """
     from scipy.io import loadmat  # takes a while to import
 
@@ -99,10 +86,10 @@ def synset_numbers(meta: Path) -> tuple[dict[int, str], dict[str, str]]:
 
 
 def read_truth(file: Path) -> Sequence[int]:
-    """ImageNet's validation ground truth: a class number of 2012, from 1, on each line.
+    """Read ImageNet's validation ground truth: a class number of 2012, from 1, on each line.
 
     Raises:
-        InputError: a line that is no number, or a file that cannot be read.
+        InputError: a line that is not a number, or a file that cannot be read.
     """
     lines = _text(file).split()
     for number, line in enumerate(lines, 1):

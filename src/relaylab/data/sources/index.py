@@ -38,15 +38,7 @@ class UnusableIndexError(InputError):
 
 
 def write_index(path: Path, listing: Listing) -> None:
-    """Write an index, whole or not at all.
-
-    Args:
-        path: of the file; an older one is replaced.
-        listing: what it says.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write an index atomically; raises InputError if that fails."""
     about = {
         "title": printable(listing.title),
         "classes": [printable(name) for name in listing.classes],
@@ -56,10 +48,8 @@ def write_index(path: Path, listing: Listing) -> None:
         "stamps": listing.stamps,
         "settled": not unsettled(listing.stamps),
     }
-    tensors: dict[str, NDArray[Any]] = {"labels": listing.labels, "bounds": listing.bounds, "names": listing.names}
-    tensors["place"] = listing.place
-    if listing.spans is not None:
-        tensors["spans"] = listing.spans
+    fields = ("labels", "bounds", "names", "place", *(["spans"] if listing.spans is not None else []))
+    tensors: dict[str, NDArray[Any]] = {name: getattr(listing, name) for name in fields}
     content = sha256()
     for tensor in tensors.values():
         content.update(np.ascontiguousarray(tensor).data)
@@ -79,13 +69,13 @@ class IndexedImages:
         UnusableIndexError: the index is damaged, of another version, or no longer fits.
 
     Attributes:
-        title: a name for people, without folders.
-        classes: names for people, in the order of the labels.
-        folders: the classes' folders or other keys in the same order; fit for `open_source(classes=...)`.
-        labels: (n,) class numbers, mapped from the file and read-only; UNLABELLED in a test set.
-        places: the folders or archives that hold the images.
-        fingerprint: of what was listed; another when any of it has changed.
-        ignored: how many files were passed over because they are no images, by extension.
+        title: display name, without folders.
+        classes: display names, in the order of the labels.
+        folders: the classes' folders or other keys in the same order, as `open_source(classes=...)` takes them.
+        labels: (n,) class indices, mapped from the file and read-only; UNLABELLED in a test set.
+        places: folders or archives that hold the images.
+        fingerprint: changes with anything that was listed.
+        ignored: number of files that are not images, by extension.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
@@ -122,7 +112,7 @@ class IndexedImages:
         self._check()
 
     def _check(self) -> None:
-        """What a damaged file would show, at little cost: the bytes of names are not looked at."""
+        """Detect a damaged file at little cost: the bytes of names are not read."""
         count = len(self.labels)
         if not count or self.labels.min() < UNLABELLED or self.labels.max() >= max(1, len(self.classes)):
             raise ValueError("labels out of range")
@@ -134,7 +124,6 @@ class IndexedImages:
             raise ValueError("names cut short")
 
     def __len__(self) -> int:
-        """The number of images."""
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,36 +143,21 @@ class IndexedImages:
             os.close(self._descriptors.pop(path))
 
     def relative_name(self, number: int) -> bytes:
-        """The name of an image below its place, as lists have it.
-
-        Args:
-            number: 0 .. n - 1.
-
-        Raises:
-            IndexError: there is no such image.
-            OSError: the index cannot be read any more.
-        """
+        """Return the name of an image below its place, as in lists; raises IndexError if there is no such image."""
         start, stop = self._rows("bounds", number, 2).tolist()
         return _pread(self._descriptor(str(self._path)), stop - start, self._tensors["names"][2] + start, self._path)
 
     def name(self, number: int) -> str:
-        """Where an image is, for messages and lists: printable whatever bytes the name is made of.
-
-        Args:
-            number: 0 .. n - 1.
-        """
+        """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
         place = self.places[int(self._rows("place", number)[0])]
         return printable(os.fsencode(place.shown) + b"/" + self.relative_name(number))
 
     def read(self, number: int) -> bytes:
-        """The encoded bytes of an image.
-
-        Args:
-            number: 0 .. n - 1.
+        """Return the encoded bytes of an image.
 
         Raises:
             IndexError: there is no such image.
-            OSError: it cannot be read, or not any more.
+            OSError: it cannot be read, or has changed since it was indexed.
         """
         place = self.places[int(self._rows("place", number)[0])]
         if "spans" not in self._tensors:
@@ -197,7 +171,7 @@ class IndexedImages:
         return data
 
     def _rows(self, tensor: str, number: int, count: int = 1) -> NDArray[Any]:
-        """Some rows of a tensor, read from the file."""
+        """Read `count` rows of a tensor from the file."""
         dtype, shape, offset = self._tensors[tensor]
         if not 0 <= number <= shape[0] - count:
             raise IndexError(f"image {number}: expected 0 .. {len(self) - 1}")
@@ -211,7 +185,7 @@ class IndexedImages:
             raise OSError(5, "the file has changed since it was indexed", path)
 
     def _descriptor(self, path: str) -> int:
-        """An open file, opened when first needed."""
+        """Return the descriptor of a file, which is opened when first needed."""
         found = self._descriptors.get(path)
         if found is not None:
             return found
@@ -233,7 +207,7 @@ def _state(descriptor: int) -> tuple[int, int, int]:
 
 
 def _header(descriptor: int) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, Any]]:
-    """Type, shape and offset in the file of each tensor, and the metadata: safetensors itself tells no offsets."""
+    """Read type, shape and file offset of each tensor, and the metadata: safetensors itself gives no offsets."""
     size = os.fstat(descriptor).st_size
     (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
     if length > min(size, LARGEST_HEADER):
@@ -253,11 +227,7 @@ def _header(descriptor: int) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...],
 
 
 def _pread(descriptor: int, size: int, offset: int, path: Path | str) -> bytes:
-    """All the bytes asked for: a single call may return fewer.
-
-    Raises:
-        OSError: the file ends before.
-    """
+    """Read `size` bytes, of which a single call may return fewer; raises OSError if the file ends before."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

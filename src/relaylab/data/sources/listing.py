@@ -1,4 +1,4 @@
-"""What one walk over a source finds: flat arrays, no Python object per image.
+"""The listing of a source by one walk over it: flat arrays, no Python object per image.
 
 Note [Listing]
 1. Names are bytes, end to end in one array. Those that are not UTF-8 come through unharmed (`os.fsencode`).
@@ -30,27 +30,23 @@ LARGEST_INT16 = 32_767
 EXTENSIONS_TOLD_APART = 20
 
 Watch = Callable[[str, int], AbstractContextManager[Task]]
-"""How progress is shown: `relaylab.progress.progress`, or `unwatched`."""
+"""A display of progress: `relaylab.progress.progress`, or `unwatched`."""
 
 
 def unwatched(what: str, total: int) -> AbstractContextManager[Task]:  # noqa: ARG001
-    """Show nothing."""
+    """Display no progress."""
     return nullcontext(Silent())
 
 
 class Place(NamedTuple):
-    """A folder or an archive that holds images: where it is read, and what people call it."""
+    """A folder or an archive that holds images: the path that is read, and the one that the user gave."""
 
     path: str
     shown: str
 
 
 class SplitNeededError(InputError):
-    """The data has several splits, and none was asked for.
-
-    Attributes:
-        splits: that it has.
-    """
+    """The data has several `splits`, and none was chosen."""
 
     def __init__(self, title: object, splits: Sequence[str]) -> None:
         self.splits = tuple(splits)
@@ -62,17 +58,17 @@ class Listing:
     """All images of a source.
 
     Attributes:
-        title: a name for people, without folders.
-        classes: names for people, in the order of the labels.
+        title: display name, without folders.
+        classes: display names, in the order of the labels.
         folders: the classes' folders or other keys, in the same order.
-        places: what holds the images.
-        labels: (n,) class numbers or UNLABELLED.
+        places: folders or archives that hold the images.
+        labels: (n,) class indices or UNLABELLED.
         names: (bytes,) uint8, the names below their places, end to end.
-        bounds: (n + 1,) where each name starts and the last one ends.
-        place: (n,) uint16, number of each image's place.
-        spans: (n, 2) int64, offset and size in the archive; None where the places are folders.
-        ignored: how many files were passed over, by extension.
-        stamps: all that was read to find this.
+        bounds: (n + 1,) start of each name, and end of the last one.
+        place: (n,) uint16, index of each image's place.
+        spans: (n, 2) int64, offset and size in the archive; None for folders.
+        ignored: number of ignored files, by extension.
+        stamps: fingerprints of everything that was read.
     """
 
     title: str
@@ -88,23 +84,16 @@ class Listing:
     stamps: tuple[Stamp, ...]
 
     def name(self, number: int) -> bytes:
-        """The name of an image below its place."""
+        """Return the name of an image below its place."""
         return self.names[int(self.bounds[number]) : int(self.bounds[number + 1])].tobytes()
 
 
 class Rows:
-    """Images as they are found, one after the other.
-
-    Attributes:
-        found: how many.
-        keys: classes by folder name, numbered as they are met.
-        ignored: how many files were passed over, by extension.
-        stamps: of everything read.
-    """
+    """A listing under construction: images are added one after the other."""
 
     def __init__(self) -> None:
         self.found = 0
-        self.keys: dict[str, int] = {}
+        self.keys: dict[str, int] = {}  # by class folder, in the order in which they are found
         self.ignored: Counter[str] = Counter()
         self.stamps: list[Stamp] = []
         self._names = bytearray()
@@ -115,18 +104,11 @@ class Rows:
         self._hashes = array("q")
 
     def key(self, folder: str) -> int:
-        """The number of a class, a new one where the folder is new."""
+        """Return the number of a class folder, which is added if it is new."""
         return self.keys.setdefault(folder, len(self.keys))
 
     def add(self, name: bytes, label: int, place: int = 0, span: tuple[int, int] | None = None) -> None:
-        """Take down an image.
-
-        Args:
-            name: below its place.
-            label: class number, or UNLABELLED.
-            place: number of the folder or archive.
-            span: offset and size in an archive.
-        """
+        """Add an image by its name below its place, and in an archive its offset and size."""
         self.found += 1
         self._names += name
         self._bounds.append(len(self._names))
@@ -137,37 +119,33 @@ class Rows:
             self._spans.extend(span)
 
     def ignore(self, name: str) -> None:
-        """Count a file that is no image."""
+        """Count a file that is not an image."""
         extension = os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122 (a name of many)
         if extension not in self.ignored and len(self.ignored) >= EXTENSIONS_TOLD_APART:
             extension = "others"
         self.ignored[extension] += 1
 
-    def repeated(self) -> tuple[int, int] | None:
-        """Numbers of two images with the same name, if there are such."""
+    def refuse_repeats(self, title: str) -> None:
+        """Raise InputError if two images have the same name."""
         hashes = np.frombuffer(self._hashes, np.int64)
         order = np.argsort(hashes, kind="stable")
         same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
         for first, second in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
             if self.name(first) == self.name(second):
-                return first, second
-        return None
+                raise InputError(f"{title} has {printable(self.name(first))} more than once")
 
     def name(self, number: int) -> bytes:
-        """The name of an image that was taken down."""
+        """Return the name of an image that was added."""
         return bytes(self._names[self._bounds[number] : self._bounds[number + 1]])
 
-    def listing(
-        self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place], *, sort: bool
-    ) -> Listing:
-        """All that was found, with labels by the rank of the classes' keys. See Note [Listing] 2.
+    def listing(self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place]) -> Listing:
+        """Return all images in order, with labels by the rank of the classes' keys. See Note [Listing] 2.
 
         Args:
-            title: for people.
-            keys: of the classes, those without images too.
-            shown: names for people, by key.
-            places: what holds the images.
-            sort: put the images in order; they come in order from a single tree.
+            title: display name.
+            keys: of the classes, including those without images.
+            shown: display names, by key.
+            places: folders or archives that hold the images.
 
         Raises:
             InputError: a tree sorted by first letters, not by classes.
@@ -177,8 +155,7 @@ class Rows:
         rank = {key: label for label, key in enumerate(folders)}
         ranks = np.array([rank.get(key, UNLABELLED) for key in self.keys] + [UNLABELLED])
         labels = ranks[np.frombuffer(self._labels, np.int32)]  # UNLABELLED is the last of the ranks
-        listing = self.listed(title, tuple(shown.get(key, key) for key in folders), folders, places, labels)
-        return _sorted(listing) if sort else listing
+        return _sorted(self.listed(title, tuple(shown.get(key, key) for key in folders), folders, places, labels))
 
     def listed(
         self,
@@ -188,7 +165,7 @@ class Rows:
         places: Sequence[Place],
         labels: NDArray[np.integer] | None = None,
     ) -> Listing:
-        """All that was found, in the order in which it was found, with the labels as they were taken down."""
+        """Return all images in the order in which they were added, with `labels` or those that were added."""
         bound_type: Any = np.uint32 if len(self._names) < 2**32 else np.uint64
         labels = np.frombuffer(self._labels, np.int32) if labels is None else labels
         return Listing(
@@ -206,7 +183,7 @@ class Rows:
         )
 
     def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
-        """Places keeps a/abbey, b/bakery: read as classes, the letters would pass for 26 of them."""
+        """Refuse a tree such as Places' a/abbey, b/bakery, whose letters would be read as classes."""
         if self.found and folders and all(len(folder) == 1 and folder.isalpha() for folder in folders):
             some = range(0, self.found, max(1, self.found // 100))
             if all(len(self.name(number).split(b"/")[-2]) > 1 for number in some):
@@ -216,7 +193,7 @@ class Rows:
 
 
 def _sorted(listing: Listing) -> Listing:
-    """By class, folder and file name; one class's names in memory as objects at a time."""
+    """Sort by class, folder and file name, with the names of one class at a time as Python objects."""
     by_class = np.argsort(listing.labels, kind="stable")
     edges = np.flatnonzero(np.diff(listing.labels[by_class])) + 1
     blob = bytearray()
@@ -240,11 +217,7 @@ def _sorted(listing: Listing) -> Listing:
 
 
 def relabelled(listing: Listing, wanted: Sequence[str]) -> Listing:
-    """The same images with labels by the order of other classes, such as those of the training set.
-
-    Args:
-        listing: with classes among the wanted ones.
-        wanted: folders or names of classes.
+    """Relabel images by the order of other classes, such as the folders or names of the training set's.
 
     Raises:
         InputError: a class that is not wanted, or one that is wanted twice.
@@ -271,22 +244,22 @@ def relabelled(listing: Listing, wanted: Sequence[str]) -> Listing:
 
 
 def label_type(num_classes: int) -> Any:
-    """The smallest type of integer for labels of so many classes."""
+    """Return the smallest integer type for labels of so many classes."""
     return np.int16 if num_classes <= LARGEST_INT16 else np.int32
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three of some names, and how many more there are."""
+    """Join the first three of some names, and say how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(printable(name) for name in names[:3]) + more
 
 
 def printable(name: str | bytes) -> str:
-    """A name as people can read it, on one line, whatever it is made of."""
+    """Return a name on one line, with unprintable characters escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image; not so the `._` files that macOS leaves in archives."""
+    """Return whether a name is that of an image file, and not of a `._` file that macOS leaves in archives."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.rpartition("/")[2].startswith("._")

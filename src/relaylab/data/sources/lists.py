@@ -1,6 +1,6 @@
 """Lists of images: the official ones of Places2 and Places365, Caffe's for ImageNet, and any `NAME LABEL` per line.
 
-The order of the list is kept, for results are handed in by it.
+The order of the list is kept: challenges expect results in it.
 """
 
 import os
@@ -28,12 +28,12 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
         file: the list.
         root: resolved folder that the names are relative to, with or without a slash before them.
         categories: a file with a line `NAME LABEL` for each class.
-        named: files with names of synsets, used where there are no categories.
-        watch: how progress is shown.
+        named: files with names of synsets, used without categories.
+        watch: display of progress.
 
     Raises:
-        InputError: a line of another form, a label out of range, a name that leads out of the root or comes twice, or
-            files that are not there.
+        InputError: a line of another form, a label out of range, a name that leads out of the root or occurs twice, or
+            missing files.
     """
     rows = Rows()
     rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
@@ -42,9 +42,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     _read(file, root, rows, classes, folder_of, watch)
     if not rows.found:
         raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
-    twice = rows.repeated()
-    if twice:
-        raise InputError(f"{file.name} has {printable(rows.name(twice[0]))} more than once")
+    rows.refuse_repeats(file.name)
     _check_files(file, root, rows, watch)
     if classes is None:
         classes = _names(folder_of, named, rows)
@@ -59,7 +57,7 @@ def _read(
     folder_of: dict[int, bytes | None],
     watch: Watch,
 ) -> None:
-    """Take down every line."""
+    """Add every line's image to `rows`."""
     inside = os.fsencode(root).lstrip(b"/") + b"/"
     largest = LARGEST_LABEL if classes is None else len(classes) - 1
     labelled: bool | None = None
@@ -91,7 +89,7 @@ def _read(
 
 
 def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
-    """Name and label; the label is taken from the right, since names may have spaces."""
+    """Parse name and label; the label is on the right, since names may have spaces."""
     if is_image(os.fsdecode(text)):
         return text, UNLABELLED
     label = re.split(rb"[ \t,]", text)[-1]
@@ -107,7 +105,7 @@ def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
 
 
 def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
-    """Look for all files, one folder after the other: millions of questions for single files take far longer."""
+    """Check that all files exist, one folder at a time: millions of single checks take far longer."""
     folders: dict[bytes, int] = {}
     folder = np.fromiter(
         (folders.setdefault(rows.name(i).rpartition(b"/")[0], len(folders)) for i in range(rows.found)), np.int32
@@ -133,7 +131,7 @@ def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
 
 
 def _kinds(folder: bytes, root: bytes) -> dict[bytes, str]:
-    """What is in a folder: file or folder by name; nothing where there is no such folder."""
+    """Return `file`, `folder` or `other` by name in a folder; nothing if there is no such folder."""
     kinds: dict[bytes, str] = {}
     try:
         if os.path.realpath(folder) != folder:  # a link, or a folder below one
@@ -151,7 +149,7 @@ def _kinds(folder: bytes, root: bytes) -> dict[bytes, str]:
 
 
 def _names(folder_of: dict[int, bytes | None], named: list[Path], rows: Rows) -> tuple[str, ...]:
-    """Names for the classes of a list that comes without: of their folders, or of ImageNet's sorted synsets."""
+    """Name the classes of a list without categories: by their folders, or by ImageNet's sorted synsets."""
     if set(folder_of) == {UNLABELLED}:
         return ()
     folders = {label: os.fsdecode(folder) for label, folder in folder_of.items() if folder}

@@ -1,4 +1,4 @@
-"""Any kind of data set, opened by one call; listed once and read from its index from then on."""
+"""Open any kind of data set: listed once, and read from its index from then on."""
 
 import json
 import os
@@ -27,7 +27,7 @@ VALIDATION_IMAGE = "ILSVRC2012_val_"
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What was asked for, with all paths resolved: two of the same text have the same index."""
+    """A request for a data set, with all paths resolved; equal requests have the same index."""
 
     folders: tuple[Path, ...] = ()
     tars: tuple[Path, ...] = ()
@@ -58,7 +58,7 @@ def open_source(
     """Open a data set: from its index if there is one that still fits, else by listing it once.
 
     Args:
-        paths: what it consists of. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
+        paths: of the data set. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
             above. Or a list file, `NAME LABEL` per line, with the folder that it is about. Or, for ImageNet's
             validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and meta.mat, the latter two
             also as the folder of the development kit.
@@ -68,7 +68,7 @@ def open_source(
         root: folder that a list is about; by default the folder among `paths`, else the list's own.
         categories: file with `NAME LABEL` for each class of a list; by default a categories*.txt beside it.
         cache: folder for indexes and decompressed tars; by default the environment's RELAYLAB_CACHE, else the user's.
-        watch: how progress is shown.
+        watch: display of progress.
 
     Raises:
         InputError: anything wrong with the paths or with what they hold.
@@ -93,7 +93,7 @@ def _request(
     root: Path | None,
     categories: Path | None,
 ) -> _Request:
-    """Tell the kinds of the paths apart."""
+    """Sort the paths by kind and check that they go together."""
     if split is not None and split not in SPLITS:
         raise InputError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     given = _kit([_resolved(path) for path in paths])
@@ -143,7 +143,7 @@ def _list_request(request: _Request, lists: list[Path], root: Path | None, categ
     categories = categories or next(iter(beside), None)
     folder = _resolved(root) if root is not None else next(iter(request.folders), lists[0].parent)
     if not folder.is_dir():
-        raise InputError(f"root {folder} is no folder")
+        raise InputError(f"root {folder} is not a folder")
     categories = None if categories is None else _resolved(categories)
     return replace(request, folders=(), list=lists[0], root=folder, categories=categories)
 
@@ -156,7 +156,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _kit(given: list[Path]) -> list[Path]:
-    """ImageNet's development kit as the two files that matter."""
+    """Replace ImageNet's development kit by its two files that are needed."""
     return [
         file
         for path in given
@@ -165,7 +165,7 @@ def _kit(given: list[Path]) -> list[Path]:
 
 
 def _around(paths: Sequence[Path], split: str | None) -> list[Path]:
-    """Where files that give classes names may lie."""
+    """Return the folders that may contain files with names of classes."""
     folders = [path for path in paths if path.is_dir()]
     inside = [folder / split for folder in folders if split]
     return [*inside, *folders, *(path.parent for path in paths)]
@@ -191,7 +191,7 @@ def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
 
 
 def _renamed(listing: Listing, classes: tuple[str, ...] | None) -> Listing:
-    """A list has numbers for labels: other classes can give them names, not change them."""
+    """Name the classes of a list, whose labels are numbers: other classes cannot change them."""
     if classes is None:
         return listing
     if len(listing.labels) and int(listing.labels.max()) >= len(classes):
@@ -205,7 +205,7 @@ def _renamed(listing: Listing, classes: tuple[str, ...] | None) -> Listing:
 
 
 def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
-    """ImageNet's validation images with their labels: image k has the class on line k."""
+    """Label ImageNet's validation images: image k has the class on line k."""
     stamps = (*listing.stamps, stamp(truth), stamp(meta))
     synset, shown = synset_numbers(meta)
     lines = read_truth(truth)

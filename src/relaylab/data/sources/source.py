@@ -1,4 +1,4 @@
-"""What the rest of the lab knows of a data set: how many images, their labels, and the bytes of each."""
+"""The interface of a data set: its images' labels, names and bytes."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,15 +11,15 @@ UNLABELLED = -1
 
 
 class Source(Protocol):
-    """Encoded images with labels, by number.
+    """Encoded images with labels, by index.
 
     Implementations can be pickled into worker processes at the cost of a path, and hold no Python object per image.
 
     Attributes:
-        title: a name for people, without folders.
+        title: display name, without folders.
         classes: names in the order of the labels.
-        labels: (n,) class numbers; `UNLABELLED` in a test set.
-        fingerprint: another for other images, labels or classes: what is computed from them is kept under it.
+        labels: (n,) class indices; `UNLABELLED` in a test set.
+        fingerprint: changes with images, labels or classes; caches of computed values use it as their key.
     """
 
     title: str
@@ -27,18 +27,12 @@ class Source(Protocol):
     labels: Labels
     fingerprint: str
 
-    def __len__(self) -> int:
-        """The number of images."""
-        ...
+    def __len__(self) -> int: ...
 
     def read(self, number: int) -> bytes:
-        """The encoded bytes of an image.
-
-        Raises:
-            OSError: it cannot be read, or not any more.
-        """
+        """Return the encoded bytes of an image; raises OSError if it cannot be read."""
         ...
 
     def name(self, number: int) -> str:
-        """Where an image is, for messages and lists: printable whatever bytes the name is made of."""
+        """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
         ...

@@ -1,4 +1,4 @@
-"""Whether what an index was made from is still the same: by size and time, without looking into it.
+"""Fingerprints of the files and folders that an index was made from: size and time of change, not content.
 
 Adding, removing or renaming a file changes the time of its folder. What a file holds is read when its image is.
 """
@@ -12,7 +12,7 @@ SETTLED_NS = 2_000_000_000  # two changes closer than this may leave the same ti
 
 
 class Stamp(NamedTuple):
-    """What a file or folder was like when it was read: size in bytes (-1 for a folder), time of its last change."""
+    """The state of a file or folder: size in bytes (-1 for a folder), time of its last change."""
 
     path: str
     size: int
@@ -20,24 +20,20 @@ class Stamp(NamedTuple):
 
 
 def stamp(path: Path | str) -> Stamp:
-    """The present state of a file or folder.
-
-    Raises:
-        OSError: there is none.
-    """
+    """Return the present state of a file or folder; raises OSError if there is none."""
     path = Path(path)
     state = path.stat()
     return Stamp(str(path), -1 if path.is_dir() else state.st_size, state.st_mtime_ns)
 
 
 def unsettled(stamps: Sequence[Stamp]) -> bool:
-    """Whether something changed so lately that a further change might not show in its time."""
+    """Return whether something changed so recently that a further change might not show in its time."""
     now = time.time_ns()
     return any(abs(now - one.mtime_ns) < SETTLED_NS for one in stamps)
 
 
 def stale(stamps: Sequence[Stamp]) -> bool:
-    """Whether anything has changed since."""
+    """Return whether anything has changed since."""
     try:
         return any(stamp(one.path) != one for one in stamps)
     except OSError:

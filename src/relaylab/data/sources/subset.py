@@ -1,4 +1,4 @@
-"""Parts of a data set: chosen images, a long tail made on purpose, a few of each class."""
+"""Subsets of a data set: chosen images, an artificial long tail, images set aside."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -13,14 +13,14 @@ Numbers = NDArray[np.int64]
 
 
 class Thinned:
-    """Some images of a source, as a `Source` of their own.
+    """A subset of a source, as a `Source` of its own.
 
     Args:
-        source: what they are taken from.
-        numbers: (m,) of images in the source; number i here is number `numbers[i]` there.
+        source: contains the images.
+        numbers: (m,) indices in the source; image i of the subset is image `numbers[i]` of the source.
 
     Raises:
-        InputError: no numbers, or one that the source does not have.
+        InputError: no indices, or one that the source does not have.
     """
 
     def __init__(self, source: Source, numbers: ArrayLike) -> None:
@@ -37,35 +37,30 @@ class Thinned:
         self.fingerprint = sha256(source.fingerprint.encode() + self.numbers.tobytes()).hexdigest()[:32]
 
     def __len__(self) -> int:
-        """The number of images."""
         return len(self.numbers)
 
     def read(self, number: int) -> bytes:
-        """The encoded bytes of an image.
-
-        Raises:
-            OSError: it cannot be read, or not any more.
-        """
+        """Return the encoded bytes of an image; raises OSError if it cannot be read."""
         return self.source.read(int(self.numbers[number]))
 
     def name(self, number: int) -> str:
-        """Where an image is, for messages and lists."""
+        """Return the path of an image, for messages and lists."""
         return self.source.name(int(self.numbers[number]))
 
 
 def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
-    """Images to keep so that class sizes fall exponentially, from the largest class's to that divided by `ratio`.
+    """Choose images so that class sizes fall exponentially, from the largest class's to that divided by `ratio`.
 
     The order of the classes is drawn from the seed. A class that has fewer images than it may keep keeps them all;
     every class that has any keeps at least one.
 
     Args:
-        labels: (n,) class numbers from 0.
+        labels: (n,) class indices from 0.
         ratio: largest to smallest class, at least 1.
-        seed: 0 or more; the same one keeps the same images.
+        seed: 0 or more; the same seed keeps the same images.
 
     Returns:
-        (m,) image numbers, rising.
+        Indices (m,) of the images to keep, rising.
 
     Raises:
         InputError: a ratio below 1, a negative seed, or images without labels.
@@ -85,18 +80,10 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
 
 
 def held_out(labels: ArrayLike, *, count: int, seed: int) -> tuple[Numbers, Numbers]:
-    """Divide images into those that stay and some of each class that are set aside.
-
-    Args:
-        labels: (n,) class numbers from 0.
-        count: to set aside of each class, at least 1.
-        seed: 0 or more; the same one sets the same images aside.
-
-    Returns:
-        The image numbers of both, each rising.
+    """Set `count` images of each class aside, chosen by the seed; return the rising indices of the others and of these.
 
     Raises:
-        InputError: a count below 1, a negative seed, images without labels, or a class that nothing would be left of.
+        InputError: a count below 1, a negative seed, images without labels, or a class that would be left empty.
     """
     if count < 1 or seed < 0:
         raise InputError(f"{count} images of each class to set aside, seed {seed}: expected at least 1, a seed from 0")
@@ -111,7 +98,7 @@ def held_out(labels: ArrayLike, *, count: int, seed: int) -> tuple[Numbers, Numb
 
 
 def _members(labels: NDArray[np.integer]) -> list[Numbers]:
-    """Image numbers of each class, rising."""
+    """Return the rising image indices of each class."""
     if not labels.size or labels.min() < 0:
         raise InputError("images without labels cannot be chosen by class")
     order = np.argsort(labels, kind="stable")

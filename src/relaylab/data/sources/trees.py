@@ -20,10 +20,10 @@ def list_trees(
 
     Args:
         roots: resolved folders.
-        title: for people.
-        split: which of train, val and test, for trees that have them.
+        title: display name.
+        split: train, val or test, for trees that have them.
         named: files that give classes names.
-        watch: how progress is shown.
+        watch: display of progress.
         flat: take the images in the folders themselves, without classes.
 
     Raises:
@@ -49,11 +49,11 @@ def list_trees(
     if not rows.found:
         raise InputError(f"no images in {title}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")
     shown = names_beside(named, keys, rows.stamps)
-    return rows.listing(title, keys, shown, [Place(str(root), str(root)) for root in roots], sort=True)
+    return rows.listing(title, keys, shown, [Place(str(root), str(root)) for root in roots])
 
 
 def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path, list[str], set[str]]:
-    """The folder that has the classes, the classes, and those that only another split has."""
+    """Return the folder of the classes, the classes, and those that only another split has."""
     tops, images = _scan(str(root), str(root), rows, count=False)
     if flat:
         return root, [], set()
@@ -82,13 +82,13 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
 
 
 def _ignore(images: list[str], classes: list[str], rows: Rows) -> None:
-    """Count the images beside class folders, which have no class."""
+    """Count the images beside class folders, which have no class, as ignored."""
     for name in images if classes else ():
         rows.ignore(name)
 
 
 def _walk(start: str, root: str, rows: Rows, *, deep: bool) -> list[tuple[str, list[str]]]:
-    """Folders at and below a start with the names of their images, both in order."""
+    """Return the folders at and below `start` with the names of their images, both in order."""
     found: list[tuple[str, list[str]]] = []
     waiting: list[tuple[str, tuple[str, ...]]] = [(start, (os.path.realpath(start),))]
     while waiting:
@@ -108,7 +108,7 @@ def _walk(start: str, root: str, rows: Rows, *, deep: bool) -> list[tuple[str, l
 
 
 def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the images in a folder, sorted; other files are counted."""
+    """Return the names of the folders and of the images in a folder, sorted; other files are counted."""
     folders: list[str] = []
     images: list[str] = []
     try:
@@ -135,15 +135,7 @@ def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[li
 
 
 def refuse_to_leave(link: str, root: str) -> None:
-    """Check that a symbolic link stays in a tree.
-
-    Args:
-        link: its path.
-        root: the resolved folder to stay in.
-
-    Raises:
-        InputError: it leads out of the root, or nowhere.
-    """
+    """Raise InputError if a symbolic link leads out of the resolved folder `root`, or nowhere."""
     real = os.path.realpath(link)
     if not f"{real}/".startswith(f"{root.rstrip('/')}/"):
         raise InputError(f"the link {printable(link)} leads out of {root}: copy what it names, or remove it")

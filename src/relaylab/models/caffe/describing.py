@@ -7,7 +7,7 @@ from torch import nn
 from relaylab.data.sources.listing import printable
 from relaylab.models.caffe.network import Layer
 
-PLAIN = {  # layers with nothing to say about them
+PLAIN = {  # layers without parameters
     "ReLU": "ReLU",
     "Flatten": "flattening",
     "Concat": "a concatenation along axis 1",
@@ -16,7 +16,7 @@ PLAIN = {  # layers with nothing to say about them
 
 
 def describe(layer: Layer) -> str:
-    """What a layer of a prototxt computes; whatever our modules cannot do is added to their words."""
+    """Describe the computation of a layer of a prototxt, with everything that our modules cannot do."""
     message = layer.message
     match layer.type:
         case "Convolution":
@@ -44,7 +44,7 @@ def describe(layer: Layer) -> str:
 
 
 def describe_module(module: nn.Module) -> str:
-    """What a module of Model B computes."""
+    """Describe the computation of a module of Model B."""
     match module:
         case nn.Conv2d():
             kernel, stride, padding = _sides(module.kernel_size), _sides(module.stride), _sides(module.padding)
@@ -58,12 +58,12 @@ def describe_module(module: nn.Module) -> str:
 
 
 def max_pooling(size: int) -> str:
-    """Max pooling with windows of so many pixels side by side, as Model B has it, also in its pyramid."""
+    """Describe Model B's max pooling, with windows of `size` pixels side by side, also in its pyramid."""
     return f"max pooling of {size}x{size}, stride {size}x{size}"
 
 
 def window(layer: Layer) -> int:
-    """Side of a pooling layer's windows in pixels, or their height where they are not square."""
+    """Return the side of a pooling layer's windows in pixels, or their height if they are not square."""
     return _pair(layer.message.pooling_param, "kernel", 0)[0]
 
 
@@ -89,15 +89,14 @@ def _pooling(options: Any) -> str:
 
 
 def _pair(options: Any, name: str, default: int) -> tuple[int, int]:
-    """Height and width of a kernel, stride or padding, which Caffe can say in three ways."""
+    """Return height and width of a kernel, stride or padding, for which Caffe has three notations."""
     if options.HasField(f"{name}_h") or options.HasField(f"{name}_w"):
         return getattr(options, f"{name}_h"), getattr(options, f"{name}_w")
     field = "kernel_size" if name == "kernel" else name
     value = getattr(options, field)
     if isinstance(value, int):
-        sides = [value] if options.HasField(field) else [default]
-    else:
-        sides = list(value) or [default]
+        value = [value] if options.HasField(field) else []
+    sides = list(value) or [default]
     return sides[0], sides[-1]
 
 

@@ -1,4 +1,4 @@
-"""The authors' released Model B, from Caffe's two files to a model file of ours."""
+"""Import of the authors' released Model B, from Caffe's two files to a model file of ours."""
 
 import hashlib
 import re
@@ -43,7 +43,7 @@ def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) 
             classes are called "class 0" and so on.
 
     Raises:
-        InputError: a file that is missing, damaged or something else, or a network that is not Model B.
+        InputError: a file that is missing, damaged or of another kind, or a network that is not Model B.
     """
     caffe = read_network(prototxt)
     layers, images = follow(caffe)
@@ -88,7 +88,7 @@ def _network_config(path: Path, layers: Mapping[str, Layer], source: Source) -> 
 
 
 def _bins(path: Path, layers: Mapping[str, Layer], side: int) -> tuple[int, ...]:
-    """Bins along a side of the pyramid's grids, the finest first, on a map of so many pixels a side."""
+    """Return the bins along a side of the pyramid's grids, the finest first, on a map of `side` pixels."""
     grids = [layers[name] for name in layers if re.fullmatch(rf"{re.escape(GRIDS)}\.\d+", name)]
     bins = [-(-side // window(grid)) if window(grid) else 0 for grid in grids]
     for b, grid in zip(bins, grids, strict=True):
@@ -106,11 +106,7 @@ def _bins(path: Path, layers: Mapping[str, Layer], side: int) -> tuple[int, ...]
 
 
 def _compare(path: Path, layers: dict[str, Layer], model: nn.Module) -> None:
-    """Every layer against the same place of our own model.
-
-    Raises:
-        InputError: they compute different things.
-    """
+    """Raise InputError if a layer computes something else than its counterpart in our model."""
     modules = dict(model.named_modules())
     for place in reversed(layers):  # from the images on, so that the first deviation is named
         layer = layers[place]
@@ -138,7 +134,7 @@ def _input_config(path: Path, source: Source, size: int) -> InputConfig:
 
 
 def _state(path: Path, layers: Mapping[str, Layer], weights: dict[str, Blobs], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, in the order of the model's own; `weights` is emptied on the way."""
+    """Return the state dict in the order of the model's own; `weights` is emptied to save memory."""
     own, state = model.state_dict(), dict[str, Tensor]()
     for place in dict.fromkeys(key.rpartition(".")[0] for key in own):
         name = layers[place].name
@@ -174,7 +170,7 @@ def _class_names(path: Path | None, count: int) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no text: expected a class's name on each line") from None
+        raise InputError(f"{path} is not text: expected a class's name on each line") from None
     numbered = bool(lines) and all(NUMBERED.fullmatch(line) for line in lines)
     names = read_categories(path) if numbered else tuple(without_letter(line) for line in lines)
     if len(names) != count:

@@ -1,4 +1,4 @@
-"""Following a Caffe network from its scores back to its images, along the structure of Model B.
+"""Matching of a Caffe network with the structure of Model B, from its scores back to its images.
 
 Backwards, since every blob has one maker while several layers may read it. Names of layers do not matter.
 """
@@ -13,15 +13,12 @@ GRIDS = "segment4.spp"
 
 
 class Trail:
-    """What has been found of Model B, and what is left of the network.
-
-    Args:
-        network: that is followed.
+    """The layers of a network that have been matched with Model B, and those that are left.
 
     Attributes:
-        network: the same.
-        found: layers by the names that they have in our model. The layers of the pyramid are numbered.
-        left: layers that have not been met, by number of the blob that they make.
+        network: the network.
+        found: layers by their names in our model. The layers of the pyramid are numbered.
+        left: layers that have not been reached, by number of the blob that they make.
     """
 
     def __init__(self, network: Network) -> None:
@@ -34,23 +31,17 @@ class Trail:
         self._makers = dict(self.left)
 
     def where(self, layer: Layer) -> str:
-        """How errors begin."""
+        """Return the beginning of an error about a layer."""
         return f"{self.network.path}: layer {printable(layer.name)!r}"
 
     def kind(self, blob: int) -> str:
-        """The type of the layer that makes a blob; none for images."""
+        """Return the type of the layer that makes a blob; empty for images."""
         return self._makers[blob].type if blob in self._makers else ""
 
     def fork(self, blob: int, kind: str, place: str) -> tuple[int, ...]:
-        """Step back over a layer with several inputs, and say which blobs they are.
+        """Step back from a blob over the layer of this type that makes it; return the blobs that the layer reads.
 
-        Args:
-            blob: number of the blob that the layer should make.
-            kind: type that it should have.
-            place: its name in our model, by which it is then found.
-
-        Raises:
-            InputError: it has another type.
+        The layer is recorded in `found` under `place`, its name in our model. Another type raises InputError.
         """
         layer = self._makers.get(blob)
         if layer is None:
@@ -67,11 +58,7 @@ class Trail:
         return layer.bottoms
 
     def back(self, blob: int, kind: str, place: str) -> int:
-        """As `fork`, for a layer with one input.
-
-        Raises:
-            InputError: it has another type, or several inputs.
-        """
+        """Step back as `fork` does, over a layer with one input; several raise InputError."""
         bottoms = self.fork(blob, kind, place)
         if len(bottoms) != 1:
             raise InputError(f"{self.where(self.found[place])} reads {len(bottoms)} blobs: expected one; {ADVICE}")
@@ -85,13 +72,10 @@ class Trail:
 
 
 def follow(network: Network) -> tuple[dict[str, Layer], int]:
-    """Find Model B's layers.
-
-    Returns:
-        Layers by their names in our model, and the number of the blob that the images are in.
+    """Find Model B's layers; return them by their names in our model, and the number of the images' blob.
 
     Raises:
-        InputError: the network's structure is another one. Kernels, filters and strides are not looked at.
+        InputError: the network has another structure. Kernels, filters and strides are not compared.
     """
     trail = Trail(network)
     blob = _scores(network)

@@ -1,4 +1,4 @@
-"""A prototxt as a graph: layers with numbered blobs, so that a layer in place is a layer like any other."""
+"""A prototxt as a graph: layers with numbered blobs, so that in-place layers are not special."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Layer:
     """One layer.
 
     Attributes:
-        name: as the caffemodel has it too.
+        name: the same as in the caffemodel.
         type: such as "Convolution".
         bottoms: numbers of the blobs that it reads.
-        tops: numbers of the blobs that it makes. A layer in place makes a new one.
-        message: its parameters, by Caffe's names.
+        tops: numbers of the blobs that it makes. An in-place layer makes a new one.
+        message: parameters, by Caffe's names.
     """
 
     name: str
@@ -38,9 +38,9 @@ class Source:
 
     Attributes:
         name: of the blob.
-        size: (channels, height, width), as far as the file says.
-        mean: what is subtracted from each channel, 0 to 255, in Caffe's order BGR; None if the file does not say.
-        resize: (height, width) before the crop; None if the file does not say.
+        size: (channels, height, width), as far as the file gives it.
+        mean: of each channel, 0 to 255, in Caffe's order BGR; None if the file does not give it.
+        resize: (height, width) before the crop; None if the file does not give it.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What a prototxt describes, in its test phase.
+    """The network of a prototxt in its test phase.
 
     Attributes:
-        path: of the prototxt, for errors.
+        path: the prototxt, for errors.
         layers: in the order of the file, without those that read images or only measure.
-        sources: by number, the blobs that images come from.
+        sources: blobs that contain images, by number.
     """
 
     path: Path
@@ -68,7 +68,7 @@ def read_network(path: Path) -> Network:
     """Read a prototxt.
 
     Raises:
-        InputError: it cannot be read, is something else, or its layers do not hang together.
+        InputError: it cannot be read, is another kind of file, or its layers are not connected.
     """
     message = read_prototxt(path)
     layers = list[Layer]()
@@ -100,7 +100,7 @@ def read_network(path: Path) -> Network:
 
 
 def _inputs(message: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Inputs that no layer stands for: names, and sizes without the batch's."""
+    """Return the inputs that have no layer: names, and sizes without the batch's."""
     for number, name in enumerate(message.input):
         if number < len(message.input_shape):
             yield name, tuple(message.input_shape[number].dim)[1:]
@@ -125,7 +125,7 @@ def _type(layer: Any) -> str:
 
 
 def _only_measures(kind: str) -> bool:
-    """Layers that stand beside the scores and do not change them."""
+    """Return whether layers of this type only measure the scores."""
     return kind in ("Accuracy", "Silence") or kind.endswith("Loss")
 
 
@@ -142,7 +142,7 @@ def _source(layer: Any, name: str, where: str) -> Source:
             "each channel, as in the authors' file"
         )
     side = transform.crop_size
-    # As text: a float of 105.448 is 105.44799804... in Python.
+    # Rounded, since Caffe's float 105.448 is 105.44799804... as a double.
     means = tuple(float(f"{value:.7g}") for value in transform.mean_value) or (0.0,)
     resize = (images.new_height, images.new_width) if images.new_height and images.new_width else None
     return Source(name, (3, side, side), 3 * means if len(means) == 1 else means, resize)

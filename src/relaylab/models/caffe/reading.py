@@ -1,4 +1,4 @@
-"""From files to messages and arrays: what is wrong with a file is said in one line, and nothing is guessed."""
+"""Reading of Caffe's files into messages and arrays, with one line about what is wrong with a file."""
 
 import math
 from collections.abc import Container
@@ -23,10 +23,10 @@ Blobs = tuple[NDArray[np.float32], ...]
 
 
 def read_prototxt(path: Path) -> Any:
-    """A network's definition, as a NetParameter of `schema`.
+    """Read a network's definition, as a NetParameter of `schema`.
 
     Raises:
-        InputError: it cannot be read, or is something else.
+        InputError: it cannot be read, or is another kind of file.
     """
     data = read_limited(path, LARGEST_TEXT, "a prototxt has a few thousand bytes; are prototxt and caffemodel swapped?")
     _refuse_mistaken(path, data, "a Caffe prototxt")
@@ -34,11 +34,11 @@ def read_prototxt(path: Path) -> Any:
         network = text_format.Parse(data.decode("utf-8-sig"), NetParameter(), allow_unknown_field=True)
     except UnicodeDecodeError:
         raise InputError(
-            f"{path} is no text: expected a Caffe prototxt; are prototxt and caffemodel swapped?"
+            f"{path} is not text: expected a Caffe prototxt; are prototxt and caffemodel swapped?"
         ) from None
     except (text_format.ParseError, RecursionError) as error:
         raise InputError(
-            f"{path} is no Caffe prototxt ({_line(error)}): expected a network's definition, a text of layers; are "
+            f"{path} is not a Caffe prototxt ({_line(error)}): expected a network's definition, a text of layers; are "
             "prototxt and caffemodel swapped, or is the file cut off?"
         ) from None
     if not network.layer and not network.layers:
@@ -47,16 +47,10 @@ def read_prototxt(path: Path) -> Any:
 
 
 def read_weights(path: Path, names: Container[str]) -> dict[str, Blobs]:
-    """The weights of a caffemodel: by layer, its blobs.
-
-    The arrays are read-only. See Note [Weights as bytes].
-
-    Args:
-        path: of the caffemodel.
-        names: layers that are wanted; all others are passed over, such as those of auxiliary branches.
+    """Read the blobs of the named layers of a caffemodel as read-only arrays. See Note [Weights as bytes].
 
     Raises:
-        InputError: it cannot be read, is something else, is cut off, or holds no weights.
+        InputError: it cannot be read, is another kind of file, is cut off, or holds no weights.
     """
     network = _read_caffemodel(path)
     try:
@@ -71,25 +65,20 @@ def read_weights(path: Path, names: Container[str]) -> dict[str, Blobs]:
             if layer.name in weights:
                 raise InputError(f"{where} is there twice: expected weights once for each layer")
             weights[layer.name] = tuple(_array(blob, f"{where}, blob {i}") for i, blob in enumerate(layer.blobs))
-    except UnicodeDecodeError:  # strings are looked at when they are asked for
-        raise InputError(f"{path} is damaged: a layer's name is no text; download it again") from None
+    except UnicodeDecodeError:  # protobuf decodes strings on access
+        raise InputError(f"{path} is damaged: a layer's name is not text; download it again") from None
     return weights
 
 
 def read_limited(path: Path, most: int, otherwise: str) -> bytes:
-    """All of a file.
-
-    Args:
-        path: of a regular file.
-        most: its largest size in bytes; a larger one is not read.
-        otherwise: what to say of a larger one.
+    """Read a regular file of at most `most` bytes; `otherwise` ends the error about a larger one.
 
     Raises:
         InputError: no such file, one that cannot be read, or a larger one.
     """
     try:
         if not path.is_file():
-            raise InputError(f"{path} is no file" if path.exists() else f"no such file: {path}")
+            raise InputError(f"{path} is not a file" if path.exists() else f"no such file: {path}")
         size = path.stat().st_size
         if size > most:
             raise InputError(f"{path} has {size:,} bytes, and at most {most:,} are read: {otherwise}")
@@ -108,11 +97,11 @@ def _read_caffemodel(path: Path) -> Any:
             remedy = "it is a text; are prototxt and caffemodel swapped?"
         else:
             remedy = f"has the download broken off? The authors' file has {AUTHORS_SIZE:,} bytes"
-        raise InputError(f"{path} ({len(data):,} bytes) is no whole caffemodel: {remedy}") from None
+        raise InputError(f"{path} ({len(data):,} bytes) is not a whole caffemodel: {remedy}") from None
 
 
 def _refuse_mistaken(path: Path, data: bytes, expected: str) -> None:
-    """What a download often leaves under the right name."""
+    """Refuse the files that a failed download often leaves under the right name."""
     start = data[:1024].lstrip().lower()
     if not data:
         what = "is empty; download it again"
@@ -141,7 +130,7 @@ def _array(blob: Any, where: str) -> NDArray[np.float32]:
     numbers, rest = divmod(len(data), np.dtype(kind).itemsize)
     if rest or min(shape, default=0) < 1 or numbers != math.prod(shape):
         raise InputError(f"{where} has the shape {shape} and {len(data):,} bytes, which do not agree; is it damaged?")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused with all other such numbers
+    with np.errstate(over="ignore"):  # infinite numbers are refused later
         return np.frombuffer(data, kind).reshape(shape).astype(np.float32, copy=False)
 
 
