@@ -2,7 +2,7 @@
 
 Note [Batches]
 1. The data set takes the indices of a whole batch and cuts the crops into the rows of one tensor, in a worker one in
-   shared memory (Note [Slots]): nothing is stacked.
+   shared memory (Note [Buffers]): nothing is stacked.
 2. An image that cannot be read in training is replaced by another one of its class, which the draw chooses: the batch
    stays full, the class's share stays what the sampler made it, and the result stays a function of (seed, draw).
 3. Errors meant for the user are returned, not raised: a DataLoader would wrap them in a worker's traceback. The loaders
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relaylab.data.augment import Column
+from relaylab.data.buffers import BufferPool
 from relaylab.data.decode import decode
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.geometry import View, centre_box, cut_box, cut_window, training_window
 from relaylab.data.keyed import uniforms
-from relaylab.data.slots import Slots
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, LabError
 
@@ -89,7 +89,7 @@ class Delivery:
 
     def received(self, *, pin: bool = False) -> Batch:
         """Return the batch, copied out of its slot."""
-        batch = self.columns.batch(Slots.copied(self.key, self.slot, len(self.columns.labels), pin=pin))
+        batch = self.columns.batch(BufferPool.copied(self.key, self.slot, len(self.columns.labels), pin=pin))
         return replace(batch, labels=batch.labels.pin_memory()) if pin else batch
 
     def pin_memory(self) -> Batch:
@@ -108,20 +108,20 @@ class ImageBatches(Dataset[Batch]):
         seed: of the windows.
 
     Attributes:
-        slots: buffers for the workers' batches; without them each batch has memory of its own.
+        pool: buffers for the workers' batches; without them each batch has memory of its own.
     """
 
     def __init__(self, source: Source, view: View, *, training: bool, seed: int = 0) -> None:
         self.source, self.view, self.training, self.seed = source, view, training, seed
-        self.slots: Slots | None = None
+        self.pool: BufferPool | None = None
 
     def __getitems__(self, request: Pairs | tuple[int, Pairs]) -> Batch | Delivery | LabError:
-        """Make a batch from (n, 2) draws and image indices, with slots preceded by a slot; errors are returned."""
+        """Make a batch from (n, 2) draws and image indices, with a pool preceded by a slot; errors are returned."""
         try:
             if isinstance(request, tuple):
-                assert self.slots is not None, "a request for a slot needs slots"
+                assert self.pool is not None, "a request for a slot needs a pool"
                 slot, pairs = request
-                return Delivery(self.slots.key, slot, self.fill(pairs, self.slots.images[slot]))
+                return Delivery(self.pool.key, slot, self.fill(pairs, self.pool.images[slot]))
             images = torch.empty(len(request), self.view.size, self.view.size, 3, dtype=torch.uint8)
             return self.fill(request, images).batch(images)
         except LabError as error:

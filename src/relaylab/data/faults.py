@@ -73,7 +73,10 @@ class FaultLog:
             self._reasons[fault.number] = fault.name, fault.reason
             log.warning("unreadable image %s: %s", fault.name, fault.reason)
         if len(self) > self.limit:
-            raise TooManyFaultsError(self._complaint())
+            first = "; ".join(f"{name} ({reason})" for name, reason in list(self._reasons.values())[:NAMED])
+            more = f"; and {len(self) - NAMED} more" if len(self) > NAMED else ""
+            where = f"; all of them are listed in {self.file}" if self._write_list() else ""
+            raise TooManyFaultsError(f"{len(self)} unreadable images, {self.limit} allowed: {first}{more}{where}")
 
     def lines(self) -> list[str]:
         """Return a line for each image, in the order in which they were found: name, tab, reason."""
@@ -86,12 +89,6 @@ class FaultLog:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the faults by those of another log."""
         self._reasons = dict(zip(state["numbers"], map(tuple, state["reasons"]), strict=True))
-
-    def _complaint(self) -> str:
-        first = "; ".join(f"{name} ({reason})" for name, reason in list(self._reasons.values())[:NAMED])
-        more = f"; and {len(self) - NAMED} more" if len(self) > NAMED else ""
-        where = f"; all of them are listed in {self.file}" if self._write_list() else ""
-        return f"{len(self)} unreadable images, {self.limit} allowed: {first}{more}{where}"
 
     def _write_list(self) -> bool:
         if self.file is None:

@@ -32,11 +32,10 @@ Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
 
-def _has_fast_resize() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("arm64", "aarch64")
-
-
-FAST_RESIZE = _has_fast_resize()
+FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in (
+    "arm64",
+    "aarch64",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

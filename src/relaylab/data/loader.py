@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from relaylab.data.batches import Batch, Delivery, ImageBatches, OrderedBatches
+from relaylab.data.buffers import BufferPool, SlottedBatches
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
 from relaylab.data.sampling import DrawBatches, KeyedSampler
-from relaylab.data.slots import Slots, SlottedBatches
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, LabError
 
@@ -191,21 +191,14 @@ def training_loader(
 
 
 def evaluation_loader(
-    source: Source,
-    view: View,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    prefetch: int = 4,
-    pin_memory: bool = False,
-    start: str | None = None,
+    source: Source, view: View, *, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> EvaluationLoader:
     """Load centre crops of all images in order; the arguments are those of `training_loader`.
 
     Raises:
         InputError: a batch size below 1, or while iterating more than shared memory holds.
     """
-    with_workers = Workers(count=workers, prefetch=prefetch, pin_memory=pin_memory, start=start)
+    with_workers = Workers(count=workers, pin_memory=pin_memory)
     ordered = OrderedBatches(range(len(source)), batch_size)
 
     def batches() -> Iterator[Batch]:  # iterations share no processes
@@ -222,7 +215,7 @@ def _batches(
     if workers.count:
         slots, size = workers.count * workers.prefetch + 1, dataset.view.size
         _check_shared_memory(slots * batches.batch_size * 3 * size**2)
-        dataset.slots = Slots(slots, batches.batch_size, size)
+        dataset.pool = BufferPool(slots, batches.batch_size, size)
         slotted = SlottedBatches(batches, slots)
     loader = workers.loader(dataset, slotted or batches, keep=keep)
 

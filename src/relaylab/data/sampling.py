@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from relaylab.data.keyed import Integers, keys, permute
+from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 
 BLOCK = 1 << 16  # draws computed in one call
@@ -152,9 +153,8 @@ class ClassAwareSampler(KeyedSampler):
         empty = np.flatnonzero(self.counts == 0)
         if len(empty):
             classes = options.get("classes") or [f"class {number}" for number in range(len(self.counts))]
-            names = [str(classes[number]) for number in empty[:5]]
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-            raise InputError(f"classes without images: {', '.join(names)}{more}; leave them out or give them images")
+            names = few([str(classes[number]) for number in empty], 5)
+            raise InputError(f"classes without images: {names}; leave them out or give them images")
         self._order = _by_class(np.asarray(labels), self.counts)
         self._starts = np.cumsum(self.counts) - self.counts
         self._turns = self.turns(self.counts)

@@ -65,14 +65,9 @@ class ImageStatistics:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """Covariance of the channels over all pixels, (3, 3)."""
-        totals: list[int] = self.sums.sum((0, 1)).tolist()
-        pixels = self._pixels
-        # In Python's integers of any length: the difference of two large numbers keeps all its digits.
-        rows = [
-            [(pixels * product - one * other) / pixels**2 for product, other in zip(row, totals, strict=True)]
-            for row, one in zip(self.products.tolist(), totals, strict=True)
-        ]
-        return np.array(rows)
+        # As Python's integers of any length: the difference of two large numbers keeps all its digits.
+        totals, products = self.sums.sum((0, 1)).astype(object), self.products.astype(object)
+        return ((self._pixels * products - np.outer(totals, totals)) / self._pixels**2).astype(np.float64)
 
     @property
     def std(self) -> NDArray[np.float64]:

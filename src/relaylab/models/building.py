@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ class _Kind:
     batch_norm: bool = False
 
 
-_VGG: dict[Architecture, _Kind] = {
-    f"vgg{depth}": _Kind(lambda depth=depth, **options: models.vgg(depth, **options), ("width",))  # pyright: ignore
-    for depth in (13, 16, 19, 22, 25)
-}
 KINDS: Mapping[Architecture, _Kind] = {
-    **_VGG,
+    "vgg13": _Kind(partial(models.vgg, 13), ("width",)),
+    "vgg16": _Kind(partial(models.vgg, 16), ("width",)),
+    "vgg19": _Kind(partial(models.vgg, 19), ("width",)),
+    "vgg22": _Kind(partial(models.vgg, 22), ("width",)),
+    "vgg25": _Kind(partial(models.vgg, 25), ("width",)),
     "model_a": _Kind(models.model_a, ("width", "pyramid")),
     "model_a_printed": _Kind(models.model_a_printed, ("width", "pyramid")),
     "model_b": _Kind(models.model_b, ("width", "pyramid")),

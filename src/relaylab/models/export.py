@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from relaylab.files import replacing
-from relaylab.models.file import InputConfig, ModelFile, save_model
+from relaylab.models.file import ModelFile, save_model
 
 Format = Literal["safetensors", "pt2", "onnx"]
 NAME = "model"
@@ -67,18 +67,15 @@ def export(model: ModelFile, folder: Path, formats: Sequence[Format]) -> list[Pa
 
 
 def about(model: ModelFile) -> dict[str, str]:
-    """Return the metadata of every format: all that is needed to use it, as text."""
+    """Return the metadata of every format, as text: the caller resizes and crops, the program normalises."""
+    config = model.input
+    sizes = {"resize": config.resize, "how": config.how, "crop": config.crop}
     return {
         "classes": json.dumps(model.classes),
-        "input": json.dumps(_for_classifier(model.input)),
+        "input": json.dumps({**sizes, "channels": "RGB", "values": "0 to 255"}),
         "network": json.dumps(dataclasses.asdict(model.network)),
         "about": model.about,
     }
-
-
-def _for_classifier(config: InputConfig) -> dict[str, object]:
-    """Describe the input of `Classifier`: the caller resizes and crops, the program normalises."""
-    return {"resize": config.resize, "how": config.how, "crop": config.crop, "channels": "RGB", "values": "0 to 255"}
 
 
 def _write_program(path: Path, model: ModelFile) -> None:

@@ -10,7 +10,7 @@ Note [Model files]
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 from relaylab.files import replacing
 from relaylab.models.building import build_network
@@ -122,20 +123,18 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         InputError: missing or unknown keys, or other shapes; they are named.
     """
     own = model.state_dict()
-    complaints = [
-        _named("lacks", [key for key in own if key not in state]),
-        _named("has, beyond the model's,", [key for key in state if key not in own]),
-        _named(
-            "has another shape for",
-            [
-                f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-                for key in own
-                if key in state and state[key].shape != own[key].shape
-            ],
-        ),
-    ]
-    if any(complaints):
-        raise InputError(f"the state dict {'; it '.join(filter(None, complaints))}")
+    problems = {
+        "lacks": [key for key in own if key not in state],
+        "has, beyond the model's,": [key for key in state if key not in own],
+        "has another shape for": [
+            f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        complaints = [f"{problem} {few(keys, NAMED)}" for problem, keys in problems.items() if keys]
+        raise InputError(f"the state dict {'; it '.join(complaints)}")
     # Copies, since tensors from a file may be mapped to it. Half precision becomes single.
     copies = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}
     model.load_state_dict(copies, assign=True)
@@ -218,9 +217,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _named(what: str, names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{what} {', '.join(names[:NAMED])}{more}" if names else ""

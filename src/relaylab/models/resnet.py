@@ -35,21 +35,13 @@ def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = WID
 
 def _change_width(model: ResNet, width: int) -> None:
     """Replace all layers; the constructor can change the width of the 3x3 convolutions only."""
+    model.inplanes = width
     model.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
     model.bn1 = nn.BatchNorm2d(width)
-    channels = width
     for number, blocks in enumerate(BLOCKS):
-        filters = width * 2**number
-        setattr(model, f"layer{number + 1}", _stage(channels, filters, blocks, stride=1 if number == 0 else 2))
-        channels = filters * Bottleneck.expansion
-    model.fc = nn.Linear(channels, model.fc.out_features)
+        stage = model._make_layer(Bottleneck, width * 2**number, blocks, stride=1 if number == 0 else 2)
+        setattr(model, f"layer{number + 1}", stage)
+    model.fc = nn.Linear(model.inplanes, model.fc.out_features)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-
-
-def _stage(channels: int, filters: int, blocks: int, stride: int) -> nn.Sequential:
-    outputs = filters * Bottleneck.expansion
-    shortcut = nn.Sequential(nn.Conv2d(channels, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
-    first = Bottleneck(channels, filters, stride, shortcut)
-    return nn.Sequential(first, *(Bottleneck(outputs, filters) for _ in range(1, blocks)))

@@ -248,10 +248,10 @@ def label_type(num_classes: int) -> Any:
     return np.int16 if num_classes <= LARGEST_INT16 else np.int32
 
 
-def few(names: Sequence[str]) -> str:
-    """Join the first three of some names, and say how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(printable(name) for name in names[:3]) + more
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Join the first names, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more
 
 
 def printable(name: str | bytes) -> str:

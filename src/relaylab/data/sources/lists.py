@@ -38,8 +38,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     rows = Rows()
     rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
     classes = read_categories(categories) if categories else None
-    folder_of: dict[int, bytes | None] = {}  # of each label, while it is the same for all its images
-    _read(file, root, rows, classes, folder_of, watch)
+    folder_of = _read(file, root, rows, classes, watch)
     if not rows.found:
         raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
     rows.refuse_repeats(file.name)
@@ -49,15 +48,9 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     return rows.listed(file.name, classes, classes, [Place(str(root), str(root))])
 
 
-def _read(
-    file: Path,
-    root: Path,
-    rows: Rows,
-    classes: tuple[str, ...] | None,
-    folder_of: dict[int, bytes | None],
-    watch: Watch,
-) -> None:
-    """Add every line's image to `rows`."""
+def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, watch: Watch) -> dict[int, bytes | None]:
+    """Add every line's image to `rows`; return each label's folder, None if its images are in several."""
+    folder_of: dict[int, bytes | None] = {}
     inside = os.fsencode(root).lstrip(b"/") + b"/"
     largest = LARGEST_LABEL if classes is None else len(classes) - 1
     labelled: bool | None = None
@@ -86,6 +79,7 @@ def _read(
             if folder_of.setdefault(label, folder) != folder:
                 folder_of[label] = None
         task.advance(unseen, f"{rows.found:,} images")
+    return folder_of
 
 
 def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:

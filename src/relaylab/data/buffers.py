@@ -1,10 +1,10 @@
-"""Shared memory that workers fill with batches over and over.
+"""A pool of buffers in shared memory that workers fill with batches over and over.
 
-Note [Slots]
+Note [Buffers]
 1. A new piece of shared memory for each batch costs a worker a tenth of its time: the system clears and maps it page by
    page. So there is one piece, as long as the loader lives, with a slot for each batch in flight.
 2. The main process gives each request a slot, and takes the slot back when it has copied the batch out of it, into
-   pinned memory where there is a GPU. What the user holds is a copy, which nothing overwrites.
+   pinned memory if there is a GPU. What the user holds is a copy, which nothing overwrites.
 3. A DataLoader delivers in order and asks for at most `workers * prefetch` batches in advance, one of which may just be
    on its way to the user. When it is iterated anew, its workers first finish what they were asked for.
 """
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _keys = itertools.count()
-_known: "WeakValueDictionary[int, Slots]" = WeakValueDictionary()
+_known: "WeakValueDictionary[int, BufferPool]" = WeakValueDictionary()
 
 
-class Slots:
-    """A pool of buffers in shared memory, found by its key in the main process.
+class BufferPool:
+    """Buffers in shared memory, found by the key of their pool in the main process.
 
     Attributes:
         key: number of this pool, the same in all processes.
