@@ -136,11 +136,7 @@ def compute(
     batch_size: int = 64,
     task: Task | None = None,
 ) -> ImageStatistics:
-    """Compute the statistics from the images; the arguments are those of `image_statistics`.
-
-    Raises:
-        InputError: no image can be read.
-    """
+    """Compute the statistics as `image_statistics` does, without a cache; raises InputError if no image can be read."""
     numbers = spread(len(source), limit)
     sums, products = np.zeros((view.size, view.size, 3), np.int64), np.zeros((3, 3), np.int64)
     faults: list[Fault] = []

@@ -122,7 +122,7 @@ def survey(
 
     Args:
         source: encoded images.
-        findings: added to as images are examined, so that nothing is lost on an interruption.
+        findings: receives the findings batch by batch, so that an interruption keeps those so far.
         limit: examine at most so many images, evenly spread; None for all.
         workers: processes that decode; None for one on each core.
         task: counts images and notes the bad ones.

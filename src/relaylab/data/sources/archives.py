@@ -5,7 +5,7 @@ Note [Archives]
    cache.
 2. ILSVRC2012_img_train.tar is a tar of one tar per class. Those lie in it uncompressed and in one piece, so images
    inside them have a place in the outer file like any other.
-3. Python's tarfile takes a damaged header in the middle for the end. The end is therefore looked at: it must be zeros,
+3. Python's tarfile takes a damaged header in the middle for the end. The end is therefore checked: it must be zeros,
    and nothing but zeros may follow.
 """
 
@@ -49,14 +49,7 @@ def list_tars(
 ) -> Listing:
     """List the images of tar files with members CLASS/**/IMAGE or {train,val,test}/CLASS/**/IMAGE.
 
-    Args:
-        tars: resolved paths.
-        title: display name.
-        split: train, val or test, for tars that have them.
-        named: files beside them that give classes names.
-        watch: display of progress.
-        cache: folder for decompressed tars.
-        flat: take images without class folders only.
+    Files in `named` give classes names; `flat` takes all images, without classes. Decompressed tars go to `cache`.
 
     Raises:
         InputError: a file that is not a tar or is damaged, a member that is refused, a name twice, or no images.

@@ -17,7 +17,10 @@ def files_beside(folders: Iterable[Path]) -> list[Path]:
 
 
 def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]) -> dict[str, str]:
-    """Return display names by class folder from the first file that names every folder; add them to `stamps`."""
+    """Return display names by class folder from the first file that names every folder.
+
+    The files that were read are added to `stamps`.
+    """
     wanted = set(keys)
     for file in files:
         stamps.append(stamp(file))

@@ -141,11 +141,7 @@ class Rows:
     def listing(self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place]) -> Listing:
         """Return all images in order, with labels by the rank of the classes' keys. See Note [Listing] 2.
 
-        Args:
-            title: display name.
-            keys: of the classes, including those without images.
-            shown: display names, by key.
-            places: folders or archives that hold the images.
+        `keys` includes classes without images; `shown` are display names by key.
 
         Raises:
             InputError: a tree sorted by first letters, not by classes.

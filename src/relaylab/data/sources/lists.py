@@ -24,12 +24,8 @@ LINES_AT_ONCE = 10_000
 def list_file(file: Path, root: Path, categories: Path | None, named: list[Path], watch: Watch) -> Listing:
     """List the images that a file names, `NAME LABEL` or `NAME,LABEL` per line, or `NAME` in a test set.
 
-    Args:
-        file: the list.
-        root: resolved folder that the names are relative to, with or without a slash before them.
-        categories: a file with a line `NAME LABEL` for each class.
-        named: files with names of synsets, used without categories.
-        watch: display of progress.
+    Names are relative to the resolved folder `root`, with or without a slash before them. Classes are named by
+    `categories`, a file with a line `NAME LABEL` for each; without it by the names of synsets in the files `named`.
 
     Raises:
         InputError: a line of another form, a label out of range, a name that leads out of the root or occurs twice, or

@@ -16,15 +16,9 @@ NO_CLASS = "__MACOSX"
 def list_trees(
     roots: Sequence[Path], title: str, split: str | None, named: Iterable[Path], watch: Watch, *, flat: bool = False
 ) -> Listing:
-    """List the images of folder trees; classes are the folders of all of them together, and those of train and val.
+    """List the images of resolved folder trees; classes are the folders of all trees, and those of train and val.
 
-    Args:
-        roots: resolved folders.
-        title: display name.
-        split: train, val or test, for trees that have them.
-        named: files that give classes names.
-        watch: display of progress.
-        flat: take the images in the folders themselves, without classes.
+    Files in `named` give classes names; `flat` takes the images in the folders themselves, without classes.
 
     Raises:
         InputError: a tree without images or of another shape, one that cannot be read, or a link that leads out of it.
