@@ -27,16 +27,14 @@ class Survey:
     """Findings on some images of a source.
 
     Attributes:
-        numbers: indices of the images that were examined and can be read.
-        widths: of the same images, upright, in pixels.
+        widths: of the readable images, upright, in pixels.
         heights: likewise.
-        file_sizes: in bytes, likewise.
+        file_sizes: likewise, in bytes.
         kinds: number of images by format and colour mode, such as "JPEG RGB" or "JPEG RGB, progressive".
         unreadable: images without pixels.
         damaged: images that strict decoding refuses and Pillow reads, perhaps in part.
     """
 
-    numbers: list[int] = field(default_factory=list[int])
     widths: list[int] = field(default_factory=list[int])
     heights: list[int] = field(default_factory=list[int])
     file_sizes: list[int] = field(default_factory=list[int])
@@ -47,11 +45,11 @@ class Survey:
     @property
     def examined(self) -> int:
         """Number of images that were examined."""
-        return len(self.numbers) + len(self.unreadable)
+        return len(self.file_sizes) + len(self.unreadable)
 
     def add(self, other: "Survey") -> None:
         """Add another survey's findings."""
-        for name in ("numbers", "widths", "heights", "file_sizes", "unreadable", "damaged"):
+        for name in ("widths", "heights", "file_sizes", "unreadable", "damaged"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds.update(other.kinds)
 
@@ -75,7 +73,6 @@ class Examination(Dataset[Survey]):
                 continue
             if complaint is not None:
                 survey.damaged.append(Fault(number, self.source.name(number), complaint))
-            survey.numbers.append(number)
             survey.heights.append(pixels.shape[0])
             survey.widths.append(pixels.shape[1])
             survey.file_sizes.append(len(data))

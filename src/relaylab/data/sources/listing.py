@@ -118,12 +118,13 @@ class Rows:
         if span is not None:
             self._spans.extend(span)
 
-    def ignore(self, name: str) -> None:
-        """Count a file that is not an image."""
-        extension = os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122 (a name of many)
-        if extension not in self.ignored and len(self.ignored) >= EXTENSIONS_TOLD_APART:
-            extension = "others"
-        self.ignored[extension] += 1
+    def ignore(self, *names: str) -> None:
+        """Count files that are not images."""
+        for name in names:
+            extension = os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122 (a name of many)
+            if extension not in self.ignored and len(self.ignored) >= EXTENSIONS_TOLD_APART:
+                extension = "others"
+            self.ignored[extension] += 1
 
     def refuse_repeats(self, title: str) -> None:
         """Raise InputError if two images have the same name."""

@@ -58,7 +58,7 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
             raise SplitNeededError(root, splits)
         if images and not tops:
             raise InputError(f"{root} has images but no class folders: expected CLASS/IMAGE, or split test")
-        _ignore(images, tops, rows)
+        rows.ignore(*images)  # beside class folders, without a class
         return root, tops, set()
     if split not in splits:
         if split == "test" and images and not tops:
@@ -68,17 +68,11 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
     classes, images = _scan(str(root / split), str(root), rows, count=False)
     if images and not classes and split != "test":
         raise InputError(f"{root / split} has images but no class folders: expected {split}/CLASS/IMAGE")
-    _ignore(images, classes, rows)
+    rows.ignore(*(images if classes else ()))
     others = [name for name in ("train", "val") if name in splits and name != split and classes]
     # A class that only the training part has still has its number in the validation part.
     siblings = {name for other in others for name in _scan(str(root / other), str(root), rows, count=False)[0]}
     return root / split, classes, siblings
-
-
-def _ignore(images: list[str], classes: list[str], rows: Rows) -> None:
-    """Count the images beside class folders, which have no class, as ignored."""
-    for name in images if classes else ():
-        rows.ignore(name)
 
 
 def _walk(start: str, root: str, rows: Rows, *, deep: bool) -> list[tuple[str, list[str]]]:
