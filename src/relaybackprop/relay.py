@@ -72,6 +72,10 @@ class Relay(nn.Module):
         2016, section 4.
     """
 
+    # transformers' Trainer takes **kwargs in forward for a model that averages over accumulation steps by itself, and
+    # then leaves that division out: gradients would be multiplied by the number of steps, silently.
+    accepts_loss_kwargs = False
+
     def __init__(self, model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         if not isinstance(model, nn.Module) or not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
