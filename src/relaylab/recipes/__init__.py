@@ -14,11 +14,7 @@ RECIPES: dict[str, Recipe] = {**PAPER, **{recipe.name: recipe for recipe in digi
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name.
-
-    Raises:
-        InputError: there is none; the nearest names are given.
-    """
+    """Return the recipe of a name; the InputError for an unknown one gives the nearest names."""
     if name in RECIPES:
         return RECIPES[name]
     if name in ENSEMBLES:

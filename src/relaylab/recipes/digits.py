@@ -60,13 +60,7 @@ DIGITS = Recipe(  # takes seconds to train
     images=ImagesConfig(data_set="digits", short_side=10, sampling="class-aware"),
     augmentation=AugmentationConfig(flip=False, colour_shift=0.0, divide=True),
     optimizer=OptimizerConfig(
-        lr=0.02,
-        momentum=0.9,
-        weight_decay=0.0002,
-        batch_size=32,
-        iterations=930,
-        schedule=StepsConfig(),
-        evaluate_every=31,
+        lr=0.02, weight_decay=0.0002, batch_size=32, iterations=930, schedule=StepsConfig(), evaluate_every=31
     ),
     evaluation=EvaluationConfig(scales=(10,)),
     sources=SOURCES,

@@ -1,6 +1,7 @@
 """Tables 1 (left) and 6: the networks trained on ImageNet 2012 (section 5.2)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from relaylab.recipes import windows
 from relaylab.recipes.schema import (
@@ -18,6 +19,7 @@ from relaylab.recipes.schema import (
 )
 
 CLASSES = 1000
+IMAGES = ImagesConfig(data_set="ImageNet 2012", short_side=256, sampling="shuffled")
 NAMES = "the paper, section 5.2: inception4a to 4d, in torchvision's names by our reading"
 PATIENCE = "ours: the papers say 'when the error plateaus'"
 SHARED: Mapping[str, str] = {
@@ -37,23 +39,16 @@ SHARED: Mapping[str, str] = {
 
 def _vgg(depth: int, top1: float, top5: float) -> Recipe:
     architecture: Architecture = f"vgg{depth}"  # pyright: ignore[reportAssignmentType]
+    schedule = PlateauConfig(patience=4, least=0.001)
     return Recipe(
         name=f"table1-vgg{depth}-imagenet",
         row=f"Table 1, VGGNet-{depth}, ImageNet 2012",
         network=NetworkConfig(architecture=architecture, num_classes=CLASSES, image_size=224, width=64),
         plan=windows.vgg(depth),
         scheme="standard",
-        images=ImagesConfig(data_set="ImageNet 2012", short_side=256, sampling="shuffled"),
+        images=IMAGES,
         augmentation=AugmentationConfig(mean="channel"),
-        optimizer=OptimizerConfig(
-            lr=0.01,
-            momentum=0.9,
-            weight_decay=0.0005,
-            batch_size=256,
-            iterations=370_000,
-            schedule=PlateauConfig(patience=4, least=0.001),
-            evaluate_every=5_000,
-        ),
+        optimizer=OptimizerConfig(lr=0.01, weight_decay=0.0005, iterations=370_000, schedule=schedule),
         evaluation=EvaluationConfig(protocol="dense", scales=(224, 256, 288)),
         reported=Errors(top1=top1, top5=top5),
         sources={
@@ -72,23 +67,16 @@ def _vgg(depth: int, top1: float, top5: float) -> Recipe:
 
 
 def _resnet50(scheme: Scheme, method: str, top1: float, top5: float) -> Recipe:
+    schedule = PlateauConfig(patience=6, least=0.0001)
     return Recipe(
         name=f"table6-resnet50-{scheme}",
         row=f"Table 6, ResNet-50, {method}",
         network=NetworkConfig(architecture="resnet50", num_classes=CLASSES, image_size=224),
         plan=windows.RESNET_50,
         scheme=scheme,
-        images=ImagesConfig(data_set="ImageNet 2012", short_side=256, sampling="shuffled"),
+        images=IMAGES,
         augmentation=AugmentationConfig(),
-        optimizer=OptimizerConfig(
-            lr=0.1,
-            momentum=0.9,
-            weight_decay=0.0001,
-            batch_size=256,
-            iterations=600_000,
-            schedule=PlateauConfig(patience=6, least=0.0001),
-            evaluate_every=5_000,
-        ),
+        optimizer=OptimizerConfig(lr=0.1, weight_decay=0.0001, iterations=600_000, schedule=schedule),
         evaluation=EvaluationConfig(protocol="dense", scales=(224, 256, 384, 480, 640)),
         reported=Errors(top1=top1, top5=top5),
         sources={
@@ -111,16 +99,13 @@ def _inception_v3(scheme: Scheme, name: str, method: str, top1: float, top5: flo
         network=NetworkConfig(architecture="inception_v3", num_classes=CLASSES, image_size=299),
         plan=windows.INCEPTION_V3,
         scheme=scheme,
-        images=ImagesConfig(data_set="ImageNet 2012", short_side=342, sampling="shuffled"),
+        images=replace(IMAGES, short_side=342),
         augmentation=AugmentationConfig(mean="channel", divide=True, colour_shift=0.0),
         optimizer=OptimizerConfig(
             lr=0.045,
-            momentum=0.9,
             weight_decay=0.00004,
-            batch_size=256,
             iterations=500_000,
             schedule=DecayConfig(factor=0.94, every=10_000),
-            evaluate_every=5_000,
             label_smoothing=0.1,
             clip_norm=2.0,
         ),

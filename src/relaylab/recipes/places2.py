@@ -21,7 +21,6 @@ from relaylab.recipes.schema import (
     changed,
 )
 
-CLASSES, WIDTH, PYRAMID = 401, 64, (7, 3, 2, 1)
 DENSE = EvaluationConfig(protocol="dense", scales=(224, 256, 320, 384, 448))
 NOT_GIVEN = "ours: the paper mentions none"
 SOURCES: Mapping[str, str] = {
@@ -52,27 +51,17 @@ def _places2(
     plan: PlanConfig,
     scheme: Scheme,
     reported: Errors,
-    pyramid: tuple[int, ...] | None = PYRAMID,
+    pyramid: tuple[int, ...] | None = (7, 3, 2, 1),
 ) -> Recipe:
     return Recipe(
         name=name,
         row=row,
-        network=NetworkConfig(
-            architecture=architecture, num_classes=CLASSES, image_size=224, width=WIDTH, pyramid=pyramid
-        ),
+        network=NetworkConfig(architecture=architecture, num_classes=401, image_size=224, width=64, pyramid=pyramid),
         plan=plan,
         scheme=scheme,
         images=ImagesConfig(data_set="Places2 challenge", short_side=256, sampling="class-aware"),
         augmentation=AugmentationConfig(),
-        optimizer=OptimizerConfig(
-            lr=0.01,
-            momentum=0.9,
-            weight_decay=0.0002,
-            batch_size=256,
-            iterations=800_000,
-            schedule=PlateauConfig(patience=8),
-            evaluate_every=5_000,
-        ),
+        optimizer=OptimizerConfig(lr=0.01, weight_decay=0.0002, iterations=800_000, schedule=PlateauConfig(patience=8)),
         evaluation=EvaluationConfig(),
         reported=reported,
         sources=SOURCES,
@@ -99,15 +88,9 @@ def _dense(recipe: Recipe, top1: float, top5: float) -> Recipe:
 
 def _table1(depth: int, top1: float, top5: float) -> Recipe:
     architecture: Architecture = f"vgg{depth}"  # pyright: ignore[reportAssignmentType]
-    recipe = _places2(
-        f"table1-vgg{depth}-places2",
-        f"Table 1, VGGNet-{depth}, Places2",
-        architecture,
-        windows.vgg(depth),
-        "standard",
-        Errors(top1=top1, top5=top5),
-        pyramid=None,
-    )
+    name, row = f"table1-vgg{depth}-places2", f"Table 1, VGGNet-{depth}, Places2"
+    errors = Errors(top1=top1, top5=top5)
+    recipe = _places2(name, row, architecture, windows.vgg(depth), "standard", errors, pyramid=None)
     sources = {
         **recipe.sources,
         "network": "the paper, Table 1 and [5]",
@@ -125,10 +108,11 @@ def _table1(depth: int, top1: float, top5: float) -> Recipe:
 def _enlarged(recipe: Recipe) -> Recipe:
     """On images of 320 pixels: the pyramid fits them, and 320 is a scale of section 5.1."""
     name, row = recipe.name.replace("table3", "table5") + "-320", recipe.row.replace("Table 3", "Table 5")
-    scales = tuple(round(side * 320 / 224) for side in DENSE.scales)
     dense = changed(recipe, "the paper, section 5.1", {"evaluation": DENSE})
-    values = {"network.image_size": 320, "images.short_side": 366, "evaluation.scales": scales}
-    larger = changed(dense, "ours: another input scale for Table 5", values)
+    larger = changed(dense, "ours: another input scale for Table 5", {
+        "network.image_size": 320, "images.short_side": 366,
+        "evaluation.scales": tuple(round(side * 320 / 224) for side in DENSE.scales),
+    })  # fmt: skip
     return replace(larger, name=name, row=f"{row} at 320 pixels", reported=None)
 
 

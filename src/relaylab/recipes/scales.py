@@ -1,6 +1,5 @@
-"""One dial from the paper's size to a few seconds: the same row, smaller."""
+"""Scales of a recipe, from the paper's size to a few seconds."""
 
-from dataclasses import replace
 from typing import Any
 
 from relaylab.errors import InputError
@@ -34,7 +33,7 @@ TINY_WIDTH, TINY_PYRAMID = 4, (2, 1)
 
 
 def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
-    """The same row at another size: depth, stages, windows, method and rates stay.
+    """Return the same row at another size: depth, stages, windows, method and rates stay.
 
     Args:
         recipe: at the paper's size.
@@ -59,15 +58,6 @@ def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
     least, by = values["network.image_size"], values["images.short_side"] / recipe.images.short_side
     values["evaluation.scales"] = tuple(max(least, round(side * by)) for side in recipe.evaluation.scales)
     smaller = changed(recipe, f"ours: the {dial} scale", values)
-    return _with_small_heads(smaller, dial)
-
-
-def _with_small_heads(recipe: Recipe, dial: Dial) -> Recipe:
-    """Inception's head needs maps of 17 pixels, which are gone."""
-    sources = dict(recipe.sources)
-    auxiliary = dict(recipe.plan.auxiliary)
-    for name, window in auxiliary.items():
-        if window.head == "inception":
-            auxiliary[name] = replace(window, head="googlenet")
-            sources[f"plan.auxiliary.{name}.head"] = f"ours: the {dial} scale; Inception's own needs a map of 17 pixels"
-    return replace(recipe, plan=replace(recipe.plan, auxiliary=auxiliary), sources=sources)
+    too_large = [name for name, window in recipe.plan.auxiliary.items() if window.head == "inception"]
+    heads = {f"plan.auxiliary.{name}.head": "googlenet" for name in too_large}
+    return changed(smaller, f"ours: the {dial} scale; Inception's own needs a map of 17 pixels", heads)

@@ -1,7 +1,7 @@
-"""What a training run is: plain values, typed, with the place that each comes from. No torch in here."""
+"""Recipes: all values of a training run, typed, each with its source. No torch in here."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -22,12 +22,14 @@ VGG_CONVOLUTIONS = {
     25: (2, 2, 6, 6, 6),
 }
 Scheme = Literal["standard", "multi_loss", "relay", "isolated"]
-SCHEMES: Mapping[str, str] = {  # their names for people, in the order of tables
+SCHEMES: Mapping[str, str] = {  # the paper's names for tables, in their order
     "standard": "standard BP",
     "multi_loss": "multi-loss + standard BP",
     "relay": "Relay BP",
     "isolated": "isolated windows",  # ours: relay without the overlap
 }
+SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for sentences, legends and headers
+GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation")  # of a recipe's values
 Head = Literal["googlenet", "inception", "linear"]
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
@@ -153,13 +155,13 @@ class OptimizerConfig:
     """Stochastic gradient descent with momentum."""
 
     lr: float
-    momentum: float
+    momentum: float = 0.9
     weight_decay: float
-    batch_size: int
+    batch_size: int = 256
     """Images of one update, over all processes."""
     iterations: int
     schedule: ScheduleConfig
-    evaluate_every: int
+    evaluate_every: int = 5_000
     """Iterations between two evaluations."""
     warmup: int = 0
     """Iterations over which the learning rate rises linearly to what the schedule says."""
@@ -191,27 +193,11 @@ class Errors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One row of a table of the paper.
-
-    Attributes:
-        name: by which the command line knows it.
-        row: where it stands in the paper, and what it is called there.
-        network: what is trained.
-        plan: windows and heads.
-        scheme: which method trains it: one of the paper's three, or isolated windows.
-        images: what it is trained on.
-        augmentation: of the training images.
-        optimizer: and its schedule.
-        evaluation: how the errors are measured.
-        reported: the paper's errors.
-        trained_as: the recipe whose trained network this one tests; None if it trains its own.
-        sources: for each field, by its dotted name, where its value comes from: "the paper" and the place in it,
-            another paper and the place, or "ours" and the reason. The name of a group stands for all its fields that
-            are not named themselves.
-    """
+    """One row of a table of the paper."""
 
     name: str
     row: str
+    """Its place in the paper, and its name there."""
     network: NetworkConfig
     plan: PlanConfig
     scheme: Scheme
@@ -220,22 +206,22 @@ class Recipe:
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     reported: Errors | None = None
+    """The paper's errors."""
     trained_as: str | None = None
+    """The recipe whose trained network this one tests; None if it trains its own."""
     sources: Mapping[str, str]
+    """By dotted name, the source of a value: "the paper" or another paper with the place in it, or "ours" with the
+    reason. The name of a group is for all its fields that have no source of their own."""
 
     def fields(self) -> Iterator[tuple[str, Any, str]]:
-        """Every value of the recipe by its dotted name, and where it comes from."""
-        for group in ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation"):
+        """Yield every value of the recipe: its dotted name, the value and its source."""
+        for group in GROUPS:
             for name, value in _leaves(group, getattr(self, group)):
                 if value is not None or group not in LACKING:
                     yield name, value, self.source_of(name)
 
     def source_of(self, name: str) -> str:
-        """Where a field's value comes from.
-
-        Args:
-            name: dotted, as in `fields`.
-        """
+        """Return the source of a value, by its dotted name."""
         while name not in self.sources:
             if "." not in name:
                 raise InputError(f"recipe {self.name}: no source is given for {name}")
@@ -245,29 +231,22 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ensemble:
-    """Several recipes' networks, tested together.
-
-    Attributes:
-        name: by which the command line knows it.
-        row: where it stands in the paper.
-        members: each trained and tested by itself; their probabilities are combined.
-        combine: how: by their mean, by their product, or by weights learnt on the validation images.
-        reported: the paper's error on the test images.
-        validation: and on the validation images (section 5.1).
-        sources: where `members` and `combine` come from.
-    """
+    """Several recipes' networks, tested together: their probabilities are combined."""
 
     name: str
     row: str
     members: tuple[Recipe, ...]
     combine: Literal["average", "product", "learnt weights"]
+    """Weights are learnt on the validation images."""
     reported: Errors
+    """The paper's error on the test images."""
     validation: Errors
+    """The paper's error on the validation images (section 5.1)."""
     sources: Mapping[str, str]
 
 
 def changed(recipe: Recipe, source: str, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values, and with where they come from.
+    """Return the recipe with other values and their source.
 
     Args:
         recipe: is not changed.
@@ -275,20 +254,26 @@ def changed(recipe: Recipe, source: str, changes: Mapping[str, Any]) -> Recipe:
         changes: by dotted name.
 
     Raises:
-        InputError: there is no such field.
+        InputError: an unknown field.
     """
-    values: dict[str, Any] = {}
+    sources = dict(recipe.sources)
     for name, value in changes.items():
-        group, _, leaf = name.partition(".")
-        old = values.get(group, getattr(recipe, group, None))
-        if old is None or (leaf and leaf not in {entry.name for entry in dataclasses.fields(old)}):
-            raise InputError(f"recipe {recipe.name}: no field {name}")
-        values[group] = dataclasses.replace(old, **{leaf: value}) if leaf else value
-    sources = {**recipe.sources, **dict.fromkeys(changes, source)}
-    # What stands below a changed field is not what it was before.
-    for name in [name for name in sources if any(name.startswith(f"{other}.") for other in changes)]:
-        del sources[name]
-    return dataclasses.replace(recipe, **values, sources=MappingProxyType(sources))
+        try:
+            recipe = _replaced(recipe, name.split("."), value)
+        except (AttributeError, TypeError):
+            raise InputError(f"recipe {recipe.name}: no field {name}") from None
+        sources = {other: old for other, old in sources.items() if not other.startswith(f"{name}.")} | {name: source}
+    return dataclasses.replace(recipe, sources=MappingProxyType(sources))
+
+
+def _replaced(old: Any, path: Sequence[str], value: Any) -> Any:
+    """Return a dataclass or mapping with another value at a path inside it."""
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(old, Mapping):
+        return MappingProxyType({**old, name: _replaced(old.get(name), rest, value)})
+    return dataclasses.replace(old, **{name: _replaced(getattr(old, name), rest, value)})
 
 
 def value_text(value: object) -> str:

@@ -1,8 +1,10 @@
-"""The paper's windows, by the names of the networks' modules."""
+"""The paper's plans, by the names of the networks' modules."""
+
+from itertools import accumulate
 
 from relaylab.recipes.schema import VGG_CONVOLUTIONS, AuxiliaryConfig, PlanConfig, PrimaryConfig
 
-# Table 2: both losses train the layers on 28x28 maps, and the auxiliary classifier stands behind their pooling.
+# Table 2: both losses train the layers on 28x28 maps, and the auxiliary classifier follows their pooling.
 MODEL_A = PlanConfig(primary=PrimaryConfig(bottom="segment4"), auxiliary={"aux": AuxiliaryConfig(top="segment4")})
 MODEL_B = PlanConfig(primary=PrimaryConfig(bottom="segment3"), auxiliary={"aux": AuxiliaryConfig(top="segment3")})
 
@@ -18,28 +20,19 @@ INCEPTION_V3 = PlanConfig(
 
 
 def vgg(depth: int) -> PlanConfig:
-    """For a plain VGGNet, what Table 2 has for model A: both losses train the layers on 28x28 maps."""
+    """Return Table 2's plan for model A on a plain VGGNet: both losses train the layers on 28x28 maps."""
     pools = _pools(depth)
     return PlanConfig(primary=PrimaryConfig(above=pools[2]), auxiliary={"aux": AuxiliaryConfig(top=pools[3])})
 
 
 def vgg_figure_2(depth: int = 19) -> PlanConfig:
-    """Figure 2: two auxiliary losses train segments 1 to 3 and 3 to 4, the primary loss 4 to 5."""
+    """Return Figure 2's plan: two auxiliary losses train segments 1 to 3 and 3 to 4, the primary loss 4 to 5."""
     pools = _pools(depth)
-    return PlanConfig(
-        primary=PrimaryConfig(above=pools[2]),
-        auxiliary={
-            "aux1": AuxiliaryConfig(top=pools[2]),
-            "aux2": AuxiliaryConfig(above=pools[1], top=pools[3]),
-        },
-    )
+    auxiliary = {"aux1": AuxiliaryConfig(top=pools[2]), "aux2": AuxiliaryConfig(above=pools[1], top=pools[3])}
+    return PlanConfig(primary=PrimaryConfig(above=pools[2]), auxiliary=auxiliary)
 
 
 def _pools(depth: int) -> list[str]:
-    """The modules that end a VGGNet's segments: each convolution is followed by a ReLU, each segment by a pooling."""
-    names: list[str] = []
-    at = -1
-    for count in VGG_CONVOLUTIONS[depth]:
-        at += 2 * count + 1
-        names.append(f"features.{at}")
-    return names
+    """Return the modules that end a VGGNet's segments: a ReLU follows each convolution, a pooling each segment."""
+    ends = accumulate(2 * count + 1 for count in VGG_CONVOLUTIONS[depth])
+    return [f"features.{end - 1}" for end in ends]
