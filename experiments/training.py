@@ -22,7 +22,7 @@ from experiments.studies import (
 )
 from relaylab.errors import InputError, NonFiniteLossError
 from relaylab.files import write_text
-from relaylab.models.building import KINDS
+from relaylab.models.building import NETWORKS
 from relaylab.recipes import find_recipe
 from relaylab.recipes.schema import Recipe
 from relaylab.train import runs, session
@@ -175,7 +175,7 @@ def run_of(name: str, seed: int, place: Place) -> Run:
 
 
 def _sizes(recipe: Recipe, size: Size) -> Iterator[str]:
-    if "width" in KINDS[recipe.network.architecture].options:
+    if "width" in NETWORKS[recipe.network.architecture].options:
         yield f"network.width={WIDTH[size]}"
     if recipe.network.pyramid is not None:
         yield f"network.pyramid={PYRAMID[size]}"

@@ -1,4 +1,4 @@
-"""From a recipe's plain values to modules, plans, heads and optimizers."""
+"""From a recipe's plain values to networks, plans, heads and losses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ from torchvision.models.inception import InceptionAux
 
 from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, Window
 from relaylab import models
-from relaylab.errors import InputError
+from relaylab.errors import InputError, nearest
 from relaylab.models.layers import initialise
-from relaylab.recipes.schema import Architecture, Head, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+from relaylab.recipes.schema import NetworkConfig, OptimizerConfig, PlanConfig, Recipe
 
 INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """The builder of one architecture, and the options that it has."""
+class Entry:
+    """The builder of an architecture, a function of num_classes, image_size and the options that it has."""
 
     build: Callable[..., nn.Module]
     options: tuple[str, ...]
     batch_norm: bool = False
 
 
-KINDS: Mapping[Architecture, _Kind] = {
-    "vgg13": _Kind(partial(models.vgg, 13), ("width",)),
-    "vgg16": _Kind(partial(models.vgg, 16), ("width",)),
-    "vgg19": _Kind(partial(models.vgg, 19), ("width",)),
-    "vgg22": _Kind(partial(models.vgg, 22), ("width",)),
-    "vgg25": _Kind(partial(models.vgg, 25), ("width",)),
-    "model_a": _Kind(models.model_a, ("width", "pyramid")),
-    "model_a_printed": _Kind(models.model_a_printed, ("width", "pyramid")),
-    "model_b": _Kind(models.model_b, ("width", "pyramid")),
-    "resnet50": _Kind(models.resnet50, ("width",), batch_norm=True),
-    "small_vgg": _Kind(models.small_vgg, ("width", "convs")),
-    "inception_v3": _Kind(models.inception_v3, (), batch_norm=True),
+NETWORKS: Mapping[str, Entry] = {
+    "vgg13": Entry(partial(models.vgg, 13), ("width",)),
+    "vgg16": Entry(partial(models.vgg, 16), ("width",)),
+    "vgg19": Entry(partial(models.vgg, 19), ("width",)),
+    "vgg22": Entry(partial(models.vgg, 22), ("width",)),
+    "vgg25": Entry(partial(models.vgg, 25), ("width",)),
+    "model_a": Entry(models.model_a, ("width", "pyramid")),
+    "model_a_printed": Entry(models.model_a_printed, ("width", "pyramid")),
+    "model_b": Entry(models.model_b, ("width", "pyramid")),
+    "resnet50": Entry(models.resnet50, ("width",), batch_norm=True),
+    "small_vgg": Entry(models.small_vgg, ("width", "convs")),
+    "inception_v3": Entry(models.inception_v3, (), batch_norm=True),
 }
 
 
@@ -49,9 +49,9 @@ def build_network(config: NetworkConfig) -> nn.Module:
         InputError: an unknown architecture, an option that it lacks, fewer than two classes, or images that are too
             small.
     """
-    kind = KINDS.get(config.architecture)
+    kind = NETWORKS.get(config.architecture)
     if kind is None:
-        raise InputError(f"unknown architecture {config.architecture!r}: expected one of {', '.join(KINDS)}")
+        raise InputError(f"unknown architecture {config.architecture!r}{nearest(config.architecture, NETWORKS)}")
     for name in ("num_classes", "image_size", "width", "convs"):
         value = getattr(config, name)
         if value is not None and (type(value) is not int or value < 1):
@@ -101,41 +101,55 @@ def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
     """
     shapes = head_inputs(plan, network, model)
     return {
-        name: build_head(window.head, shapes[name], network.num_classes, KINDS[network.architecture].batch_norm)
+        name: build_head(window.head, shapes[name], network.num_classes, NETWORKS[network.architecture].batch_norm)
         for name, window in plan.auxiliary.items()
     }
 
 
-def build_head(head: Head, shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
+def _googlenet(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
+    head = AuxiliaryHead(shape[0], num_classes, batch_norm=batch_norm)
+    initialise(head)
+    return head
+
+
+def _linear(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:  # noqa: ARG001
+    head = LinearHead(shape[0], num_classes)
+    initialise(head)
+    return head
+
+
+def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:  # noqa: ARG001
+    channels, height, width = shape
+    if min(height, width) < INCEPTION_HEAD_MAP:
+        raise InputError(
+            f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, and reads one "
+            f"of {height} x {width}; take another head, or larger images"
+        )
+    return InceptionAux(channels, num_classes)
+
+
+HEADS: Mapping[str, Callable[[tuple[int, ...], int, bool], nn.Module]] = {
+    "googlenet": _googlenet,  # `relaybackprop.AuxiliaryHead`, our default
+    "inception": _inception,  # torchvision's of Inception-v3, always with batch normalisation
+    "linear": _linear,  # `relaybackprop.LinearHead`
+}
+
+
+def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
     """Build an auxiliary head for a map of shape (c, h, w).
 
     Args:
-        head: "googlenet" (`relaybackprop.AuxiliaryHead`, our default), "inception" (torchvision's of Inception-v3) or
-            "linear" (`relaybackprop.LinearHead`).
+        head: a name in `HEADS`.
         shape: of the map.
         num_classes: length of the output.
-        batch_norm: of the default head; torchvision's always has it.
+        batch_norm: whether the network has batch normalisation.
 
     Raises:
         InputError: another name, or a map too small for it.
     """
-    channels, *size = shape
-    match head:
-        case "googlenet":
-            module = AuxiliaryHead(channels, num_classes, batch_norm=batch_norm)
-        case "linear":
-            module = LinearHead(channels, num_classes)
-        case "inception":
-            if min(size) < INCEPTION_HEAD_MAP:
-                raise InputError(
-                    f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, and "
-                    f"reads one of {size[0]} x {size[1]}; take another head, or larger images"
-                )
-            return InceptionAux(channels, num_classes)
-        case _:
-            raise InputError(f"unknown head {head!r}: expected googlenet, inception or linear")
-    initialise(module)
-    return module
+    if head not in HEADS:
+        raise InputError(f"unknown head {head!r}{nearest(head, HEADS)}")
+    return HEADS[head](shape, num_classes, batch_norm)
 
 
 def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:

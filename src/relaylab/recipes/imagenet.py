@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from relaylab.recipes import windows
 from relaylab.recipes.schema import (
-    Architecture,
     AugmentationConfig,
     DecayConfig,
     Errors,
@@ -38,7 +37,7 @@ SHARED: Mapping[str, str] = {
 
 
 def _vgg(depth: int, top1: float, top5: float) -> Recipe:
-    architecture: Architecture = f"vgg{depth}"  # pyright: ignore[reportAssignmentType]
+    architecture = f"vgg{depth}"
     schedule = PlateauConfig(patience=4, least=0.001)
     return Recipe(
         name=f"table1-vgg{depth}-imagenet",

@@ -6,7 +6,6 @@ from dataclasses import replace
 from relaylab.recipes import windows
 from relaylab.recipes.schema import (
     SCHEMES,
-    Architecture,
     AugmentationConfig,
     Ensemble,
     Errors,
@@ -47,7 +46,7 @@ SOURCES: Mapping[str, str] = {
 def _places2(
     name: str,
     row: str,
-    architecture: Architecture,
+    architecture: str,
     plan: PlanConfig,
     scheme: Scheme,
     reported: Errors,
@@ -69,7 +68,7 @@ def _places2(
 
 
 def _table3(letter: str, scheme: Scheme, top1: float, top5: float) -> Recipe:
-    architecture: Architecture = "model_a" if letter == "A" else "model_b"
+    architecture = "model_a" if letter == "A" else "model_b"
     plan = windows.MODEL_A if letter == "A" else windows.MODEL_B
     name = f"table3-model-{letter.lower()}-{scheme.replace('_', '-')}"
     row = f"Table 3, model {letter}, {SCHEMES[scheme]}"
@@ -87,7 +86,7 @@ def _dense(recipe: Recipe, top1: float, top5: float) -> Recipe:
 
 
 def _table1(depth: int, top1: float, top5: float) -> Recipe:
-    architecture: Architecture = f"vgg{depth}"  # pyright: ignore[reportAssignmentType]
+    architecture = f"vgg{depth}"
     name, row = f"table1-vgg{depth}-places2", f"Table 1, VGGNet-{depth}, Places2"
     errors = Errors(top1=top1, top5=top5)
     recipe = _places2(name, row, architecture, windows.vgg(depth), "standard", errors, pyramid=None)

@@ -8,10 +8,6 @@ from typing import Any, Literal
 
 from relaylab.errors import InputError
 
-Architecture = Literal[
-    "vgg13", "vgg16", "vgg19", "vgg22", "vgg25", "model_a", "model_a_printed", "model_b", "resnet50", "inception_v3",
-    "small_vgg",
-]  # fmt: skip
 # 3x3 convolutions by segment. "VGGNet-22 and VGGNet-25 are obtained by simply adding 3 and 6 layers on VGGNet-19": one
 # and two on each of the three smallest maps, as in model A.
 VGG_CONVOLUTIONS = {
@@ -30,7 +26,6 @@ SCHEMES: Mapping[str, str] = {  # the paper's names for tables, in their order
 }
 SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for sentences, legends and headers
 GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation")  # of a recipe's values
-Head = Literal["googlenet", "inception", "linear"]
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
 LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
@@ -40,7 +35,8 @@ LACKING = ("network", "plan", "images")  # groups in which None is an option tha
 class NetworkConfig:
     """A network without its auxiliary heads; see `relaylab.models`."""
 
-    architecture: Architecture
+    architecture: str
+    """A name in `relaylab.models.building.NETWORKS`."""
     num_classes: int
     image_size: int
     """Side of the square crops that the network sees, in pixels."""
@@ -69,7 +65,7 @@ class AuxiliaryConfig:
     bottom: str | None = None
     above: str | None = None
     weight: float = 0.3
-    head: Head = "googlenet"
+    head: str = "googlenet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
