@@ -1,17 +1,17 @@
-"""Checkpoints on disk: whole or not there at all, checked when they are read, and nothing in them is code.
+"""Checkpoints on disk: complete or absent, verified when they are read, and free of executable code.
 
 Note [Checkpoints]
 1. A checkpoint is a folder step-00012000/ with
 
        model.safetensors       the state dict of the `Relay`: "model." and "heads."
        optimizer.safetensors   by parameter, PARAMETER/momentum_buffer
-       state.json              all that is no tensor
+       state.json              everything except the tensors
        SHA256SUMS              of the three, as `sha256sum --check` reads it
 
-2. It is written under another name, brought to the disk, and renamed: a folder with the final name is complete. What a
-   process that was killed has left is swept up by the next save.
-3. Whoever reads one compares the sums first: a damaged file is refused by name, and never half loaded.
-4. An old checkpoint is removed only after the new one is there, and it loses its name before it loses its files.
+2. It is written under another name, flushed to disk and renamed: a folder with the final name is complete. The next
+   save removes what a killed process has left.
+3. The sums are compared before anything is loaded: a damaged file is refused by name.
+4. An old checkpoint is removed only after the new one exists, and it is renamed before its files are removed.
 """
 
 import hashlib
@@ -40,21 +40,21 @@ LEFT_OVER = ".unfinished-"
 
 
 class DamagedCheckpointError(LabError):
-    """A checkpoint that is not whole, or not one at all."""
+    """A checkpoint that is incomplete or damaged, or a folder that is not a checkpoint."""
 
 
 class SaveError(LabError):
-    """A checkpoint that could not be written. The one before it is untouched."""
+    """A checkpoint that could not be written; the one before it is intact."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         model: the state dict of the `Relay`.
         optimizer: tensors by parameter and name, "PARAMETER/momentum_buffer".
-        state: all that is no tensor, as JSON has it; "step" among it.
+        state: everything else, as JSON values; "step" among them.
     """
 
     model: Mapping[str, Tensor]
@@ -63,25 +63,18 @@ class Checkpoint:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"{PREFIX}{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a folder's name says; None if it is no checkpoint's name."""
+    """Return the step of a checkpoint from its name; None for other names."""
     digits = path.name.removeprefix(PREFIX)
     return int(digits) if path.name.startswith(PREFIX) and digits.isdecimal() else None
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint. See Note [Checkpoints].
-
-    Args:
-        folder: of all checkpoints of a run; it is made if need be.
-        checkpoint: whole.
-
-    Returns:
-        Where it is.
+    """Write a checkpoint to a folder, which is created if necessary. See Note [Checkpoints].
 
     Raises:
         SaveError: it cannot be written.
@@ -90,7 +83,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     unfinished = folder / f"{LEFT_OVER}{path.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        for path_left in folder.glob(f"{LEFT_OVER}*"):
+            shutil.rmtree(path_left)
         unfinished.mkdir()
         save_file(_plain(checkpoint.model), unfinished / MODEL)
         save_file(_plain(checkpoint.optimizer), unfinished / OPTIMIZER)
@@ -100,7 +94,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         (unfinished / SUMS).write_text(sums, encoding="ascii")
         for name in (MODEL, OPTIMIZER, STATE, SUMS):
             _to_disk(unfinished / name)
-        if path.exists():  # a damaged one, or one that lies ahead of where an earlier one was taken up again
+        if path.exists():  # damaged, or of a run that has resumed from an earlier one
             _remove(path)
         unfinished.rename(path)
         _to_disk(folder)
@@ -117,7 +111,7 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        DamagedCheckpointError: it is not whole, was changed, or is no checkpoint.
+        DamagedCheckpointError: it is incomplete, was changed, or is not a checkpoint.
     """
     state = read_state(path)
     try:
@@ -127,7 +121,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_state(path: Path) -> Mapping[str, Any]:
-    """The part of a checkpoint that is no tensor, once the sums of all of it have been checked.
+    """Read a checkpoint's state, after verifying all of its files.
 
     Raises:
         DamagedCheckpointError: see `read`.
@@ -151,8 +145,7 @@ def check(path: Path) -> None:
         DamagedCheckpointError: a file is missing or was changed; it is named.
     """
     try:
-        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
-        pairs = [line.split("  ", 1) for line in lines]
+        pairs = [line.split("  ", 1) for line in (path / SUMS).read_text(encoding="ascii").splitlines()]
         sums = {name: digest for digest, name in pairs}
     except (OSError, ValueError):
         raise DamagedCheckpointError(f"{path} is no whole checkpoint: it has no readable {SUMS}") from None
@@ -165,13 +158,13 @@ def check(path: Path) -> None:
 
 
 def newest(folder: Path) -> Iterator[Path]:
-    """The checkpoints of a run by their names, newest first. They are not checked."""
+    """Return the checkpoints of a run by their names, the newest first, without verifying them."""
     found = [(step, path) for path in folder.glob(f"{PREFIX}*") if (step := step_of(path)) is not None]
     yield from (path for _, path in sorted(found, reverse=True))
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole. Those that are not are named in a warning, and left alone."""
+    """Return the newest valid checkpoint of a run; those that are damaged are named in warnings and kept."""
     for path in newest(folder):
         try:
             read_state(path)
@@ -187,8 +180,8 @@ def thin_out(folder: Path, keep: int, also: Collection[int]) -> None:
 
     Args:
         folder: of all checkpoints of a run.
-        keep: how many of the newest stay.
-        also: steps whose checkpoints stay in any case.
+        keep: number of the newest to keep.
+        also: further steps to keep.
     """
     for path in list(newest(folder))[keep:]:
         if step_of(path) not in also:
@@ -202,11 +195,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(unnamed)
 
 
-def _sweep(folder: Path) -> None:
-    for path in folder.glob(f"{LEFT_OVER}*"):
-        shutil.rmtree(path)
-
-
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -217,7 +205,7 @@ def _sum(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Out of the system's own memory, so that a power cut cannot empty a file that has its name already."""
+    """Flush a file to disk, so that a power cut cannot empty a file that has its final name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

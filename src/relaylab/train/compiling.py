@@ -1,4 +1,4 @@
-"""torch.compile for what lies outside of overlaps and touches no boundary of a window (docs/decisions/003)."""
+"""torch.compile outside overlaps and away from the boundaries of windows (docs/decisions/003)."""
 
 import torch
 
@@ -7,13 +7,9 @@ from relaylab.train.segments import Segments
 
 
 def compile_outside_overlaps(relay: Relay, segments: Segments) -> list[str]:
-    """Compile in place the largest modules that hold no boundary, and that one loss trains.
+    """Compile in place the largest modules that hold no boundary and that one loss trains.
 
-    Single layers are left alone: nothing is gained by compiling them.
-
-    Args:
-        relay: its plan says where the boundaries are.
-        segments: of its parameters.
+    Single layers are skipped: compiling them gains nothing.
 
     Returns:
         The names of the compiled modules.
@@ -30,7 +26,7 @@ def compile_outside_overlaps(relay: Relay, segments: Segments) -> list[str]:
             continue
         module.compile()
         compiled.append(name)
-    # All of them share the code of nn.Module's call, and the compiler gives up on code that it meets too often.
+    # All of them share the code of nn.Module's call, and the compiler gives up on code that it compiles too often.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(compiled))
     return compiled

@@ -1,4 +1,4 @@
-"""Devices, precision and processes: what Lightning Fabric does for the loop, and how torchrun starts it."""
+"""Devices, precision and processes: Lightning Fabric for the loop, and its launch by torchrun."""
 
 import os
 import sys
@@ -26,21 +26,21 @@ from relaylab.train.torchrun import FAILURE, is_launched, noted_failure
 
 
 def launch(config: Engine, arguments: Sequence[str]) -> int:
-    """Start this command once for each device, by torchrun, and wait for it.
+    """Run this command in one process for each device, by torchrun, and wait for them.
 
     Args:
-        config: how many devices, and how often to start again.
+        config: number of devices and of restarts.
         arguments: of the command line.
 
     Returns:
-        The exit code: 0, 1, or 130 after a signal.
+        The exit code: that of the first process that failed, 130 after a signal, else 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
     options = ["--standalone", f"--nproc-per-node={config.devices}", f"--max-restarts={config.restarts}"]
-    # Otherwise the processes that start again find the addresses of those that died, and wait for them.
+    # Otherwise restarted processes find the addresses of those that died, and wait for them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
     with tempfile.TemporaryDirectory(prefix="relaylab-") as folder:
@@ -60,7 +60,7 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
 
 
 def make_fabric(config: Engine) -> Fabric:
-    """The engine for one process: alone, or one of those that torchrun has started.
+    """Create the engine of this process, alone or one of those that torchrun has started.
 
     Raises:
         InputError: devices, precision or batch normalisation that this machine does not have.
@@ -69,8 +69,7 @@ def make_fabric(config: Engine) -> Fabric:
     if config.accelerator == "cuda" and not has_gpu:
         raise InputError("--accelerator cuda: there is no GPU that PyTorch can use here")
     device = "cuda" if has_gpu and config.accelerator != "cpu" else "cpu"
-    world = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
+    world, here = (int(os.environ[name]) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():
         raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs here")
     if config.batch_norm == "synchronised" and device == "cpu":
@@ -97,7 +96,7 @@ def _strategy(config: Engine, device: str, world: int) -> Strategy | str:
 
 
 def _shard(relay: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """FSDP2 on each part of the network, on the heads, and on the whole."""
+    """Apply FSDP2 to each part of the network, to the heads, and to the whole."""
     assert isinstance(relay, Relay)
     for part in (*relay.model.children(), *relay.heads.values()):
         if any(True for _ in part.parameters()):
@@ -118,9 +117,9 @@ def _precision(config: Engine, device: str) -> Precision:
 
 @contextmanager
 def looking() -> Iterator[None]:
-    """Let gradients be found that no update uses.
+    """Allow `torch.autograd.grad` within the block, for gradients that no update uses.
 
-    Fabric refuses backward passes with mixed precision that it has not started: their losses might lack the scale.
+    With mixed precision, Fabric refuses backward passes that it has not started: their losses might lack the scale.
     """
     before = wrappers._in_fabric_backward  # pyright: ignore[reportPrivateUsage]
     wrappers._in_fabric_backward = True
@@ -131,11 +130,11 @@ def looking() -> Iterator[None]:
 
 
 def scaler_of(fabric: Fabric) -> "torch.amp.GradScaler | None":
-    """The scaler of the losses, with fp16."""
+    """Return the loss scaler; None without fp16."""
     precision = fabric.strategy.precision
     return precision.scaler if isinstance(precision, MixedPrecision) else None
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all that other processes have of it. Every process has to ask."""
+    """Gather a sharded tensor, in all processes together; others are returned as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

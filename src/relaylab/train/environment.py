@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
 def commit() -> str | None:
     """Return the commit of the checkout that this file is in, with a mark if files were changed; None elsewhere."""
     source = Path(__file__).resolve().parents[2]
-    if source.name != "src":  # an installed package, perhaps inside of another project's repository
+    if source.name != "src":  # an installed package, perhaps inside another repository
         return None
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10, "cwd": source}
     try:

@@ -1,4 +1,4 @@
-"""How a run has failed, as a file in its folder: a comparison reports it, and a new start of the run removes it."""
+"""The failure of a run, a file in its folder: comparisons report it, and the next start of the run removes it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,12 +12,10 @@ FILE = "failure.json"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The end of a run before its last iteration.
+    """The end of a run before its last iteration, after `step` updates.
 
     Attributes:
         kind: "diverged" if a loss or gradient was not finite, which the same recipe will repeat; "failed" otherwise.
-        step: updates made.
-        error: the error's text.
     """
 
     kind: Literal["diverged", "failed"]

@@ -1,14 +1,14 @@
-"""Looks at gradients while training goes on: sizes by layer and by segment, and angles between losses (Figure 1).
+"""Gradient statistics during training: magnitudes per layer and segment, cosines between losses (Figure 1).
 
 Note [Diagnosis]
-1. Sizes are read off the gradients that the update uses. The paper's Figure 1 has the mean absolute gradient of each
-   layer, and its ratio to the mean absolute weight.
+1. Magnitudes are those of the gradients that the update uses. The paper's Figure 1 has the mean absolute gradient of
+   each layer, and its ratio to the mean absolute weight.
 2. Where windows overlap, each loss's own gradient comes from `torch.autograd.grad` on the graph of the step itself,
-   before its backward pass: no second forward pass, nothing random, no statistics of a batch taken twice. Training with
-   and without a look is the same bit for bit.
-3. That needs the graph twice, which compiled code does not allow, and whole parameters, which FSDP does not have. There
-   the angles are left out.
-4. With several processes, angles are those of the first one's own images.
+   before its backward pass: no second forward pass, no random numbers, no batch statistics updated twice. Training is
+   the same bit for bit with and without them.
+3. That uses the graph twice, which compiled code does not allow, and whole parameters, which FSDP does not have: there
+   the cosines are left out.
+4. With several processes, cosines are those of the first one's own images.
 """
 
 import itertools
@@ -27,11 +27,11 @@ Angles = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Look:
-    """What one look has found.
+    """The gradient statistics of one step.
 
     Attributes:
-        layers: by weight layer, "gradient", the mean absolute gradient, and "ratio", that over the mean
-            absolute weight.
+        layers: by weight layer, "gradient", the mean absolute gradient, and "ratio", its ratio to the mean absolute
+            weight.
         segments: by segment, the same over all its parameters.
         cosines: by overlap and pair of losses, the cosine of the angle between their gradients.
     """
@@ -41,13 +41,12 @@ class Look:
     cosines: Mapping[str, Mapping[str, float]]
 
     def values(self) -> dict[str, Mapping[str, Mapping[str, float]]]:
-        """As plain values."""
-        found = {"layers": self.layers, "segments": self.segments, "cosines": self.cosines}
-        return {name: part for name, part in found.items() if part}
+        """Return the statistics that are not empty, as plain values."""
+        return {name: part for name, part in vars(self).items() if part}
 
 
 def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Segments) -> Angles:
-    """The angles between losses where they train the same layers. See Note [Diagnosis] 2.
+    """Return the cosines between losses' gradients where they train the same layers. See Note [Diagnosis] 2.
 
     Args:
         relay: whose parameters the segments name.
@@ -55,7 +54,7 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
         segments: of the parameters.
 
     Returns:
-        By segment and pair, "aux, primary": the cosine, or nothing where a gradient vanishes.
+        By segment and pair, "aux, primary"; a pair with a gradient of zero is left out.
     """
     overlaps = segments.overlaps
     parameters = dict(relay.named_parameters())
@@ -83,7 +82,7 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
 
 
 def sizes(relay: nn.Module, segments: Segments) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Gradients' sizes by weight layer and by segment, after a backward pass. See `Look`."""
+    """Return gradient magnitudes by weight layer and by segment, after a backward pass. See `Look`."""
     named = {name: p for name, p in relay.named_parameters() if p.grad is not None}
     tensors = [(cast(Tensor, p.grad), p.detach()) for p in named.values()]
     norms = [torch.stack([whole(torch.linalg.vector_norm(t, 1)) for t in pair]) for pair in tensors]

@@ -1,4 +1,4 @@
-"""The images of a run: opened, checked against the recipe, with what is subtracted from them."""
+"""The images of a run: opened, checked against the recipe, batched and normalised."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -30,24 +30,21 @@ from relaylab.train.options import Engine, TrainConfig
 
 log = logging.getLogger("relaylab.train")
 
-MEMORY_SHARE = 0.5  # of what is free may be filled with images; beyond that they are decoded as they are needed
-IMAGES_PER_PROCESS = 2000  # decoded in memory; fewer are decoded sooner than another process has started
+MEMORY_SHARE = 0.5  # of the free memory may hold images; beyond that they are decoded when they are needed
+IMAGES_PER_PROCESS = 2000  # fewer images are decoded before another process has started
 DEATHS = 3  # of worker processes without a batch in between
 LEAST_STD = 1.0  # of a channel that hardly varies
-CHOICE_SEED = 0  # which images are set aside, and which classes are rare: the same for all runs, whatever their seeds
+CHOICE_SEED = 0  # which images are held out, and which classes are rare: the same for runs of all seeds
 
 
 @dataclass(frozen=True)
 class RunImages:
-    """What a run trains on and is validated with.
+    """The training and validation images of a run.
 
     Attributes:
         classes: names, in the order of the labels.
-        train: training part.
-        val: validation part.
-        view: of both.
         statistics: of the training images.
-        in_memory: decoded once, and not as they are needed: crops then come from images already resized.
+        in_memory: whether all are decoded once; crops are then cut from images already resized.
     """
 
     classes: tuple[str, ...]
@@ -58,19 +55,19 @@ class RunImages:
     in_memory: bool
 
     def sampler(self, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1) -> KeyedSampler:
-        """The stream of training images of one process: all iterations of the recipe as one epoch."""
+        """Return the sampler of one process: all iterations of the recipe as one epoch."""
         draws = recipe.optimizer.iterations * recipe.optimizer.batch_size // ranks
         make = SAMPLERS[recipe.images.sampling]
         labels = self.train.labels
         return make(labels, seed=seed, rank=rank, num_replicas=ranks, num_samples=draws, classes=self.classes)
 
     def counts(self) -> dict[str, list[int]]:
-        """Images of each class, by part."""
+        """Return the number of images of each class, for training and validation."""
         parts = {"train": self.train, "val": self.val}
         return {name: np.bincount(p.labels, minlength=len(self.classes)).tolist() for name, p in parts.items()}
 
     def augmentation(self, recipe: Recipe, seed: int) -> Augmentation:
-        """What the recipe does to training images, and the normalisation alone in evaluation mode."""
+        """Return the recipe's augmentation, which in evaluation mode only normalises."""
         config, statistics = recipe.augmentation, self.statistics
         mean = statistics.mean_image if config.mean == "pixel" else statistics.mean
         return Augmentation(
@@ -92,16 +89,16 @@ def open_images(
     fault_file: Path | None = None,
     first: AbstractContextManager[object],
 ) -> RunImages:
-    """Open, check and perhaps decode what the options name.
+    """Open and check the images that the options name, and decode them if they fit into memory.
 
     Args:
-        recipe: which classes, sizes and normalisation.
-        config: where the images are.
-        device: that trains.
-        devices_here: processes on this machine, each of which holds images in memory of its own.
-        fault_file: where the list of unreadable images goes if there are too many.
-        first: entered while images are listed and counted; lets one process go ahead of the others, which then find
-            what it has written.
+        recipe: determines classes, sizes and normalisation.
+        config: options.
+        device: for training.
+        devices_here: processes on this machine, each of which holds its own images in memory.
+        fault_file: for the list of unreadable images, if there are too many.
+        first: entered while images are listed and counted, so that one process can go first and the others find its
+            results in the cache.
 
     Raises:
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
@@ -111,17 +108,16 @@ def open_images(
     with first:
         train, val = open_sources(config)
         check_images(recipe, train, val)
-        stay, aside = chosen_numbers(recipe.images, train.labels)
-        val = val if aside is None else Thinned(train, aside)
-        train = train if stay is None else Thinned(train, stay)
+        chosen, held = chosen_numbers(recipe.images, train.labels)
+        val = val if held is None else Thinned(train, held)
+        train = train if chosen is None else Thinned(train, chosen)
         in_memory = fits_memory(config, (train, val), view, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
             parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
-            statistics = parts[0].statistics()
-            return RunImages(tuple(train.classes), parts[0], parts[1], view, statistics, in_memory)
-    decoded = list(_decoded(train, val, view, workers, fault_file))
-    return RunImages(tuple(train.classes), decoded[0], decoded[1], view, decoded[0].statistics(), in_memory)
+            return RunImages(tuple(train.classes), parts[0], parts[1], view, parts[0].statistics(), in_memory)
+    parts = list(_decoded(train, val, view, workers, fault_file))
+    return RunImages(tuple(train.classes), parts[0], parts[1], view, parts[0].statistics(), in_memory)
 
 
 def view_of(recipe: Recipe) -> View:
@@ -130,13 +126,13 @@ def view_of(recipe: Recipe) -> View:
 
 
 class Stream:
-    """Training batches, to the end of the sampler's draws. Worker processes that die are replaced.
+    """Training batches, to the end of the sampler's draws; worker processes that die are replaced.
 
     Args:
-        part: of the data.
-        sampler: of its images.
+        part: the training images.
+        sampler: of their indices.
         batch_size: of this process.
-        seed: of the windows.
+        seed: of the sampling windows.
     """
 
     def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int) -> None:
@@ -144,7 +140,7 @@ class Stream:
         self._loader = part.training(sampler, batch_size, seed)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches.
+        """Iterate over the batches.
 
         Raises:
             LabError: images that cannot be used, or worker processes that die again and again.
@@ -168,33 +164,31 @@ class Stream:
                 self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, object]:
-        """Where the stream is, in batches used."""
+        """Return the position, in batches used."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on where another stream was.
+        """Resume from the position of another stream.
 
         Raises:
-            InputError: a state of another stream.
+            InputError: that stream had other images or another batch size.
         """
         self._loader.load_state_dict(state)
 
 
 def open_sources(config: Engine) -> tuple[IndexedImages, IndexedImages]:
-    """The training and the validation images that the options name, with the same numbers for the same classes.
+    """Open the training and validation images, with the same labels for the same classes.
 
     Raises:
         InputError: a path or its contents that cannot be used.
     """
-    if config.val_data:
-        train = open_source(config.data, watch=progress)
-        return train, open_source(config.val_data, classes=train.folders, watch=progress)
-    train = open_source(config.data, split="train", watch=progress)
-    return train, open_source(config.data, split="val", classes=train.folders, watch=progress)
+    train = open_source(config.data, split=None if config.val_data else "train", watch=progress)
+    paths, split = (config.val_data, None) if config.val_data else (config.data, "val")
+    return train, open_source(paths, split=split, classes=train.folders, watch=progress)
 
 
 def check_images(recipe: Recipe, train: Source, val: Source) -> None:
-    """Raise unless the images are of as many classes as the recipe's network, and labelled.
+    """Check that the images are labelled, with as many classes as the recipe's network.
 
     Raises:
         InputError: they are not.
@@ -212,33 +206,33 @@ def check_images(recipe: Recipe, train: Source, val: Source) -> None:
 
 
 def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:
-    """Which training images a recipe trains on, and which take the validation images' place.
+    """Return the indices of the training images that a recipe trains on, and of those it validates with instead.
 
     Args:
         config: of the recipe.
         labels: (n,) of all training images.
 
     Returns:
-        Image numbers, rising. None for the first stands for all images, for the second for none.
+        Sorted image indices; None first for all images, None second for the validation images.
     """
     labels = np.asarray(labels)
-    stay, aside = None, None
+    chosen, held = None, None
     if config.held_out is not None:
-        stay, aside = held_out(labels, count=config.held_out, seed=CHOICE_SEED)
+        chosen, held = held_out(labels, count=config.held_out, seed=CHOICE_SEED)
     if config.long_tail is not None:
-        rest = np.arange(len(labels)) if stay is None else stay
-        stay = rest[long_tail(labels[rest], ratio=config.long_tail, seed=CHOICE_SEED)]
-    return stay, aside
+        rest = np.arange(len(labels)) if chosen is None else chosen
+        chosen = rest[long_tail(labels[rest], ratio=config.long_tail, seed=CHOICE_SEED)]
+    return chosen, held
 
 
 def fits_memory(config: Engine, sources: Sequence[Source], view: View, copies: int) -> bool:
-    """Return whether images are to be decoded once and kept in memory.
+    """Return whether all images are decoded once and kept in memory: as `--images` says, or if they fit.
 
     Args:
-        config: what the user wants.
+        config: options.
         sources: of all images.
-        view: of them.
-        copies: processes of this machine that each hold all images.
+        view: their sizes.
+        copies: processes on this machine that each hold all images.
     """
     if config.images != "auto":
         return config.images == "memory"

@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -38,25 +38,16 @@ from relaylab.train.signals import StopRequest, receiving
 WAY = multiprocessing.get_context("forkserver")
 SECONDS_BETWEEN_REPORTS = 0.2
 SECONDS_BETWEEN_LINES = 20.0  # where stderr is not a terminal
-End = Literal["finished", "stopped", "failed", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What a run's process sends: its progress, a line for the terminal, or at last how it has ended.
-
-    Attributes:
-        step: updates made.
-        note: how the run is doing.
-        line: of its log.
-        end: "refused" if it could not begin.
-        error: of a run that has failed or was refused.
-    """
+    """A message from a run's process: its progress, a line for the terminal, or how it ended and why."""
 
     step: int
     note: str = ""
     line: str = ""
-    end: End | None = None
+    end: Literal["finished", "stopped", "failed", "refused"] | None = None  # refused: it could not begin
     error: str = ""
 
 
@@ -69,7 +60,6 @@ class _Job:
     process: BaseProcess
     pipe: Connection
     last: _Report
-    failure: Failure | None = None
 
 
 def start_server() -> None:
@@ -82,17 +72,17 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
     """Train runs, several at once. See Note [Jobs].
 
     Args:
-        configs: by name, the options of each run; `out` is its folder.
-        jobs: number of processes at once.
-        threads: of PyTorch in each process; None for PyTorch's default.
+        configs: the options of each run by name; `out` is its folder.
+        jobs: maximum number of processes at once.
+        threads: PyTorch's number of threads in each process; None for its default.
         iterations: of each run.
 
     Returns:
-        False if a signal has stopped the runs, which the same call resumes. A run that failed has left its failure in
-        its folder.
+        False if a signal stopped the runs; the same call resumes them. A run that failed has `failure.json` in its
+        folder.
 
     Raises:
-        InputError: a run could not begin. The others have been stopped.
+        InputError: a run could not begin. The others were stopped.
     """
     waiting, running, ended = list(configs), list[_Job](), list[_Job]()
     with ExitStack() as stack:
@@ -100,21 +90,20 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
         lock = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relaylab-"))) / "lock"
         task = stack.enter_context(progress("train", iterations * len(configs), every_s=SECONDS_BETWEEN_LINES))
         stack.callback(_end_all, running, signal.SIGKILL)
-        is_told = False
+        is_passed_on = False
         while running or (waiting and not stop):
             while waiting and len(running) < jobs and not stop:
                 name = waiting.pop(0)
                 running.append(_start(name, configs[name], threads, lock))
-            if stop and not is_told:
-                is_told = True
+            if stop and not is_passed_on:
+                is_passed_on = True
                 _end_all(running, signal.SIGTERM)
             before = sum(job.last.step for job in (*running, *ended))
             ready = wait([job.pipe for job in running], timeout=0.5)
             for job in [job for job in running if job.pipe in ready and not _receive(job)]:
                 running.remove(job)
                 ended.append(job)
-                _settle(job, is_stopping=bool(stop))
-                text = f"failed {job.failure.text}" if job.failure else f"{job.last.end}, {job.last.note}"
+                text = _settle(job, is_stopping=bool(stop))
                 print(f"{len(ended)} of {len(configs)}: {job.name}: {text}", file=sys.stderr)
                 if job.last.end == "refused":
                     stop.signal = "refused"
@@ -137,7 +126,7 @@ def _start(name: str, config: TrainConfig, threads: int | None, lock: Path) -> _
 
 
 def _receive(job: _Job) -> bool:
-    """Take one report; whether the process still has its end of the pipe."""
+    """Take one report; False if the process has closed its end of the pipe."""
     try:
         report = job.pipe.recv()
     except (EOFError, OSError):
@@ -149,21 +138,22 @@ def _receive(job: _Job) -> bool:
     return True
 
 
-def _settle(job: _Job, *, is_stopping: bool) -> None:
-    """Find out how a run has ended whose process is gone, and write it down if nobody has."""
+def _settle(job: _Job, *, is_stopping: bool) -> str:
+    """Say how a run has ended whose process is gone, and write its failure unless the run itself has."""
     job.process.join()
     job.pipe.close()
-    last = job.last
-    if last.end is None and is_stopping:
-        job.last = _Report(last.step, end="stopped")
-    elif last.end is None:
+    if job.last.end is None and is_stopping:
+        job.last = replace(job.last, end="stopped", note="")
+    elif job.last.end is None:
         code = job.process.exitcode or 0
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        job.last = _Report(last.step, end="failed", error=f"its process was ended {how}")
-    if job.last.end == "failed":
-        job.failure = read_failure(job.folder) or Failure("failed", job.last.step, job.last.error)
-        with suppress(OSError):  # a full disk, perhaps
-            write_failure(job.folder, job.failure)
+        job.last = replace(job.last, end="failed", error=f"its process was ended {how}")
+    if job.last.end != "failed":
+        return f"{job.last.end}, {job.last.note}"
+    failure = read_failure(job.folder) or Failure("failed", job.last.step, job.last.error)
+    with suppress(OSError):  # a full disk, perhaps
+        write_failure(job.folder, failure)
+    return f"failed {failure.text}"
 
 
 def _end_all(running: Sequence[_Job], number: signal.Signals) -> None:
@@ -173,12 +163,7 @@ def _end_all(running: Sequence[_Job], number: signal.Signals) -> None:
 
 
 class _Reporter(io.TextIOBase):
-    """The run's side of the pipe: a `Task` that reports its steps, and a stderr whose lines are sent.
-
-    Args:
-        pipe: to the parent.
-        stop: is told if the parent is gone.
-    """
+    """The run's end of the pipe: a `Task` that sends its steps, and a stderr that sends its lines."""
 
     def __init__(self, pipe: Connection, stop: StopRequest) -> None:
         self.pipe, self.stop = pipe, stop
@@ -220,7 +205,7 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
         with redirect_stderr(reporter):
             try:
                 outcome = session.train(runs.understand(config), task=reporter, first=_alone(lock), stop=stop)
-            except Exception as error:  # all that is wrong with one run is a result of the comparison
+            except Exception as error:  # any failure of one run is a result of the comparison
                 if not isinstance(error, LabError):
                     traceback.print_exc()
                 end = "refused" if isinstance(error, InputError) and not reporter.has_begun else "failed"
@@ -233,7 +218,7 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Keep the other processes out. The lock goes with the process, however it ends."""
+    """Keep the other processes out. The system releases the lock when the process ends, however it ends."""
     with lock.open("w") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.lockf(file, fcntl.LOCK_EX)

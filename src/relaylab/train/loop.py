@@ -1,20 +1,20 @@
-"""The training loop: batches in, updates out, with validation, checkpoints and records on the way.
+"""The training loop: updates, with validation, checkpoints and metrics in between.
 
 Note [Loop]
 1. Every random number of a step is a function of (seed, step, process): crops and flips through the draws' numbers, and
    all else (dropout, and what a model may ask of Python or NumPy) because all generators are seeded anew for each
-   step. No generator's state has to be kept to go on exactly, and all schemes see the same chance.
-2. What all processes have to know of a step, its losses, errors, the size of its gradient and whether somebody wants to
-   stop, travels in one small reduction, and is read before the update: what is not finite never reaches a weight.
-3. A checkpoint is written before the validation that is due with it, and says that it is still due: whoever goes on
-   from there does it then. A kill during a long validation loses nothing but that.
+   step. A run resumes exactly without the generators' states, and all schemes see the same random numbers.
+2. One small all-reduce shares a step's losses, errors, gradient norm and requests to stop among the processes. They are
+   checked before the update: a value that is not finite never reaches a weight.
+3. A checkpoint is written before the validation that is due at its step, and says that it is still due: a run that
+   resumes from it validates first. A kill during a long validation loses nothing else.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,6 @@ from relaylab.train.engine import scaler_of, whole
 from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import top_errors
-from relaylab.train.nonfinite import not_finite
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, Values
 from relaylab.train.runs import values_of
@@ -47,30 +46,20 @@ from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
 
-LEAST_SCALE = 1.0  # a loss that has to be scaled down for fp16 is out of hand
+LEAST_SCALE = 1.0  # below it, fp16 overflows because training diverges
+REMEDY = "try a smaller optimizer.lr, a warm-up or optimizer.clip_norm"
 
 
 @dataclass(eq=False)
 class Trainer:
-    """All that a training needs, put together by `relaylab.train.session`.
+    """A training, assembled by `relaylab.train.session`.
 
     Attributes:
-        fabric: devices, precision, processes.
         relay: network, heads and plan.
-        module: the same as Fabric and DDP or FSDP have wrapped it.
-        criterion: the losses.
-        optimizer: as Fabric has wrapped it.
-        recipe: what to do.
-        config: how to do it.
-        segments: of the parameters.
-        stream: of training images.
-        augment: what happens to them.
-        validation: the errors so far.
-        records: of the first process; None in all others.
+        module: the same, wrapped by Fabric and DDP or FSDP.
+        optimizer: wrapped by Fabric.
+        records: metrics of the first process; None in all others.
         checkpoints: their folder.
-        stop: whether somebody wants it.
-        task: shows how far it is.
-        progress: how far it is.
     """
 
     fabric: Fabric
@@ -92,10 +81,10 @@ class Trainer:
     meter: Meter
 
     def run(self) -> bool:
-        """Train until the recipe's last iteration, or until somebody wants to stop.
+        """Train to the recipe's last iteration, or until a stop is requested.
 
         Returns:
-            Whether the recipe has been carried out to its end.
+            Whether the last iteration was reached.
 
         Raises:
             NonFiniteLossError: a loss or gradient that is not finite, before it reaches a weight.
@@ -106,10 +95,11 @@ class Trainer:
         batches = iter(self.stream)
         self.module.train()
         stopping, saved = False, progress.step
+        save_every = self.config.save_every or self.recipe.optimizer.evaluate_every
         while True:
             is_last = progress.step == total
             due = is_last or (progress.step > 0 and progress.step % self.recipe.optimizer.evaluate_every == 0)
-            if progress.step > saved and (due or stopping or progress.step % self.save_every == 0):
+            if progress.step > saved and (due or stopping or progress.step % save_every == 0):
                 self.save()
                 saved = progress.step
             if stopping and not is_last:
@@ -124,24 +114,15 @@ class Trainer:
             stopping = self.step(batches)
             progress.seconds += time.perf_counter() - began
 
-    @property
-    def save_every(self) -> int:
-        """Iterations between two checkpoints."""
-        return self.config.save_every or self.recipe.optimizer.evaluate_every
-
     def step(self, batches: Iterator[Batch]) -> bool:
-        """One update.
-
-        Returns:
-            Whether somebody wants to stop.
-        """
+        """Make one update; return whether a stop is requested."""
         recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.config.accumulate
         seed_all(self.config.seed, progress.step, fabric.global_rank)
         rate = learning_rate(recipe.optimizer, progress.step, progress.plateau.drops)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
         every = self.config.diagnose_every
-        looks = every > 0 and (progress.step + 1) % every == 0
+        measures = every > 0 and (progress.step + 1) % every == 0
         cosines: diagnosis.Angles = {}
         totals: dict[str, Tensor] = {}
         for part in range(parts):
@@ -150,11 +131,11 @@ class Trainer:
             self.meter.waited(time.perf_counter() - began)
             is_last = part == parts - 1
             with fabric.no_backward_sync(self.module, enabled=not is_last):
-                figures, angles = self.backward(batch, looks and part == 0, is_last)
+                values, angles = self.backward(batch, measures and part == 0, is_last)
             cosines |= angles
-            totals = {name: totals.get(name, 0.0) + value / parts for name, value in figures.items()}
+            totals = {name: totals.get(name, 0.0) + value / parts for name, value in values.items()}
         norm, stopping = self.check_and_count(totals)
-        if looks and math.isfinite(norm):
+        if measures and math.isfinite(norm):
             layers, by_segment = diagnosis.sizes(self.relay, self.segments)
             self.record("gradients", progress.step + 1, diagnosis.Look(layers, by_segment, cosines).values())
         self.optimizer.step()
@@ -163,16 +144,16 @@ class Trainer:
         self.note(rate)
         return stopping
 
-    def backward(self, batch: Batch, looks: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
+    def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
         """Add the gradients of one part of the step's batch to those of the parts before it.
 
         Args:
             batch: on the device.
-            looks: whether to find the angles between losses.
+            measures: whether to measure the angles between losses.
             is_last: whether it is the last part.
 
         Returns:
-            By name, the losses and the errors (0 to 1); and the angles.
+            The losses and the errors (0 to 1) by name, and the angles.
         """
         images = self.augment(batch.images, batch.draws)
         if self.config.memory_format == "contiguous":
@@ -188,28 +169,28 @@ class Trainer:
         weights = self.criterion.plan.weights
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
         angles: diagnosis.Angles = {}
-        if looks and self.can_see_angles:
+        if measures and self.can_see_angles:
             scale = self.scaler.get_scale() if self.scaler else 1.0
             scaled = {name: scale * loss for name, loss in weighted.items()}
             angles = diagnosis.overlap_cosines(self.relay, scaled, self.segments)
         self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.config.accumulate)
-        figures = {name: loss.detach() for name, loss in losses.items()}
-        return {**figures, **top_errors(output.primary, batch.labels)}, angles
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        return {**detached, **top_errors(output.primary, batch.labels)}, angles
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """A loss of one part of a batch, as its backward pass takes it with early release."""
+        """Scale the loss of one part of a batch for its backward pass."""
         loss = loss / self.config.accumulate
         return loss if self.scaler is None else cast(Tensor, self.scaler.scale(loss))
 
-    def check_and_count(self, figures: Mapping[str, Tensor]) -> tuple[float, bool]:
-        """Let all processes know this step's figures, and look at them before the update.
+    def check_and_count(self, metrics: Mapping[str, Tensor]) -> tuple[float, bool]:
+        """All-reduce this step's metrics and check them before the update. See Note [Loop] 2.
 
         Args:
-            figures: of this process, by name: the losses, "top1" and "top5".
+            metrics: of this process: losses by name, "top1" and "top5".
 
         Returns:
-            The norm of the gradient, infinite where fp16 has overflowed and the scaler leaves the step out; and whether
-            somebody wants to stop.
+            The norm of the gradient, infinite where fp16 has overflowed and the scaler skips the update; and whether
+            a stop is requested.
 
         Raises:
             NonFiniteLossError: a loss or gradient that is not finite.
@@ -219,22 +200,31 @@ class Trainer:
         gradients = [p.grad for p in self.relay.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         stop = torch.full((), float(bool(self.stop)), device=norm.device)
-        own = torch.stack([*figures.values(), norm, stop])
-        told = cast(Tensor, self.fabric.all_reduce(own, reduce_op="mean")).tolist()
-        *values, size, stopping = told
-        found: dict[str, float] = dict(zip(figures, values, strict=True))
-        wrong = [name for name, value in found.items() if not math.isfinite(value)]
+        own = torch.stack([*metrics.values(), norm, stop])
+        *values, size, stopping = cast(Tensor, self.fabric.all_reduce(own, reduce_op="mean")).tolist()
+        means: dict[str, float] = dict(zip(metrics, values, strict=True))
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
         may_overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE  # the scaler skips that step
         if wrong or not (math.isfinite(size) or may_overflow):
-            raise not_finite(self.progress.step + 1, wrong, self.relay, self.segments)
+            raise self._not_finite(wrong)
         clip = self.recipe.optimizer.clip_norm
         if clip is not None and math.isfinite(size):
             torch.nn.utils.clip_grads_with_norm_(self.relay.parameters(), clip, norm)
-        self.meter.count(found, size)
+        self.meter.count(means, size)
         return size, stopping > 0
 
+    def _not_finite(self, losses: Sequence[str]) -> NonFiniteLossError:
+        """The error for an update that must not be made, created by all processes together."""
+        gradients = ((name, p.grad) for name, p in self.relay.named_parameters() if p.grad is not None)
+        layers = [name for name, gradient in gradients if not bool(whole(gradient).isfinite().all())]
+        parts = ", ".join(dict.fromkeys(self.segments.of[name] for name in layers))
+        what = [f"the loss {name}" for name in losses]
+        what += [f"the gradients of segment {parts} (from {layers[0]} on)"] if layers else []
+        step = self.progress.step + 1
+        return NonFiniteLossError(f"step {step}: not finite: {' and '.join(what)}. This update was not made; {REMEDY}")
+
     def note(self, rate: float) -> None:
-        """Show how it goes, and write it down when it is time to."""
+        """Update the progress bar, and log metrics every `log_every` steps."""
         step, size = self.progress.step, self.recipe.optimizer.batch_size
         self.task.advance(1, self.meter.text(size))
         if step % self.config.log_every == 0:
@@ -247,19 +237,17 @@ class Trainer:
             self.records.write(kind, step, values)
 
     def validate(self) -> None:
-        """Find the errors on the validation images, and let the schedule know.
+        """Validate, and update the schedule.
 
         Raises:
-            NonFiniteLossError: their loss is not finite: the network is lost.
+            NonFiniteLossError: the loss is not finite.
         """
         progress, schedule = self.progress, self.recipe.optimizer.schedule
         with self.meter.stopped():
             found = self.validation(self.relay, lambda done: self.task.advance(0, f"validating, {done:.0%}"))
         if not math.isfinite(found["loss"]):
-            raise NonFiniteLossError(
-                f"step {progress.step}: the loss on the validation images is {found['loss']}; try a smaller "
-                "optimizer.lr, a warm-up or optimizer.clip_norm"
-            )
+            what = f"the loss on the validation images is {found['loss']}"
+            raise NonFiniteLossError(f"step {progress.step}: {what}; {REMEDY}")
         progress.last, progress.validated = {"step": progress.step, **found}, progress.step
         if not progress.best or found["top1"] < progress.best["top1"]:
             progress.best = progress.last
@@ -273,7 +261,7 @@ class Trainer:
             log.info("step %d: the error has stopped falling; learning rate %g", progress.step, rate)
 
     def save(self) -> None:
-        """Write a checkpoint. All processes have to, since each may hold a part of the parameters.
+        """Write a checkpoint, in all processes together: each may hold a part of the parameters.
 
         Raises:
             SaveError: it cannot be written.
@@ -289,9 +277,9 @@ class Trainer:
                 log.debug("saved %s", path)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of a checkpoint that is no tensor."""
+        """Return everything in a checkpoint except the tensors."""
         return {
-            **self.progress.state_dict(),
+            **asdict(self.progress),
             "stream": self.stream.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "meter": self.meter.state_dict(),
@@ -301,10 +289,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there.
+        """Resume from a checkpoint's state.
 
         Raises:
-            InputError: a state of other images.
+            InputError: it belongs to other images.
         """
         self.progress = Progress.from_state(state)
         self.stream.load_state_dict(state["stream"])
@@ -314,12 +302,12 @@ class Trainer:
 
     @property
     def scaler(self) -> "torch.amp.GradScaler | None":
-        """Of the losses, with fp16."""
+        """The loss scaler; None without fp16."""
         return scaler_of(self.fabric)
 
     @property
     def can_see_angles(self) -> bool:
-        """See Note [Diagnosis] 3 in `relaylab.train.gradients`."""
+        """Whether angles can be measured. See Note [Diagnosis] 3 in `relaylab.train.gradients`."""
         config = self.config
         has_graph = not config.compile and not config.early_release and config.strategy != "fsdp"
         return has_graph and self.records is not None

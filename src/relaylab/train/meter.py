@@ -1,4 +1,4 @@
-"""What the last steps were like: mean losses and errors, images per second, and the share of time spent on waiting."""
+"""Training metrics: mean losses and errors, images per second, and the share of time spent waiting for images."""
 
 import math
 import time
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-AVERAGED = 0.9  # of the past, in what a person sees
+AVERAGED = 0.9  # weight of the past in the running mean
 
 
 class Meter:
-    """Means over the steps since the last line of metrics, and a running mean for people to watch."""
+    """Means over the steps since the last line of metrics, and a running mean for the progress bar."""
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
@@ -18,30 +18,25 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new line."""
+        """Start the means of a new line."""
         self._sums: dict[str, float] = {}
         self._norms, self._finite, self._steps = 0.0, 0, 0
         self._timed_steps, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """Take note of time spent on waiting for images."""
+        """Add time spent waiting for images."""
         self._waited += seconds
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Time that is no training does not count."""
+        """Exclude the time spent in the block from the speed."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
 
-    def count(self, figures: Mapping[str, float], norm: float) -> None:
-        """Take note of one step.
-
-        Args:
-            figures: losses by name, "top1" and "top5", both 0 to 1.
-            norm: of the gradient; one that is infinite does not count.
-        """
-        for name, value in figures.items():
+    def count(self, metrics: Mapping[str, float], norm: float) -> None:
+        """Add one step: its losses by name, "top1" and "top5" (0 to 1); an infinite gradient norm does not count."""
+        for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._seen[name] = AVERAGED * self._seen.get(name, value) + (1 - AVERAGED) * value
         if math.isfinite(norm):
@@ -51,7 +46,7 @@ class Meter:
         self._timed_steps += 1
 
     def values(self, batch_size: int) -> dict[str, Any]:
-        """The means since the last line."""
+        """Return the means since the last line."""
         means = {name: total / self._steps for name, total in self._sums.items()}
         losses = {name: value for name, value in means.items() if name not in ("top1", "top5")}
         rate, wait = self._speed(batch_size)
@@ -65,24 +60,19 @@ class Meter:
         }
 
     def text(self, batch_size: int) -> str:
-        """For people, in the 50 columns that a bar leaves of 80: errors are those on training images."""
+        """Format the running means for the 50 columns that a progress bar leaves of 80."""
         losses = [f"{name} {value:.2f}" for name, value in self._seen.items() if name not in ("top1", "top5")]
         rate, wait = self._speed(batch_size)
         errors = f"top-1/5 {100 * self._seen['top1']:.0f}/{100 * self._seen['top5']:.0f}"
         return f"{' '.join(losses)} {errors} {rate:.0f} img/s wait {100 * wait:.0f}%"
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, so that the line that is under way comes out the same after a stop. Times are not in it."""
-        return {
-            "sums": self._sums,
-            "norms": self._norms,
-            "finite": self._finite,
-            "steps": self._steps,
-            "seen": self._seen,
-        }
+        """Return the sums, so that the line in progress is the same after a stop. Times are not included."""
+        sums = {"sums": self._sums, "norms": self._norms, "finite": self._finite, "steps": self._steps}
+        return {**sums, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a line."""
+        """Resume a line."""
         self.reset()
         self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
         self._norms, self._finite, self._steps = state["norms"], state["finite"], state["steps"]

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics as JSON lines and for TensorBoard, and its log."""
+"""Records of a run: metrics as JSON lines and for TensorBoard, and its log."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ class Records:
 
     Args:
         folder: of the run.
-        step: that it goes on from. Lines of later steps, of which there is no checkpoint, are dropped: they come again.
-        validated: whether the validation of that step is in the checkpoint; if not, its line comes again too.
+        step: to resume from. Lines of later steps are dropped: they will be written again.
+        validated: whether the checkpoint includes the validation of that step; if not, its line is dropped too.
 
     Raises:
         OSError: the files cannot be written.
@@ -44,8 +44,8 @@ class Records:
 
         Args:
             kind: "train", "val" or "gradients".
-            step: how many updates have been made.
-            values: numbers by name, perhaps in groups.
+            step: updates made.
+            values: numbers by name, or in nested groups.
 
         Raises:
             OSError: it cannot be written.
@@ -56,13 +56,13 @@ class Records:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Bring all to the disk."""
+        """Flush and close the files."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line that was cut off ends it."""
+    """Return the lines of a metrics file, up to the first that is truncated."""
     lines: list[dict[str, Any]] = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -94,10 +94,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class _Stderr(logging.Handler):
-    """To where stderr is at the moment, since a progress bar puts itself in its place.
-
-    Errors are left out: they are raised too, and the command line shows them.
-    """
+    """Writes to the current stderr, which a progress bar replaces; errors are skipped, since they are raised too."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR:
@@ -106,16 +103,14 @@ class _Stderr(logging.Handler):
 
 @contextmanager
 def logging_to(folder: Path | None, shown: int = logging.INFO) -> Iterator[None]:
-    """Send what the lab has to say to stderr and to a run's log, while this lasts.
+    """Send the lab's log to stderr and to a run's log file.
 
     Args:
-        folder: of the run; None in all processes but the first, which then only pass warnings on.
-        shown: the least level of what goes to stderr.
+        folder: of the run; None in all processes except the first, which then log warnings only.
+        shown: lowest level for stderr.
     """
     logger = logging.getLogger("relaylab")
-    handlers: list[logging.Handler] = [_Stderr()]
-    handlers[0].setLevel(shown)
-    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    handlers: list[logging.Handler] = [_Stderr(shown)]
     if folder is not None:
         handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,13 +1,13 @@
-"""Runs as folders: made, described, found again, and never overwritten.
+"""Runs as folders: created, described, found again, and never overwritten.
 
 runs/RECIPE/TIME-sSEED/
-config.json        what is trained: options, and every value of the recipe with its source
-environment.json   where, with which versions: an entry for each time that it was started
-metrics.jsonl      a line for each look at training, validation and gradients
+config.json        options, and every value of the recipe with its source
+environment.json   machine and versions, an entry for each start
+metrics.jsonl      metrics of training, validation and gradients, one JSON object on each line
 tensorboard/       the same for TensorBoard
 log.txt
 checkpoints/       see relaylab.train.checkpoint
-model.safetensors  at the end; see relaylab.models.file
+model.safetensors  the trained network; see relaylab.models.file
 """
 
 import dataclasses
@@ -39,20 +39,20 @@ log = logging.getLogger("relaylab.train")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
 CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
 LOCK = ".lock"
-BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT)  # all that a run that failed at once has left behind
-# What a run is. All other options may change when it goes on.
+BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT)  # the files of a run that failed before its first step
+# The options that define a run. All others may change when it resumes.
 FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "images")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the options ask for.
+    """A training that the options ask for.
 
     Attributes:
-        config: the options, those of a run that goes on filled in.
+        config: the options; where a run resumes, completed by its own.
         recipe: at its scale, with its changes.
-        folder: of the run that goes on; None for a new one.
-        checkpoint: that was named; None for the newest that is whole.
+        folder: of the run to resume; None for a new run.
+        checkpoint: to resume from; None for the newest valid one.
     """
 
     config: TrainConfig
@@ -62,75 +62,76 @@ class Request:
 
 
 def understand(config: TrainConfig, given: Collection[str] | None = None) -> Request:
-    """From the options to a recipe and a run. Looks at files, but writes nothing.
+    """Derive the recipe and the run from the options. Reads files, but writes none.
 
     Args:
         config: options.
-        given: the names of those that the user gave, which matters when a run goes on; None for all that are not as by
-            default.
+        given: names of the options that the user set, which override those of a run that resumes; None for all that
+            differ from their defaults.
 
     Raises:
-        InputError: all that is wrong with the options, at once.
+        InputError: all problems with the options, at once.
     """
+    if given is None:
+        fields = dataclasses.fields(TrainConfig)
+        given = {entry.name for entry in fields if getattr(config, entry.name) != entry.default}
     if config.resume is not None and config.resume != "auto":
-        return _named_run(config, Path(config.resume), _given(config, given))
+        return _resumed(config, Path(config.resume), given)
     recipe, problems = _recipe_of(config)
     config = _with_digits(config, recipe)
     if not config.data:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    problems += path_problems((*config.data, *config.val_data))
-    raise_all(problems)
-    assert recipe is not None
+    recipe = _checked(recipe, problems + path_problems((*config.data, *config.val_data)))
     if config.resume == "auto":
         folder = _newest_alike(config, recipe)
         if folder is not None:
-            return Request(_merged(config, folder, _given(config, given)), recipe, folder)
+            return Request(_merged(config, folder, given), recipe, folder)
     elif config.out is not None and (config.out / CONFIG).exists() and not restart_count():
         raise InputError(f"{config.out} holds a run: go on with it by --resume {config.out}, or take another --out")
     return Request(config, recipe)
 
 
 def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
+    """The recipe at its scale with its changes, and all problems with it and with the options."""
     problems = engine_problems(config)
-    recipe = None
     if config.recipe is None:
-        problems.insert(0, "which recipe? 'relaylab recipes' lists them; or --resume PATH")
-    else:
-        try:
-            recipe = at_scale(find_recipe(config.recipe), config.scale)
-        except InputError as error:
-            problems.insert(0, str(error))
-    if recipe is not None:
-        if recipe.trained_as is not None:
-            problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
-        recipe, wrong = with_changes(recipe, config.changes)
-        problems += wrong or recipe_problems(recipe)
-        if recipe.optimizer.batch_size % max(1, config.devices * config.accumulate):
-            problems.append(
-                f"optimizer.batch_size is {recipe.optimizer.batch_size}: it has to divide evenly among "
-                f"{config.devices} devices in {config.accumulate} parts each"
-            )
-    return recipe, problems
+        return None, ["which recipe? 'relaylab recipes' lists them; or --resume PATH", *problems]
+    try:
+        recipe = at_scale(find_recipe(config.recipe), config.scale)
+    except InputError as error:
+        return None, [str(error), *problems]
+    if recipe.trained_as is not None:
+        problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
+    recipe, wrong = with_changes(recipe, config.changes)
+    problems += wrong or recipe_problems(recipe)
+    return recipe, problems + batch_problems(recipe, config, config.devices)
+
+
+def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[str]:
+    """Return an error message if the recipe's batch cannot be divided evenly."""
+    size = recipe.optimizer.batch_size
+    if size % max(1, devices * config.accumulate) == 0:
+        return []
+    among = f"{devices} devices in {config.accumulate} parts each"
+    return [f"optimizer.batch_size is {size}: it has to divide evenly among {among}"]
+
+
+def _checked(recipe: Recipe | None, problems: list[str]) -> Recipe:
+    raise_all(problems)
+    assert recipe is not None
+    return recipe
 
 
 def _with_digits(config: TrainConfig, recipe: Recipe | None) -> TrainConfig:
-    """The options with the embedded digits as images, where the recipe is for them and the user names no others."""
+    """The options with the embedded digits as images, if the recipe is for them and the user names no others."""
     if recipe is None or recipe.images.data_set != "digits" or config.val_data:
         return config
     is_lost = len(config.data) == 1 and config.data[0].name == digits.NAME and not config.data[0].exists()
     return dataclasses.replace(config, data=(digits.digits_tar(),)) if is_lost or not config.data else config
 
 
-def _given(config: TrainConfig, given: Collection[str] | None) -> Collection[str]:
-    if given is not None:
-        return given
-    entries = dataclasses.fields(TrainConfig)
-    return {entry.name for entry in entries if getattr(config, entry.name) != entry.default}
-
-
-def _named_run(config: TrainConfig, path: Path, given: Collection[str]) -> Request:
-    checkpoint = None
-    folder = path
+def _resumed(config: TrainConfig, path: Path, given: Collection[str]) -> Request:
+    checkpoint, folder = None, path
     if path.parent.name == CHECKPOINTS and not (path / CONFIG).exists():
         checkpoint, folder = path, path.parent.parent
     if not path.exists():
@@ -140,42 +141,41 @@ def _named_run(config: TrainConfig, path: Path, given: Collection[str]) -> Reque
     merged = _merged(config, folder, given)
     recipe, problems = _recipe_of(merged)
     merged = _with_digits(merged, recipe)
-    problems += [
-        f"{problem}; if the images have moved, say where to with --data"
-        for problem in path_problems((*merged.data, *merged.val_data))
-    ]
-    raise_all(problems)
-    assert recipe is not None
+    moved = path_problems((*merged.data, *merged.val_data))
+    problems += [f"{problem}; if the images have moved, say where to with --data" for problem in moved]
+    recipe = _checked(recipe, problems)
     _check_recipe(recipe, folder)
     return Request(merged, recipe, folder, checkpoint)
 
 
 def _merged(config: TrainConfig, folder: Path, given: Collection[str]) -> TrainConfig:
-    """A run's own options, and of those that may change the ones given now."""
+    """The options of a run, overridden by the given ones that may change."""
     stored = _stored_options(folder)
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for entry in dataclasses.fields(TrainConfig):
-        now, own = getattr(config, entry.name), getattr(stored, entry.name)
-        values[entry.name] = own
-        if entry.name in ("resume", "out") or entry.name not in given or now in (own, None):
-            continue
-        values[entry.name] = now
-        if entry.name in FIXED and not (entry.name == "images" and now == "auto"):
-            problems.append(f"the run in {folder} has {entry.name} {own!r}, not {now!r}: that cannot change")
-    raise_all(problems)
-    return TrainConfig(**{**values, "resume": config.resume, "out": config.out})
+    raise_all(
+        [
+            f"the run in {folder} has {name} {getattr(stored, name)!r}, not {getattr(config, name)!r}: "
+            "that cannot change"
+            for name in _different(config, stored)
+            if name in given
+        ]
+    )
+    new = {name: getattr(config, name) for name in given if getattr(config, name) is not None}
+    return dataclasses.replace(stored, **{**new, "resume": config.resume, "out": config.out})
+
+
+def _different(config: TrainConfig, stored: TrainConfig) -> list[str]:
+    """The fixed options that differ from those of a run; where the images are kept, "auto" accepts either."""
+    names = [name for name in FIXED if getattr(config, name) not in (getattr(stored, name), None)]
+    return [name for name in names if name != "images" or config.images != "auto"]
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """What the run in a folder trains, at its scale and with its changes.
+    """Return the recipe that the run in a folder trains, at its scale and with its changes.
 
     Raises:
-        InputError: it cannot be read, or recipes are not what they were.
+        InputError: the run cannot be read, or the recipe has changed since.
     """
-    recipe, problems = _recipe_of(_stored_options(folder))
-    raise_all(problems)
-    assert recipe is not None
+    recipe = _checked(*_recipe_of(_stored_options(folder)))
     _check_recipe(recipe, folder)
     return recipe
 
@@ -191,65 +191,67 @@ def title_of(folder: Path) -> str:
     return f"{SCHEMES[recipe_of(folder).scheme]} ({folder.resolve().name})"
 
 
-def _stored_options(folder: Path) -> TrainConfig:
+@contextmanager
+def reading(folder: Path) -> Iterator[dict[str, Any]]:
+    """Read a run's configuration; in the block, a missing or malformed entry is an error of the file.
+
+    Raises:
+        InputError: the file or an entry cannot be read.
+    """
     try:
-        options: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["options"]
-        names = {entry.name for entry in dataclasses.fields(TrainConfig)}
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-        for name in ("data", "val_data"):
-            values[name] = tuple(map(Path, values[name]))
-        return TrainConfig(**{name: value for name, value in values.items() if name in names})
+        yield json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from None
+        raise InputError(f"{folder / CONFIG} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _stored_options(folder: Path) -> TrainConfig:
+    with reading(folder) as config:
+        names = {entry.name for entry in dataclasses.fields(TrainConfig)}
+        options = {name: value for name, value in config["options"].items() if name in names}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+        values |= {name: tuple(map(Path, values[name])) for name in ("data", "val_data")}
+        return TrainConfig(**values)
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    """Recipes are code, which may have changed since."""
-    try:
-        stored = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["recipe"]["values"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} cannot be read: {error}") from None
+    """Refuse a recipe whose code has changed since the run began."""
+    with reading(folder) as config:
+        stored = dict(config["recipe"]["values"])
     now = values_of(recipe)
     other = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
     if other:
-        told = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in other[:5])
-        raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {told}")
+        changes = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in other[:5])
+        raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {changes}")
+
+
+def _candidates(config: TrainConfig) -> list[Path]:
+    """The folders that may hold an earlier run of these options, the newest first."""
+    return [config.out] if config.out is not None else sorted((ROOT / name_of(config)).glob("*"), reverse=True)
 
 
 def _newest_alike(config: TrainConfig, recipe: Recipe) -> Path | None:
-    """The newest run of the very same options and recipe.
-
-    Raises:
-        InputError: --out names a run of others.
-    """
-    folders = [config.out] if config.out is not None else sorted((ROOT / name_of(config)).glob("*"), reverse=True)
-    for folder in folders:
-        if not (folder / CONFIG).is_file():
-            continue
-        try:
-            _check_alike(config, recipe, folder)
-        except InputError:
-            if config.out is not None:
-                raise
-            continue
-        return folder
+    """The newest run of the same options and recipe; an error if --out names a run of others."""
+    for folder in _candidates(config):
+        if (folder / CONFIG).is_file():
+            try:
+                _check_alike(config, recipe, folder)
+                return folder
+            except InputError:
+                if config.out is not None:
+                    raise
     return None
 
 
 def _check_alike(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
     stored = _stored_options(folder)
-    other = [name for name in FIXED if name != "images" and getattr(config, name) != getattr(stored, name)]
-    if config.images not in ("auto", stored.images):
-        other.append("images")
-    if _paths(config) != _paths(stored):
-        other.append("data")
+    other = _different(config, stored) + (["data"] if _paths(config) != _paths(stored) else [])
     if other:
         raise InputError(f"the run in {folder} has another {' and another '.join(other)}: take another folder")
     _check_recipe(recipe, folder)
 
 
-def _paths(config: TrainConfig) -> list[str]:
-    return [str(path.absolute()) for path in (*config.data, Path("--"), *config.val_data)]
+def _paths(config: TrainConfig) -> list[Path]:
+    return [path.absolute() for path in (*config.data, Path("--"), *config.val_data)]
 
 
 def arguments_of(config: TrainConfig) -> list[str]:
@@ -265,16 +267,16 @@ def arguments_of(config: TrainConfig) -> list[str]:
 
 
 def name_of(config: TrainConfig) -> str:
-    """The name that runs of a recipe share."""
+    """Return the name that the runs of a recipe at a scale share."""
     assert config.recipe is not None
     return config.recipe if config.scale == "paper" else f"{config.recipe}-{config.scale}"
 
 
 def new_folder(config: TrainConfig) -> Path:
-    """A new folder for a run.
+    """Create the folder of a new run.
 
     Raises:
-        InputError: it is not empty, or cannot be made.
+        InputError: it is not empty, or cannot be created.
     """
     try:
         if config.out is not None:
@@ -282,51 +284,46 @@ def new_folder(config: TrainConfig) -> Path:
             if any(path.name not in BEFORE_THE_FIRST_STEP for path in config.out.iterdir()):
                 raise InputError(f"{config.out} is not empty; give a new folder with --out")
             return config.out
-        parent = ROOT / name_of(config)
+        parent, stem, number = ROOT / name_of(config), f"{timestamp()}-s{config.seed}", 1
         parent.mkdir(parents=True, exist_ok=True)
-        stem = f"{timestamp()}-s{config.seed}"
-        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        while True:  # several runs may start in the same second
+            folder = parent / (stem if number == 1 else f"{stem}-{number}")
             try:
-                (parent / f"{stem}{suffix}").mkdir()
-                return parent / f"{stem}{suffix}"
+                folder.mkdir()
+                return folder
             except FileExistsError:
-                continue
-        raise InputError(f"{parent} has a hundred runs of this second")
+                number += 1
     except OSError as error:
         raise InputError(f"cannot make a folder for the run: {error}") from None
 
 
 def values_of(recipe: Recipe) -> dict[str, Any]:
-    """All values of a recipe by their dotted names, as JSON gives them back."""
+    """Return all values of a recipe by their dotted names, with JSON's types."""
     return json.loads(json.dumps({name: value for name, value, _ in recipe.fields()}))
 
 
 def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[str, Any]) -> None:
-    """Write what a new run trains.
+    """Write the configuration of a new run; the paths of its images are made absolute.
 
     Args:
         folder: of the run.
-        config: options; where the images lie is made absolute.
+        config: its options.
         recipe: as it is trained.
-        about: what else is worth keeping.
+        about: further entries.
 
     Raises:
         OSError: it cannot be written.
     """
-    data = {"data": [str(p.absolute()) for p in config.data], "val_data": [str(p.absolute()) for p in config.val_data]}
-    options = {**dataclasses.asdict(config), **data, "out": None, "resume": None}
+    options = dataclasses.asdict(config) | {"out": None, "resume": None}
+    options |= {name: [str(path.absolute()) for path in getattr(config, name)] for name in ("data", "val_data")}
     del options["given"]
     sources = {name: source for name, _, source in recipe.fields()}
-    whole = {
-        "options": options,
-        "recipe": {"name": recipe.name, "row": recipe.row, "values": values_of(recipe), "sources": sources},
-        **about,
-    }
-    write_text(folder / CONFIG, json.dumps(whole, indent=2) + "\n")
+    about_recipe = {"name": recipe.name, "row": recipe.row, "values": values_of(recipe), "sources": sources}
+    write_text(folder / CONFIG, json.dumps({"options": options, "recipe": about_recipe, **about}, indent=2) + "\n")
 
 
 def note_start(folder: Path, about: Mapping[str, Any]) -> None:
-    """Add this start to a run's environment, and say what has changed since the last one.
+    """Add this start to a run's environment, and warn of versions that have changed since the last start.
 
     Raises:
         OSError: it cannot be written.
@@ -336,32 +333,27 @@ def note_start(folder: Path, about: Mapping[str, Any]) -> None:
     versions: dict[str, str] = here["versions"]
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    before = starts[-1]["versions"] if starts else versions
+    before: dict[str, str] = starts[-1]["versions"] if starts else versions
     for name, version in versions.items():
-        if before.get(name) not in (version, None):
-            log.warning(
-                "%s %s now, %s before: the numbers may differ in their last digits", name, version, before[name]
-            )
+        if (old := before.get(name)) not in (version, None):
+            log.warning("%s %s now, %s before: the numbers may differ in their last digits", name, version, old)
     starts.append({"started_at": now, "command": command, **about, **here})
     write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
 
 
 def find_launch(config: TrainConfig, launch: str) -> Path | None:
-    """The run that the processes of this launch trained before they were started again."""
-    folders = [config.out] if config.out is not None else sorted((ROOT / name_of(config)).glob("*"), reverse=True)
-    for folder in folders:
-        if any(start.get("launch") == launch for start in starts_of(folder)):
-            return folder
-    return None
+    """Return the run that the processes of this launch trained before they restarted."""
+    found = (path for path in _candidates(config) if any(start.get("launch") == launch for start in starts_of(path)))
+    return next(found, None)
 
 
 def forget(folder: Path) -> None:
-    """Remove the folder of a run that failed before there was anything to keep."""
+    """Remove the folder of a run that failed before it wrote its configuration."""
     if (folder / CONFIG).exists():
         return
     for name in BEFORE_THE_FIRST_STEP:
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something else
+    with suppress(OSError):  # not empty
         folder.rmdir()
 
 
@@ -375,12 +367,12 @@ def starts_of(folder: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a run to this process. The lock goes with the process, however it ends.
+    """Lock a run. The system releases the lock when the process ends, however it ends.
 
     Forked processes do not inherit locks of this kind: a loader's worker may outlive a process that is killed.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process holds the lock.
     """
     with (folder / LOCK).open("w") as file:
         try:

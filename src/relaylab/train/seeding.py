@@ -11,7 +11,7 @@ from relaylab.data.keyed import keys
 def seed_all(seed: int, step: int, rank: int) -> None:
     """Seed every generator that a step may use.
 
-    The same numbers as after `torch.manual_seed`, which takes a millisecond to format its stack as long as CUDA is not
+    The numbers are those of `torch.manual_seed`, which takes a millisecond to format its stack until CUDA is
     initialised.
 
     Args:

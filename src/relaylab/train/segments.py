@@ -1,4 +1,4 @@
-"""Which losses train which parameters: a *segment* is the part of a network that the same losses train."""
+"""Segments: a *segment* is the part of a network that the same losses train."""
 
 import math
 from collections.abc import Mapping
@@ -29,16 +29,16 @@ class Segments:
 
     @property
     def overlaps(self) -> dict[str, tuple[str, ...]]:
-        """Segments that several losses train."""
+        """The segments that several losses train."""
         return {name: losses for name, losses in self.losses.items() if len(losses) > 1}
 
     def parameters(self, segment: str) -> list[str]:
-        """A segment's parameters, from the lowest up."""
+        """Return a segment's parameters, from the lowest up."""
         return [name for name, own in self.of.items() if own == segment]
 
 
 def segments_of(recipe: Recipe) -> Segments:
-    """The segments of what a recipe trains, read off the graph of a forward pass in which nothing is computed."""
+    """Derive a recipe's segments from the graph of a forward pass on the meta device."""
     size = recipe.network.image_size
     with torch.device("meta"):
         relay, images = build_relay(recipe), torch.empty(2, 3, size, size)
@@ -55,7 +55,7 @@ def segments_of(recipe: Recipe) -> Segments:
 
 
 def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
-    """What is wrong with a recipe's factors on the learning rates of segments."""
+    """Return error messages for the factors on the learning rates of segments."""
     names = ", ".join(segments.losses)
     return [
         f"optimizer.segment_lr.{name}: there is no such segment; there are {names}"
@@ -65,7 +65,7 @@ def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
 
 
 def parameter_groups(relay: nn.Module, segments: Segments, factors: Mapping[str, float]) -> list[dict[str, object]]:
-    """The optimizer's groups: one for each factor on the learning rate, which is kept as "lr_factor".
+    """Return the optimizer's parameter groups: one for each factor on the learning rate, stored as "lr_factor".
 
     Args:
         relay: whose parameters are optimized.

@@ -1,9 +1,9 @@
-"""From options to a training under way: everything that has to be right before the first step, and what comes after."""
+"""A training from its options to its model file: checks before the first step, the loop, and how it ended."""
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from relaybackprop import Relay
-from relaylab.errors import InputError, LabError, NonFiniteLossError
+from relaylab.errors import InputError, LabError, NonFiniteLossError, raise_all
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.models.file import InputConfig, ModelFile, save_model
 from relaylab.progress import Silent, Task, progress
@@ -36,20 +36,19 @@ from relaylab.train.validation import Validation
 log = logging.getLogger("relaylab.train")
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
-SECONDS_BETWEEN_LINES = 20.0  # where nobody watches
+SECONDS_BETWEEN_LINES = 20.0  # where stderr is not a terminal
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended.
+    """The end of a training.
 
     Attributes:
-        folder: of the run.
-        finished: whether the recipe has been carried out to its end.
-        interrupted: whether a stop was requested, be it during the last validation.
+        finished: whether the recipe's last iteration was reached.
+        interrupted: whether a stop was requested, even during the last validation.
         step: updates made.
         last: step, top1, top5 and loss of the last validation.
-        best: the same of the one with the least top-1 error.
+        best: the same of the validation with the lowest top-1 error.
     """
 
     folder: Path
@@ -67,18 +66,17 @@ def train(
     first: AbstractContextManager[object] | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
-    """Train, in this process, which may be one of several that torchrun has started.
+    """Train in this process, which may be one of several that torchrun has started.
 
     Args:
         request: from `relaylab.train.runs.understand`.
-        task: shows the progress; None for a bar or lines on stderr, together with the log. With a task only warnings
-            of the log are shown.
+        task: shows the progress; None for a bar or lines on stderr. With a task, stderr shows only the log's warnings.
         first: entered while images are listed and decoded, for callers that train several runs at once.
-        stop: the caller's own, if it has set the handlers of the signals.
+        stop: of the caller, if it handles the signals.
 
     Raises:
-        InputError: what is wrong with options, images or the machine, before the first step.
-        LabError: what goes wrong later. All that the last checkpoint holds is there to go on from.
+        InputError: invalid options or images, or a machine that cannot train them, before the first step.
+        LabError: a later failure; the run can resume from its last checkpoint.
     """
     fabric = make_fabric(request.config)
     with ExitStack() as stack:
@@ -89,7 +87,7 @@ def train(
 
 
 def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to go on from, as the first process finds them."""
+    """The run's folder and the checkpoint to resume from, which the first process finds and broadcasts."""
     found: tuple[str, str | None] | None = None
     if fabric.is_global_zero:
         folder = request.folder
@@ -119,18 +117,20 @@ def _newest(folder: Path, request: runs.Request) -> str | None:
 
 @contextmanager
 def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Write an error into the log, and leave nothing behind of a run that has not begun."""
+    """Log an error, and remove the folder of a run that has not begun."""
     try:
         yield
     except (OSError, LabError) as error:
-        told = error if isinstance(error, LabError) else _unwritable(folder, error)
-        log.error("%s", told)
+        failure = _as_lab_error(folder, error)
+        log.error("%s", failure)
         if fabric.is_global_zero:
             runs.forget(folder)
-        raise told from None
+        raise failure from None
 
 
-def _unwritable(folder: Path, error: OSError) -> LabError:
+def _as_lab_error(folder: Path, error: OSError | LabError) -> LabError:
+    if isinstance(error, LabError):
+        return error
     last = next(checkpoint.newest(folder / runs.CHECKPOINTS), None)
     more = "" if last is None else f"; {last.name} is saved: relaylab train --resume {folder}"
     return LabError(f"cannot read or write {error.filename or f'files in {folder}'}: {error.strerror or error}{more}")
@@ -147,9 +147,7 @@ def _train(
     assert folder is not None
     is_first = fabric.is_global_zero
     segments = segments_of(recipe)
-    problems = segment_problems(recipe.optimizer, segments)
-    if problems:
-        raise InputError("; ".join(problems))
+    raise_all(segment_problems(recipe.optimizer, segments))
     images = open_images(
         recipe,
         config,
@@ -158,36 +156,33 @@ def _train(
         fault_file=folder / "unreadable-images.txt",
         first=first or fabric.rank_zero_first(local=True),
     )
-    is_new = not (folder / runs.CONFIG).exists()
-    if is_first and is_new:
+    if is_first and not (folder / runs.CONFIG).exists():
         kept = replace(config, images="memory" if images.in_memory else "disk")
         about = {"classes": images.classes, "counts": images.counts(), "view": asdict(images.view)}
-        about["segments"] = _sizes(segments)
+        about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
         runs.describe(folder, kept, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
     if request.checkpoint is None and not images.in_memory:
         trainer.validation.read_all()
-    state = _go_on(trainer, request.checkpoint)
+    state = _resume(trainer, request.checkpoint)
+    at = trainer.progress
     if is_first:
         _check_space(folder, trainer)
-        at = trainer.progress
         trainer.records = Records(folder, at.step, validated=at.validated == at.step)
-    _say(trainer, folder, segments, state)
-    done = trainer.progress.step
+    _log_start(trainer, folder, segments, state)
     try:
-        with _watched(is_first, recipe, done, task) as trainer.task:
+        with _watched(is_first, recipe, at.step, task) as trainer.task:
             finished = trainer.run()
     except (OSError, LabError) as error:
         if is_first:
             kind = "diverged" if isinstance(error, NonFiniteLossError) else "failed"
+            failure = failures.Failure(kind, at.step, str(_as_lab_error(folder, error)))
             with suppress(OSError):  # a full disk, perhaps
-                text = str(error if isinstance(error, LabError) else _unwritable(folder, error))
-                failures.write_failure(folder, failures.Failure(kind, trainer.progress.step, text))
+                failures.write_failure(folder, failure)
         raise
     finally:
         if trainer.records is not None:
             trainer.records.close()
-    reached = trainer.progress
     if finished:
         _write_model(folder, trainer, images)
         log.info("finished: %s", folder)
@@ -195,23 +190,23 @@ def _train(
         log.warning(
             "stopped by %s after step %d, which is saved. Go on with:\n  relaylab train --resume %s",
             stop.signal or "a signal to another process",
-            reached.step,
+            at.step,
             folder,
         )
-    return Outcome(folder, finished, not finished or bool(stop), reached.step, reached.last, reached.best)
+    return Outcome(folder, finished, not finished or bool(stop), at.step, at.last, at.best)
 
 
 def assemble(
     fabric: Fabric, request: runs.Request, images: RunImages, segments: Segments, stop: StopRequest
 ) -> Trainer:
-    """Put a training together, with fresh weights that the seed gives; it has no records yet.
+    """Build a training with fresh weights, which the seed determines; it has no records yet.
 
     Args:
         fabric: the engine.
-        request: what to train; its folder is where checkpoints go.
-        images: what to train it on.
+        request: what to train; checkpoints are written to its folder.
+        images: opened for this recipe.
         segments: of the recipe's parameters.
-        stop: whether somebody wants it to.
+        stop: set by signals.
 
     Raises:
         InputError: a batch that cannot be divided among the processes.
@@ -239,12 +234,8 @@ def assemble(
     criterion = build_criterion(recipe.optimizer, relay.plan).to(fabric.device)
     augment = images.augmentation(recipe, config.seed).to(fabric.device)
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
+    raise_all(runs.batch_problems(recipe, config, fabric.world_size))
     parts = fabric.world_size * config.accumulate
-    if recipe.optimizer.batch_size % parts:
-        raise InputError(
-            f"optimizer.batch_size is {recipe.optimizer.batch_size}: it has to divide evenly among "
-            f"{fabric.world_size} processes in {config.accumulate} parts each"
-        )
     return Trainer(
         fabric=fabric,
         relay=relay,
@@ -266,8 +257,8 @@ def assemble(
     )
 
 
-def _go_on(trainer: Trainer, path: Path | None) -> dict[str, Any]:
-    """Put a checkpoint's contents into a new training."""
+def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
+    """Load a checkpoint, if there is one; return its state."""
     if path is None:
         return {}
     found = checkpoint.read(path)
@@ -275,10 +266,10 @@ def _go_on(trainer: Trainer, path: Path | None) -> dict[str, Any]:
         raise InputError(f"{path} is of another recipe than {trainer.recipe.name}, or of other values of it")
     load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, found.optimizer)
     trainer.load_state_dict(found.state)
-    return dict(found.state)
+    return found.state
 
 
-def _say(trainer: Trainer, folder: Path, segments: Segments, state: dict[str, Any]) -> None:
+def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any]) -> None:
     recipe = trainer.recipe
     if UNTRAINED in segments.losses:
         log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
@@ -305,30 +296,21 @@ def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> It
         yield task
 
 
-def _sizes(segments: Segments) -> dict[str, int]:
-    return {name: len(segments.parameters(name)) for name in segments.losses}
-
-
 def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else None
-    return {
-        "processes": fabric.world_size,
-        "device": gpu or "cpu",
-        "threads": torch.get_num_threads(),
-        "options": {
-            name: getattr(config, name)
-            for name in ("strategy", "accumulate", "early_release", "compile", "memory_format")
-        },
-    }
+    names = ("strategy", "accumulate", "early_release", "compile", "memory_format")
+    options = {name: getattr(config, name) for name in names}
+    threads = torch.get_num_threads()
+    return {"processes": fabric.world_size, "device": gpu or "cpu", "threads": threads, "options": options}
 
 
 def _check_space(folder: Path, trainer: Trainer) -> None:
-    """Before hours of work, not after them."""
+    """Refuse to start, rather than fail after hours, where two checkpoints would not fit on the disk."""
     momentum = 2 if trainer.recipe.optimizer.momentum else 1
     needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * momentum
     needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers())
     free = shutil.disk_usage(folder).free
-    if free < needed * 2:  # the new one is written before the old one goes
+    if free < needed * 2:  # the old one is removed after the new one is written
         raise InputError(
             f"checkpoints need {needed * 2 / 1e6:,.0f} MB (two of {needed / 1e6:,.0f} MB); {folder} has "
             f"{free / 1e6:,.0f} MB free: make room, or take another folder with --out"
@@ -336,15 +318,13 @@ def _check_space(folder: Path, trainer: Trainer) -> None:
 
 
 def _write_model(folder: Path, trainer: Trainer, images: RunImages) -> None:
-    """The trained network, without its heads, for `relaylab predict` and `relaylab export`."""
+    """Write the trained network without its heads, for `relaylab predict` and `relaylab export`."""
     relay, recipe = trainer.relay, trainer.recipe
     assert isinstance(relay, Relay)
     state = {name: whole(tensor).detach().cpu() for name, tensor in relay.model.state_dict().items()}
     if not trainer.fabric.is_global_zero:
         return
-    augment = trainer.augment.cpu()
-    mean = images.statistics.mean
-    last = trainer.progress.last
+    augment, mean, last = trainer.augment.cpu(), images.statistics.mean, trainer.progress.last
     about = f"{recipe.name}, seed {trainer.config.seed}, step {trainer.progress.step}"
     model = ModelFile(
         network=recipe.network,

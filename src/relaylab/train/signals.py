@@ -11,26 +11,21 @@ from typing import Any
 
 log = logging.getLogger("relaylab.train")
 
-AT_ONCE_AFTER_S = 2.0  # torchrun passes a terminal's Ctrl-C on once more at once: that is not a second wish
+AT_ONCE_AFTER_S = 2.0  # torchrun repeats a terminal's Ctrl-C immediately: that is not a second request
 
 
 class StopRequest:
-    """Whether a stop has been requested.
-
-    Attributes:
-        signal: the name of the signal; None before there was one.
-    """
+    """A flag that is true once a stop has been requested; `signal` is the name of the signal."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._since = 0.0
 
     def __bool__(self) -> bool:
-        """Whether a signal has come."""
         return self.signal is not None
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Take note of a signal. A second Ctrl-C, some seconds after the first, stops at once.
+        """Handle a signal. A second Ctrl-C, at least two seconds after the first, stops at once.
 
         Raises:
             KeyboardInterrupt: at the second Ctrl-C.
@@ -45,25 +40,25 @@ class StopRequest:
 
 @contextmanager
 def stopping() -> Iterator[StopRequest]:
-    """Take SIGINT and SIGTERM as requests to stop, in a process that trains.
+    """Treat SIGINT and SIGTERM as requests to stop, in a process that trains.
 
-    A worker process that dies would make PyTorch raise an error in the midst of whatever this process does, perhaps of
-    an update; with SIGCHLD left alone it does so where the next batch is asked for.
+    When a loader's worker dies, PyTorch's SIGCHLD handler raises an error wherever this process is, perhaps in the
+    middle of an update; without the handler the error is raised where the next batch is fetched.
     """
     from torch.utils.data._utils import signal_handling
 
     if threading.current_thread() is threading.main_thread():
-        signal_handling._set_SIGCHLD_handler()  # once in a process: let it be now  # pyright: ignore
+        signal_handling._set_SIGCHLD_handler()  # PyTorch does this once, and not again  # pyright: ignore
     with receiving({signal.SIGCHLD: signal.SIG_DFL}) as request:
         yield request
 
 
 @contextmanager
 def receiving(others: Mapping[int, Any] = MappingProxyType({})) -> Iterator[StopRequest]:
-    """Take SIGINT and SIGTERM as requests to stop.
+    """Treat SIGINT and SIGTERM as requests to stop.
 
     Args:
-        others: handlers of other signals, for as long.
+        others: handlers of other signals, for the same time.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""What a checkpoint has of a training: how far it is, and its tensors, however they are divided among processes."""
+"""A training's state for checkpoints: its progress, and its tensors, however they are sharded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from relaylab.train.schedule import Plateau
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
         step: updates made.
         validated: the step of the last validation; -1 before the first.
-        plateau: of the schedule.
-        best: step, top1, top5 and loss of the validation with the least top-1 error; empty before the first.
-        last: the same of the last one.
+        best: step, top1, top5 and loss of the validation with the lowest top-1 error; empty before the first.
+        last: the same of the last validation.
         seconds: spent on updates, over all starts; validation and saving do not count.
     """
 
@@ -33,27 +32,15 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict[str, float])
     seconds: float = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "step": self.step,
-            "validated": self.validated,
-            "plateau": self.plateau.state_dict(),
-            "best": self.best,
-            "last": self.last,
-            "seconds": self.seconds,
-        }
-
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "Progress":
-        """What `state_dict` has written; other keys are left alone."""
-        plateau = Plateau.from_state(state["plateau"])
-        best, last = dict(state["best"]), dict(state["last"])
-        return Progress(state["step"], state["validated"], plateau, best, last, state.get("seconds", 0.0))
+        """Read the progress from a checkpoint's state, which has other entries too."""
+        values = {entry.name: state[entry.name] for entry in fields(Progress) if entry.name in state}
+        return Progress(**{**values, "plateau": Plateau(**state["plateau"])})
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer keeps of each parameter, by the parameter's name and its own: "NAME/momentum_buffer"."""
+    """Return the optimizer's tensors by parameter and name, such as "NAME/momentum_buffer"."""
     return {
         f"{name}/{key}": whole(value)
         for name, parameter in module.named_parameters()
@@ -65,16 +52,16 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def load_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, model: Mapping[str, Tensor], kept: Mapping[str, Tensor]
 ) -> None:
-    """Put a checkpoint's tensors back. Copies: what comes from a file may lie in memory that the file is mapped to.
+    """Load a checkpoint's tensors. They are copied: their memory may be mapped to the file.
 
     Args:
         module: whose parameters the optimizer updates.
         optimizer: new, or used.
         model: the module's state dict.
-        kept: what `optimizer_tensors` gave.
+        kept: from `optimizer_tensors`.
 
     Raises:
-        InputError: they are of another module.
+        InputError: they belong to another module.
     """
     own = module.state_dict()
     try:
@@ -91,7 +78,7 @@ def load_tensors(
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """On the same device, in the same order in memory, and divided in the same way."""
+    """A copy with the device, memory format and sharding of another tensor."""
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
     if tensor.shape != other.shape:

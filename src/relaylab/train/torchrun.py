@@ -1,33 +1,33 @@
-"""What torchrun tells its processes, and what they tell the command that has called it. No torch in here."""
+"""State shared between torchrun, its worker processes and the launching command. No torch in here."""
 
 import os
 from pathlib import Path
 
 from relaylab.errors import LabError
 
-FAILURE = "RELAYLAB_FAILURE"  # in the environment: the file in which a process says that it has failed
+FAILURE = "RELAYLAB_FAILURE"  # environment variable: the file for the exit code of the first process that fails
 
 
 def is_launched() -> bool:
-    """Whether torchrun has started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def restart_count() -> int:
-    """How often torchrun has started these processes again."""
+    """Return how often torchrun has restarted the processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launch_id() -> str:
-    """A name for what torchrun has launched, the same after a restart; empty without torchrun."""
+    """Return an identifier of the torchrun launch that survives restarts; empty without torchrun."""
     return f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.getppid()}" if is_launched() else ""
 
 
 def note_failure(error: LabError) -> bool:
-    """Say that this process has failed, with an error that would come again.
+    """Record the exit code of an error that a restart would repeat.
 
     Returns:
-        Whether it is the first to say so, and should tell people too.
+        Whether this process is the first to record one, and should report its error.
     """
     file = os.environ.get(FAILURE)
     if file is None:
@@ -41,6 +41,6 @@ def note_failure(error: LabError) -> bool:
 
 
 def noted_failure() -> int | None:
-    """The exit code of a process that has failed, if one has said so."""
+    """Return the exit code that a failed process has recorded, if any."""
     file = os.environ.get(FAILURE)
     return int(Path(file).read_text(encoding="ascii")) if file is not None and Path(file).exists() else None

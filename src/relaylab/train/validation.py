@@ -1,4 +1,4 @@
-"""Errors on the validation images while a network is trained: single centre crop, all processes together."""
+"""Validation during training: errors on single centre crops, by all processes together."""
 
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -14,12 +14,12 @@ from relaylab.data.batches import Batch
 from relaylab.data.parts import InMemory, Part
 from relaylab.train.metrics import TOP, label_ranks
 
-CPU_BATCH = 64  # images; larger batches fall out of the caches
-GPU_PIXELS = 1000 * 64**2  # of a batch: enough to keep a GPU busy, and little beside what a training step needs
+CPU_BATCH = 64  # images; larger batches exceed the caches
+GPU_PIXELS = 1000 * 64**2  # of a batch: enough to keep a GPU busy, and less memory than a training step
 
 
 def batch_size(part: Part, device: torch.device) -> int:
-    """How many images a network is tested on at once.
+    """Return the batch size for validation.
 
     Args:
         part: of the data. Batches of images that workers decode are small: several for each worker are in memory.
@@ -31,11 +31,11 @@ def batch_size(part: Part, device: torch.device) -> int:
 
 
 class Validation:
-    """The validation images of one process, and the errors on all of them.
+    """The validation images of one process, and the errors on those of all.
 
     Args:
-        part: of the data; every process has all of it, and looks at its share.
-        augment: in evaluation mode it normalises.
+        part: the validation images, all of them in every process.
+        augment: which in evaluation mode only normalises.
         criterion: mean loss of a batch.
         fabric: devices, precision and processes.
     """
@@ -44,16 +44,16 @@ class Validation:
         count, ranks = len(part.labels), fabric.world_size
         share = np.arange(fabric.global_rank, count, ranks, dtype=np.int64)
         self._own, self._count = len(share), count
-        # Every process goes through as many images, the last one twice if need be: FSDP gathers parameters as it goes.
+        # Every process has as many images, padded with the first: FSDP gathers parameters in each forward pass.
         padded = np.concatenate([share, np.zeros(-(-count // ranks) - len(share), np.int64)])
         self._part = part.some(padded) if ranks > 1 else part
         self._augment, self._criterion, self._fabric = augment, criterion, fabric
 
     def read_all(self) -> None:
-        """Look whether all images can be read: before the first step, rather than after the first thousands.
+        """Read all images before the first step, rather than fail after thousands of them.
 
         Raises:
-            InputError: one that cannot be; it is named.
+            InputError: an image that cannot be read; it is named.
         """
         for _ in self._batches():
             pass
@@ -62,7 +62,7 @@ class Validation:
         return self._part.evaluation(batch_size(self._part, self._fabric.device))
 
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
-        """Return top-1 and top-5 errors in per cent and the loss, means over all images; the mode stays as it was.
+        """Return top-1 and top-5 errors in per cent and the loss, means over all images. The mode is restored.
 
         Args:
             relay: network in training.
@@ -97,7 +97,7 @@ class Validation:
 
 
 def _share_buffers(module: nn.Module, fabric: Fabric) -> None:
-    """The first process's buffers, for all: with local batch normalisation each has statistics of its own."""
+    """Broadcast the first process's buffers: with local batch normalisation each has its own statistics."""
     if fabric.world_size > 1:
         for buffer in module.buffers():
             distributed.broadcast(buffer, src=0)
