@@ -172,7 +172,6 @@ def main(options: EvaluateOptions) -> int:
                 folder,
                 each.name,
                 passes[each.name],
-                models[each.name].input,
                 workers=available_cores() if options.workers is None else options.workers,
                 task=task,
                 batch_size=options.batch_size,

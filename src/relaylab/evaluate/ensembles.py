@@ -1,4 +1,4 @@
-"""Several networks' probabilities made into one."""
+"""Ensembles: combine the class probabilities of several networks."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,18 +15,18 @@ STEPS = 200
 
 
 def combined(log_probabilities: Sequence[Tensor], how: Combine, weights: Tensor | None = None) -> Tensor:
-    """Log-probabilities of an ensemble.
+    """Combine the log-probabilities of an ensemble's members.
 
     Args:
         log_probabilities: of each member, (images, classes).
         how: "average" of the probabilities; their "product", normalised; or their average by "learnt-weights".
-        weights: (members,), of the latter; see `fit_weights`.
+        weights: (members,), for learnt weights; see `fit_weights`.
 
     Returns:
-        (images, classes).
+        Log-probabilities, (images, classes).
 
     Raises:
-        InputError: members of different shapes, another way to combine, or weights missing.
+        InputError: members of different shapes, an unknown `how`, or missing weights.
     """
     shapes = {tuple(member.shape) for member in log_probabilities}
     if len(shapes) != 1:
@@ -46,16 +46,16 @@ def combined(log_probabilities: Sequence[Tensor], how: Combine, weights: Tensor 
 
 
 def fit_weights(log_probabilities: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """The weights of members' probabilities under which the labels are likeliest.
+    """Return the weights of the members' probabilities that maximise the likelihood of the labels.
 
-    The likelihood is concave in the weights, so that there is one answer, found by expectation maximisation.
+    The likelihood is concave in the weights; expectation maximisation finds its only maximum.
 
     Args:
-        log_probabilities: of each member, (images, classes), of images on which nothing is reported.
+        log_probabilities: of each member, (images, classes), for images that no result is reported on.
         labels: (images,).
 
     Returns:
-        (members,), positive, of sum 1.
+        (members,), positive, with sum 1.
     """
     of_label = torch.stack([member.double()[torch.arange(len(labels)), labels] for member in log_probabilities])
     weights = torch.full((len(of_label),), 1 / len(of_label), dtype=torch.float64)
@@ -67,13 +67,13 @@ def fit_weights(log_probabilities: Sequence[Tensor], labels: Tensor) -> Tensor:
 
 
 def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Two halves of the images, of each class alike: one to fit on, the other to report.
+    """Split images into two halves with the same classes, one to fit on and the other to report.
 
     Args:
         labels: (images,).
 
     Returns:
-        The numbers of their images. Every other image of each class, in order, is in the first.
+        Their indices. The first half has every other image of each class, in order.
     """
     rank = torch.empty_like(labels)
     for label in labels.unique():

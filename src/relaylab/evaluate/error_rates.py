@@ -1,9 +1,9 @@
-"""From class scores to error rates in per cent, with intervals.
+"""Error rates in per cent from class scores, with confidence intervals.
 
 Note [Intervals]
-1. An interval says how far a figure would move on other images of the same kind: images are drawn with replacement, as
-   many as there are, 10,000 times (bootstrap). How far it would move with another seed of training is another question;
-   only several runs can answer it.
+1. An interval says how much a result would vary over other images of the same kind: images are drawn with replacement,
+   as many as there are, 10,000 times (bootstrap). How much it would vary with the seed of training, only several runs
+   can tell.
 2. The mean over a drawn sample depends only on how often each distinct value occurs in it, and these counts are
    multinomial. Drawing the counts is the same as drawing the images, at a fraction of the cost.
 3. Two networks are compared image by image. What makes an image hard for both cancels, so that the interval of the
@@ -27,33 +27,21 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its confidence interval, in per cent.
-
-    Attributes:
-        value: on the images at hand.
-        low: the interval's lower end.
-        high: its upper end.
-    """
+    """A result and the ends of its confidence interval, in per cent."""
 
     value: float
     low: float
     high: float
 
     def text(self, *, signed: bool = False) -> str:
-        """As a cell of a table."""
+        """Format it for a table."""
         form = "+.2f" if signed else ".2f"
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Error rates of one set of scores, in per cent.
-
-    Attributes:
-        top1: share of images whose likeliest class is wrong.
-        top5: share of images whose class is not among the five likeliest.
-        mean_per_class: mean over classes of their top-1 errors.
-    """
+    """Top-1 and top-5 error rates over images, and the mean over classes of their top-1 errors, in per cent."""
 
     top1: Interval
     top5: Interval
@@ -61,26 +49,26 @@ class ErrorRates:
 
 
 def error_rates(scores: Tensor, labels: Tensor) -> ErrorRates:
-    """Error rates and their intervals.
+    """Return error rates and their intervals.
 
     Args:
-        scores: (images, classes), the larger the likelier.
-        labels: (images,) class numbers.
+        scores: (images, classes), higher for likelier classes.
+        labels: (images,) class indices.
 
     Raises:
-        InputError: no images, labels that are no classes, or scores that are not numbers.
+        InputError: no images, invalid labels, or scores that are not numbers.
     """
     top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
     return ErrorRates(interval(top1), interval(top5), float(np.nanmean(per_class_errors(scores, labels))))
 
 
 def misses(scores: Tensor, labels: Tensor, top: int) -> Values:
-    """For each image 100 if its class is not among the likeliest, else 0: their mean is the error in per cent.
+    """Return 100 for each image whose class is not among the likeliest, else 0: their mean is the error in per cent.
 
     Args:
-        scores: (images, classes), the larger the likelier.
-        labels: (images,) class numbers.
-        top: how many of the likeliest count.
+        scores: (images, classes), higher for likelier classes.
+        labels: (images,) class indices.
+        top: how many of the likeliest classes count.
 
     Raises:
         InputError: see `error_rates`.
@@ -95,12 +83,7 @@ def misses(scores: Tensor, labels: Tensor, top: int) -> Values:
 
 
 def interval(values: Values, *, seed: int = 0) -> Interval:
-    """The mean over images and its bootstrap interval. See Note [Intervals] 2.
-
-    Args:
-        values: (images,), of one figure.
-        seed: of the drawing.
-    """
+    """Return the mean of values, (images,), and its bootstrap interval. See Note [Intervals] 2."""
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
     means = drawn @ distinct / len(values)
@@ -109,17 +92,14 @@ def interval(values: Values, *, seed: int = 0) -> Interval:
 
 
 def difference(ours: Sequence[Values], base: Sequence[Values]) -> Interval:
-    """What networks have less or more of a figure than others on the same images. See Note [Intervals] 3.
+    """Return the difference between two groups of networks on the same images. See Note [Intervals] 3.
 
     Args:
-        ours: for each network, (images,); the mean over the networks is taken for each image.
-        base: what they are compared with.
-
-    Returns:
-        Ours minus base.
+        ours: values of each network, (images,); for each image the mean over the networks is taken.
+        base: those subtracted from them.
 
     Raises:
-        InputError: other images.
+        InputError: different images.
     """
     if len({len(values) for values in (*ours, *base)}) != 1:
         raise InputError("two networks can be compared on the same images only")
@@ -127,7 +107,7 @@ def difference(ours: Sequence[Values], base: Sequence[Values]) -> Interval:
 
 
 def per_class_errors(scores: Tensor, labels: Tensor) -> Values:
-    """Top-1 error of each class in per cent, (classes,); not a number where a class has no image."""
+    """Return the top-1 error of each class in per cent, (classes,); NaN for a class without images."""
     classes = scores.shape[1]
     wrong = misses(scores, labels, 1)
     counts = np.bincount(labels.numpy(), minlength=classes)
@@ -136,7 +116,7 @@ def per_class_errors(scores: Tensor, labels: Tensor) -> Values:
 
 
 def confusion(scores: Tensor, labels: Tensor) -> NDArray[np.int64]:
-    """How often class i was taken for class j, (classes, classes)."""
+    """Return the confusion matrix, (classes, classes): how often class i was predicted as class j."""
     classes = scores.shape[1]
     pairs = labels * classes + scores.argmax(dim=1)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

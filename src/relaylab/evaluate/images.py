@@ -1,4 +1,4 @@
-"""The images that trained networks are evaluated on: named by the user, or else those of their runs."""
+"""The images for evaluation: those that the user names, or else those of the networks' runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +18,13 @@ def open_images(
     """Open images, with labels in the order of the networks' classes.
 
     Args:
-        data: where they are; empty for those of the first run.
+        data: their paths; empty for those of the first run.
         split: train, val, test or all.
         networks: to evaluate.
         models: their model files, by name.
 
     Raises:
-        InputError: networks of different classes, or images that cannot be used.
+        InputError: networks with different classes, or images that cannot be used.
     """
     first = models[networks[0].name]
     for name, model in models.items():
@@ -50,7 +50,7 @@ def open_split(
 
     Args:
         data: given by the user; may be empty.
-        of_run: the training and the validation images of a run; the latter may be part of the former.
+        of_run: the training and validation images of a run; the latter are empty if the former include them.
         split: train, val, test or all.
         classes: of the network, in the order of its output.
 
@@ -69,8 +69,8 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
 
     Args:
         folder: of scores.
-        name: of the network whose run records where the images are.
-        data: where to look first.
+        name: of a network whose run records its images.
+        data: paths to try first.
 
     Raises:
         InputError: the images have moved or changed.
@@ -89,5 +89,5 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
 
 
 def class_order(classes: Sequence[str]) -> Sequence[str] | None:
-    """Return the order that labels shall have; None, the data set's own, where a network knows only numbers."""
+    """Return the order of the labels; None, the data set's own, where a network's class names are only numbers."""
     return None if all(name.isdecimal() for name in classes) else classes

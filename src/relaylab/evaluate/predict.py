@@ -1,4 +1,4 @@
-"""The likeliest classes of images, from their centre crops."""
+"""Prediction: the likeliest classes of images, from their centre crops."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -32,12 +32,12 @@ class Guess:
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, whatever file it comes from.
+    """A trained network, from a model file or an ONNX program.
 
     Attributes:
-        classes: their names.
-        input: which size of images it takes.
-        scores: from RGB crops (batch, 3, crop, crop), float32 with values 0 to 255, to class scores (batch, classes).
+        classes: names, in the order of its output.
+        input: the size of its images.
+        scores: maps RGB crops (batch, 3, crop, crop), float32 from 0 to 255, to class scores (batch, classes).
     """
 
     classes: tuple[str, ...]
@@ -47,12 +47,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded image.
-
-    Attributes:
-        name: for people.
-        read: gives its bytes, or raises an OSError.
-    """
+    """An encoded image; `read` returns its bytes, or raises an OSError."""
 
     name: str
     read: Callable[[], bytes]
@@ -60,13 +55,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network takes an image for.
-
-    Attributes:
-        name: of the image.
-        pixels: uint8 (h, w, 3).
-        guesses: the five likeliest classes, or as many as there are, the likeliest first.
-    """
+    """A network's prediction for one image: its pixels, uint8 (h, w, 3), and at most five classes, likeliest first."""
 
     name: str
     pixels: Pixels
@@ -74,10 +63,10 @@ class Prediction:
 
 
 def open_network(path: Path) -> Network:
-    """A trained network by its run's folder, its model file or its ONNX program.
+    """Open a trained network by its run's folder, its model file or its ONNX program.
 
     Raises:
-        InputError: no such file, an unfinished run, or a file that is not what `relaylab` writes.
+        InputError: no such file, an unfinished run, or a file that `relaylab` has not written.
     """
     if path.suffix == ".pt2":
         # torch.export.load unpickles what the archive calls pickled, with weights_only=False.
@@ -88,16 +77,16 @@ def open_network(path: Path) -> Network:
 
 
 def network_of(model: ModelFile) -> Network:
-    """A model file's network.
+    """Build a model file's network.
 
     Raises:
-        InputError: the weights are not the network's.
+        InputError: the weights belong to another network.
     """
     return Network(model.classes, model.input, Classifier(model).eval())
 
 
 def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Picture]:
-    """The images that people named.
+    """Resolve the image arguments.
 
     Args:
         paths: files, folders with images at any depth, or "-" for one image from stdin.
@@ -123,12 +112,7 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
 
 
 def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Prediction | InputError]:
-    """The likeliest classes of each image, in order; or, for an image that cannot be read, why.
-
-    Args:
-        network: trained.
-        pictures: encoded images.
-    """
+    """Return the likeliest classes of each image, in order; an error for an image that cannot be read."""
     for start in range(0, len(pictures), BATCH):
         read = [_read(picture) for picture in pictures[start : start + BATCH]]
         crops = [crop_of(each[1], network.input) for each in read if not isinstance(each, InputError)]
@@ -144,11 +128,11 @@ def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Predictio
 
 
 def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
-    """An image's centre crop as the network's classifier takes it.
+    """Return an image's centre crop for the network's classifier.
 
     Args:
         pixels: uint8 (h, w, 3), RGB.
-        config: to which size it is resized, and cropped.
+        config: of the network.
 
     Returns:
         float32 (3, crop, crop), RGB, 0 to 255.
@@ -173,13 +157,13 @@ def _open_onnx(path: Path) -> Network:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
-        told = json.loads(about["input"])
-        config = InputConfig(resize=told["resize"], how=told["how"], crop=told["crop"], mean=(0.0, 0.0, 0.0))
+        size = json.loads(about["input"])
+        config = InputConfig(resize=size["resize"], how=size["how"], crop=size["crop"], mean=(0.0, 0.0, 0.0))
         classes = tuple(json.loads(about["classes"]))
         name = session.get_inputs()[0].name
     except InputError:
         raise
-    except Exception as error:  # onnxruntime has its own kinds, which share no base
+    except Exception as error:  # onnxruntime's exceptions share no base class
         raise InputError(f"{path} is no program that `relaylab export` has written: {error}") from None
 
     def scores(images: Tensor) -> Tensor:

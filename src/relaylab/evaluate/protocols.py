@@ -1,11 +1,10 @@
-"""The ways to test a network on an image: which crops of it, and how their class scores become one.
+"""Evaluation protocols: the crops of an image, and how their class scores are combined.
 
 Note [Protocols]
-1. A pass takes each image once through the network, in one crop, in ten, or as a whole. What is kept are
-   log-probabilities: the class scores are averaged over the map of a dense pass, and become probabilities; these are
-   averaged over crops and mirror images.
+1. A pass evaluates each image once, in one crop, in ten, or as a whole, and yields log-probabilities: the class scores
+   are averaged over the map of a dense pass, and the probabilities over crops and mirror images.
 2. A protocol is one or several passes, whose probabilities are averaged: dense testing has one for each scale.
-3. A mean image has the size of a crop. Images of other sizes lose its mean colour instead.
+3. A mean image has the size of a crop. From images of other sizes its mean colour is subtracted instead.
 """
 
 from collections.abc import Iterable
@@ -26,12 +25,11 @@ SCALES, OF = (224, 256, 320, 384, 448), 256  # the paper's, for networks whose t
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """All images, each in one crop, in ten, or as a whole.
+    """One evaluation of all images: in their centre crop, in ten crops, or dense, as a whole.
 
     Attributes:
-        kind: centre crop; four corners, centre, and their mirror images; or the whole image.
         scale: of a dense pass, the image's shorter side in pixels.
-        flip: of a dense pass, look at the mirror image too.
+        flip: of a dense pass, whether mirror images are included.
     """
 
     kind: Kind
@@ -40,18 +38,18 @@ class Pass:
 
     @property
     def name(self) -> str:
-        """Of its scores' folder."""
+        """The name of its scores' folder."""
         return "-".join([self.kind, *([str(self.scale)] if self.scale else []), *(["flip"] if self.flip else [])])
 
 
 def passes_of(kind: Kind, config: InputConfig, scales: Iterable[int] = (), *, flip: bool = False) -> list[Pass]:
-    """The passes of a protocol.
+    """Return the passes of a protocol.
 
     Args:
         kind: of the protocol.
-        config: what the network takes.
+        config: of the network's input.
         scales: of dense testing; by default the paper's, in proportion to the network's images.
-        flip: in dense testing, look at mirror images too.
+        flip: include mirror images in dense testing.
 
     Raises:
         InputError: an unknown protocol, or a scale smaller than the network's crops.
@@ -63,24 +61,23 @@ def passes_of(kind: Kind, config: InputConfig, scales: Iterable[int] = (), *, fl
     chosen = list(dict.fromkeys(scales)) or default_scales(config)
     small = [scale for scale in chosen if scale < config.crop]
     if small:
-        raise InputError(
-            f"scale {small[0]}: the network sees crops of {config.crop} pixels, and images cannot be smaller"
-        )
+        needed = f"the network sees crops of {config.crop} pixels, and images cannot be smaller"
+        raise InputError(f"scale {small[0]}: {needed}")
     return [Pass("dense", scale, flip) for scale in chosen]
 
 
 def default_scales(config: InputConfig) -> list[int]:
-    """The paper's five scales, in proportion to the size of the training images, without repetitions."""
+    """Return the paper's five scales, in proportion to the size of the training images, without repetitions."""
     return list(dict.fromkeys(max(config.crop, round(scale * config.resize / OF)) for scale in SCALES))
 
 
 def cut(pixels: Pixels, each: Pass, config: InputConfig) -> Tensor:
-    """What a pass looks at.
+    """Return the crops of an image for a pass.
 
     Args:
         pixels: uint8 (h, w, 3), an image.
-        each: which pass.
-        config: what the network takes.
+        each: the pass.
+        config: of the network's input.
 
     Returns:
         uint8 (n, h, w, 3): one crop, five of them, or the whole image resized.
@@ -101,17 +98,17 @@ def cut(pixels: Pixels, each: Pass, config: InputConfig) -> Tensor:
 
 
 def mirrored(each: Pass) -> bool:
-    """Whether a pass looks at mirror images too."""
+    """Return whether a pass includes mirror images."""
     return each.flip or each.kind == "ten-crop"
 
 
 def average(log_probabilities: Tensor, dim: int) -> Tensor:
-    """The logarithm of the mean of probabilities, given their logarithms."""
+    """Return the logarithm of the mean of probabilities, given their logarithms."""
     return log_probabilities.logsumexp(dim) - torch.tensor(log_probabilities.shape[dim]).log()
 
 
 def _centre(pixels: Pixels, config: InputConfig) -> tuple[float, float, float, float]:
-    """The part of the image that the centre crop shows."""
+    """The box of the centre crop."""
     height, width = pixels.shape[:2]
     if config.how == "shorter side":
         return centre_box(View(size=config.crop, short_side=config.resize), height, width)

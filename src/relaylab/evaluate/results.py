@@ -20,16 +20,7 @@ TABLE, RESULTS = "evaluation.md", "evaluation.json"
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Several networks, evaluated together.
-
-    Attributes:
-        members: their names.
-        protocol: of all of them.
-        how: their probabilities are combined.
-        weights: of each, if they were learnt.
-        images: number of images it was evaluated on.
-        errors: its error rates.
-    """
+    """Several networks, evaluated together on `images` images; `weights` are empty unless they were learnt."""
 
     members: tuple[str, ...]
     protocol: Kind
@@ -45,10 +36,10 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
     Args:
         folder: of scores.
         ensembles: new ones; those of earlier calls are kept.
-        against: the network that the others are compared with; None for standard BP, see `baseline`.
+        against: the network to compare the others with; None for standard BP, see `baseline`.
 
     Returns:
-        The table, and where it is.
+        The table, and its path.
     """
     labels = folder.images.labels
     scores: dict[tuple[str, Kind], Tensor] = {}
@@ -98,11 +89,11 @@ def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Comb
 
 
 def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the network that another one is compared with: standard BP of its seed, else standard BP, else the first.
+    """Return the network to compare another one with: standard BP of its seed, else standard BP, else the first.
 
     Args:
-        name: of the network.
-        networks: by name, what their runs say of them; see `relaylab.evaluate.trained.describe_run`.
+        name: of the other network.
+        networks: descriptions of runs by name; see `relaylab.evaluate.trained.describe_run`.
     """
     standard = [each for each, about in networks.items() if about.get("values", {}).get("scheme") == "standard"]
     paired = [each for each in standard if networks[each]["seed"] == networks[name].get("seed")]
@@ -153,8 +144,7 @@ def _kept(folder: ScoreFolder) -> list[Ensemble]:
     found: list[Ensemble] = []
     for entry in json.loads(file.read_text(encoding="utf-8"))["ensembles"]:
         errors: dict[str, Any] = entry["errors"]
-        top1, top5 = Interval(**errors["top1"]), Interval(**errors["top5"])
-        members, weights = tuple(entry["members"]), tuple(entry["weights"])
-        rates = ErrorRates(top1, top5, errors["mean_per_class"])
-        found.append(Ensemble(members, entry["protocol"], entry["how"], weights, entry["images"], rates))
+        rates = ErrorRates(Interval(**errors["top1"]), Interval(**errors["top5"]), errors["mean_per_class"])
+        tuples = {name: tuple(entry[name]) for name in ("members", "weights")}
+        found.append(Ensemble(**entry | tuples | {"errors": rates}))
     return found

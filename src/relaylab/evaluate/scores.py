@@ -1,15 +1,15 @@
-"""Class scores on disk: what a network says of every image, so that no figure made of it needs the network again.
+"""Class scores on disk: a network's output for every image, from which all results are computed.
 
 FOLDER/images.txt                     names of the images, in order
-FOLDER/labels.safetensors             their labels; its header says which images and classes
-FOLDER/scores/NAME/model.json         which network
+FOLDER/labels.safetensors             their labels; title, fingerprint and classes in the header
+FOLDER/scores/NAME/model.json         description of a network
 FOLDER/scores/NAME/PASS/000000.safetensors   log-probabilities, float16 (images, classes), CHUNK images each
 
 Note [Scores]
-1. Whoever stops half-way loses a chunk. A chunk is written in one piece, and says of which network, images and pass it
-   is; one that says something else is refused.
-2. Half precision keeps log-probabilities to a thousandth: enough for all figures, which are computed from what is
-   stored, so that they come out the same again. Two classes closer than that change places in few images.
+1. An interruption loses one chunk. Chunks are written atomically, and their headers name network, images and pass;
+   chunks of others are refused.
+2. Half precision keeps log-probabilities to a thousandth: enough for all results, which are computed from the stored
+   values and are therefore reproducible. Two classes closer than that change places in few images.
 """
 
 import json
@@ -37,11 +37,11 @@ IMAGES, LABELS, SCORES, MODEL = "images.txt", "labels.safetensors", "scores", "m
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """Which images were looked at.
+    """The images of a folder of scores.
 
     Attributes:
         title: of the data set.
-        fingerprint: another for other images, labels or classes.
+        fingerprint: differs for other images, labels or classes.
         classes: names, in the order of the labels.
         labels: int64 (n,).
         names: of the images.
@@ -64,20 +64,22 @@ class ImageList:
 
 
 def describe_images(source: Source) -> ImageList:
-    """What is kept of a data set."""
+    """Describe a data set. Image names are kept without the folder that all of them share."""
     labels = torch.as_tensor(source.labels[:].astype("int64"))
-    names, classes = _short([source.name(number) for number in range(len(source))]), tuple(source.classes)
-    # Not the source's own fingerprint: the same images stay the same in another folder.
-    told = json.dumps([names, classes, labels.tolist()])
-    return ImageList(source.title, sha256(told.encode()).hexdigest(), classes, labels, names)
+    names, classes = [source.name(number) for number in range(len(source))], tuple(source.classes)
+    shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
+    names = tuple(name[shared:].removeprefix("/") for name in names)
+    # Not the source's own fingerprint: the same images in another folder have the same one here.
+    text = json.dumps([names, classes, labels.tolist()])
+    return ImageList(source.title, sha256(text.encode()).hexdigest(), classes, labels, names)
 
 
 class ScoreFolder:
-    """A folder of scores of some networks on one list of images.
+    """A folder of scores of several networks on the same images.
 
     Args:
         path: of the folder.
-        images: what the scores are of; None to read it.
+        images: that the scores belong to; None to read them from the folder.
 
     Raises:
         InputError: no such folder, or one of other images.
@@ -85,18 +87,17 @@ class ScoreFolder:
 
     def __init__(self, path: Path, images: ImageList | None = None) -> None:
         self.path = path
-        there = _read_images(path) if (path / LABELS).is_file() else None
-        if images is None and there is None:
+        present = _read_images(path) if (path / LABELS).is_file() else None
+        found = present or images
+        if found is None:
             raise InputError(f"{path} holds no scores: expected a folder that `relaylab eval` has written")
-        if images is not None and there is not None and images.fingerprint != there.fingerprint:
+        if images is not None and images.fingerprint != found.fingerprint:
             raise InputError(
-                f"{path} holds scores of {len(there)} images of {there.title}, and these are {len(images)} images of "
+                f"{path} holds scores of {len(found)} images of {found.title}, and these are {len(images)} images of "
                 f"{images.title}, or others: take another folder with --out"
             )
-        found = there or images
-        assert found is not None
         self.images = found
-        if there is None:
+        if present is None:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / IMAGES, "".join(f"{name}\n" for name in found.names))
             header = {"title": found.title, "fingerprint": found.fingerprint, "classes": json.dumps(found.classes)}
@@ -104,17 +105,17 @@ class ScoreFolder:
 
     @property
     def chunks(self) -> list[range]:
-        """Numbers of the images of each chunk."""
+        """The image indices of each chunk."""
         count = len(self.images)
         return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
     def names(self) -> list[str]:
-        """The networks of which there are scores, in the order in which they were added."""
+        """Return the networks with scores, in the order in which they were added."""
         files = [(path.stat().st_mtime_ns, path.parent.name) for path in (self.path / SCORES).glob(f"*/{MODEL}")]
         return [name for _, name in sorted(files)]
 
     def about(self, name: str) -> dict[str, Any]:
-        """What is known of a network.
+        """Return the description of a network.
 
         Raises:
             InputError: there is none of this name.
@@ -125,97 +126,91 @@ class ScoreFolder:
             raise InputError(f"{self.path}: no scores of {name}: {error}") from None
 
     def add(self, name: str, about: dict[str, Any]) -> None:
-        """Make room for a network's scores.
+        """Add a network, unless it is there already.
 
         Raises:
-            InputError: there are scores of another network of this name.
+            InputError: the folder has scores of another network of this name.
         """
         folder = self.path / SCORES / name
-        if (folder / MODEL).is_file():
-            if self.about(name)["sha256"] != about["sha256"]:
-                raise InputError(
-                    f"{self.path} holds scores of {name} with other weights: take another folder with --out"
-                )
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / MODEL, json.dumps(about, indent=1) + "\n")
+        if not (folder / MODEL).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / MODEL, json.dumps(about, indent=1) + "\n")
+        elif self.about(name)["sha256"] != about["sha256"]:
+            raise InputError(f"{self.path} holds scores of {name} with other weights: take another folder with --out")
 
     def has(self, name: str, of_pass: str, chunk: int) -> bool:
-        """Whether a chunk is there."""
+        """Return whether a chunk exists."""
         return self._file(name, of_pass, chunk).is_file()
 
     def write(self, name: str, of_pass: str, chunk: int, log_probabilities: Tensor) -> None:
-        """Write one chunk in one piece.
+        """Write one chunk.
 
         Args:
             name: of the network.
-            of_pass: its name.
-            chunk: its number.
+            of_pass: name of the pass.
+            chunk: its index.
             log_probabilities: (images, classes).
 
         Raises:
-            InputError: one is not a number.
+            InputError: scores that are not numbers.
             OSError: it cannot be written.
         """
         bad = log_probabilities.isnan().any(dim=1).nonzero().flatten()
         if len(bad):
             image = self.images.names[self.chunks[chunk][int(bad[0])]]
-            raise InputError(
-                f"{name}, {of_pass}: the scores of {len(bad)} images are not numbers, the first of {image}"
-            )
+            problem = f"the scores of {len(bad)} images are not numbers, the first of {image}"
+            raise InputError(f"{name}, {of_pass}: {problem}")
         file = self._file(name, of_pass, chunk)
         file.parent.mkdir(exist_ok=True)
         _save({"log_probabilities": log_probabilities.clamp(min=LEAST).half()}, file, self._header(name, of_pass))
 
     def read(self, name: str, of_pass: str) -> Tensor:
-        """All scores of one pass: float32 (images, classes), log-probabilities.
+        """Read all log-probabilities of one pass, float32 (images, classes).
 
         Raises:
-            InputError: chunks are missing, damaged or of something else, or not numbers.
+            InputError: chunks are missing, damaged, not numbers, or belong to other images or networks.
         """
         header, parts = self._header(name, of_pass), []
         for number, chunk in enumerate(self.chunks):
+            shape = (len(chunk), len(self.images.classes))
             file = self._file(name, of_pass, number)
             tensors, found = _read(file)
             if found != header:
                 raise InputError(f"{file} holds scores of other images, another network or another pass")
             part = tensors.get("log_probabilities")
-            if part is None or part.shape != (len(chunk), len(self.images.classes)):
-                raise InputError(
-                    f"{file} holds scores of another shape than ({len(chunk)}, {len(self.images.classes)})"
-                )
+            if part is None or part.shape != shape:
+                raise InputError(f"{file} holds scores of another shape than {shape}")
             if part.isnan().any():
                 raise InputError(f"{file} holds scores that are not numbers: delete it and evaluate again")
             parts.append(part.float())
         return torch.cat(parts)
 
     def passes(self, name: str) -> list[str]:
-        """The passes of which all chunks are there."""
+        """Return the complete passes."""
         folders = sorted(path.name for path in (self.path / SCORES / name).iterdir() if path.is_dir())
         return [each for each in folders if all(self.has(name, each, i) for i in range(len(self.chunks)))]
 
     def protocols(self, name: str) -> list[Kind]:
-        """The protocols of which there is a whole pass at least."""
+        """Return the protocols with a complete pass at least."""
         there = self.passes(name)
         return [kind for kind in PROTOCOLS if any(each.startswith(kind) for each in there)]
 
     def passes_of(self, name: str, kind: Kind) -> tuple[str, ...]:
-        """The whole passes of a protocol. Where a scale was looked at with and without mirror images, the former."""
+        """Return the complete passes of a protocol; of a scale with and without mirror images, only the former."""
         there = [each for each in self.passes(name) if each.startswith(kind)]
         return tuple(each for each in there if f"{each}-flip" not in there)
 
     def protocol(self, name: str, kind: Kind) -> Tensor:
-        """The log-probabilities that a protocol gives: the mean probability of its passes. (images, classes).
+        """Return a protocol's log-probabilities, (images, classes), from the mean probabilities of its passes.
 
         Raises:
-            InputError: there is none, or what is wrong with one; see `read`.
+            InputError: there is no complete pass, or one cannot be read; see `read`.
         """
         passes = self.passes_of(name, kind)
         if not passes:
             others = f"; there are those by {', '.join(self.protocols(name))}" if self.protocols(name) else ""
-            raise InputError(
-                f"{self.path}: no whole scores of {name} by {kind}{others}: relaylab eval --protocol {kind}"
-            )
+            missing = f"no whole scores of {name} by {kind}{others}"
+            raise InputError(f"{self.path}: {missing}: relaylab eval --protocol {kind}")
         return average(torch.stack([self.read(name, each) for each in passes]), 0)
 
     def _file(self, name: str, of_pass: str, chunk: int) -> Path:
@@ -225,33 +220,24 @@ class ScoreFolder:
         return {"model": self.about(name)["sha256"], "images": self.images.fingerprint, "pass": of_pass}
 
 
-def _short(names: Sequence[str]) -> tuple[str, ...]:
-    """Names without the folder that all of them share."""
-    shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
-    return tuple(name[shared:].removeprefix("/") for name in names)
-
-
 def check_alike(folders: Sequence[ScoreFolder]) -> None:
-    """Refuse to put scores of different images or classes into one table.
+    """Check that folders have scores of the same images and classes, so that they can be compared in one table.
 
     Raises:
         InputError: which folders differ, and in what.
     """
-    first = folders[0]
+    first, one = folders[0], folders[0].images
     for other in folders[1:]:
-        one, two = first.images, other.images
+        two = other.images
         if one.classes != two.classes:
-            different = next((pair for pair in zip(one.classes, two.classes, strict=False) if pair[0] != pair[1]), None)
-            detail = f"{different[0]} where the other has {different[1]}" if different else "more"
-            raise InputError(
-                f"{first.path} and {other.path} have different classes ({len(one.classes)} and {len(two.classes)}; "
-                f"{detail}): they cannot stand in one table"
-            )
-        if one.fingerprint != two.fingerprint:
-            raise InputError(
-                f"{first.path} and {other.path} have different images ({len(one)} of {one.title}, {len(two)} of "
-                f"{two.title}): they cannot stand in one table"
-            )
+            pairs = zip(one.classes, two.classes, strict=False)
+            detail = next((f"{a} where the other has {b}" for a, b in pairs if a != b), "more")
+            what = f"different classes ({len(one.classes)} and {len(two.classes)}; {detail})"
+        elif one.fingerprint != two.fingerprint:
+            what = f"different images ({len(one)} of {one.title}, {len(two)} of {two.title})"
+        else:
+            continue
+        raise InputError(f"{first.path} and {other.path} have {what}: they cannot be compared in one table")
 
 
 def _read_images(path: Path) -> ImageList:

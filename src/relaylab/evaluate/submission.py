@@ -1,11 +1,11 @@
-"""A challenge's submission file: five labels for each test image, in the official order.
+"""Submission files of challenges: five labels for each test image, in the official order.
 
 Note [Formats]
 1. ILSVRC's classification task: a line for each test image, in the order of their names; labels from 1 to 1000, as the
    development kits of 2012 to 2015 say it (that of localisation has boxes between the labels).
 2. The development kits of Places365's challenge and of MiniPlaces: the image's name as it is listed, then exactly five
-   labels, which count from 0. That of 2015's 401 classes, the paper's, refers to a kit that we have not seen; it is
-   taken to be alike.
+   labels, from 0. The format of 2015's 401 classes, the paper's, refers to a kit that we have not seen; it is assumed
+   to be the same.
 """
 
 from collections import Counter
@@ -22,12 +22,7 @@ LABELS, NAMED = 5, 5
 
 @dataclass(frozen=True)
 class Form:
-    """How a line looks.
-
-    Attributes:
-        first_label: number of the first class.
-        with_names: whether the image's name comes first.
-    """
+    """The format of a line: the index of the first class, and whether the image's name comes first."""
 
     first_label: int
     with_names: bool
@@ -37,7 +32,7 @@ FORMATS = {"ilsvrc": Form(first_label=1, with_names=False), "places2": Form(firs
 
 
 def read_test_list(path: Path) -> list[str]:
-    """The test images in the official order, one on each line; what follows a space after the name is left out.
+    """Read the test images in the official order, one on each line; text after the name is ignored.
 
     Raises:
         InputError: it cannot be read, is empty, or names an image twice.
@@ -60,17 +55,16 @@ def read_test_list(path: Path) -> list[str]:
 
 
 def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[str], form: Form) -> list[str]:
-    """The lines of a submission.
+    """Format a submission.
 
     Args:
-        names: of the images that there are scores of.
-        scores: (images, classes), the larger the likelier.
+        names: of the images with scores.
+        scores: (images, classes), higher for likelier classes.
         expected: the test images in the official order.
         form: of the lines.
 
     Raises:
-        InputError: images that are missing, too many or given twice; scores that are not numbers or of fewer than five
-            classes.
+        InputError: missing, extra or repeated images; scores that are not numbers or of fewer than five classes.
     """
     if scores.shape[1] < LABELS:
         raise InputError(f"scores of {scores.shape[1]} classes: a submission needs five labels for each image")
@@ -102,10 +96,10 @@ def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[st
 
 
 def check_submission(lines: Sequence[str], expected: Sequence[str], num_classes: int, form: Form) -> None:
-    """Read a submission as the challenge's server would.
+    """Check a submission as the challenge's server would.
 
     Raises:
-        InputError: another number of lines, another image, or labels that are too few, repeated or no classes.
+        InputError: a wrong number of lines, a wrong image, or labels that are too few, repeated or out of range.
     """
     if len(lines) != len(expected):
         raise InputError(f"{len(lines)} lines for {len(expected)} test images")
@@ -122,7 +116,7 @@ def check_submission(lines: Sequence[str], expected: Sequence[str], num_classes:
 
 
 def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """Rows by the images' names without folders."""
+    """The rows by image name, without folders."""
     rows: dict[str, int] = {}
     for number, name in enumerate(names):
         short = PurePosixPath(name).name

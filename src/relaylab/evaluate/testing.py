@@ -1,4 +1,4 @@
-"""Networks over images: every pass of every protocol, chunk by chunk, what is there already left alone."""
+"""Evaluates networks under each protocol, chunk by chunk, skipping chunks that already exist."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -26,19 +26,19 @@ Row = tuple[int, list[Pixels]]  # arrays: between processes a tensor costs a fil
 
 
 class Cuts(Dataset[Row]):
-    """Images as passes look at them, decoded once for all passes.
+    """The crops of images for several passes, each image decoded once.
 
     Args:
         source: of encoded images.
-        passes: which.
-        config: what the network takes.
+        passes: to crop for.
+        config: of the network's input.
     """
 
     def __init__(self, source: Source, passes: Sequence[Pass], config: InputConfig) -> None:
         self._source, self._passes, self._config = source, passes, config
 
     def __getitems__(self, numbers: Sequence[int]) -> "list[Row] | InputError":
-        """For each image its number, and for each pass uint8 (n, h, w, 3); or what is wrong with one of them."""
+        """Return each image's index and, for each pass, uint8 (n, h, w, 3); an error if an image is unreadable."""
         rows: list[Row] = []
         for number in numbers:
             try:
@@ -51,31 +51,25 @@ class Cuts(Dataset[Row]):
 
 
 class Scorer:
-    """A trained network, taking what passes look at.
+    """A trained network in evaluation mode, which computes log-probabilities of crops.
 
     Args:
-        model: the network and how to use it.
-        device: where it runs.
-
-    Attributes:
-        network: in evaluation mode.
+        model: the network and its input.
+        device: to run on.
     """
 
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu") -> None:
-        config = model.input
+        self.config = config = model.input
         self.device = torch.device(device)
-        self._bgr = config.channels == "BGR"
-        self._crop = config.crop
         self._mean = mean_of(model).to(self.device)
         self._colour = torch.tensor(config.mean).view(3, 1, 1).to(self.device)
         self._std = None if config.std is None else torch.tensor(config.std).view(3, 1, 1).to(self.device)
         self.network = model.model().to(self.device, memory_format=torch.channels_last)  # pyright: ignore
-        side = _map_size(self.network, config.crop)
-        self._dense = dense(self.network, map_size=side)
+        self._dense = dense(self.network, map_size=_map_size(self.network, config.crop))
 
     @torch.inference_mode()
     def __call__(self, each: Pass, images: Tensor) -> Tensor:
-        """Log-probabilities (batch, classes), float32, on the CPU.
+        """Return log-probabilities (batch, classes), float32, on the CPU.
 
         Args:
             each: the pass.
@@ -92,10 +86,10 @@ class Scorer:
         return scores.float()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """What the network takes, (batch, 3, h, w), from uint8 images (batch, h, w, 3)."""
+        """Return the network's input, (batch, 3, h, w), for uint8 images (batch, h, w, 3)."""
         x = images.to(self.device).permute(0, 3, 1, 2).float()
-        x = x.flip(1) if self._bgr else x
-        x = x - (self._mean if x.shape[-2:] == (self._crop, self._crop) else self._colour)
+        x = x.flip(1) if self.config.channels == "BGR" else x
+        x = x - (self._mean if x.shape[-2:] == (self.config.crop, self.config.crop) else self._colour)
         x = x if self._std is None else x / self._std
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -106,29 +100,27 @@ def evaluate(
     folder: ScoreFolder,
     name: str,
     passes: Sequence[Pass],
-    config: InputConfig,
     *,
     workers: int,
     task: Task,
     batch_size: int = 32,
     stopped: Callable[[], object] = bool,
 ) -> bool:
-    """Bring a network's scores to the disk, chunk by chunk.
+    """Write the missing scores of a network, chunk by chunk.
 
     Args:
         scorer: the network.
-        source: the images, those of the folder.
-        folder: of the scores.
-        name: of the network there.
-        passes: which; those that are there are left out.
-        config: what the network takes.
+        source: the images of the folder.
+        folder: of scores.
+        name: of the network in that folder.
+        passes: to evaluate.
         workers: processes that decode.
         task: counts images times passes.
-        batch_size: of crops; of whole images at most as many as have so many crops' pixels.
-        stopped: whether to stop after the chunk at hand.
+        batch_size: of crops; whole images are batched to at most the same number of pixels.
+        stopped: whether to stop after the current chunk.
 
     Returns:
-        Whether all is there.
+        Whether all chunks exist.
 
     Raises:
         InputError: an image that cannot be read, or scores that are not numbers.
@@ -141,9 +133,9 @@ def evaluate(
         if stopped():
             return False
         found = {each: torch.empty(len(chunk), len(folder.images.classes)) for each in missing}
-        for rows in _read(Cuts(source, missing, config), chunk, workers):
+        for rows in _read(Cuts(source, missing, scorer.config), chunk, workers):
             for place, each in enumerate(missing):
-                for numbers, images in _batches([(n, cuts[place]) for n, cuts in rows], config.crop, batch_size):
+                for numbers, images in _batches([(n, cuts[place]) for n, cuts in rows], scorer.config.crop, batch_size):
                     found[each][[n - chunk.start for n in numbers]] = scorer(each, images)
                     task.advance(len(numbers), note=f"{name} {each.name}")
         for each, scores in found.items():
@@ -162,7 +154,7 @@ def _read(cuts: Cuts, chunk: range, workers: int) -> Iterator[list[Row]]:
 def _batches(
     rows: Iterable[tuple[int, Pixels]], crop: int, batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Images of one size together, of large ones fewer."""
+    """Batches of images of one size, smaller for large images."""
     ordered = sorted(rows, key=lambda row: (*row[1].shape, row[0]))
     for _, group in groupby(ordered, key=lambda row: row[1].shape):
         same = list(group)
@@ -174,7 +166,7 @@ def _batches(
 
 
 def _map_size(model: nn.Module, crop: int) -> int | None:
-    """Side of the last map of a VGGNet."""
+    """The side of the last feature map; None for networks that are not VGGNets."""
     features = getattr(model, "features", None)
     if features is None:
         return None

@@ -1,8 +1,7 @@
-"""Trained networks by the name that people give: a run's folder, or a model file."""
+"""Trained networks, found by a run's folder or a model file."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ class Trained:
     """A trained network.
 
     Attributes:
-        name: short, another for each.
+        name: short and unique.
         file: the model file.
         folder: of its run; None for a model file alone.
-        about: what its run says of itself: recipe, scale, changes, seed, values.
+        about: the description of its run; see `describe_run`.
     """
 
     name: str
@@ -29,30 +28,30 @@ class Trained:
 
     @property
     def data(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-        """Training and validation images of its run, as `relaylab train` was told."""
+        """The training and validation images of its run."""
         return tuple(map(Path, self.about.get("data", ()))), tuple(map(Path, self.about.get("val_data", ())))
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """Those of dense testing that its recipe names; none if it names none."""
+        """The scales of dense testing that its recipe names, if any."""
         values = self.about.get("values", {})
         return tuple(values["evaluation.scales"]) if values.get("evaluation.protocol") == "dense" else ()
 
     def sha256(self) -> str:
-        """Of the model file."""
+        """Return the hash of the model file."""
         with self.file.open("rb") as file:
             return file_digest(file, "sha256").hexdigest()
 
 
 def find_trained(paths: Sequence[Path], *, most: int | None = None) -> list[Trained]:
-    """Open trained networks.
+    """Find trained networks.
 
     Args:
         paths: folders of runs, or of comparisons, which hold runs; or model files.
         most: largest number of networks that the caller can use.
 
     Raises:
-        InputError: everything that is wrong with the paths, at once.
+        InputError: all problems with the paths, at once.
     """
     problems: list[str] = []
     found: list[Trained] = []
@@ -93,26 +92,18 @@ def _open(path: Path) -> Trained:
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
-    """What a run says of itself.
+    """Describe a run: its recipe with all values, row of the paper's tables, seed, scale, changes and images.
 
     Raises:
         InputError: its configuration cannot be read.
     """
-    try:
-        config = json.loads((folder / runs.CONFIG).read_text(encoding="utf-8"))
-        options, recipe = config["options"], config["recipe"]
-        kept = ("seed", "scale", "changes", "data", "val_data")
-        return {
-            "recipe": recipe["name"],
-            "row": recipe["row"],
-            "values": recipe["values"],
-            **{name: options[name] for name in kept},
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / runs.CONFIG} cannot be read: {type(error).__name__}: {error}") from None
+    with runs.reading(folder) as config:
+        recipe = config["recipe"]
+        about = {"recipe": recipe["name"], "row": recipe["row"], "values": recipe["values"]}
+        return about | {name: config["options"][name] for name in ("seed", "scale", "changes", "data", "val_data")}
 
 
 def _distinct(trained: Trained) -> Trained:
     parent = trained.file.resolve().parent
     folder = parent if trained.folder is None else parent.parent
-    return Trained(f"{folder.name}-{trained.name}", trained.file, trained.folder, trained.about)
+    return replace(trained, name=f"{folder.name}-{trained.name}")

@@ -176,13 +176,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def thin_out(folder: Path, keep: int, also: Collection[int]) -> None:
-    """Remove old checkpoints.
-
-    Args:
-        folder: of all checkpoints of a run.
-        keep: number of the newest to keep.
-        also: further steps to keep.
-    """
+    """Remove old checkpoints, except the newest `keep` and those of the steps in `also`."""
     for path in list(newest(folder))[keep:]:
         if step_of(path) not in also:
             with suppress(OSError):

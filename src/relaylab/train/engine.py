@@ -26,11 +26,7 @@ from relaylab.train.torchrun import FAILURE, is_launched, noted_failure
 
 
 def launch(config: Engine, arguments: Sequence[str]) -> int:
-    """Run this command in one process for each device, by torchrun, and wait for them.
-
-    Args:
-        config: number of devices and of restarts.
-        arguments: of the command line.
+    """Run this command line in one process for each device, by torchrun, and wait for them.
 
     Returns:
         The exit code: that of the first process that failed, 130 after a signal, else 0.

@@ -29,16 +29,12 @@ class Failure:
 
 
 def write_failure(folder: Path, failure: Failure) -> None:
-    """Write a run's failure.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the failure of a run."""
     write_text(folder / FILE, json.dumps(asdict(failure), indent=1) + "\n")
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Read a run's failure; None if it has not failed, or the file is damaged."""
+    """Read the failure of a run; None if it has not failed, or the file is damaged."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         failure = Failure(found["kind"], found["step"], found["error"])

@@ -126,14 +126,7 @@ def view_of(recipe: Recipe) -> View:
 
 
 class Stream:
-    """Training batches, to the end of the sampler's draws; worker processes that die are replaced.
-
-    Args:
-        part: the training images.
-        sampler: of their indices.
-        batch_size: of this process.
-        seed: of the sampling windows.
-    """
+    """Training batches, to the end of the sampler's draws; worker processes that die are replaced."""
 
     def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int) -> None:
         self._part, self._sampler, self._batch_size, self._seed = part, sampler, batch_size, seed
@@ -213,7 +206,7 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
         labels: (n,) of all training images.
 
     Returns:
-        Sorted image indices; None first for all images, None second for the validation images.
+        Sorted indices; None first for all images, None second for the validation images.
     """
     labels = np.asarray(labels)
     chosen, held = None, None
@@ -228,11 +221,7 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
 def fits_memory(config: Engine, sources: Sequence[Source], view: View, copies: int) -> bool:
     """Return whether all images are decoded once and kept in memory: as `--images` says, or if they fit.
 
-    Args:
-        config: options.
-        sources: of all images.
-        view: their sizes.
-        copies: processes on this machine that each hold all images.
+    Each of `copies` processes on this machine holds all of them.
     """
     if config.images != "auto":
         return config.images == "memory"

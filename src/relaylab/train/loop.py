@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from relaybackprop import Relay, RelayLoss
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.errors import NonFiniteLossError
-from relaylab.progress import Task
+from relaylab.progress import Silent, Task
 from relaylab.recipes.schema import PlateauConfig, Recipe
 from relaylab.train import checkpoint
 from relaylab.train import gradients as diagnosis
@@ -73,12 +73,12 @@ class Trainer:
     stream: Stream
     augment: Augmentation
     validation: Validation
-    records: Records | None
     checkpoints: Path
     stop: StopRequest
-    task: Task
-    progress: Progress
-    meter: Meter
+    records: Records | None = None
+    task: Task = field(default_factory=Silent)
+    progress: Progress = field(default_factory=Progress)
+    meter: Meter = field(default_factory=Meter)
 
     def run(self) -> bool:
         """Train to the recipe's last iteration, or until a stop is requested.
@@ -141,19 +141,18 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
-        self.note(rate)
+        size = recipe.optimizer.batch_size
+        self.task.advance(1, self.meter.text(size))
+        if progress.step % self.config.log_every == 0:
+            self.record("train", progress.step, {**self.meter.values(size), "lr": rate})
+            self.meter.reset()
         return stopping
 
     def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
         """Add the gradients of one part of the step's batch to those of the parts before it.
 
-        Args:
-            batch: on the device.
-            measures: whether to measure the angles between losses.
-            is_last: whether it is the last part.
-
         Returns:
-            The losses and the errors (0 to 1) by name, and the angles.
+            The losses and the errors (0 to 1) by name; the angles between losses, if `measures`.
         """
         images = self.augment(batch.images, batch.draws)
         if self.config.memory_format == "contiguous":
@@ -223,16 +222,8 @@ class Trainer:
         step = self.progress.step + 1
         return NonFiniteLossError(f"step {step}: not finite: {' and '.join(what)}. This update was not made; {REMEDY}")
 
-    def note(self, rate: float) -> None:
-        """Update the progress bar, and log metrics every `log_every` steps."""
-        step, size = self.progress.step, self.recipe.optimizer.batch_size
-        self.task.advance(1, self.meter.text(size))
-        if step % self.config.log_every == 0:
-            self.record("train", step, {**self.meter.values(size), "lr": rate})
-            self.meter.reset()
-
     def record(self, kind: str, step: int, values: Values) -> None:
-        """Write a line of metrics, in the first process."""
+        """Write a line of metrics in the first process."""
         if self.records is not None:
             self.records.write(kind, step, values)
 

@@ -20,7 +20,7 @@ class Subject:
     """What is trained, and on which images."""
 
     recipe: Name = None
-    """A recipe's name; `relaylab recipes` lists them. To go on with a run, --resume is enough."""
+    """A recipe's name; `relaylab recipes` lists them. To resume a run, --resume is enough."""
 
     data: Images = ()
     """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
@@ -38,13 +38,13 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine(Subject):
-    """And with what it is trained, and how closely it is watched. None of that is part of the recipe."""
+    """How it is trained and monitored, which is not part of the recipe."""
 
     devices: int = 1
     """Processes on this machine, each with a device of its own. For several machines, start with torchrun."""
 
     restarts: int = 3
-    """With several devices: how often all processes start again from the last checkpoint after one has died."""
+    """With several devices: how often all processes restart from the last checkpoint after one has died."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes GPUs if there are any."""
@@ -53,20 +53,20 @@ class Engine(Subject):
     """With several devices: a whole network on each (ddp), or its parameters divided among them (fsdp)."""
 
     precision: Literal["32", "bf16", "fp16"] = "32"
-    """Of the arithmetic; bf16 and fp16 are mixed with 32 bits, and fp16 scales its losses."""
+    """Precision of the arithmetic; bf16 and fp16 are mixed with 32 bits, and fp16 scales its losses."""
 
     accumulate: int = 1
     """Take the recipe's batch in so many parts, one after another, where it does not fit into memory."""
 
     early_release: Switch = False
-    """Send each loss down as soon as its head has been met, and free its window's memory before the layers above run.
-    The gradients are the same; it is for relay and isolated windows."""
+    """Run each loss's backward pass as soon as the forward pass reaches its head, and free its window's memory before
+    the layers above run. The gradients are the same; it is for relay and isolated windows."""
 
     batch_norm: Literal["local", "synchronised"] = "local"
     """With several devices: statistics of each device's own images, or of all (GPUs only)."""
 
     memory_format: Literal["channels-last", "contiguous"] = "channels-last"
-    """Order in which maps lie in memory; channels-last is faster on most devices."""
+    """Memory format of feature maps; channels-last is faster on most devices."""
 
     compile: Switch = False
     """Compile the layers outside of overlaps with torch.compile."""
@@ -87,7 +87,8 @@ class Engine(Subject):
     """Iterations between two lines of metrics."""
 
     diagnose_every: int = 500
-    """Iterations between two looks at gradients: sizes by layer and segment, angles between losses. 0 for none."""
+    """Log gradient statistics (magnitudes per layer and segment, cosines between losses) every N iterations; 0 disables
+    it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ class TrainConfig(Engine):
     """
 
     seed: int = 0
-    """Of weights, batches, crops and dropout."""
+    """Seed of weights, batches, crops and dropout."""
 
     out: Folder = None
     """Folder of the run; it must be new or empty. (default: runs/RECIPE/TIME-sSEED)."""
@@ -114,7 +115,7 @@ class TrainConfig(Engine):
 
 
 def engine_problems(config: Engine) -> list[str]:
-    """What is wrong with the numbers among the options."""
+    """Return error messages for numbers that are too small and options that exclude each other."""
     least = {"devices": 1, "restarts": 0, "accumulate": 1, "workers": 0, "save_every": 1, "keep": 1}
     least |= {"log_every": 1, "diagnose_every": 0, "seed": 0}
     problems: list[str] = []

@@ -24,9 +24,6 @@ class Records:
         folder: of the run.
         step: to resume from. Lines of later steps are dropped: they will be written again.
         validated: whether the checkpoint includes the validation of that step; if not, its line is dropped too.
-
-    Raises:
-        OSError: the files cannot be written.
     """
 
     def __init__(self, folder: Path, step: int, *, validated: bool = True) -> None:
@@ -46,9 +43,6 @@ class Records:
             kind: "train", "val" or "gradients".
             step: updates made.
             values: numbers by name, or in nested groups.
-
-        Raises:
-            OSError: it cannot be written.
         """
         self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()

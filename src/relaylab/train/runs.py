@@ -46,13 +46,9 @@ FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "image
 
 @dataclass(frozen=True)
 class Request:
-    """A training that the options ask for.
+    """A training: complete options, the recipe with its changes, and the run and checkpoint to resume.
 
-    Attributes:
-        config: the options; where a run resumes, completed by its own.
-        recipe: at its scale, with its changes.
-        folder: of the run to resume; None for a new run.
-        checkpoint: to resume from; None for the newest valid one.
+    The folder is None for a new run, and the checkpoint is None for the newest valid one.
     """
 
     config: TrainConfig
@@ -109,11 +105,10 @@ def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
 
 def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[str]:
     """Return an error message if the recipe's batch cannot be divided evenly."""
-    size = recipe.optimizer.batch_size
-    if size % max(1, devices * config.accumulate) == 0:
-        return []
-    among = f"{devices} devices in {config.accumulate} parts each"
-    return [f"optimizer.batch_size is {size}: it has to divide evenly among {among}"]
+    size, parts = recipe.optimizer.batch_size, config.accumulate
+    is_even = size % max(1, devices * parts) == 0
+    among = f"among {devices} devices in {parts} parts each"
+    return [] if is_even else [f"optimizer.batch_size is {size}: it has to divide evenly {among}"]
 
 
 def _checked(recipe: Recipe | None, problems: list[str]) -> Recipe:
@@ -303,17 +298,7 @@ def values_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[str, Any]) -> None:
-    """Write the configuration of a new run; the paths of its images are made absolute.
-
-    Args:
-        folder: of the run.
-        config: its options.
-        recipe: as it is trained.
-        about: further entries.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the configuration of a new run: its options, with absolute paths, its recipe, and further entries."""
     options = dataclasses.asdict(config) | {"out": None, "resume": None}
     options |= {name: [str(path.absolute()) for path in getattr(config, name)] for name in ("data", "val_data")}
     del options["given"]
@@ -323,11 +308,7 @@ def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[s
 
 
 def note_start(folder: Path, about: Mapping[str, Any]) -> None:
-    """Add this start to a run's environment, and warn of versions that have changed since the last start.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Add this start to a run's environment, and warn of versions that have changed since the last start."""
     starts = starts_of(folder)
     here = environment()
     versions: dict[str, str] = here["versions"]

@@ -30,13 +30,7 @@ class Plateau:
 
 
 def learning_rate(config: OptimizerConfig, iteration: int, drops: int = 0) -> float:
-    """Return the learning rate of one update.
-
-    Args:
-        config: of the optimizer and its schedule.
-        iteration: of the update, from 0.
-        drops: how often a plateau schedule has lowered the rate.
-    """
+    """Return the learning rate of an update, counted from 0, after so many drops of a plateau schedule."""
     schedule, progress = config.schedule, iteration / config.iterations
     match schedule:
         case PlateauConfig():

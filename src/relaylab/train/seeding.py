@@ -9,15 +9,10 @@ from relaylab.data.keyed import keys
 
 
 def seed_all(seed: int, step: int, rank: int) -> None:
-    """Seed every generator that a step may use.
+    """Seed every generator that a step may use, from the run's seed, the updates made and the process's rank.
 
     The numbers are those of `torch.manual_seed`, which takes a millisecond to format its stack until CUDA is
     initialised.
-
-    Args:
-        seed: of the run.
-        step: updates made before.
-        rank: of this process.
     """
     key = int(keys(seed, step, rank)[0])
     torch.default_generator.manual_seed(key)

@@ -67,10 +67,7 @@ def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
 def parameter_groups(relay: nn.Module, segments: Segments, factors: Mapping[str, float]) -> list[dict[str, object]]:
     """Return the optimizer's parameter groups: one for each factor on the learning rate, stored as "lr_factor".
 
-    Args:
-        relay: whose parameters are optimized.
-        segments: of these parameters.
-        factors: by segment, where it is not 1.
+    Segments without a factor have 1.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in relay.named_parameters():

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +24,11 @@ from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, open_images
 from relaylab.train.loop import Trainer
-from relaylab.train.meter import Meter
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, parameter_groups, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
-from relaylab.train.state import Progress, load_tensors
+from relaylab.train.state import load_tensors
 from relaylab.train.torchrun import launch_id, restart_count
 from relaylab.train.validation import Validation
 
@@ -88,7 +87,7 @@ def train(
 
 def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to resume from, which the first process finds and broadcasts."""
-    found: tuple[str, str | None] | None = None
+    found: tuple[Path, Path | None] | None = None
     if fabric.is_global_zero:
         folder = request.folder
         if folder is None and restart_count():
@@ -98,21 +97,20 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) 
         stack.enter_context(logging_to(folder, level))
         (folder / failures.FILE).unlink(missing_ok=True)
         runs.note_start(folder, {"launch": launch_id(), **_where(fabric, request.config)})
-        found = str(folder), _newest(folder, request)
+        found = folder, _newest(folder, request)
     else:
         stack.enter_context(logging_to(None))
-    told = cast("tuple[str, str | None]", fabric.broadcast(found))
-    return Path(told[0]), None if told[1] is None else Path(told[1])
+    return cast("tuple[Path, Path | None]", fabric.broadcast(found))
 
 
-def _newest(folder: Path, request: runs.Request) -> str | None:
+def _newest(folder: Path, request: runs.Request) -> Path | None:
     if request.checkpoint is not None and not restart_count():
         checkpoint.check(request.checkpoint)
-        return str(request.checkpoint)
+        return request.checkpoint
     path = checkpoint.newest_whole(folder / runs.CHECKPOINTS)
     if path is None and any(checkpoint.newest(folder / runs.CHECKPOINTS)):
         raise LabError(f"no checkpoint in {folder / runs.CHECKPOINTS} is whole: start a new run")
-    return None if path is None else str(path)
+    return path
 
 
 @contextmanager
@@ -187,12 +185,8 @@ def _train(
         _write_model(folder, trainer, images)
         log.info("finished: %s", folder)
     elif is_first:
-        log.warning(
-            "stopped by %s after step %d, which is saved. Go on with:\n  relaylab train --resume %s",
-            stop.signal or "a signal to another process",
-            at.step,
-            folder,
-        )
+        by, resume = stop.signal or "a signal to another process", f"relaylab train --resume {folder}"
+        log.warning("stopped by %s after step %d, which is saved. Go on with:\n  %s", by, at.step, resume)
     return Outcome(folder, finished, not finished or bool(stop), at.step, at.last, at.best)
 
 
@@ -200,13 +194,6 @@ def assemble(
     fabric: Fabric, request: runs.Request, images: RunImages, segments: Segments, stop: StopRequest
 ) -> Trainer:
     """Build a training with fresh weights, which the seed determines; it has no records yet.
-
-    Args:
-        fabric: the engine.
-        request: what to train; checkpoints are written to its folder.
-        images: opened for this recipe.
-        segments: of the recipe's parameters.
-        stop: set by signals.
 
     Raises:
         InputError: a batch that cannot be divided among the processes.
@@ -248,12 +235,8 @@ def assemble(
         stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed),
         augment=augment,
         validation=Validation(images.val, augment, nn.CrossEntropyLoss(), fabric),
-        records=None,
         checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
         stop=stop,
-        task=Silent(),
-        progress=Progress(),
-        meter=Meter(),
     )
 
 
@@ -275,25 +258,21 @@ def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mappin
         log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
     if state:
         log.info("going on from step %d of %s", trainer.progress.step, folder)
-        if state["processes"] != trainer.fabric.world_size:
-            log.warning(
-                "processes: %d now, %d before. Sums are added in another order, and dropout has other masks",
-                trainer.fabric.world_size,
-                state["processes"],
-            )
+        now, before = trainer.fabric.world_size, state["processes"]
+        if now != before:
+            effect = "Sums are added in another order, and dropout has other masks"
+            log.warning("processes: %d now, %d before. %s", now, before, effect)
     else:
         log.info("%s, %s, seed %d: %s", recipe.name, SCHEMES[recipe.scheme], trainer.config.seed, folder)
 
 
-@contextmanager
-def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> Iterator[Task]:
+def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> AbstractContextManager[Task]:
+    """The caller's task, or a progress bar in the first process."""
     if task is not None:
         task.advance(done)
     if task is not None or not is_first:
-        yield task or Silent()
-        return
-    with progress("train", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES) as task:
-        yield task
+        return nullcontext(task or Silent())
+    return progress("train", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES)
 
 
 def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:

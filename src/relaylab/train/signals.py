@@ -55,11 +55,7 @@ def stopping() -> Iterator[StopRequest]:
 
 @contextmanager
 def receiving(others: Mapping[int, Any] = MappingProxyType({})) -> Iterator[StopRequest]:
-    """Treat SIGINT and SIGTERM as requests to stop.
-
-    Args:
-        others: handlers of other signals, for the same time.
-    """
+    """Treat SIGINT and SIGTERM as requests to stop; `others` are handlers of other signals."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may set handlers

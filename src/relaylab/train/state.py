@@ -52,13 +52,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def load_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, model: Mapping[str, Tensor], kept: Mapping[str, Tensor]
 ) -> None:
-    """Load a checkpoint's tensors. They are copied: their memory may be mapped to the file.
-
-    Args:
-        module: whose parameters the optimizer updates.
-        optimizer: new, or used.
-        model: the module's state dict.
-        kept: from `optimizer_tensors`.
+    """Load a checkpoint's model and optimizer tensors. They are copied: their memory may be mapped to the file.
 
     Raises:
         InputError: they belong to another module.

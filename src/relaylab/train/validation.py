@@ -19,12 +19,7 @@ GPU_PIXELS = 1000 * 64**2  # of a batch: enough to keep a GPU busy, and less mem
 
 
 def batch_size(part: Part, device: torch.device) -> int:
-    """Return the batch size for validation.
-
-    Args:
-        part: of the data. Batches of images that workers decode are small: several for each worker are in memory.
-        device: of the network.
-    """
+    """Return the batch size for validation: small where workers decode, with several batches for each in memory."""
     if device.type == "cpu" or not isinstance(part, InMemory):
         return CPU_BATCH
     return max(CPU_BATCH, GPU_PIXELS // part.view.size**2)
@@ -33,11 +28,7 @@ def batch_size(part: Part, device: torch.device) -> int:
 class Validation:
     """The validation images of one process, and the errors on those of all.
 
-    Args:
-        part: the validation images, all of them in every process.
-        augment: which in evaluation mode only normalises.
-        criterion: mean loss of a batch.
-        fabric: devices, precision and processes.
+    Every process opens all images, and evaluates its share; `criterion` is the mean loss of a batch.
     """
 
     def __init__(self, part: Part, augment: Augmentation, criterion: nn.Module, fabric: Fabric):
@@ -64,9 +55,7 @@ class Validation:
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
         """Return top-1 and top-5 errors in per cent and the loss, means over all images. The mode is restored.
 
-        Args:
-            relay: network in training.
-            watch: called with the share of images done.
+        `watch` is called with the share of images done.
         """
         was_training = relay.training
         relay.eval()
