@@ -239,11 +239,10 @@ class PackedRun:
             *figures, size = torch.cat([self.history[since:step].mean(0), weights[None]]).tolist()
             losses = dict(zip(self.relay.plan.windows, figures, strict=False))
             speed = {} if self.images_per_s is None else {"images_per_s": round(self.images_per_s)}
-            layers, by_segment = diagnosis.sizes(self.relay, self.segments)
             angles = self._angles() if step < self.run.iterations else {}
             found: dict[str, Mapping[str, Any]] = {
                 "train": {"loss": losses, "gradient_norm": figures[-1], **speed},
-                "gradients": diagnosis.Look(layers, by_segment, angles).values(),
+                "gradients": diagnosis.statistics(self.relay, self.segments, angles),
                 "val": self.validation(self.relay) if math.isfinite(size) else {},
             }
         if not all(map(math.isfinite, (size, *_numbers(found)))):
@@ -270,7 +269,7 @@ class PackedRun:
             self.supply.augment.eval()
             write_tested(self.run, test_network(score, self.relay.model, train, val))
 
-    def _angles(self) -> diagnosis.Angles:
+    def _angles(self) -> diagnosis.Groups:
         """Of the next batch; not of networks whose statistics would count it twice."""
         if any(isinstance(module, nn.BatchNorm2d) for module in self.relay.modules()):
             return {}

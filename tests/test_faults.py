@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     told = (halfway / runs.LOG).read_text()
     assert "step-00000008" in told
     assert "the checkpoint before it is tried" in told
-    assert "going on from step 4" in told
+    assert "resuming from step 4" in told
     assert_as_reference(halfway, reference)
 
 
@@ -349,7 +349,7 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
         ranks[0].kill()
         told = run.communicate(timeout=LONG)[1]
         assert run.returncode == 0, told
-        assert "going on from step" in told
+        assert "resuming from step" in told
     finally:
         if run.poll() is None:
             for process in (*psutil.Process(run.pid).children(recursive=True), run):

@@ -314,7 +314,7 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "which recipe?"),
+        ((), "a recipe is required"),
         (("table3-model-a-rely",), "nearest: table3-model-a-relay"),
         (("table4-model-a-relay",), "train that one"),
         (("table3-model-a-relay", "--set", "optimizer.lr=inf"), "expected a finite number, above 0"),
@@ -323,7 +323,7 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
         (("table3-model-a-relay", "--batch-norm", "synchronised"), "needs GPUs"),
         (("table3-model-a-relay", "--strategy", "fsdp"), "several devices"),
         (("table3-model-a-relay", "--accelerator", "cuda"), "no GPU"),
-        (("table3-model-a-relay", "--devices", "3"), "divide evenly among 3 devices"),
+        (("table3-model-a-relay", "--devices", "3"), "must be divisible by devices x accumulate (3 x 1)"),
         (("table3-model-a-relay", "--resume", "nowhere"), "no such run or checkpoint"),
         (("table3-model-a-relay", "--resume", "."), "expected a run's folder"),
     ],
@@ -383,7 +383,7 @@ def test_a_loss_that_reaches_nothing_of_a_layer_leaves_it_alone_and_says_so(
 
 
 def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference: Path) -> None:
-    with pytest.raises(InputError, match=r"holds a run: go on with it by --resume"):
+    with pytest.raises(InputError, match=r"already contains a run; resume it with --resume"):
         train(tiny_images, reference)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):

@@ -12,7 +12,7 @@ from relaylab.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError, neares
 from relaylab.files import ROOT, available_cores, new_folder
 from relaylab.options import Folder, Listed, Number
 from relaylab.recipes.schema import SCHEMES
-from relaylab.train.options import Engine, TrainConfig
+from relaylab.train.options import Engine, TrainConfig, name_of
 
 if TYPE_CHECKING:
     from relaylab.report.comparison import Comparison, Member
@@ -48,11 +48,6 @@ def main(options: CompareOptions) -> int:
             return INTERRUPTED
         print_results(comparison, folder, options.changes)
         return FAILED if comparison.failures else 0
-
-
-def name_of(options: Engine) -> str:
-    """Return the name of a recipe with its scale."""
-    return f"{options.recipe}" if options.scale == "paper" else f"{options.recipe}-{options.scale}"
 
 
 def compare(options: CompareOptions, folder: Path) -> "Comparison | None":

@@ -15,13 +15,7 @@ from relaylab.progress import progress
 def open_images(
     data: Sequence[Path], split: str, networks: Sequence[Trained], models: Mapping[str, ModelFile]
 ) -> Source:
-    """Open images, with labels in the order of the networks' classes.
-
-    Args:
-        data: their paths; empty for those of the first run.
-        split: train, val, test or all.
-        networks: to evaluate.
-        models: their model files, by name.
+    """Open one split, or "all", of the given images, or else of the first run's, labelled in the order of its classes.
 
     Raises:
         InputError: networks with different classes, or images that cannot be used.
@@ -29,10 +23,9 @@ def open_images(
     first = models[networks[0].name]
     for name, model in models.items():
         if model.classes != first.classes:
-            raise InputError(
-                f"{networks[0].name} and {name} have different classes ({len(first.classes)} and "
-                f"{len(model.classes)}): they cannot be compared in one table"
-            )
+            counts = f"{len(first.classes)} and {len(model.classes)}"
+            what = f"{networks[0].name} and {name} have different classes ({counts})"
+            raise InputError(f"{what}: they cannot be compared in one table")
     if not data and not networks[0].data[0]:
         raise InputError("--data is required: a model file does not record its images")
     source = open_split(data, networks[0].data, split, first.classes)
@@ -46,13 +39,9 @@ def open_images(
 def open_split(
     data: Sequence[Path], of_run: tuple[Sequence[Path], Sequence[Path]], split: str, classes: Sequence[str]
 ) -> Source:
-    """Open one split of the given images, or else of a run's.
+    """Open one split, or "all", of the given images, or else of a run's, labelled in the order of a network's classes.
 
-    Args:
-        data: given by the user; may be empty.
-        of_run: the training and validation images of a run; the latter are empty if the former include them.
-        split: train, val, test or all.
-        classes: of the network, in the order of its output.
+    A run has paths of training and of validation images; the latter are empty if the former include them.
 
     Raises:
         InputError: images that cannot be used.
@@ -65,12 +54,7 @@ def open_split(
 
 
 def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Source:
-    """Open the images that scores belong to.
-
-    Args:
-        folder: of scores.
-        name: of a network whose run records its images.
-        data: paths to try first.
+    """Open the images that scores belong to: from the given paths, or else from those that the network's run records.
 
     Raises:
         InputError: the images have moved or changed.

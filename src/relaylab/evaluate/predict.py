@@ -86,11 +86,7 @@ def network_of(model: ModelFile) -> Network:
 
 
 def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Picture]:
-    """Resolve the image arguments.
-
-    Args:
-        paths: files, folders with images at any depth, or "-" for one image from stdin.
-        stdin: reads all of it.
+    """Resolve the image arguments: files, folders with images at any depth, or "-" for one image from stdin.
 
     Raises:
         InputError: no images, or a folder without any.
@@ -107,7 +103,7 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
         else:
             pictures.append(Picture(str(path), path.read_bytes))
     if not pictures:
-        raise InputError("which images? Give files or folders, or - for one from stdin")
+        raise InputError("no images are given: name files or folders, or - for one from stdin")
     return pictures
 
 
@@ -121,22 +117,14 @@ def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Predictio
         for each in read:
             if isinstance(each, InputError):
                 yield each
-                continue
-            best = next(shares).topk(min(TOP, len(network.classes)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            yield Prediction(*each, tuple(Guess(network.classes[number], share) for number, share in pairs))
+            else:
+                best = next(shares).topk(min(TOP, len(network.classes)))
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                yield Prediction(*each, tuple(Guess(network.classes[index], share) for index, share in pairs))
 
 
 def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
-    """Return an image's centre crop for the network's classifier.
-
-    Args:
-        pixels: uint8 (h, w, 3), RGB.
-        config: of the network.
-
-    Returns:
-        float32 (3, crop, crop), RGB, 0 to 255.
-    """
+    """Return the centre crop of an image, uint8 (h, w, 3), as float32 (3, crop, crop), RGB, 0 to 255."""
     return cut(pixels, Pass("single-crop"), config)[0].permute(2, 0, 1).float()
 
 
@@ -164,7 +152,7 @@ def _open_onnx(path: Path) -> Network:
     except InputError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise InputError(f"{path} is no program that `relaylab export` has written: {error}") from None
+        raise InputError(f"{path} is not a program that `relaylab export` has written: {error}") from None
 
     def scores(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: images.numpy()})[0])

@@ -43,13 +43,9 @@ class Pass:
 
 
 def passes_of(kind: Kind, config: InputConfig, scales: Iterable[int] = (), *, flip: bool = False) -> list[Pass]:
-    """Return the passes of a protocol.
+    """Return the passes of a protocol; dense testing has one for each scale.
 
-    Args:
-        kind: of the protocol.
-        config: of the network's input.
-        scales: of dense testing; by default the paper's, in proportion to the network's images.
-        flip: include mirror images in dense testing.
+    By default the scales are the paper's, in proportion to the network's images.
 
     Raises:
         InputError: an unknown protocol, or a scale smaller than the network's crops.
@@ -72,12 +68,7 @@ def default_scales(config: InputConfig) -> list[int]:
 
 
 def cut(pixels: Pixels, each: Pass, config: InputConfig) -> Tensor:
-    """Return the crops of an image for a pass.
-
-    Args:
-        pixels: uint8 (h, w, 3), an image.
-        each: the pass.
-        config: of the network's input.
+    """Return the crops of an image, uint8 (h, w, 3), for a pass.
 
     Returns:
         uint8 (n, h, w, 3): one crop, five of them, or the whole image resized.
@@ -87,9 +78,7 @@ def cut(pixels: Pixels, each: Pass, config: InputConfig) -> Tensor:
         crop = torch.empty(size, size, 3, dtype=torch.uint8)
         cut_box(pixels, _centre(pixels, config), crop)
         return crop[None]
-    square = config.how == "both sides"
-    side = config.resize if each.scale is None else each.scale
-    image = torch.from_numpy(resized(pixels, side, square=square))
+    image = torch.from_numpy(resized(pixels, each.scale or config.resize, square=config.how == "both sides"))
     if each.kind == "dense":
         return image[None]
     down, right = (length - size for length in image.shape[:2])

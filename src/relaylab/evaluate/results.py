@@ -16,6 +16,7 @@ from relaylab.recipes.schema import SCHEMES
 from relaylab.tables import Table, markdown_lines
 
 TABLE, RESULTS = "evaluation.md", "evaluation.json"
+Scored = tuple[str, Kind]  # a network and a protocol
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,15 @@ class Ensemble:
 
 
 def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str | None = None) -> str:
-    """Write all results of a folder's scores.
+    """Write all results of a folder's scores, with those of new ensembles; earlier ensembles are kept.
 
-    Args:
-        folder: of scores.
-        ensembles: new ones; those of earlier calls are kept.
-        against: the network to compare the others with; None for standard BP, see `baseline`.
+    Networks are compared with `against`; None stands for standard BP, see `baseline`.
 
     Returns:
         The table, and its path.
     """
     labels = folder.images.labels
-    scores: dict[tuple[str, Kind], Tensor] = {}
+    scores: dict[Scored, Tensor] = {}
     for name in folder.names():
         scores |= {(name, kind): folder.protocol(name, kind) for kind in folder.protocols(name)}
     rates = {key: error_rates(values, labels) for key, values in scores.items()}
@@ -66,15 +64,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
 
 
 def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Combine, *, held_out: bool) -> Ensemble:
-    """Evaluate an ensemble.
-
-    Args:
-        folder: of scores.
-        names: of its members.
-        kind: protocol of the scores.
-        how: to combine probabilities.
-        held_out: fit weights on one half of the images and evaluate on the other.
-    """
+    """Evaluate an ensemble of networks by one protocol; `held_out` fits weights on one half and reports the other."""
     members = [folder.protocol(name, kind) for name in names]
     labels = folder.images.labels
     weights: Tensor | None = None
@@ -91,9 +81,7 @@ def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Comb
 def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the network to compare another one with: standard BP of its seed, else standard BP, else the first.
 
-    Args:
-        name: of the other network.
-        networks: descriptions of runs by name; see `relaylab.evaluate.trained.describe_run`.
+    The networks' descriptions are those of `relaylab.evaluate.trained.describe_run`.
     """
     standard = [each for each, about in networks.items() if about.get("values", {}).get("scheme") == "standard"]
     paired = [each for each in standard if networks[each]["seed"] == networks[name].get("seed")]
@@ -101,10 +89,7 @@ def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _table(
-    folder: ScoreFolder,
-    rates: Mapping[tuple[str, Kind], ErrorRates],
-    scores: Mapping[tuple[str, Kind], Tensor],
-    against: str | None,
+    folder: ScoreFolder, rates: Mapping[Scored, ErrorRates], scores: Mapping[Scored, Tensor], against: str | None
 ) -> Table:
     labels = folder.images.labels
     header = ("network", "protocol", "top-1", "top-5", "mean per class", "compared with", "top-1 minus it", "top-5")

@@ -75,11 +75,7 @@ def describe_images(source: Source) -> ImageList:
 
 
 class ScoreFolder:
-    """A folder of scores of several networks on the same images.
-
-    Args:
-        path: of the folder.
-        images: that the scores belong to; None to read them from the folder.
+    """A folder of scores of several networks on the same images, which are read from it if they are not given.
 
     Raises:
         InputError: no such folder, or one of other images.
@@ -143,17 +139,10 @@ class ScoreFolder:
         return self._file(name, of_pass, chunk).is_file()
 
     def write(self, name: str, of_pass: str, chunk: int, log_probabilities: Tensor) -> None:
-        """Write one chunk.
-
-        Args:
-            name: of the network.
-            of_pass: name of the pass.
-            chunk: its index.
-            log_probabilities: (images, classes).
+        """Write one chunk of a pass: log-probabilities (images, classes).
 
         Raises:
             InputError: scores that are not numbers.
-            OSError: it cannot be written.
         """
         bad = log_probabilities.isnan().any(dim=1).nonzero().flatten()
         if len(bad):
@@ -247,7 +236,7 @@ def _read_images(path: Path) -> ImageList:
         labels, classes = tensors["labels"], tuple(json.loads(header["classes"]))
         images = ImageList(header["title"], header["fingerprint"], classes, labels, names)
     except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no whole folder of scores: {error}") from None
+        raise InputError(f"{path} is not a complete folder of scores: {error}") from None
     if len(images.names) != len(images.labels):
         raise InputError(f"{path / IMAGES} names {len(images.names)} images, and there are {len(images.labels)} labels")
     return images

@@ -43,25 +43,16 @@ def read_test_list(path: Path) -> list[str]:
         raise InputError(f"cannot read {path}: {error}") from None
     names: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        if name in names:
+        name = next(iter(line.split()), None)
+        if name is not None and names.setdefault(name, number) != number:
             raise InputError(f"{path}, line {number}: {name} was on line {names[name]} already")
-        names[name] = number
     if not names:
         raise InputError(f"{path} is empty: expected the name of a test image on each line")
     return list(names)
 
 
 def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[str], form: Form) -> list[str]:
-    """Format a submission.
-
-    Args:
-        names: of the images with scores.
-        scores: (images, classes), higher for likelier classes.
-        expected: the test images in the official order.
-        form: of the lines.
+    """Format the scores of named images, (images, classes), as a submission for the expected images in their order.
 
     Raises:
         InputError: missing, extra or repeated images; scores that are not numbers or of fewer than five classes.

@@ -26,13 +26,7 @@ Row = tuple[int, list[Pixels]]  # arrays: between processes a tensor costs a fil
 
 
 class Cuts(Dataset[Row]):
-    """The crops of images for several passes, each image decoded once.
-
-    Args:
-        source: of encoded images.
-        passes: to crop for.
-        config: of the network's input.
-    """
+    """The crops of encoded images for several passes, each image decoded once."""
 
     def __init__(self, source: Source, passes: Sequence[Pass], config: InputConfig) -> None:
         self._source, self._passes, self._config = source, passes, config
@@ -51,12 +45,7 @@ class Cuts(Dataset[Row]):
 
 
 class Scorer:
-    """A trained network in evaluation mode, which computes log-probabilities of crops.
-
-    Args:
-        model: the network and its input.
-        device: to run on.
-    """
+    """A trained network in evaluation mode, which computes log-probabilities of crops."""
 
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu") -> None:
         self.config = config = model.input
@@ -69,17 +58,14 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, each: Pass, images: Tensor) -> Tensor:
-        """Return log-probabilities (batch, classes), float32, on the CPU.
+        """Return a pass's log-probabilities (batch, classes), float32, on the CPU.
 
-        Args:
-            each: the pass.
-            images: uint8 (batch, n, h, w, 3), of one size.
+        The images are uint8 (batch, n, h, w, 3), of one size.
         """
-        count = images.shape[1]
         x = self.normalised(images.flatten(0, 1))
-        found = [self._one(each, x), *([self._one(each, x.flip(3))] if mirrored(each) else [])]
+        found = [self._one(each, view) for view in ([x, x.flip(3)] if mirrored(each) else [x])]
         rows = torch.stack(found, dim=1).log_softmax(dim=2)
-        return average(rows.unflatten(0, (-1, count)).flatten(1, 2), 1).cpu()
+        return average(rows.unflatten(0, (-1, images.shape[1])).flatten(1, 2), 1).cpu()
 
     def _one(self, each: Pass, x: Tensor) -> Tensor:
         scores = self._dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self.network(x)
@@ -106,7 +92,7 @@ def evaluate(
     batch_size: int = 32,
     stopped: Callable[[], object] = bool,
 ) -> bool:
-    """Write the missing scores of a network, chunk by chunk.
+    """Write the missing scores of a network by some passes, chunk by chunk.
 
     Args:
         scorer: the network.

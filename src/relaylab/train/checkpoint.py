@@ -148,7 +148,7 @@ def check(path: Path) -> None:
         pairs = [line.split("  ", 1) for line in (path / SUMS).read_text(encoding="ascii").splitlines()]
         sums = {name: digest for digest, name in pairs}
     except (OSError, ValueError):
-        raise DamagedCheckpointError(f"{path} is no whole checkpoint: it has no readable {SUMS}") from None
+        raise DamagedCheckpointError(f"{path} is not a complete checkpoint: it has no readable {SUMS}") from None
     for name in (MODEL, OPTIMIZER, STATE):
         try:
             if _sum(path / name) != sums.get(name):

@@ -13,7 +13,6 @@ Note [Diagnosis]
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,30 +21,10 @@ from torch import Tensor, nn
 from relaylab.train.engine import looking, whole
 from relaylab.train.segments import Segments
 
-Angles = dict[str, dict[str, float]]
+Groups = dict[str, dict[str, float]]  # numbers of each layer, segment or overlap
 
 
-@dataclass(frozen=True)
-class Look:
-    """The gradient statistics of one step.
-
-    Attributes:
-        layers: by weight layer, "gradient", the mean absolute gradient, and "ratio", its ratio to the mean absolute
-            weight.
-        segments: by segment, the same over all its parameters.
-        cosines: by overlap and pair of losses, the cosine of the angle between their gradients.
-    """
-
-    layers: Mapping[str, Mapping[str, float]]
-    segments: Mapping[str, Mapping[str, float]]
-    cosines: Mapping[str, Mapping[str, float]]
-
-    def values(self) -> dict[str, Mapping[str, Mapping[str, float]]]:
-        """Return the statistics that are not empty, as plain values."""
-        return {name: part for name, part in vars(self).items() if part}
-
-
-def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Segments) -> Angles:
+def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Segments) -> Groups:
     """Return the cosines between losses' gradients where they train the same layers. See Note [Diagnosis] 2.
 
     Args:
@@ -71,7 +50,7 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
             gradient = torch.zeros_like(parameters[name]) if gradient is None else gradient
             by_segment.setdefault(segments.of[name], []).append(gradient.flatten())
         gradients |= {(segment, loss): torch.cat(parts) for segment, parts in by_segment.items()}
-    cosines: Angles = {}
+    cosines: Groups = {}
     for segment, names in overlaps.items():
         for one, other in itertools.combinations(names, 2):
             a, b = gradients[segment, one], gradients[segment, other]
@@ -81,8 +60,18 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
     return cosines
 
 
-def sizes(relay: nn.Module, segments: Segments) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Return gradient magnitudes by weight layer and by segment, after a backward pass. See `Look`."""
+def statistics(relay: nn.Module, segments: Segments, cosines: Groups) -> dict[str, Groups]:
+    """Return the gradient statistics of a step, after its backward pass; without "cosines" if there are none.
+
+    "layers" and "segments" have, by weight layer and by segment, "gradient", the mean absolute gradient, and "ratio",
+    its ratio to the mean absolute weight.
+    """
+    layers, by_segment = sizes(relay, segments)
+    return {"layers": layers, "segments": by_segment} | ({"cosines": cosines} if cosines else {})
+
+
+def sizes(relay: nn.Module, segments: Segments) -> tuple[Groups, Groups]:
+    """Return gradient magnitudes by weight layer and by segment. See `statistics`."""
     named = {name: p for name, p in relay.named_parameters() if p.grad is not None}
     tensors = [(cast(Tensor, p.grad), p.detach()) for p in named.values()]
     norms = [torch.stack([whole(torch.linalg.vector_norm(t, 1)) for t in pair]) for pair in tensors]

@@ -91,14 +91,9 @@ def open_images(
 ) -> RunImages:
     """Open and check the images that the options name, and decode them if they fit into memory.
 
-    Args:
-        recipe: determines classes, sizes and normalisation.
-        config: options.
-        device: for training.
-        devices_here: processes on this machine, each of which holds its own images in memory.
-        fault_file: for the list of unreadable images, if there are too many.
-        first: entered while images are listed and counted, so that one process can go first and the others find its
-            results in the cache.
+    Each of `devices_here` processes on this machine holds its own images. One process can go `first`: the context is
+    entered while images are listed and counted, and the others find the results in the cache. `fault_file` is for the
+    list of unreadable images, if there are too many.
 
     Raises:
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
@@ -133,11 +128,7 @@ class Stream:
         self._loader = part.training(sampler, batch_size, seed)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches.
-
-        Raises:
-            LabError: images that cannot be used, or worker processes that die again and again.
-        """
+        """Iterate over the batches; images that cannot be used and repeated deaths of workers raise `LabError`."""
         deaths = 0
         while True:
             try:
@@ -201,12 +192,8 @@ def check_images(recipe: Recipe, train: Source, val: Source) -> None:
 def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:
     """Return the indices of the training images that a recipe trains on, and of those it validates with instead.
 
-    Args:
-        config: of the recipe.
-        labels: (n,) of all training images.
-
-    Returns:
-        Sorted indices; None first for all images, None second for the validation images.
+    The labels, (n,), are those of all training images. Indices are sorted; None stands for all training images, and
+    for the validation images.
     """
     labels = np.asarray(labels)
     chosen, held = None, None

@@ -11,7 +11,6 @@ Note [Jobs]
 4. One process at a time lists and decodes images: the next one finds the index and the mean image in the cache.
 """
 
-import fcntl
 import io
 import multiprocessing
 import os
@@ -20,8 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -87,7 +86,7 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
     waiting, running, ended = list(configs), list[_Job](), list[_Job]()
     with ExitStack() as stack:
         stop = stack.enter_context(receiving())
-        lock = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relaylab-"))) / "lock"
+        lock = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relaylab-")))
         task = stack.enter_context(progress("train", iterations * len(configs), every_s=SECONDS_BETWEEN_LINES))
         stack.callback(_end_all, running, signal.SIGKILL)
         is_passed_on = False
@@ -153,7 +152,7 @@ def _settle(job: _Job, *, is_stopping: bool) -> str:
     failure = read_failure(job.folder) or Failure("failed", job.last.step, job.last.error)
     with suppress(OSError):  # a full disk, perhaps
         write_failure(job.folder, failure)
-    return f"failed {failure.text}"
+    return failure.text
 
 
 def _end_all(running: Sequence[_Job], number: signal.Signals) -> None:
@@ -204,7 +203,8 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
         reporter = _Reporter(pipe, stop)
         with redirect_stderr(reporter):
             try:
-                outcome = session.train(runs.understand(config), task=reporter, first=_alone(lock), stop=stop)
+                request, first = runs.understand(config), runs.locked(lock, wait=True)
+                outcome = session.train(request, task=reporter, first=first, stop=stop)
             except Exception as error:  # any failure of one run is a result of the comparison
                 if not isinstance(error, LabError):
                     traceback.print_exc()
@@ -214,12 +214,3 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
                 last = f"top-1 error {outcome.last['top1']:.2f} %" if outcome.last else f"step {outcome.step}"
                 end = "finished" if outcome.finished else "stopped"
                 reporter.send(_Report(outcome.step, last, end=end))
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Keep the other processes out. The system releases the lock when the process ends, however it ends."""
-    with lock.open("w") as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

@@ -123,7 +123,7 @@ class Trainer:
             group["lr"] = rate * group["lr_factor"]
         every = self.config.diagnose_every
         measures = every > 0 and (progress.step + 1) % every == 0
-        cosines: diagnosis.Angles = {}
+        cosines: diagnosis.Groups = {}
         totals: dict[str, Tensor] = {}
         for part in range(parts):
             began = time.perf_counter()
@@ -136,8 +136,7 @@ class Trainer:
             totals = {name: totals.get(name, 0.0) + value / parts for name, value in values.items()}
         norm, stopping = self.check_and_count(totals)
         if measures and math.isfinite(norm):
-            layers, by_segment = diagnosis.sizes(self.relay, self.segments)
-            self.record("gradients", progress.step + 1, diagnosis.Look(layers, by_segment, cosines).values())
+            self.record("gradients", progress.step + 1, diagnosis.statistics(self.relay, self.segments, cosines))
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
@@ -148,7 +147,7 @@ class Trainer:
             self.meter.reset()
         return stopping
 
-    def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Angles]:
+    def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Groups]:
         """Add the gradients of one part of the step's batch to those of the parts before it.
 
         Returns:
@@ -167,7 +166,7 @@ class Trainer:
         losses = self.criterion.terms(output, batch.labels)
         weights = self.criterion.plan.weights
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
-        angles: diagnosis.Angles = {}
+        angles: diagnosis.Groups = {}
         if measures and self.can_see_angles:
             scale = self.scaler.get_scale() if self.scaler else 1.0
             scaled = {name: scale * loss for name, loss in weighted.items()}

@@ -14,7 +14,6 @@ class Meter:
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
-        self._rate, self._wait = 0.0, 0.0
         self.reset()
 
     def reset(self) -> None:

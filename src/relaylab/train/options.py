@@ -126,3 +126,8 @@ def engine_problems(config: Engine) -> list[str]:
     if config.early_release and config.strategy == "fsdp":
         problems.append("--early-release needs whole parameters on each device: leave out --strategy fsdp")
     return problems
+
+
+def name_of(options: Subject) -> str:
+    """Return the name of a recipe with its scale."""
+    return f"{options.recipe}" if options.scale == "paper" else f"{options.recipe}-{options.scale}"

@@ -31,7 +31,7 @@ from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train.environment import environment
-from relaylab.train.options import TrainConfig, engine_problems
+from relaylab.train.options import TrainConfig, engine_problems, name_of
 from relaylab.train.torchrun import restart_count
 
 log = logging.getLogger("relaylab.train")
@@ -83,7 +83,8 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
         if folder is not None:
             return Request(_merged(config, folder, given), recipe, folder)
     elif config.out is not None and (config.out / CONFIG).exists() and not restart_count():
-        raise InputError(f"{config.out} holds a run: go on with it by --resume {config.out}, or take another --out")
+        resume = f"resume it with --resume {config.out}, or take another --out"
+        raise InputError(f"{config.out} already contains a run; {resume}")
     return Request(config, recipe)
 
 
@@ -91,7 +92,7 @@ def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
     """The recipe at its scale with its changes, and all problems with it and with the options."""
     problems = engine_problems(config)
     if config.recipe is None:
-        return None, ["which recipe? 'relaylab recipes' lists them; or --resume PATH", *problems]
+        return None, ["a recipe is required: 'relaylab recipes' lists them; or --resume PATH", *problems]
     try:
         recipe = at_scale(find_recipe(config.recipe), config.scale)
     except InputError as error:
@@ -107,8 +108,8 @@ def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[st
     """Return an error message if the recipe's batch cannot be divided evenly."""
     size, parts = recipe.optimizer.batch_size, config.accumulate
     is_even = size % max(1, devices * parts) == 0
-    among = f"among {devices} devices in {parts} parts each"
-    return [] if is_even else [f"optimizer.batch_size is {size}: it has to divide evenly {among}"]
+    divisor = f"devices x accumulate ({devices} x {parts})"
+    return [] if is_even else [f"optimizer.batch_size is {size}: it must be divisible by {divisor}"]
 
 
 def _checked(recipe: Recipe | None, problems: list[str]) -> Recipe:
@@ -181,8 +182,6 @@ def title_of(folder: Path) -> str:
     Raises:
         InputError: the folder does not hold a run.
     """
-    if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} holds no run: expected {CONFIG}, as `relaylab train` writes it")
     return f"{SCHEMES[recipe_of(folder).scheme]} ({folder.resolve().name})"
 
 
@@ -191,8 +190,10 @@ def reading(folder: Path) -> Iterator[dict[str, Any]]:
     """Read a run's configuration; in the block, a missing or malformed entry is an error of the file.
 
     Raises:
-        InputError: the file or an entry cannot be read.
+        InputError: the folder holds no run, or the file or an entry cannot be read.
     """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds no run: expected {CONFIG}, as `relaylab train` writes it")
     try:
         yield json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -259,12 +260,6 @@ def arguments_of(config: TrainConfig) -> list[str]:
         option = "--set" if entry.name == "changes" else f"--{entry.name.replace('_', '-')}"
         arguments += [option] if value is True else [option, *map(str, value if isinstance(value, tuple) else [value])]
     return arguments
-
-
-def name_of(config: TrainConfig) -> str:
-    """Return the name that the runs of a recipe at a scale share."""
-    assert config.recipe is not None
-    return config.recipe if config.scale == "paper" else f"{config.recipe}-{config.scale}"
 
 
 def new_folder(config: TrainConfig) -> Path:
@@ -347,17 +342,17 @@ def starts_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run. The system releases the lock when the process ends, however it ends.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Lock a folder. The system releases the lock when the process ends, however it ends.
 
     Forked processes do not inherit locks of this kind: a loader's worker may outlive a process that is killed.
 
     Raises:
-        InputError: another process holds the lock.
+        InputError: another process holds the lock, and `wait` is false.
     """
     with (folder / LOCK).open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"another process is training the run in {folder}") from None
         except OSError:

@@ -174,9 +174,9 @@ def _train(
     except (OSError, LabError) as error:
         if is_first:
             kind = "diverged" if isinstance(error, NonFiniteLossError) else "failed"
-            failure = failures.Failure(kind, at.step, str(_as_lab_error(folder, error)))
             with suppress(OSError):  # a full disk, perhaps
-                failures.write_failure(folder, failure)
+                text = str(_as_lab_error(folder, error))
+                failures.write_failure(folder, failures.Failure(kind, at.step, text))
         raise
     finally:
         if trainer.records is not None:
@@ -186,7 +186,7 @@ def _train(
         log.info("finished: %s", folder)
     elif is_first:
         by, resume = stop.signal or "a signal to another process", f"relaylab train --resume {folder}"
-        log.warning("stopped by %s after step %d, which is saved. Go on with:\n  %s", by, at.step, resume)
+        log.warning("stopped by %s after step %d, which is saved. Resume with:\n  %s", by, at.step, resume)
     return Outcome(folder, finished, not finished or bool(stop), at.step, at.last, at.best)
 
 
@@ -212,12 +212,9 @@ def assemble(
         compiled = compile_outside_overlaps(relay, segments)
         log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
     module = fabric.setup_module(relay)
-    optimizer = torch.optim.SGD(
-        parameter_groups(relay, segments, recipe.optimizer.segment_lr),
-        recipe.optimizer.lr,
-        momentum=recipe.optimizer.momentum,
-        weight_decay=recipe.optimizer.weight_decay,
-    )
+    chosen = recipe.optimizer
+    groups = parameter_groups(relay, segments, chosen.segment_lr)
+    optimizer = torch.optim.SGD(groups, chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
     criterion = build_criterion(recipe.optimizer, relay.plan).to(fabric.device)
     augment = images.augmentation(recipe, config.seed).to(fabric.device)
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
@@ -257,7 +254,7 @@ def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mappin
     if UNTRAINED in segments.losses:
         log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
     if state:
-        log.info("going on from step %d of %s", trainer.progress.step, folder)
+        log.info("resuming from step %d of %s", trainer.progress.step, folder)
         now, before = trainer.fabric.world_size, state["processes"]
         if now != before:
             effect = "Sums are added in another order, and dropout has other masks"

@@ -29,12 +29,10 @@ def note_failure(error: LabError) -> bool:
     Returns:
         Whether this process is the first to record one, and should report its error.
     """
-    file = os.environ.get(FAILURE)
-    if file is None:
-        return True
     try:
-        with Path(file).open("x", encoding="ascii") as new:
-            new.write(str(error.exit_code))
+        if FAILURE in os.environ:
+            with Path(os.environ[FAILURE]).open("x", encoding="ascii") as new:
+                new.write(str(error.exit_code))
     except FileExistsError:
         return False
     return True
