@@ -94,7 +94,7 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
     folder = score_folder(tmp_path / "one")
     add(folder, "a", 10)
     add(folder, "b", 10, scheme="relay", **{"a.b": 2})
-    with pytest.raises(InputError, match=r"a and b cannot stand in one column: a\.b is 1 and 2"):
+    with pytest.raises(InputError, match=r"a and b cannot be compared in one column: a\.b is 1 and 2"):
         paper_table("3", [folder])
     with pytest.raises(InputError, match="different images"):
         paper_table("3", [folder, score_folder(tmp_path / "two", fingerprint="g")])

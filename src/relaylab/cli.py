@@ -1,8 +1,8 @@
 """The command `relaylab`: finds the command's function, reads its options, and turns errors into exit codes.
 
 A command is a function `main(options) -> exit code` in a file of `relaylab.commands`, and a line in `COMMANDS`. The
-annotation of `options` names a dataclass, whose docstrings are the help. These files import torch inside of functions
-only, so that help and errors about options and paths come at once.
+annotation of `options` names a dataclass, whose docstrings are the help. These files import torch inside functions
+only, so that help and errors about options and paths are immediate.
 """
 
 import importlib
@@ -41,10 +41,7 @@ USAGE = "usage: relaylab COMMAND [OPTIONS]\n\nRelay backpropagation on real imag
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: those of the process if None.
+    """Run a command line, that of the process by default.
 
     Returns:
         The exit code: 0, 1 for a failed run, 2 for invalid input, 130 for Ctrl-C.
@@ -82,13 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
-    """Find a command and read its options.
-
-    Args:
-        arguments: of the command line; not empty.
-
-    Returns:
-        The command's function, and its options.
+    """Return the function of a command line, which is not empty, and its options.
 
     Raises:
         InputError: an unknown command.

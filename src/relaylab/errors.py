@@ -8,11 +8,7 @@ MOST_NAMES = 12  # all of them are listed where none is near
 
 
 class LabError(Exception):
-    """Base of all errors that the command line shows without a traceback.
-
-    Attributes:
-        exit_code: of the command.
-    """
+    """Base of all errors that the command line shows without a traceback."""
 
     exit_code = FAILED
 
@@ -28,11 +24,7 @@ class NonFiniteLossError(LabError, ArithmeticError):
 
 
 def raise_all(problems: list[str]) -> None:
-    """Raise one error for all problems, if there are any.
-
-    Raises:
-        InputError: with each problem on a line of its own where there are several.
-    """
+    """Raise one InputError for all problems, if there are any, each on its own line."""
     if len(problems) == 1:
         raise InputError(problems[0])
     if problems:
@@ -40,12 +32,7 @@ def raise_all(problems: list[str]) -> None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the known names closest to an unknown one, as the end of an error message.
-
-    Args:
-        name: unknown.
-        names: known.
-    """
+    """Return the known names closest to an unknown one, as the end of an error message."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or (names if len(names) <= MOST_NAMES else [])
     return f"; nearest: {', '.join(near)}" if near else ""

@@ -14,17 +14,7 @@ ROOT = Path("runs")  # default folder of everything that commands write
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary file and rename it into place, so that an interrupted write leaves the old file intact.
-
-    Args:
-        path: in an existing folder.
-
-    Yields:
-        The temporary file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Yield a temporary file and rename it into place, so that an interrupted write leaves the old file intact."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(descriptor)
     try:
@@ -36,15 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Args:
-        path: in an existing folder.
-        text: written as UTF-8; bytes of file names that are not Unicode are written with a backslash.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a text file atomically, as UTF-8; bytes of file names that are not Unicode get a backslash."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary.chmod(0o644)  # a temporary file is readable by its owner only
@@ -57,15 +39,12 @@ def timestamp() -> str:
 
 @contextmanager
 def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> Iterator[Path]:
-    """Make a new or empty folder for results; one that was made is removed again if nothing was written to it.
+    """Yield a new or empty folder for results, and remove a new one in the end if nothing was written to it.
 
     Args:
         given: by the user.
-        default: without one.
-        may_hold: whether it may hold earlier results.
-
-    Yields:
-        The folder, which can be written to.
+        default: otherwise.
+        may_hold: allow a folder that holds earlier results.
 
     Raises:
         InputError: it is not empty, or cannot be written to.

@@ -1,13 +1,17 @@
 """Option types shared by the commands. No torch in here, so that `relaylab COMMAND --help` answers at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
+from tyro.conf import Positional
 
-from relaylab.errors import InputError
+from relaylab.errors import InputError, nearest
+
+PICTURES = (".svg", ".png")
 
 
 class MustExist:
@@ -15,41 +19,56 @@ class MustExist:
 
 
 # Defaults that depend on the data are part of the help text, so the uninformative None is hidden.
-Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
-Rate = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
-Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+_arg = partial(tyro.conf.arg, help_behavior_hint="")
+
+Number = Annotated[int | None, _arg(metavar="N")]
+Switch = Annotated[bool, _arg()]
+Word = Annotated[str | None, _arg(metavar="NAME")]
 Listed = Annotated[str, tyro.conf.arg(metavar="A,B,...")]
-OptionalList = Annotated[str, tyro.conf.arg(metavar="A,B,...", help_behavior_hint="")]
-Images = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")]
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-Split = Annotated[Literal["train", "val", "test"] | None, tyro.conf.arg(help_behavior_hint="")]
-Sources = Annotated[
-    tuple[Path, ...], MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
-]
-Runs = Annotated[
-    tuple[Path, ...], MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
-]
-Scores = Annotated[
-    tuple[Path, ...],
-    MustExist,
-    tyro.conf.Positional,
-    tyro.conf.arg(metavar="SCORES [SCORES ...]", help_behavior_hint=""),
-]
-Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
-Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
-Model = Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")]
+OptionalList = Annotated[str, _arg(metavar="A,B,...")]
+Images = Annotated[tuple[Path, ...], _arg(metavar="PATH [PATH ...]")]
+Folder = Annotated[Path | None, _arg(metavar="FOLDER")]
+File = Annotated[Path | None, _arg(metavar="FILE")]
+Split = Annotated[Literal["train", "val", "test"] | None, _arg()]
+Sources = Annotated[tuple[Path, ...], MustExist, Positional, _arg(metavar="PATH [PATH ...]")]
+Runs = Annotated[tuple[Path, ...], MustExist, Positional, _arg(metavar="RUN [RUN ...]")]
+Scores = Annotated[tuple[Path, ...], MustExist, Positional, _arg(metavar="SCORES [SCORES ...]")]
+Name = Annotated[str, Positional, _arg(metavar="RECIPE")]
+Names = Annotated[tuple[str, ...], Positional, _arg(metavar="RECIPE")]
+Model = Annotated[Path, MustExist, Positional, _arg(metavar="MODEL")]
+
+
+def listed(text: str, known: Collection[str] = (), what: str = "") -> tuple[list[Any], list[str]]:
+    """Split a list "A,B,...", and return its items, and error messages for those that are not known.
+
+    Args:
+        text: of the option.
+        known: the names that are allowed; empty for any.
+        what: a word for one of them.
+    """
+    items = [item for part in text.split(",") if (item := part.strip())]
+    unknown = [item for item in items if known and item not in known]
+    return items, [f"unknown {what} {item!r}{nearest(item, known)}" for item in unknown]
+
+
+def too_small(options: object, **least: int) -> list[str]:
+    """Return an error message for each option whose number is below the least that is allowed."""
+    values = {name: getattr(options, name, None) for name in least}
+    small = {name: value for name, value in values.items() if value is not None and value < least[name]}
+    return [f"--{name.replace('_', '-')} must be at least {least[name]}, not {small[name]}" for name in small]
+
+
+def writable(path: Path, option: str = "--out", suffixes: Sequence[str] = ()) -> Path:
+    """Return the path of a file to write, after a check of its folder and its suffix."""
+    if suffixes and path.suffix not in suffixes:
+        raise InputError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
+    return path
 
 
 def check_paths(options: object) -> None:
-    """Check that all paths whose type asks for it exist.
-
-    Args:
-        options: a dataclass.
-
-    Raises:
-        InputError: a path that does not exist or cannot be read.
-    """
+    """Raise an InputError for an option whose type says `MustExist` and whose path does not exist."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         if MustExist in getattr(hint, "__metadata__", ()):
             value: Any = getattr(options, name)
@@ -71,11 +90,6 @@ def path_problems(paths: Sequence[Path]) -> list[str]:
 
 
 def given_options(kind: type[Any], arguments: Sequence[str]) -> set[str]:
-    """Return the fields of an option class that a command line sets.
-
-    Args:
-        kind: a dataclass.
-        arguments: of the command line.
-    """
+    """Return the fields of a dataclass of options that a command line sets."""
     names = {f"--{entry.name.replace('_', '-')}": entry.name for entry in fields(kind)} | {"--set": "changes"}
     return {names[word] for argument in arguments if (word := argument.partition("=")[0]) in names}

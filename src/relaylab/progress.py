@@ -1,10 +1,10 @@
-"""Progress on stderr: a bar where a person watches, plain lines elsewhere."""
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,12 +18,12 @@ class Task(Protocol):
     """One piece of work under way."""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Say that `count` more units are done, and what is to be known just now."""
+        """Advance by `count` units and optionally update the status text."""
         ...
 
 
 class Silent:
-    """The task nobody watches."""
+    """A progress task that displays nothing."""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Do nothing."""
@@ -35,10 +35,8 @@ class _Bar:
         self.task = progress.add_task(what, total=total, completed=done, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        if note is None:
-            self.progress.update(self.task, advance=count)
-        else:
-            self.progress.update(self.task, advance=count, note=note)
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self.progress.update(self.task, advance=count, **fields)
 
 
 class _Lines:
@@ -55,20 +53,18 @@ class _Lines:
         is_end = bool(count) and self.done >= self.total and now - self.began_at >= SECONDS_WITHOUT_LINES
         if is_end or now - self.last_line_at >= self.every_s:
             self.last_line_at = now
-            text = f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip()
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            print(f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(what: str, total: int, *, done: int = 0, every_s: float = SECONDS_BETWEEN_LINES) -> Iterator[Task]:
-    """Show a piece of work on stderr while it lasts.
+    """Show a task's progress on stderr while it lasts.
 
     Args:
-        what: a word or two that name it.
+        what: its name, a word or two.
         total: its size in the units that `advance` counts.
-        done: how much of it was done before.
-        every_s: seconds between two lines, where nobody watches.
+        done: units done before.
+        every_s: seconds between two lines in a log.
     """
     console = Console(stderr=True)
     if not console.is_terminal:

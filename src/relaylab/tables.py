@@ -12,14 +12,7 @@ _LATEX = str.maketrans({**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitil
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        title: above it.
-        header: of the columns; the first one names the rows.
-        rows: of cells, as many as the header has.
-        notes: sentences below it.
-    """
+    """A table; the first column names the rows, and notes are sentences below it."""
 
     title: str
     header: tuple[str, ...]
@@ -32,12 +25,7 @@ class Table:
 
 
 def render(table: Table, form: Format) -> str:
-    """A table as text.
-
-    Args:
-        table: what to show.
-        form: markdown, latex (with the package booktabs) or html (a table element).
-    """
+    """Return a table as Markdown, as LaTeX for the package booktabs, or as an HTML element."""
     return _RENDERERS[form](table)
 
 
@@ -49,20 +37,15 @@ def markdown_lines(table: Table) -> list[str]:
 
 
 def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:
-    """Return the page with other tables between its markers.
-
-    Args:
-        page: Markdown with lines <!-- NAME --> and <!-- end -->.
-        tables: by name, the lines between these markers.
+    """Return a Markdown page with other lines between its markers <!-- NAME --> and <!-- end -->.
 
     Raises:
         ValueError: a marker is missing.
     """
     for name, lines in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(
-            pattern, lambda m, lines=lines: m[1] + "\n".join(lines) + "\n" + m[2], page, flags=re.DOTALL
-        )
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        text = "".join(f"{line}\n" for line in lines)
+        page, count = re.subn(f"{start}.*?{end}", lambda _, new=start + text + end: new, page, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"the page has {count} markers <!-- {name} -->: expected one, and <!-- end --> after it")
     return page
@@ -83,23 +66,10 @@ def _latex(table: Table) -> str:
         return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
 
     notes = [rf"\\ \footnotesize {note.translate(_LATEX)}" for note in table.notes]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{table.title.translate(_LATEX)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-            r"\toprule",
-            line(table.header),
-            r"\midrule",
-            *map(line, table.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            *notes,
-            r"\end{table}",
-            "",
-        ]
-    )
+    caption, columns = table.title.translate(_LATEX), "l" + "r" * (len(table.header) - 1)
+    head = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}"]
+    body = [r"\toprule", line(table.header), r"\midrule", *map(line, table.rows), r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*head, *body, *notes, r"\end{table}", ""])
 
 
 def _unbroken(cell: str) -> str:
@@ -119,16 +89,8 @@ def _html(table: Table) -> str:
         return f'<tr><th scope="row">{escape(row[0])}</th>{text}</tr>'
 
     notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in table.notes)
-    return "\n".join(
-        [
-            f"<table><caption>{escape(table.title)}</caption>",
-            f"<thead><tr>{head}</tr></thead>",
-            "<tbody>",
-            *map(row_text, table.rows),
-            f"</tbody></table>{notes}",
-            "",
-        ]
-    )
+    top = [f"<table><caption>{escape(table.title)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    return "\n".join([*top, *map(row_text, table.rows), f"</tbody></table>{notes}", ""])
 
 
 _RENDERERS: Mapping[Format, Callable[[Table], str]] = {"markdown": _markdown, "latex": _latex, "html": _html}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relaylab.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError, nearest, raise_all
+from relaylab.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError, raise_all
 from relaylab.files import ROOT, available_cores, new_folder
-from relaylab.options import Folder, Listed, Number
+from relaylab.options import Folder, Listed, Number, listed, too_small
 from relaylab.recipes.schema import SCHEMES
 from relaylab.train.options import Engine, TrainConfig, name_of
 
@@ -51,17 +51,13 @@ def main(options: CompareOptions) -> int:
 
 
 def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
-    """Train the runs that are missing.
-
-    Args:
-        options: of the comparison.
-        folder: that holds a folder for each run.
+    """Train the runs that are missing in the folder of a comparison.
 
     Returns:
         The results; None after SIGINT or SIGTERM, and then the same call resumes.
 
     Raises:
-        InputError: all that is wrong with the options or the images, before anything is trained.
+        InputError: wrong options or images, before anything is trained.
     """
     from relaylab.train import failures, runs
 
@@ -83,10 +79,9 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
 
     ended = {key for key, path in folders.items() if (path / runs.MODEL).is_file() or failures.read_failure(path)}
     comparison = open_runs([folders[key] for key in members if key in ended], may_fail=True)
-    lost = failures.Failure("failed", 0, "it left no result, perhaps for lack of space on the disk")
-    return dataclasses.replace(
-        comparison, failures={**comparison.failures, **{key: lost for key in members if key not in ended}}
-    )
+    reason = failures.Failure("failed", 0, "it left no result, perhaps for lack of space on the disk")
+    lost = dict.fromkeys((key for key in members if key not in ended), reason)
+    return dataclasses.replace(comparison, failures={**comparison.failures, **lost})
 
 
 def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]) -> None:
@@ -98,8 +93,8 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
     if comparison.runs:
         print("\n".join(markdown_lines(write_comparison(folder, comparison, changes))))
         print(f"\n{verdict(comparison.errors('top1'))}\n\nTable: {(folder / TABLE).resolve()}")
-    for (scheme, seed), failure in comparison.failures.items():
-        print(f"{SCHEMES[scheme]}, seed {seed}: {failure.text}", file=sys.stderr)
+    for text in comparison.failure_texts:
+        print(text, file=sys.stderr)
     kinds = {failure.kind for failure in comparison.failures.values()}
     if "failed" in kinds:
         print("The same command resumes the runs that have failed.", file=sys.stderr)
@@ -110,8 +105,7 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:
     """Return the schemes in a list, and error messages."""
-    names = [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
-    problems = [f"unknown scheme {name!r}{nearest(name, SCHEMES)}" for name in names if name not in SCHEMES]
+    names, problems = listed(text.replace("-", "_"), SCHEMES, "scheme")
     if len(set(names)) != len(names) or not names:
         problems.append(f"--schemes {text}: expected one or more, each once")
     return names, problems
@@ -119,7 +113,7 @@ def listed_schemes(text: str) -> tuple[list[str], list[str]]:
 
 def listed_seeds(text: str) -> tuple[list[int], list[str]]:
     """Return the seeds in a list, and error messages."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts, _ = listed(text)
     if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
         return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
     return [int(part) for part in parts], []
@@ -137,8 +131,7 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
     problems = wrong_schemes + wrong_seeds
     if any(change.replace(" ", "").startswith("scheme=") for change in options.changes):
         problems.append("--set scheme=... is not allowed here: name the schemes with --schemes")
-    if options.jobs is not None and options.jobs < 1:
-        problems.append(f"--jobs must be at least 1, not {options.jobs}")
+    problems += too_small(options, jobs=1)
     if options.devices > 1 and options.jobs not in (None, 1):
         problems.append(f"--jobs {options.jobs} with --devices {options.devices}: expected one of them to be 1")
     raise_all(problems)
@@ -171,11 +164,10 @@ def _train(
 
 
 def _alike(options: CompareOptions, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:
-    """Check the images, and choose what has to be the same for all runs, whenever and with however many jobs they run.
+    """Check the images, and return what must be the same for all runs, whatever the number of jobs.
 
-    Returns:
-        "memory" or "disk", where the images are; and the number of threads, None for PyTorch's default on a GPU. Both
-        are those of the runs that have begun, if there are any.
+    That is where the images are, "memory" or "disk", and the number of threads, None for PyTorch's default on a GPU.
+    Both are those of the runs that have begun, if there are any.
     """
     import torch
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from relaylab.errors import FAILED, InputError
+from relaylab.errors import FAILED, InputError, raise_all
 from relaylab.files import ROOT, new_folder, timestamp, write_text
-from relaylab.options import File, Folder, Number, Sources, Split
+from relaylab.options import File, Folder, Number, Sources, Split, too_small
 
 if TYPE_CHECKING:
     from relaylab.data.sources.index import IndexedImages
@@ -57,8 +57,7 @@ class CheckOptions(DataOptions):
 
 def inspect(options: InspectOptions) -> int:
     """Print and write the summary of each split."""
-    if options.sample < 1:
-        raise InputError(f"--sample must be at least 1, not {options.sample}")
+    raise_all(too_small(options, sample=1))
     _survey(options, options.sample)
     return 0
 
@@ -72,8 +71,7 @@ def _survey(options: DataOptions, limit: int | None) -> int:
     """Survey one split after another, into summary.json, balance.svg and bad-images.txt; return the bad images."""
     if not options.paths:
         raise InputError("no images given: name a folder, tar files or a list")
-    if options.workers is not None and options.workers < 0:
-        raise InputError(f"--workers must be at least 0, not {options.workers}")
+    raise_all(too_small(options, workers=0))
     bad = 0
     with new_folder(options.out, ROOT / "data" / timestamp()) as folder:
         from relaylab.data.survey import Survey, spread, summary, survey
@@ -109,7 +107,7 @@ def _sources(options: DataOptions) -> Iterator[tuple[str | None, "IndexedImages"
 
 
 def describe(facts: dict[str, Any], split: str | None = None) -> str:
-    """A summary in lines for the terminal."""
+    """Format a summary in lines for the terminal."""
     import numpy as np
 
     names = [name for name, _ in facts["classes"]]
@@ -119,25 +117,26 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
         lines.append(f"  without a label     {facts['unlabelled']:,}")
     if facts["unlabelled"] < facts["images"]:
         least, most = int(sizes.argmin()), int(sizes.argmax())
-        lines.append(
-            f"  images per class    {sizes[least]:,} ({names[least]}) to {sizes[most]:,} ({names[most]}), "
-            f"median {np.median(sizes):,.0f}"
-        )
+        ends = f"{sizes[least]:,} ({names[least]}) to {sizes[most]:,} ({names[most]})"
+        lines.append(f"  images per class    {ends}, median {np.median(sizes):,.0f}")
         empty = [names[label] for label in np.flatnonzero(sizes == 0)]
         if empty:
-            lines.append(
-                f"  empty classes       {len(empty)}: {', '.join(empty[:SHOWN])}{'...' * (len(empty) > SHOWN)}"
-            )
+            more = "..." if len(empty) > SHOWN else ""
+            lines.append(f"  empty classes       {len(empty)}: {', '.join(empty[:SHOWN])}{more}")
     ignored = facts["ignored_files"]
     if ignored:
         kinds = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in ignored.items())
         lines.append(f"  passed over         {kinds}")
     part = "all" if facts["examined"] == facts["images"] else f"{facts['examined']:,}, of them"
     lines.append(f"  decoded             {part}")
-    for key, unit in (("short_side", "pixels"), ("width", "pixels"), ("height", "pixels"), ("file_bytes", "bytes")):
-        if facts[key]:
-            values = facts[key]
-            name = {"short_side": "shorter side", "file_bytes": "file size"}.get(key, key)
+    for key, name in {
+        "short_side": "shorter side",
+        "width": "width",
+        "height": "height",
+        "file_bytes": "file size",
+    }.items():
+        if values := facts[key]:
+            unit = "bytes" if key == "file_bytes" else "pixels"
             lines.append(f"  {name:<19} {values['least']:,} to {values['most']:,}, median {values['median']:,} {unit}")
     kinds = ", ".join(f"{name} {100 * count / facts['examined']:.4g} %" for name, count in facts["kinds"].items())
     lines.append(f"  formats             {kinds or 'none'}")
@@ -155,16 +154,10 @@ def _write(folder: Path, facts: dict[str, Any], split: str | None) -> None:
 
     files = {"summary.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
     if facts["images"] > facts["unlabelled"]:
-        picture = balance_picture(
-            {"images": [count for _, count in facts["classes"]]},
-            [name for name, _ in facts["classes"]],
-            title=f"{facts['title']}{f', {split}' if split else ''}: images of each class",
-            unit="images",
-        )
-        files["balance.svg"] = picture
-    bad = [("unreadable", *fault) for fault in facts["unreadable"]] + [
-        ("damaged", *fault) for fault in facts["damaged"]
-    ]
+        names, counts = zip(*facts["classes"], strict=True)
+        title = f"{facts['title']}{f', {split}' if split else ''}: images of each class"
+        files["balance.svg"] = balance_picture({"images": counts}, names, title=title, unit="images")
+    bad = [(kind, *fault) for kind in ("unreadable", "damaged") for fault in facts[kind]]
     files["bad-images.txt"] = "".join(f"{kind}\t{name}\t{reason}\n" for kind, name, reason in bad)
     try:
         folder.mkdir(exist_ok=True)

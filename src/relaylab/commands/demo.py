@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from relaylab.commands.compare import CompareOptions, compare, print_results
 from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder, write_text
-from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems
+from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems, too_small
 from relaylab.train.options import Changes, Engine
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def main(options: DemoOptions) -> int:
     problems = path_problems((*options.data, *options.val_data))
     if options.val_data and not options.data:
         problems.append("--val-data needs --data")
-    if options.epochs is not None and options.epochs < 1:
-        problems.append(f"--epochs must be at least 1, not {options.epochs}")
-    raise_all(problems)
+    raise_all(problems + too_small(options, epochs=1))
     name = options.data[0].name.partition(".")[0] if options.data else recipe
     with new_folder(options.out, ROOT / "demo" / name, may_hold=True) as folder:
         given = CompareOptions(
@@ -90,15 +88,7 @@ def main(options: DemoOptions) -> int:
 
 
 def suited(name: str, options: DemoOptions) -> tuple[str, ...]:
-    """Return the user's changes of a recipe, and those that suit it to the images and to the network's size.
-
-    Args:
-        name: of the recipe.
-        options: of the demo.
-
-    Raises:
-        InputError: changes or images that cannot be used.
-    """
+    """Return the user's changes of a recipe by name, and those that suit it to the images and to the network's size."""
     from relaylab.recipes import find_recipe
     from relaylab.recipes.changes import with_changes
     from relaylab.recipes.schema import value_text
@@ -123,19 +113,19 @@ def stored_side(size: int) -> int:
 
 
 def _sizes(recipe: "Recipe", name: str) -> dict[str, object]:
-    """What follows from the size of the crops: the windows, head and overlap at the last segment but one."""
+    """Return the values that depend on the size of the crops; head and overlap are at the last segment but one."""
     from relaylab.models.small import segment_count
 
     size = recipe.network.image_size
     segment = f"segment{segment_count(max(4, size)) - 1}"
-    sides: dict[str, object] = {}
+    values: dict[str, object] = {"plan.primary.bottom": segment, "plan.auxiliary.aux.top": segment}
     if name == "photos":
-        sides = {"images.short_side": stored_side(size), "evaluation.scales": (stored_side(size),)}
-    return {**sides, "plan.primary.bottom": segment, "plan.auxiliary.aux.top": segment}
+        values |= {"images.short_side": stored_side(size), "evaluation.scales": (stored_side(size),)}
+    return values
 
 
 def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, object]:
-    """What follows from the images: the number of classes, and of the iterations of an epoch."""
+    """Return the values that depend on the images: the number of classes and of iterations."""
     import numpy as np
 
     from relaylab.data.sources.digits import digits_tar
@@ -155,14 +145,14 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
 
 
 def _check_classes(train: "Source", val: "Source") -> None:
+    """Raise an InputError unless there are two classes, all of which have training and validation images."""
     import numpy as np
 
     if len(train.classes) < 2:
         raise InputError(f"one class only ({train.classes[0]}) in {train.title}: expected at least 2")
-    counts = [np.bincount(np.asarray(each.labels), minlength=len(train.classes)) for each in (train, val)]
-    has_train, has_val = (count > 0 for count in counts)
-    for split, other, labels in (("train", "val", has_train & ~has_val), ("val", "train", has_val & ~has_train)):
-        alone = [train.classes[label] for label in np.flatnonzero(labels).tolist()]
+    in_train, in_val = (np.unique(np.asarray(each.labels)) for each in (train, val))
+    for split, own, other, others in (("train", in_train, "val", in_val), ("val", in_val, "train", in_train)):
+        alone = [train.classes[int(label)] for label in np.setdiff1d(own, others) if label >= 0]
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             raise InputError(f"classes with {split} images but no {other} images: {', '.join(alone[:3])}{more}")

@@ -37,11 +37,7 @@ class InformationOptions:
 
 
 def main(options: InformationOptions) -> int:
-    """Measure, write the page and print where it is.
-
-    Raises:
-        InputError: runs that do not belong together or have no checkpoint, or too few images.
-    """
+    """Measure, write the page and print where it is."""
     with new_folder(options.out, ROOT / "information" / timestamp()) as folder:
         from relaylab.diagnose import page
         from relaylab.diagnose.runs import read_runs

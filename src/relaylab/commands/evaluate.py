@@ -3,21 +3,36 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from relaylab.errors import INTERRUPTED, WRONG_INPUT, InputError, nearest, raise_all
 from relaylab.files import ROOT, available_cores, write_text
-from relaylab.options import File, Folder, Images, Listed, Model, MustExist, Number, OptionalList, Runs, Switch
+from relaylab.options import (
+    PICTURES,
+    File,
+    Folder,
+    Images,
+    Listed,
+    Model,
+    MustExist,
+    Number,
+    OptionalList,
+    Runs,
+    Switch,
+    Word,
+    listed,
+    too_small,
+    writable,
+)
 
 if TYPE_CHECKING:
     from relaylab.evaluate.ensembles import Combine
     from relaylab.evaluate.predict import Prediction
-    from relaylab.evaluate.protocols import Kind
+    from relaylab.evaluate.protocols import Kind, Pass
 
 MOST_DRAWN = 40  # images in one picture
 Pictures = Annotated[
@@ -53,7 +68,7 @@ class EvaluateOptions:
     """Combine the probabilities of all the networks named: average, product, learnt-weights. The latter are learnt on
     one half of the images; all ensembles of the command are then tested on the other half."""
 
-    against: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    against: Word = None
     """Network that the others are compared with (default: standard BP of the same seed, if it is among them)."""
 
     data: Annotated[Images, MustExist] = ()
@@ -124,11 +139,7 @@ class SubmitOptions:
 def main(options: EvaluateOptions) -> int:
     """Evaluate the given networks, skipping what is already scored, and print the table.
 
-    Returns:
-        The exit code: 0, or 130 if it was stopped; the same command then resumes.
-
-    Raises:
-        InputError: wrong options, runs or images.
+    The exit code is 130 if it was stopped; the same command then resumes.
     """
     kinds, combine, scales = _listed(options)
     from relaylab.evaluate.images import open_images
@@ -147,14 +158,10 @@ def main(options: EvaluateOptions) -> int:
         raise InputError("an ensemble needs at least two networks")
     device = device_of(options.accelerator)
     models = {each.name: read_model(each.file) for each in networks}
-    passes = {
-        each.name: [
-            p
-            for kind in kinds
-            for p in passes_of(kind, models[each.name].input, scales or each.scales, flip=options.flip)
-        ]
-        for each in networks
-    }
+    passes: dict[str, list[Pass]] = {}
+    for each in networks:
+        taken, sides = models[each.name].input, scales or each.scales
+        passes[each.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
     source = open_images(options.data, options.split, networks, models)
     folder = ScoreFolder(options.out or ROOT / "eval" / options.runs[0].resolve().name, describe_images(source))
     if options.against is not None and options.against not in {*names, *folder.names()}:
@@ -193,10 +200,10 @@ def predict(options: PredictOptions) -> int:
     """Print the likeliest classes of images. Images that cannot be read are named, and the exit code is 2."""
     from relaylab.evaluate.predict import find_pictures, open_network
     from relaylab.evaluate.predict import predict as predictions
-    from relaylab.report.paper_figures import default_path, prediction_figure
+    from relaylab.report.paper_figures import prediction_figure
     from relaylab.report.style import write_figure
 
-    path = None if options.picture is None else default_path("", options.picture, "--picture")
+    path = options.picture and writable(options.picture, "--picture", PICTURES)
     network = open_network(options.model)
     pictures = find_pictures(options.images, sys.stdin.buffer.read)
     if path is not None and len(pictures) > MOST_DRAWN:
@@ -231,7 +238,7 @@ def submit(options: SubmitOptions) -> int:
     from relaylab.evaluate.submission import FORMATS, check_submission, read_test_list, submission_lines
 
     folder = ScoreFolder(options.scores)
-    names = [name.strip() for name in options.network.split(",") if name.strip()] or folder.names()
+    names = listed(options.network)[0] or folder.names()
     if not names:
         raise InputError(f"{folder.path} holds no network's scores")
     scores = combined([folder.protocol(name, options.protocol) for name in names], options.combine)
@@ -246,20 +253,14 @@ def submit(options: SubmitOptions) -> int:
 
 
 def _listed(options: EvaluateOptions) -> "tuple[list[Kind], list[Combine], list[int]]":
-    """Split the options that are lists, and report everything that is wrong with the options at once."""
+    """Split the options that are lists, and report all wrong options at once."""
     from relaylab.evaluate.ensembles import COMBINE
     from relaylab.evaluate.protocols import PROTOCOLS
 
-    problems: list[str] = []
-
-    def parts(text: str, known: Sequence[str], what: str) -> list[Any]:
-        names = [part.strip() for part in text.split(",") if part.strip()]
-        problems.extend(f"unknown {what} {name!r}{nearest(name, known)}" for name in names if name not in known)
-        return list(dict.fromkeys(names))
-
-    kinds = parts(options.protocol, PROTOCOLS, "protocol")
-    combine = parts(options.ensemble, COMBINE, "way to combine")
-    scales = [part.strip() for part in options.scales.split(",") if part.strip()]
+    kinds, problems = listed(options.protocol, PROTOCOLS, "protocol")
+    combine, unknown = listed(options.ensemble, COMBINE, "way to combine")
+    scales, _ = listed(options.scales)
+    problems += unknown
     if not all(part.isdecimal() and int(part) for part in scales):
         problems.append(f"--scales {options.scales}: expected pixels, separated by commas")
         scales = []
@@ -267,9 +268,5 @@ def _listed(options: EvaluateOptions) -> "tuple[list[Kind], list[Combine], list[
         problems.append(f"--protocol is empty: expected one or more of {', '.join(PROTOCOLS)}")
     if (scales or options.flip) and "dense" not in kinds:
         problems.append("--scales and --flip are for dense testing, and --protocol does not have it")
-    if options.batch_size < 1:
-        problems.append(f"--batch-size must be at least 1, not {options.batch_size}")
-    if options.workers is not None and options.workers < 0:
-        problems.append(f"--workers must be at least 0, not {options.workers}")
-    raise_all(problems)
-    return kinds, combine, [int(part) for part in scales]
+    raise_all(problems + too_small(options, batch_size=1, workers=0))
+    return list(dict.fromkeys(kinds)), list(dict.fromkeys(combine)), [int(part) for part in scales]

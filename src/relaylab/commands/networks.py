@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
+from relaylab.commands.recipes import AtScale
 from relaylab.errors import InputError
 from relaylab.files import ROOT, new_folder, timestamp, write_text
-from relaylab.options import File, Folder, Model, MustExist, Name, Names
+from relaylab.options import File, Folder, Model, MustExist, Name, Names, writable
 from relaylab.recipes import RECIPES, find_recipe
 from relaylab.recipes.scales import at_scale
-from relaylab.recipes.schema import Dial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrawOptions:
+class DrawOptions(AtScale):
     """Draw the network of a recipe with its heads and windows.
 
     The picture is in the form of Figure 2 of the paper, and the table in that of its Table 2.
@@ -24,15 +25,12 @@ class DrawOptions:
     name: Name
     """A recipe's name; `relaylab recipes` lists them."""
 
-    scale: Dial = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
-
     out: Folder = None
     """Folder for NAME.svg, NAME.png and NAME.md. (default: runs/draw)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostOptions:
+class CostOptions(AtScale):
     """Print parameters, FLOPs and memory of a training step.
 
     Nothing is run, and no memory is needed.
@@ -40,9 +38,6 @@ class CostOptions:
 
     names: Names = ()
     """Recipes; those that cost the same are shown once. (default: all)."""
-
-    scale: Dial = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
 
     segments: bool = False
     """Show each segment, not the sums alone."""
@@ -69,10 +64,10 @@ class ExportOptions:
 class ImportCaffeOptions:
     """Import the authors' released Model B from Caffe files."""
 
-    prototxt: Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="PROTOTXT")]
+    prototxt: Annotated[Path, MustExist, Positional, tyro.conf.arg(metavar="PROTOTXT")]
     """The definition, a deploy.prototxt."""
 
-    caffemodel: Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="CAFFEMODEL")]
+    caffemodel: Annotated[Path, MustExist, Positional, tyro.conf.arg(metavar="CAFFEMODEL")]
     """The weights."""
 
     classes: Annotated[File, MustExist] = None
@@ -89,15 +84,16 @@ def draw(options: DrawOptions) -> int:
 
         from relaylab.models.building import build_network, build_plan
         from relaylab.report.network import draw_network
-        from relaylab.report.stages import markdown_table, stages_of
+        from relaylab.report.stages import layer_table, stages_of
         from relaylab.report.style import write_figure
+        from relaylab.tables import markdown_lines
 
         recipe = at_scale(find_recipe(options.name), options.scale)
         with torch.device("meta"):
             model = build_network(recipe.network)
         stages, losses = stages_of(model, build_plan(recipe.plan, recipe.scheme), recipe.network.image_size)
         figure = draw_network(stages, losses, recipe.row)
-        table = markdown_table(stages, losses, recipe.row)
+        table = "\n".join(markdown_lines(layer_table(stages, losses, recipe.row))) + "\n"
         for suffix in ("svg", "png"):
             write_figure(figure, folder / f"{recipe.name}.{suffix}")
         write_text(folder / f"{recipe.name}.md", table)
@@ -136,11 +132,9 @@ def export(options: ExportOptions) -> int:
 
 def import_caffe(options: ImportCaffeOptions) -> int:
     """Turn a Caffe definition and its weights into a model file."""
-    out = options.out or Path(f"{options.caffemodel.stem}.safetensors")
+    out = writable(options.out or Path(f"{options.caffemodel.stem}.safetensors"))
     if out.exists():
         raise InputError(f"{out} exists; give another name with --out, or remove it")
-    if not out.parent.is_dir():
-        raise InputError(f"no such folder: {out.parent}")
     from relaylab.models.caffe.importing import import_caffe as read
     from relaylab.models.file import save_model
 

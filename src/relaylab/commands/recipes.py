@@ -21,14 +21,19 @@ class ListOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShowOptions:
+class AtScale:
+    """A recipe's scale."""
+
+    scale: Dial = "paper"
+    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowOptions(AtScale):
     """Show the values of a recipe, each with its source."""
 
     name: Name
     """A recipe's name; `relaylab recipes` lists them."""
-
-    scale: Dial = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
 
 
 def list_recipes(options: ListOptions) -> int:  # noqa: ARG001

@@ -8,7 +8,7 @@ import tyro
 
 from relaylab.errors import InputError
 from relaylab.files import write_text
-from relaylab.options import File, Folder, Images, MustExist, Runs, Scores, Sources, Switch
+from relaylab.options import PICTURES, File, Folder, Images, MustExist, Runs, Scores, Sources, Switch, Word, writable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class FigureOptions:
     sources: Sources = ()
     """Runs for figures 1 and 2; a folder that `relaylab eval` has written for figures 3 and 4."""
 
-    network: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    network: Word = None
     """Network whose predictions figures 3 and 4 show (default: the last one)."""
 
     data: Annotated[Images, MustExist] = ()
@@ -73,9 +73,7 @@ class FigureOptions:
 
 def main(options: ReportOptions) -> int:
     """Write the page."""
-    out = options.out or Path("report.html")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    out = writable(options.out or Path("report.html"))
     from relaylab.evaluate.scores import ScoreFolder
     from relaylab.report.comparison import open_runs
     from relaylab.report.page import render_page
@@ -106,12 +104,12 @@ def figure(options: FigureOptions) -> int:
     """Draw one of the paper's figures."""
     from relaylab.evaluate.images import images_of
     from relaylab.evaluate.scores import ScoreFolder
-    from relaylab.report.paper_figures import default_path, gradient_figure, photo_figure, pick_photos, window_figure
+    from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, window_figure
     from relaylab.report.style import write_figure
     from relaylab.train.records import metrics_of
     from relaylab.train.runs import recipe_of, title_of
 
-    path = default_path(options.number, options.out)
+    path = writable(options.out or Path(f"figure{options.number}.svg"), suffixes=PICTURES)
     sources = list(options.sources)
     if not sources:
         raise InputError("missing input: figures 1 and 2 take runs, figures 3 and 4 a folder of scores")
@@ -121,8 +119,7 @@ def figure(options: FigureOptions) -> int:
         case "2":
             if len(sources) > 1:
                 raise InputError("figure 2 shows one run; give one")
-            title = title_of(sources[0])
-            made = window_figure(recipe_of(sources[0]), title)
+            made = window_figure(recipe_of(sources[0]), title_of(sources[0]))
         case _:
             folder = ScoreFolder(sources[0])
             names = folder.names()

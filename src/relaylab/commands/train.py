@@ -5,11 +5,7 @@ from relaylab.train.options import TrainConfig
 
 
 def main(options: TrainConfig) -> int:
-    """Train a recipe, or resume a run.
-
-    Raises:
-        LabError: the run failed; under torchrun only in the first process that failed.
-    """
+    """Train a recipe, or resume a run. Under torchrun, only the first process that fails raises an error."""
     from relaylab.train import runs, torchrun
 
     if torchrun.restart_count() and torchrun.noted_failure() is not None:

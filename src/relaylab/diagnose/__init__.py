@@ -1,1 +1,1 @@
-"""Looks into trained networks."""
+"""Diagnosis of trained networks."""

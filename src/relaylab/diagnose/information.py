@@ -1,16 +1,17 @@
-"""Activations and gradients of each layer, image by image, and what can be read from them.
+"""Activations and gradients of each layer, image by image, and the information about the class in them.
 
 Note [Gradients of single images]
 1. In evaluation mode images do not influence one another, so that the gradient of the *sum* of a batch's losses with
    respect to a layer's output holds, row by row, each image's own gradient.
-2. A layer's output is that of its convolution or fully connected layer, before what follows; a hook on that tensor
-   sees its gradient also where a ReLU overwrites it.
-3. Maps are averaged over 2 x 2 fields, and what is longer than 256 is multiplied by a fixed random matrix. Gradients
+2. A layer's output is that of its convolution or fully connected layer, before the activation; a hook on that tensor
+   sees its gradient even where a ReLU overwrites it.
+3. Maps are averaged over 2 x 2 fields, and vectors longer than 256 are multiplied by a fixed random matrix. Gradients
    are scaled to length 1: their lengths differ by orders of magnitude from image to image.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,39 +31,33 @@ ACTIVATIONS = "activations"
 
 @dataclass(frozen=True)
 class Reading:
-    """What can be read from one layer.
-
-    Attributes:
-        layer: its name.
-        source: "activations", or the loss of whose gradient it is.
-        trained: whether the loss trains the layer, by its window; always for activations.
-        bits: lower bound on the information about the class.
-    """
+    """A probe's result for one layer."""
 
     layer: str
     source: str
+    """"activations", or the loss whose gradient it is."""
     trained: bool
+    """Whether the layer is in the loss's window; always true for activations."""
     bits: Interval
+    """Lower bound on the information about the class."""
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions and fully connected layers by name, from the lowest up."""
+    """Return convolutions and fully connected layers by name, from the lowest up."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
 
 
 def collect(relay: Relay, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int = 0) -> dict[tuple[str, str], Tensor]:
-    """Activations and gradients of all weight layers. See Note [Gradients of single images].
+    """Return activations and gradients of all weight layers. See Note [Gradients of single images].
 
     Args:
-        relay: network, heads and windows. Its mode is as before afterwards.
-        batches: images as the network takes them, and labels.
+        relay: network, heads and windows. Its mode is restored afterwards.
+        batches: normalised images and labels.
         seed: of the random projection.
 
     Returns:
-        By layer and source, float32 (images, features); a loss above which a layer lies has none of it.
+        By layer and source, float32 (images, features); layers above a loss have no gradient of it.
     """
-    layers = weight_layers(relay.model)
-    tops = {name: str(window.top) for name, window in relay.plan.auxiliary.items()}
     parts: dict[tuple[str, str], list[Tensor]] = {}
     heads: dict[str, Tensor] = {}
     source = ""
@@ -70,18 +65,12 @@ def collect(relay: Relay, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
     def keep(layer: str, kind: str, tensor: Tensor) -> None:
         parts.setdefault((layer, kind), []).append(_vector(tensor.detach(), layer, seed, unit=kind != ACTIVATIONS))
 
-    def watch(layer: str) -> None:
-        def note(_module: nn.Module, _args: object, output: Tensor) -> None:
-            keep(layer, ACTIVATIONS, output)
-            output.register_hook(lambda gradient: keep(layer, source, gradient))
+    def watch(_module: nn.Module, _args: object, output: Tensor, *, layer: str) -> None:
+        keep(layer, ACTIVATIONS, output)
+        output.register_hook(lambda gradient: keep(layer, source, gradient))
 
-        hooks.append(layers[layer].register_forward_hook(note))
-
-    def attach(loss: str, top: str) -> None:
-        def head(_module: nn.Module, _args: object, output: Tensor) -> None:
-            heads[loss] = relay.heads[loss](output)
-
-        hooks.append(relay.model.get_submodule(top).register_forward_hook(head))
+    def attach(_module: nn.Module, _args: object, output: Tensor, *, loss: str) -> None:
+        heads[loss] = relay.heads[loss](output)
 
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     was_training, required = relay.training, [(p, p.requires_grad) for p in relay.parameters()]
@@ -89,10 +78,11 @@ def collect(relay: Relay, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
     try:
         for parameter, _ in required:
             parameter.requires_grad_(False)
-        for layer in layers:
-            watch(layer)
-        for loss, top in tops.items():
-            attach(loss, top)
+        for layer, module in weight_layers(relay.model).items():
+            hooks.append(module.register_forward_hook(partial(watch, layer=layer)))
+        for loss, window in relay.plan.auxiliary.items():
+            top = relay.model.get_submodule(str(window.top))
+            hooks.append(top.register_forward_hook(partial(attach, loss=loss)))
         for images, labels in batches:
             seen = images.detach().requires_grad_()
             outputs = {"primary": relay.model(seen), **heads}
@@ -117,7 +107,7 @@ def read_all(
     seed: int = 0,
     task: Task | None = None,
 ) -> list[Reading]:
-    """What a linear probe reads from each layer, fitted on one half of the images and tested on the other.
+    """Fit a linear probe for each layer on one half of the images, and test it on the other.
 
     Args:
         features: from `collect`.
@@ -143,7 +133,7 @@ def read_all(
 
 
 def trained_layers(segments: Segments) -> dict[str, set[str]]:
-    """By loss, the weight layers of the network that it trains."""
+    """Return the weight layers of the network that each loss trains."""
     found: dict[str, set[str]] = {}
     for name, segment in segments.of.items():
         for loss in segments.losses[segment]:
@@ -152,7 +142,7 @@ def trained_layers(segments: Segments) -> dict[str, set[str]]:
 
 
 def _vector(tensor: Tensor, layer: str, seed: int, *, unit: bool) -> Tensor:
-    """(images, at most `LENGTH`)."""
+    """Return one vector of at most `LENGTH` numbers for each image."""
     if tensor.ndim == 4:
         high, wide = (min(FIELDS, side) for side in tensor.shape[-2:])
         tensor = functional.adaptive_avg_pool2d(tensor, (high, wide))

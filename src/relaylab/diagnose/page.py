@@ -13,32 +13,28 @@ from matplotlib.figure import Figure
 
 from relaylab.diagnose.information import ACTIVATIONS, Reading
 from relaylab.files import write_text
+from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.html import render_template, svg_uri
-from relaylab.report.style import SCHEME_COLOURS, SCHEME_NAMES, STYLE, figure_text, layer_name
+from relaylab.report.style import BELOW_AXIS, SCHEME_COLOURS, STYLE, figure_text, layer_name
 from relaylab.tables import Table, render
 
-PICTURE, FIGURES, PAGE = "information.svg", "information.json", "information.html"
+PICTURE, METRICS, PAGE = "information.svg", "information.json", "information.html"
 MARKERS = ("o", "s", "^", "D")
 
 
 def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[str, Any]) -> Path:
-    """Write the numbers, the picture and the page.
+    """Write the metrics, the picture and the page, and return the page's path.
 
     Args:
-        folder: an existing one.
-        runs: by name, what was read.
-        about: "schemes" by name, "entropy" in bits, and whatever else is worth keeping.
-
-    Returns:
-        The page.
-
-    Raises:
-        OSError: they cannot be written.
+        folder: that exists.
+        runs: readings by name.
+        about: "schemes" by name, "entropy" in bits, and other facts to keep.
     """
     schemes = about["schemes"]
-    figures = {**about, "runs": {name: [asdict(each) for each in own] for name, own in runs.items()}}
+    metrics = {**about, "runs": {name: [asdict(each) for each in own] for name, own in runs.items()}}
     picture = figure_text(draw(runs, schemes, about["entropy"]))
-    write_text(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+    tables = {name: table_of(f"{SCHEME_NAMES[schemes[name]]} ({name})", own) for name, own in runs.items()}
+    write_text(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     write_text(folder / PICTURE, picture)
     text = render_template(
         "relaylab.diagnose",
@@ -46,9 +42,7 @@ def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[st
         title="How much of the class can be read from each layer?",
         picture=svg_uri(picture),
         about=about,
-        tables={
-            name: render(table_of(f"{SCHEME_NAMES[schemes[name]]} ({name})", own), "html") for name, own in runs.items()
-        },
+        tables={name: render(table, "html") for name, table in tables.items()},
     )
     write_text(folder / PAGE, text)
     return folder / PAGE
@@ -56,28 +50,20 @@ def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[st
 
 def table_of(title: str, readings: Sequence[Reading]) -> Table:
     """Return one run's readings: a row for each layer, in brackets where the loss does not train it."""
-    sources = list(dict.fromkeys(each.source for each in readings))
-    sources.sort(key=lambda source: source != ACTIVATIONS)
-    found = {(each.layer, each.source): each for each in readings}
-    rows: list[tuple[str, ...]] = []
-    for layer in dict.fromkeys(each.layer for each in readings):
-        cells = [layer_name(layer)]
-        for source in sources:
-            each = found.get((layer, source))
-            text = "" if each is None else each.bits.text()
-            cells.append(f"({text})" if each is not None and not each.trained else text)
-        rows.append(tuple(cells))
+    sources = sorted(dict.fromkeys(each.source for each in readings), key=lambda source: source != ACTIVATIONS)
+    cells = {(e.layer, e.source): e.bits.text() if e.trained else f"({e.bits.text()})" for e in readings}
+    layers = dict.fromkeys(each.layer for each in readings)
+    rows = tuple((layer_name(layer), *(cells.get((layer, source), "") for source in sources)) for layer in layers)
     header = ("layer", *(s if s == ACTIVATIONS else f"gradient of {s}" for s in sources))
-    return Table(f"{title}: bits about the class", header, tuple(rows))
+    return Table(f"{title}: bits about the class", header, rows)
 
 
 def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entropy: float) -> Figure:
-    """Bits against layers: gradients above, activations below; a colour for each scheme, a marker for each loss."""
-    layers = list(dict.fromkeys(each.layer for own in runs.values() for each in own))
+    """Draw bits by layer, gradients above, activations below, with a colour for each scheme, a marker for each loss."""
+    readings = [each for own in runs.values() for each in own]
+    layers = list(dict.fromkeys(each.layer for each in readings))
     place = {layer: number for number, layer in enumerate(layers)}
-    losses = sorted(
-        {each.source for own in runs.values() for each in own} - {ACTIVATIONS}, key=lambda s: s != "primary"
-    )
+    losses = sorted({each.source for each in readings} - {ACTIVATIONS}, key=lambda s: s != "primary")
     with rc_context(STYLE):
         figure = Figure(figsize=(7.4, 8.4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
@@ -88,14 +74,8 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
                 label = f"{method}: {loss} ({name})"
                 _line(above, [e for e in parts if not e.trained], place, color=colour, marker=marker, alpha=0.3, lw=0.8)
                 _line(above, [e for e in parts if e.trained], place, color=colour, marker=marker, label=label)
-            _line(
-                below,
-                [e for e in own if e.source == ACTIVATIONS],
-                place,
-                color=colour,
-                marker="o",
-                label=f"{method} ({name})",
-            )
+            activations = [each for each in own if each.source == ACTIVATIONS]
+            _line(below, activations, place, color=colour, marker="o", label=f"{method} ({name})")
         for panel, title in ((above, "Gradients of single images, by loss"), (below, "Activations")):
             panel.set_title(title)
             panel.set_ylabel("bits about the class")
@@ -103,9 +83,7 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
                 panel.axhline(level, color="#777777", linewidth=0.9, linestyle=":")
             panel.text(0, entropy, "entropy of the class", fontsize=9, va="bottom", color="#555555")
             panel.legend(fontsize=9, loc="best")
-        names = [layer_name(layer) for layer in layers]
-        look: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
-        below.set_xticks(range(len(layers)), names, **look)
+        below.set_xticks(range(len(layers)), [layer_name(layer) for layer in layers], **BELOW_AXIS)
         below.set_xlabel("weight layer, lowest on the left")
     return figure
 

@@ -1,12 +1,12 @@
-"""How much of a label can be read from a vector: a linear probe, in bits.
+"""Linear probes: the information about a label that can be read from a vector, in bits.
 
 Note [Probes]
 1. For any probabilities q(label | x), the mean of log2 q(label | x) - log2 p(label) over new examples is at most the
    mutual information of label and x. Here q is a multinomial logistic regression, fitted on one half of the examples,
    and the mean is taken over the other half.
-2. The penalty is chosen within the fitting half. What is reported has seen none of the reported examples.
-3. The bound can be loose: information that is there but not linearly readable, or not from so few examples, is
-   missed. It can be negative, where a probe has learnt nothing that holds for new examples.
+2. The penalty is chosen within the fitting half. The reported probe has seen none of the reported examples.
+3. The bound can be loose: it misses information that is not linearly readable, or not from so few examples. It is
+   negative where a probe has learnt nothing that holds for new examples.
 """
 
 import warnings
@@ -26,13 +26,13 @@ Labels = NDArray[np.int64]
 
 
 def entropy_bits(labels: Labels) -> float:
-    """The entropy of the labels themselves: what could be read at most."""
+    """Return the entropy of the labels themselves: the most that could be read."""
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
     return float(-(shares * np.log2(shares)).sum())
 
 
 def readable_bits(fit_on: tuple[Features, Labels], test_on: tuple[Features, Labels]) -> Interval:
-    """What a linear probe reads, in bits, with its interval over test examples. See Note [Probes].
+    """Return the bits that a linear probe reads, with an interval over test examples. See Note [Probes].
 
     Args:
         fit_on: vectors (n, features) and labels (n,).
@@ -42,37 +42,34 @@ def readable_bits(fit_on: tuple[Features, Labels], test_on: tuple[Features, Labe
         InputError: a label among the test examples that the probe has never seen, or numbers that are not finite.
     """
     (x, y), (new, truth) = _standardised(fit_on, test_on)
-    strange = sorted({*truth.tolist()} - {*y.tolist()})
-    if strange:
-        raise InputError(f"class {strange[0]} has too few images: take more with --images")
+    unseen = np.setdiff1d(truth, y)
+    if len(unseen):
+        raise InputError(f"class {unseen[0]} has too few images: take more with --images")
     inner = np.arange(len(y)) % 4 == 0
     scores = [_log_shares(x[~inner], y[~inner], c, x[inner], y[inner]).mean() for c in PENALTIES]
     best = PENALTIES[int(np.argmax(scores))]
-    shares = np.unique(truth, return_counts=True)[1] / len(truth)
-    prior = dict(zip(np.unique(truth).tolist(), np.log2(shares).tolist(), strict=True))
-    gained = _log_shares(x, y, best, new, truth) - np.array([prior[label] for label in truth.tolist()])
-    return interval(gained)
+    _, index, counts = np.unique(truth, return_inverse=True, return_counts=True)
+    return interval(_log_shares(x, y, best, new, truth) - np.log2(counts / len(truth))[index])
 
 
 def _standardised(*parts: tuple[Features, Labels]) -> Sequence[tuple[Features, Labels]]:
-    """Both by the mean and deviation of the first."""
+    """Standardise features by the mean and deviation of the first part."""
     x = parts[0][0]
     if not all(np.isfinite(features).all() for features, _ in parts):
-        raise InputError("features that are not finite: has the training gone out of hand?")
+        raise InputError("the features are not finite: the training has diverged")
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale[scale == 0] = 1
     return [((features - mean) / scale, labels) for features, labels in parts]
 
 
 def _log_shares(x: Features, y: Labels, penalty: float, new: Features, truth: Labels) -> NDArray[np.float64]:
-    """log2 of the probability that a probe fitted on x and y gives to each true label."""
-    known = {*y.tolist()}
+    """Return log2 of the probability that a probe fitted on x and y gives to each true label."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is not quite fitted is a probe
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the bound holds for any probe
         probe = LogisticRegression(C=penalty, max_iter=100, tol=1e-3).fit(x, y)
     with np.errstate(divide="ignore"):  # a share of zero: see the floor
         logs = np.asarray(probe.predict_log_proba(new)) / np.log(2)
     column = {label: number for number, label in enumerate(probe.classes_.tolist())}
     floor = np.log2(1 / (10 * len(y)))
-    found = [logs[row, column[label]] if label in known else floor for row, label in enumerate(truth.tolist())]
+    found = [logs[row, column[label]] if label in column else floor for row, label in enumerate(truth.tolist())]
     return np.maximum(np.array(found, dtype=np.float64), floor)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relaybackprop import Relay
 from relaylab.data.sources.source import Source
 from relaylab.diagnose.information import Reading, collect, read_all, trained_layers
 from relaylab.diagnose.probe import entropy_bits
@@ -38,7 +37,7 @@ def read_runs(
         seed: of the projection and of the halves.
 
     Returns:
-        By run the readings, and what the page says of them.
+        The readings by run, and facts for the page.
 
     Raises:
         InputError: runs that do not belong together or have no checkpoint, or too few images.
@@ -51,7 +50,8 @@ def read_runs(
     readings: dict[str, list[Reading]] = {}
     for name, each in runs.items():
         model = read_model(_model_of(each))
-        relay = load_relay(each, checkpoints[name])
+        relay = build_relay(each.recipe).eval()
+        relay.load_state_dict(checkpoint.read(checkpoints[name]).model)
         with progress(f"images, {name}", len(numbers)) as task:
             features = collect(relay, _batches(source, numbers, labels, model, task), seed=seed)
         with progress(f"probes, {name}", len(features)) as task:
@@ -59,9 +59,7 @@ def read_runs(
             readings[name] = read_all(features, labels, trained, seed=seed, task=task)
     about = {
         "schemes": {name: each.recipe.scheme for name, each in runs.items()},
-        "checkpoints": {
-            name: f"{name} at step {int(path.name.rpartition('-')[2]):,}" for name, path in checkpoints.items()
-        },
+        "checkpoints": {name: f"{name} at step {_step_of(path):,}" for name, path in checkpoints.items()},
         "images": len(numbers),
         "entropy": entropy_bits(labels.numpy()),
         "seed": seed,
@@ -70,20 +68,13 @@ def read_runs(
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """What to call folders: by their own names, with as much of the way to them as tells them apart."""
+    """Return the folders' own names, with as much of their paths as tells them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(set(parts)):
             return names
     return ["/".join(part) for part in parts]
-
-
-def load_relay(each: Run, path: Path) -> Relay:
-    """A run's network and heads with the weights of a checkpoint, in evaluation mode."""
-    relay = build_relay(each.recipe)
-    relay.load_state_dict(checkpoint.read(path).model)
-    return relay.eval()
 
 
 def _newest(folder: Path) -> Path:

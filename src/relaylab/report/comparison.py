@@ -1,4 +1,4 @@
-"""Comparisons: runs that differ in scheme, seed and rate only, opened from their folders, and those that failed."""
+"""Comparisons: runs that differ in scheme, seed and rate only, and those that failed, opened from their folders."""
 
 import itertools
 import json
@@ -10,8 +10,7 @@ from typing import Any
 
 from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
-from relaylab.recipes.schema import SCHEMES, Recipe
-from relaylab.report.style import SCHEME_NAMES
+from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
 from relaylab.train import runs
 from relaylab.train.failures import FILE, Failure, read_failure
 from relaylab.train.records import metrics_of
@@ -23,39 +22,28 @@ Member = tuple[str, int]
 
 @dataclass(frozen=True)
 class Run:
-    """A run that the page is about.
-
-    Attributes:
-        folder: of it.
-        recipe: what it trains.
-        about: options and values as its folder records them.
-        classes: their names.
-        counts: images of each class, by part; empty for runs of earlier versions.
-        metrics: its lines.
-        starts: where and with what it was started.
-        last: the validation that the page reports: the last one that all runs have.
-    """
+    """A run with a result."""
 
     folder: Path
     recipe: Recipe
     about: Mapping[str, Any]
+    """Options and values as its folder records them."""
     classes: tuple[str, ...]
     counts: Mapping[str, Sequence[int]]
+    """Images of each class, by split; empty for runs of earlier versions."""
     metrics: Sequence[Mapping[str, Any]]
     starts: Sequence[Mapping[str, Any]]
+    """The environment of each start."""
     last: Mapping[str, Any]
+    """The validation to report: the last one that all runs have."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are alike except for scheme, seed and the schemes' learning rates.
-
-    Attributes:
-        runs: those with a result, sorted by scheme and seed.
-        failures: the others, in the same order.
-    """
+    """Runs that are alike except for scheme, seed and the schemes' learning rates, sorted by scheme and seed."""
 
     runs: Sequence[Run]
+    """Those with a result."""
     failures: Mapping[Member, Failure] = field(default_factory=dict[Member, Failure])
 
     @property
@@ -63,6 +51,17 @@ class Comparison:
         """The runs with a result of each scheme that has any."""
         found = {scheme: [run for run in self.runs if run.recipe.scheme == scheme] for scheme in SCHEMES}
         return {scheme: own for scheme, own in found.items() if own}
+
+    @property
+    def metrics(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
+        """The metrics of each scheme's runs."""
+        return {scheme: [run.metrics for run in own] for scheme, own in self.by_scheme.items()}
+
+    @property
+    def failure_texts(self) -> list[str]:
+        """A sentence for each failed run."""
+        failures = self.failures.items()
+        return [f"{SCHEMES[scheme]}, seed {seed}: {failure.text}" for (scheme, seed), failure in failures]
 
     def errors(self, top: str) -> dict[str, dict[int, float | None]]:
         """Return an error by scheme and seed; None for failed runs."""
@@ -93,9 +92,7 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
     failed = dict(_open_failure(folder) for folder in folders if _has_failed(folder))
     found = [_open(folder) for folder in folders if not _has_failed(folder)]
     if not found and not may_fail:
-        reasons = "; ".join(
-            f"{SCHEMES[scheme]}, seed {seed}: {failure.text}" for (scheme, seed), failure in failed.items()
-        )
+        reasons = "; ".join(Comparison([], failed).failure_texts)
         raise InputError(f"all runs have failed, so there is nothing to report: {reasons}")
     for one, other in itertools.combinations(found, 2):
         _check_alike(one, other)
@@ -149,26 +146,29 @@ def _open(folder: Path) -> Run:
 
 
 def _check_alike(one: Run, other: Run) -> None:
-    def refuse(what: str) -> None:
-        raise InputError(f"{one.folder} and {other.folder} have {what}: they cannot be compared in one table")
-
+    is_same_scheme = one.recipe.scheme == other.recipe.scheme
+    free = ("scheme", "plan", "evaluation", *([] if is_same_scheme else [RATE]))
+    different = different_values(one.about["values"], other.about["values"], free)
     if one.classes != other.classes:
-        refuse(f"different classes ({len(one.classes)} and {len(other.classes)})")
-    if (one.about["data"], one.about["val_data"]) != (other.about["data"], other.about["val_data"]):
-        refuse("different images")
-    values = one.about["values"], other.about["values"]
-    apart = ("scheme", "plan", "evaluation", *([RATE] if one.recipe.scheme != other.recipe.scheme else []))
-    names = [name for name in {**values[0], **values[1]} if not name.startswith(apart)]
-    different = [name for name in names if values[0].get(name) != values[1].get(name)]
-    if different:
-        refuse(f"different recipes ({different[0]})")
-    if one.recipe.scheme == other.recipe.scheme and one.about["seed"] == other.about["seed"]:
-        refuse("the same scheme and seed")
+        problem = f"different classes ({len(one.classes)} and {len(other.classes)})"
+    elif (one.about["data"], one.about["val_data"]) != (other.about["data"], other.about["val_data"]):
+        problem = "different images"
+    elif different:
+        problem = f"different recipes ({different[0]})"
+    elif is_same_scheme and one.about["seed"] == other.about["seed"]:
+        problem = "the same scheme and seed"
+    else:
+        return
+    raise InputError(f"{one.folder} and {other.folder} have {problem}: they cannot be compared in one table")
+
+
+def different_values(one: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    """Return the names of the values in which two recipes differ, except those that begin with a free name."""
+    names = [name for name in {**one, **other} if not name.startswith(tuple(free))]
+    return [name for name in names if one.get(name) != other.get(name)]
 
 
 def joined(texts: Mapping[str, str]) -> str:
     """Format a text for each scheme: once if all are the same, else with the schemes' names."""
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    schemes = {text: [SCHEME_NAMES[s] for s, other in texts.items() if other == text] for text in texts.values()}
-    return "; ".join(f"{', '.join(names)}: {text}" for text, names in schemes.items())
+    names = {text: [SCHEME_NAMES[s] for s, other in texts.items() if other == text] for text in texts.values()}
+    return next(iter(names)) if len(names) == 1 else "; ".join(f"{', '.join(own)}: {t}" for t, own in names.items())

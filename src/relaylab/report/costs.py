@@ -7,21 +7,17 @@ import torch
 from relaybackprop import cost
 from relaybackprop.cost import Cost
 from relaylab.models.building import build_heads, build_network, build_plan
-from relaylab.recipes.schema import Recipe
+from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.tables import Table
 
-SCHEMES = {"standard": "standard BP", "multi_loss": "multi-loss", "relay": "relay"}
+SCHEMES = ("standard", "multi_loss", "relay")
 BATCH = 2  # images; batch normalisation needs two
 GIGA, MEGA = 1e9, 1e6
 
 
 def cost_table(recipes: Sequence[Recipe]) -> Table:
-    """Return the cost of a training step of each network with its heads, per image.
-
-    Args:
-        recipes: those that cost the same share a row.
-    """
-    header = ("network", "parameters", "heads", *(f"GFLOPs, {name}" for name in SCHEMES.values()))
+    """Return the cost of a training step of each network with its heads, per image; equal costs share a row."""
+    header = ("network", "parameters", "heads", *(f"GFLOPs, {SCHEME_NAMES[scheme]}" for scheme in SCHEMES))
     header += ("lower bound", "relay / standard", "MB saved, standard", "multi-loss and relay")
     rows: list[tuple[str, ...]] = []
     for recipe in distinct(recipes):

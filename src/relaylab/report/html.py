@@ -2,7 +2,7 @@
 
 from base64 import b64encode
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -13,13 +13,7 @@ from relaylab.report.style import SCHEME_COLOURS, figure_text
 
 
 def render_template(package: str, name: str, **values: Any) -> str:
-    """Render a template of a package; "base.html.j2", which it extends, is this package's.
-
-    Args:
-        package: that holds the template.
-        name: of the template.
-        values: for it.
-    """
+    """Render a template of a package with values; "base.html.j2", which it extends, is in `relaylab.report`."""
     loader = ChoiceLoader([PackageLoader(package, "."), PackageLoader("relaylab.report", ".")])
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -30,16 +24,15 @@ def render_template(package: str, name: str, **values: Any) -> str:
 def svg_uri(picture: str | Figure) -> str:
     """Return SVG text, or a figure, as a data URI."""
     text = picture if isinstance(picture, str) else figure_text(picture)
-    return f"data:image/svg+xml;base64,{b64encode(text.encode()).decode()}"
+    return _data_uri("svg+xml", text.encode())
 
 
-def image_uri(pixels: Pixels, kind: str = "jpeg") -> str:
-    """Return pixels as a data URI.
-
-    Args:
-        pixels: uint8 (h, w, 3).
-        kind: jpeg or png.
-    """
+def image_uri(pixels: Pixels, kind: Literal["jpeg", "png"] = "jpeg") -> str:
+    """Return pixels as a data URI."""
     file = BytesIO()
     Image.fromarray(pixels).save(file, kind, **({"quality": 85} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"
+    return _data_uri(kind, file.getvalue())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{b64encode(data).decode()}"

@@ -7,6 +7,7 @@ from PIL import Image
 
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
+from relaylab.data.sources import digits
 from relaylab.errors import InputError
 from relaylab.report.balance import balance_picture, draws_per_epoch
 from relaylab.report.comparison import Run
@@ -17,21 +18,18 @@ from relaylab.train.options import TrainConfig
 
 CLASSES, EACH = 10, 4  # that are shown, and images of each
 TILE, GAP = 80, 4  # pixels
-EMBEDDED = "digits"  # images without people, which every page may show
 
 
 def is_embedded(run: Run) -> bool:
-    """Return whether a run's images are those that the lab has itself."""
-    data = run.about["data"]
-    return run.recipe.images.data_set == EMBEDDED and all(Path(path).name.startswith(EMBEDDED) for path in data)
+    """Return whether a run's images are the lab's own digits, which show no people, so that any page may show them."""
+    return [Path(path).name for path in run.about["data"]] == [digits.NAME]
 
 
 def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
     """Return a strip of training images for each class with its name, or the reason why there are none."""
-    about = run.about
-    config = TrainConfig(data=tuple(map(Path, about["data"])), val_data=tuple(map(Path, about["val_data"])))
+    data, val_data = (tuple(map(Path, run.about[name])) for name in ("data", "val_data"))
     try:
-        source, _ = open_sources(config)
+        source, _ = open_sources(TrainConfig(data=data, val_data=val_data))
         labels = np.asarray(source.labels)
         strips: list[tuple[str, str]] = []
         for label, name in list(enumerate(run.classes))[:CLASSES]:
@@ -44,7 +42,7 @@ def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
 
 
 def _tile(pixels: np.ndarray) -> np.ndarray:
-    """The centre square, enlarged without smoothing if it is small, with a gap on its right."""
+    """Return the centre square, enlarged without smoothing if it is small, with a gap on its right."""
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     how = Image.Resampling.NEAREST if side <= TILE // 2 else Image.Resampling.LANCZOS
@@ -53,7 +51,7 @@ def _tile(pixels: np.ndarray) -> np.ndarray:
 
 
 def balance(run: Run) -> str | None:
-    """Return a picture of the training images of each class and of their draws; None if the run has not noted them."""
+    """Return a picture of the training images and draws of each class; None if the run has not recorded them."""
     if not run.counts:
         return None
     sizes, sampling = run.counts["train"], run.recipe.images.sampling

@@ -1,6 +1,7 @@
-"""Networks with their heads and windows, in the manner of the paper's Figure 2."""
+"""Drawings of networks with their heads and windows, in the manner of the paper's Figure 2."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -25,13 +26,13 @@ LETTER = 5.7  # width of a letter of a stage's words in full size
 def draw_network(
     stages: Sequence[Stage], losses: Sequence[Loss], title: str = "", *, room_for_heads: bool = False
 ) -> Figure:
-    """Black goes forward, from the image up; a colour is a loss, and its bar goes down over the layers that it trains.
+    """Draw the forward pass in black, from the image up, and each loss with a bar over the layers that it trains.
 
     Args:
         stages: from the lowest up.
         losses: the primary one first, then from the lowest head up.
         title: above the picture.
-        room_for_heads: as wide without a head as with one, for pictures side by side.
+        room_for_heads: make the picture as wide without a head as with one, for pictures side by side.
     """
     colours = {loss.name: (PRIMARY, *AUXILIARY)[min(number, len(AUXILIARY))] for number, loss in enumerate(losses)}
     primary, *auxiliary = losses
@@ -52,7 +53,7 @@ def draw_network(
             axes.text(MARGIN, height - 10, title, fontsize=12, fontweight="bold", va="top", color=INK)
         axes.text(middle, 8, "image", ha="center", va="bottom", fontsize=10, color=INK)
         for number, stage in enumerate(stages):
-            _stage(axes, stage, (left, right), _floor(number), [colours[loss] for loss in stage.losses])
+            _stage(axes, stage, left, right - left, _floor(number), [colours[loss] for loss in stage.losses])
         _arrow(axes, (middle, roof - GAP), (middle, roof + 4), INK, 1.4)
         _box(axes, (middle - 60, roof + 4), (120, 26), ["primary loss"], colours[primary.name][0])
         _window(axes, primary, (middle - 60, roof + 17), left - BAR, colours[primary.name][0])
@@ -77,9 +78,8 @@ def _words(stage: Stage) -> str:
 
 
 def _stage(
-    axes: Axes, stage: Stage, sides: tuple[float, float], floor: float, colours: Sequence[tuple[str, str]]
+    axes: Axes, stage: Stage, left: float, width: float, floor: float, colours: Sequence[tuple[str, str]]
 ) -> None:
-    left, width = sides[0], sides[1] - sides[0]
     stripe = width / max(len(colours), 1)
     for number, (_, tint) in enumerate(colours):  # what several losses train has a stripe of each one's colour
         axes.add_patch(Rectangle((left + stripe * number, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
@@ -95,7 +95,7 @@ def _stage(
 
 
 def _window(axes: Axes, loss: Loss, start: tuple[float, float], bar: float, colour: str) -> None:
-    """From a loss's box sideways, and down to the end of its window."""
+    """Draw the bar from a loss's box sideways, and down to the end of its window."""
     end = _floor(loss.low) - 2
     axes.plot([start[0], bar, bar], [start[1], start[1], end + 8], color=colour, linewidth=4, solid_joinstyle="miter")
     _arrow(axes, (bar, end + 14), (bar, end), colour, 4)
@@ -104,17 +104,12 @@ def _window(axes: Axes, loss: Loss, start: tuple[float, float], bar: float, colo
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, width: float) -> None:
     style = f"-|>,head_length={3 + width},head_width={1.5 + 0.8 * width}"
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle=style, color=colour, linewidth=width, shrinkA=0, shrinkB=0, joinstyle="miter"
-        )
-    )
+    look: dict[str, Any] = {"arrowstyle": style, "color": colour, "linewidth": width, "joinstyle": "miter"}
+    axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
 
 
 def _box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], lines: Sequence[str], colour: str) -> None:
-    frame = FancyBboxPatch(
-        corner, *size, boxstyle="round,pad=0,rounding_size=5", facecolor="white", edgecolor=colour, zorder=3
-    )
-    axes.add_patch(frame)
+    shape = "round,pad=0,rounding_size=5"
+    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle=shape, facecolor="white", edgecolor=colour, zorder=3))
     middle = corner[0] + size[0] / 2, corner[1] + size[1] / 2
     axes.text(*middle, "\n".join(lines), ha="center", va="center", fontsize=10, color=colour, linespacing=1.3, zorder=4)

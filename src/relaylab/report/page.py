@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from relaylab.evaluate.scores import ScoreFolder
+from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.comparison import Comparison
 from relaylab.report.curves import angle_picture, curve_picture
 from relaylab.report.html import render_template, svg_uri
@@ -10,7 +11,6 @@ from relaylab.report.images import balance, is_embedded, sample_strips
 from relaylab.report.paper_figures import gradient_figure, window_figure
 from relaylab.report.paper_tables import NAMES
 from relaylab.report.scored import scored
-from relaylab.report.style import SCHEME_NAMES
 from relaylab.report.summary import TITLES, failure_table, papers_table, recipe_table, run_table, summary, tops
 from relaylab.report.verdict import chance_error, in_question, verdict
 from relaylab.tables import Table, render
@@ -22,19 +22,18 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
     Args:
         comparison: the runs.
         scores: of their networks; None leaves out what needs them.
-        images: show training images; those that the lab has itself are always shown.
+        images: show training images; the lab's own digits are always shown.
     """
-    by_scheme, first = comparison.by_scheme, comparison.runs[0]
-    metrics = {scheme: [each.metrics for each in own] for scheme, own in by_scheme.items()}
+    by_scheme, first, metrics = comparison.by_scheme, comparison.runs[0], comparison.metrics
     classes = len(first.classes)
-    curves = {top: _curve(comparison, top) for top in tops(comparison)}
-    more = [(f"Validation error, {TITLES[top]}", curve) for top, curve in curves.items() if top != "top1"]
+    curve, *more = (_error_curve(comparison, top, classes) for top in tops(comparison))
     if all(any(line["kind"] == "train" for line in each.metrics) for each in comparison.runs):
         title = "Training loss, primary"
         more.append((title, svg_uri(curve_picture(metrics, "train", "loss.primary", title, "nats"))))
     more.append(("Validation loss", svg_uri(curve_picture(metrics, "val", "loss", "Validation loss", "nats"))))
-    looks = {SCHEME_NAMES[scheme]: own[0].metrics for scheme, own in by_scheme.items()}
-    looks = {name: lines for name, lines in looks.items() if any(line["kind"] == "gradients" for line in lines)}
+    probes = {SCHEME_NAMES[scheme]: own[0].metrics for scheme, own in by_scheme.items()}
+    probes = {name: lines for name, lines in probes.items() if any(line["kind"] == "gradients" for line in lines)}
+    windows = {SCHEME_NAMES[scheme]: own[0].recipe for scheme, own in by_scheme.items()}
     angles = angle_picture(metrics)
     failures, papers = failure_table(comparison), papers_table(comparison)
     return render_template(
@@ -49,14 +48,11 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
         verdict=verdict(comparison.errors("top1")),
         summary=_html(summary(comparison)),
         failures=failures and _html(failures),
-        curve=curves["top1"],
+        curve=curve[1],
         curves=more,
         papers=papers and _html(papers),
-        windows=[
-            (SCHEME_NAMES[scheme], svg_uri(window_figure(own[0].recipe, SCHEME_NAMES[scheme])))
-            for scheme, own in by_scheme.items()
-        ],
-        gradients=[(name, svg_uri(gradient_figure(looks, name))) for name in looks],
+        windows=[(name, svg_uri(window_figure(recipe, name))) for name, recipe in windows.items()],
+        gradients=[(name, svg_uri(gradient_figure(probes, name))) for name in probes],
         angles=angles and svg_uri(angles),
         samples=sample_strips(first) if images or is_embedded(first) else None,
         balance=balance(first),
@@ -67,11 +63,11 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
     )
 
 
-def _curve(comparison: Comparison, top: str) -> str:
-    metrics = {scheme: [each.metrics for each in own] for scheme, own in comparison.by_scheme.items()}
-    guess = chance_error(len(comparison.runs[0].classes), int(top[3:]))
-    title = f"Validation error, {TITLES[top]}"
-    return svg_uri(curve_picture(metrics, "val", top, title, "per cent", guess=guess, size=(5.6, 3.3)))
+def _error_curve(comparison: Comparison, top: str, classes: int) -> tuple[str, str]:
+    """Return the title of an error's curve, and its picture as a data URI."""
+    title, guess = f"Validation error, {TITLES[top]}", chance_error(classes, int(top[3:]))
+    picture = curve_picture(comparison.metrics, "val", top, title, "per cent", guess=guess, size=(5.6, 3.3))
+    return title, svg_uri(picture)
 
 
 def question(comparison: Comparison) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,58 +25,54 @@ from relaylab.models.building import build_network, build_plan
 from relaylab.recipes.schema import Recipe
 from relaylab.report.network import draw_network
 from relaylab.report.stages import stages_of
-from relaylab.report.style import STYLE, layer_name
+from relaylab.report.style import BELOW_AXIS, STYLE, layer_name
 
-RIGHT, WRONG = "#00664a", "#a33f00"
+RIGHT = "#00664a"
 COLUMNS, ROWS = 4, 2
 TOP = 5
+MOST_TICKS = 30  # of a plot's axis with names
 QUANTITIES = {"gradient": "mean |gradient|", "ratio": "mean |gradient| / mean |weight|"}
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo and what a network takes it for.
-
-    Attributes:
-        pixels: uint8 (h, w, 3).
-        truth: its class.
-        guesses: classes and their probabilities, the likeliest first.
-    """
+    """A photo with a network's predictions."""
 
     pixels: Pixels
     truth: str
     guesses: tuple[tuple[str, float], ...]
+    """Classes and their probabilities, the likeliest first."""
 
 
 def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str | None = None) -> Figure:
-    """Figure 1: mean absolute gradient of each layer, and its ratio to the weights', a line for each iteration.
+    """Draw Figure 1: mean absolute gradient of each layer, and its ratio to the weights', a line for each iteration.
 
     Args:
         runs: for each title, the lines of a run's metrics.
         only: a title whose panels alone are drawn, below each other, on the scales that all runs need.
 
     Raises:
-        InputError: a run that has not looked at gradients.
+        InputError: a run without gradient statistics.
     """
-    looks = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
-    for title, own in looks.items():
+    probes = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
+    for title, own in probes.items():
         if not own:
             raise InputError(f"{title} has no gradients: train with --diagnose-every, and not with 0")
     found = {
         (title, quantity): [_by_layer(line, list(own[-1]["layers"]), quantity) for line in own]
-        for title, own in looks.items()
+        for title, own in probes.items()
         for quantity in QUANTITIES
     }
-    shown = [title for title in looks if only in (None, title)]
-    last = max(line["step"] for own in looks.values() for line in own)
+    shown = [title for title in probes if only in (None, title)]
+    last = max(line["step"] for own in probes.values() for line in own)
     colours, norm = colormaps["viridis"], Normalize(0, last * 1.1)
+    size, shape = ((11, 3.1 * len(probes) + 0.6), (len(shown), 2)) if only is None else ((5.6, 6.6), (2, 1))
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.1 * len(looks) + 0.6) if only is None else (5.6, 6.6), layout="constrained")
-        shape = (len(shown), 2) if only is None else (2, 1)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(*shape, squeeze=False).reshape(len(shown), 2)
         for row, title in zip(axes, shown, strict=True):
             for panel, (quantity, unit) in zip(row, QUANTITIES.items(), strict=True):
-                for line, values in zip(looks[title], found[title, quantity], strict=True):
+                for line, values in zip(probes[title], found[title, quantity], strict=True):
                     panel.plot(values, color=colours(norm(line["step"])), linewidth=1.2)
                 every = np.concatenate([values for key in found if key[1] == quantity for values in found[key]])
                 panel.set_ylim(0.8 * np.nanmin(every), 1.25 * np.nanmax(every))
@@ -85,11 +80,15 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str |
                 panel.yaxis.set_minor_formatter(NullFormatter())
                 panel.set_title(title)
                 panel.set_ylabel(unit)
-                _layer_ticks(panel, list(looks[title][-1]["layers"]))
+                names = [layer_name(name) for name in probes[title][-1]["layers"]]
+                step = -(-len(names) // MOST_TICKS)
+                panel.set_xticks(range(0, len(names), step), names[::step], **BELOW_AXIS)
+                panel.tick_params(labelbottom=True)
         for panel in axes[-1]:
             panel.set_xlabel("weight layer, lowest on the left")
-        steps = [line["step"] for line in looks[shown[0]]]
-        handles = [Line2D([], [], color=colours(norm(step)), label=f"{step:,}") for step in _few(steps)]
+        steps = [line["step"] for line in probes[shown[0]]]
+        few = sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, 6)})
+        handles = [Line2D([], [], color=colours(norm(step)), label=f"{step:,}") for step in few]
         place: dict[str, Any] = {"loc": "outside right center"} if only is None else {"loc": "outside lower center"}
         figure.legend(handles=handles, title="iteration", ncols=1 if only is None else 6, **place)
     return figure
@@ -100,22 +99,8 @@ def _by_layer(line: Mapping[str, Any], names: Sequence[str], quantity: str) -> N
     return np.maximum(np.array(values, dtype=float), 1e-12)
 
 
-def _layer_ticks(panel: Axes, names: Sequence[str]) -> None:
-    short = [layer_name(name) for name in names]
-    every = -(-len(names) // 30)
-    panel.set_xticks(
-        range(0, len(names), every), short[::every], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
-    )
-    panel.tick_params(labelbottom=True)
-
-
-def _few(steps: Sequence[int]) -> list[int]:
-    places = np.unique(np.linspace(0, len(steps) - 1, 6).round().astype(int))
-    return [steps[place] for place in places]
-
-
 def window_figure(recipe: Recipe, title: str) -> Figure:
-    """Figure 2: the network with its segments, heads and windows under the recipe's scheme."""
+    """Draw Figure 2: the network with its segments, heads and windows under the recipe's scheme."""
     with torch.device("meta"):
         model = build_network(recipe.network)
     plan = build_plan(recipe.plan, recipe.scheme)
@@ -126,20 +111,20 @@ def window_figure(recipe: Recipe, title: str) -> Figure:
 def pick_photos(
     source: Source, classes: Sequence[str], log_probabilities: Tensor, *, right: bool, count: int = COLUMNS * ROWS
 ) -> list[Photo]:
-    """Photos of different classes that are classified rightly or wrongly, as in Figures 3 and 4.
+    """Return photos of different classes that are classified rightly or wrongly, as in Figures 3 and 4.
 
-    Right is a class that is the likeliest; wrong is one that is not even among the five likeliest, as in the challenge
-    (of up to five classes, not the likeliest). Those come first of which the network was surest.
+    Rightly: the true class is the likeliest. Wrongly: it is not even among the five likeliest, as in the challenge
+    (with up to five classes, not the likeliest). The most confident predictions are first.
 
     Args:
         source: of the photos.
         classes: their names.
         log_probabilities: (images, classes).
-        right: which of the two.
+        right: rightly or wrongly classified ones.
         count: of photos, at most; there may be none.
 
     Raises:
-        InputError: one cannot be read.
+        InputError: an unreadable photo.
     """
     labels = torch.as_tensor(source.labels[:].astype("int64"))
     best = log_probabilities.topk(min(TOP, len(classes)), dim=1)
@@ -148,7 +133,7 @@ def pick_photos(
     candidates = (first if right else ~hit if len(classes) > TOP else ~first).nonzero().flatten()
     order = candidates[best.values[candidates, 0].argsort(descending=True, stable=True)]
     chosen: dict[int, int] = {}
-    for number in order.tolist():  # one of each class, the surest
+    for number in order.tolist():  # one of each class, the most confident
         chosen.setdefault(int(labels[number]), number)
         if len(chosen) == count:
             break
@@ -166,12 +151,7 @@ def pick_photos(
 
 
 def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
-    """Figures 3 and 4: photos with their class and the five likeliest; the right one stands out.
-
-    Args:
-        photos: which, at least one.
-        title: above them.
-    """
+    """Draw Figures 3 and 4: photos with their class and the five likeliest, the true one in bold."""
     columns = min(COLUMNS, len(photos))
     rows = -(-len(photos) // columns)
     with rc_context({**STYLE, "axes.grid": False}):
@@ -188,42 +168,22 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
             text.text(0, 1.0, plain(photo.truth), fontsize=10.5, fontweight="bold", va="top")
             for place, (name, share) in enumerate(photo.guesses, 1):
                 is_right = name == photo.truth
-                text.text(
-                    0,
-                    1.0 - 0.16 * place,
-                    f"{100 * share:3.0f} %  {plain(name)}" + ("  ✓" if is_right else ""),
-                    fontsize=9.5,
-                    va="top",
-                    color=RIGHT if is_right else "#333333",
-                    fontweight="bold" if is_right else "normal",
-                )
+                words = f"{100 * share:3.0f} %  {plain(name)}" + ("  ✓" if is_right else "")
+                colour, weight = (RIGHT, "bold") if is_right else ("#333333", "normal")
+                text.text(0, 1.0 - 0.16 * place, words, fontsize=9.5, va="top", color=colour, fontweight=weight)
     return figure
 
 
 def prediction_figure(predictions: Sequence[Prediction]) -> Figure:
-    """Images below whose names stand the classes that a network takes them for."""
-    photos = [
-        Photo(each.pixels, Path(each.name).name, tuple((guess.name, guess.probability) for guess in each.guesses))
-        for each in predictions
-    ]
+    """Draw images with their file names and the predicted classes."""
+    photos: list[Photo] = []
+    for each in predictions:
+        guesses = tuple((guess.name, guess.probability) for guess in each.guesses)
+        photos.append(Photo(each.pixels, Path(each.name).name, guesses))
     return photo_figure(photos, "")
 
 
 def plain(name: str) -> str:
-    """A class's name for people: without the number that some data sets put before it, and without underscores."""
+    """Return a class's name without the number that some data sets put before it, and without underscores."""
     number, mark, rest = name.partition("_")
     return (rest if mark and number.isdecimal() else name).replace("_", " ")
-
-
-def default_path(number: str, out: Path | None, option: str = "--out") -> Path:
-    """Where a figure goes.
-
-    Raises:
-        InputError: a name that ends in neither .svg nor .png, or a folder that is not there.
-    """
-    path = out or Path(f"figure{number}.svg")
-    if path.suffix not in (".svg", ".png"):
-        raise InputError(f"{option} {path}: expected a name that ends in .svg or .png")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}")
-    return path

@@ -1,12 +1,12 @@
-"""The paper's tables, filled from scores, with the paper's own figures below ours.
+"""The paper's tables, filled from scores, with the paper's own results below ours.
 
 Note [Tables]
-1. A network belongs into the cell of its architecture and scheme. Several of one cell have other seeds: the cell has
-   their mean, and the standard deviation over seeds.
+1. A network belongs to the cell of its architecture and scheme. Several in one cell differ in their seeds: the cell
+   has their mean, and the standard deviation over seeds.
 2. In brackets is the improvement over standard BP, as in the paper.
-3. Inception-v3 comes with an auxiliary classifier. Table 6 calls that "standard BP", and leaves multi-loss out.
-4. Cells of one column may differ in the scheme alone: other images, another length of training or another rate, and the
-   table is refused.
+3. Inception-v3 has an auxiliary classifier of its own. Table 6 calls that "standard BP", and leaves multi-loss out.
+4. Cells of one column may differ in the scheme alone: a table with other images, another length of training or another
+   rate is refused.
 """
 
 import itertools
@@ -26,10 +26,12 @@ from relaylab.evaluate.results import RESULTS
 from relaylab.evaluate.scores import ScoreFolder, check_alike
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.report.comparison import different_values
 from relaylab.report.verdict import mean_text
 from relaylab.tables import Table
 
 TABLES = ("1", "3", "4", "5", "6", "sampling")
+TOPS = {"top1": "top-1", "top5": "top-5"}
 NAMES = {
     "model_a": "model A",
     "model_a_printed": "model A as printed",
@@ -50,60 +52,63 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Entry:
-    """A network that was tested.
-
-    Attributes:
-        name: of it.
-        seed: of its training.
-        values: of its recipe.
-        top1: for each image 100 if the likeliest class is wrong.
-        top5: likewise for the five likeliest.
-        per_class: mean over classes of their top-1 errors.
-        passes: in which it was tested.
-    """
+    """A network that was tested."""
 
     name: str
     seed: int
     values: Mapping[str, Any]
+    """Of its recipe."""
     top1: Values
+    """For each image 100 if the likeliest class is wrong, else 0."""
     top5: Values
+    """For each image 100 if the true class is not among the five likeliest, else 0."""
     per_class: float
+    """Mean over classes of their top-1 errors."""
     passes: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        """Architecture of the network."""
+        return self.values["network.architecture"]
+
+    @property
+    def scheme(self) -> str:
+        """Scheme of the training."""
+        return self.values["scheme"]
 
 
 def paper_table(number: str, folders: Sequence[ScoreFolder]) -> Table:
-    """One of the paper's tables.
+    """Return one of the paper's tables.
 
     Args:
         number: one of `TABLES`.
         folders: of scores, all of the same images.
 
     Raises:
-        InputError: another table, different images or classes, no network that belongs into it, or networks in one
+        InputError: another table, different images or classes, no network that belongs to it, or networks in one
             column that differ in more than the scheme.
     """
     if number not in TABLES:
         raise InputError(f"no table {number}: expected one of {', '.join(TABLES)}")
     if not folders:
-        raise InputError("which scores? Give folders that `relaylab eval` has written")
+        raise InputError("no scores are given: name folders that `relaylab eval` has written")
     check_alike(folders)
     if number == "5":
         return _ensembles(folders)
     kind: Kind = "dense" if number in ("1", "4", "6") else "single-crop"
-    found = entries(folders, kind)
-    if number == "6":
-        found = [replace(entry, values=_as_table_6(entry.values)) for entry in found]
-    table = {"1": _depth, "sampling": _sampling}.get(number)
+    found = _entries(folders, kind)
     title = f"{'Sampling' if number == 'sampling' else f'Table {number}'}. {_about(folders[0], kind)}"
-    return table(title, found) if table else _schemes(number, title, found)
+    match number:
+        case "1":
+            return _depth(title, found)
+        case "sampling":
+            return _sampling(title, found)
+        case _:
+            return _schemes(number, title, found)
 
 
-def entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
-    """All networks of which there are scores by a protocol.
-
-    Raises:
-        InputError: scores that cannot be read.
-    """
+def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
+    """Return all networks that have scores by a protocol."""
     found: list[Entry] = []
     for folder in folders:
         for name in folder.names():
@@ -118,71 +123,63 @@ def entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
     return found
 
 
-def _as_table_6(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """See Note [Tables] 3."""
-    is_own = values["network.architecture"] == "inception_v3" and values["scheme"] == "multi_loss"
-    return {**values, "scheme": "standard"} if is_own else values
-
-
-def check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
-    """See Note [Tables] 4.
-
-    Raises:
-        InputError: in what two networks differ.
-    """
+def _check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
+    """Raise an InputError for two networks that cannot share a column, see Note [Tables] 4."""
     for one, two in itertools.combinations(found, 2):
         if (one.seed, one.values) == (two.seed, two.values):
             raise InputError(f"{one.name} and {two.name} are the same recipe and seed: leave one of them out")
     for other in found[1:]:
-        if found[0].passes != other.passes:
-            tests = [", ".join(each.passes) for each in (found[0], other)]
-            raise InputError(f"{found[0].name} was tested by {tests[0]}, {other.name} by {tests[1]}: test both alike")
-        one, two = found[0].values, other.values
-        names = [name for name in {**one, **two} if not name.startswith(tuple(free))]
-        different = [name for name in names if one.get(name) != two.get(name)]
+        first = found[0]
+        if first.passes != other.passes:
+            tests = [", ".join(each.passes) for each in (first, other)]
+            raise InputError(f"{first.name} was tested by {tests[0]}, {other.name} by {tests[1]}: test both alike")
+        different = different_values(first.values, other.values, free)
         if different:
-            name = different[0]
-            raise InputError(
-                f"{found[0].name} and {other.name} cannot stand in one column: {name} is {one.get(name)!r} and "
-                f"{two.get(name)!r}" + (f", and {len(different) - 1} more" if len(different) > 1 else "")
-            )
+            name, *more = different
+            values = f"{name} is {first.values.get(name)!r} and {other.values.get(name)!r}"
+            values += f", and {len(more)} more" if more else ""
+            raise InputError(f"{first.name} and {other.name} cannot be compared in one column: {values}")
 
 
 def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
-    columns = {a: [entry for entry in found if entry.values["network.architecture"] == a] for a in COLUMNS[number]}
+    if number == "6":  # Note [Tables] 3
+        is_own = [(e.architecture, e.scheme) == ("inception_v3", "multi_loss") for e in found]
+        standard = [replace(e, values={**e.values, "scheme": "standard"}) for e in found]
+        found = [other if own else e for e, other, own in zip(found, standard, is_own, strict=True)]
+    columns = {a: [entry for entry in found if entry.architecture == a] for a in COLUMNS[number]}
     columns = {architecture: own for architecture, own in columns.items() if own}
     if not columns:
         how = "by single crop" if number == "3" else "by dense testing"
         raise InputError(f"no network for table {number}: expected scores of {_names(COLUMNS[number])} {how}")
     notes: list[str] = []
     for own in columns.values():
-        check_column(own)
+        _check_column(own)
     rows: list[tuple[str, ...]] = []
     for scheme, method in SCHEMES.items():
-        if not any(entry.values["scheme"] == scheme for own in columns.values() for entry in own):
+        if not any(entry.scheme == scheme for own in columns.values() for entry in own):
             continue
         cells = [method]
         for architecture, own in columns.items():
-            ours, base = ([e for e in own if e.values["scheme"] == each] for each in (scheme, "standard"))
-            cells += [_cell(ours, base, top) for top in ("top1", "top5")]
+            ours, base = ([e for e in own if e.scheme == each] for each in (scheme, "standard"))
+            cells += [_cell(ours, base, top) for top in TOPS]
             if scheme != "standard" and ours and base:
                 notes.append(_difference(f"{method} minus standard BP, {NAMES[architecture]}", ours, base))
         rows.append(tuple(cells))
     rows += reported_rows(number, list(columns))
-    header = ("method", *(f"{NAMES[a]}, {top} error" for a in columns for top in ("top-1", "top-5")))
+    header = ("method", *(f"{NAMES[a]}, {top} error" for a in columns for top in TOPS.values()))
     return Table(title, header, tuple(rows), tuple(notes))
 
 
 def _depth(title: str, found: Sequence[Entry]) -> Table:
-    own = [e for e in found if e.values["network.architecture"] in DEPTHS and e.values["scheme"] == "standard"]
+    own = [e for e in found if e.architecture in DEPTHS and e.scheme == "standard"]
     if not own:
         raise InputError(f"no network for table 1: expected scores of {_names(DEPTHS)} by dense testing, standard BP")
-    check_column(own, (*FREE, "network.architecture"))
+    _check_column(own, (*FREE, "network.architecture"))
     rows: list[tuple[str, ...]] = []
     for architecture in DEPTHS:
-        ours = [entry for entry in own if entry.values["network.architecture"] == architecture]
+        ours = [entry for entry in own if entry.architecture == architecture]
         if ours:
-            rows.append((NAMES[architecture], _cell(ours, [], "top1"), _cell(ours, [], "top5")))
+            rows.append((NAMES[architecture], *(_cell(ours, [], top) for top in TOPS)))
     for recipe in _recipes("table1-"):
         if recipe.images.data_set == "Places2 challenge":
             rows.append((f"{NAMES[recipe.network.architecture]} (the paper)", *_reported(recipe, None)))
@@ -194,13 +191,12 @@ def _sampling(title: str, found: Sequence[Entry]) -> Table:
     kinds = {kind: own for kind, own in kinds.items() if own}
     if len(kinds) < 2:
         raise InputError("the sampling table needs networks of two kinds of sampling, such as class-aware and shuffled")
-    check_column([entry for own in kinds.values() for entry in own], ("plan", "evaluation", "images.sampling"))
+    _check_column([entry for own in kinds.values() for entry in own], ("plan", "evaluation", "images.sampling"))
     rows: list[tuple[str, ...]] = []
     for kind, own in kinds.items():
         per_class = mean_text([entry.per_class for entry in own])
-        rows.append((SAMPLERS[kind], _cell(own, [], "top1"), _cell(own, [], "top5"), per_class))
-    base = kinds.get("shuffled", [])
-    ours = kinds.get("class-aware", [])
+        rows.append((SAMPLERS[kind], *(_cell(own, [], top) for top in TOPS), per_class))
+    base, ours = kinds.get("shuffled"), kinds.get("class-aware")
     notes = [_difference("Class-aware minus plain sampling", ours, base)] if ours and base else []
     notes.append("The paper: class-aware sampling gains about 0.6 points of accuracy on Places2's validation images.")
     return Table(title, ("sampling", "top-1 error", "top-5 error", "mean per-class error"), tuple(rows), tuple(notes))
@@ -213,10 +209,9 @@ def _ensembles(folders: Sequence[ScoreFolder]) -> Table:
         found = json.loads(file.read_text(encoding="utf-8"))["ensembles"] if file.is_file() else []
         for entry in found:
             what = f"{', '.join(entry['members'])} by {entry['how']}, {entry['protocol']}, {entry['images']:,} images"
-            rows.append((what, *(f"{entry['errors'][top]['value']:.2f}" for top in ("top1", "top5"))))
+            rows.append((what, *(f"{entry['errors'][top]['value']:.2f}" for top in TOPS)))
         for kind in ("single-crop", "dense"):
-            for entry in entries([folder], kind):
-                rows.append((f"{entry.name}, {kind}", f"{entry.top1.mean():.2f}", f"{entry.top5.mean():.2f}"))
+            rows += [(f"{e.name}, {kind}", *(_cell([e], [], top) for top in TOPS)) for e in _entries([folder], kind)]
     if not any("by" in row[0] for row in rows):
         raise InputError("no ensemble for table 5: make one with `relaylab eval RUN... --ensemble product`")
     rows += [(f"{team} (the paper, test images)", "", f"{error:.2f}") for team, error in {**TEAMS, **WM}.items()]
@@ -235,19 +230,18 @@ def _cell(ours: Sequence[Entry], base: Sequence[Entry], top: str) -> str:
 
 
 def _difference(what: str, ours: Sequence[Entry], base: Sequence[Entry]) -> str:
-    """The interval over images, beside the spread over seeds that the cells have."""
-    texts = [
-        f"{top.replace('top', 'top-')} "
-        + difference([getattr(e, top) for e in ours], [getattr(e, top) for e in base]).text(signed=True)
-        for top in ("top1", "top5")
-    ]
+    """Return a note with intervals over images, beside the spread over seeds in the cells."""
+    texts: list[str] = []
+    for top, name in TOPS.items():
+        misses_of = ([getattr(entry, top) for entry in each] for each in (ours, base))
+        texts.append(f"{name} {difference(*misses_of).text(signed=True)}")
     seeds = len({entry.seed for entry in ours})
     return f"{what}: {', '.join(texts)} (95 % intervals over images; {seeds} seed{'s' if seeds > 1 else ''})."
 
 
 def _reported(recipe: Recipe | None, base: Recipe | None) -> list[str]:
     cells: list[str] = []
-    for top in ("top1", "top5"):
+    for top in TOPS:
         value = getattr(recipe.reported, top) if recipe and recipe.reported else None
         other = getattr(base.reported, top) if base and base.reported else None
         gain = f" ({other - value:+.2f})" if value is not None and other is not None and recipe is not base else ""
@@ -255,20 +249,21 @@ def _reported(recipe: Recipe | None, base: Recipe | None) -> list[str]:
     return cells
 
 
+def reported(number: str, architectures: Sequence[str]) -> dict[str, list[str]]:
+    """Return the paper's cells of Table 3, 4 or 6 by scheme: top-1 and top-5 error for each network."""
+    rows: dict[str, list[str]] = {scheme: [] for scheme in SCHEMES}
+    for architecture in architectures:
+        recipes = {r.scheme: r for r in _recipes(f"table{number}-") if r.network.architecture == architecture}
+        if number == "6" and "standard" not in recipes:
+            recipes = {"standard": recipes.pop("multi_loss"), **recipes}  # Note [Tables] 3
+        for scheme, cells in rows.items():
+            cells += _reported(recipes.get(scheme), recipes.get("standard"))
+    return {scheme: cells for scheme, cells in rows.items() if any(cells)}
+
+
 def reported_rows(number: str, architectures: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the paper's own rows of Table 3, 4 or 6: top-1 and top-5 error for each network."""
-    rows: list[tuple[str, ...]] = []
-    for scheme, method in SCHEMES.items():
-        cells = [f"{method} (the paper)"]
-        for architecture in architectures:
-            own = [recipe for recipe in _recipes(f"table{number}-") if recipe.network.architecture == architecture]
-            reported = {recipe.scheme: recipe for recipe in own}
-            if number == "6" and "standard" not in reported:
-                reported = {"standard": reported.pop("multi_loss"), **reported}  # Note [Tables] 3
-            cells += _reported(reported.get(scheme), reported.get("standard"))
-        if any(cells[1:]):
-            rows.append(tuple(cells))
-    return rows
+    """Return the paper's own rows of Table 3, 4 or 6, with the methods' names."""
+    return [(f"{SCHEMES[scheme]} (the paper)", *cells) for scheme, cells in reported(number, architectures).items()]
 
 
 def _recipes(prefix: str) -> list[Recipe]:

@@ -13,12 +13,12 @@ from relaylab.evaluate.error_rates import confusion, per_class_errors
 from relaylab.evaluate.images import images_of
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder
+from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.comparison import Run
 from relaylab.report.curves import confusion_picture, gain_picture
 from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import Photo, pick_photos, plain
 from relaylab.report.paper_tables import paper_table
-from relaylab.report.style import SCHEME_NAMES
 from relaylab.report.summary import is_papers_task
 from relaylab.report.verdict import in_question
 from relaylab.tables import render
@@ -28,13 +28,9 @@ PAPER_TABLES = ("1", "3", "4", "6", "sampling", "5")
 
 
 def paper_tables(scores: ScoreFolder, *, papers_rows: bool) -> list[str]:
-    """Return those of the paper's tables into which networks of the scores belong.
+    """Return those of the paper's tables that networks of the scores belong to, on demand with the paper's own rows.
 
     Their intervals over images are left out: the page has one interval for a difference, that over seeds.
-
-    Args:
-        scores: of the networks.
-        papers_rows: keep the paper's own rows, since networks and images are the paper's.
     """
     tables: list[str] = []
     for number in PAPER_TABLES:
@@ -46,22 +42,20 @@ def paper_tables(scores: ScoreFolder, *, papers_rows: bool) -> list[str]:
 
 
 def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[str, Any]:
-    """Return what the page shows of the scores of these runs.
+    """Return the values of the page's sections about scores.
 
     Raises:
-        InputError: there are none.
+        InputError: the folder has no scores of these runs.
     """
     kind: Kind = "single-crop"
-    there = {name: scores.about(name) for name in scores.names() if kind in scores.protocols(name)}
-    own: dict[str, list[str]] = {}
-    for scheme, members in by_scheme.items():
-        seeds = {each.about["seed"] for each in members}
-        own[scheme] = [
-            name
-            for name, about in there.items()
-            if about.get("values", {}).get("scheme") == scheme and about.get("seed") in seeds
-        ]
-    own = {scheme: names for scheme, names in own.items() if names}
+    members = {(scheme, run.about["seed"]) for scheme, runs in by_scheme.items() for run in runs}
+    networks: dict[str, list[str]] = {}
+    for name in scores.names():
+        about = scores.about(name)
+        scheme = about.get("values", {}).get("scheme")
+        if kind in scores.protocols(name) and (scheme, about.get("seed")) in members:
+            networks.setdefault(scheme, []).append(name)
+    own = {scheme: networks[scheme] for scheme in by_scheme if scheme in networks}
     if not own:
         raise InputError(f"{scores.path} holds no single-crop scores of these runs: relaylab eval RUN...")
     classes, labels = scores.images.classes, scores.images.labels
@@ -91,7 +85,7 @@ def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[
 
 
 def _photos(scores: ScoreFolder, network: str, kind: Kind) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Photos by whether they are classified rightly, or the reason why there are none."""
+    """Return photos classified "rightly" and "wrongly", or the reason why there are none."""
     try:
         source = images_of(scores, network)
     except InputError as error:  # a page without photos is better than none

@@ -1,4 +1,4 @@
-"""A network as the paper shows it (Table 2, Figure 2): rows of layers on maps of one size, with their losses."""
+"""The paper's view of a network (Table 2, Figure 2): rows of layers on maps of one size, with their losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,60 +15,47 @@ from relaybackprop.plan import Boundary
 from relaylab.errors import InputError
 from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid, braces
+from relaylab.tables import Table
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive layers that see maps of one size and serve the same losses.
-
-    Attributes:
-        name: of the module that they are, or of the first and the last one.
-        layers: what they are, in the words of Table 2, the lowest first.
-        input_size: what comes in, in pixels of a side; None once there is no map any more.
-        output: shape of what goes out, without the batch.
-        losses: those whose windows hold it, the primary one first.
-    """
+    """Consecutive layers that see maps of one size and serve the same losses."""
 
     name: str
+    """Their module, or "FIRST to LAST"."""
     layers: tuple[str, ...]
+    """Descriptions in the words of Table 2, the lowest layer first."""
     input_size: int | None
-    output: tuple[int, ...]
+    """Side of the input maps, in pixels; None for vectors."""
     losses: tuple[str, ...]
+    """Those whose windows hold the layers, the primary one first."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss beside the stages.
-
-    Attributes:
-        name: as in the plan.
-        weight: of it.
-        low: the lowest stage of its window, by number.
-        top: the stage behind which its head sits, or the last one.
-        depth: weight layers of its window, the paper's N.
-    """
+    """A loss of the plan."""
 
     name: str
     weight: float
     low: int
+    """Index of its window's lowest stage."""
     top: int
+    """Index of its window's highest stage, which its head follows."""
     depth: int
+    """Weight layers of its window, the paper's N."""
 
 
 def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage], list[Loss]]:
-    """The stages of a network and the losses of a plan, from one pass without values.
+    """Return a network's stages from the lowest up, and a plan's losses, the primary one first.
 
     Args:
-        model: a network without heads, of images (batch, 3, image_size, image_size). It is left alone; put it on the
-            meta device where only its picture is wanted.
+        model: a network without heads, which can be on the meta device: only shapes are computed.
         plan: its windows.
         image_size: in pixels.
 
-    Returns:
-        Stages from the lowest up, and the losses, the primary one first.
-
     Raises:
-        InputError: a window ends within a module that is no chain.
+        InputError: a window ends within a module that is not a chain.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     links = chain(model, images)
@@ -81,19 +68,16 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
     first = before = 0  # the run's lowest link, and the depth below it
     for run in runs:
         losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
-        stages.append(Stage(_name(run, links), _words(model, run, before), size, run[-1].shape[1:], losses))
+        stages.append(Stage(_name(run, links), _words(model, run, before), size, losses))
         size, first, before = _side(run[-1]), first + len(run), run[-1].depth
     binding = bind(model, plan, images).binding
     assert binding is not None, "bound by its pass"
-    losses = [
-        Loss(loss, plan.weights[loss], of_link[low], of_link[top], binding.depths[loss])
-        for loss, (low, top) in spans.items()
-    ]
-    return stages, losses
+    depths = binding.depths
+    return stages, [Loss(n, plan.weights[n], of_link[low], of_link[top], depths[n]) for n, (low, top) in spans.items()]
 
 
 def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
-    """The lowest and the highest link of a loss's window."""
+    """Return the lowest and the highest link of a loss's window."""
     window = plan.windows[loss]
     top = len(links) - 1 if window.upper is None else _at(links, window.upper)
     low = 0 if window.lower is None else _at(links, window.lower) + 1
@@ -101,14 +85,14 @@ def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
 
 
 def _at(links: Sequence[Link], boundary: Boundary) -> int:
-    """The link that a boundary is on; -1 for the network's input."""
+    """Return the link that a boundary is on; -1 for the network's input."""
     name = boundary.module
     if boundary.side == "output":
         found = [number for number, link in enumerate(links) if name in link.names]
     else:
         found = [number - 1 for number, link in enumerate(links) if _is_in(link, name)]
     if not found:
-        raise InputError(f"cannot draw the {boundary}: it lies within a module whose parts are no chain")
+        raise InputError(f"cannot draw the {boundary}: it is within a module whose parts are not a chain")
     return found[0]
 
 
@@ -132,18 +116,18 @@ def _runs(links: Sequence[Link], cuts: set[int], image_size: int) -> list[list[L
 
 
 def _side(link: Link) -> int | None:
-    """Of the map; None if there is none any more."""
+    """Return the side of the output maps; None for vectors."""
     return link.shape[-1] if len(link.shape) == 4 and link.shape[-1] > 1 else None
 
 
 def _name(run: Sequence[Link], links: Sequence[Link]) -> str:
-    """Of the module that is these links and no others, or of the first and the last of such modules."""
+    """Return the module of exactly these links, or the first and the last of several."""
     first, last = _largest(run[0], run, links), _largest(run[-1], run, links)
     return first if first == last else f"{first} to {last}"
 
 
 def _largest(link: Link, run: Sequence[Link], links: Sequence[Link]) -> str:
-    """The outermost module with this link all of whose links are in the run."""
+    """Return the outermost module with this link all of whose links are in the run."""
     name = next(iter(link.names), "")
     parts = name.split(".")
     prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
@@ -157,7 +141,7 @@ def _is_in(link: Link, module: str) -> bool:
 
 
 def _words(model: nn.Module, run: Sequence[Link], depth: int) -> tuple[str, ...]:
-    """What the layers are, without those that say nothing; the same in a row are counted."""
+    """Describe the layers of a run, with a count for equal ones in a row."""
     words: list[str] = []
     for link in run:
         modules = [model.get_submodule(name) for name in link.names]  # the innermost first
@@ -199,26 +183,15 @@ _DESCRIPTIONS: Mapping[type[nn.Module], Callable[[Any], str]] = {
 }
 
 
-def markdown_table(
-    stages: Sequence[Stage], losses: Sequence[Loss], title: str, head: str = "auxiliary classifier"
-) -> str:
-    """The network in the form of Table 2, lines from the lowest layers up, with the column of gradients.
-
-    Args:
-        stages: from the lowest up.
-        losses: the primary one first, numbered from 1.
-        title: above the column of layers.
-        head: what an auxiliary head is called.
-    """
+def layer_table(stages: Sequence[Stage], losses: Sequence[Loss], title: str) -> Table:
+    """Return a network in the form of Table 2, from the lowest layers up, with the losses that train each row."""
     marks = {loss.name: f"({number})" for number, loss in enumerate(losses, start=1)}
-    lines = [f"| input size | gradient | {title} |", "| --- | --- | --- |"]
+    rows: list[tuple[str, ...]] = []
     for number, stage in enumerate(stages):
         size = "-" if stage.input_size is None else f"{stage.input_size}x{stage.input_size}"
-        gradient = "".join(marks[loss] for loss in stage.losses) or "none"
-        lines.append(f"| {size} | {gradient} | {'; '.join(stage.layers)} |")
-        for loss in losses[1:]:
-            if loss.top == number:
-                lines.append(f"| - | - | {head} {marks[loss.name]}, weight {loss.weight:g}, N = {loss.depth} |")
-    primary = losses[0]
-    lines.append(f"| - | - | classifier {marks[primary.name]}, N = {primary.depth} |")
-    return "\n".join(lines) + "\n"
+        rows.append((size, "".join(marks[loss] for loss in stage.losses) or "none", "; ".join(stage.layers)))
+        for loss in (loss for loss in losses[1:] if loss.top == number):
+            head = f"auxiliary classifier {marks[loss.name]}, weight {loss.weight:g}, N = {loss.depth}"
+            rows.append(("-", "-", head))
+    rows.append(("-", "-", f"classifier {marks[losses[0].name]}, N = {losses[0].depth}"))
+    return Table(title, ("input size", "gradient", title), tuple(rows))

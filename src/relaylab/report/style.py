@@ -1,24 +1,23 @@
-"""The look of all plots and the schemes' names and colours; plots as SVG text, layers' names as words."""
+"""The style of all plots, the schemes' colours, plots as SVG text, and names for readers."""
 
 import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from relaylab.files import replacing
-from relaylab.recipes.schema import SCHEMES
 
 INK = "#1c1c1c"
 # Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
 SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73", "isolated": "#0072b2"}
-SCHEME_NAMES = {**SCHEMES, "multi_loss": "multi-loss"}  # short, for sentences and legends; tables have the paper's
 SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-", "isolated": ":"}
 
+BELOW_AXIS: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}  # long names
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "relaylab",
     "font.size": 11,
@@ -38,37 +37,37 @@ STYLE: dict[Any, Any] = {
 
 def plot(
     draw: Callable[[Axes], None],
-    title: str,
-    unit: str,
+    title: str = "",
+    unit: str = "",
     *,
-    size: tuple[float, float] = (5.3, 3.6),
-    legend: Literal["inside", "below"] | None = "inside",
+    size: tuple[float, float],
+    legend: bool = False,
+    grid: bool = True,
 ) -> str:
-    """A plot as SVG text, the same text each time.
+    """Return a plot as SVG text, the same text each time.
 
     Args:
         draw: puts the data onto the axes.
         title: above the plot.
         unit: on the vertical axis.
         size: width and height in inches.
-        legend: where what was drawn with a label is named; None to leave it out.
+        legend: name below the plot what was drawn with a label.
+        grid: draw grid lines.
     """
-    with rc_context(STYLE):
+    with rc_context({**STYLE, "axes.grid": grid}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         axes.set_title(title)
         axes.set_ylabel(unit)
-        if legend == "inside":
-            axes.legend(fontsize=10)
-        elif legend == "below":
+        if legend:
             columns = min(3, len(axes.get_legend_handles_labels()[1]))
             figure.legend(loc="outside lower center", ncols=columns, fontsize=10)
     return figure_text(figure)
 
 
 def figure_text(figure: Figure) -> str:
-    """A figure as SVG text, the same text each time."""
+    """Return a figure as SVG text, the same text each time."""
     file = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -76,15 +75,7 @@ def figure_text(figure: Figure) -> str:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in one piece, as SVG or PNG, the same bytes each time.
-
-    Args:
-        figure: of matplotlib.
-        path: ends in .svg or .png.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a figure atomically, as SVG or PNG by the path's suffix, the same bytes each time."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with rc_context(STYLE), replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
@@ -92,7 +83,7 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def layer_name(name: str) -> str:
-    """Name a layer in words: "segment4.conv2" becomes "segment 4, conv 2", "layer3.0.conv1" "layer3.0, conv1"."""
+    """Return a layer's name in words, such as "segment 4, conv 2" for "segment4.conv2"."""
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
     parent = re.sub(r"^heads\.", "head ", parent)
     if re.fullmatch(r"segment\d+|classifier", parent):

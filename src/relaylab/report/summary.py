@@ -1,50 +1,42 @@
-"""The tables of a comparison: errors by method, failed runs, the paper's rows, and every value of the recipe."""
+"""The tables of a comparison: errors by method, failed runs, the paper's results, and every value of the recipe."""
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from relaylab.files import write_text
 from relaylab.recipes import RECIPES
-from relaylab.recipes.schema import SCHEMES
+from relaylab.recipes.schema import SCHEME_NAMES, value_text
 from relaylab.report.comparison import Comparison, Run, joined
 from relaylab.report.costs import cost_of
 from relaylab.report.curves import curve_picture
-from relaylab.report.paper_tables import NAMES, reported_rows
-from relaylab.report.style import SCHEME_NAMES
+from relaylab.report.paper_tables import COLUMNS, NAMES, reported, reported_rows
 from relaylab.report.verdict import chance_error, difference_text, in_question, mean_text, paired_differences
 from relaylab.tables import Table, markdown_lines
 
 TABLE, RESULTS, CURVES = "comparison.md", "comparison.json", "curves.svg"
 TITLES = {"top1": "top-1", "top5": "top-5"}
 TASK = ("network.", "images.")  # values that make it the paper's task
-COLUMNS = {"model_a": "3", "model_b": "3", "resnet50": "6", "inception_v3": "6"}  # networks of the paper's tables
+PAPER_TABLE = {architecture: number for number in ("3", "6") for architecture in COLUMNS[number]}
 
 
 def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str]) -> Table:
-    """Write comparison.md, comparison.json and curves.svg.
+    """Write comparison.md, comparison.json and curves.svg, and return the table.
 
     Args:
         folder: of the comparison.
         comparison: with one finished run at least.
         changes: of the recipe's values, as the user typed them.
-
-    Returns:
-        The table.
-
-    Raises:
-        OSError: they cannot be written.
     """
     shown, recipe = summary(comparison), comparison.runs[0].recipe
-    failed = [f"{SCHEMES[scheme]}, seed {seed}: {each.text}" for (scheme, seed), each in comparison.failures.items()]
-    notes = [*([f"Changed: {', '.join(changes)}."] if changes else []), *failed, *shown.notes]
+    notes = [*([f"Changed: {', '.join(changes)}."] if changes else []), *comparison.failure_texts, *shown.notes]
     text = [f"# {recipe.name}\n", *markdown_lines(shown), "", *(f"{note}\n" for note in notes)]
     write_text(folder / TABLE, "\n".join([*text, f"![Validation error]({CURVES})\n"]))
-    metrics = {scheme: [run.metrics for run in own] for scheme, own in comparison.by_scheme.items()}
-    write_text(folder / CURVES, curve_picture(metrics, "val", "top1", "Validation error, top-1", "per cent"))
+    curves = curve_picture(comparison.metrics, "val", "top1", "Validation error, top-1", "per cent")
+    write_text(folder / CURVES, curves)
     results = {
         "recipe": recipe.name,
         "changes": list(changes),
@@ -73,7 +65,7 @@ def summary(comparison: Comparison) -> Table:
     by_scheme, shown, first = comparison.by_scheme, tops(comparison), comparison.runs[0]
     errors = {top: comparison.errors(top) for top in shown}
     ours, ratios = in_question(by_scheme), cost_of(first.recipe).ratios
-    paper = _paper_rows(comparison) if _has_papers_rows(first) else {}
+    paper = reported("3", [first.recipe.network.architecture]) if _has_papers_rows(first) else {}
     header = ["method", "runs", *(f"{title} error, %" for title in shown.values())]
     header += [f"{SCHEME_NAMES[ours]} minus this, {title}" for title in shown.values()] if ours else []
     header += ["learning rate", "training time", "FLOPs per step"]
@@ -92,7 +84,7 @@ def summary(comparison: Comparison) -> Table:
         cells.append(f"{100 * ratios[scheme]:.0f} %" if scheme in ratios else "")
         rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
         if scheme in paper:
-            rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme]))
+            rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme][: len(shown)]))
     rows.append(row("guessing", "", [f"{chance_error(len(first.classes), int(top[3:])):.2f}" for top in shown]))
     return Table("Errors on the validation images", tuple(header), tuple(rows), _notes(comparison, ours))
 
@@ -107,19 +99,17 @@ def _notes(comparison: Comparison, ours: str | None) -> tuple[str, ...]:
         if ours:
             text += ". Differences are paired by seed; in brackets, their 95 % confidence interval over seeds (t)"
     device = str(first.starts[-1].get("device")).replace("cpu", "CPU")
-    costs = (
-        f"Training time is the time spent on updates ({device}), mean over seeds; FLOPs are relative to standard BP."
-    )
-    return (f"{text}. {costs}",)
+    seconds = f"Training time is the time spent on updates ({device}), mean over seeds"
+    return (f"{text}. {seconds}; FLOPs are relative to standard BP.",)
 
 
 def _runs_text(comparison: Comparison, scheme: str) -> str:
     done = len(comparison.by_scheme.get(scheme, []))
-    kinds = [failure.kind for (own, _), failure in comparison.failures.items() if own == scheme]
-    if not kinds:
-        return f"{done} seed{'s' if done > 1 else ''}"
-    told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    return f"{done} of {done + len(kinds)} seed{'s' if done + len(kinds) > 1 else ''}; {told}"
+    kinds = Counter(failure.kind for (own, _), failure in comparison.failures.items() if own == scheme)
+    seeds = done + kinds.total()
+    unit = "seeds" if seeds > 1 else "seed"
+    failed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f"{done} of {seeds} {unit}; {failed}" if failed else f"{done} {unit}"
 
 
 def _seconds_text(own: Sequence[Run]) -> str:
@@ -135,7 +125,7 @@ def _seconds_text(own: Sequence[Run]) -> str:
 def is_papers_task(run: Run) -> bool:
     """Return whether a run trains a network of the paper's tables on the paper's images."""
     recipe = RECIPES.get(run.recipe.name)
-    if recipe is None or recipe.network.architecture not in COLUMNS:
+    if recipe is None or recipe.network.architecture not in PAPER_TABLE:
         return False
     papers = {name: value for name, value, _ in recipe.fields() if name.startswith(TASK)}
     return papers == {name: value for name, value, _ in run.recipe.fields() if name.startswith(TASK)}
@@ -143,27 +133,21 @@ def is_papers_task(run: Run) -> bool:
 
 def _has_papers_rows(run: Run) -> bool:
     """Return whether the paper reports errors by single crop, which runs measure, on the task of a run."""
-    return is_papers_task(run) and COLUMNS[run.recipe.network.architecture] == "3"
+    return is_papers_task(run) and PAPER_TABLE[run.recipe.network.architecture] == "3"
 
 
 def papers_table(comparison: Comparison) -> Table | None:
-    """Return the paper's own figures, for a comparison on another task; None where they are in the first table."""
+    """Return the paper's own results, for a comparison on another task; None where they are in the first table."""
     if _has_papers_rows(comparison.runs[0]):
         return None
     architecture = comparison.runs[0].recipe.network.architecture
-    architecture = architecture if architecture in COLUMNS else "model_a"
-    number = COLUMNS[architecture]
+    architecture = architecture if architecture in PAPER_TABLE else "model_a"
+    number = PAPER_TABLE[architecture]
     data = "Places2, 8.1 million training images, single crop" if number == "3" else "ImageNet 2012, dense testing"
     title = f"The paper's Table {number}, {NAMES[architecture]}: {data}"
     notes = ("In brackets, the improvement over standard BP.",)
     rows = tuple(reported_rows(number, [architecture]))
     return Table(title, ("method", "top-1 error, %", "top-5 error, %"), rows, notes)
-
-
-def _paper_rows(comparison: Comparison) -> dict[str, list[str]]:
-    rows = reported_rows("3", [comparison.runs[0].recipe.network.architecture])
-    schemes = {f"{method} (the paper)": scheme for scheme, method in SCHEMES.items()}
-    return {schemes[row[0]]: list(row[1 : 1 + len(tops(comparison))]) for row in rows}
 
 
 def failure_table(comparison: Comparison) -> Table | None:
@@ -178,7 +162,7 @@ def failure_table(comparison: Comparison) -> Table | None:
 def recipe_table(comparison: Comparison) -> Table:
     """Return every value of the recipe with its source; schemes are named where they differ."""
     fields = {scheme: own[0].recipe.fields() for scheme, own in comparison.by_scheme.items()}
-    found = {scheme: {name: (_text(value), source) for name, value, source in own} for scheme, own in fields.items()}
+    found = {scheme: {n: (value_text(value), source) for n, value, source in own} for scheme, own in fields.items()}
     names = dict.fromkeys(name for own in found.values() for name in own if name != "scheme")
     rows: list[tuple[str, ...]] = []
     for name in names:
@@ -194,12 +178,8 @@ def run_table(comparison: Comparison) -> Table:
         start = each.starts[-1]
         versions: Mapping[str, str] = start.get("versions", {})
         where = f"{start.get('device')}, processes: {start.get('processes')}, threads: {start.get('threads')}"
-        told = ", ".join(f"{name} {version}" for name, version in versions.items())
+        code = [f"{name} {version}" for name, version in versions.items()]
+        code += [f"commit {start['commit']}"] if start.get("commit") else []
         name, started = each.folder.resolve().name, str(each.starts[0].get("started_at", ""))
-        commit = str(start.get("commit") or "")
-        rows.append((name, str(each.last["step"]), started, where, f"{told}{f', commit {commit}' if commit else ''}"))
+        rows.append((name, str(each.last["step"]), started, where, ", ".join(code)))
     return Table("Runs", ("run", "last step", "started", "machine", "versions"), tuple(rows))
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from scipy import stats
 
-from relaylab.report.style import SCHEME_NAMES
+from relaylab.recipes.schema import SCHEME_NAMES
 
 CONFIDENCE = 0.95
 COMPARED = ("standard", "multi_loss")  # with the scheme in question, in this order
@@ -54,11 +54,7 @@ def in_question(schemes: Collection[str]) -> str | None:
 
 
 def verdict(results: Mapping[str, Errors]) -> str:
-    """Summarise a comparison in one sentence.
-
-    Args:
-        results: by scheme and seed, the top-1 error in per cent; None for a run that failed.
-    """
+    """Summarise a comparison in one sentence, from the top-1 error by scheme and seed, in per cent."""
     trained = {scheme: own for scheme, own in results.items() if any(value is not None for value in own.values())}
     ours = in_question(trained)
     bases = [scheme for scheme in COMPARED if scheme in trained and scheme != ours]
@@ -76,19 +72,16 @@ def verdict(results: Mapping[str, Errors]) -> str:
 
 def _comparisons(paired: Mapping[str, Sequence[float]]) -> str:
     """Say by how much the error is lower or higher than that of each method, or that chance may explain it."""
-    told: dict[str, list[str]] = {}
+    clauses: dict[str, list[str]] = {}
     for base, values in paired.items():
         mean, ends = statistics.fmean(values), interval(values)
-        is_clear = ends is None or not ends[0] <= 0 <= ends[1]
-        word = (
-            f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than"
-            if is_clear
-            else "not distinguishable from"
-        )
+        word = f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than"
+        if ends is not None and ends[0] <= 0 <= ends[1]:
+            word = UNCLEAR
         basis = "one seed" if ends is None else difference_text(values)
-        told.setdefault(word, []).append(f"that of {base} ({basis})")
-    parts = [f"{word} {(' or ' if word == UNCLEAR else ' and ').join(bases)}" for word, bases in told.items()]
-    return " and ".join(parts)
+        clauses.setdefault(word, []).append(f"that of {base} ({basis})")
+    joined = {word: (" or " if word == UNCLEAR else " and ").join(bases) for word, bases in clauses.items()}
+    return " and ".join(f"{word} {bases}" for word, bases in joined.items())
 
 
 def _basis(paired: Mapping[str, Sequence[float]]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from relaylab.options import Folder, Images, Number, Switch
+from relaylab.options import Folder, Images, Number, Switch, too_small
 from relaylab.recipes.schema import Dial
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
@@ -117,12 +117,7 @@ class TrainConfig(Engine):
 def engine_problems(config: Engine) -> list[str]:
     """Return error messages for numbers that are too small and options that exclude each other."""
     least = {"devices": 1, "restarts": 0, "accumulate": 1, "workers": 0, "save_every": 1, "keep": 1}
-    least |= {"log_every": 1, "diagnose_every": 0, "seed": 0}
-    problems: list[str] = []
-    for name, low in least.items():
-        value = getattr(config, name, None)
-        if value is not None and value < low:
-            problems.append(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+    problems = too_small(config, **least, log_every=1, diagnose_every=0, seed=0)
     if config.early_release and config.strategy == "fsdp":
         problems.append("--early-release needs whole parameters on each device: leave out --strategy fsdp")
     return problems
