@@ -1,11 +1,13 @@
 """The command line: quick to answer, and one clear line where the user went wrong."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -208,3 +210,20 @@ def test_work_of_a_moment_leaves_no_line_in_a_log(
             for _ in range(3):
                 task.advance()
         assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_the_command_that_contributing_shows_works(
+    image_tree: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file and one line."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n# src/relaylab/commands/count.py\n(.*?)```", text, re.DOTALL)
+    module = types.ModuleType("relaylab.commands.count")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code, module.__dict__)
+    monkeypatch.setitem(cli.COMMANDS, "count", "count:main")
+    assert cli.main(["count", str(image_tree(a=2, b=3))]) == 0
+    assert capsys.readouterr().out == "5\n"
+    assert cli.main(["count", str(tmp_path / "absent")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert "count         Count the images of a data set." in cli.overview()
