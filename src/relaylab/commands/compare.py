@@ -99,8 +99,8 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
     if "failed" in kinds:
         print("The same command resumes the runs that have failed.", file=sys.stderr)
     if "diverged" in kinds:
-        told = "A run that has diverged would diverge again: change the recipe, or remove the run's folder from"
-        print(f"{told} {folder}.", file=sys.stderr)
+        advice = "A run that has diverged would diverge again: change the recipe, or remove the run's folder from"
+        print(f"{advice} {folder}.", file=sys.stderr)
 
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:

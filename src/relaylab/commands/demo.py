@@ -65,16 +65,9 @@ def main(options: DemoOptions) -> int:
     raise_all(problems + too_small(options, epochs=1))
     name = options.data[0].name.partition(".")[0] if options.data else recipe
     with new_folder(options.out, ROOT / "demo" / name, may_hold=True) as folder:
-        given = CompareOptions(
-            recipe=recipe,
-            data=options.data,
-            val_data=options.val_data,
-            schemes=options.schemes,
-            seeds=options.seeds or SEEDS[recipe],
-            jobs=options.jobs,
-            workers=options.workers,
-            changes=suited(recipe, options),
-        )
+        shared = {key: getattr(options, key) for key in ("data", "val_data", "schemes", "jobs", "workers")}
+        seeds, changes = options.seeds or SEEDS[recipe], suited(recipe, options)
+        given = CompareOptions(recipe=recipe, seeds=seeds, changes=changes, **shared)
         comparison = compare(given, folder)
         if comparison is None:
             return INTERRUPTED

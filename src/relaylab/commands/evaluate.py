@@ -62,7 +62,7 @@ class EvaluateOptions:
     224,256,320,384,448 for networks trained on images of 256 pixels, others in proportion)."""
 
     flip: Switch = False
-    """In dense testing, look at mirror images too."""
+    """In dense testing, evaluate mirror images too."""
 
     ensemble: OptionalList = ""
     """Combine the probabilities of all the networks named: average, product, learnt-weights. The latter are learnt on
@@ -75,16 +75,16 @@ class EvaluateOptions:
     """Images, as for `relaylab train` (default: those of the first run)."""
 
     split: Literal["val", "test", "train", "all"] = "val"
-    """Which part of them; all where they have no parts."""
+    """Split of the images; all where they have no splits."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device; auto takes a GPU if there is one."""
 
     workers: Number = None
     """Processes that decode images (default: one on each core)."""
 
     batch_size: int = 32
-    """Crops at once; of whole images as many as have so many pixels."""
+    """Crops in a batch; whole images are batched up to the same number of pixels."""
 
     out: Folder = None
     """Folder for scores and tables; it may hold those of other networks on the same images. (default: runs/eval/NAME)."""  # noqa: E501
@@ -166,24 +166,19 @@ def main(options: EvaluateOptions) -> int:
     folder = ScoreFolder(options.out or ROOT / "eval" / options.runs[0].resolve().name, describe_images(source))
     if options.against is not None and options.against not in {*names, *folder.names()}:
         raise InputError(f"--against {options.against}: unknown network{nearest(options.against, names)}")
+    workers = available_cores() if options.workers is None else options.workers
     total = len(source) * sum(map(len, passes.values()))
     with stopping() as stop, progress("evaluate", total) as task:
         for each in networks:
-            folder.add(each.name, {"sha256": each.sha256(), "file": str(each.file.absolute()), **each.about})
-            if all(folder.has(each.name, p.name, i) for p in passes[each.name] for i in range(len(folder.chunks))):
-                task.advance(len(source) * len(passes[each.name]))
+            name, model, own = each.name, models[each.name], passes[each.name]
+            folder.add(name, {"sha256": each.sha256(), "file": str(each.file.absolute()), **each.about})
+            if all(folder.has(name, p.name, i) for p in own for i in range(len(folder.chunks))):
+                task.advance(len(source) * len(own))
                 continue
             done = evaluate(
-                Scorer(models[each.name], device),
-                source,
-                folder,
-                each.name,
-                passes[each.name],
-                workers=available_cores() if options.workers is None else options.workers,
-                task=task,
-                batch_size=options.batch_size,
-                stopped=lambda: bool(stop),
-            )
+                Scorer(model, device), source, folder, name, own,
+                workers=workers, task=task, batch_size=options.batch_size, stopped=lambda: bool(stop),
+            )  # fmt: skip
             if not done:
                 print(f"stopped; finished scores are in {folder.path}, and the same command resumes")
                 return INTERRUPTED

@@ -74,7 +74,7 @@ class ImportCaffeOptions:
     """Text file with a class's name on each line, in the order of the network's output. (default: numbers)."""
 
     out: File = None
-    """Where to write. (default: the weights' name with .safetensors, in the current folder)."""
+    """File to write. (default: the weights' name with .safetensors, in the current folder)."""
 
 
 def draw(options: DrawOptions) -> int:

@@ -107,25 +107,21 @@ def read_all(
     seed: int = 0,
     task: Task | None = None,
 ) -> list[Reading]:
-    """Fit a linear probe for each layer on one half of the images, and test it on the other.
+    """Fit a linear probe for each layer and source on one half of the images, and test it on the other.
 
     Args:
         features: from `collect`.
         labels: (images,).
-        trained: by loss, the layers that it trains.
+        trained: the layers that each loss trains.
         seed: of the halves.
         task: counts probes.
-
-    Raises:
-        InputError: too few images of a class.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     parts = [order[half].numpy() for half in halves(labels[order])]
     truth = labels.numpy()
     readings: list[Reading] = []
     for (layer, source), vectors in features.items():
-        x = vectors.numpy()
-        fit_on, test_on = ((x[half], truth[half]) for half in parts)
+        fit_on, test_on = ((vectors.numpy()[half], truth[half]) for half in parts)
         inside = source == ACTIVATIONS or layer in trained[source]
         readings.append(Reading(layer, source, inside, readable_bits(fit_on, test_on)))
         (task or Silent()).advance(1, note=layer)

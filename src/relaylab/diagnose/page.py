@@ -1,4 +1,4 @@
-"""The page about information along the network: a picture, tables, and their limits."""
+"""The page about information by layer: a picture, tables, and their limits."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -21,8 +21,8 @@ from relaylab.errors import InputError
 from relaylab.evaluate.error_rates import Interval, interval
 
 PENALTIES = (0.003, 0.03, 0.3, 3.0)  # scikit-learn's C: the larger, the weaker
-Features = NDArray[np.float32]
-Labels = NDArray[np.int64]
+Features = NDArray[np.float32]  # (n, features)
+Labels = NDArray[np.int64]  # (n,)
 
 
 def entropy_bits(labels: Labels) -> float:
@@ -33,10 +33,6 @@ def entropy_bits(labels: Labels) -> float:
 
 def readable_bits(fit_on: tuple[Features, Labels], test_on: tuple[Features, Labels]) -> Interval:
     """Return the bits that a linear probe reads, with an interval over test examples. See Note [Probes].
-
-    Args:
-        fit_on: vectors (n, features) and labels (n,).
-        test_on: others.
 
     Raises:
         InputError: a label among the test examples that the probe has never seen, or numbers that are not finite.

@@ -28,19 +28,13 @@ BATCH, LEAST = 50, 8
 def read_runs(
     folders: Sequence[Path], data: Sequence[Path], images: int, seed: int
 ) -> tuple[dict[str, list[Reading]], dict[str, Any]]:
-    """Read the class from each run's activations and gradients.
+    """Return the readings of each run, and facts for the page.
 
     Args:
         folders: of runs, or of comparisons.
         data: images; empty for those of the first run.
         images: number of validation images, as many of each class.
         seed: of the projection and of the halves.
-
-    Returns:
-        The readings by run, and facts for the page.
-
-    Raises:
-        InputError: runs that do not belong together or have no checkpoint, or too few images.
     """
     found = open_runs(folders).runs
     runs = dict(zip(names_of([each.folder for each in found]), found, strict=True))
@@ -89,11 +83,9 @@ def _step_of(path: Path) -> int:
 
 
 def _model_of(each: Run) -> Path:
-    file = each.folder / runs.MODEL
+    file, folder = each.folder / runs.MODEL, each.folder
     if not file.is_file():
-        raise InputError(
-            f"the run in {each.folder} is unfinished; to complete it: relaylab train --resume {each.folder}"
-        )
+        raise InputError(f"the run in {folder} is unfinished; to complete it: relaylab train --resume {folder}")
     return file
 
 

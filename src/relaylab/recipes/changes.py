@@ -24,16 +24,13 @@ class _Problem(ValueError):
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """Return the recipe with other values, and error messages.
+    """Return the recipe with those changes that can be made, and error messages for the others.
 
     Args:
         recipe: is not changed.
-        texts: KEY=VALUE each. Keys are dotted names as `Recipe.fields` gives them; values that are lists are separated
-            by commas; "none" is None. `optimizer.schedule.kind` takes the other values of a schedule from the rest of
-            the texts, and from its defaults.
-
-    Returns:
-        The recipe with those changes that can be made, and the problems with the others.
+        texts: KEY=VALUE each. Keys are dotted names as `Recipe.fields` gives them; items of lists are separated by
+            commas; "none" is None. `optimizer.schedule.kind` takes the other values of a schedule from the rest of the
+            texts, and from its defaults.
     """
     problems: list[str] = []
     pairs: dict[str, str] = {}

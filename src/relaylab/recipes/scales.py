@@ -33,15 +33,10 @@ TINY_WIDTH, TINY_PYRAMID = 4, (2, 1)
 
 
 def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
-    """Return the same row at another size: depth, stages, windows, method and rates stay.
+    """Return a row of the paper at another size: depth, stages, windows, method and rates stay.
 
-    Args:
-        recipe: at the paper's size.
-        dial: "paper" as it is; "small" for MiniPlaces, 100 classes of Places2 in crops of 64 of 72 pixels; "tiny" for
-            tests, two steps on any five classes.
-
-    Raises:
-        InputError: another dial.
+    "small" is for MiniPlaces, 100 classes of Places2 in crops of 64 of 72 pixels; "tiny" for tests, two steps on any
+    five classes.
     """
     if dial == "paper":
         return recipe

@@ -59,7 +59,7 @@ class PrimaryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuxiliaryConfig:
-    """An auxiliary loss: where its head is, which head, how much it counts and where its gradient stops."""
+    """An auxiliary loss: its head and the head's place, its weight, and the end of its window."""
 
     top: str
     bottom: str | None = None
@@ -78,11 +78,11 @@ class PlanConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagesConfig:
-    """Which images, and how each becomes a crop of the network's `image_size`."""
+    """The images, and their size before they are cropped to the network's `image_size`."""
 
     data_set: Literal["Places2 challenge", "ImageNet 2012", "MiniPlaces", "digits", "any"]
     short_side: int
-    """To which the shorter side is resized, in pixels, the aspect ratio kept."""
+    """Length of the shorter side after resizing, in pixels; the aspect ratio is kept."""
     sampling: Sampling
     held_out: int | None = None
     """Training images of each class that are set aside and take the place of the validation images: for choosing a
@@ -93,7 +93,7 @@ class ImagesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentationConfig:
-    """What happens to training crops; all but the normalisation is left out in evaluation."""
+    """Augmentation of training crops, and the normalisation, which evaluation has too."""
 
     flip: bool = True
     """Mirror half of the images."""
@@ -107,7 +107,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlateauConfig:
-    """The learning rate is multiplied by `factor` when `patience` evaluations have not brought a smaller error."""
+    """Multiply the learning rate by `factor` after `patience` evaluations without a smaller error."""
 
     kind: Literal["plateau"] = "plateau"
     factor: float = 0.1
@@ -118,7 +118,7 @@ class PlateauConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsConfig:
-    """The learning rate is multiplied by `factor` at these shares of the iterations."""
+    """Multiply the learning rate by `factor` at these shares of the iterations."""
 
     kind: Literal["steps"] = "steps"
     factor: float = 0.1
@@ -127,7 +127,7 @@ class StepsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecayConfig:
-    """The learning rate is multiplied by `factor` every so many iterations."""
+    """Multiply the learning rate by `factor` every `every` iterations."""
 
     kind: Literal["decay"] = "decay"
     factor: float
@@ -136,7 +136,7 @@ class DecayConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CosineConfig:
-    """The learning rate falls along half a cosine, from the first iteration to the last."""
+    """Decay the learning rate along half a cosine, from the first iteration to the last."""
 
     kind: Literal["cosine"] = "cosine"
     least: float = 0.0
@@ -171,7 +171,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """How a trained network is tested."""
+    """Protocol of testing a trained network."""
 
     protocol: Literal["single crop", "dense"] = "single crop"
     scales: tuple[int, ...] = (256,)

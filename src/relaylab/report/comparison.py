@@ -101,11 +101,10 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
     if not steps:
         raise InputError("the runs have no validation at the same iteration: resume them, relaylab train --resume RUN")
     found = [replace(each, last=own[max(steps)]) for each, own in zip(found, validated, strict=True)]
-    order = list(SCHEMES)
-    return Comparison(
-        sorted(found, key=lambda each: (order.index(each.recipe.scheme), each.about["seed"])),
-        dict(sorted(failed.items(), key=lambda each: (order.index(each[0][0]), each[0][1]))),
-    )
+    places = {scheme: place for place, scheme in enumerate(SCHEMES)}
+    found.sort(key=lambda each: (places[each.recipe.scheme], each.about["seed"]))
+    members = sorted(failed, key=lambda member: (places[member[0]], member[1]))
+    return Comparison(found, {member: failed[member] for member in members})
 
 
 def _is_run(path: Path) -> bool:

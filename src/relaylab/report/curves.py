@@ -1,4 +1,4 @@
-"""The report's own pictures: learning curves, angles between losses, confusion, gains by class."""
+"""Plots of the report: learning curves, angles between losses, confusion, gains by class."""
 
 import statistics
 from collections.abc import Mapping, Sequence

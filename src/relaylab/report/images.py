@@ -30,9 +30,8 @@ def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
     data, val_data = (tuple(map(Path, run.about[name])) for name in ("data", "val_data"))
     try:
         source, _ = open_sources(TrainConfig(data=data, val_data=val_data))
-        labels = np.asarray(source.labels)
-        strips: list[tuple[str, str]] = []
-        for label, name in list(enumerate(run.classes))[:CLASSES]:
+        labels, strips = np.asarray(source.labels), list[tuple[str, str]]()
+        for label, name in enumerate(run.classes[:CLASSES]):
             tiles = [_tile(decode(source.read(int(n)))) for n in np.flatnonzero(labels == label)[:EACH]]
             if tiles:
                 strips.append((plain(name), image_uri(np.concatenate(tiles, axis=1)[:, :-GAP], "png")))

@@ -1,4 +1,4 @@
-"""The page about runs: one HTML file that needs nothing but itself."""
+"""The page about runs: one self-contained HTML file."""
 
 from pathlib import Path
 

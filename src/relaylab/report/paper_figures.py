@@ -133,19 +133,18 @@ def pick_photos(
     candidates = (first if right else ~hit if len(classes) > TOP else ~first).nonzero().flatten()
     order = candidates[best.values[candidates, 0].argsort(descending=True, stable=True)]
     chosen: dict[int, int] = {}
-    for number in order.tolist():  # one of each class, the most confident
-        chosen.setdefault(int(labels[number]), number)
+    for index in order.tolist():  # one of each class, the most confident
+        chosen.setdefault(int(labels[index]), index)
         if len(chosen) == count:
             break
     photos: list[Photo] = []
-    for label, number in chosen.items():
+    for label, index in chosen.items():
         try:
-            pixels = decode(source.read(number))
+            pixels = decode(source.read(index))
         except (OSError, ImageFault) as error:
-            raise InputError(f"unreadable image {source.name(number)}: {error}") from None
-        indices: list[int] = best.indices[number].tolist()
-        shares: list[float] = best.values[number].exp().tolist()
-        guesses = tuple((classes[each], share) for each, share in zip(indices, shares, strict=True))
+            raise InputError(f"unreadable image {source.name(index)}: {error}") from None
+        names = (classes[int(each)] for each in best.indices[index].tolist())
+        guesses = tuple(zip(names, best.values[index].exp().tolist(), strict=True))
         photos.append(Photo(pixels, classes[label], guesses))
     return photos
 

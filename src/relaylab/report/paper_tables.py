@@ -78,11 +78,7 @@ class Entry:
 
 
 def paper_table(number: str, folders: Sequence[ScoreFolder]) -> Table:
-    """Return one of the paper's tables.
-
-    Args:
-        number: one of `TABLES`.
-        folders: of scores, all of the same images.
+    """Return one of `TABLES` from folders of scores of the same images.
 
     Raises:
         InputError: another table, different images or classes, no network that belongs to it, or networks in one
@@ -98,13 +94,8 @@ def paper_table(number: str, folders: Sequence[ScoreFolder]) -> Table:
     kind: Kind = "dense" if number in ("1", "4", "6") else "single-crop"
     found = _entries(folders, kind)
     title = f"{'Sampling' if number == 'sampling' else f'Table {number}'}. {_about(folders[0], kind)}"
-    match number:
-        case "1":
-            return _depth(title, found)
-        case "sampling":
-            return _sampling(title, found)
-        case _:
-            return _schemes(number, title, found)
+    table = {"1": _depth, "sampling": _sampling}.get(number)
+    return table(title, found) if table else _schemes(number, title, found)
 
 
 def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
@@ -121,6 +112,12 @@ def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
             passes = folder.passes_of(name, kind)
             found.append(Entry(name, about["seed"], about["values"], top1, top5, per_class, passes))
     return found
+
+
+def _as_table_6(entry: Entry) -> Entry:
+    """See Note [Tables] 3."""
+    is_own = (entry.architecture, entry.scheme) == ("inception_v3", "multi_loss")
+    return replace(entry, values={**entry.values, "scheme": "standard"}) if is_own else entry
 
 
 def _check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
@@ -142,10 +139,8 @@ def _check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
 
 
 def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
-    if number == "6":  # Note [Tables] 3
-        is_own = [(e.architecture, e.scheme) == ("inception_v3", "multi_loss") for e in found]
-        standard = [replace(e, values={**e.values, "scheme": "standard"}) for e in found]
-        found = [other if own else e for e, other, own in zip(found, standard, is_own, strict=True)]
+    if number == "6":
+        found = list(map(_as_table_6, found))
     columns = {a: [entry for entry in found if entry.architecture == a] for a in COLUMNS[number]}
     columns = {architecture: own for architecture, own in columns.items() if own}
     if not columns:
@@ -277,7 +272,5 @@ def _names(architectures: Iterable[str]) -> str:
 def _about(folder: ScoreFolder, kind: Kind | None) -> str:
     how = {"single-crop": "Single-crop e", "dense": "Dense multi-scale e", None: "E"}[kind]
     images = folder.images
-    return (
-        f"{how}rror rates (%) on {len(images):,} images of {images.title}, {len(images.classes)} classes; in brackets, "
-        "the improvement over standard BP; after ±, the standard deviation over seeds"
-    )
+    what = f"{how}rror rates (%) on {len(images):,} images of {images.title}, {len(images.classes)} classes"
+    return f"{what}; in brackets, the improvement over standard BP; after ±, the standard deviation over seeds"

@@ -60,16 +60,15 @@ def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[
         raise InputError(f"{scores.path} holds no single-crop scores of these runs: relaylab eval RUN...")
     classes, labels = scores.images.classes, scores.images.labels
     shown = in_question(own) or next(iter(own))
-    network = own[shown][0]
+    network, gains = own[shown][0], None
     counts = sum((confusion(scores.protocol(name, kind), labels) for name in own[shown]), start=np.zeros(1, np.int64))
     photos, missing = _photos(scores, network, kind)
-    gains = None
+
+    def errors_of(scheme: str) -> NDArray[np.float64]:
+        return np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in own[scheme]], axis=0)
+
     if "standard" in own and shown != "standard":
-        errors = {
-            scheme: np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in own[scheme]], axis=0)
-            for scheme in ("standard", shown)
-        }
-        gains = svg_uri(gain_picture(errors["standard"] - errors[shown], classes))
+        gains = svg_uri(gain_picture(errors_of("standard") - errors_of(shown), classes))
     return {
         "title": scores.images.title,
         "tables": paper_tables(scores, papers_rows=is_papers_task(next(iter(by_scheme.values()))[0])),

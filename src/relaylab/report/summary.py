@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from relaylab.files import write_text
 from relaylab.recipes import RECIPES
@@ -37,19 +38,12 @@ def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str
     write_text(folder / TABLE, "\n".join([*text, f"![Validation error]({CURVES})\n"]))
     curves = curve_picture(comparison.metrics, "val", "top1", "Validation error, top-1", "per cent")
     write_text(folder / CURVES, curves)
-    results = {
-        "recipe": recipe.name,
-        "changes": list(changes),
-        "runs": [
-            {
-                "scheme": run.recipe.scheme,
-                "seed": run.about["seed"],
-                "validations": [line for line in run.metrics if line["kind"] == "val"],
-            }
-            for run in comparison.runs
-        ],
-        "failures": [{"scheme": s, "seed": n, **asdict(failure)} for (s, n), failure in comparison.failures.items()],
-    }
+    runs: list[dict[str, Any]] = []
+    for run in comparison.runs:
+        validations = [line for line in run.metrics if line["kind"] == "val"]
+        runs.append({"scheme": run.recipe.scheme, "seed": run.about["seed"], "validations": validations})
+    failures = [{"scheme": s, "seed": n, **asdict(failure)} for (s, n), failure in comparison.failures.items()]
+    results = {"recipe": recipe.name, "changes": list(changes), "runs": runs, "failures": failures}
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return shown
 
@@ -117,9 +111,8 @@ def _seconds_text(own: Sequence[Run]) -> str:
     if not seconds:
         return ""
     mean = statistics.fmean(seconds)
-    if mean < 120:
-        return f"{mean:.3g} s"
-    return f"{mean / 60:.3g} min" if mean < 7200 else f"{mean / 3600:.3g} h"
+    unit, size = next((unit for unit in (("h", 3600), ("min", 60)) if mean >= 2 * unit[1]), ("s", 1))
+    return f"{mean / size:.3g} {unit}"
 
 
 def is_papers_task(run: Run) -> bool:
