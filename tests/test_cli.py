@@ -66,6 +66,21 @@ def test_help_lists_what_there_is(arguments: list[str]) -> None:
     assert ("--epochs" in run.stdout) == ("demo" in arguments)
 
 
+def test_groups_of_commands_have_a_list_and_nearest_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "recipes show" in out
+    assert "demo" not in out
+    for words, nearest in {("recipes", "shwo", "digits"): "recipes show", ("data", "chek"): "data check"}.items():
+        assert cli.main(list(words)) == 2
+        assert f"unknown command '{words[0]} {words[1]}'; nearest: {nearest}" in capsys.readouterr().err
+
+
+def test_options_are_given_in_both_spellings() -> None:
+    _, options = cli.parse(["train", "--resume", "run", "--log_every", "20", "--save-every=5"])
+    assert options.given == {"resume", "log_every", "save_every"}
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("relaylab 0.")

@@ -135,11 +135,48 @@ def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) ->
     assert codes == [1]
     failure = failures.read_failure(tmp_path / "standard-s0")
     assert failure is not None
-    assert (failure.kind, failure.error) == ("failed", "its process was ended by SIGKILL")
+    assert (failure.kind, failure.error) == ("failed", "its process was killed by SIGKILL")
     assert "| standard BP | 0 of 1 seed; 1 failed |" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "relay-s0" / runs.MODEL).is_file(), "the other run was not affected"
     assert cli.main(words) == 0
     assert failures.read_failure(tmp_path / "standard-s0") is None
+
+
+def test_a_run_that_failed_before_it_began_is_tried_again(tmp_path: Path) -> None:
+    """As after a kill while images are decoded: the folder has no configuration yet."""
+    words = words_of(tmp_path, "--schemes", "standard", "--seeds", "0")
+    folder = tmp_path / "standard-s0"
+    folder.mkdir()
+    for name in (runs.LOCK, runs.LOG):
+        (folder / name).write_text("")
+    (folder / runs.ENVIRONMENT).write_text('{"starts": []}')
+    failures.write_failure(folder, failures.Failure("failed", 0, "its process was killed by SIGKILL"))
+    assert cli.main(words) == 0
+    assert (folder / runs.MODEL).is_file()
+    assert failures.read_failure(folder) is None
+
+
+def test_an_error_before_the_first_step_is_the_reason_that_is_reported(
+    tmp_path: Path,
+) -> None:
+    job = jobs._Job("standard-s0", tmp_path / "standard-s0", FakeProcess(), FakePipe(), jobs._Report(0))  # pyright: ignore
+    job.last = jobs._Report(0, end="failed", error="101 of 1000 images cannot be read")
+    assert "101 of 1000" in jobs._settle(job, is_stopping=False)
+    failure = failures.read_failure(tmp_path / "standard-s0")
+    assert failure is not None
+    assert failure.error == "101 of 1000 images cannot be read"
+
+
+class FakeProcess:
+    exitcode = 1
+
+    def join(self) -> None:
+        pass
+
+
+class FakePipe:
+    def close(self) -> None:
+        pass
 
 
 def test_what_would_stop_every_run_is_an_error_and_leaves_nothing(

@@ -239,7 +239,7 @@ def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             folder.read("net", "single-crop")
     file.write_bytes(whole[:-5])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not a valid safetensors file"):
         folder.read("net", "single-crop")
 
 
@@ -398,7 +398,7 @@ def test_the_command_refuses_what_it_cannot_do(
         ([str(other)], "--data is required"),
         ([relay, "--protocol", "dens"], "unknown protocol 'dens'; nearest: dense"),
         ([relay, "--ensemble", "product"], "at least two networks"),
-        ([relay, "--scales", "224"], "--scales and --flip are for dense testing"),
+        ([relay, "--scales", "224"], "--scales and --flip apply to dense testing only"),
         ([relay, "--protocol", "dense", "--scales", "big"], "expected pixels"),
         ([relay, "--protocol", "dense", "--scales", "16"], "crops of 32 pixels"),
         ([relay, "--batch-size", "0"], "--batch-size must be at least 1"),

@@ -176,6 +176,24 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
         open_runs([tmp_path])
 
 
+def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "a", "relay", 0, 50.0)
+    windows = ("plan.auxiliary.aux.weight=1",)
+    other = make_run(tmp_path / "b", "relay", 1, 51.0, changes=windows)
+    with pytest.raises(InputError, match=r"different recipes \(plan.auxiliary.aux.weight\)"):
+        open_runs([one, other])
+    failed = make_run(tmp_path / "c", "relay", 2, 51.0, changes=("optimizer.momentum=0.5",))
+    (failed / runs.MODEL).unlink(missing_ok=True)
+    (failed / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
+    with pytest.raises(InputError, match=r"which failed, and .* have different recipes \(optimizer.momentum\)"):
+        open_runs([one, failed])
+    same = make_run(tmp_path / "d", "relay", 0, 51.0)
+    (same / runs.MODEL).unlink(missing_ok=True)
+    (same / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
+    with pytest.raises(InputError, match="another run of the same scheme and seed"):
+        open_runs([one, same])
+
+
 def test_a_comparison_of_failures_alone_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path, "relay", 0, 50.0)
     (run / "failure.json").write_text(json.dumps({"kind": "failed", "step": 3, "error": "it burst"}))
@@ -193,7 +211,7 @@ def test_the_papers_rows_are_beside_ours_only_on_the_papers_task(tmp_path: Path)
     assert table is not None
     assert rows_of(table)["Relay BP (the paper)"]["top-1 error, %"] == "49.75 (+1.16)"
     page = render_page(small)
-    assert "Another problem of another size: compare signs, not numbers." in page
+    assert "A different task at a different scale: compare the signs, not the values." in page
     assert page.index("<details>") < page.index("49.75 (+1.16)")
     full = open_runs([make_comparison(tmp_path / "full", scale="paper", classes=401)])
     rows = rows_of(summary(full))
@@ -210,7 +228,7 @@ def test_the_balance_of_classes_is_shown(tmp_path: Path) -> None:
     assert draws_per_epoch(counts, "square-root") == pytest.approx(85 * np.array([1, 2, 4, 8]) / 15)
     page = render_page(open_runs([make_comparison(tmp_path)]))
     assert "how often each class is drawn in an epoch" in page
-    assert "360 training and 40 validation images (one of them is" in page
+    assert "360 training and 40 validation images (one validation image" in page
     assert "Training images of the class" not in page, "images stay out unless they are asked for"
 
 

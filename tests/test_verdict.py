@@ -68,3 +68,13 @@ def test_the_error_of_guessing() -> None:
     assert chance_error(10, 1) == pytest.approx(90)
     assert chance_error(401, 5) == pytest.approx(98.753, abs=1e-3)
     assert chance_error(3, 5) == 0
+
+
+def test_isolated_windows_are_compared_and_ties_are_said() -> None:
+    overlap = verdict({"relay": {0: 50.0, 1: 51.0}, "isolated": {0: 52.0, 1: 53.1}})
+    assert overlap.startswith("The top-1 error of Relay BP is 2.05 points lower than that of isolated windows")
+    tie = verdict({"standard": {0: 50.0}, "relay": {0: 50.0}})
+    assert tie.startswith("The top-1 error of Relay BP is the same as that of standard BP (one seed)")
+    assert difference_text([-0.001, -0.001]) == "+0.00 [+0.00, +0.00]"
+    tiny = verdict({"standard": {0: 1.0, 1: 2.0}, "relay": {0: 0.999, 1: 1.999}})
+    assert "not distinguishable from that of standard BP" in tiny

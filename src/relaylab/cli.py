@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())
             return 0
+        if len(arguments) == 2 and arguments[1] in ("-h", "--help") and _members(arguments[0]):
+            print(overview(_members(arguments[0])))
+            return 0
         run, options = parse(arguments)
         from relaylab.options import check_paths
 
@@ -90,10 +93,10 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     from relaylab.options import given_options
 
     count = next((n for n in (2, 1) if " ".join(arguments[:n]) in COMMANDS), 0)
-    if not count:
-        group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    group = _members(arguments[0])
+    if not count or (count == 1 and group and not "".join(arguments[1:2]).startswith("-") and arguments[1:]):
         word = " ".join(arguments[:2] if group else arguments[:1])
-        raise InputError(f"unknown command '{word}'{nearest(word, group or COMMANDS)}; 'relaylab --help' lists them")
+        raise InputError(f"unknown command '{word}'{nearest(word, group or COMMANDS)}; see 'relaylab --help'")
     name, rest = " ".join(arguments[:count]), list(arguments[count:])
     for word, following in zip(rest, [*rest[1:], "--"], strict=False):
         if word == "--data" and (not following or following.startswith("--")):  # as after `--data $UNSET`
@@ -106,10 +109,15 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     return run, options
 
 
-def overview() -> str:
-    """Return the list of commands, a line for each."""
+def _members(group: str) -> list[str]:
+    """Return the commands of a group, such as `data`."""
+    return [name for name in COMMANDS if name.startswith(f"{group} ")]
+
+
+def overview(names: Sequence[str] = ()) -> str:
+    """Return the list of commands, or of the named ones, a line for each."""
     width = max(map(len, COMMANDS))
-    names = [name for name in COMMANDS if name != "recipes list"]  # the same as `recipes`
+    names = names or [name for name in COMMANDS if name != "recipes list"]  # the same as `recipes`
     lines = [f"  {name:<{width}}  {(_function(name)[1].__doc__ or '').splitlines()[0]}" for name in names]
     footer = "'relaylab COMMAND --help' lists the options of a command, 'relaylab --version' prints the version."
     return "\n".join([USAGE, "commands:", *lines, "", footer])

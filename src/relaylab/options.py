@@ -92,4 +92,5 @@ def path_problems(paths: Sequence[Path]) -> list[str]:
 def given_options(kind: type[Any], arguments: Sequence[str]) -> set[str]:
     """Return the fields of a dataclass of options that a command line sets."""
     names = {f"--{entry.name.replace('_', '-')}": entry.name for entry in fields(kind)} | {"--set": "changes"}
-    return {names[word] for argument in arguments if (word := argument.partition("=")[0]) in names}
+    words = (argument.partition("=")[0].replace("_", "-") for argument in arguments)  # tyro takes both spellings
+    return {names[word] for word in words if word in names}

@@ -71,7 +71,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
         for key, request in requests.items()
         if not (folders[key] / runs.MODEL).is_file() and getattr(failed[key], "kind", None) != "diverged"
     }
-    if missing and not _train(options, requests, missing, iterations):
+    if missing and not _train(options, folder, requests, missing, iterations):
         done = sum((path / runs.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")
         return None
@@ -79,7 +79,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
 
     ended = {key for key, path in folders.items() if (path / runs.MODEL).is_file() or failures.read_failure(path)}
     comparison = open_runs([folders[key] for key in members if key in ended], may_fail=True)
-    reason = failures.Failure("failed", 0, "it left no result, perhaps for lack of space on the disk")
+    reason = failures.Failure("failed", 0, "it wrote no result; the disk may be full")
     lost = dict.fromkeys((key for key in members if key not in ended), reason)
     return dataclasses.replace(comparison, failures={**comparison.failures, **lost})
 
@@ -99,8 +99,8 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
     if "failed" in kinds:
         print("The same command resumes the runs that have failed.", file=sys.stderr)
     if "diverged" in kinds:
-        advice = "A run that has diverged would diverge again: change the recipe, or remove the run's folder from"
-        print(f"{advice} {folder}.", file=sys.stderr)
+        advice = "Diverged runs are not retried; they would diverge again."
+        print(f"{advice} Change the recipe, or remove their folders in {folder}.", file=sys.stderr)
 
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:
@@ -144,7 +144,11 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
 
 
 def _train(
-    options: CompareOptions, requests: "Mapping[Member, Request]", missing: "Mapping[Member, TrainConfig]", length: int
+    options: CompareOptions,
+    folder: Path,
+    requests: "Mapping[Member, Request]",
+    missing: "Mapping[Member, TrainConfig]",
+    length: int,
 ) -> bool:
     """Train the missing runs, or those of several devices one after another; False if they were stopped."""
     if options.devices > 1:
@@ -152,7 +156,7 @@ def _train(
     from relaylab.train import jobs
 
     jobs.start_server()
-    images, threads = _alike(options, requests)
+    images, threads = _alike(options, folder, requests)
     fitting = 1 if threads is None else max(1, available_cores() // threads)
     at_once = min(options.jobs or fitting, len(missing))
     workers = max(1, available_cores() // at_once) if options.workers is None else options.workers
@@ -163,28 +167,31 @@ def _train(
     return jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)
 
 
-def _alike(options: CompareOptions, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:
+def _alike(options: CompareOptions, folder: Path, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:
     """Check the images, and return what must be the same for all runs, whatever the number of jobs.
 
     That is where the images are, "memory" or "disk", and the number of threads, None for PyTorch's default on a GPU.
-    Both are those of the runs that have begun, if there are any.
+    Both are those of the comparison's first run, if there is one, also of an earlier command.
     """
     import torch
 
     from relaylab.train import images, runs
 
     first = next(iter(requests.values()))
-    begun = next((request for request in requests.values() if request.folder is not None), None)
+    begun = next((file.parent for file in sorted(folder.glob(f"*/{runs.CONFIG}"))), None)
     cores = available_cores()
     train, val = images.open_sources(first.config)
     images.check_images(first.recipe, train, val)
-    config = dataclasses.replace(first.config, images=begun.config.images if begun else options.images)
+    config = first.config
+    if begun is not None:
+        with runs.reading(begun) as stored:
+            config = dataclasses.replace(config, images=stored["options"]["images"])
     in_memory = images.fits_memory(config, (train, val), images.view_of(first.recipe), min(cores, len(requests)))
     where = "memory" if in_memory else "disk"
     if options.accelerator != "cpu" and torch.cuda.is_available():
         return where, None
     threads = min(torch.get_num_threads(), max(1, cores // len(requests)))
-    starts = runs.starts_of(begun.folder) if begun and begun.folder else []
+    starts = runs.starts_of(begun) if begun is not None else []
     return where, min(starts[0]["threads"], cores) if starts else threads
 
 

@@ -44,7 +44,7 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectOptions(DataOptions):
-    """List classes, balance, sizes and formats of a data set."""
+    """Summarise a data set: classes, balance, sizes and formats."""
 
     sample: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
     """Number of images to decode, evenly spread."""
@@ -127,7 +127,7 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     if ignored:
         kinds = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in ignored.items())
         lines.append(f"  passed over         {kinds}")
-    part = "all" if facts["examined"] == facts["images"] else f"{facts['examined']:,}, of them"
+    part = "all" if facts["examined"] == facts["images"] else f"a sample of {facts['examined']:,}, described below"
     lines.append(f"  decoded             {part}")
     for key, name in {
         "short_side": "shorter side",
@@ -140,7 +140,7 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
             lines.append(f"  {name:<19} {values['least']:,} to {values['most']:,}, median {values['median']:,} {unit}")
     kinds = ", ".join(f"{name} {100 * count / facts['examined']:.4g} %" for name, count in facts["kinds"].items())
     lines.append(f"  formats             {kinds or 'none'}")
-    for key, what in (("unreadable", "unreadable"), ("damaged", "damaged, yet read")):
+    for key, what in (("unreadable", "unreadable"), ("damaged", "damaged (readable)")):
         faults = facts[key]
         lines.append(f"  {what:<19} {len(faults):,}")
         lines += [f"    {name}: {reason}" for name, reason in faults[:SHOWN]]

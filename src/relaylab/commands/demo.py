@@ -40,7 +40,7 @@ class DemoOptions:
     """Schemes to compare."""
 
     seeds: OptionalList = ""
-    """Seeds: how often each scheme is trained. (default: 0,1,2 for the digits, 0 for photographs)."""
+    """Seeds; each scheme is trained once per seed. (default: 0,1,2 for the digits, 0 for photographs)."""
 
     epochs: Number = None
     """Passes over the training images. (default: 30 for the digits, 12 for photographs)."""
@@ -63,7 +63,7 @@ def main(options: DemoOptions) -> int:
     if options.val_data and not options.data:
         problems.append("--val-data needs --data")
     raise_all(problems + too_small(options, epochs=1))
-    name = options.data[0].name.partition(".")[0] if options.data else recipe
+    name = (options.data[0].resolve().name.lstrip(".").partition(".")[0] if options.data else "") or recipe
     with new_folder(options.out, ROOT / "demo" / name, may_hold=True) as folder:
         shared = {key: getattr(options, key) for key in ("data", "val_data", "schemes", "jobs", "workers")}
         seeds, changes = options.seeds or SEEDS[recipe], suited(recipe, options)

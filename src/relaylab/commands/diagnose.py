@@ -11,10 +11,10 @@ from relaylab.options import Folder, Images, MustExist, Runs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InformationOptions:
-    """Measure what each layer reveals of an image's class.
+    """Measure how much each layer reveals about an image's class.
 
-    Takes the newest checkpoint of each run, which holds the auxiliary heads too, and fits a linear probe for each layer
-    on one half of the images; what it says of the other half bounds the information from below, in bits.
+    Loads the newest checkpoint of each run, with its auxiliary heads, and fits a linear probe per layer on one half of
+    the images. Its predictions on the other half give a lower bound on the information, in bits.
     """
 
     what: Annotated[Literal["information"], tyro.conf.Positional]
@@ -24,7 +24,7 @@ class InformationOptions:
     """Folders of runs, or of comparisons, which hold runs."""
 
     images: int = 2000
-    """Number of validation images, as many of each class."""
+    """Number of validation images, the same number from each class."""
 
     data: Annotated[Images, MustExist] = ()
     """Images (default: those of the first run)."""

@@ -46,8 +46,8 @@ class EvaluateOptions:
 
     Class scores of every image go to disk, and error rates with their intervals are computed from these.
 
-    It can be stopped at any time, and the same command resumes. Existing scores are not computed again, so that other
-    ensembles of the same networks cost nothing.
+    Evaluation can be stopped at any time; the same command resumes it. Existing scores are reused, so further ensembles
+    of the same networks take only seconds.
     """
 
     runs: Runs = ()
@@ -65,8 +65,8 @@ class EvaluateOptions:
     """In dense testing, evaluate mirror images too."""
 
     ensemble: OptionalList = ""
-    """Combine the probabilities of all the networks named: average, product, learnt-weights. The latter are learnt on
-    one half of the images; all ensembles of the command are then tested on the other half."""
+    """Ensembles of all the given networks: average, product, learnt-weights. Weights are learnt on one half of the
+    images; all ensembles of the command are then tested on the other half."""
 
     against: Word = None
     """Network that the others are compared with (default: standard BP of the same seed, if it is among them)."""
@@ -262,6 +262,6 @@ def _listed(options: EvaluateOptions) -> "tuple[list[Kind], list[Combine], list[
     if not kinds and not problems:
         problems.append(f"--protocol is empty: expected one or more of {', '.join(PROTOCOLS)}")
     if (scales or options.flip) and "dense" not in kinds:
-        problems.append("--scales and --flip are for dense testing, and --protocol does not have it")
+        problems.append("--scales and --flip apply to dense testing only: add dense to --protocol")
     raise_all(problems + too_small(options, batch_size=1, workers=0))
     return list(dict.fromkeys(kinds)), list(dict.fromkeys(combine)), [int(part) for part in scales]

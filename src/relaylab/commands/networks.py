@@ -19,7 +19,7 @@ from relaylab.recipes.scales import at_scale
 class DrawOptions(AtScale):
     """Draw the network of a recipe with its heads and windows.
 
-    The picture is in the form of Figure 2 of the paper, and the table in that of its Table 2.
+    The drawing follows the paper's Figure 2, and the table follows its Table 2.
     """
 
     name: Name
@@ -40,7 +40,7 @@ class CostOptions(AtScale):
     """Recipes; those that cost the same are shown once. (default: all)."""
 
     segments: bool = False
-    """Show each segment, not the sums alone."""
+    """Show each segment, not only the totals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def list_recipes(options: ListOptions) -> int:  # noqa: ARG001
         members = f"{len(ensemble.members)} networks"
         table.add_row(ensemble.name, ensemble.row, members, *_errors(ensemble.reported))
     _print(table)
-    print("\nErrors in per cent, as the paper reports them. 'relaylab recipes show RECIPE' shows one with its sources.")
+    print("\nError rates in per cent, from the paper. 'relaylab recipes show RECIPE' prints values and sources.")
     return 0
 
 

@@ -56,7 +56,7 @@ class FigureOptions:
     """Make a figure of the paper from runs or evaluated runs."""
 
     number: Annotated[Literal["1", "2", "3", "4"], tyro.conf.Positional, tyro.conf.arg(metavar="FIGURE")]
-    """1 (gradients by layer), 2 (network and windows), 3 and 4 (photos classified rightly and wrongly)."""
+    """1 (gradients by layer), 2 (network and windows), 3 and 4 (photos classified correctly and incorrectly)."""
 
     sources: Sources = ()
     """Runs for figures 1 and 2; a folder that `relaylab eval` has written for figures 3 and 4."""

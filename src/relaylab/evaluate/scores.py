@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from relaylab.data.sources.source import UNLABELLED, Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
-from relaylab.files import replacing, write_text
+from relaylab.files import write_text
+from relaylab.models.file import read_tensors, save_tensors
 
 CHUNK = 1024
 LEAST = -60000.0  # the smallest number of float16, roughly
@@ -97,7 +96,7 @@ class ScoreFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / IMAGES, "".join(f"{name}\n" for name in found.names))
             header = {"title": found.title, "fingerprint": found.fingerprint, "classes": json.dumps(found.classes)}
-            _save({"labels": found.labels}, path / LABELS, header)
+            save_tensors({"labels": found.labels}, path / LABELS, header)
 
     @property
     def chunks(self) -> list[range]:
@@ -151,7 +150,9 @@ class ScoreFolder:
             raise InputError(f"{name}, {of_pass}: {problem}")
         file = self._file(name, of_pass, chunk)
         file.parent.mkdir(exist_ok=True)
-        _save({"log_probabilities": log_probabilities.clamp(min=LEAST).half()}, file, self._header(name, of_pass))
+        save_tensors(
+            {"log_probabilities": log_probabilities.clamp(min=LEAST).half()}, file, self._header(name, of_pass)
+        )
 
     def read(self, name: str, of_pass: str) -> Tensor:
         """Read all log-probabilities of one pass, float32 (images, classes).
@@ -163,7 +164,7 @@ class ScoreFolder:
         for number, chunk in enumerate(self.chunks):
             shape = (len(chunk), len(self.images.classes))
             file = self._file(name, of_pass, number)
-            tensors, found = _read(file)
+            tensors, found = read_tensors(file)
             if found != header:
                 raise InputError(f"{file} holds scores of other images, another network or another pass")
             part = tensors.get("log_probabilities")
@@ -230,7 +231,7 @@ def check_alike(folders: Sequence[ScoreFolder]) -> None:
 
 
 def _read_images(path: Path) -> ImageList:
-    tensors, header = _read(path / LABELS)
+    tensors, header = read_tensors(path / LABELS)
     try:
         names = tuple((path / IMAGES).read_text(encoding="utf-8").splitlines())
         labels, classes = tensors["labels"], tuple(json.loads(header["classes"]))
@@ -240,17 +241,3 @@ def _read_images(path: Path) -> ImageList:
     if len(images.names) != len(images.labels):
         raise InputError(f"{path / IMAGES} names {len(images.names)} images, and there are {len(images.labels)} labels")
     return images
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read: {error}; delete it and evaluate again") from None
-
-
-def _save(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
-    with replacing(file) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, header)
-        temporary.chmod(0o644)

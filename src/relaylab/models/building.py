@@ -122,8 +122,8 @@ def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn
     channels, height, width = shape
     if min(height, width) < INCEPTION_HEAD_MAP:
         raise InputError(
-            f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, and reads one "
-            f"of {height} x {width}; take another head, or larger images"
+            f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, but this one "
+            f"is {height} x {width}; use another head or larger images"
         )
     return InceptionAux(channels, num_classes)
 

@@ -158,11 +158,12 @@ def save_model(path: Path, model: ModelFile) -> None:
         "about": model.about,
     }
     if model.mean_image is not None:
-        _save({"mean_image": model.mean_image}, mean_path(path), {})
-    _save(model.state, path, {KEY: json.dumps(header)})
+        save_tensors({"mean_image": model.mean_image}, mean_path(path), {})
+    save_tensors(model.state, path, {KEY: json.dumps(header)})
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
     with replacing(path) as temporary:
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary, header)
         temporary.chmod(0o644)
@@ -179,13 +180,13 @@ def read_model(path: Path) -> ModelFile:
     Raises:
         InputError: no such file, not a safetensors file, or not one that `save_model` wrote.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     try:
         header: dict[str, Any] = json.loads(metadata[KEY])
         if header["format"] != FORMAT:
             raise InputError(f"{path} is of the format {header['format']!r}; this version reads {FORMAT!r}")
         network = _tuples(header["network"])
-        mean_image = _read(mean_path(path))[0]["mean_image"] if header["has_mean_image"] else None
+        mean_image = read_tensors(mean_path(path))[0]["mean_image"] if header["has_mean_image"] else None
         return ModelFile(
             network=NetworkConfig(**network),
             classes=tuple(header["classes"]),
@@ -203,9 +204,14 @@ def read_model(path: Path) -> ModelFile:
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file, and the metadata of its header.
+
+    Raises:
+        InputError: the file is absent, or is not a valid safetensors file.
+    """
     if path.is_dir():
-        raise InputError(f"{path} is a folder: expected a model file")
+        raise InputError(f"{path} is a folder: expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}

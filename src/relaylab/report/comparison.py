@@ -1,7 +1,6 @@
 """Comparisons: runs that differ in scheme, seed and rate only, and those that failed, opened from their folders."""
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -89,8 +88,13 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
         folders += [path] if _is_run(path) or not inside else sorted(inside)
     if not folders and not may_fail:
         raise InputError("no runs are given: name folders of runs, or of comparisons")
-    failed = dict(_open_failure(folder) for folder in folders if _has_failed(folder))
     found = [_open(folder) for folder in folders if not _has_failed(folder)]
+    failed: dict[Member, Failure] = {}
+    for folder in filter(_has_failed, folders):
+        member, failure = _open_failure(folder, found[0] if found else None)
+        if member in failed or member in {(run.recipe.scheme, run.about["seed"]) for run in found}:
+            raise InputError(f"{folder}: another run of the same scheme and seed is given")
+        failed[member] = failure
     if not found and not may_fail:
         reasons = "; ".join(Comparison([], failed).failure_texts)
         raise InputError(f"all runs have failed, so there is nothing to report: {reasons}")
@@ -99,7 +103,7 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
     validated = [{line["step"]: line for line in each.metrics if line["kind"] == "val"} for each in found]
     steps = set.intersection(*map(set, validated)) if validated else {0}
     if not steps:
-        raise InputError("the runs have no validation at the same iteration: resume them, relaylab train --resume RUN")
+        raise InputError("the runs share no validated iteration: resume them with `relaylab train --resume RUN`")
     found = [replace(each, last=own[max(steps)]) for each, own in zip(found, validated, strict=True)]
     places = {scheme: place for place, scheme in enumerate(SCHEMES)}
     found.sort(key=lambda each: (places[each.recipe.scheme], each.about["seed"]))
@@ -115,12 +119,18 @@ def _has_failed(folder: Path) -> bool:
     return (folder / FILE).is_file() and not (folder / runs.MODEL).exists()
 
 
-def _open_failure(folder: Path) -> tuple[Member, Failure]:
+def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
     failure = read_failure(folder)
     if failure is None:
         raise InputError(f"{folder / FILE} cannot be read: it is damaged; remove it, and train the run again")
     if (folder / runs.CONFIG).is_file():
         about = describe_run(folder)
+        if first is not None:
+            different = different_values(about["values"], first.about["values"], ("scheme", "evaluation", "plan", RATE))
+            moved = [] if about["data"] == first.about["data"] else ["images"]
+            if different or moved:
+                problem = f"({', '.join([*different[:1], *moved])})"
+                raise InputError(f"{folder}, which failed, and {first.folder} have different recipes {problem}")
         return (about["values"]["scheme"], about["seed"]), failure
     name = re.fullmatch(r"(.+)-s(\d+)", folder.resolve().name)  # it failed before it began; named by `compare`
     scheme = "" if name is None else name[1].replace("-", "_")
@@ -130,23 +140,17 @@ def _open_failure(folder: Path) -> tuple[Member, Failure]:
 
 
 def _open(folder: Path) -> Run:
-    if not (folder / runs.CONFIG).is_file():
-        raise InputError(f"{folder} holds no run: expected {runs.CONFIG}, as `relaylab train` writes it")
     recipe, about, metrics = runs.recipe_of(folder), describe_run(folder), metrics_of(folder)
     if not any(line["kind"] == "val" for line in metrics):
         raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
-    try:
-        config = json.loads((folder / runs.CONFIG).read_text(encoding="utf-8"))
+    with runs.reading(folder) as config:
         classes, counts = tuple(config["classes"]), config.get("counts", {})
-        starts = json.loads((folder / runs.ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: {runs.CONFIG} or {runs.ENVIRONMENT} cannot be read: {error}") from None
-    return Run(folder, recipe, about, classes, counts, metrics, starts, {})
+    return Run(folder, recipe, about, classes, counts, metrics, runs.starts_of(folder) or [{}], {})
 
 
 def _check_alike(one: Run, other: Run) -> None:
     is_same_scheme = one.recipe.scheme == other.recipe.scheme
-    free = ("scheme", "plan", "evaluation", *([] if is_same_scheme else [RATE]))
+    free = ("scheme", "evaluation", *([] if is_same_scheme else ["plan", RATE]))
     different = different_values(one.about["values"], other.about["values"], free)
     if one.classes != other.classes:
         problem = f"different classes ({len(one.classes)} and {len(other.classes)})"

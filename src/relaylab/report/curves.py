@@ -76,7 +76,7 @@ def angle_picture(runs: Mapping[str, Sequence[Lines]]) -> str | None:
         axes.axhline(0, color="#888888", linewidth=0.8)
         axes.set_xlabel("iteration")
 
-    return plot(draw, "Angle between the losses' gradients, shared layers", "cosine", size=(5.6, 3.4), legend=True)
+    return plot(draw, "Cosine between the losses' gradients, shared layers", "cosine", size=(5.6, 3.4), legend=True)
 
 
 def _line(axes: Axes, scheme: str, by_step: Mapping[int, Sequence[float]], label: str) -> None:
@@ -109,9 +109,9 @@ def confusion_picture(counts: NDArray[np.int64], classes: Sequence[str]) -> str:
             names = [plain(name) for name in classes]
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
             axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_xlabel("taken for")
+        axes.set_xlabel("predicted class")
 
-    return plot(draw, unit="is", size=(size + 1, size), grid=False)
+    return plot(draw, unit="true class", size=(size + 1, size), grid=False)
 
 
 def gain_picture(gains: NDArray[np.float64], classes: Sequence[str], most: int = NAMED_CLASSES) -> str:

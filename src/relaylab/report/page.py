@@ -1,5 +1,6 @@
 """The page about runs: one self-contained HTML file."""
 
+import shlex
 from pathlib import Path
 
 from relaylab.evaluate.scores import ScoreFolder
@@ -85,7 +86,7 @@ def _commands(comparison: Comparison) -> dict[str, list[str]]:
     """Return the runs that each command line has started or resumed last."""
     found: dict[str, list[str]] = {}
     for run in comparison.runs:
-        command = " ".join(map(str, run.starts[-1].get("command", [])))
+        command = shlex.join(map(str, run.starts[-1].get("command", [])))
         found.setdefault(command, []).append(run.folder.resolve().name)
     return found
 

@@ -57,7 +57,7 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str |
     probes = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
     for title, own in probes.items():
         if not own:
-            raise InputError(f"{title} has no gradients: train with --diagnose-every, and not with 0")
+            raise InputError(f"{title} has no gradient statistics: train it with --diagnose-every N, N at least 1")
     found = {
         (title, quantity): [_by_layer(line, list(own[-1]["layers"]), quantity) for line in own]
         for title, own in probes.items()

@@ -57,7 +57,7 @@ class Entry:
     name: str
     seed: int
     values: Mapping[str, Any]
-    """Of its recipe."""
+    """Values of the recipe that the network was trained with."""
     top1: Values
     """For each image 100 if the likeliest class is wrong, else 0."""
     top5: Values

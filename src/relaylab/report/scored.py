@@ -57,7 +57,7 @@ def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[
             networks.setdefault(scheme, []).append(name)
     own = {scheme: networks[scheme] for scheme in by_scheme if scheme in networks}
     if not own:
-        raise InputError(f"{scores.path} holds no single-crop scores of these runs: relaylab eval RUN...")
+        raise InputError(f"{scores.path} has no single-crop scores of these runs: run `relaylab eval RUN...`")
     classes, labels = scores.images.classes, scores.images.labels
     shown = in_question(own) or next(iter(own))
     network, gains = own[shown][0], None

@@ -8,7 +8,7 @@ from scipy import stats
 from relaylab.recipes.schema import SCHEME_NAMES
 
 CONFIDENCE = 0.95
-COMPARED = ("standard", "multi_loss")  # with the scheme in question, in this order
+COMPARED = ("standard", "multi_loss", "isolated")  # with the scheme in question, in this order
 IN_QUESTION = ("relay", "isolated", "multi_loss")
 UNCLEAR = "not distinguishable from"
 Errors = Mapping[int, float | None]  # by seed; None where the run failed
@@ -39,8 +39,8 @@ def difference_text(values: Sequence[float]) -> str:
     """Format the mean of paired differences, followed by its confidence interval."""
     if not values:
         return "no common seed"
-    mean, ends = statistics.fmean(values), interval(values)
-    return f"{mean:+.2f} (one seed)" if ends is None else f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+    mean, *ends = (round(value, 2) + 0.0 for value in (statistics.fmean(values), *(interval(values) or ())))  # no -0.00
+    return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f"{mean:+.2f} (one seed)"
 
 
 def chance_error(classes: int, top: int) -> float:
@@ -76,8 +76,10 @@ def _comparisons(paired: Mapping[str, Sequence[float]]) -> str:
     for base, values in paired.items():
         mean, ends = statistics.fmean(values), interval(values)
         word = f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than"
-        if ends is not None and ends[0] <= 0 <= ends[1]:
+        if ends is not None and (ends[0] <= 0 <= ends[1] or not round(mean, 2)):
             word = UNCLEAR
+        elif not round(mean, 2):
+            word = "the same as"
         basis = "one seed" if ends is None else difference_text(values)
         clauses.setdefault(word, []).append(f"that of {base} ({basis})")
     joined = {word: (" or " if word == UNCLEAR else " and ").join(bases) for word, bases in clauses.items()}

@@ -112,7 +112,7 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
     refused = [job.last.error for job in ended if job.last.end == "refused"]
     if refused:
         raise InputError(refused[0])
-    return not stop
+    return not (stop and (waiting or any(job.last.end == "stopped" for job in ended)))
 
 
 def _start(name: str, config: TrainConfig, threads: int | None, lock: Path) -> _Job:
@@ -143,14 +143,17 @@ def _settle(job: _Job, *, is_stopping: bool) -> str:
     job.pipe.close()
     if job.last.end is None and is_stopping:
         job.last = replace(job.last, end="stopped", note="")
+    elif job.last.end == "stopped" and not is_stopping:
+        job.last = replace(job.last, end="failed", error="a signal stopped it")
     elif job.last.end is None:
         code = job.process.exitcode or 0
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        job.last = replace(job.last, end="failed", error=f"its process was ended {how}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        job.last = replace(job.last, end="failed", error=f"its process {how}")
     if job.last.end != "failed":
-        return f"{job.last.end}, {job.last.note}"
+        return f"{job.last.end}, {job.last.note}" if job.last.note else str(job.last.end)
     failure = read_failure(job.folder) or Failure("failed", job.last.step, job.last.error)
     with suppress(OSError):  # a full disk, perhaps
+        job.folder.mkdir(parents=True, exist_ok=True)
         write_failure(job.folder, failure)
     return failure.text
 

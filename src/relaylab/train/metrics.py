@@ -9,7 +9,7 @@ TOP = {"top1": 1, "top5": 5}
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return how many classes score higher than each image's label.
 
-    Of equal scores, which half precision makes, the lower class counts as the higher one: the same on all machines.
+    Ties, which half precision makes common, are broken in favour of the lower class index, on all machines alike.
 
     Args:
         scores: (n, classes); without NaN.

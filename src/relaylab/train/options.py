@@ -44,19 +44,19 @@ class Engine(Subject):
     """Processes on this machine, each with a device of its own. For several machines, start with torchrun."""
 
     restarts: int = 3
-    """With several devices: how often all processes restart from the last checkpoint after one has died."""
+    """With several devices: maximum number of restarts from the last checkpoint after a process dies."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes GPUs if there are any."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """With several devices: a whole network on each (ddp), or its parameters divided among them (fsdp)."""
+    """With several devices: replicate the network on each (ddp), or shard its parameters across them (fsdp)."""
 
     precision: Literal["32", "bf16", "fp16"] = "32"
-    """Precision of the arithmetic; bf16 and fp16 are mixed with 32 bits, and fp16 scales its losses."""
+    """Numerical precision; bf16 and fp16 mean mixed precision, fp16 with loss scaling."""
 
     accumulate: int = 1
-    """Take the recipe's batch in so many parts, one after another, where it does not fit into memory."""
+    """Split each device's share of the batch into N micro-batches and accumulate their gradients, to save memory."""
 
     early_release: Switch = False
     """Run each loss's backward pass as soon as the forward pass reaches its head, and free its window's memory before
@@ -78,13 +78,13 @@ class Engine(Subject):
     """Decode all images once and keep them in memory, or read them as they are needed; auto decides by their size."""
 
     save_every: Number = None
-    """Iterations between two checkpoints, besides those at each evaluation (default: none besides)."""
+    """Also save a checkpoint every N iterations (default: only after each evaluation)."""
 
     keep: Number = None
-    """Number of newest checkpoints to keep besides the best one (default: two, and one of a finished run)."""
+    """Number of recent checkpoints to keep besides the best one (default: 2 during training, 1 once finished)."""
 
     log_every: int = 20
-    """Iterations between two lines of metrics."""
+    """Log training metrics every N iterations."""
 
     diagnose_every: int = 500
     """Log gradient statistics (magnitudes per layer and segment, cosines between losses) every N iterations; 0 disables

@@ -31,6 +31,7 @@ from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train.environment import environment
+from relaylab.train.failures import FILE
 from relaylab.train.options import TrainConfig, engine_problems, name_of
 from relaylab.train.torchrun import restart_count
 
@@ -39,7 +40,7 @@ log = logging.getLogger("relaylab.train")
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
 CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
 LOCK = ".lock"
-BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT)  # the files of a run that failed before its first step
+BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FILE)  # the files of a run that failed before its first step
 # The options that define a run. All others may change when it resumes.
 FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "images")
 
@@ -247,7 +248,10 @@ def _check_alike(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
 
 
 def _paths(config: TrainConfig) -> list[Path]:
-    return [path.absolute() for path in (*config.data, Path("--"), *config.val_data)]
+    from relaylab.data.sources.digits import NAME  # the same images, wherever the cache is
+
+    paths = (*config.data, Path("--"), *config.val_data)
+    return [Path(NAME) if path.name == NAME else path.absolute() for path in paths]
 
 
 def arguments_of(config: TrainConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -130,7 +131,7 @@ def _as_lab_error(folder: Path, error: OSError | LabError) -> LabError:
     if isinstance(error, LabError):
         return error
     last = next(checkpoint.newest(folder / runs.CHECKPOINTS), None)
-    more = "" if last is None else f"; {last.name} is saved: relaylab train --resume {folder}"
+    more = "" if last is None else f"; {last.name} is saved: relaylab train --resume {shlex.quote(str(folder))}"
     return LabError(f"cannot read or write {error.filename or f'files in {folder}'}: {error.strerror or error}{more}")
 
 
@@ -185,7 +186,7 @@ def _train(
         _write_model(folder, trainer, images)
         log.info("finished: %s", folder)
     elif is_first:
-        by, resume = stop.signal or "a signal to another process", f"relaylab train --resume {folder}"
+        by, resume = stop.signal or "a signal to another process", f"relaylab train --resume {shlex.quote(str(folder))}"
         log.warning("stopped by %s after step %d, which is saved. Resume with:\n  %s", by, at.step, resume)
     return Outcome(folder, finished, not finished or bool(stop), at.step, at.last, at.best)
 

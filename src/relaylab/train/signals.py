@@ -33,7 +33,7 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, now
-            log.info("%s: this step is finished and saved, then training stops", self.signal)
+            log.info("%s: finishing and saving the current step, then stopping", self.signal)
         elif number == signal.SIGINT and now - self._since > AT_ONCE_AFTER_S:
             raise KeyboardInterrupt
 

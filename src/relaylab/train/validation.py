@@ -26,7 +26,7 @@ def batch_size(part: Part, device: torch.device) -> int:
 
 
 class Validation:
-    """The validation images of one process, and the errors on those of all.
+    """Distributed validation: each process evaluates a share of the images; the errors are means over all of them.
 
     Every process opens all images, and evaluates its share; `criterion` is the mean loss of a batch.
     """
