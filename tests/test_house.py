@@ -16,7 +16,7 @@ METHOD = ROOT / "src" / "relaybackprop"
 # Who may import whom inside the method: each module only from those before it.
 ORDER = [
     "errors", "structure", "heads", "plan", "graph", "junction", "schedule", "loss", "passage", "release", "parallel",
-    "relay", "reference", "reach", "chain", "storages", "ledger", "cost", "budget", "suggest", "__init__",
+    "relay", "reference", "reach", "chain", "matching", "storages", "ledger", "cost", "budget", "suggest", "__init__",
 ]  # fmt: skip
 
 

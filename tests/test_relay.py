@@ -350,7 +350,8 @@ def test_reach_is_not_fooled_by_zeros_nor_by_complex_outputs() -> None:
 
 def test_public_names() -> None:
     assert relaybackprop.__all__ == [
-        "AuxiliaryHead", "Cost", "LinearHead", "Plan", "Reach", "Relay", "RelayError", "RelayLoss", "RelayOutput",
-        "RelayStep", "Suggestion", "Window", "cost", "reach", "suggest_plan",
+        "AuxiliaryHead", "Cost", "DenseHead", "LinearHead", "Plan", "Reach", "Relay", "RelayError", "RelayLoss",
+        "RelayOutput", "RelayStep", "Select", "Suggestion", "TokenHead", "Window", "cost", "head_for", "reach",
+        "suggest_plan",
     ]  # fmt: skip
     assert all(getattr(relaybackprop, name).__doc__ for name in relaybackprop.__all__)

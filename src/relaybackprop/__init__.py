@@ -9,8 +9,9 @@ Example:
 
 from relaybackprop.cost import Cost, cost
 from relaybackprop.errors import RelayError
-from relaybackprop.heads import AuxiliaryHead, LinearHead
+from relaybackprop.heads import AuxiliaryHead, DenseHead, LinearHead, Select, TokenHead
 from relaybackprop.loss import RelayLoss, RelayOutput
+from relaybackprop.matching import head_for
 from relaybackprop.plan import Plan, Window
 from relaybackprop.reach import Reach, reach
 from relaybackprop.relay import Relay, RelayStep
@@ -19,6 +20,7 @@ from relaybackprop.suggest import Suggestion, suggest_plan
 __all__ = [
     "AuxiliaryHead",
     "Cost",
+    "DenseHead",
     "LinearHead",
     "Plan",
     "Reach",
@@ -27,9 +29,12 @@ __all__ = [
     "RelayLoss",
     "RelayOutput",
     "RelayStep",
+    "Select",
     "Suggestion",
+    "TokenHead",
     "Window",
     "cost",
+    "head_for",
     "reach",
     "suggest_plan",
 ]

@@ -114,7 +114,11 @@ def shadows(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def shadow_input(example_input: Any) -> Arguments:
     """Arguments and named arguments without values, from a tensor, a tuple of arguments or a dict of named ones."""
-    value = map_tensors(_without_values, example_input)
+    return arguments_of(map_tensors(_without_values, example_input))
+
+
+def arguments_of(value: Any) -> Arguments:
+    """Arguments and named arguments, from a tensor, a tuple of arguments or a dict of named ones."""
     if isinstance(value, Mapping):
         return (), dict(cast(Mapping[str, Any], value))
     return (cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)), {}

@@ -1,6 +1,26 @@
-"""Auxiliary output modules: what stands between an inner layer and its loss, in training only."""
+"""Auxiliary output modules: small classifiers between an inner layer and its loss, needed in training only.
+
+Note [Layouts]
+"channels_first" is (N, C, ...): feature maps, volumes, clips and sequences of 1-d convolutions. "channels_last" is
+(N, ..., C): tokens, and the maps of Swin and its kin. Both include (N, C). A head checks the number of dimensions and
+of channels in each forward pass. A head whose layout is not declared reads (N, C) and (N, C, H, W), and refuses what
+may as well be (N, H, W, C): two equal dimensions before a different one, or `channels` at both ends. Where C == H == W
+a shape alone cannot tell: declare the layout, or let `head_for` read it off the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+from torch.nn import functional
+
+from relaybackprop.errors import HeadError
+
+Layout = Literal["channels_first", "channels_last"]
+Gain = Literal["default", "he", "quiet"]
+Pool = Literal["mean", "first", "last"]
+
+QUIET = 0.1  # standard deviation of the scores on inputs of unit variance
 
 
 class AuxiliaryHead(nn.Module):
@@ -10,45 +30,247 @@ class AuxiliaryHead(nn.Module):
     dropout of 0.7, and the classifier. The paper does not give the layers of its auxiliary branch; this is our choice.
 
     Args:
-        channels: channels of the feature map that comes in.
+        channels: channels of the input map.
         classes: number of classes.
         batch_norm: put a batch normalisation after the convolution. Off, as in the paper's networks A and B.
+        width: output channels of the convolution.
+        hidden: output features of the first fully connected layer.
+        layout: of the input map, see Note [Layouts].
+        gain: of the classifier: "default" is PyTorch's initialisation, "he" is He's, "quiet" starts with scores near 0,
+            a loss near ln(classes).
 
     Shape:
-        (batch, channels, height, width) to (batch, classes), for any height and width of at least 1.
+        (batch, channels, height, width), or channels last, to (batch, classes), for any height and width of at least 1.
     """
 
-    def __init__(self, channels: int, classes: int, *, batch_norm: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        *,
+        batch_norm: bool = False,
+        width: int = 128,
+        hidden: int = 1024,
+        layout: Layout | None = None,
+        gain: Gain = "default",
+    ) -> None:
         super().__init__()
+        self.channels = channels
+        self.layout: Layout | None = layout
         self.pool = nn.AdaptiveAvgPool2d(4)
-        self.conv = nn.Conv2d(channels, 128, kernel_size=1, bias=not batch_norm)
-        self.norm = nn.BatchNorm2d(128) if batch_norm else nn.Identity()
-        self.fc1 = nn.Linear(128 * 4 * 4, 1024)
+        self.conv = nn.Conv2d(channels, width, kernel_size=1, bias=not batch_norm)
+        self.norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
+        self.fc1 = nn.Linear(width * 4 * 4, hidden)
         self.dropout = nn.Dropout(0.7)
-        self.fc2 = nn.Linear(1024, classes)
+        self.fc2 = nn.Linear(hidden, classes)
         self.relu = nn.ReLU()
+        _initialise(self.fc2, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes) from a feature map (batch, channels, height, width)."""
-        x = self.relu(self.norm(self.conv(self.pool(features))))  # (batch, 128, 4, 4)
+        """Class scores (batch, classes) of a feature map."""
+        features = _channels_first(features, self.channels, self.layout, "AuxiliaryHead", (4,))
+        x = self.relu(self.norm(self.conv(self.pool(features))))  # (batch, width, 4, 4)
         return self.fc2(self.dropout(self.relu(self.fc1(x.flatten(1)))))
 
 
 class LinearHead(nn.Module):
-    """The smallest head: global average pooling and one fully connected layer.
+    """Global average pooling and one fully connected layer.
 
     Args:
-        channels: channels of the feature map that comes in.
+        channels: channels of the input.
         classes: number of classes.
+        layout: of the input, see Note [Layouts].
+        gain: as for `AuxiliaryHead`.
 
     Shape:
-        (batch, channels, height, width) to (batch, classes).
+        (batch, channels, ...) with any number of dimensions, or channels last, to (batch, classes).
     """
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, *, layout: Layout | None = None, gain: Gain = "default") -> None:
         super().__init__()
+        self.channels = channels
+        self.layout: Layout | None = layout
         self.fc = nn.Linear(channels, classes)
+        _initialise(self.fc, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes) from a feature map (batch, channels, height, width)."""
-        return self.fc(features.mean(dim=(2, 3)))
+        """Class scores (batch, classes) of any features."""
+        features = _channels_first(features, self.channels, self.layout, "LinearHead", (2, 3, 4, 5))
+        return self.fc(features.mean(dim=tuple(range(2, features.ndim))) if features.ndim > 2 else features)
+
+
+class TokenHead(nn.Module):
+    """Layer normalisation, pooling and one fully connected layer: the end of a vision transformer.
+
+    Args:
+        channels: features of each token.
+        classes: number of classes, or of words for a language model.
+        pool: "mean" over all tokens; "first" (a class token); "last" (a causal model without padding on the right);
+            None scores each token, for language models and token classification.
+        gain: as for `AuxiliaryHead`.
+
+    Shape:
+        (batch, tokens, channels), or for "mean" and None (batch, ..., channels), to (batch, classes); without pooling
+        to (batch, ..., classes).
+    """
+
+    def __init__(self, channels: int, classes: int, *, pool: Pool | None = "mean", gain: Gain = "default") -> None:
+        super().__init__()
+        if pool not in ("mean", "first", "last", None):
+            raise HeadError("pool to be 'mean', 'first', 'last' or None", f"{pool!r}", "Choose one of them.")
+        self.channels = channels
+        self.pool: Pool | None = pool
+        self.norm = nn.LayerNorm(channels)
+        self.fc = nn.Linear(channels, classes)
+        _initialise(self.fc, gain)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Class scores of tokens."""
+        dims = (3,) if self.pool in ("first", "last") else (3, 4, 5)
+        _channels_first(tokens, self.channels, "channels_last", "TokenHead", dims)
+        if self.pool in ("first", "last"):
+            tokens = tokens[:, 0 if self.pool == "first" else -1]
+        scores = self.norm(tokens)
+        if self.pool == "mean":
+            scores = scores.mean(dim=tuple(range(1, scores.ndim - 1)))
+        return self.fc(scores)
+
+
+class DenseHead(nn.Module):
+    """A 1x1 convolution to class scores, interpolated to the size of the target: segmentation in 1 to 3 dimensions.
+
+    Args:
+        channels: channels of the input map.
+        classes: number of classes.
+        size: of the scores: (height, width) in pixels, or by how much each side of the map is to be multiplied.
+        layout: of the input map, see Note [Layouts].
+        gain: as for `AuxiliaryHead`.
+
+    Shape:
+        (batch, channels, height, width), or channels last, to (batch, classes, *size). Also sequences and volumes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        *,
+        size: tuple[int, ...] | int,
+        layout: Layout | None = None,
+        gain: Gain = "default",
+    ) -> None:
+        super().__init__()
+        self.channels, self.size = channels, size
+        self.layout: Layout | None = layout
+        self.conv = nn.Conv1d(channels, classes, kernel_size=1)
+        _initialise(self.conv, gain)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Class scores (batch, classes, *size) of a map."""
+        dims = (3, 4, 5) if isinstance(self.size, int) else (len(self.size) + 2,)
+        features = _channels_first(features, self.channels, self.layout, "DenseHead", dims)
+        sides = features.shape[2:]
+        scores = self.conv(features.flatten(2)).unflatten(2, sides)
+        size = [side * self.size for side in sides] if isinstance(self.size, int) else list(self.size)
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
+        return functional.interpolate(scores, size, mode=mode, align_corners=False)
+
+
+class Select(nn.Module):
+    """A head on one of several tensors: an item of a tuple, a list, a dict or a `ModelOutput`.
+
+    Args:
+        key: index or name of the item.
+        head: the module that reads it.
+
+    Example:
+        >>> Select("last_hidden_state", TokenHead(768, 10, pool="first"))  # doctest: +SKIP
+    """
+
+    def __init__(self, key: int | str, head: nn.Module) -> None:
+        super().__init__()
+        self.key, self.head = key, head
+
+    def forward(self, value: Any) -> Any:
+        """Output of the head."""
+        items = items_of(value)
+        if self.key not in items:
+            raise HeadError(
+                f"Select to read a value with an item {self.key!r}",
+                f"{_describe(value)}",
+                f"Give one of its keys, {list(items)}." if items else "Use the head without Select.",
+            )
+        return self.head(items[self.key])
+
+
+def items_of(value: Any) -> dict[Any, Any]:
+    """Items of a tuple, list, mapping or dataclass by index or name; empty for anything else."""
+    if isinstance(value, Mapping):
+        return dict(cast(Mapping[Any, Any], value))
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(cast(list[Any], value)))
+    return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
+
+
+def _initialise(layer: nn.Linear | nn.Conv1d, gain: Gain) -> None:
+    if gain not in ("default", "he", "quiet"):
+        raise HeadError("gain to be 'default', 'he' or 'quiet'", f"{gain!r}", "Choose one of them.")
+    if gain == "default":
+        return
+    fan_in = layer.weight.shape[1]
+    nn.init.normal_(layer.weight, std=(2**0.5 if gain == "he" else QUIET) / fan_in**0.5)
+    if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        nn.init.zeros_(layer.bias)
+
+
+def _channels_first(features: Tensor, channels: int, layout: Layout | None, head: str, dims: tuple[int, ...]) -> Tensor:
+    """View features as (N, C, ...).
+
+    Raises:
+        HeadError: not a tensor, or a layout that the head does not read.
+    """
+    axis = -1 if layout == "channels_last" else 1
+    fits = isinstance(features, Tensor) and features.ndim in dims and features.shape[axis] == channels  # pyright: ignore[reportUnnecessaryIsInstance]
+    if fits and layout is None and features.ndim > 2:
+        rest = tuple(features.shape[2:])
+        fits = len(rest) == 2 and (channels not in rest or rest == (channels, channels))
+    if not fits:
+        raise _layout_error(features, channels, layout, head, dims)
+    return features.movedim(-1, 1) if axis == -1 and features.ndim > 2 else features
+
+
+def _layout_error(features: Any, channels: int, layout: Layout | None, head: str, dims: tuple[int, ...]) -> HeadError:
+    order = layout or "channels_first"
+    forms = {2: "(N, {0})", 3: "(N, {0}, L)", 4: "(N, {0}, H, W)", 5: "(N, {0}, D, H, W)"}
+    if order == "channels_last":
+        forms = {2: "(N, {0})", 3: "(N, L, {0})", 4: "(N, H, W, {0})", 5: "(N, D, H, W, {0})"}
+    takes = " or ".join(forms[n] for n in dims if layout or n in (2, 4)).format(channels)
+    expected = f"{head} to read {takes}{'' if layout else ', with the layout undeclared'}"
+    if not isinstance(features, Tensor):
+        keys = list(items_of(features))
+        remedy = f"Write Select(key, {head}(...)) with one of the keys {keys}." if keys else "Give a tensor."
+        return HeadError(expected, _describe(features), remedy)
+    first, last = features.ndim > 1 and features.shape[1] == channels, features.shape[-1] == channels
+    if layout is None and first and last:
+        remedy = "Either may be the channels: declare layout='channels_first' or 'channels_last'."
+    elif last and features.ndim == 3:
+        remedy = f"TokenHead({channels}, classes) reads tokens, LinearHead(..., layout='channels_last') too."
+    elif last and features.ndim > 3:
+        remedy = f"TokenHead({channels}, classes) or LinearHead(..., layout='channels_last') reads channels last."
+    elif layout is None and first and features.ndim == 4:
+        remedy = (
+            f"This looks like (N, H, W, C), with rows taken for channels: TokenHead({features.shape[-1]}, classes) "
+            "reads that. If it is (N, C, H, W), declare layout='channels_first'."
+        )
+    elif first:
+        remedy = "LinearHead(..., layout='channels_first') reads it."
+    else:
+        remedy = f"No layout of it has {channels} channels: build the head for the channels that it has."
+    return HeadError(expected, _describe(features), f"{remedy} head_for(model, plan, example, classes) chooses a head.")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    keys = list(items_of(value))
+    return f"a {type(value).__name__}" + (f" with items {keys}" if keys else "")

@@ -70,7 +70,7 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
     if not isinstance(relay, Relay):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError("a Relay", f"a {type(relay).__name__}", "Write reach(Relay(model, plan, heads), images).")
     parameters = {name: p for name, p in relay.named_parameters() if p.requires_grad}
-    with _undisturbed(relay), torch.enable_grad():
+    with undisturbed(relay), torch.enable_grad():
         output: RelayOutput = relay(*inputs, **named_inputs)
     names = {id(parameter): name for name, parameter in parameters.items()}
     losses: dict[str, frozenset[str]] = {}
@@ -95,7 +95,7 @@ def _inside(window: Window) -> graph.Follow:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Generator[None]:
+def undisturbed(module: nn.Module) -> Generator[None]:
     """Training mode for a while; afterwards mode, buffers and random generators are as before."""
     modes = {part: part.training for part in module.modules()}
     buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]

@@ -1,0 +1,295 @@
+"""The heads that fit a plan: read off what the model's modules return, without training and without values.
+
+Note [Evidence]
+The dimension of the channels is the one that the modules around a window's top work on. Weight and normalisation
+layers vote, each by its own output: convolutions, batch and group normalisation work on dimension 1, linear layers,
+embeddings and layer normalisation on the last one; any other layer with a one-dimensional weight on the dimension
+that has its size, if only one has. The first of these groups that votes decides, if it is of one mind:
+1. layers inside the top whose output has the shape of the top's;
+2. layers inside the top: which dimension of the top's output has the size of their channels;
+3. layers anywhere in the model whose output has the shape of the top's.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from relaybackprop import graph
+from relaybackprop.chain import Arguments, arguments_of, dry_run, shadow_input, shadows
+from relaybackprop.errors import HeadError, PlanError
+from relaybackprop.heads import AuxiliaryHead, DenseHead, Gain, Layout, LinearHead, Pool, Select, TokenHead, items_of
+from relaybackprop.passage import find_module
+from relaybackprop.plan import Plan
+from relaybackprop.reach import undisturbed
+from relaybackprop.structure import tensors_in
+
+MAP = 4  # rows and columns that GoogLeNet's head pools to
+WIDTH, HIDDEN = 128, 1024  # of GoogLeNet's head, on its 512 channels
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm
+_CLASS_TOKENS = ("cls_token", "class_token")
+
+
+class Heads(dict[str, nn.Module]):
+    """Heads by name of the auxiliary loss, as `Relay` takes them; `print` shows what was chosen and why.
+
+    Attributes:
+        reasons: by name, a sentence.
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> None:
+        super().__init__(heads)
+        self.reasons = dict(reasons)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+
+
+def head_for(
+    model: nn.Module,
+    plan: Plan,
+    example_input: Any,
+    num_classes: int,
+    *,
+    layout: Layout | None = None,
+    pool: Pool | None = None,
+    gain: Gain = "default",
+) -> Heads:
+    """Build a fitting head for each auxiliary loss of a plan.
+
+    The model is left alone. A copy without values runs in training mode; where that fails, the model itself runs once
+    on the example, in evaluation mode.
+
+    Args:
+        model: any module.
+        plan: its windows.
+        example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
+        num_classes: number of classes; of words for a language model.
+        layout: of what all heads read. Left out, it is read off the model (Note [Evidence]).
+        pool: of tokens. Left out, the first token if it can hold a class token, otherwise the mean.
+        gain: of each head's last layer, see `AuxiliaryHead`.
+
+    Returns:
+        Maps get an `AuxiliaryHead` of at most GoogLeNet's size, other features a `LinearHead`, tokens and maps with
+        their channels last a `TokenHead`. Where the model scores each pixel or token, so do the heads.
+
+    Raises:
+        HeadError: an output without a batch of features, or with a layout that the model does not tell.
+        PlanError: a model that does not run on the example.
+
+    Example:
+        >>> heads = head_for(swin_t(), plan, images, num_classes=1000)  # doctest: +SKIP
+        >>> print(heads)  # doctest: +SKIP
+        >>> relay = Relay(model, plan, heads)  # doctest: +SKIP
+    """
+    tops = {name: cast(str, window.top) for name, window in plan.auxiliary.items()}
+    for top in tops.values():
+        find_module(model, top)
+    run = _run(model, example_input, set(tops.values()))
+    scores = _scores(run.output, num_classes)
+    batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    device = next((parameter.device for parameter in model.parameters()), None)
+    heads, reasons = dict[str, nn.Module](), dict[str, str]()
+    for name, top in tops.items():
+        keys, features = _features(run, name, top)
+        shape = tuple(features.shape)
+        order, why = (layout, "as given") if layout else _layout(run, name, top, shape)
+        tokens = pool or ("first" if _has_class_token(run, features) else "mean")
+        head, what = _choose(
+            shape, order, scores, num_classes, tokens, batch_norm, gain, f"{shape}, the output of {top}"
+        )
+        item = "".join(f"[{key!r}]" for key in keys)
+        reasons[name] = (
+            f"{type(head).__name__} ({what}) on {shape}, the output{item} of {top}: {order.replace('_', ' ')}, {why}."
+        )
+        for key in reversed(keys):
+            head = Select(key, head)
+        heads[name] = head.to(device=device, dtype=features.dtype)
+    return Heads(heads, reasons)
+
+
+def _choose(
+    shape: tuple[int, ...],
+    order: Layout,
+    scores: tuple[int, ...] | None,
+    num_classes: int,
+    pool: Pool,
+    batch_norm: bool,
+    gain: Gain,
+    place: str,
+) -> tuple[nn.Module, str]:
+    """Return the head for features of this shape, and what it does; `scores` is the shape of the model's own."""
+    channels, sides = (shape[1], shape[2:]) if order == "channels_first" else (shape[-1], shape[1:-1])
+    if scores is not None and len(scores) > 3:
+        if len(sides) != len(scores) - 2:
+            raise HeadError(
+                f"a map at the window's top, for scores of each pixel like the model's {scores}",
+                place,
+                "Move the top to a module that returns a map, or write a head that forms one.",
+            )
+        factors = [big / small for big, small in zip(scores[2:], sides, strict=True)]
+        is_multiple = factors[0].is_integer() and len(set(factors)) == 1
+        size = int(factors[0]) if is_multiple else scores[2:]
+        what = f"scores of each pixel, {'each side times' if is_multiple else 'interpolated to'} {size}"
+        return DenseHead(channels, num_classes, size=size, layout=order, gain=gain), what
+    unlike = "" if scores else f"; no output of the model has {num_classes} classes"
+    if order == "channels_last" and sides:
+        if scores is not None and len(scores) == 3 and len(sides) == 1:
+            return TokenHead(channels, num_classes, pool=None, gain=gain), "scores of each token, as the model's own"
+        pool = pool if len(sides) == 1 else "mean"
+        what = "mean over all tokens" if pool == "mean" else f"the {pool} token"
+        return TokenHead(channels, num_classes, pool=pool, gain=gain), what + unlike
+    if len(sides) == 2 and min(sides) >= MAP:
+        width = max(1, min(WIDTH, channels // 4))
+        what = f"GoogLeNet's with {width} and {8 * width} features" + ", batch-normalised" * batch_norm + unlike
+        sizes = {"width": width, "hidden": 8 * width}
+        return AuxiliaryHead(channels, num_classes, batch_norm=batch_norm, **sizes, layout=order, gain=gain), what
+    what = "global average pooling" if sides else "features without a map"
+    return LinearHead(channels, num_classes, layout=order, gain=gain), what + unlike
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that ran: its output's shape, and the dimension of the channels in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+
+
+@dataclass
+class _Run:
+    """A forward pass: the size of its batch if it is known, outputs of the model and of the tops, layers that vote."""
+
+    batch: int | None
+    class_tokens: list[Tensor]
+    output: Any = None
+    tops: dict[str, Any] = field(default_factory=dict[str, Any])
+    layers: list[_Layer] = field(default_factory=list[_Layer])
+
+
+def _run(model: nn.Module, example_input: Any, tops: set[str]) -> _Run:
+    try:
+        with dry_run():
+            (shadow,), arguments = shadows([model]), shadow_input(example_input)
+            return _observe(shadow, arguments, tops)
+    except PlanError:
+        if any(tensor.is_meta for tensor in (*tensors_in(example_input), *model.parameters())):
+            raise
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        return _observe(model, arguments_of(example_input), tops)
+
+
+def _observe(model: nn.Module, arguments: Arguments, tops: set[str]) -> _Run:
+    args, kwargs = arguments
+    first = next(iter((*args, *kwargs.values())), None)
+    class_tokens = [parameter for name, parameter in model.named_parameters() if name.endswith(_CLASS_TOKENS)]
+    run = _Run(first.shape[0] if isinstance(first, Tensor) and first.ndim else None, class_tokens)
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+            if name in tops:
+                run.tops[name] = output
+            if isinstance(output, Tensor) and output.ndim > 2:
+                shape = tuple(output.shape)
+                axis = _axis(module, shape)
+                if axis is not None:
+                    run.layers.append(_Layer(name, shape, axis))
+
+        return hook
+
+    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules(remove_duplicate=False))
+    handles = [module.register_forward_hook(note(name)) for name, module in modules]
+    try:
+        run.output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return run
+
+
+def _axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """The dimension of a layer's output that holds its channels; None for modules that do not tell."""
+    last = len(shape) - 1
+    if isinstance(module, (*_CONVOLUTIONS, *_NORMS)):
+        return 1
+    # Subclasses of LayerNorm may well permute: LayerNorm2d of torchvision and timm does.
+    if isinstance(module, (nn.Linear, nn.Embedding)) or type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return last
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or len(weight) == 1:
+        return None
+    axes = [axis for axis in (1, last) if shape[axis] == len(weight)]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _layout(run: _Run, name: str, top: str, shape: tuple[int, ...]) -> tuple[Layout, str]:
+    """Note [Evidence]: the layout of a top's output, and what tells it."""
+    if len(shape) == 2:
+        return "channels_first", "one row for each example"
+    ends = 1, len(shape) - 1
+    inside = [layer for layer in run.layers if f"{layer.name}.".startswith(f"{top}.")]
+    sizes = [(layer, [axis for axis in ends if shape[axis] == layer.shape[layer.axis]]) for layer in inside]
+    groups = (
+        [(layer.name, layer.axis) for layer in inside if layer.shape == shape],
+        [(layer.name, axes[0]) for layer, axes in sizes if len(axes) == 1],
+        [(layer.name, layer.axis) for layer in run.layers if layer.shape == shape],
+    )
+    votes = next((group for group in groups if group), groups[-1])
+    if len({axis for _, axis in votes}) == 1:
+        voter, axis = votes[-1]
+        return ("channels_first" if axis == 1 else "channels_last"), f"like those of {voter}"
+    against = " and ".join(f"{voter} works on dimension {axis}" for axis, voter in {a: v for v, a in votes}.items())
+    raise HeadError(
+        f"a model that tells which dimension of the output of {top}, the top of {name!r}, holds the channels",
+        f"{shape}, where {against or 'no layer tells'}",
+        "Pass layout='channels_first' for (N, C, ...), or layout='channels_last' for (N, ..., C).",
+    )
+
+
+def _has_class_token(run: _Run, features: Tensor) -> bool:
+    """Whether a class token went into these features. Some models add theirs in the last blocks only."""
+    reached = graph.walk(graph.edges_of([features]), lambda _node, _output: True)
+    variables = {id(getattr(node, "variable", None)) for node in reached}
+    return any(id(token) in variables for token in run.class_tokens)
+
+
+def _features(run: _Run, name: str, top: str) -> tuple[tuple[Any, ...], Tensor]:
+    """The first tensor of a top's output that is a batch of features, and the keys that lead to it."""
+    if top not in run.tops:
+        raise HeadError(
+            f"the forward pass to call {top}, the top of {name!r}", "no call", "Name a module inside it, or around it."
+        )
+    tensors = list(_paths(run.tops[top]))
+    found = [
+        (keys, tensor)
+        for keys, tensor in tensors
+        if tensor.is_floating_point() and tensor.ndim > 1 and run.batch in (None, tensor.shape[0])
+    ]
+    if not found:
+        raise HeadError(
+            f"a batch of features at {top}, the top of {name!r}: (N, ...) with N = {run.batch} as in the example",
+            f"{[tuple(tensor.shape) for _, tensor in tensors] or 'no tensor'}",
+            "Move the top to a module that the model runs on whole examples, or write a head that reads this output.",
+        )
+    return next((pair for pair in found if pair[1].requires_grad), found[0])
+
+
+def _paths(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield keys, value
+    for key, item in items_of(value).items():
+        yield from _paths(item, (*keys, key))
+
+
+def _scores(output: Any, num_classes: int) -> tuple[int, ...] | None:
+    """Shape of the first tensor of the model's output that has this many classes: per example, token or pixel."""
+    for _, tensor in _paths(output):
+        if tensor.ndim > 1 and tensor.shape[2 if tensor.ndim == 3 else 1] == num_classes:
+            return tuple(tensor.shape)
+    return None
