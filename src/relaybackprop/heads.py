@@ -9,7 +9,7 @@ a shape alone cannot tell: declare the layout, or let `head_for` read it off the
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +19,7 @@ from relaybackprop.errors import HeadError
 Layout = Literal["channels_first", "channels_last"]
 Gain = Literal["default", "he", "quiet"]
 Pool = Literal["mean", "first", "last"]
+_T = TypeVar("_T")
 
 QUIET = 0.1  # standard deviation of the scores on inputs of unit variance
 
@@ -56,7 +57,7 @@ class AuxiliaryHead(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.layout: Layout | None = layout
+        self.layout: Layout | None = _check_option("layout", layout, ("channels_first", "channels_last", None))
         self.pool = nn.AdaptiveAvgPool2d(4)
         self.conv = nn.Conv2d(channels, width, kernel_size=1, bias=not batch_norm)
         self.norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
@@ -89,7 +90,7 @@ class LinearHead(nn.Module):
     def __init__(self, channels: int, classes: int, *, layout: Layout | None = None, gain: Gain = "default") -> None:
         super().__init__()
         self.channels = channels
-        self.layout: Layout | None = layout
+        self.layout: Layout | None = _check_option("layout", layout, ("channels_first", "channels_last", None))
         self.fc = nn.Linear(channels, classes)
         _initialise(self.fc, gain)
 
@@ -116,8 +117,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, channels: int, classes: int, *, pool: Pool | None = "mean", gain: Gain = "default") -> None:
         super().__init__()
-        if pool not in ("mean", "first", "last", None):
-            raise HeadError("pool to be 'mean', 'first', 'last' or None", f"{pool!r}", "Choose one of them.")
+        _check_option("pool", pool, ("mean", "first", "last", None))
         self.channels = channels
         self.pool: Pool | None = pool
         self.norm = nn.LayerNorm(channels)
@@ -161,7 +161,7 @@ class DenseHead(nn.Module):
     ) -> None:
         super().__init__()
         self.channels, self.size = channels, size
-        self.layout: Layout | None = layout
+        self.layout: Layout | None = _check_option("layout", layout, ("channels_first", "channels_last", None))
         self.conv = nn.Conv1d(channels, classes, kernel_size=1)
         _initialise(self.conv, gain)
 
@@ -197,7 +197,7 @@ class Select(nn.Module):
         if self.key not in items:
             raise HeadError(
                 f"Select to read a value with an item {self.key!r}",
-                f"{_describe(value)}",
+                _describe(value),
                 f"Give one of its keys, {list(items)}." if items else "Use the head without Select.",
             )
         return self.head(items[self.key])
@@ -212,9 +212,14 @@ def items_of(value: Any) -> dict[Any, Any]:
     return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
 
 
+def _check_option(name: str, value: _T, allowed: tuple[_T, ...]) -> _T:
+    if value not in allowed:
+        raise HeadError(f"{name} to be one of {allowed}", f"{name}={value!r}", "Choose one of them.")
+    return value
+
+
 def _initialise(layer: nn.Linear | nn.Conv1d, gain: Gain) -> None:
-    if gain not in ("default", "he", "quiet"):
-        raise HeadError("gain to be 'default', 'he' or 'quiet'", f"{gain!r}", "Choose one of them.")
+    _check_option("gain", gain, ("default", "he", "quiet"))
     if gain == "default":
         return
     fan_in = layer.weight.shape[1]
@@ -245,24 +250,23 @@ def _layout_error(features: Any, channels: int, layout: Layout | None, head: str
     if order == "channels_last":
         forms = {2: "(N, {0})", 3: "(N, L, {0})", 4: "(N, H, W, {0})", 5: "(N, D, H, W, {0})"}
     takes = " or ".join(forms[n] for n in dims if layout or n in (2, 4)).format(channels)
-    expected = f"{head} to read {takes}{'' if layout else ', with the layout undeclared'}"
+    expected = f"{head} to read {takes or 'a declared layout'}{'' if layout else ', with the layout undeclared'}"
     if not isinstance(features, Tensor):
         keys = list(items_of(features))
         remedy = f"Write Select(key, {head}(...)) with one of the keys {keys}." if keys else "Give a tensor."
         return HeadError(expected, _describe(features), remedy)
-    first, last = features.ndim > 1 and features.shape[1] == channels, features.shape[-1] == channels
-    if layout is None and first and last:
+    shape = tuple(features.shape)
+    at_one, at_end = shape[1:2] == (channels,), shape[2:] and shape[-1] == channels
+    if layout is None and at_one and at_end:
         remedy = "Either may be the channels: declare layout='channels_first' or 'channels_last'."
-    elif last and features.ndim == 3:
-        remedy = f"TokenHead({channels}, classes) reads tokens, LinearHead(..., layout='channels_last') too."
-    elif last and features.ndim > 3:
+    elif at_end:
         remedy = f"TokenHead({channels}, classes) or LinearHead(..., layout='channels_last') reads channels last."
-    elif layout is None and first and features.ndim == 4:
+    elif layout is None and at_one and len(shape) == 4:
         remedy = (
-            f"This looks like (N, H, W, C), with rows taken for channels: TokenHead({features.shape[-1]}, classes) "
-            "reads that. If it is (N, C, H, W), declare layout='channels_first'."
+            f"This looks like (N, H, W, C), with rows taken for channels: TokenHead({shape[-1]}, classes) reads that. "
+            "If it is (N, C, H, W), declare layout='channels_first'."
         )
-    elif first:
+    elif at_one:
         remedy = "LinearHead(..., layout='channels_first') reads it."
     else:
         remedy = f"No layout of it has {channels} channels: build the head for the channels that it has."

@@ -27,7 +27,7 @@ from relaybackprop.reach import undisturbed
 from relaybackprop.structure import tensors_in
 
 MAP = 4  # rows and columns that GoogLeNet's head pools to
-WIDTH, HIDDEN = 128, 1024  # of GoogLeNet's head, on its 512 channels
+WIDTH = 128  # of GoogLeNet's head, on its 512 channels
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm
@@ -70,7 +70,8 @@ def head_for(
         example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
         num_classes: number of classes; of words for a language model.
         layout: of what all heads read. Left out, it is read off the model (Note [Evidence]).
-        pool: of tokens. Left out, the first token if it can hold a class token, otherwise the mean.
+        pool: of tokens. Left out, none where the model scores each token, the first token where a class token went in
+            below, otherwise the mean.
         gain: of each head's last layer, see `AuxiliaryHead`.
 
     Returns:
@@ -91,6 +92,8 @@ def head_for(
         find_module(model, top)
     run = _run(model, example_input, set(tops.values()))
     scores = _scores(run.output, num_classes)
+    if pool is not None and scores is not None and len(scores) == 3:
+        scores = scores[::2]  # the caller pools where the model scores each token
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     device = next((parameter.device for parameter in model.parameters()), None)
     heads, reasons = dict[str, nn.Module](), dict[str, str]()
@@ -138,7 +141,7 @@ def _choose(
         return DenseHead(channels, num_classes, size=size, layout=order, gain=gain), what
     unlike = "" if scores else f"; no output of the model has {num_classes} classes"
     if order == "channels_last" and sides:
-        if scores is not None and len(scores) == 3 and len(sides) == 1:
+        if scores is not None and scores[1:-1] == sides:
             return TokenHead(channels, num_classes, pool=None, gain=gain), "scores of each token, as the model's own"
         pool = pool if len(sides) == 1 else "mean"
         what = "mean over all tokens" if pool == "mean" else f"the {pool} token"
@@ -166,7 +169,7 @@ class _Run:
     """A forward pass: the size of its batch if it is known, outputs of the model and of the tops, layers that vote."""
 
     batch: int | None
-    class_tokens: list[Tensor]
+    class_tokens: list[nn.Parameter]
     output: Any = None
     tops: dict[str, Any] = field(default_factory=dict[str, Any])
     layers: list[_Layer] = field(default_factory=list[_Layer])
@@ -243,7 +246,7 @@ def _layout(run: _Run, name: str, top: str, shape: tuple[int, ...]) -> tuple[Lay
     votes = next((group for group in groups if group), groups[-1])
     if len({axis for _, axis in votes}) == 1:
         voter, axis = votes[-1]
-        return ("channels_first" if axis == 1 else "channels_last"), f"like those of {voter}"
+        return ("channels_first" if axis == 1 else "channels_last"), f"as in {voter}"
     against = " and ".join(f"{voter} works on dimension {axis}" for axis, voter in {a: v for v, a in votes}.items())
     raise HeadError(
         f"a model that tells which dimension of the output of {top}, the top of {name!r}, holds the channels",
@@ -254,7 +257,7 @@ def _layout(run: _Run, name: str, top: str, shape: tuple[int, ...]) -> tuple[Lay
 
 def _has_class_token(run: _Run, features: Tensor) -> bool:
     """Whether a class token went into these features. Some models add theirs in the last blocks only."""
-    reached = graph.walk(graph.edges_of([features]), lambda _node, _output: True)
+    reached = graph.walk(graph.edges_of([features]), graph.everywhere)
     variables = {id(getattr(node, "variable", None)) for node in reached}
     return any(id(token) in variables for token in run.class_tokens)
 
