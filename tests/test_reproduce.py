@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torchvision", reason="needs the lab extra")
 
 from docs.renew_tables import sections
+from relaylab.errors import InputError
 from relaylab.recipes import ENSEMBLES, PAPER
 from relaylab.tables import renewed
 
@@ -56,5 +57,5 @@ def test_its_commands_are_real() -> None:
             command = line.split("#")[0].split()
             assert command[0] == "relaylab"
             assert parse(command[1:]) is not None
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="unknown command 'recipes shew'; nearest: recipes show"):
         parse(["recipes", "shew"])
