@@ -175,6 +175,17 @@ def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: p
     assert mean in html
 
 
+def test_the_demo_of_the_digits_names_and_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["demo", "--out", str(out), "--epochs", "1", "--seeds", "0", "--schemes", "standard,relay"]
+    assert cli.main([*words, "--set", "network.width=2", "network.convs=1", "optimizer.batch_size=250"]) == 0
+    html = (out / "report.html").read_text()
+    assert "scikit-learn&#39;s handwritten digits" in html
+    assert "digits-1.tar</em>" not in html
+    assert html.count("data:image/png") >= 10, "a strip of each class"
+    assert "Relay BP" in capsys.readouterr().out
+
+
 def test_decoding_once_and_as_needed_train_to_the_same_figures(tmp_path: Path) -> None:
     """Of square images of the stored size the crops are the same either way."""
     tree = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})

@@ -16,6 +16,8 @@ from relaylab.report.summary import TITLES, failure_table, papers_table, recipe_
 from relaylab.report.verdict import chance_error, in_question, verdict
 from relaylab.tables import Table, render
 
+DIGITS = "scikit-learn's handwritten digits"
+
 
 def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, images: bool = False) -> str:
     """Return the page as HTML text: no scripts, nothing from elsewhere.
@@ -43,7 +45,7 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
         title=question(comparison),
         recipe=first.recipe,
         network=_network(comparison),
-        images=" and ".join(Path(path).name for path in first.about["data"]),
+        images=DIGITS if is_embedded(first) else " and ".join(Path(path).name for path in first.about["data"]),
         counts={part: sum(counts) for part, counts in first.counts.items()},
         classes=classes,
         verdict=verdict(comparison.errors("top1")),
