@@ -120,6 +120,36 @@ def test_a_run_that_diverges_is_a_result_and_is_not_trained_again(
     assert seen[0] == seen[1], "something was trained again"
 
 
+def test_runs_of_a_small_vgg_are_evaluated_and_other_folders_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_of(tmp_path / "runs", "--schemes", "standard,relay", "--seeds", "0")
+    assert cli.main(words) == 0
+    scores = str(tmp_path / "scores")
+    evaluate = ["eval", str(tmp_path / "runs"), "--workers", "0", "--out", scores]
+    capsys.readouterr()
+    for more, message in [
+        (["--protocol", "dense"], "relay-s0: Sequential has no dense form"),
+        (["--against", "nope"], "--against nope: unknown network"),
+    ]:
+        assert cli.main([*evaluate, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path(scores).exists()
+    assert cli.main([*evaluate, "--against", "standard-s0"]) == 0
+    assert "standard-s0 (standard BP)" in capsys.readouterr().out
+    assert cli.main([*words, "optimizer.momentum=0.5"]) == 2
+    assert "give another --out, or remove that folder" in capsys.readouterr().err
+    assert cli.main(["compare", "digits", "--out", scores]) == 2
+    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert cli.main(["compare", "digts"]) == 2
+    assert capsys.readouterr().err == "relaylab: unknown recipe 'digts'; nearest: digits\n"
+    assert cli.main([*words_of(tmp_path / "new"), "network.architecture=smal_vgg"]) == 2
+    assert "unknown architecture 'smal_vgg'; nearest: small_vgg" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert cli.main(["compare", "digits", "--set", "optimizer.lr=1", "--set", "optimizer.momentum=0"]) == 2
+    assert "--set is given more than once: put all its values after one --set" in capsys.readouterr().err
+
+
 def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) -> None:
     changes = (*SMALL, "optimizer.iterations=400", "optimizer.evaluate_every=400")
     words = words_of(tmp_path, "--schemes", "standard,relay", "--seeds", "0", "--jobs", "1", changes=changes)

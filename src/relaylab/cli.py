@@ -101,6 +101,9 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     for word, following in zip(rest, [*rest[1:], "--"], strict=False):
         if word == "--data" and (not following or following.startswith("--")):  # as after `--data $UNSET`
             raise InputError("--data has no value: give a folder or tar files, or leave it out")
+    repeated = [word for word in rest if word.startswith("--") and rest.count(word) > 1]
+    if repeated:  # tyro would take the last one alone
+        raise InputError(f"{repeated[0]} is given more than once: put all its values after one {repeated[0]}")
     run, kind = _function(name)
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     options = tyro.cli(kind, prog=f"relaylab {name}", args=rest, config=config)
@@ -111,7 +114,7 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
 
 def _members(group: str) -> list[str]:
     """Return the commands of a group, such as `data`."""
-    return [name for name in COMMANDS if name.startswith(f"{group} ")]
+    return [name for name in COMMANDS if name.startswith(f"{group} ") and name != "recipes list"]
 
 
 def overview(names: Sequence[str] = ()) -> str:

@@ -61,6 +61,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     """
     from relaylab.train import failures, runs
 
+    _check_folder(folder)
     members = _members(options, folder)
     requests = {key: runs.understand(member) for key, member in members.items()}
     iterations = next(iter(requests.values())).recipe.optimizer.iterations
@@ -84,6 +85,14 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     return dataclasses.replace(comparison, failures={**comparison.failures, **lost})
 
 
+def _check_folder(folder: Path) -> None:
+    """Check that a folder is empty or holds an earlier comparison."""
+    names = [path.name for path in folder.iterdir()]
+    starts = tuple(f"{scheme.replace('_', '-')}-s" for scheme in SCHEMES)
+    if names and not any(name.startswith(starts) for name in names):
+        raise InputError(f"{folder} is not empty and holds no comparison; give a new folder with --out")
+
+
 def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]) -> None:
     """Write and print a comparison's table and its verdict in one sentence, and name the runs that have failed."""
     from relaylab.report.summary import TABLE, write_comparison
@@ -100,7 +109,9 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
         print("The same command resumes the runs that have failed.", file=sys.stderr)
     if "diverged" in kinds:
         advice = "Diverged runs are not retried; they would diverge again."
-        print(f"{advice} Change the recipe, or remove their folders in {folder}.", file=sys.stderr)
+        print(
+            f"{advice} Change the recipe and give another --out, or remove their folders in {folder}.", file=sys.stderr
+        )
 
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:
@@ -176,10 +187,12 @@ def _alike(options: CompareOptions, folder: Path, requests: "Mapping[Member, Req
     import torch
 
     from relaylab.train import images, runs
+    from relaylab.train.segments import segments_of
 
     first = next(iter(requests.values()))
     begun = next((file.parent for file in sorted(folder.glob(f"*/{runs.CONFIG}"))), None)
     cores = available_cores()
+    segments_of(first.recipe)  # which builds the network: an unknown one is an error before any process starts
     train, val = images.open_sources(first.config)
     images.check_images(first.recipe, train, val)
     config = first.config

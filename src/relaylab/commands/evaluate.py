@@ -145,7 +145,7 @@ def main(options: EvaluateOptions) -> int:
     from relaylab.evaluate.images import open_images
     from relaylab.evaluate.protocols import passes_of
     from relaylab.evaluate.results import ensemble_of, write
-    from relaylab.evaluate.scores import ScoreFolder, describe_images
+    from relaylab.evaluate.scores import SCORES, ScoreFolder, describe_images
     from relaylab.evaluate.testing import Scorer, device_of, evaluate
     from relaylab.evaluate.trained import find_trained
     from relaylab.models.file import read_model
@@ -162,10 +162,17 @@ def main(options: EvaluateOptions) -> int:
     for each in networks:
         taken, sides = models[each.name].input, scales or each.scales
         passes[each.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
-    source = open_images(options.data, options.split, networks, models)
-    folder = ScoreFolder(options.out or ROOT / "eval" / options.runs[0].resolve().name, describe_images(source))
-    if options.against is not None and options.against not in {*names, *folder.names()}:
+        if "dense" in kinds:
+            try:
+                _ = Scorer(models[each.name]).dense
+            except InputError as error:
+                raise InputError(f"{each.name}: {error}; leave dense out of --protocol") from None
+    out = options.out or ROOT / "eval" / options.runs[0].resolve().name
+    scored = [path.name for path in (out / SCORES).glob("*")]
+    if options.against is not None and options.against not in {*names, *scored}:
         raise InputError(f"--against {options.against}: unknown network{nearest(options.against, names)}")
+    source = open_images(options.data, options.split, networks, models)
+    folder = ScoreFolder(out, describe_images(source))
     workers = available_cores() if options.workers is None else options.workers
     total = len(source) * sum(map(len, passes.values()))
     with stopping() as stop, progress("evaluate", total) as task:

@@ -1,6 +1,7 @@
 """Evaluates networks under each protocol, chunk by chunk, skipping chunks that already exist."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -54,7 +55,15 @@ class Scorer:
         self._colour = torch.tensor(config.mean).view(3, 1, 1).to(self.device)
         self._std = None if config.std is None else torch.tensor(config.std).view(3, 1, 1).to(self.device)
         self.network = model.model().to(self.device, memory_format=torch.channels_last)  # pyright: ignore
-        self._dense = dense(self.network, map_size=_map_size(self.network, config.crop))
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The network slid over larger images, for dense testing.
+
+        Raises:
+            InputError: the network has no dense form.
+        """
+        return dense(self.network, map_size=_map_size(self.network, self.config.crop))
 
     @torch.inference_mode()
     def __call__(self, each: Pass, images: Tensor) -> Tensor:
@@ -68,7 +77,7 @@ class Scorer:
         return average(rows.unflatten(0, (-1, images.shape[1])).flatten(1, 2), 1).cpu()
 
     def _one(self, each: Pass, x: Tensor) -> Tensor:
-        scores = self._dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self.network(x)
+        scores = self.dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self.network(x)
         return scores.float()
 
     def normalised(self, images: Tensor) -> Tensor:

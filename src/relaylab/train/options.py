@@ -20,7 +20,7 @@ class Subject:
     """What is trained, and on which images."""
 
     recipe: Name = None
-    """A recipe's name; `relaylab recipes` lists them. To resume a run, --resume is enough."""
+    """A recipe's name; `relaylab recipes` lists them."""
 
     data: Images = ()
     """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything

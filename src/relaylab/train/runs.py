@@ -76,7 +76,7 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
         return _resumed(config, Path(config.resume), given)
     recipe, problems = _recipe_of(config)
     config = _with_digits(config, recipe)
-    if not config.data:
+    if not config.data and recipe is not None:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
     recipe = _checked(recipe, problems + path_problems((*config.data, *config.val_data)))
     if config.resume == "auto":
@@ -243,7 +243,9 @@ def _check_alike(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
     stored = _stored_options(folder)
     other = _different(config, stored) + (["data"] if _paths(config) != _paths(stored) else [])
     if other:
-        raise InputError(f"the run in {folder} has another {' and another '.join(other)}: take another folder")
+        told = [f"{name} {getattr(stored, name)!r}, not {getattr(config, name)!r}" for name in other if name in FIXED]
+        told += ["other images"] if "data" in other else []
+        raise InputError(f"the run in {folder} has {'; '.join(told)}: give another --out, or remove that folder")
     _check_recipe(recipe, folder)
 
 
