@@ -34,7 +34,7 @@ def chromium() -> str | None:
 
 
 def seen(page: Path, folder: Path, size: str, *, dark: bool = False) -> dict[str, Any]:
-    """What the browser says of a page with everything unfolded, in a window of a size, such as "1280,900"."""
+    """Return what the browser says of a page with everything unfolded, in a window of a size, such as "1280,900"."""
     binary = chromium()
     assert binary is not None
     copy = folder / "probed.html"

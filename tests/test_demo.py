@@ -187,7 +187,7 @@ def test_the_demo_of_the_digits_names_and_shows_them(tmp_path: Path, capsys: pyt
 
 
 def test_decoding_once_and_as_needed_train_to_the_same_figures(tmp_path: Path) -> None:
-    """Of square images of the stored size the crops are the same either way."""
+    """The crops of square images of the stored size are the same either way."""
     tree = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
     changes = (*TINY, "network.image_size=32", "images.short_side=36", "network.num_classes=2")
     changes += ("optimizer.iterations=8", "optimizer.evaluate_every=4", "optimizer.batch_size=8")

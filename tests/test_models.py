@@ -307,7 +307,7 @@ def test_figure_2_word_for_word() -> None:
 
 @pytest.mark.parametrize(("head", "parameters"), [("linear", 513 * 10), ("inception", None), ("googlenet", None)])
 def test_heads_by_name(head: str, parameters: int | None) -> None:
-    module = build_head(head, (512, 17, 17), 10, batch_norm=False)  # type: ignore[arg-type]
+    module = build_head(head, (512, 17, 17), 10, batch_norm=False)
     assert module(torch.randn(2, 512, 17, 17)).shape == (2, 10)
     if parameters is not None:
         assert count(module) == parameters
@@ -317,7 +317,7 @@ def test_head_errors() -> None:
     with pytest.raises(InputError, match="map of at least 17 pixels a side, but this one is 14 x 14"):
         build_head("inception", (512, 14, 14), 10, batch_norm=False)
     with pytest.raises(InputError, match="unknown head 'fancy'"):
-        build_head("fancy", (512, 14, 14), 10, batch_norm=False)  # type: ignore[arg-type]
+        build_head("fancy", (512, 14, 14), 10, batch_norm=False)
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -326,8 +326,7 @@ def test_head_errors() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        # Wrong on purpose: no architecture of that name.
-        (NetworkConfig(architecture="vgg7", num_classes=5, image_size=64), "unknown architecture 'vgg7'"),  # type: ignore
+        (NetworkConfig(architecture="vgg7", num_classes=5, image_size=64), "unknown architecture 'vgg7'"),
         (
             NetworkConfig(architecture="inception_v3", num_classes=5, image_size=64, width=3),
             "inception_v3 has no width",

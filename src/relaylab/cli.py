@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(overview())
             return 0
-        if len(arguments) == 2 and arguments[1] in ("-h", "--help") and _members(arguments[0]):
-            print(overview(_members(arguments[0])))
+        if len(arguments) == 2 and arguments[1] in ("-h", "--help") and _listed(f"{arguments[0]} "):
+            print(overview(f"{arguments[0]} "))
             return 0
         run, options = parse(arguments)
         from relaylab.options import check_paths
@@ -93,8 +93,9 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     from relaylab.options import given_options
 
     count = next((n for n in (2, 1) if " ".join(arguments[:n]) in COMMANDS), 0)
-    group = _members(arguments[0])
-    if not count or (count == 1 and group and not "".join(arguments[1:2]).startswith("-") and arguments[1:]):
+    group = _listed(f"{arguments[0]} ")
+    is_member = count == 1 and len(arguments) > 1 and not arguments[1].startswith("-")
+    if not count or (group and is_member):
         word = " ".join(arguments[:2] if group else arguments[:1])
         raise InputError(f"unknown command '{word}'{nearest(word, group or COMMANDS)}; see 'relaylab --help'")
     name, rest = " ".join(arguments[:count]), list(arguments[count:])
@@ -112,15 +113,14 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     return run, options
 
 
-def _members(group: str) -> list[str]:
-    """Return the commands of a group, such as `data`."""
-    return [name for name in COMMANDS if name.startswith(f"{group} ") and name != "recipes list"]
+def _listed(start: str = "") -> list[str]:
+    """Return the commands that begin with a text, except `recipes list`, which is the same as `recipes`."""
+    return [name for name in COMMANDS if name.startswith(start) and name != "recipes list"]
 
 
-def overview(names: Sequence[str] = ()) -> str:
-    """Return the list of commands, or of the named ones, a line for each."""
-    width = max(map(len, COMMANDS))
-    names = names or [name for name in COMMANDS if name != "recipes list"]  # the same as `recipes`
+def overview(start: str = "") -> str:
+    """Return the list of the commands that begin with a text, a line for each."""
+    width, names = max(map(len, COMMANDS)), _listed(start)
     lines = [f"  {name:<{width}}  {(_function(name)[1].__doc__ or '').splitlines()[0]}" for name in names]
     footer = "'relaylab COMMAND --help' lists the options of a command, 'relaylab --version' prints the version."
     return "\n".join([USAGE, "commands:", *lines, "", footer])

@@ -65,7 +65,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     members = _members(options, folder)
     requests = {key: runs.understand(member) for key, member in members.items()}
     iterations = next(iter(requests.values())).recipe.optimizer.iterations
-    folders = {key: folder / folder_name(*key) for key in members}
+    folders = {key: folder / runs.member_name(*key) for key in members}
     failed = {key: failures.read_failure(path) for key, path in folders.items()}
     missing = {
         key: request.config
@@ -87,9 +87,10 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
 
 def _check_folder(folder: Path) -> None:
     """Check that a folder is empty or holds an earlier comparison."""
-    names = [path.name for path in folder.iterdir()]
-    starts = tuple(f"{scheme.replace('_', '-')}-s" for scheme in SCHEMES)
-    if names and not any(name.startswith(starts) for name in names):
+    from relaylab.train import runs
+
+    inside = list(folder.iterdir())
+    if inside and not any(map(runs.member_of, inside)):
         raise InputError(f"{folder} is not empty and holds no comparison; give a new folder with --out")
 
 
@@ -108,10 +109,8 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
     if "failed" in kinds:
         print("The same command resumes the runs that have failed.", file=sys.stderr)
     if "diverged" in kinds:
-        advice = "Diverged runs are not retried; they would diverge again."
-        print(
-            f"{advice} Change the recipe and give another --out, or remove their folders in {folder}.", file=sys.stderr
-        )
+        advice = f"Change the recipe and give another --out, or remove their folders in {folder}."
+        print(f"Diverged runs are not retried; they would diverge again. {advice}", file=sys.stderr)
 
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:
@@ -130,11 +129,6 @@ def listed_seeds(text: str) -> tuple[list[int], list[str]]:
     return [int(part) for part in parts], []
 
 
-def folder_name(scheme: str, seed: int) -> str:
-    """Return the name of a run's folder in that of its comparison."""
-    return f"{scheme.replace('_', '-')}-s{seed}"
-
-
 def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig]":
     """Return the options of each run."""
     schemes, wrong_schemes = listed_schemes(options.schemes)
@@ -146,11 +140,15 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
     if options.devices > 1 and options.jobs not in (None, 1):
         problems.append(f"--jobs {options.jobs} with --devices {options.devices}: expected one of them to be 1")
     raise_all(problems)
+    from relaylab.train import runs
+
     shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(Engine)}
     members: dict[Member, TrainConfig] = {}
     for seed, scheme in itertools.product(seeds, schemes):
         shared["changes"] = (*options.changes, f"scheme={scheme}")
-        members[scheme, seed] = TrainConfig(**shared, seed=seed, out=folder / folder_name(scheme, seed), resume="auto")
+        members[scheme, seed] = TrainConfig(
+            **shared, seed=seed, out=folder / runs.member_name(scheme, seed), resume="auto"
+        )
     return members
 
 
@@ -164,7 +162,7 @@ def _train(
     """Train the missing runs, or those of several devices one after another; False if they were stopped."""
     if options.devices > 1:
         return _train_in_turn(missing)
-    from relaylab.train import jobs
+    from relaylab.train import jobs, runs
 
     jobs.start_server()
     images, threads = _alike(options, folder, requests)
@@ -172,7 +170,7 @@ def _train(
     at_once = min(options.jobs or fitting, len(missing))
     workers = max(1, available_cores() // at_once) if options.workers is None else options.workers
     configs = {
-        folder_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
+        runs.member_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
         for key, config in missing.items()
     }
     return jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)

@@ -127,7 +127,7 @@ class SubmitOptions:
     """Protocol of their scores."""
 
     combine: Literal["average", "product"] = "product"
-    """How the probabilities of several networks are combined."""
+    """Method of combining the probabilities of several networks."""
 
     format: Literal["ilsvrc", "places2"] = "places2"
     """Submission format."""
@@ -146,7 +146,7 @@ def main(options: EvaluateOptions) -> int:
     from relaylab.evaluate.protocols import passes_of
     from relaylab.evaluate.results import ensemble_of, write
     from relaylab.evaluate.scores import SCORES, ScoreFolder, describe_images
-    from relaylab.evaluate.testing import Scorer, device_of, evaluate
+    from relaylab.evaluate.testing import Scorer, check_dense, device_of, evaluate
     from relaylab.evaluate.trained import find_trained
     from relaylab.models.file import read_model
     from relaylab.progress import progress
@@ -164,7 +164,7 @@ def main(options: EvaluateOptions) -> int:
         passes[each.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
         if "dense" in kinds:
             try:
-                _ = Scorer(models[each.name]).dense
+                check_dense(models[each.name])
             except InputError as error:
                 raise InputError(f"{each.name}: {error}; leave dense out of --protocol") from None
     out = options.out or ROOT / "eval" / options.runs[0].resolve().name

@@ -17,6 +17,7 @@ from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, average, cut, mirrored
 from relaylab.evaluate.scores import ScoreFolder
+from relaylab.models.building import build_network
 from relaylab.models.dense import dense
 from relaylab.models.export import mean_of
 from relaylab.models.file import InputConfig, ModelFile
@@ -58,11 +59,7 @@ class Scorer:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The network slid over larger images, for dense testing.
-
-        Raises:
-            InputError: the network has no dense form.
-        """
+        """The network slid over larger images; see `check_dense`."""
         return dense(self.network, map_size=_map_size(self.network, self.config.crop))
 
     @torch.inference_mode()
@@ -158,6 +155,17 @@ def _batches(
         for start in range(0, len(same), several):
             numbers, images = zip(*same[start : start + several], strict=True)
             yield numbers, torch.from_numpy(np.stack(images))
+
+
+def check_dense(model: ModelFile) -> None:
+    """Check that a network has a dense form, without its weights.
+
+    Raises:
+        InputError: it has none.
+    """
+    with torch.device("meta"):
+        network = build_network(model.network)
+    dense(network, map_size=_map_size(network, model.input.crop))
 
 
 def _map_size(model: nn.Module, crop: int) -> int | None:

@@ -1,7 +1,6 @@
 """Comparisons: runs that differ in scheme, seed and rate only, and those that failed, opened from their folders."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,18 +124,14 @@ def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
         raise InputError(f"{folder / FILE} cannot be read: it is damaged; remove it, and train the run again")
     if (folder / runs.CONFIG).is_file():
         about = describe_run(folder)
-        if first is not None:
-            different = different_values(about["values"], first.about["values"], ("scheme", "evaluation", "plan", RATE))
-            moved = [] if about["data"] == first.about["data"] else ["images"]
-            if different or moved:
-                problem = f"({', '.join([*different[:1], *moved])})"
-                raise InputError(f"{folder}, which failed, and {first.folder} have different recipes {problem}")
+        problem = None if first is None else _difference(about, first.about)
+        if first is not None and problem is not None:
+            raise InputError(f"{folder}, which failed, and {first.folder} have {problem}")
         return (about["values"]["scheme"], about["seed"]), failure
-    name = re.fullmatch(r"(.+)-s(\d+)", folder.resolve().name)  # it failed before it began; named by `compare`
-    scheme = "" if name is None else name[1].replace("-", "_")
-    if name is None or scheme not in SCHEMES:
+    member = runs.member_of(folder)  # it failed before it began
+    if member is None:
         raise InputError(f"{folder} holds {FILE} but no {runs.CONFIG}: scheme and seed are not known")
-    return (scheme, int(name[2])), failure
+    return member, failure
 
 
 def _open(folder: Path) -> Run:
@@ -148,19 +143,23 @@ def _open(folder: Path) -> Run:
     return Run(folder, recipe, about, classes, counts, metrics, runs.starts_of(folder) or [{}], {})
 
 
-def _check_alike(one: Run, other: Run) -> None:
-    is_same_scheme = one.recipe.scheme == other.recipe.scheme
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return why two runs do not belong to one comparison, from what their folders record; None if they do."""
+    if (one["data"], one["val_data"]) != (other["data"], other["val_data"]):
+        return "different images"
+    is_same_scheme = one["values"]["scheme"] == other["values"]["scheme"]
     free = ("scheme", "evaluation", *([] if is_same_scheme else ["plan", RATE]))
-    different = different_values(one.about["values"], other.about["values"], free)
+    different = different_values(one["values"], other["values"], free)
+    return f"different recipes ({different[0]})" if different else None
+
+
+def _check_alike(one: Run, other: Run) -> None:
+    problem = _difference(one.about, other.about)
     if one.classes != other.classes:
         problem = f"different classes ({len(one.classes)} and {len(other.classes)})"
-    elif (one.about["data"], one.about["val_data"]) != (other.about["data"], other.about["val_data"]):
-        problem = "different images"
-    elif different:
-        problem = f"different recipes ({different[0]})"
-    elif is_same_scheme and one.about["seed"] == other.about["seed"]:
+    if problem is None and (one.recipe.scheme, one.about["seed"]) == (other.recipe.scheme, other.about["seed"]):
         problem = "the same scheme and seed"
-    else:
+    if problem is None:
         return
     raise InputError(f"{one.folder} and {other.folder} have {problem}: they cannot be compared in one table")
 

@@ -38,7 +38,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine(Subject):
-    """How it is trained and monitored, which is not part of the recipe."""
+    """Training and monitoring options that are not part of the recipe."""
 
     devices: int = 1
     """Processes on this machine, each with a device of its own. For several machines, start with torchrun."""

@@ -177,6 +177,18 @@ def recipe_of(folder: Path) -> Recipe:
     return recipe
 
 
+def member_name(scheme: str, seed: int) -> str:
+    """Return the name of a run's folder in that of its comparison."""
+    return f"{scheme.replace('_', '-')}-s{seed}"
+
+
+def member_of(folder: Path) -> tuple[str, int] | None:
+    """Return the scheme and the seed that `member_name` gave a folder; None for any other folder."""
+    scheme, _, seed = folder.resolve().name.rpartition("-s")
+    scheme = scheme.replace("-", "_")
+    return (scheme, int(seed)) if scheme in SCHEMES and seed.isdecimal() else None
+
+
 def title_of(folder: Path) -> str:
     """Return a run's scheme and name.
 
