@@ -132,7 +132,7 @@ def contenders(subject: Subject) -> dict[str, Step]:
 
         return step
 
-    relay, loss = Relay(s.model, s.plan, {"aux": s.head}), RelayLoss(criterion, s.plan)
+    relay, loss = Relay(s.model, s.plan, {"aux": s.head}), RelayLoss(criterion)
 
     def by(relay: Relay) -> Step:
         def step() -> None:

@@ -121,7 +121,7 @@ def measure_depth(
         budget = int(BUDGET * cost(model, Plan(), images).peaks["standard"])
     suggestion = suggest_plan(model, images, memory_budget=budget)
     heads = {head: head_on(shape).to(device) for head, shape in suggestion.head_inputs.items()}
-    relay, loss = Relay(model, suggestion.plan, heads), RelayLoss(nn.CrossEntropyLoss(), suggestion.plan)
+    relay, loss = Relay(model, suggestion.plan, heads), RelayLoss(nn.CrossEntropyLoss())
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -130,7 +130,7 @@ def measure_depth(
         _wait(device)
 
     def early_release() -> None:
-        relay.step(images, target=labels, loss=loss)
+        relay.forward_backward(images, target=labels, loss=loss)
         _wait(device)
 
     steps: Mapping[str, Step] = {"standard": standard, "early_release": early_release}

@@ -137,7 +137,7 @@ def contenders(subject: Subject) -> dict[str, Step]:
 
 def _by_relay(subject: Subject, plan: Plan) -> Step:
     relay = Relay(subject.model, plan, {"aux": subject.head})
-    criterion = RelayLoss(nn.CrossEntropyLoss(), plan)
+    criterion = RelayLoss(nn.CrossEntropyLoss())
 
     def step() -> None:
         criterion(relay(subject.images), subject.labels).backward()

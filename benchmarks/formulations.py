@@ -7,7 +7,7 @@ those of `benchmarks.engine`, and two more:
 
 | contender     | what it is                                                                                     |
 | ------------- | ---------------------------------------------------------------------------------------------- |
-| early_release | `Relay.step`                                                                                   |
+| early_release | `Relay.forward_backward`                                                                       |
 | reference     | the definition, `relaybackprop.reference`: one `autograd.grad` per loss, and one for its mask  |
 
 Operations and memory are counted on the meta device at the paper's size, 224 pixels, in a batch of `COUNTED`; they are
@@ -41,7 +41,7 @@ from benchmarks.measure import (
 )
 from benchmarks.networks import Subject, without_dropout
 from relaybackprop import AuxiliaryHead, Plan, Relay, RelayLoss, Window
-from relaybackprop.chain import dry_run
+from relaybackprop.planning.chain import dry_run
 from relaybackprop.reference import reference_gradients
 from relaylab.models import model_a, model_b
 
@@ -141,10 +141,10 @@ def vit_b(pixels: int, batch: int, _width: int, device: str) -> Subject:
 def contenders(subject: Subject) -> dict[str, Step]:
     """All formulations of one step's gradients, on the same weights."""
     s, criterion = subject, nn.CrossEntropyLoss()
-    relay, loss = Relay(s.model, s.plan, {"aux": s.head}), RelayLoss(criterion, s.plan)
+    relay, loss = Relay(s.model, s.plan, {"aux": s.head}), RelayLoss(criterion)
 
     def early_release() -> None:
-        relay.step(s.images, target=s.labels, loss=loss)
+        relay.forward_backward(s.images, target=s.labels, loss=loss)
 
     def losses(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: criterion(output, s.labels) for name, output in outputs.items()}

@@ -35,8 +35,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from relaybackprop.ledger import FlopCounter
-from relaybackprop.storages import Storages
+from relaybackprop.planning.profile import FlopCounter
+from relaybackprop.planning.storages import Storages
 from relaylab.files import write_text
 
 Step = Callable[[], object]

@@ -11,15 +11,15 @@ into gradients that are there already. Contenders first have to give the right g
 | standard          | no heads, one loss                                                                          |
 | multi_loss        | both heads, all losses down to the first layer, one backward pass                           |
 | relay             | the plan's windows, one forward and one backward pass                                       |
-| early_release     | the same gradients by `Relay.step`                                                          |
-| isolated_release  | windows without overlap by `Relay.step`: gradient-isolated training                         |
+| early_release     | the same gradients by `Relay.forward_backward`                                              |
+| isolated_release  | windows without overlap by `Relay.forward_backward`: gradient-isolated training             |
 | checkpoint_every  | standard, each block in `torch.utils.checkpoint`                                            |
 | checkpoint_second | standard, every second block                                                                |
 | checkpoint_equal  | standard, the fewest blocks from the lowest up with which its peak is early release's or less |
 
 Figures: `*_activation_ratio` is the most that autograd keeps at once, over standard's; `*_peak_mb_a` the most that the
 allocator holds at once besides parameters, gradients and the batch, temporary buffers included; `*_peak_predicted_a`
-what `relaybackprop.cost` says over what was measured; `*_time_a_over_b` and so on as in `benchmarks.engine`.
+what `relaybackprop.planning.cost` says over what was measured; `*_time_a_over_b` and so on as in `benchmarks.engine`.
 """
 
 import copy
@@ -161,7 +161,7 @@ def contenders(subject: Subject) -> dict[str, Step]:
         loss.backward()
 
     def by_relay(plan: Plan) -> Step:
-        relay, loss = Relay(s.model, plan, s.heads), RelayLoss(criterion, plan)
+        relay, loss = Relay(s.model, plan, s.heads), RelayLoss(criterion)
 
         def step() -> None:
             with _half_precision(s.images):
@@ -171,11 +171,11 @@ def contenders(subject: Subject) -> dict[str, Step]:
         return step
 
     def by_step(plan: Plan) -> Step:
-        relay, loss = Relay(s.model, plan, s.heads), RelayLoss(criterion, plan)
+        relay, loss = Relay(s.model, plan, s.heads), RelayLoss(criterion)
 
         def step() -> None:
             with _half_precision(s.images):
-                relay.step(s.images, target=s.labels, loss=loss)
+                relay.forward_backward(s.images, target=s.labels, loss=loss)
 
         return step
 

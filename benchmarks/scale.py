@@ -28,7 +28,7 @@ from benchmarks.formulations import vit_b
 from benchmarks.measure import Figures, Target, environment, parse_arguments, publish
 from benchmarks.networks import vgg22
 from relaybackprop import AuxiliaryHead, Plan, Relay, RelayLoss, Window, cost
-from relaybackprop.chain import chain
+from relaybackprop.planning.chain import chain
 from relaylab.models import model_a
 
 SEED = 20160916
@@ -167,8 +167,8 @@ def data_parallel(job: Job, cluster: Cluster, devices: int, *, early: bool, hidd
         job: what a step computes.
         cluster: where.
         devices: how many.
-        early: by `Relay.step`, which averages after the last backward pass; else each stage's gradients travel as soon
-            as they are there, while the layers below go on.
+        early: by `Relay.forward_backward`, which averages after the last backward pass; else each stage's gradients
+            travel as soon as they are there, while the layers below go on.
         hidden: whether devices compute while gradients travel. A CPU's cores do both.
     """
     reduce = [cluster.all_reduce(stage.gradients, devices) for stage in job.stages]
@@ -275,7 +275,7 @@ def _process(rank: int, settings: Settings, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     subject = vgg22(settings.width, 64, settings.batch)
     relay = Relay(subject.model, subject.plan, {"aux": subject.head})
-    loss, parallel = RelayLoss(nn.CrossEntropyLoss(), subject.plan), DistributedDataParallel(relay)
+    loss, parallel = RelayLoss(nn.CrossEntropyLoss()), DistributedDataParallel(relay)
     size = sum(parameter.numel() for parameter in relay.parameters())
     whole, one = torch.zeros(size), torch.zeros(1)
 
@@ -287,7 +287,7 @@ def _process(rank: int, settings: Settings, folder: str) -> None:
             usual()
 
     def early(sync: bool) -> None:
-        relay.step(subject.images, target=subject.labels, loss=loss, sync=sync)
+        relay.forward_backward(subject.images, target=subject.labels, loss=loss, sync=sync)
 
     steps: Mapping[str, Callable[[], object]] = {
         "alone": alone,

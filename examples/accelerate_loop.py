@@ -60,7 +60,7 @@ def main(epochs: int = 6) -> float:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     train, test = digits()
     relay = make_relay()
-    criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
+    criterion = RelayLoss(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(relay.parameters(), lr=0.02, momentum=0.9)  # the head's parameters too
     loaders = DataLoader(train, batch_size=16, shuffle=True), DataLoader(test, batch_size=256)
     relay, optimizer, train_loader, test_loader = accelerator.prepare(relay, optimizer, *loaders)

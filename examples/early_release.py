@@ -1,7 +1,7 @@
 """In the memory of one window: `python examples/early_release.py`, or `torchrun --nproc-per-node 2` before its name.
 
-Handwritten digits in seconds, with a deep network, as many branches as a memory budget asks for, and `Relay.step`,
-which averages gradients over processes by itself. It needs scikit-learn.
+Handwritten digits in seconds, with a deep network, as many branches as a memory budget asks for, and
+`Relay.forward_backward`, which averages gradients over processes by itself. It needs scikit-learn.
 """
 
 import torch
@@ -53,13 +53,13 @@ def main(epochs: int = 6) -> float:
     sampler = DistributedSampler(train) if dist.is_initialized() else None
     loader = DataLoader(train, 32, shuffle=sampler is None, sampler=sampler, drop_last=True)
     relay = make_relay()
-    criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
+    criterion = RelayLoss(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(relay.parameters(), lr=0.02, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)  # batch statistics settle at small rates
     for epoch in range(epochs):
         losses = []
         for images, labels in loader:
-            losses.append(relay.step(images, target=labels, loss=criterion).loss)  # forward and backward
+            losses.append(relay.forward_backward(images, target=labels, loss=criterion).loss)  # forward and backward
             optimizer.step()
             optimizer.zero_grad()
         schedule.step()

@@ -40,7 +40,7 @@ class LitDigits(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.relay = make_relay()
-        self.criterion = RelayLoss(nn.CrossEntropyLoss(), self.relay.plan)
+        self.criterion = RelayLoss(nn.CrossEntropyLoss())
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Lightning has put the module into training mode: the relay gives the outputs of all losses."""

@@ -61,7 +61,7 @@ def main(epochs: int = 6, save_to: str | None = None) -> float:
     train, test = digits()
     loader = DataLoader(train, batch_size=32, shuffle=True)
     relay = make_relay()
-    criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
+    criterion = RelayLoss(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(relay.parameters(), lr=0.02, momentum=0.9)  # the head's parameters too
     for epoch in range(epochs):
         print(f"epoch {epoch + 1}: loss {train_epoch(relay, criterion, optimizer, loader):.3f}")

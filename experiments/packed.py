@@ -108,7 +108,7 @@ class PackedRun:
         self.first = {name: tensor.clone() for name, tensor in relay.state_dict().items()}
         self.relay = relay.to(self.device, memory_format=torch.channels_last)  # pyright: ignore
         self.dropouts = fill_dropouts(self.relay, self.device)
-        self.criterion = build_criterion(config, self.relay.plan)
+        self.criterion = build_criterion(config)
         rates = [learning_rate(config, step) for step in range(config.iterations)]
         self.rates = torch.tensor(rates, device=self.device)
         self.optimizer = torch.optim.SGD(
@@ -148,12 +148,13 @@ class PackedRun:
         images = self.fabric.strategy.precision.convert_input(images)  # as Fabric's own wrapper of modules does
         with self.fabric.autocast():
             output = self.relay(images)
-        whole = type(output)(output.primary.float(), {name: each.float() for name, each in output.auxiliary.items()})
+        auxiliary = {name: scores.float() for name, scores in output.auxiliary.items()}
+        whole = output._replace(primary=output.primary.float(), auxiliary=auxiliary)
         return self.criterion.terms(whole, labels)
 
     def weighted(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses times their weights."""
-        return {name: self.criterion.plan.weights[name] * loss for name, loss in losses.items()}
+        return {name: self.relay.plan.weights[name] * loss for name, loss in losses.items()}
 
     def step(self) -> None:
         """One update. See Note [Packing] 2."""

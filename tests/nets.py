@@ -92,7 +92,7 @@ def resnet() -> Case:
         auxiliary={
             "low": Window(top="blocks.2.conv2"),
             "middle": Window(top="blocks.2"),
-            "high": Window(top="blocks.4", above="blocks.0", weight=0.5),
+            "high": Window(top="blocks.4", after="blocks.0", weight=0.5),
         },
     )
     heads: dict[str, nn.Module] = {name: LinearHead(6, CLASSES) for name in plan.auxiliary}
@@ -126,7 +126,7 @@ def inception() -> Case:
     model = nn.Sequential(Inception(3, 2), Inception(8, 2), Inception(8, 2), Inception(8, 2), nn.Flatten())
     model.append(nn.Linear(8 * 9, CLASSES))
     plan = Plan(
-        primary=Window(above="0"),
+        primary=Window(after="0"),
         auxiliary={"branch": Window(top="2.branch3"), "nested": Window(top="2", bottom="2")},
     )
     heads: dict[str, nn.Module] = {"branch": LinearHead(2, CLASSES), "nested": LinearHead(8, CLASSES)}
@@ -188,7 +188,7 @@ class TokenHead(nn.Module):
 def transformer() -> Case:
     """Two tensors cross each boundary; outputs are dictionaries; a gap: no loss trains block 3."""
     plan = Plan(
-        primary=Window(above="blocks.3"),
+        primary=Window(after="blocks.3"),
         auxiliary={"aux": Window(top="blocks.1"), "other": Window(top="blocks.2", bottom="blocks.1")},
     )
     heads: dict[str, nn.Module] = {"aux": TokenHead(), "other": TokenHead()}

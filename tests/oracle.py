@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relaybackprop import Plan, Relay, RelayLoss, RelayOutput
+from relaybackprop import Plan, Relay, RelayLoss
+from relaybackprop.engine.pytree import tensors_in
+from relaybackprop.loss import RelayOutput
 from relaybackprop.reference import reference_gradients
-from relaybackprop.structure import tensors_in
 
 RELATIVE_ERROR = 1e-12  # float64; the largest norm of a difference over the norm of what is right
 
@@ -55,14 +56,14 @@ def smooth_loss(plan: Plan) -> RelayLoss:
     def of_one(output: Any, _target: Any) -> Tensor:
         return losses_of({"any": output})["any"]
 
-    return RelayLoss(dict.fromkeys(plan.windows, of_one), plan)
+    return RelayLoss(dict.fromkeys(plan.windows, of_one))
 
 
 def step_gradients(relay: Relay, *inputs: Any, seed: int = 7) -> dict[str, Tensor]:
     """Forward and backward in one."""
     torch.manual_seed(seed)
     relay.zero_grad(set_to_none=True)
-    relay.step(*inputs, target=None, loss=smooth_loss(relay.plan))
+    relay.forward_backward(*inputs, target=None, loss=smooth_loss(relay.plan))
     return gradients_of(relay)
 
 

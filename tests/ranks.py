@@ -61,7 +61,7 @@ def accumulated(name: str, rank: int) -> Gradients:
 
 
 def stepped(name: str, rank: int) -> Gradients:
-    """`Relay.step`, which averages itself; two iterations, since the first one searches the graph."""
+    """`Relay.forward_backward`, which averages itself; two iterations, since the first one searches the graph."""
     case = case_of(name, rank)
     relay = relay_of(case)
     seed_each_module(relay)
@@ -77,7 +77,7 @@ def stepped_in_two_parts(name: str, rank: int) -> Gradients:
     relay = relay_of(case)
     seed_each_module(relay)
     for sync in (False, True):
-        relay.step(*case.inputs, target=None, loss=smooth_loss(relay.plan), sync=sync)
+        relay.forward_backward(*case.inputs, target=None, loss=smooth_loss(relay.plan), sync=sync)
     return gradients_of(relay)
 
 

@@ -15,11 +15,11 @@ from benchmarks.measure import count_flops
 from benchmarks.networks import Subject, resnet50, vgg22
 from nets import make_case
 from relaybackprop import LinearHead, Plan, Relay, Window, cost
-from relaybackprop.chain import StandIn, total
-from relaybackprop.cost import Cost
+from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import BoundaryError, HeadError, LeakError, ModuleNameError, PlanError
-from relaybackprop.ledger import Spent
-from relaybackprop.structure import tensors_in
+from relaybackprop.planning.chain import StandIn, total
+from relaybackprop.planning.cost import Cost
+from relaybackprop.planning.profile import Spent
 
 SCHEMES = ["standard", "multi_loss", "isolated", "relay", "early_release"]
 
@@ -30,7 +30,7 @@ def mlp(inplace: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-PLAN = Plan(Window(above="1"), {"aux": Window(top="3")})
+PLAN = Plan(Window(after="1"), {"aux": Window(top="3")})
 ROWS = torch.zeros(2, 4)
 
 
@@ -53,10 +53,11 @@ def test_an_mlp_by_hand() -> None:
     low, top = Spent(96, 96, 4 * (2 * 4 + 2 * 6)), Spent(60, 120, 0)  # nobody asks for the rows' gradient
     middle = Spent(120, 2 * 120, 4 * 2 * 5)
     assert spent(found, "standard") == [low, middle, top, Spent()]
-    assert spent(found, "multi_loss") == [low, middle, top, Spent(60, 120)]
-    assert spent(found, "isolated") == [low, middle, top, Spent(60, 120)]
+    head = Spent(60, 120, 4 * 2 * 5)  # its input is a copy
+    assert spent(found, "multi_loss") == [low, middle, top, head]
+    assert spent(found, "isolated") == [low, middle, top, head]
     # The auxiliary loss's gradient goes through the overlap in a lane, one more input-gradient pass ...
-    assert spent(found, "relay") == [low, Spent(120, 3 * 120, 4 * 2 * 5), top, Spent(60, 120)]
+    assert spent(found, "relay") == [low, Spent(120, 3 * 120, 4 * 2 * 5), top, head]
     # With early release the graph ends there, so that nothing is computed to be dropped ...
     assert spent(found, "early_release") == [low, Spent(120, 2 * 120, 4 * 2 * 5), top, Spent(60, 120)]
     # ... and in one pass over everything the sum's own input gradient is dropped there: one layer, so all of it.
@@ -81,13 +82,11 @@ def test_stand_ins_cost_nothing() -> None:
 
 
 def test_a_copy_for_a_head_counts() -> None:
-    """The ReLU after the boundary works in place, so the head keeps a copy of its own: 2 x 5 numbers."""
-    plan = Plan(Window(above="0"), {"aux": Window(top="2")})
+    """The layers after the boundary, or the head, may continue in place: the head keeps its own 2 x 5 numbers."""
+    plan = Plan(Window(after="0"), {"aux": Window(top="2")})
     heads = {"aux": nn.Linear(5, 3)}
     assert spent(cost(mlp(inplace=True), plan, ROWS, heads), "relay")[-1].saved == 4 * 2 * 5
-    # Not in place it keeps the layer's own output, which nobody else keeps.
     assert spent(cost(mlp(), plan, ROWS, heads), "relay")[-1].saved == 4 * 2 * 5
-    assert spent(cost(mlp(), PLAN, ROWS, heads), "relay")[-1].saved == 0
 
 
 def test_convolutions_by_hand() -> None:
@@ -143,7 +142,7 @@ def test_resnet50_costs_what_the_method_says(counted: Callable[[str], tuple[Subj
     assert found.ratios["relay"] == pytest.approx(1.0859, abs=1e-4)
     assert found.ratios["lower_bound"] == pytest.approx(1.0690, abs=1e-4)
     assert sum(part.parameters for part in found.parts) == sum(p.numel() for p in subject.parameters)
-    assert found.totals["relay"].saved / found.totals["standard"].saved == pytest.approx(1.0, abs=2e-3)
+    assert found.totals["relay"].saved / found.totals["standard"].saved == pytest.approx(1.01, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet", "inception", "transformer"])
@@ -201,7 +200,7 @@ def test_three_windows_by_the_equation() -> None:
 
 
 def test_a_gap_between_windows_has_no_backward_pass() -> None:
-    plan = Plan(Window(above="3"), {"aux": Window(top="1")})
+    plan = Plan(Window(after="3"), {"aux": Window(top="1")})
     low, gap, high = cost(mlp(), plan, ROWS).parts
     assert (low.schemes["relay"].backward, high.schemes["relay"].backward) == (96, 2 * 60)  # half of it is dropped
     assert gap.schemes["relay"] == Spent(120, 0, 4 * 2 * 5)
@@ -210,7 +209,7 @@ def test_a_gap_between_windows_has_no_backward_pass() -> None:
 
 
 def test_a_primary_window_alone() -> None:
-    found = cost(mlp(), Plan(Window(above="1")), ROWS)
+    found = cost(mlp(), Plan(Window(after="1")), ROWS)
     assert [part.schemes["relay"].backward for part in found.parts] == [0, 2 * 180]
     assert [part.lower_bound for part in found.parts] == [96, 180 + 120 + 120], "the lowest layer gives no gradient on"
 
@@ -227,7 +226,7 @@ def test_frozen_layers() -> None:
 def test_tied_weights_count_once_and_in_the_lowest_part() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
     model[3].weight = model[0].weight
-    found = cost(model, Plan(Window(above="0"), {"aux": Window(top="2")}), ROWS)
+    found = cost(model, Plan(Window(after="0"), {"aux": Window(top="2")}), ROWS)
     assert [part.parameters for part in found.parts] == [16, 32, 0]
 
 
@@ -279,9 +278,9 @@ FLOPs of a step           parameters  saved B  standard  multi_loss  isolated   
 up to output of 1                 30    80.00    192.00      192.00    192.00   192.00         192.00       192.00
 up to output of 3                 35    40.00    360.00      360.00    360.00   480.00         360.00       360.00
 up to the model's output          18     0.00    180.00      180.00    180.00   180.00         180.00       180.00
-head aux                          18     0.00      0.00      180.00    180.00   180.00         180.00       180.00
-sum                              101   120.00    732.00      912.00    912.00  1032.00         912.00       912.00
-of standard                             1.000     1.000       1.246     1.246    1.410          1.246        1.246
+head aux                          18    40.00      0.00      180.00    180.00   180.00         180.00       180.00
+sum                              101   160.00    732.00      912.00    912.00  1032.00         912.00       912.00
+of standard                             1.333     1.000       1.246     1.246    1.410          1.246        1.246
 peak B                                           308.00      332.00    332.00   380.00         412.00
 of standard                                       1.000       1.078     1.078    1.234          1.338
 """
@@ -310,7 +309,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(HeadError, match="without a head"):
         cost(mlp(), PLAN, ROWS, {})
     with pytest.raises(ModuleNameError, match="'9'"):
-        cost(mlp(), Plan(Window(above="9")), ROWS)
+        cost(mlp(), Plan(Window(after="9")), ROWS)
     with pytest.raises(PlanError, match=r"RuntimeError: .*in the head 'aux'"):
         cost(mlp(), PLAN, ROWS, {"aux": nn.Linear(7, 3)})
     with pytest.raises(PlanError, match="on the meta device"):
@@ -320,10 +319,10 @@ def test_wrong_arguments() -> None:
 def test_errors_of_relay_come_through() -> None:
     case = make_case("resnet")
     with pytest.raises(LeakError):
-        cost(case.model, Plan(Window(above="blocks.2.conv2")), case.inputs)
+        cost(case.model, Plan(Window(after="blocks.2.conv2")), case.inputs)
     shared = nn.ReLU()
     with pytest.raises(BoundaryError, match="a second time"):
-        cost(nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared), Plan(Window(above="1")), ROWS)
+        cost(nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared), Plan(Window(after="1")), ROWS)
 
 
 def test_the_model_is_left_alone_also_when_it_fails() -> None:

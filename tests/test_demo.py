@@ -149,8 +149,7 @@ def test_the_recipe_is_suited_to_images_and_network(tmp_path: Path) -> None:
     assert [change for change in own if "iterations" in change] == ["optimizer.iterations=5"], "the user's value stays"
     relay = build_relay(recipe)
     relay(torch.zeros(2, 3, 28, 28))
-    assert relay.plan.binding is not None
-    assert relay.plan.binding.depths == {"primary": 2 * 2 + 3, "aux": 3 * 2}  # convolutions and fc layers
+    assert relay.depths == {"primary": 2 * 2 + 3, "aux": 3 * 2}  # convolutions and fc layers
 
 
 def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

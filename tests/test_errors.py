@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, RelayOutput, Window, reach
+from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, Window, reach
 from relaybackprop.errors import (
     AppliedTwiceError,
     BoundaryError,
@@ -18,6 +18,7 @@ from relaybackprop.errors import (
     PlanError,
     WindowError,
 )
+from relaybackprop.loss import RelayOutput
 
 AUX = {"aux": Window(top="1")}
 
@@ -37,8 +38,13 @@ def raises(kind: type[RelayError], *parts: str) -> Any:
 
 
 BAD_WINDOWS = {
-    "both": ({"bottom": "a", "above": "b"}, "one way to say", "both bottom='a' and above='b'", "drop the other"),
-    "empty": ({"top": "a", "above": "a"}, "layers in it", "above='a' equal to top", "above a lower module"),
+    "both": ({"bottom": "a", "after": "b"}, "one lower end", "both bottom='a' and after='b'", "drop the other"),
+    "empty": (
+        {"top": "a", "after": "a"},
+        "at least one layer",
+        "after='a', which is also the top",
+        "after a lower module",
+    ),
     "no text": ({"top": 3}, "top to be the name of a module", "top=3", "such as 'layer3.0'"),
     "empty text": ({"bottom": ""}, "bottom to be the name of a module", "bottom=''", "such as 'layer3.0'"),
     "zero": ({"weight": 0}, "positive and finite", "weight=0", "leave its window out"),
@@ -104,32 +110,44 @@ def test_heads_and_windows_must_agree() -> None:
 
 
 def test_criteria_and_windows_must_agree() -> None:
-    plan = Plan(auxiliary=AUX)
-    with raises(HeadError, "['primary', 'aux']", "criteria for ['primary']", "single criterion"):
-        RelayLoss({"primary": nn.MSELoss()}, plan)
-    with raises(HeadError, "['aux']", "those of ['other']", "same plan"):
-        RelayLoss(nn.MSELoss(), plan)(RelayOutput(torch.ones(1), {"other": torch.ones(1)}), torch.ones(1))
+    relay, loss = relay_of(Plan(auxiliary=AUX)), RelayLoss({"primary": nn.MSELoss()})
+    for call in (
+        lambda: loss(relay(torch.randn(2, 3)), torch.ones(2, 3)),
+        lambda: relay.forward_backward(torch.randn(2, 3), target=torch.ones(2, 3), loss=loss),
+    ):
+        with raises(HeadError, "['primary', 'aux']", "criteria for ['primary']", "single criterion"):
+            call()
+
+
+def test_spellings_before_0_2_name_the_new_ones() -> None:
+    relay = relay_of(Plan(auxiliary=AUX))
+    with raises(PlanError, "no plan", "a MSELoss and a Plan", "carries the plan's weights"):
+        RelayLoss(nn.MSELoss(), relay.plan)
+    with raises(PlanError, "no plan", "a MSELoss and a Plan", "carries the plan's weights"):
+        RelayLoss(nn.MSELoss(), plan=relay.plan)
+    with raises(PlanError, "Window(after=...)", "above='0'", "`after` replaces `above`"):
+        Window(above="0")
+    with raises(PlanError, "forward_backward", "relay.step", "Rename it"):
+        relay.step(torch.randn(2, 3), target=None, loss=RelayLoss(nn.MSELoss()))
 
 
 def test_head_output_must_fit_the_target() -> None:
-    plan = Plan(auxiliary=AUX)
     labels = torch.tensor([0, 4])
-    output = RelayOutput(torch.randn(2, 5), {"aux": torch.randn(2, 3)})
-    with raises(HeadError, "'aux' to give the shape of the model's output, (2, 5)", "(2, 3)", "as many classes"):
-        RelayLoss(nn.CrossEntropyLoss(), plan)(output, labels)
+    output = RelayOutput(torch.randn(2, 5), {"aux": torch.randn(2, 3)}, {"primary": 1.0, "aux": 0.3})
+    with raises(HeadError, "'aux' to have an output of the shape of the model's, (2, 5)", "(2, 3)", "as many classes"):
+        RelayLoss(nn.CrossEntropyLoss())(output, labels)
     criteria = {"primary": nn.CrossEntropyLoss(), "aux": nn.CrossEntropyLoss()}
-    with raises(HeadError, "with this target ((2,))", "(2, 3), for which the criterion said: Target 4", "classes"):
-        RelayLoss(criteria, plan)(output, labels)
+    with raises(HeadError, "with this target ((2,))", "(2, 3), for which the criterion raised: Target 4", "classes"):
+        RelayLoss(criteria)(output, labels)
 
 
 def test_errors_of_the_machine_are_handed_through() -> None:
     def fails(_output: Tensor, _target: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
-    plan = Plan(auxiliary=AUX)
     with pytest.raises(torch.OutOfMemoryError):
-        RelayLoss({"primary": nn.functional.mse_loss, "aux": fails}, plan)(
-            RelayOutput(torch.ones(1), {"aux": torch.ones(1)}), torch.ones(1)
+        RelayLoss({"primary": nn.functional.mse_loss, "aux": fails})(
+            RelayOutput(torch.ones(1), {"aux": torch.ones(1)}, {"primary": 1.0, "aux": 0.3}), torch.ones(1)
         )
 
 
@@ -137,10 +155,10 @@ def test_arguments_in_the_wrong_order() -> None:
     plan = Plan(auxiliary=AUX)
     with raises(PlanError, "a model and a plan", "a Plan and a Sequential", "Relay(model, plan"):
         Relay(plan, net())  # type: ignore[arg-type]
-    with raises(PlanError, "a criterion (an instance", "a Plan and a MSELoss", "RelayLoss(nn.CrossEntropyLoss()"):
+    with raises(PlanError, "a criterion, or a mapping", "a Plan and a MSELoss", "RelayLoss(nn.CrossEntropyLoss()"):
         RelayLoss(plan, nn.MSELoss())  # type: ignore[arg-type]
-    with raises(PlanError, "an instance", "the class MSELoss and a Plan", "RelayLoss(nn.CrossEntropyLoss(), plan)"):
-        RelayLoss(nn.MSELoss, plan)
+    with raises(PlanError, "an instance or a function", "the class MSELoss", "Call the class"):
+        RelayLoss(nn.MSELoss)
     with raises(HeadError, "heads by name", "a Linear", "heads={'aux'"):
         Relay(net(), plan, nn.Linear(3, 3))  # type: ignore[arg-type]
     with raises(PlanError, "a Relay", "a Sequential", "reach(Relay("):
@@ -186,7 +204,7 @@ def test_leak_around_a_residual_branch() -> None:
     models = pytest.importorskip("torchvision.models")
     plan = Plan(primary=Window(bottom="layer3.1.conv2"), auxiliary={"aux": Window(top="layer3.1")})
     relay = Relay(models.resnet18(num_classes=3), plan, {"aux": LinearHead(256, 3)})
-    with raises(LeakError, "'primary' to pass the end of its window, the input of layer3.1.conv2", "(above)", "block"):
+    with raises(LeakError, "'primary' to cross the end of its window, the input of layer3.1.conv2", "(above)", "block"):
         relay(torch.randn(2, 3, 32, 32))
 
 

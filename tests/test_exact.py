@@ -18,8 +18,8 @@ from oracle import (
     weighted_sum,
 )
 from relaybackprop import Plan, Relay, Window
+from relaybackprop.engine.junction import Junction
 from relaybackprop.errors import LeakError
-from relaybackprop.junction import Junction
 from relaybackprop.reference import reference_gradients
 
 
@@ -130,7 +130,7 @@ def test_finite_differences_per_loss_and_parameter() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(5))).double()
     plan = Plan(
-        primary=Window(bottom="2"), auxiliary={"a": Window(top="2", weight=0.7), "b": Window(top="3", above="0")}
+        primary=Window(bottom="2"), auxiliary={"a": Window(top="2", weight=0.7), "b": Window(top="3", after="0")}
     )
     heads = {"a": nn.Linear(3, 2).double(), "b": nn.Linear(3, 2).double()}
     reaches = {"primary": {"2", "3", "4"}, "a": {"0", "1", "2"}, "b": {"1", "2", "3"}}

@@ -99,9 +99,9 @@ class Example:
     def leaks(self, loss: str) -> bool:
         """Whether a skip goes from below the window's end to a block in the window."""
         window, end, top = self.plan.windows[loss], self.ends[loss], self.tops[loss]
-        # `bottom=e` ends after the skips into block e have been added; `above=e-1` before that.
+        # `bottom=e` ends after the skips into block e have been added; `after=e-1` before that.
         lowest, highest_source = (end + 1, end - 1) if window.bottom else (end, end - 2)
-        return window.lower is not None and any(
+        return window.ends and any(
             source <= highest_source and lowest <= target <= top
             for target, sources in self.skips.items()
             for source in sources
@@ -123,7 +123,7 @@ def examples(draw: st.DrawFn) -> Example:
         loss = f"aux{number}" if number else PRIMARY
         top = draw(st.integers(0, count - 1)) if number else count
         tops[loss] = top
-        kind = draw(st.sampled_from(["first layer", "bottom", "above"]))
+        kind = draw(st.sampled_from(["first layer", "bottom", "after"]))
         ends[loss] = 0
         window: dict[str, str] = {}
         if number:
@@ -133,9 +133,9 @@ def examples(draw: st.DrawFn) -> Example:
         if kind == "bottom":
             ends[loss] = draw(st.integers(0, highest))
             window["bottom"] = f"blocks.{ends[loss]}"
-        elif kind == "above" and top > 0:
+        elif kind == "after" and top > 0:
             ends[loss] = draw(st.integers(1, highest))
-            window["above"] = f"blocks.{ends[loss] - 1}"
+            window["after"] = f"blocks.{ends[loss] - 1}"
         windows[loss] = Window(**window, weight=draw(st.sampled_from([0.3, 1.0, 2.5])))
     plan = Plan(windows.pop(PRIMARY), windows)
     return Example(kinds, skips, plan, tops, ends, draw(st.integers(0, 10**6)))

@@ -98,7 +98,7 @@ def test_without_the_auxiliary_loss_the_lower_layers_stand_still(plain_loop: Mod
     relay = plain_loop.make_relay().double()
     before = copy.deepcopy(relay.state_dict())
     silent = {"primary": nn.CrossEntropyLoss(), "aux": lambda scores, _labels: 0 * scores.sum()}
-    plain_loop.train_epoch(relay, RelayLoss(silent, relay.plan), sgd(relay), loader_of(plain_loop, batch_size=32))
+    plain_loop.train_epoch(relay, RelayLoss(silent), sgd(relay), loader_of(plain_loop, batch_size=32))
     same = {name for name, value in relay.state_dict().items() if torch.equal(value, before[name])}
     assert {name for name in same if name.startswith("model.")} == {
         f"model.{layer}.0.{kind}" for layer in (0, 1) for kind in ("weight", "bias")
@@ -110,7 +110,7 @@ def test_a_step_of_the_plain_loop(plain_loop: ModuleType) -> None:
 
     def step(trained: Relay) -> None:
         loader = loader_of(plain_loop, batch_size=32)
-        plain_loop.train_epoch(trained, RelayLoss(nn.CrossEntropyLoss(), trained.plan), sgd(trained), loader)
+        plain_loop.train_epoch(trained, RelayLoss(nn.CrossEntropyLoss()), sgd(trained), loader)
 
     check_step(relay, step, loader_of(plain_loop, batch_size=32))
 
@@ -144,7 +144,7 @@ def test_a_step_of_accelerate_over_two_batches(accelerate_loop: ModuleType) -> N
 
     def step(trained: Relay) -> None:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        criterion = RelayLoss(nn.CrossEntropyLoss(), trained.plan)
+        criterion = RelayLoss(nn.CrossEntropyLoss())
         prepared = accelerator.prepare(trained, sgd(trained), loader_of(accelerate_loop, batch_size=16))
         accelerate_loop.train_epoch(accelerator, prepared[0], criterion, *prepared[1:])
 

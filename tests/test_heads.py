@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from oracle import assert_same, expected_gradients, relay_gradients, step_gradients
-from relaybackprop import AuxiliaryHead, DenseHead, LinearHead, Plan, Relay, Select, TokenHead, Window, head_for
+from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, TokenHead, Window, head_for
 from relaybackprop.errors import HeadError, ModuleNameError, PlanError
-from relaybackprop.matching import Heads
+from relaybackprop.heads import DenseHead, Select
+from relaybackprop.planning.matching import Heads
 
 CLASSES = 5
 AUX = Plan(auxiliary={"aux": Window(top="1")})
@@ -21,7 +22,7 @@ AUX = Plan(auxiliary={"aux": Window(top="1")})
 
 def plan_of(low: str, top: str) -> Plan:
     """Relay with an overlap from the output of `low` to the output of `top`."""
-    return Plan(Window(above=low), {"aux": Window(top=top)})
+    return Plan(Window(after=low), {"aux": Window(top=top)})
 
 
 def images(side: int = 32) -> Tensor:

@@ -62,7 +62,7 @@ def test_cost_predicts_the_peak_within_a_tenth(name: str) -> None:
     if name == "vit":
         for head in heads.values():
             head.fc = nn.Linear(64, 10)
-    relay, loss = Relay(model, plan, heads), RelayLoss(nn.CrossEntropyLoss(), plan)
+    relay, loss = Relay(model, plan, heads), RelayLoss(nn.CrossEntropyLoss())
     labels = torch.randint(10, (len(images),))
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -71,7 +71,7 @@ def test_cost_predicts_the_peak_within_a_tenth(name: str) -> None:
         nn.functional.cross_entropy(model(images), labels).backward()
 
     def early_release() -> None:
-        relay.step(images, target=labels, loss=loss)
+        relay.forward_backward(images, target=labels, loss=loss)
 
     predicted = cost(model, plan, images, heads).peaks
     measured: dict[str, int] = {}

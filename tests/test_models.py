@@ -247,9 +247,8 @@ def test_windows_have_the_papers_depths_and_overlap(name: str) -> None:
     relay = Relay(model, build_plan(recipe.plan), heads)
     size = recipe.network.image_size
     output = relay(torch.empty(2, 3, size, size, device="meta"))
-    assert relay.plan.binding is not None
-    assert dict(relay.plan.binding.depths) == DEPTHS[name]
-    relay.plan.check_relay()
+    assert dict(relay.depths) == DEPTHS[name]
+    relay.plan.check_relay(relay.order)
     assert all(scores.shape == output.primary.shape for scores in output.auxiliary.values())
 
 
@@ -298,7 +297,7 @@ def test_figure_2_word_for_word() -> None:
     pools = [name for name, m in model.named_modules() if isinstance(m, nn.MaxPool2d)]
     plan = build_plan(windows.vgg_figure_2())
     assert plan == Plan(
-        Window(above=pools[2]), {"aux1": Window(top=pools[2]), "aux2": Window(above=pools[1], top=pools[3])}
+        Window(after=pools[2]), {"aux1": Window(top=pools[2]), "aux2": Window(after=pools[1], top=pools[3])}
     )
 
 
@@ -352,7 +351,7 @@ def test_schemes_that_cannot_be() -> None:
     with pytest.raises(InputError, match="needs auxiliary losses"):
         build_plan(PlanConfig(primary=PrimaryConfig()), "relay")
     assert build_plan(PlanConfig(), "standard") == Plan()
-    assert build_plan(windows.MODEL_A, "isolated").primary == Window(above="segment4", weight=1.0)
+    assert build_plan(windows.MODEL_A, "isolated").primary == Window(after="segment4", weight=1.0)
 
 
 # ----------------------------------------------------------------------------- other libraries' models
@@ -371,8 +370,7 @@ def relay_step(model: nn.Module, prefix: str, channels: int) -> Relay:
 def test_timms_resnet_50_by_module_names() -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed")
     relay = relay_step(timm.create_model("resnet50", num_classes=7), "layer3", 1024)
-    assert relay.plan.binding is not None
-    assert dict(relay.plan.binding.depths) == DEPTHS["table6-resnet50-relay"]
+    assert dict(relay.depths) == DEPTHS["table6-resnet50-relay"]
 
 
 def test_timms_inception_v3_by_module_names() -> None:
@@ -381,21 +379,19 @@ def test_timms_inception_v3_by_module_names() -> None:
     relay = Relay(timm.create_model("inception_v3", num_classes=7), plan, {"aux": LinearHead(768, 7)})
     output = relay(torch.randn(2, 3, 128, 128))
     (output.primary.square().sum() + output.auxiliary["aux"].square().sum()).backward()
-    assert relay.plan.binding is not None
-    assert dict(relay.plan.binding.depths) == DEPTHS["table6-inception-v3-relay"]
+    assert dict(relay.depths) == DEPTHS["table6-inception-v3-relay"]
 
 
 def test_transformers_resnet_50_by_module_names() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=7))
     relay = relay_step(model, "resnet.encoder.stages.2.layers", 1024)
-    assert relay.plan.binding is not None
-    assert dict(relay.plan.binding.depths) == DEPTHS["table6-resnet50-relay"]
+    assert dict(relay.depths) == DEPTHS["table6-resnet50-relay"]
 
 
 def test_a_window_of_ones_own() -> None:
     config = PlanConfig(
-        primary=PrimaryConfig(above="segment1"), auxiliary={"aux": AuxiliaryConfig(top="segment2", weight=0.5)}
+        primary=PrimaryConfig(after="segment1"), auxiliary={"aux": AuxiliaryConfig(top="segment2", weight=0.5)}
     )
     plan = build_plan(config)
-    assert plan == Plan(Window(above="segment1"), {"aux": Window(top="segment2", weight=0.5)})
+    assert plan == Plan(Window(after="segment1"), {"aux": Window(top="segment2", weight=0.5)})

@@ -95,7 +95,7 @@ def test_autocast_with_tied_weights_is_no_leak() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with a GradScaler needs a GPU")
 def test_fp16_with_grad_scaler() -> None:
     relay = conv_relay().cuda()
-    criterion = RelayLoss(nn.CrossEntropyLoss(), relay.plan)
+    criterion = RelayLoss(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(relay.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
     x, labels = X.cuda(), torch.tensor([0, 3], device="cuda")
@@ -182,7 +182,7 @@ def test_reentrant_checkpointing_between_boundaries_works() -> None:
             x = checkpoint(lambda x: torch.tanh(self.c(x)), x, use_reentrant=True)
             return self.e(torch.tanh(self.d(x)))
 
-    plan = Plan(primary=Window(above="a"), auxiliary={"aux": Window(top="b")})
+    plan = Plan(primary=Window(after="a"), auxiliary={"aux": Window(top="b")})
     relay = Relay(Between(), plan, {"aux": nn.Linear(3, 3)}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     got = relay_gradients(relay, x)

@@ -41,36 +41,36 @@ def test_a_plan_is_frozen() -> None:
 def test_schemes() -> None:
     assert PAPER.standard() == Plan()
     assert PAPER.multi_loss() == Plan(auxiliary={"aux": Window(top="layer3.3")})
-    assert PAPER.isolated() == Plan(Window(above="layer3.3"), {"aux": Window(top="layer3.3")})
+    assert PAPER.isolated() == Plan(Window(after="layer3.3"), {"aux": Window(top="layer3.3")})
     assert FIGURE2.isolated() == Plan(
-        Window(above="segment4"),
-        {"loss1": Window(top="segment3"), "loss2": Window(top="segment4", above="segment3")},
+        Window(after="segment4"),
+        {"loss1": Window(top="segment3"), "loss2": Window(top="segment4", after="segment3")},
     )
     twins = Plan(Window(bottom="c"), {"x": Window(top="a"), "y": Window(top="b"), "z": Window(top="b", bottom="b")})
     assert twins.isolated() == Plan(
-        Window(above="b"), {"x": Window(top="a"), "y": Window(top="b", above="a"), "z": Window(top="b", above="a")}
+        Window(after="b"), {"x": Window(top="a"), "y": Window(top="b", after="a"), "z": Window(top="b", after="a")}
     )
     assert Plan().isolated() == Plan()
 
 
-def test_a_bound_plan_knows_the_order_of_its_heads() -> None:
+def test_isolated_windows_by_the_order_of_the_forward_pass() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     plan = Plan(auxiliary={"high": Window(top="2"), "low": Window(top="0")})
     relay = Relay(model, plan, {"high": nn.Linear(2, 2), "low": nn.Linear(2, 2)})
     relay(torch.randn(1, 2))
-    assert relay.plan.isolated().windows == {
-        "primary": Window(above="2", weight=1.0),
-        "high": Window(top="2", above="0", weight=0.3),
+    assert plan.isolated(relay.order).windows == {
+        "primary": Window(after="2", weight=1.0),
+        "high": Window(top="2", after="0", weight=0.3),
         "low": Window(top="0", weight=0.3),
     }
 
 
 def test_printed_as_a_table() -> None:
     assert str(FIGURE2).splitlines() == [
-        "loss     weight  from                down to            depth",
-        "primary  1       the model's output  input of segment4  -",
-        "loss1    0.3     output of segment3  the first layer    -",
-        "loss2    0.3     output of segment4  input of segment3  -",
+        "loss     weight  from                down to",
+        "primary  1       the model's output  input of segment4",
+        "loss1    0.3     output of segment3  the first layer",
+        "loss2    0.3     output of segment4  input of segment3",
     ]
 
 
@@ -84,10 +84,9 @@ def test_depth_in_weight_layers_is_the_papers_n() -> None:
     heads = {"loss1": nn.Flatten(), "loss2": nn.Flatten()}
     relay = Relay(models.vgg19(num_classes=2, init_weights=False), plan, heads)
     relay(torch.randn(1, 3, 32, 32))
-    assert relay.plan.binding is not None
-    assert relay.plan.binding.depths == {"primary": 4 + 4 + 3, "loss1": 2 + 2 + 4, "loss2": 4 + 4}
-    assert str(relay.plan).splitlines()[1].split()[-1] == "11"
-    assert relay.plan == plan, "what was learnt from the model is no part of a plan's value"
+    assert relay.depths == {"primary": 4 + 4 + 3, "loss1": 2 + 2 + 4, "loss2": 4 + 4}
+    assert relay.plan.describe(relay.depths).splitlines()[1].split()[-1] == "11"
+    assert relay.plan is plan
 
 
 @pytest.mark.parametrize(("build", "depth"), [("resnet50", 50), ("resnet18", 18)])
@@ -95,8 +94,7 @@ def test_depth_of_residual_networks_is_the_number_in_their_name(build: str, dept
     models = pytest.importorskip("torchvision.models")
     relay = Relay(getattr(models, build)(num_classes=2), Plan())
     relay(torch.randn(2, 3, 32, 32))
-    assert relay.plan.binding is not None
-    assert relay.plan.binding.depths == {"primary": depth}
+    assert relay.depths == {"primary": depth}
 
 
 def test_check_relay() -> None:
@@ -113,7 +111,7 @@ def test_check_relay() -> None:
     Plan(Window(bottom="features.9"), {"aux": Window(top="features.16")}).check_relay()
 
 
-def test_check_relay_of_a_bound_plan_goes_by_the_order_of_the_forward_pass() -> None:
+def test_check_relay_by_the_order_of_the_forward_pass() -> None:
     model = nn.Sequential()
     for name in ("zeta", "alpha", "mid"):
         model.add_module(name, nn.Linear(2, 2))
@@ -122,7 +120,7 @@ def test_check_relay_of_a_bound_plan_goes_by_the_order_of_the_forward_pass() -> 
     relay = Relay(model, plan, {"aux": nn.Linear(2, 2)})
     relay(torch.randn(1, 2))
     with pytest.raises(WindowError, match="a window that ends at the input of mid"):
-        relay.plan.check_relay()
+        relay.plan.check_relay(relay.order)
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters=".", exclude_categories=["C"]), min_size=1, max_size=8)
@@ -131,8 +129,10 @@ weights = st.floats(1e-3, 1e3)
 
 @st.composite
 def windows(draw: st.DrawFn, top: bool) -> Window:
-    end = draw(st.sampled_from(["bottom", "above", None]))
+    end = draw(st.sampled_from(["bottom", "after", "several", None]))
     given = {} if end is None else {end: "low." + draw(names)}
+    if end == "several":
+        given = {"after": tuple("low." + name for name in draw(st.lists(names, min_size=1, max_size=3)))}
     return Window(top="top." + draw(names) if top else None, weight=draw(st.none() | weights), **given)
 
 
@@ -151,5 +151,5 @@ def test_schemes_keep_heads_and_weights(plan: Plan) -> None:
     for scheme in (plan.multi_loss(), plan.isolated()):
         assert scheme.weights == plan.weights
         assert {name: w.top for name, w in scheme.windows.items()} == {name: w.top for name, w in plan.windows.items()}
-    assert all(window.lower is None for window in plan.multi_loss().windows.values())
+    assert all(not window.ends for window in plan.multi_loss().windows.values())
     assert not plan.standard().auxiliary

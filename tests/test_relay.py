@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import relaybackprop
 from nets import CASES, make_case
 from oracle import assert_same, expected_gradients, relay_gradients
-from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, RelayOutput, Window, reach
-from relaybackprop.structure import map_tensors
+from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, Window, reach
+from relaybackprop.engine.pytree import map_tensors
+from relaybackprop.loss import RelayOutput
 
 PLAN = Plan(primary=Window(bottom="2"), auxiliary={"aux": Window(top="2")})
 
@@ -111,7 +112,8 @@ def test_training_output_equals_the_plain_models() -> None:
     output = relay(*inputs)
     torch.manual_seed(1)
     assert torch.equal(output.primary, relay.model(*inputs))
-    primary, auxiliary = output
+    primary, auxiliary, weights = output
+    assert weights == relay.plan.weights
     assert primary is output.primary
     assert list(auxiliary) == ["aux1", "aux2"]
 
@@ -210,7 +212,7 @@ class Takes(nn.Module):
 
 
 @pytest.mark.parametrize("structure", [name for name in vars(Cases) if not name.startswith("_")])
-@pytest.mark.parametrize("end", [{"above": "0"}, {"bottom": "1"}])
+@pytest.mark.parametrize("end", [{"after": "0"}, {"bottom": "1"}])
 def test_structured_values_cross_boundaries(structure: str, end: dict[str, str]) -> None:
     seen: list[Any] = []
     model = nn.Sequential(Makes(getattr(Cases, structure)), Takes(), nn.Linear(3, 3))
@@ -257,16 +259,15 @@ def test_bottom_at_the_very_first_module_is_the_whole_net() -> None:
 
 def test_relay_loss() -> None:
     torch.manual_seed(0)
-    plan = Plan(auxiliary={"aux": Window(top="0", weight=0.5)})
-    output = RelayOutput(torch.randn(4, 3), {"aux": torch.randn(4, 3)})
+    output = RelayOutput(torch.randn(4, 3), {"aux": torch.randn(4, 3)}, {"primary": 1.0, "aux": 0.5})
     labels = torch.tensor([0, 1, 2, 0])
     ce = nn.functional.cross_entropy
     right = ce(output.primary, labels) + 0.5 * ce(output.auxiliary["aux"], labels)
     for criterion in (nn.CrossEntropyLoss(), ce, {"primary": ce, "aux": nn.CrossEntropyLoss()}):
-        torch.testing.assert_close(RelayLoss(criterion, plan)(output, labels), right)
+        torch.testing.assert_close(RelayLoss(criterion)(output, labels), right)
     # Evaluation mode: the plain output has the primary loss only.
-    assert torch.equal(RelayLoss(ce, plan)(output.primary, labels), ce(output.primary, labels))
-    terms = RelayLoss({"primary": ce, "aux": nn.functional.nll_loss}, plan).terms(output, labels)
+    assert torch.equal(RelayLoss(ce)(output.primary, labels), ce(output.primary, labels))
+    terms = RelayLoss({"primary": ce, "aux": nn.functional.nll_loss}).terms(output, labels)
     assert list(terms) == ["primary", "aux"]
     torch.testing.assert_close(terms["aux"], -output.auxiliary["aux"][range(4), labels].mean())
 
@@ -274,7 +275,7 @@ def test_relay_loss() -> None:
 def test_class_weights_of_criteria_are_part_of_the_module() -> None:
     criterion = nn.CrossEntropyLoss(weight=torch.ones(3))
     for given in (criterion, {"primary": criterion, "aux": criterion}):
-        loss = RelayLoss(given, Plan(auxiliary={"aux": Window(top="0")})).double()
+        loss = RelayLoss(given).double()
         assert next(loss.buffers()).dtype == torch.float64
 
 
@@ -310,7 +311,6 @@ def test_reach_is_measured_and_printed() -> None:
     assert table[0].split() == ["parameters", "elements", "primary", "aux1", "aux2"]
     assert table[1].split()[:3] == ["model.segment1.0.weight", "...", "model.segment2.2.bias"]
     assert table[1].split()[-3:] == [".", "x", "."]
-    assert found.plan.binding is not None
 
 
 def test_reach_leaves_batch_statistics_alone() -> None:
@@ -350,8 +350,7 @@ def test_reach_is_not_fooled_by_zeros_nor_by_complex_outputs() -> None:
 
 def test_public_names() -> None:
     assert relaybackprop.__all__ == [
-        "AuxiliaryHead", "Cost", "DenseHead", "LinearHead", "Plan", "Reach", "Relay", "RelayError", "RelayLoss",
-        "RelayOutput", "RelayStep", "Select", "Suggestion", "TokenHead", "Window", "cost", "head_for", "reach",
-        "suggest_plan",
+        "AuxiliaryHead", "LinearHead", "Plan", "Relay", "RelayError", "RelayLoss", "TokenHead", "Window", "cost",
+        "head_for", "reach", "suggest_plan",
     ]  # fmt: skip
     assert all(getattr(relaybackprop, name).__doc__ for name in relaybackprop.__all__)

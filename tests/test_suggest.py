@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from benchmarks.networks import VGG22
 from nets import CASES, make_case
-from relaybackprop import LinearHead, Plan, Relay, Suggestion, Window, cost, reach, suggest_plan
-from relaybackprop.budget import Fit, balance
-from relaybackprop.chain import Link, chain
+from relaybackprop import LinearHead, Plan, Relay, Window, cost, reach, suggest_plan
+from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import AppliedTwiceError, BoundaryError, LeakError, PlanError, WindowError
-from relaybackprop.structure import tensors_in
+from relaybackprop.planning.budget import Fit, balance
+from relaybackprop.planning.chain import Link, chain
+from relaybackprop.planning.suggest import Suggestion
 
 
 def meta(build: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -33,13 +34,12 @@ def assert_trains(model: nn.Module, suggestion: Suggestion, *inputs: Any) -> Rel
         name: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 5, device=inputs[0].device))
         for name, shape in suggestion.head_inputs.items()
     }
-    plan = Plan(suggestion.plan.primary, suggestion.plan.auxiliary)  # not bound
-    relay = Relay(model, plan, {name: head.to(inputs[0].dtype) for name, head in heads.items()})
+    relay = Relay(model, suggestion.plan, {name: head.to(inputs[0].dtype) for name, head in heads.items()})
     output = relay(*inputs)
-    relay.plan.check_relay()
+    relay.plan.check_relay(relay.order)
     torch.stack([t.sum() for t in tensors_in([output.primary, output.auxiliary])]).sum().backward()
     assert all(p.grad is not None for p in relay.parameters() if p.requires_grad)
-    assert relay.plan.binding == suggestion.plan.binding
+    assert relay.depths == suggestion.depths
     return relay
 
 
@@ -98,7 +98,7 @@ def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
             if not name or len(yields) == 0 or not isinstance(yields[0], Tensor):
                 assert name not in names
                 continue
-            relay = Relay(model, Plan(Window(above=name)))
+            relay = Relay(model, Plan(Window(after=name)))
             if len(yields) > 1:
                 error: Any = pytest.raises(BoundaryError)
                 found["twice"] += 1
@@ -141,8 +141,7 @@ def test_depths_are_those_of_a_bound_plan() -> None:
             if link.name:
                 relay = Relay(case.model, Plan(auxiliary={"a": Window(top=link.name)}), {"a": nn.Flatten()})
                 relay(*case.inputs)
-                assert relay.plan.binding is not None
-                assert link.depth == relay.plan.binding.depths["a"], link
+                assert link.depth == relay.depths["a"], link
 
 
 def test_towers_side_by_side_are_no_links() -> None:
@@ -195,12 +194,11 @@ def test_a_model_that_needs_values() -> None:
 
 
 def windows(suggestion: Suggestion) -> dict[str, tuple[str | None, str | None]]:
-    return {name: (window.top, window.above) for name, window in suggestion.plan.windows.items()}
+    return {name: (window.top, window.after) for name, window in suggestion.plan.windows.items()}
 
 
 def depths(suggestion: Suggestion) -> list[int]:
-    assert suggestion.plan.binding is not None
-    return list(suggestion.plan.binding.depths.values())
+    return list(suggestion.depths.values())
 
 
 def test_the_papers_model_a() -> None:
@@ -457,7 +455,7 @@ def test_a_budget_and_a_depth_limit() -> None:
     with pytest.raises(WindowError, match=r"max_layers=2"):
         suggest_plan(model, rows, max_layers=2, memory_budget=budget)
     found = suggest_plan(model, rows, max_layers=12, memory_budget=budget)
-    assert max(found.plan.binding.depths.values()) <= 12  # pyright: ignore
+    assert max(found.depths.values()) <= 12  # pyright: ignore
 
 
 def test_balanced_windows_by_hand() -> None:

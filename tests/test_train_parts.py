@@ -198,7 +198,7 @@ def small_relay() -> tuple[Relay, RelayLoss, segments.Segments, torch.Tensor, to
             else {"0": "aux", "1": "aux+primary", "2": "aux+primary"}.get(place, "primary")
         )
     images, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
-    return relay, RelayLoss(nn.CrossEntropyLoss(), plan), segments.Segments(of, losses), images, labels
+    return relay, RelayLoss(nn.CrossEntropyLoss()), segments.Segments(of, losses), images, labels
 
 
 def test_angles_are_those_of_the_losses_own_gradients_and_training_goes_on_as_without() -> None:

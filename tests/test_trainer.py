@@ -29,7 +29,7 @@ class RelayTrainer(transformers.Trainer):
         def loss_of(output: Any, labels: Tensor) -> Tensor:
             return nn.functional.cross_entropy(getattr(output, "logits", output), labels)
 
-        loss = RelayLoss(loss_of, PLAN)(model(pixel_values=inputs["pixel_values"]), inputs["labels"])
+        loss = RelayLoss(loss_of)(model(pixel_values=inputs["pixel_values"]), inputs["labels"])
         return (loss, None) if return_outputs else loss
 
 

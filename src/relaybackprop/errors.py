@@ -1,4 +1,4 @@
-"""Errors that say what was expected, what came, and what to do.
+"""Errors that say what was expected, what was received, and what to do.
 
 Every error of the package is a child of `RelayError` and of the built-in exception that fits it, so that
 `except ValueError` keeps working in code that has never heard of this package.
@@ -10,7 +10,7 @@ class RelayError(Exception):
 
     Args:
         expected: what would have been right.
-        received: what came instead, with names and values.
+        received: what was given instead, with names and values.
         remedy: what to change.
     """
 
@@ -42,7 +42,7 @@ class HeadError(RelayError, ValueError):
 
 
 class BoundaryError(RelayError, RuntimeError):
-    """A boundary module that the forward pass ran never, more than once, or without recording gradients."""
+    """A boundary module that the forward pass never ran, ran twice, or ran without recording gradients."""
 
 
 class LeakError(RelayError, RuntimeError):
@@ -61,5 +61,9 @@ class DoubleBackwardError(RelayError, RuntimeError):
     """A backward pass through a relay graph with `create_graph=True`."""
 
 
-class StepError(RelayError, RuntimeError):
-    """A call of `Relay.step` that cannot work, where a forward and a backward pass might."""
+class TransformError(RelayError, RuntimeError):
+    """A module compiled by `torch.jit`, or a forward pass inside a `torch.func` transform."""
+
+
+class EarlyReleaseError(RelayError, RuntimeError):
+    """A call of `Relay.forward_backward` that cannot work, although a forward and a backward pass might."""

@@ -8,12 +8,12 @@ may as well be (N, H, W, C): two equal dimensions before a different one, or `ch
 a shape alone cannot tell: declare the layout, or let `head_for` read it off the model.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from relaybackprop.engine.pytree import items_of
 from relaybackprop.errors import HeadError
 
 Layout = Literal["channels_first", "channels_last"]
@@ -201,15 +201,6 @@ class Select(nn.Module):
                 f"Give one of its keys, {list(items)}." if items else "Use the head without Select.",
             )
         return self.head(items[self.key])
-
-
-def items_of(value: Any) -> dict[Any, Any]:
-    """Items of a tuple, list, mapping or dataclass by index or name; empty for anything else."""
-    if isinstance(value, Mapping):
-        return dict(cast(Mapping[Any, Any], value))
-    if isinstance(value, (tuple, list)):
-        return dict(enumerate(cast(list[Any], value)))
-    return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
 
 
 def _check_option(name: str, value: _T, allowed: tuple[_T, ...]) -> _T:

@@ -1,4 +1,4 @@
-"""WHAT is minimised: the weighted sum of a plan's losses, and what they are computed from."""
+"""The loss of a relay: the weighted sum of the primary and auxiliary losses."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
@@ -7,88 +7,90 @@ import torch
 from torch import Tensor, nn
 
 from relaybackprop.errors import HeadError, PlanError
-from relaybackprop.plan import PRIMARY, Plan
+from relaybackprop.plan import PRIMARY
 
 Criterion = Callable[[Any, Any], Tensor]
 
 
 class RelayOutput(NamedTuple):
-    """What `Relay` returns in training mode.
+    """The output of `Relay` in training mode.
 
     Attributes:
         primary: the model's own output.
-        auxiliary: by name, the heads' outputs.
+        auxiliary: by name, the heads' outputs; without heads whose modules layer drop has skipped.
+        weights: by loss, its factor, the primary one first.
     """
 
     primary: Any
     auxiliary: dict[str, Any]
+    weights: dict[str, float]
+
+    @property
+    def losses(self) -> dict[str, Any]:
+        """By loss, what its criterion reads, the primary one first."""
+        return {PRIMARY: self.primary, **self.auxiliary}
 
 
 class RelayLoss(nn.Module):
-    """The weighted sum of all losses of a plan.
+    """The weighted sum of all losses of a relay's output. The output carries the plan's weights.
 
     Args:
         criterion: one for all losses, or by name one for each (`"primary"` and the plan's auxiliary names). It is
             called with an output and the target and returns a scalar.
-        plan: whose weights are used.
 
     Raises:
-        PlanError: arguments of other types, or in another order.
-        HeadError: criteria whose names are not those of the plan's losses.
+        PlanError: a class instead of an instance, or a second argument.
+
+    Example:
+        >>> criterion = RelayLoss(nn.CrossEntropyLoss())
+        >>> criterion(relay(images), labels).backward()  # doctest: +SKIP
     """
 
-    def __init__(self, criterion: Criterion | Mapping[str, Criterion], plan: Plan) -> None:
+    def __init__(self, criterion: Criterion | Mapping[str, Criterion], plan: Any = None) -> None:
         super().__init__()
-        if not isinstance(plan, Plan) or isinstance(criterion, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if plan is not None or not (callable(criterion) or hasattr(criterion, "items")):  # a plan: before 0.2
             raise PlanError(
-                "a criterion (an instance or a function) and a plan, in this order",
-                kinds_of(criterion, plan),
-                "Write RelayLoss(nn.CrossEntropyLoss(), plan).",
+                "a criterion, or a mapping from loss names to criteria, and no plan",
+                kinds_of(criterion, *(() if plan is None else (plan,))),
+                "Write RelayLoss(nn.CrossEntropyLoss()): since 0.2 the relay's output carries the plan's weights.",
             )
-        self.plan = plan
         self.criterion: nn.Module
         # Modules, so that class weights in a criterion move to the device with this one.
         if isinstance(criterion, (Mapping, nn.ModuleDict)):
             criteria = dict(cast(Mapping[str, Criterion], criterion).items())
-            if set(criteria) != set(plan.windows):
-                raise HeadError(
-                    f"one criterion for each of {list(plan.windows)}",
-                    f"criteria for {list(criteria)}",
-                    "Add the missing ones and remove the others, or give a single criterion for all.",
-                )
             self.criterion = nn.ModuleDict({name: _as_module(each) for name, each in criteria.items()})
         else:
             self.criterion = _as_module(criterion)
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """The weighted sum, a scalar. A plain output, as in evaluation mode, has the primary loss only.
+        """Return the weighted sum, a scalar. A plain output, as in evaluation mode, has the primary loss only.
 
         Args:
-            output: what `Relay` returned, in training or evaluation mode.
-            target: handed to each criterion as it is.
+            output: of `Relay`, in training or evaluation mode.
+            target: passed to each criterion unchanged.
 
         Raises:
-            HeadError: a head's output does not fit the target, or differs in shape from the model's output where one
-                criterion serves both.
+            HeadError: criteria whose names are not those of the losses, a head's output that does not fit the target,
+                or differs in shape from the model's output where one criterion serves both.
         """
-        weighted = [self.plan.weights[name] * term for name, term in self.terms(output, target).items()]
+        factors = output.weights if isinstance(output, RelayOutput) else {PRIMARY: 1.0}
+        weighted = [factors[name] * term for name, term in self.terms(output, target).items()]
         return sum(weighted[1:], start=weighted[0])
 
     def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
-        """The losses by name, not yet weighted. Same arguments and errors as `forward`."""
+        """Return the losses by name before weighting. Same arguments and errors as `forward`."""
         if not isinstance(output, RelayOutput):
             return {PRIMARY: self.term(PRIMARY, output, target)}
         self.check_fits(output)
-        outputs = {PRIMARY: output.primary, **output.auxiliary}
-        return {name: self.term(name, value, target) for name, value in outputs.items()}
+        return {name: self.term(name, value, target) for name, value in output.losses.items()}
 
     def term(self, name: str, output: Any, target: Any) -> Tensor:
-        """One loss, not yet weighted.
+        """Return one loss before weighting.
 
         Args:
             name: of the loss.
-            output: the model's, or the head's.
-            target: handed to the criterion as it is.
+            output: of the model or the head.
+            target: passed to the criterion unchanged.
 
         Raises:
             HeadError: a head's output does not fit the target.
@@ -102,23 +104,31 @@ class RelayLoss(nn.Module):
             raise
         except (ValueError, IndexError, RuntimeError) as error:
             raise HeadError(
-                f"the head {name!r} to give what its criterion takes with this target ({shape_of(target)})",
-                f"{shape_of(output)}, for which the criterion said: {error}",
-                "Give the head as many classes as the target has, or give each loss a criterion of its own.",
+                f"the head {name!r} to return what its criterion accepts with this target ({shape_of(target)})",
+                f"{shape_of(output)}, for which the criterion raised: {error}",
+                "Give the head as many classes as the target has, or give each loss its own criterion.",
             ) from error
 
-    def check_fits(self, output: RelayOutput) -> None:
-        """Raise unless the outputs are those of this plan's losses, alike in shape where one criterion serves all.
+    def check_names(self, losses: Mapping[str, Any]) -> None:
+        """Raise unless there is a criterion for each loss of a plan, and no other.
 
         Raises:
-            HeadError: they are not.
+            HeadError: the names differ.
         """
-        if set(output.auxiliary) != set(self.plan.auxiliary):
+        if isinstance(self.criterion, nn.ModuleDict) and set(self.criterion) != set(losses):
             raise HeadError(
-                f"the outputs of the plan's heads, {list(self.plan.auxiliary)}",
-                f"those of {list(output.auxiliary)}",
-                "Build Relay and RelayLoss with the same plan.",
+                f"one criterion for each of {list(losses)}",
+                f"criteria for {list(self.criterion)}",
+                "Add the missing ones and remove the others, or give a single criterion for all.",
             )
+
+    def check_fits(self, output: RelayOutput) -> None:
+        """Raise unless there is a criterion for each loss, and outputs of equal shape where one serves all.
+
+        Raises:
+            HeadError: names or shapes differ.
+        """
+        self.check_names(output.weights)
         if not isinstance(self.criterion, nn.ModuleDict):
             for name, scores in output.auxiliary.items():
                 _check_same_shape(name, scores, output.primary)
@@ -136,24 +146,26 @@ class _Function(nn.Module):
 
 
 def _as_module(criterion: Criterion) -> nn.Module:
+    if isinstance(criterion, type):
+        raise PlanError("an instance or a function as a criterion", kinds_of(criterion), "Call the class.")
     return criterion if isinstance(criterion, nn.Module) else _Function(criterion)
 
 
 def _check_same_shape(name: str, scores: Any, primary: Any) -> None:
     if isinstance(scores, Tensor) and isinstance(primary, Tensor) and scores.shape != primary.shape:
         raise HeadError(
-            f"the head {name!r} to give the shape of the model's output, {shape_of(primary)}, "
+            f"the head {name!r} to have an output of the shape of the model's, {shape_of(primary)}, "
             "since one criterion compares both with the target",
             shape_of(scores),
-            "Give the head as many classes as the model has, or give each loss a criterion of its own.",
+            "Give the head as many classes as the model has, or give each loss its own criterion.",
         )
 
 
 def kinds_of(*values: Any) -> str:
-    """What was given, in words."""
+    """The types of arguments, in words."""
     return " and ".join(f"the class {v.__name__}" if isinstance(v, type) else f"a {type(v).__name__}" for v in values)
 
 
 def shape_of(value: Any) -> str:
-    """Of a tensor; of anything else its type."""
+    """The shape of a tensor; the type of anything else."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

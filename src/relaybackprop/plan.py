@@ -1,4 +1,4 @@
-"""WHERE gradients go: windows and heads as frozen values, checked when they are made. No autograd in here.
+"""Plans: how far down each loss may reach, as frozen values that are checked when they are made. No autograd.
 
 A *window* is the run of consecutive layers that one loss trains. The paper's Figure 2 and Table 2 are such plans.
 The training schemes that the field compares are transformations of one plan:
@@ -11,8 +11,8 @@ The training schemes that the field compares are transformations of one plan:
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -28,7 +28,7 @@ AUXILIARY_WEIGHT = 0.3  # the paper's, sections 5.1 and 5.2
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place in the forward pass: all tensors that go into, or come out of, one module."""
+    """A place in the forward pass: all tensors of one module's input or output."""
 
     side: Literal["input", "output"]
     module: str
@@ -44,40 +44,51 @@ class Window:
     Args:
         top: name of the module whose output the loss's head reads. The primary loss has none.
         bottom: name of the lowest module of the window: the loss's gradient stops at its input.
-        above: the other way to say it: the gradient stops at the output of this module, which lies just below the
-            window. With neither `bottom` nor `above` the window reaches the first layer.
-        weight: what the loss is multiplied by, positive and finite. Left out, the plan fills in 1.0 for the primary
-            loss and 0.3 for an auxiliary one.
+        after: name of the module just below the window: the gradient stops at its output. Several names where values
+            enter the window from the side, such as the skips of a U-Net: the window's end first, then the sources of
+            the side inputs. With neither `bottom` nor `after` the window reaches the first layer.
+        weight: factor of the loss, positive and finite. By default 1.0 for the primary loss and 0.3 for an auxiliary
+            one.
 
     Raises:
-        PlanError: both `bottom` and `above`, an empty or non-text name, `above` equal to `top`, a bad weight.
+        PlanError: both `bottom` and `after`, an empty or non-text name, `after` equal to `top`, an invalid weight.
+
+    Example:
+        >>> Window(top="layer3.3", after="layer2").ends
+        (Boundary(side='output', module='layer2'),)
     """
 
     top: str | None = None
     bottom: str | None = None
-    above: str | None = None
+    after: str | tuple[str, ...] | None = None
     weight: float | None = None
+    above: InitVar[Any] = None  # the name of `after` before 0.2
 
-    def __post_init__(self) -> None:
-        for role in ("top", "bottom", "above"):
-            name = getattr(self, role)
-            if name is not None and (not isinstance(name, str) or not name):
-                raise PlanError(
-                    f"{role} to be the name of a module, as model.named_modules() lists it, or None",
-                    f"{role}={name!r}",
-                    "Give a name such as 'layer3.0'.",
-                )
-        if self.bottom is not None and self.above is not None:
+    def __post_init__(self, above: Any) -> None:
+        if above is not None:
+            raise PlanError("Window(after=...)", f"above={above!r}", "Rename it: `after` replaces `above`.")
+        if isinstance(self.after, (tuple, list)):  # equal windows compare equal, however they are written
+            after = tuple(self.after)
+            object.__setattr__(self, "after", after[0] if len(after) == 1 else after)
+        for role, names in (("top", self.top), ("bottom", self.bottom), ("after", self.after)):
+            for name in names if role == "after" and isinstance(names, tuple) and names else (names,):
+                if name is not None and (not isinstance(name, str) or not name):
+                    raise PlanError(
+                        f"{role} to be the name of a module, as model.named_modules() lists it, or None",
+                        f"{role}={names!r}",
+                        "Give a name such as 'layer3.0'.",
+                    )
+        if self.bottom is not None and self.after is not None:
             raise PlanError(
-                "one way to say where a window ends",
-                f"both bottom={self.bottom!r} and above={self.above!r}",
-                "Keep `bottom` (ends at its input) or `above` (ends at its output), and drop the other.",
+                "one lower end of a window",
+                f"both bottom={self.bottom!r} and after={self.after!r}",
+                "Keep `bottom` (ends at its input) or `after` (ends at its output), and drop the other.",
             )
-        if self.above is not None and self.above == self.top:
+        if self.upper is not None and self.upper in self.ends:
             raise PlanError(
-                "a window with layers in it",
-                f"above={self.above!r} equal to top, which leaves none",
-                "Let the window start above a lower module.",
+                "a window with at least one layer",
+                f"after={self.after!r}, which is also the top",
+                "Let the window start after a lower module.",
             )
         if self.weight is not None and not _is_positive(self.weight):
             raise PlanError(
@@ -88,32 +99,16 @@ class Window:
 
     @property
     def upper(self) -> Boundary | None:
-        """Where the loss's head is attached; None for the primary loss, which is on the model's output."""
+        """The place where the loss's head is attached; None for the primary loss, which is on the model's output."""
         return None if self.top is None else Boundary("output", self.top)
 
     @property
-    def lower(self) -> Boundary | None:
-        """Where the loss's gradient stops; None if it reaches the first layer."""
+    def ends(self) -> tuple[Boundary, ...]:
+        """The places where the loss's gradient stops, the main one first; empty if it reaches the first layer."""
         if self.bottom is not None:
-            return Boundary("input", self.bottom)
-        if self.above is not None:
-            return Boundary("output", self.above)
-        return None
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What a plan learns from a model's first training forward.
-
-    Args:
-        order: the boundaries in the order in which the forward pass meets them, the lowest first.
-        depths: by loss, the number of weight layers on the longest path through its window, its head left out: the
-            paper's N. Trainable convolutions, linear layers and embeddings count; weights that are computed anew in
-            each pass (weight_norm and the like) and fused recurrent layers do not.
-    """
-
-    order: tuple[Boundary, ...]
-    depths: Mapping[str, int]
+            return (Boundary("input", self.bottom),)
+        names = () if self.after is None else (self.after,) if isinstance(self.after, str) else self.after
+        return tuple(Boundary("output", name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,6 @@ class Plan:
     Args:
         primary: the window of the loss on the model's output.
         auxiliary: by name, the windows of the losses on heads inside the model, the lowest head first.
-        binding: filled in by `Relay` at the first training forward; not part of a plan's value.
 
     Raises:
         PlanError: a primary window with a `top`, an auxiliary one without, a name that cannot name a head.
@@ -131,14 +125,13 @@ class Plan:
     Example:
         >>> plan = Plan(primary=Window(bottom="layer3.0"), auxiliary={"aux": Window(top="layer3.3")})
         >>> print(plan)
-        loss     weight  from                down to            depth
-        primary  1       the model's output  input of layer3.0  -
-        aux      0.3     output of layer3.3  the first layer    -
+        loss     weight  from                down to
+        primary  1       the model's output  input of layer3.0
+        aux      0.3     output of layer3.3  the first layer
     """
 
     primary: Window = Window()
     auxiliary: Mapping[str, Window] = field(default_factory=dict[str, Window])
-    binding: Binding | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_is_window(PRIMARY, self.primary)
@@ -172,7 +165,7 @@ class Plan:
         return hash((self.primary, frozenset(self.auxiliary.items())))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or deep-copied
-        return Plan, (self.primary, dict(self.auxiliary), self.binding)
+        return Plan, (self.primary, dict(self.auxiliary))
 
     @property
     def windows(self) -> dict[str, Window]:
@@ -181,13 +174,13 @@ class Plan:
 
     @property
     def weights(self) -> dict[str, float]:
-        """What each loss is multiplied by."""
+        """The factor of each loss."""
         return {name: window.weight for name, window in self.windows.items() if window.weight is not None}
 
     @cached_property
     def boundaries(self) -> list[Boundary]:
         """Every place where a head attaches or a window ends, each once, in no particular order."""
-        places = [place for window in self.windows.values() for place in (window.upper, window.lower)]
+        places = [place for window in self.windows.values() for place in (window.upper, *window.ends)]
         return list(dict.fromkeys(place for place in places if place is not None))
 
     def standard(self) -> "Plan":
@@ -198,87 +191,101 @@ class Plan:
         """The paper's second baseline: the same losses, all of them down to the first layer."""
         return self._with_windows({name: _ending(window) for name, window in self.windows.items()})
 
-    def isolated(self) -> "Plan":
+    def isolated(self, order: Sequence[Boundary] = ()) -> "Plan":
         """Local learning: each window starts just above the next lower head, so nothing overlaps.
 
-        Heads count from low to high as they are listed in `auxiliary`, or as the model runs them once the plan is
-        bound. Heads on the same module share their window.
+        Heads on the same module share their window. Ends for side inputs stay.
+
+        Args:
+            order: the boundaries from low to high, `Relay.order`. By default heads count from low to high as they are
+                listed in `auxiliary`.
         """
         windows = self.windows
-        for lower, upper in self._neighbours():
-            windows[upper] = _ending(windows[upper], above=windows[lower].top)
-        lowest = next(iter(self._by_height()))
+        for lower, upper in self._neighbours(order):
+            window, top = windows[upper], windows[lower].top
+            assert top is not None, "only the primary window has no top, and it is the highest"
+            windows[upper] = _ending(window, after=(top, *(end.module for end in window.ends[1:])))
+        lowest = next(iter(self._by_height(order)))
         for name, window in windows.items():
             if window.top == windows[lowest].top:
                 windows[name] = _ending(window)
         return self._with_windows(windows)
 
-    def check_relay(self) -> None:
+    def check_relay(self, order: Sequence[Boundary] = ()) -> None:
         """Raise unless each window overlaps the next lower one, as relay backpropagation asks (section 4).
 
-        Complete once the plan is bound to a model. Before that, only what the names alone say can be checked: a
-        window that starts above the lower one's head, and the order of numbered modules in one container, which is
-        taken to run them in the order of their numbers.
+        Args:
+            order: the boundaries from low to high, `Relay.order`. Without it the check is limited to what the names
+                alone tell: a window that starts after the lower one's head, and the order of numbered modules in one
+                container, which is taken to run them in the order of their numbers.
 
         Raises:
             WindowError: two neighbouring windows have no layer in common.
         """
         windows = self.windows
-        for lower, upper in self._neighbours():
-            end, head = windows[upper].lower, windows[lower].upper
+        for lower, upper in self._neighbours(order):
+            ends, head = windows[upper].ends, windows[lower].upper
             assert head is not None, "only the primary window has no upper boundary, and it is the highest"
-            if end is not None and self._is_at_or_above(end, head):
+            if ends and _is_at_or_above(ends[0], head, order):
                 raise WindowError(
                     f"the window of {upper!r} to reach below the head of {lower!r}, the {head}",
-                    f"a window that ends at the {end}",
+                    f"a window that ends at the {ends[0]}",
                     f"Lower the end of {upper!r}, or raise the head of {lower!r}.",
                 )
 
-    def __str__(self) -> str:
-        rows = [("loss", "weight", "from", "down to", "depth")]
+    def describe(self, depths: Mapping[str, int] | None = None) -> str:
+        """A table of the windows.
+
+        Args:
+            depths: by loss, the weight layers on the longest path through its window, `Relay.depths`; one more column.
+        """
+        rows = [("loss", "weight", "from", "down to", *(("depth",) if depths else ()))]
         for name, window in self.windows.items():
-            depth = "-" if self.binding is None else str(self.binding.depths.get(name, "-"))
             start = "the model's output" if window.upper is None else str(window.upper)
-            end = "the first layer" if window.lower is None else str(window.lower)
-            rows.append((name, f"{self.weights[name]:g}", start, end, depth))
+            end = " and ".join(map(str, window.ends)) or "the first layer"
+            row = name, f"{self.weights[name]:g}", start, end
+            rows.append((*row, str(depths[name])) if depths else row)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
+
+    def __str__(self) -> str:
+        return self.describe()
 
     def _with_windows(self, windows: Mapping[str, Window]) -> "Plan":
         auxiliary = {name: window for name, window in windows.items() if name != PRIMARY}
         return Plan(windows[PRIMARY], auxiliary)
 
-    def _by_height(self) -> list[str]:
+    def _by_height(self, order: Sequence[Boundary]) -> list[str]:
         """Losses from the lowest head to the primary loss."""
         names = list(self.auxiliary)
-        if self.binding is not None:
-            heights = {boundary: height for height, boundary in enumerate(self.binding.order)}
-            names.sort(key=lambda name: heights[cast(Boundary, self.auxiliary[name].upper)])
+        if order:
+            names.sort(key=lambda name: order.index(cast(Boundary, self.auxiliary[name].upper)))
         return [*names, PRIMARY]
 
-    def _neighbours(self) -> Iterable[tuple[str, str]]:
+    def _neighbours(self, order: Sequence[Boundary]) -> Iterable[tuple[str, str]]:
         """Pairs (lower, upper) of losses whose heads follow each other; heads on one module count as one."""
-        names, windows = self._by_height(), self.windows
+        names, windows = self._by_height(order), self.windows
         for position, upper in enumerate(names):
             below = [name for name in names[:position] if windows[name].top != windows[upper].top]
             if below:
                 yield below[-1], upper
 
-    def _is_at_or_above(self, end: Boundary, head: Boundary) -> bool:
-        if self.binding is not None:
-            return self.binding.order.index(end) >= self.binding.order.index(head)
-        if end == head:
-            return True
-        end_parent, _, end_leaf = end.module.rpartition(".")
-        head_parent, _, head_leaf = head.module.rpartition(".")
-        if end_parent != head_parent or not (end_leaf.isdecimal() and head_leaf.isdecimal()):
-            return False
-        return int(end_leaf) > int(head_leaf)
+
+def _is_at_or_above(end: Boundary, head: Boundary, order: Sequence[Boundary]) -> bool:
+    if order:
+        return order.index(end) >= order.index(head)
+    if end == head:
+        return True
+    end_parent, _, end_leaf = end.module.rpartition(".")
+    head_parent, _, head_leaf = head.module.rpartition(".")
+    if end_parent != head_parent or not (end_leaf.isdecimal() and head_leaf.isdecimal()):
+        return False
+    return int(end_leaf) > int(head_leaf)
 
 
-def _ending(window: Window, *, above: str | None = None) -> Window:
-    return Window(top=window.top, above=above, weight=window.weight)
+def _ending(window: Window, *, after: str | tuple[str, ...] | None = None) -> Window:
+    return Window(top=window.top, after=after, weight=window.weight)
 
 
 def _with_weight(window: Window, default: float) -> Window:

@@ -1,4 +1,4 @@
-"""Read-only: which loss reaches which parameter, read off the real graph."""
+"""Which loss reaches which parameter, read off the real graph."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from relaybackprop import graph
+from relaybackprop.engine import graph
+from relaybackprop.engine.pytree import tensors_in
+from relaybackprop.engine.routes import inside
 from relaybackprop.errors import HeadError, PlanError
 from relaybackprop.loss import RelayOutput
-from relaybackprop.plan import PRIMARY, Plan, Window
+from relaybackprop.plan import PRIMARY, Plan
 from relaybackprop.relay import Relay
-from relaybackprop.schedule import junction_at
-from relaybackprop.structure import tensors_in
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,7 +23,7 @@ class Reach:
     """Which loss reaches which parameter.
 
     Attributes:
-        plan: bound to the model.
+        plan: of the relay.
         losses: by loss, the names of the parameters that it reaches, as in `Relay.named_parameters()`.
         parameters: all trainable parameters' names in their order, with their numbers of elements.
     """
@@ -52,8 +51,7 @@ class Reach:
 def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
     """Which loss reaches which parameter, read off the autograd graph of one training forward pass.
 
-    Gradients, buffers (batch statistics), modes and random generators are as before; `relay.plan` is bound if it was
-    not yet.
+    Gradients, buffers (batch statistics), modes and random generators are as before.
 
     Args:
         relay: the model with its plan.
@@ -78,20 +76,10 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
         edges = graph.edges_of(tensors_in(value))
         if not edges:
             raise HeadError(f"an output of {name!r} that depends on a trainable parameter", "none", "Unfreeze a layer.")
-        reached = graph.walk(edges, _inside(relay.plan.windows[name]))
+        reached = graph.walk(edges, inside(name))
         variables = (getattr(node, "variable", None) for node in reached)
         losses[name] = frozenset(names[id(variable)] for variable in variables if id(variable) in names)
     return Reach(relay.plan, losses, {name: p.numel() for name, p in parameters.items()})
-
-
-def _inside(window: Window) -> graph.Follow:
-    """Follow the graph down to the end of a window."""
-
-    def follow(node: Node, output: int) -> bool:
-        junction = junction_at(node, output)
-        return junction is None or window.lower is None or junction.boundary != str(window.lower)
-
-    return follow
 
 
 @contextmanager

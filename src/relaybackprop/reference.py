@@ -1,4 +1,4 @@
-"""The method written down slowly and plainly: one `autograd.grad` per loss, masked, summed. The oracle of every test.
+"""The method in its plainest form: one `autograd.grad` per loss, masked, summed. The oracle of every test.
 
 It shares nothing with the engine but the plan and the walk over nested values. It costs one whole backward pass per
 loss and another per window.
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relaybackprop.engine.pytree import map_tensors, tensors_in
 from relaybackprop.plan import PRIMARY, Boundary, Plan
-from relaybackprop.structure import map_tensors, tensors_in
 
 Losses = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -23,7 +23,7 @@ def reference_gradients(
 
         grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
 
-    A parameter lies below a window if the tensors at the window's lower end depend on it.
+    A parameter lies below a window if the tensors at the window's lower ends depend on it.
 
     Args:
         model: the plain model.
@@ -44,7 +44,7 @@ def reference_gradients(
     total = {name: torch.zeros_like(p) for name, p in every.items()}
     for loss_name, loss in losses(outputs).items():
         window = plan.windows[loss_name]
-        below = set[str]() if window.lower is None else _depends_on(crossings[window.lower], every)
+        below = _depends_on([tensor for end in window.ends for tensor in crossings[end]], every)
         for name, gradient in zip(every, _grad([loss], every), strict=True):
             if gradient is not None and name not in below:
                 total[name] += plan.weights[loss_name] * gradient

@@ -1,30 +1,33 @@
-"""What users train: `Relay` around any model."""
+"""`Relay`: a model whose losses each reach only their own window of layers."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from relaybackprop.errors import AppliedTwiceError, HeadError, PlanError, StepError
+from relaybackprop.engine.calls import Calls
+from relaybackprop.engine.data_parallel import average_gradients, share_buffers
+from relaybackprop.engine.early import EarlyRelease
+from relaybackprop.engine.forward import ForwardPass
+from relaybackprop.engine.hooks import boundaries, find_module, node_names, refuse_transforms
+from relaybackprop.engine.pytree import items_of, map_tensors
+from relaybackprop.engine.routes import make_schedule
+from relaybackprop.errors import AppliedTwiceError, EarlyReleaseError, HeadError, PlanError
 from relaybackprop.loss import RelayLoss, RelayOutput, kinds_of, shape_of
-from relaybackprop.parallel import average_gradients, share_buffers
-from relaybackprop.passage import Passage, boundaries, find_module, modified_error, node_names, refuse_tracing
-from relaybackprop.plan import PRIMARY, Binding, Boundary, Plan
-from relaybackprop.release import Release
-from relaybackprop.schedule import Schedule, make_schedule
-from relaybackprop.structure import map_tensors
+from relaybackprop.plan import PRIMARY, Boundary, Plan
 
 if TYPE_CHECKING:  # not every torch has it
     from torch.distributed import ProcessGroup
 
-SCHEDULES_KEPT = 64  # by what is frozen; training that freezes layers at random sees ever new ones
+SCHEDULES_KEPT = 64
+
+Output = Callable[[Any], Any] | str | int
+"""What the primary loss reads of the model's output: a function of it, or the key or index of one item."""
 
 
-class RelayStep(NamedTuple):
-    """What `Relay.step` returns. All of it is detached.
+class RelayResult(NamedTuple):
+    """The result of `Relay.forward_backward`. All of it is detached.
 
     Attributes:
         loss: the weighted sum, a scalar.
@@ -40,26 +43,35 @@ class RelayStep(NamedTuple):
 class Relay(nn.Module):
     """A model whose losses each reach only their own window of layers.
 
-    In training mode the forward pass returns a `RelayOutput`; the gradients of losses on it go as far as the plan
-    says, in one `backward()`. In evaluation mode the output and the cost are exactly the plain model's. The model is
-    held, not copied, and it is changed only while a training forward pass runs: `relay.model` is the plain model at
-    any other time, with its own state-dict keys, and can be taken out, saved or exported as it is.
+    In training mode the forward pass returns a `RelayOutput`; one `backward()` propagates the gradients of losses on it
+    as far as the plan says. In evaluation mode output and cost are exactly the plain model's. The model is held, not
+    copied, and it is changed only while a training forward pass runs: `relay.model` is the plain model at any other
+    time, with its own state-dict keys, and can be taken out, saved or exported as it is.
 
     A window of D layers that G losses with different lower ends share costs G input-gradient passes and one
     weight-gradient pass there; everything else costs what standard backpropagation costs (docs/method.md).
     Full-backward hooks of modules in an overlap fire once per pass; parameters' hooks always fire once.
 
     Args:
-        model: any module. Boundaries must be called once in each training forward pass.
-        plan: where heads attach and how far down each loss reaches. `relay.plan` is bound to the model by the first
-            training forward pass and from then on prints each window's depth.
+        model: any module. Boundaries must be called once in each training forward pass, except for modules that layer
+            drop skips (Note [Skipped modules] in `relaybackprop.engine.hooks`).
+        plan: where heads attach and how far down each loss reaches.
         heads: by name of the auxiliary loss, the module that turns the output of the window's `top` into what the
-            criterion takes. It is called with that output, whatever its type.
+            criterion takes. It is called with a copy of that output, whatever its type.
+        output: what the primary loss reads of the model's output, for models that return more: a function, or the key
+            or index of an item. The relay then returns that, in both modes.
+
+    Attributes:
+        order: the boundaries from low to high; empty before the first training forward pass.
+        depths: by loss, the number of weight layers on the longest path through its window, its head left out: the
+            paper's N. Trainable convolutions, linear layers and embeddings count; weights that are computed anew in
+            each pass (weight_norm and the like) and fused recurrent layers do not. `print(plan.describe(depths))`.
 
     Raises:
         PlanError: arguments of other types, or in another order.
         ModuleNameError: the plan names a module that the model does not have.
-        HeadError: a window without a head, a head without a window, or a head that is no module.
+        HeadError: a window without a head, a head without a window, or a head that is not a module.
+        TransformError: a boundary in a model compiled by torch.jit.
         AppliedTwiceError: the model is, or contains, a `Relay`.
 
     Example:
@@ -76,7 +88,14 @@ class Relay(nn.Module):
     # then leaves that division out: gradients would be multiplied by the number of steps, silently.
     accepts_loss_kwargs = False
 
-    def __init__(self, model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        heads: Mapping[str, nn.Module] | None = None,
+        *,
+        output: Output | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module) or not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(
@@ -96,43 +115,47 @@ class Relay(nn.Module):
         self.plan = plan
         self.model = model
         self.heads = nn.ModuleDict({name: heads[name] for name in plan.auxiliary})
-        self._schedules: dict[Any, tuple[Schedule, Binding]] = {}
-        self._copies: dict[Boundary, bool] = {}
-        # The same for `step`: what has been searched for leaks, and which heads go on in place.
-        self._released: dict[Any, Binding] = {}
-        self._head_copies: dict[Boundary, bool] = {}
+        self.output = output
+        self.order: tuple[Boundary, ...] = ()
+        self.depths: Mapping[str, int] = {}
+        self._schedules = _Cache()
+        self._released = _Cache()
+        self._missed: dict[Boundary, int] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode; in training mode a `RelayOutput`.
 
         Raises:
-            BoundaryError: a boundary module ran never, twice, or where no gradients are recorded; or what crosses it
-                is changed in place by another name.
+            BoundaryError: a boundary module never ran, ran twice, or ran without recording gradients; or the value
+                that crosses it is changed in place by another name.
             WindowError: a window whose top the forward pass meets before its lower end.
-            LeakError: a path around the end of a window (looked for when the order of boundaries, or what is frozen,
+            LeakError: a path around the end of a window (searched for when the order of boundaries, or what is frozen,
                 is seen for the first time).
             CompiledOverlapError: compiled code where windows overlap, or around a boundary.
+            TransformError: a `torch.func` transform.
         """
         if not self.training:
-            return self.model(*args, **kwargs)
-        refuse_tracing("a training forward pass of Relay")
-        frozen = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        passage = Passage(self.plan, self._copies)
-        is_new = not any(key[:2] == (self.plan, frozen) for key in self._schedules)
-        with boundaries(self.model, passage), node_names(self.model, is_new) as names:
-            primary = self.model(*args, **kwargs)
-        passage.check()
-        self._note_modified(passage, "the layers after")
-        passage.check_in_place()
-        if any(window.lower is not None for window in self.plan.windows.values()):
-            primary = passage.leave(primary)
-        auxiliary = {name: self._run_head(name, passage.head_inputs.pop(name)) for name in self.plan.auxiliary}
-        self._note_modified(passage, "a head on")
+            return self._read(self.model(*args, **kwargs))
+        refuse_transforms("a training forward pass of Relay")
+        key = self._key()
+        run = ForwardPass(Calls(self.plan, self._missed))
+        with boundaries(self.model, self.plan, run), node_names(self.model, not self._schedules.knows(key)) as names:
+            primary = self._read(self.model(*args, **kwargs))
+        run.calls.check()
+        primary = run.leave(primary)
+        auxiliary = {name: self._run_head(name, run.head_inputs.pop(name)) for name in run.calls.losses()[1:]}
         if torch.is_grad_enabled():
-            self._set_routes(passage, {PRIMARY: primary, **auxiliary}, frozen, names)
-        return RelayOutput(primary, auxiliary)
+            # The routes depend on the graph's shape only. Two passes of the same shape share them.
+            shape = tuple(run.calls.places.items()), tuple(junction.boundary for junction in run.junctions)
+            found = self._schedules.get((key, shape))
+            if found is None:
+                schedule = make_schedule(run.junctions, run.paths({PRIMARY: primary, **auxiliary}), names)
+                found = self._schedules.add((key, shape), (schedule, tuple(run.calls.order), schedule.depths))
+            schedule, self.order, self.depths = found
+            schedule.apply(run.junctions, run.edges)
+        return RelayOutput(primary, auxiliary, self.plan.weights)
 
-    def step(
+    def forward_backward(
         self,
         *args: Any,
         target: Any,
@@ -140,23 +163,24 @@ class Relay(nn.Module):
         scale: Callable[[Tensor], Tensor] | None = None,
         sync: "bool | ProcessGroup" = True,
         **kwargs: Any,
-    ) -> RelayStep:
-        """Forward and backward pass in one, in the memory of the largest window: see `relaybackprop.release`.
+    ) -> RelayResult:
+        """Forward and backward pass in one, in the memory of the largest window: see `relaybackprop.engine.early`.
 
-        Each auxiliary loss goes down as soon as its head has been met, and what its window alone has kept is freed
-        before the layers above run. The gradients in `.grad` are those of `loss(relay(images), labels).backward()`, at
-        no more operations; dropout in heads draws in another order. Every way down has to pass the end of each window,
-        also for the other losses. If anything raises, part of the gradients may be there already.
+        The backward pass of each auxiliary loss runs as soon as the forward pass reaches its head, and the activations
+        that its window alone has saved are freed before the layers above run. The gradients in `.grad` are those of
+        `loss(relay(images), labels).backward()`, at no more operations; dropout in heads draws in another order. Every
+        backward path has to cross the end of each window, also for the other losses. After an error part of the
+        gradients may have been computed.
 
-        In a job of several processes gradients are averaged over them at the end, and buffers (batch statistics) are
-        the first one's, as with `DistributedDataParallel`, which must not be asked to do so itself: give it no forward
-        pass, call `step` on the relay. The processes have to start with equal parameters.
+        In a job of several processes gradients are averaged over them, and buffers (batch statistics) are the first
+        one's, as with `DistributedDataParallel`. Do not wrap the relay in `DistributedDataParallel`: it must not
+        average as well. The processes have to start with equal parameters.
 
         Args:
             *args: of the model.
-            target: handed to each criterion as it is.
-            loss: of this plan. Its weights count.
-            scale: what each weighted loss goes through before its backward pass: `scaler.scale`, or
+            target: passed to each criterion unchanged.
+            loss: the criteria. The plan's weights apply.
+            scale: applied to each weighted loss before its backward pass: `scaler.scale`, or
                 `lambda loss: loss / parts` where gradients are accumulated.
             sync: whether to average over all processes, or over those of a group. False in all but the last part of an
                 accumulated batch.
@@ -166,17 +190,17 @@ class Relay(nn.Module):
             The losses and outputs, detached.
 
         Raises:
-            StepError: in evaluation mode, where no gradients are recorded, for parameters that are divided among
-                processes, or if a way leads around the end of a window.
+            EarlyReleaseError: in evaluation mode, where no gradients are recorded, for sharded parameters, for windows
+                with several ends, for reentrant checkpointing in a window, or if a path leads around the end of one.
             RelayError: all that the forward pass, or `loss`, raises.
 
         Example:
             >>> optimizer.zero_grad()  # doctest: +SKIP
-            >>> result = relay.step(images, target=labels, loss=criterion)  # doctest: +SKIP
+            >>> result = relay.forward_backward(images, target=labels, loss=criterion)  # doctest: +SKIP
             >>> optimizer.step()  # doctest: +SKIP
             >>> print(result.loss.item())  # doctest: +SKIP
         """
-        self._check_step(loss)
+        self._check_early(loss)
         group = None if isinstance(sync, bool) else sync
         if sync:
             share_buffers(self, group)
@@ -186,60 +210,72 @@ class Relay(nn.Module):
             output = value if name == PRIMARY else self._run_head(name, value)
             term = loss.term(name, output, target)
             outputs[name], terms[name] = map_tensors(Tensor.detach, output), term.detach()
-            weighted = loss.plan.weights[name] * term
+            weighted = self.plan.weights[name] * term
             return weighted if scale is None else scale(weighted)
 
-        frozen = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        is_new = (self.plan, frozen) not in self._released
+        key = self._key()
+        is_new = self._released.get((key, ())) is None
         with node_names(self.model, is_new) as names:
-            release = Release(self.plan, self._head_copies, compute, names if is_new else None)
-            try:
-                with boundaries(self.model, release):
-                    primary = self.model(*args, **kwargs)
-                release.finish(primary)
-            finally:
-                for boundary, changed in release.changes.items():
-                    self._head_copies[boundary] = changed or self._head_copies.get(boundary, False)
+            release = EarlyRelease(Calls(self.plan, self._missed), compute, names if is_new else None)
+            with boundaries(self.model, self.plan, release):
+                primary = self._read(self.model(*args, **kwargs))
+            release.finish(primary)
         if is_new:
-            if len(self._released) == SCHEDULES_KEPT:
-                self._released.pop(next(iter(self._released)))
-            depths = {name: release.depths[name] for name in self.plan.windows}
-            self._released[self.plan, frozen] = Binding(tuple(release.order), depths)
-        binding = self._released[self.plan, frozen]
-        if self.plan.binding is not binding:
-            self.plan = dataclasses.replace(self.plan, binding=binding)
-        output = RelayOutput(outputs.pop(PRIMARY), {name: outputs[name] for name in self.plan.auxiliary})
+            self._released.add((key, ()), (tuple(release.calls.order), release.depths))
+        self.order, self.depths = self._released[key, ()]
+        auxiliary = {name: outputs[name] for name in self.plan.auxiliary if name in outputs}
+        output = RelayOutput(outputs[PRIMARY], auxiliary, self.plan.weights)
         loss.check_fits(output)
         if sync:
             average_gradients(self, group)
-        terms = {name: terms[name] for name in self.plan.windows}
-        total = torch.stack([loss.plan.weights[name] * term for name, term in terms.items()]).sum()
-        return RelayStep(total, terms, output)
+        terms = {name: terms[name] for name in output.losses}
+        total = torch.stack([output.weights[name] * term for name, term in terms.items()]).sum()
+        return RelayResult(total, terms, output)
 
-    def _check_step(self, loss: RelayLoss) -> None:
+    def step(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """The name of `forward_backward` before 0.2."""
+        raise PlanError("relay.forward_backward(...)", "relay.step(...)", "Rename it; arguments are the same.")
+
+    def _read(self, output: Any) -> Any:
+        """What the primary loss reads of the model's output."""
+        if self.output is None:
+            return output
+        if callable(self.output):
+            return self.output(output)
+        if isinstance(output, Tensor):  # some models return one tensor in evaluation mode
+            return output
+        items = items_of(output)
+        if self.output not in items:
+            raise HeadError(
+                f"a model whose output has {self.output!r}", f"one with {list(items)}", "Name another item."
+            )
+        return items[self.output]
+
+    def _key(self) -> tuple[Any, ...]:
+        """All that decides routes, apart from the forward pass: the plan and what is frozen."""
+        return self.plan, tuple(parameter.requires_grad for parameter in self.model.parameters())
+
+    def _check_early(self, loss: RelayLoss) -> None:
         if not isinstance(loss, RelayLoss):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise HeadError(
-                "loss to be a RelayLoss", kinds_of(loss), "Write loss=RelayLoss(nn.CrossEntropyLoss(), relay.plan)."
-            )
-        if loss.plan.windows.keys() != self.plan.windows.keys():
-            raise HeadError(
-                f"a loss for {list(self.plan.windows)}",
-                f"one for {list(loss.plan.windows)}",
-                "Build Relay and RelayLoss with the same plan.",
-            )
+            raise HeadError("loss to be a RelayLoss", kinds_of(loss), "Write loss=RelayLoss(nn.CrossEntropyLoss()).")
+        loss.check_names(self.plan.windows)
         if not self.training or not torch.is_grad_enabled():
-            raise StepError(
+            raise EarlyReleaseError(
                 "training mode, and gradients to be recorded",
                 "a relay in evaluation mode" if not self.training else "torch.no_grad()",
                 "Call relay.train() before, or relay(images) for outputs alone.",
             )
+        if any(len(window.ends) > 1 for window in self.plan.windows.values()):
+            raise EarlyReleaseError(
+                "windows with one end each", "a window with several", "Use an ordinary forward and backward pass."
+            )
         if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # a DTensor
-            raise StepError(
+            raise EarlyReleaseError(
                 "whole parameters on each device",
                 "parameters that are divided among processes, as by FSDP",
-                "Use an ordinary forward and backward pass, or leave out the division: step needs no wrapper.",
+                "Use an ordinary forward and backward pass, or do not shard: early release needs no wrapper.",
             )
-        refuse_tracing("a step of Relay")
+        refuse_transforms("an early release of Relay")
 
     def _run_head(self, name: str, value: Any) -> Any:
         try:
@@ -248,27 +284,19 @@ class Relay(nn.Module):
             error.add_note(f"in the head {name!r}, which read {shape_of(value)}, the {self.plan.auxiliary[name].upper}")
             raise
 
-    def _set_routes(
-        self, passage: Passage, outputs: dict[str, Any], frozen: tuple[bool, ...], names: dict[Node, str]
-    ) -> None:
-        # The routes depend on the graph's shape only. Two passes of the same shape share them.
-        live = tuple(junction.boundary for junction in passage.junctions)
-        key = self.plan, frozen, tuple(passage.order), live
-        if key not in self._schedules:
-            schedule = make_schedule(passage.junctions, passage.paths(outputs), names)
-            if len(self._schedules) == SCHEDULES_KEPT:
-                self._schedules.pop(next(iter(self._schedules)))
-            self._schedules[key] = schedule, Binding(tuple(passage.order), schedule.depths)
-        schedule, binding = self._schedules[key]
-        schedule.apply(passage.junctions, passage.edges)
-        if self.plan.binding is not binding:
-            self.plan = dataclasses.replace(self.plan, binding=binding)
 
-    def _note_modified(self, passage: Passage, who: str) -> None:
-        for boundary, modified in passage.modified().items():
-            self._copies[boundary] = modified or self._copies.get(boundary, False)
-            if modified and boundary not in passage.copied:
-                raise modified_error(who, boundary)
+class _Cache(dict[Any, Any]):
+    """Results by what decides them, the oldest dropped: training that freezes layers at random sees ever new ones."""
+
+    def add(self, key: Any, value: Any) -> Any:
+        if len(self) == SCHEDULES_KEPT:
+            self.pop(next(iter(self)))
+        self[key] = value
+        return value
+
+    def knows(self, first: Any) -> bool:
+        """Whether there is a result for a key that begins in this way."""
+        return any(key[0] == first for key in self)
 
 
 def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:

@@ -76,10 +76,10 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
         InputError: another scheme, or another one than "standard" without auxiliary losses.
     """
     auxiliary = {
-        name: Window(top=window.top, bottom=window.bottom, above=window.above, weight=window.weight)
+        name: Window(top=window.top, bottom=window.bottom, after=window.after, weight=window.weight)
         for name, window in config.auxiliary.items()
     }
-    plan = Plan(Window(bottom=config.primary.bottom, above=config.primary.above), auxiliary)
+    plan = Plan(Window(bottom=config.primary.bottom, after=config.primary.after), auxiliary)
     makers: dict[str, Callable[[], Plan]] = {
         "standard": plan.standard,
         "multi_loss": plan.multi_loss,
@@ -179,6 +179,6 @@ def build_relay(recipe: Recipe) -> Relay:
     return Relay(model, plan, build_heads(recipe.plan, recipe.network, model) if plan.auxiliary else None)
 
 
-def build_criterion(config: OptimizerConfig, plan: Plan) -> RelayLoss:
-    """Build the weighted sum of a plan's cross-entropies."""
-    return RelayLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), plan)
+def build_criterion(config: OptimizerConfig) -> RelayLoss:
+    """Build the weighted sum of cross-entropies."""
+    return RelayLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing))

@@ -51,10 +51,10 @@ class NetworkConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrimaryConfig:
-    """The window of the loss on the network's output: its gradient stops at the input of one module, or above one."""
+    """The window of the loss on the network's output: its gradient stops at the input of one module, or after one."""
 
     bottom: str | None = None
-    above: str | None = None
+    after: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class AuxiliaryConfig:
 
     top: str
     bottom: str | None = None
-    above: str | None = None
+    after: str | None = None
     weight: float = 0.3
     head: str = "googlenet"
 

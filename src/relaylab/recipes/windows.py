@@ -22,14 +22,14 @@ INCEPTION_V3 = PlanConfig(
 def vgg(depth: int) -> PlanConfig:
     """Return Table 2's plan for model A on a plain VGGNet: both losses train the layers on 28x28 maps."""
     pools = _pools(depth)
-    return PlanConfig(primary=PrimaryConfig(above=pools[2]), auxiliary={"aux": AuxiliaryConfig(top=pools[3])})
+    return PlanConfig(primary=PrimaryConfig(after=pools[2]), auxiliary={"aux": AuxiliaryConfig(top=pools[3])})
 
 
 def vgg_figure_2(depth: int = 19) -> PlanConfig:
     """Return Figure 2's plan: two auxiliary losses train segments 1 to 3 and 3 to 4, the primary loss 4 to 5."""
     pools = _pools(depth)
-    auxiliary = {"aux1": AuxiliaryConfig(top=pools[2]), "aux2": AuxiliaryConfig(above=pools[1], top=pools[3])}
-    return PlanConfig(primary=PrimaryConfig(above=pools[2]), auxiliary=auxiliary)
+    auxiliary = {"aux1": AuxiliaryConfig(top=pools[2]), "aux2": AuxiliaryConfig(after=pools[1], top=pools[3])}
+    return PlanConfig(primary=PrimaryConfig(after=pools[2]), auxiliary=auxiliary)
 
 
 def _pools(depth: int) -> list[str]:

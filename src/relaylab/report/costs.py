@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from relaybackprop import cost
-from relaybackprop.cost import Cost
+from relaybackprop.planning.cost import Cost
 from relaylab.models.building import build_heads, build_network, build_plan
 from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.tables import Table

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from relaybackprop import Plan
-from relaybackprop.chain import Link, bind, chain
 from relaybackprop.plan import Boundary
+from relaybackprop.planning.chain import Link, chain, traced
 from relaylab.errors import InputError
 from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid, braces
@@ -70,9 +70,7 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
         losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
         stages.append(Stage(_name(run, links), _words(model, run, before), size, losses))
         size, first, before = _side(run[-1]), first + len(run), run[-1].depth
-    binding = bind(model, plan, images).binding
-    assert binding is not None, "bound by its pass"
-    depths = binding.depths
+    depths = traced(model, plan, images).depths
     return stages, [Loss(n, plan.weights[n], of_link[low], of_link[top], depths[n]) for n, (low, top) in spans.items()]
 
 
@@ -80,7 +78,7 @@ def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
     """Return the lowest and the highest link of a loss's window."""
     window = plan.windows[loss]
     top = len(links) - 1 if window.upper is None else _at(links, window.upper)
-    low = 0 if window.lower is None else _at(links, window.lower) + 1
+    low = _at(links, window.ends[0]) + 1 if window.ends else 0
     return low, top
 
 

@@ -158,13 +158,13 @@ class Trainer:
             images = images.contiguous()
         if self.config.early_release:
             with self.fabric.autocast():
-                result = self.relay.step(
+                result = self.relay.forward_backward(
                     images, target=batch.labels, loss=self.criterion, scale=self.scaled, sync=is_last
                 )
             return {**result.terms, **top_errors(result.output.primary, batch.labels)}, {}
         output = self.module(images)
         losses = self.criterion.terms(output, batch.labels)
-        weights = self.criterion.plan.weights
+        weights = self.relay.plan.weights
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
         angles: diagnosis.Groups = {}
         if measures and self.can_see_angles:

@@ -216,7 +216,7 @@ def assemble(
     chosen = recipe.optimizer
     groups = parameter_groups(relay, segments, chosen.segment_lr)
     optimizer = torch.optim.SGD(groups, chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
-    criterion = build_criterion(recipe.optimizer, relay.plan).to(fabric.device)
+    criterion = build_criterion(recipe.optimizer).to(fabric.device)
     augment = images.augmentation(recipe, config.seed).to(fabric.device)
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
     raise_all(runs.batch_problems(recipe, config, fabric.world_size))

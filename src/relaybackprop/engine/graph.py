@@ -26,37 +26,40 @@ def everywhere(_node: Node, _output: int) -> bool:
 
 
 def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | None]:
-    """All nodes under `starts`, the lower bounds excepted, each with the node that the walk came from."""
+    """All nodes under `starts` as far as `follow` goes, each with the node from which the walk reached it."""
     came_from: dict[Node, Node | None] = {}
+    seen = set[tuple[Node, int]]()
     stack: list[tuple[Node, int, Node | None]] = [(edge.node, edge.output_nr, None) for edge in starts]
     while stack:
         node, output, parent = stack.pop()
         # `follow` is asked on every edge: a junction tells its trunk from its heads by the output's number.
-        if not follow(node, output) or node in came_from:
+        if not follow(node, output) or (node, _slot(node, output)) in seen:
             continue
-        came_from[node] = parent
-        stack.extend((below, number, node) for below, number in _below(node))
+        seen.add((node, _slot(node, output)))
+        came_from.setdefault(node, parent)
+        stack.extend((below, number, node) for below, number in _below(node, output))
     return came_from
 
 
 def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
-    """The number of weight layers on the longest way down: trainable convolutions, linear layers and embeddings.
+    """The number of weight layers on the longest path down: trainable convolutions, linear layers and embeddings.
 
     Only weights with at least two dimensions count, so normalisation layers and biases do not. Shortcuts count as the
-    shorter way that they are: ResNet-50 has 50.
+    shorter path that they are: ResNet-50 has 50.
     """
-    depth: dict[Node, int] = {}
-    stack = [edge.node for edge in starts if follow(edge.node, edge.output_nr)]
-    roots = tuple(stack)
+    depth: dict[tuple[Node, int], int] = {}
+    stack = [(edge.node, edge.output_nr) for edge in starts if follow(edge.node, edge.output_nr)]
+    roots = tuple((node, _slot(node, output)) for node, output in stack)
     while stack:
-        node = stack[-1]
-        below = [lower for lower, number in _below(node) if follow(lower, number)]
-        waiting = [lower for lower in below if lower not in depth]
-        if node not in depth and waiting:
+        node, output = stack[-1]
+        below = [edge for edge in _below(node, output) if follow(*edge)]
+        waiting = [edge for edge in below if (edge[0], _slot(*edge)) not in depth]
+        if (node, _slot(node, output)) not in depth and waiting:
             stack.extend(waiting)
             continue
         stack.pop()
-        depth[node] = _is_weight_layer(node) + max((depth[lower] for lower in below), default=0)
+        longest = max((depth[lower, _slot(lower, number)] for lower, number in below), default=0)
+        depth[node, _slot(node, output)] = _is_weight_layer(node) + longest
     return max((depth[root] for root in roots), default=0)
 
 
@@ -98,8 +101,18 @@ def nearest_name_below(node: Node, names: Mapping[Node, str]) -> str | None:
     return None
 
 
-def _below(node: Node) -> Iterator[tuple[Node, int]]:
-    return ((below, number) for below, number in node.next_functions if below is not None)
+def _slot(node: Node, output: int) -> int:
+    """The number of the junction's tensor that an edge reads; 0 at other nodes."""
+    junction = getattr(node, "junction", None)
+    return 0 if junction is None else output % len(junction.sources)
+
+
+def _below(node: Node, output: int | None = None) -> Iterator[tuple[Node, int]]:
+    """The edges below a node; of a junction, those of one of its outputs."""
+    edges = node.next_functions
+    if output is not None and hasattr(node, "junction"):
+        edges = (edges[_slot(node, output)],)
+    return ((below, number) for below, number in edges if below is not None)
 
 
 def _is_weight_layer(node: Node) -> bool:

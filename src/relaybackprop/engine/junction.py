@@ -70,7 +70,7 @@ class Hop:
 
 @dataclass(eq=False, frozen=True)
 class Route:
-    """What one junction does in the backward pass; see `relaybackprop.schedule`.
+    """What one junction does in the backward pass; see `relaybackprop.engine.routes`.
 
     Args:
         arriving: the losses whose gradients arrive from above.
@@ -91,6 +91,7 @@ class Junction:
         boundary: its place in words, for error messages.
         index: number of the junction, counted from the lowest.
         heads: names of the losses whose heads attach here.
+        ending: names of the losses whose windows end here.
         lanes: shared by the junctions of the forward pass.
         sources: edges to where the boundary's tensors come from.
     """
@@ -98,6 +99,7 @@ class Junction:
     boundary: str
     index: int
     heads: tuple[str, ...]
+    ending: Losses
     lanes: Lanes
     sources: list[GradientEdge]
     # These are set when the forward pass is over. Until then (it raised, or calls backward itself) a junction passes on
@@ -160,17 +162,17 @@ class Junction:
 
 
 class _Cross(torch.autograd.Function):
-    """Identity upwards; `Junction.pass_down` downwards."""
+    """Identity in the forward pass; `Junction.pass_down` in the backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, junction: Junction, copy: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, junction: Junction, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         cast(Any, ctx).junction = junction
         # Detached tensors share memory and version counter with their source but are no views to autograd: an in-place
-        # ReLU right after the boundary works, and one that spoils a saved tensor is still found out.
+        # ReLU right after the boundary works, and one that spoils a saved tensor is still detected.
         trunk = [tensor.detach() for tensor in tensors]
-        heads = [tensor.clone() if copy else tensor.detach() for _ in junction.heads for tensor in tensors]
-        return *trunk, *heads
+        # Heads have memory of their own: the layers above, or the head itself, may continue in place.
+        return *trunk, *(tensor.clone() for _ in junction.heads for tensor in tensors)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
@@ -182,21 +184,20 @@ class _Cross(torch.autograd.Function):
             )
         junction = cast(Any, ctx).junction
         assert isinstance(junction, Junction)
-        return None, None, *junction.pass_down(list(gradients))
+        return None, *junction.pass_down(list(gradients))
 
 
-def cross(junction: Junction, tensors: Sequence[Tensor], *, copy: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
+def cross(junction: Junction, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Put a junction across tensors that require gradients.
 
     Args:
         junction: a new one, whose sources are the tensors' edges.
         tensors: all tensors of the boundary.
-        copy: give the heads memory of their own, for a trunk that goes on in place.
 
     Returns:
-        The trunk's tensors, and the tensors for each head; same shapes and values as `tensors`.
+        The trunk's tensors, and copies for each head; same shapes and values as `tensors`.
     """
-    crossed: tuple[Tensor, ...] = _Cross.apply(junction, copy, *tensors)  # pyright: ignore
+    crossed: tuple[Tensor, ...] = _Cross.apply(junction, *tensors)  # pyright: ignore
     width = len(tensors)
     groups = [list(crossed[start : start + width]) for start in range(0, len(crossed), width)]
     return groups[0], groups[1:]

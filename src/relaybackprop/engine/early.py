@@ -1,4 +1,4 @@
-"""WHEN gradients go down: at once. Each loss's backward pass runs as soon as the forward pass has met its head.
+"""Early release: run each loss's backward pass as soon as the forward pass reaches its head.
 
 Note [Early release]
 1. The forward pass is cut at the lower end of each window: the layers above read leaves, and the graph below ends. What
@@ -6,7 +6,7 @@ Note [Early release]
 2. A piece is *final* when no loss that is still to come reaches it. Such losses have their heads further up, and what
    they do not reach lies below their windows, so the final pieces are the lowest ones.
 3. When a piece becomes final, one backward pass computes the gradients of its weights from the sum of all losses that
-   reach it, as in Note [Lanes] 1 of `relaybackprop.junction`, and what it has kept for that is freed. The layers
+   reach it, as in Note [Lanes] 1 of `relaybackprop.engine.junction`, and what it has kept for that is freed. The layers
    above have not run yet.
 4. To get down to a final piece, a loss may have to pass pieces that are not final, where it overlaps with losses to
    come. It does so in a lane, a pass that computes input gradients only and keeps the graph, and its gradient waits
@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
-from relaybackprop import graph
-from relaybackprop.errors import StepError
-from relaybackprop.junction import Gradients, Junction, Lanes, Losses, add, cross
-from relaybackprop.passage import Passage, modified_error
-from relaybackprop.plan import PRIMARY, Boundary, Plan
-from relaybackprop.schedule import check_eager, foreign_head_error, leak_error
-from relaybackprop.structure import replace_tensors, tensors_in
+from relaybackprop.engine import graph
+from relaybackprop.engine.calls import Calls
+from relaybackprop.engine.junction import Gradients, Junction, Lanes, Losses, add, cross
+from relaybackprop.engine.memory import SharedMemory
+from relaybackprop.engine.pytree import replace_tensors, tensors_in
+from relaybackprop.engine.routes import check_eager, foreign_head_error, leak_error
+from relaybackprop.errors import EarlyReleaseError
+from relaybackprop.plan import PRIMARY, Boundary
 
 Compute = Callable[[str, Any], Tensor]
 """By the name of a loss, from what its head reads to the loss, weighted and scaled."""
@@ -90,117 +91,115 @@ class _Piece:
             self.lanes.clear()
 
 
-class Release(Passage):
-    """A forward pass that frees each window as soon as it can. It lives as long as `Relay.step` runs.
+class EarlyRelease:
+    """A forward pass that frees each window as soon as it can. It lives as long as `Relay.forward_backward` runs.
 
     Args:
-        plan: where heads attach and windows end.
-        copies: by boundary, whether its heads need memory of their own because they go on in place. Until that is known
-            they have it.
+        calls: the boundaries crossed.
         compute: runs a head and a criterion.
-        names: by node, the module that made it, if the graph is to be searched for ways around the cuts; None if that
+        names: by node, the module that made it, if the graph is to be searched for paths around the cuts; None if that
             has been done for this plan.
+
+    Attributes:
+        depths: by loss, see `Relay`; filled in while the graph is searched.
     """
 
-    def __init__(
-        self, plan: Plan, copies: Mapping[Boundary, bool], compute: Compute, names: Mapping[Node, str] | None
-    ) -> None:
-        super().__init__(plan, copies)
-        self.changes: dict[Boundary, bool] = {}  # whether heads went on in place
-        self.depths: dict[str, int] = {}  # by loss, see `Binding`; filled in while the graph is searched
-        self._heights: list[int] = []  # by piece, weight layers on the longest way through it
+    def __init__(self, calls: Calls, compute: Compute, names: Mapping[Node, str] | None) -> None:
+        self.calls = calls
+        self.depths: dict[str, int] = {}
+        self._memory = SharedMemory()
+        self._heights: list[int] = []  # by piece, weight layers on the longest path through it
         self._compute = compute
         self._names = names
         self._pieces = [_Piece()]
         self._number_above: dict[Boundary, int] = {}  # of the piece above each cut
         self._spans: dict[str, range] = {}  # by loss computed, the pieces in its window
-        self._passed: Losses = frozenset()  # losses that have gone down as far as they go
+        self._passed: Losses = frozenset()  # losses whose gradients have propagated to the end of their windows
         self._done = 0  # number of the lowest piece that is not final
-        self._aside = False  # losses and backward passes run what is none of the forward pass
 
-    def cross(self, boundary: Boundary, value: Any) -> Any:
-        """Compute the losses whose heads are here, let go of what has become final, and cut where a window ends."""
+    def is_active(self) -> bool:
+        """Whether a call belongs to this forward pass."""
         # A head may run modules of the model, and checkpointing runs them once more in a backward pass.
-        if self._aside or not self.enter(boundary, value):
-            return value
-        heads = [name for name, window in self.plan.auxiliary.items() if window.upper == boundary]
+        return self.calls.is_active()
+
+    def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
+        """Compute the losses attached here, free every finished piece, and cut the graph where a window ends."""
+        self.calls.enter(boundary, place, value)
+        heads = self.calls.heads_at(boundary, place)
         if heads:
             with self._stepping_aside():
                 for name in heads:
-                    self.check_upright(name)
+                    self.calls.check_upright(name)
                     self._start(name, value, boundary)
-                self._release()
-        if any(window.lower == boundary for window in self.plan.windows.values()):
-            return self._cut(boundary, value)
+                self._release(self._first_not_final())
+        if any(boundary in window.ends for window in self.calls.plan.windows.values()):
+            return self._cut(boundary, place, value)
         return value
 
     def finish(self, output: Any) -> None:
-        """Compute the primary loss from the model's output, and let go of all the rest."""
-        self.check()
-        self.check_has_tensors(f"the output for the loss {PRIMARY!r}", output)
+        """Compute the primary loss from the model's output, and free the rest."""
+        self.calls.check()
+        self.calls.check_has_tensors(f"the output for the loss {PRIMARY!r}", output)
         with self._stepping_aside():
             self._start(PRIMARY, output, None)
-            self._release()
-        self.check_in_place()
+            self._release(len(self._pieces))
+        self._memory.check()
 
     @contextmanager
     def _stepping_aside(self) -> Generator[None]:
-        """Leave the forward pass, and the checkpointing that it may be in, for as long as a loss is dealt with."""
-        self._aside = True
+        """Leave the forward pass, and the checkpointing that it may be in, while heads and backward passes run."""
+        self.calls.aside = True
         try:
             with saved_tensors_hooks(_as_it_is, _as_it_is):
                 yield
         finally:
-            self._aside = False
+            self.calls.aside = False
 
-    def _cut(self, boundary: Boundary, value: Any) -> Any:
+    def _cut(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
         tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
-        below, piece = self._pieces[-1], _Piece(boundary)
+        below, piece = self._pieces[-1], _Piece(place)
         sources = [get_gradient_edge(tensor) for tensor in tensors]
-        if self._names is not None:
+        if self._names is not None or place != boundary:  # a skipped module: another graph than the one searched
             piece.older = below.older | _numbers(sources)
+        if self._names is not None:
             self._heights.append(graph.longest_path(sources, graph.everywhere))
-        if len(self._pieces) > self._done:  # otherwise nothing comes down here any more
+        if len(self._pieces) > self._done:  # otherwise no gradient propagates to here any more
             below.sources = sources
         self._pieces.append(piece)
         self._number_above[boundary] = len(self._pieces) - 1
         if not tensors:  # nothing below needs a gradient
             return value
-        piece.leaves, crossed, junction = _leaves_of(tensors, str(boundary), copy=False)
+        piece.leaves, crossed, junction = _leaves_of(tensors, str(place))
         if self._names is not None:
-            self.watch(junction, tensors, crossed)
+            self._memory.watch(junction, tensors, crossed)
         return replace_tensors(value, tensors, crossed)
 
     def _start(self, loss: str, value: Any, boundary: Boundary | None) -> None:
         """Compute one loss and its gradient at its head's input, or at the model's output."""
-        copy = boundary is not None and self.copies.get(boundary, True)
         tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
         plain = [tensor for tensor in tensors_in(value) if not tensor.requires_grad]
-        leaves, crossed, _ = _leaves_of(tensors, f"head {loss}", copy=copy)
-        own = [*crossed, *(tensor.clone() if copy else tensor for tensor in plain)]
-        versions = [tensor._version for tensor in own if not tensor.is_inference()]
         edges = [get_gradient_edge(tensor) for tensor in tensors]
-        result = self._compute(loss, replace_tensors(value, [*tensors, *plain], own))
+        if boundary is None:
+            own, others = tensors, plain
+        else:  # a head may continue in place
+            own, others = [tensor.detach().clone() for tensor in tensors], [tensor.clone() for tensor in plain]
+        leaves, crossed, _ = _leaves_of(own, f"head {loss}")
+        result = self._compute(loss, replace_tensors(value, [*tensors, *plain], [*crossed, *others]))
         if self._names is not None and boundary is not None:
             _check_head(loss, result, self._pieces[-1].older | _numbers(edges), boundary)
         if result.requires_grad:
             with _full_precision(result.device.type):
                 result.backward()  # pyright: ignore[reportUnknownMemberType]
-        if boundary is not None:
-            changed = versions != [tensor._version for tensor in own if not tensor.is_inference()]
-            self.changes[boundary] = changed or self.changes.get(boundary, False)
-            if changed and not copy:
-                raise modified_error("a head on", boundary)
-        lower, last = self.plan.windows[loss].lower, len(self._pieces) - 1
-        self._spans[loss] = range(0 if lower is None else self._number_above[lower], last + 1)
+        ends, last = self.calls.plan.windows[loss].ends, len(self._pieces) - 1
+        self._spans[loss] = range(self._number_above[ends[0]] if ends else 0, last + 1)
         if self._names is not None:
             highest = graph.longest_path(edges, graph.everywhere)
             self.depths[loss] = highest + sum(self._heights[number] for number in self._spans[loss][:-1])
         self._pieces[last].heads[loss] = edges, [leaf.grad for leaf in leaves]
 
-    def _release(self) -> None:
-        """Bring all losses so far down to the pieces that have become final, and let these go."""
-        final = range(self._done, self._first_not_final())
+    def _release(self, end: int) -> None:
+        """Propagate the losses seen so far to every finished piece, those below number `end`, then free these."""
+        final = range(self._done, end)
         if not final:
             return
         highest = final[-1]
@@ -222,9 +221,9 @@ class Release(Passage):
     def _first_not_final(self) -> int:
         """The lowest piece that a loss to come may still reach."""
         first = len(self._pieces)
-        for loss, window in self.plan.windows.items():
+        for loss, window in self.calls.plan.windows.items():
             if loss not in self._spans:
-                first = min(first, 0 if window.lower is None else self._number_above.get(window.lower, first))
+                first = min(first, self._number_above.get(window.ends[0], first) if window.ends else 0)
         return first
 
     def _sums(self, groups: Iterable[Losses], number: int) -> list[Losses]:
@@ -259,30 +258,37 @@ class Release(Passage):
         self._pieces[number] = _Piece(piece.bottom, older=piece.older)
 
     def _check_ways(self, piece: _Piece, edges: Iterable[GradientEdge], losses: Losses) -> None:
-        """Raise if there is a way from here around the cut at the bottom of the piece."""
-        if self._names is None or piece.bottom is None:
+        """Raise if there is a path from here around the cut at the bottom of the piece."""
+        if not piece.older:
             return
+        names = self._names or dict[Node, str]()
         came_from = graph.walk(edges, graph.everywhere)
+        if any(node.name() == "CheckpointFunctionBackward" for node in came_from):
+            raise EarlyReleaseError(
+                f"layers above the {piece.bottom} without reentrant checkpointing",
+                "a checkpoint that runs only in one backward pass over the whole graph",
+                "Use checkpoint(..., use_reentrant=False), or an ordinary forward and backward pass.",
+            )
         around = next(
             (node for node in came_from if graph.number_of(node) in piece.older and not graph.is_leaf(node)), None
         )
         if around is None:
             return
-        ended = [loss for loss in losses if self.plan.windows[loss].lower == piece.bottom]
+        ended = [loss for loss in losses if piece.bottom in self.calls.plan.windows[loss].ends]
         if ended:
-            raise leak_error(ended[0], str(piece.bottom), around, came_from, self._names)
-        raise StepError(
-            f"every way down from above the {piece.bottom}, where a window ends, to pass there",
-            f"a way around it, to {graph.nearest_name_below(around, self._names) or around.name()}",
-            "Use an ordinary forward and backward pass, or let the window end where the ways have joined.",
+            raise leak_error(ended[0], str(piece.bottom), around, came_from, names)
+        raise EarlyReleaseError(
+            f"every backward path from above the {piece.bottom}, where a window ends, to cross it",
+            f"a path around it, to {graph.nearest_name_below(around, names) or around.name()}",
+            "Use an ordinary forward and backward pass, or let the window end where the paths have joined.",
         )
 
 
-def _leaves_of(tensors: list[Tensor], place: str, *, copy: bool) -> tuple[list[Tensor], list[Tensor], Junction]:
-    """New leaves with the same values, and what is to be read instead of them: in-place operations may follow."""
-    leaves = [(tensor.detach().clone() if copy else tensor.detach()).requires_grad_() for tensor in tensors]
-    junction = Junction(place, 0, (), Lanes(), [get_gradient_edge(leaf) for leaf in leaves])
-    return leaves, cross(junction, leaves, copy=False)[0] if leaves else [], junction
+def _leaves_of(tensors: list[Tensor], place: str) -> tuple[list[Tensor], list[Tensor], Junction]:
+    """New leaves in the same memory, and the tensors to read instead of them: in-place operations may follow."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    junction = Junction(place, 0, (), frozenset(), Lanes(), [get_gradient_edge(leaf) for leaf in leaves])
+    return leaves, cross(junction, leaves)[0] if leaves else [], junction
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

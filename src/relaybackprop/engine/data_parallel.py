@@ -21,7 +21,7 @@ def is_parallel(group: "ProcessGroup | None" = None) -> bool:
 def average_gradients(module: nn.Module, group: "ProcessGroup | None" = None) -> None:
     """Replace each gradient by its mean over all processes. A parameter that no process has used keeps none.
 
-    Call it once for each update, in all processes; `Relay.step` does.
+    Call it once for each update, in all processes; `Relay.forward_backward` does.
 
     Args:
         module: with the same parameters in all processes.

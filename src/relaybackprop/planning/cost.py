@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from relaybackprop.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
-from relaybackprop.errors import LeakError, StepError
-from relaybackprop.ledger import Ledger, Spent
+from relaybackprop.engine.pytree import replace_tensors, tensors_in
+from relaybackprop.errors import EarlyReleaseError, LeakError
 from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Boundary, Plan
+from relaybackprop.planning.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
+from relaybackprop.planning.profile import Ledger, Spent
 from relaybackprop.relay import Relay
-from relaybackprop.structure import replace_tensors, tensors_in
 
 STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"
-EARLY_RELEASE = "early_release"  # the plan itself by `Relay.step`
+EARLY_RELEASE = "early_release"  # the plan itself by `Relay.forward_backward`
 LOWER_BOUND = "lower_bound"
 UNITS = ("", "k", "M", "G", "T", "P")
 NAME_WIDTH = 26  # the table has 120 columns
@@ -115,10 +115,10 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
 
     Returns:
         The schemes are "standard", "multi_loss", "isolated", "relay", which is the plan itself, and "early_release",
-        which is the plan by `Relay.step`, each as this package runs it; "isolated" and "early_release" are left out
-        where a way leads around what they need. Memory is that of PyTorch's own kernels on a CPU, with fused attention
-        where PyTorch has it, and without workspaces but the input gradient that a convolution copies; what other
-        devices keep for normalisation differs a little.
+        which is the plan by `Relay.forward_backward`, each as this package runs it. "isolated" and "early_release" are
+        left out where a path leads around the ends that they need. Memory is that of PyTorch's own
+        kernels on a CPU, with fused attention where PyTorch has it, and without workspaces except the input gradient
+        that a convolution copies; other devices keep slightly different amounts for normalisation.
 
     Raises:
         PlanError: arguments of other types, or a model that does not run on the meta device.
@@ -133,18 +133,16 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
     with dry_run():
         relay, arguments = _shadow(original, example_input)
         relay(*arguments[0], **arguments[1])
-        binding = relay.plan.binding
-        assert binding is not None, "a training forward pass binds the plan"
         ledgers: dict[str, Ledger] = {}
-        for scheme, other in _schemes(relay.plan).items():
+        for scheme, other in _schemes(plan, relay.order).items():
             try:
-                ledgers[scheme] = _step(relay, other, arguments, binding.order, early=scheme == EARLY_RELEASE)
-            except (LeakError, StepError):  # a head can read a branch, but no window can end there
+                ledgers[scheme] = _step(relay, other, arguments, relay.order, early=scheme == EARLY_RELEASE)
+            except (LeakError, EarlyReleaseError):  # a head can read a branch, but no window can end there
                 if scheme not in (ISOLATED, EARLY_RELEASE):
                     raise
-        ends = {window.lower for window in plan.windows.values() if window.lower is not None}
-        cut = _step(relay, plan.standard(), arguments, binding.order, ends)
-    names = [f"up to {boundary}" for boundary in binding.order] + ["up to the model's output"]
+        ends = {end for window in plan.windows.values() for end in window.ends}
+        cut = _step(relay, plan.standard(), arguments, relay.order, ends)
+    names = [f"up to {boundary}" for boundary in relay.order] + ["up to the model's output"]
     names += [f"head {name}" for name in plan.auxiliary]
     parts: list[Part] = []
     for row, name in enumerate(names):
@@ -191,10 +189,10 @@ def _shadow(relay: Relay, example_input: Any) -> tuple[Relay, Arguments]:
     return cast(Relay, shadows([relay])[0]), shadow_input(example_input)
 
 
-def _schemes(plan: Plan) -> dict[str, Plan]:
+def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
     if plan == plan.standard():
         return {STANDARD: plan}
-    schemes = {STANDARD: plan.standard(), MULTI_LOSS: plan.multi_loss(), ISOLATED: plan.isolated(), RELAY: plan}
+    schemes = {STANDARD: plan.standard(), MULTI_LOSS: plan.multi_loss(), ISOLATED: plan.isolated(order), RELAY: plan}
     return schemes | {EARLY_RELEASE: plan}
 
 
@@ -245,7 +243,7 @@ def _step(
         arguments: of the forward pass.
         order: all boundaries that part rows, the lowest first. The heads' rows follow.
         ends: where to cut the graph, so that what lies below needs no gradient from above.
-        early: by `Relay.step`.
+        early: by `Relay.forward_backward`.
     """
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -259,18 +257,19 @@ def _step(
         ledger.close()
         return loss
 
-    criterion = RelayLoss(dict.fromkeys(plan.windows, sum_of), plan)
+    criterion = RelayLoss(dict.fromkeys(plan.windows, sum_of))
 
     def run() -> None:
         if early:
-            step.step(*args, target=None, loss=criterion, sync=False, **kwargs)
+            step.forward_backward(*args, target=None, loss=criterion, sync=False, **kwargs)
             return
         output: RelayOutput = step(*args, **kwargs)
         loss = total([criterion(output, None), *cut])
         ledger.note_parameters(loss)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
-    run()  # in its first forward pass a relay copies what heads read, see `Passage`
+    if early:  # the first time it searches the graph, and keeps one activation for each boundary longer
+        run()
     ledger.enter(0)
     with ExitStack() as stack:
         for row, boundary in enumerate(order, 1):

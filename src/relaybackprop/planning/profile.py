@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relaybackprop import graph
-from relaybackprop.storages import Storages
+from relaybackprop.engine import graph
+from relaybackprop.planning.storages import Storages
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from typing import Any
 
 from torch import nn
 
-from relaybackprop.budget import fit, head_names
-from relaybackprop.chain import Link, bind, chain
-from relaybackprop.cost import early_peak, kept_between
 from relaybackprop.errors import PlanError, WindowError
 from relaybackprop.plan import Plan, Window
+from relaybackprop.planning.budget import fit, head_names
+from relaybackprop.planning.chain import Link, chain, traced
+from relaybackprop.planning.cost import early_peak, kept_between
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,21 @@ class Suggestion:
     """A plan for a model and why it is this one.
 
     Args:
-        plan: bound to the model: `print` shows the depth of each window.
+        plan: the windows.
+        depths: by loss, the weight layers on the longest path through its window.
         reasons: sentences, in the order of the decisions.
         head_inputs: by name of the auxiliary loss, the shape of what its head reads, the batch included.
     """
 
     plan: Plan
+    depths: Mapping[str, int]
     reasons: tuple[str, ...]
     head_inputs: Mapping[str, tuple[int, ...]]
 
     def __str__(self) -> str:
-        return "\n".join([str(self.plan), "", *(f"{n}. {reason}" for n, reason in enumerate(self.reasons, 1))])
+        return "\n".join(
+            [self.plan.describe(self.depths), "", *(f"{n}. {reason}" for n, reason in enumerate(self.reasons, 1))]
+        )
 
 
 def suggest_plan(
@@ -64,8 +68,9 @@ def suggest_plan(
         example_input: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
         num_auxiliary: how many heads; with a memory budget the fewest.
         max_layers: the paper's N, the most weight layers that a window may have; None for as few as can be.
-        memory_budget: bytes that a `Relay.step` on such a batch may need at its peak, besides parameters, gradients,
-            buffers, the batch and the heads. Windows are then made by Note [Fitting] in `relaybackprop.budget` instead.
+        memory_budget: bytes that `Relay.forward_backward` may need at its peak on such a batch, besides parameters,
+            gradients, buffers, the batch and the heads. Windows then follow Note [Fitting] in
+            `relaybackprop.planning.budget` instead.
 
     Returns:
         The plan, its reasons, and what the heads read. Heads are named "aux", or "aux1", "aux2", ... from the lowest.
@@ -101,11 +106,12 @@ def suggest_plan(
         )
     if max_layers is not None and arrangement.deepest > max_layers:
         raise _too_deep(links, num_auxiliary, max_layers, arrangement.deepest)
-    plan = bind(model, _plan(arrangement), example_input)
-    plan.check_relay()
+    plan = _plan(arrangement)
+    relay = traced(model, plan, example_input)
+    plan.check_relay(relay.order)
     shapes = {name: arrangement.segments[at].shape for name, at in zip(plan.auxiliary, arrangement.heads, strict=True)}
     reads = [f"The head {name} reads {shape}." for name, shape in shapes.items()]
-    return Suggestion(plan, (*_reasons(links, arrangement, max_layers), *reads), shapes)
+    return Suggestion(plan, relay.depths, (*_reasons(links, arrangement, max_layers), *reads), shapes)
 
 
 def _half(ends: Sequence[Link], kept: Sequence[int]) -> str:
@@ -122,7 +128,7 @@ def _fitting(
     max_layers: int | None,
     memory_budget: int,
 ) -> Suggestion:
-    """Note [Fitting] in `relaybackprop.budget`."""
+    """Note [Fitting] in `relaybackprop.planning.budget`."""
     ends = [end for end, _ in _ends(links)]
     kept = kept_between(model, [end.name for end in ends[:-1]], example_input)
     heads = range(num_auxiliary, len(ends))
@@ -133,10 +139,10 @@ def _fitting(
             f"{least:,} bytes as the least, with at least num_auxiliary={num_auxiliary}",
             "Allow that much, take a smaller batch, or use activation checkpointing inside of the windows.",
         )
-    plan = bind(model, found.plan(ends), example_input)
-    plan.check_relay()
-    assert plan.binding is not None, "a training forward pass binds the plan"
-    deepest = max(plan.binding.depths.values())
+    plan = found.plan(ends)
+    relay = traced(model, plan, example_input)
+    plan.check_relay(relay.order)
+    deepest = max(relay.depths.values())
     if max_layers is not None and deepest > max_layers:
         raise WindowError(
             f"windows of at most max_layers={max_layers} weight layers",
@@ -153,7 +159,7 @@ def _fitting(
         f"Neighbouring windows overlap over {_count(found.overlap, 'link')} of the chain.",
         *(f"The head {name} reads {shape}." for name, shape in shapes.items()),
     ]
-    return Suggestion(plan, tuple(reasons), shapes)
+    return Suggestion(plan, relay.depths, tuple(reasons), shapes)
 
 
 @dataclass(frozen=True)
@@ -308,9 +314,9 @@ def _plan(arrangement: _Arrangement) -> Plan:
     names = head_names(len(heads))
     ends = [None, *(segments[at - 1].name for at in heads)]
     windows = {
-        name: Window(top=segments[at].name, above=end) for name, at, end in zip(names, heads, ends[:-1], strict=True)
+        name: Window(top=segments[at].name, after=end) for name, at, end in zip(names, heads, ends[:-1], strict=True)
     }
-    return Plan(Window(above=ends[-1]), windows)
+    return Plan(Window(after=ends[-1]), windows)
 
 
 def _too_deep(links: Sequence[Link], num_auxiliary: int, max_layers: int, deepest: int) -> WindowError:

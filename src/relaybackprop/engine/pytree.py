@@ -1,8 +1,8 @@
-"""Tensors out of, and back into, whatever modules take and return."""
+"""Tensors in the nested values that modules take and return: find them, replace them."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -49,3 +49,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
             object.__setattr__(changed, entry.name, map_tensors(function, item))  # frozen ones too
         return changed
     return value
+
+
+def items_of(value: Any) -> dict[Any, Any]:
+    """Items of a tuple, list, mapping or dataclass by index or name; empty for anything else."""
+    if isinstance(value, Mapping):
+        return dict(cast(Mapping[Any, Any], value))
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(cast(list[Any], value)))
+    return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
+
+
+def paths_in(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """All tensors of a nested value, each with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield keys, value
+    for key, item in items_of(value).items():
+        yield from paths_in(item, (*keys, key))

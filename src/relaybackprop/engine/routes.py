@@ -1,33 +1,40 @@
-"""WHO goes where: from the graph of one forward pass, each junction's route for the backward pass.
+"""Routing: derive each junction's backward route from the graph of one forward pass.
 
-Also the place where a window that cannot work is found out: a path around its end, or compiled code in an overlap.
+Windows that cannot work are detected here: a path around the end of a window, or compiled code in an overlap.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
-from relaybackprop import graph
-from relaybackprop.errors import BoundaryError, CompiledOverlapError, LeakError
-from relaybackprop.junction import Hop, Junction, Losses, Route
+from relaybackprop.engine import graph
+from relaybackprop.engine.junction import Hop, Junction, Losses, Route
+from relaybackprop.engine.memory import shared_memory_error
+from relaybackprop.errors import CompiledOverlapError, LeakError
 
 
 @dataclass(frozen=True)
 class LossPath:
-    """One loss's way as the forward pass laid it out.
+    """The path of one loss through the recorded graph.
 
     Args:
-        outputs: edges under the loss's output.
+        items: edges under each tensor of the loss's output, by the keys that lead to it.
         start: the junction where its head attaches; None for the primary loss, or where nothing needs a gradient.
         top: edges at the top of its window, under its head.
-        end: the junction where its window ends; None if it goes down to the first layer.
+        ends: the junctions where its window ends; empty if it reaches the first layer.
     """
 
-    outputs: Sequence[GradientEdge]
+    items: Mapping[tuple[Any, ...], Sequence[GradientEdge]]
     start: Junction | None
     top: Sequence[GradientEdge]
-    end: Junction | None
+    ends: tuple[Junction, ...]
+
+    @property
+    def outputs(self) -> list[GradientEdge]:
+        """Edges under the loss's output."""
+        return [edge for edges in self.items.values() for edge in edges]
 
 
 @dataclass(frozen=True)
@@ -72,50 +79,49 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
     reached: dict[Node, None] = {}
     for loss, path in paths.items():
 
-        def follow(node: Node, output: int, loss: str = loss, path: LossPath = path) -> bool:
+        def arrive(node: Node, output: int, loss: str = loss) -> bool:
             junction = junction_at(node, output)
             if junction is not None:
                 arriving[junction.index].add(loss)
-            return junction is None or junction is not path.end
+            return junction is None or loss not in junction.ending
 
-        came_from = graph.walk(path.outputs, follow)
+        came_from = graph.walk(path.outputs, arrive)
         reached |= dict.fromkeys(came_from)
         if path.start is not None:
             _check_head(loss, path.outputs, path.start)
-        if path.end is not None:
-            _check_leak(loss, came_from, path.end, names)
-        depths[loss] = graph.longest_path(path.top, follow)
+        if path.ends:
+            _check_leak(loss, path, came_from, names)
+        depths[loss] = graph.longest_path(path.top, inside(loss))
     for junction in junctions:
         if junction.in_place:
             _check_in_place(junction, reached)
-    return Schedule(tuple(_routes(junctions, paths, arriving)), depths)
-
-
-def shared_memory_error(boundary: str) -> BoundaryError:
-    """For values at a boundary that are changed in place and read by another name."""
-    return BoundaryError(
-        f"the tensors of the {boundary} to be changed in place by no other name than the boundary's own",
-        "a change in place of memory that is also read around the boundary, which autograd cannot follow there",
-        "Use inplace=False where the value is changed.",
-    )
+    return Schedule(tuple(_routes(junctions, arriving)), depths)
 
 
 def _check_in_place(junction: Junction, reached: Mapping[Node, None]) -> None:
-    """The trunk goes on in place: whoever reads the boundary's source around the junction reads changed memory."""
+    """The trunk continues in place: a reader of the boundary's source around the junction reads changed memory."""
     sources = {(edge.node, edge.output_nr) for edge in junction.sources}
     for node in reached:
         if getattr(node, "junction", None) is not junction and not sources.isdisjoint(node.next_functions):
             raise shared_memory_error(junction.boundary)
 
 
-def _routes(
-    junctions: Sequence[Junction], paths: Mapping[str, LossPath], arriving: Sequence[set[str]]
-) -> Iterator[Route]:
-    """Note [Lanes] in `relaybackprop.junction`, from the lowest junction up."""
+def inside(loss: str) -> graph.Follow:
+    """Follow the graph down to the ends of a loss's window."""
+
+    def follow(node: Node, output: int) -> bool:
+        junction = junction_at(node, output)
+        return junction is None or loss not in junction.ending
+
+    return follow
+
+
+def _routes(junctions: Sequence[Junction], arriving: Sequence[set[str]]) -> Iterator[Route]:
+    """Note [Lanes] in `relaybackprop.engine.junction`, from the lowest junction up."""
     needed: list[set[Losses]] = []  # by junction, the lanes that have to be delivered to it
     for junction in junctions:
         above = frozenset(arriving[junction.index])
-        kept = frozenset(loss for loss in above if paths[loss].end is not junction)
+        kept = frozenset(loss for loss in above if loss not in junction.ending)
         onward = kept.union(junction.heads)
         targets: dict[Losses, list[tuple[int, Losses]]] = {}
         for lower in sorted(_next_below(junction)):
@@ -128,7 +134,7 @@ def _routes(
 
 
 def _next_below(junction: Junction) -> set[int]:
-    """The junctions that a way down from here meets first."""
+    """The junctions that the paths down from here meet first."""
     met: set[int] = set()
 
     def follow(node: Node, output: int) -> bool:
@@ -142,35 +148,49 @@ def _next_below(junction: Junction) -> set[int]:
 
 
 def junction_at(node: Node, output: int) -> Junction | None:
-    """The junction at this node, if the walk enters it from the trunk's side and not from a head's."""
+    """The junction at this node, if the walk enters it from the trunk's side rather than a head's."""
     junction = getattr(node, "junction", None)
     return junction if isinstance(junction, Junction) and output < len(junction.sources) else None
 
 
 def leak_error(
-    loss: str, end: str, node: Node, came_from: Mapping[Node, Node | None], names: Mapping[Node, str]
+    loss: str,
+    ends: str,
+    node: Node,
+    came_from: Mapping[Node, Node | None],
+    names: Mapping[Node, str],
+    unread: Sequence[str] = (),
 ) -> LeakError:
-    """For a way from a loss around the end of its window.
+    """The error for a path from a loss around the ends of its window.
 
     Args:
         loss: its name.
-        end: the boundary in words.
-        node: the first one below the end on this way.
+        ends: the boundaries in words.
+        node: the first one below the ends on this path.
         came_from: of the walk that found it.
         names: by node, the module that made it.
+        unread: items of the model's output that alone lead around, if the others do not.
     """
     lower = graph.nearest_name_below(node, names) or node.name()
     upper = graph.nearest_name(came_from[node], names, came_from) or f"the loss {loss!r}"
+    remedy = (
+        "Let the window end where the two paths have joined or have not yet parted, such as the input or output of "
+        f"the whole block, or end it on both: after=(..., {lower!r})."
+    )
+    if unread:
+        remedy = (
+            f"The path starts at {', '.join(unread)} of the model's output. If the primary loss does not read that, "
+            "name what it reads, for example Relay(..., output='logits') or output=lambda output: output[0]."
+        )
     return LeakError(
-        f"every way down from the loss {loss!r} to pass the end of its window, the {end}",
-        f"a way around it: from {lower} (below) to {upper} (above)",
-        "Let the window end where the two ways have joined or have not yet parted, such as the input or "
-        "output of the whole block.",
+        f"every backward path of the loss {loss!r} to cross the end of its window, the {ends}",
+        f"a path around it: from {lower} (below) to {upper} (above)",
+        remedy,
     )
 
 
 def foreign_head_error(loss: str, start: str) -> LeakError:
-    """For a head that reads other inner values than its boundary's."""
+    """The error for a head that reads other inner values than its boundary's."""
     return LeakError(
         f"the head {loss!r} to read the {start} and nothing else of the model",
         "a head that also reads values from further below, directly or inside of an object of an unknown type",
@@ -201,12 +221,19 @@ def _between_junctions(node: Node, output: int) -> bool:
     return junction_at(node, output) is None
 
 
-def _check_leak(loss: str, came_from: Mapping[Node, Node | None], end: Junction, names: Mapping[Node, str]) -> None:
-    below = graph.walk(end.sources, graph.everywhere)
-    for node in came_from:
-        # Parameters may be shared: each use counts where it happens.
-        if node in below and not graph.is_leaf(node):
-            raise leak_error(loss, end.boundary, node, came_from, names)
+def _check_leak(loss: str, path: LossPath, came_from: Mapping[Node, Node | None], names: Mapping[Node, str]) -> None:
+    below = graph.walk((edge for end in path.ends for edge in end.sources), graph.everywhere)
+
+    def leaks(nodes: Iterable[Node]) -> Node | None:  # parameters may be shared: each use counts where it happens
+        return next((node for node in nodes if node in below and not graph.is_leaf(node)), None)
+
+    node = leaks(came_from)
+    if node is None:
+        return
+    around = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, inside(loss))) is not None]
+    unread = ["".join(f"[{key!r}]" for key in keys) for keys in around] if len(around) < len(path.items) else []
+    ends = " and the ".join(end.boundary for end in path.ends)
+    raise leak_error(loss, ends, node, came_from, names, unread)
 
 
 def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> None:

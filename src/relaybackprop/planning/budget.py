@@ -1,4 +1,4 @@
-"""Windows that fit into a given memory, for `Relay.step`: see Note [Early release] 6 in `relaybackprop.release`.
+"""Windows that fit into a given memory, for early release: Note [Early release] 6 in `relaybackprop.engine.early`.
 
 Note [Fitting]
 1. Only links after which a map or tokens go on can have heads, but they may sit as low as memory asks: what a network
@@ -14,8 +14,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from relaybackprop.chain import Link
 from relaybackprop.plan import Plan, Window
+from relaybackprop.planning.chain import Link
 
 MOST_LINKS = 4  # of an overlap
 
@@ -53,9 +53,9 @@ class Fit:
         names = head_names(len(self.tops))
         ends = [None, *(links[at].name if at >= 0 else None for at in self.bottoms)]
         auxiliary = {
-            name: Window(top=links[top].name, above=end) for name, top, end in zip(names, self.tops, ends, strict=False)
+            name: Window(top=links[top].name, after=end) for name, top, end in zip(names, self.tops, ends, strict=False)
         }
-        return Plan(Window(above=ends[-1]), auxiliary)
+        return Plan(Window(after=ends[-1]), auxiliary)
 
 
 def fit(

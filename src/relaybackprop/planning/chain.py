@@ -1,7 +1,7 @@
 """The model as a chain of links, read off one training forward pass on the meta device: no values, no memory.
 
 A *link* is a module's output that every way down passes. The same holds for the end of a window (`LeakError` in
-`relaybackprop.schedule`), so any link can be one, or the place of a head.
+`relaybackprop.engine.routes`), so any link can be one, or the place of a head.
 """
 
 import copy
@@ -16,11 +16,11 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import functional
 
-from relaybackprop import graph
+from relaybackprop.engine import graph
+from relaybackprop.engine.pytree import map_tensors, tensors_in
 from relaybackprop.errors import PlanError, RelayError
 from relaybackprop.plan import Plan
 from relaybackprop.relay import Relay
-from relaybackprop.structure import map_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model is called with: by position and by name."""
@@ -36,7 +36,7 @@ class Link:
         name: of the outermost module whose output it is; empty for a model's output that no inner module yields.
         names: of all modules whose output it is, the innermost first.
         shape: of the tensor.
-        depth: weight layers on the longest path from the model's input, counted as `Binding.depths`; at least 1.
+        depth: weight layers on the longest path from the model's input, counted as `Relay.depths`; at least 1.
     """
 
     name: str
@@ -77,8 +77,8 @@ def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
     return links
 
 
-def bind(model: nn.Module, plan: Plan, example_input: Any) -> Plan:
-    """Return a plan with the depths of its windows in a model, without running the model on values.
+def traced(model: nn.Module, plan: Plan, example_input: Any) -> Relay:
+    """Run a copy of a model with a plan once, without values, for the depths of its windows.
 
     Args:
         model: any module that runs on the meta device; it is not changed.
@@ -86,20 +86,20 @@ def bind(model: nn.Module, plan: Plan, example_input: Any) -> Plan:
         example_input: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
 
     Returns:
-        The bound plan: `binding.depths` has the paper's N of each loss, and `print(plan)` shows them.
+        A relay without values; its `depths` and `order` are known.
 
     Raises:
         PlanError: a model that does not run on the meta device.
         RelayError: a plan that does not fit the model.
 
     Example:
-        >>> print(bind(resnet50(), plan, torch.empty(2, 3, 224, 224)))  # doctest: +SKIP
+        >>> print(plan.describe(traced(resnet50(), plan, torch.empty(2, 3, 224, 224)).depths))  # doctest: +SKIP
     """
     with dry_run():
         (shadow,), (args, kwargs) = shadows([model]), shadow_input(example_input)
         relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
         relay(*args, **kwargs)
-    return relay.plan
+    return relay
 
 
 def shadows(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -224,7 +224,7 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: FunctionCtx, tensor: Tensor) -> Tensor:
-        return tensor.detach()  # as `relaybackprop.junction` does it, for in-place operations that follow
+        return tensor.detach()  # as `relaybackprop.engine.junction` does it, for in-place operations that follow
 
 
 def _without_values(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from relaybackprop.structure import tensors_in
+from relaybackprop.engine.pytree import tensors_in
 
 
 class Storages:

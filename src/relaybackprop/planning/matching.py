@@ -10,21 +10,21 @@ that has its size, if only one has. The first of these groups that votes decides
 3. layers anywhere in the model whose output has the shape of the top's.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from relaybackprop import graph
-from relaybackprop.chain import Arguments, arguments_of, dry_run, shadow_input, shadows
+from relaybackprop.engine import graph
+from relaybackprop.engine.hooks import find_module
+from relaybackprop.engine.pytree import paths_in, tensors_in
 from relaybackprop.errors import HeadError, PlanError
-from relaybackprop.heads import AuxiliaryHead, DenseHead, Gain, Layout, LinearHead, Pool, Select, TokenHead, items_of
-from relaybackprop.passage import find_module
+from relaybackprop.heads import AuxiliaryHead, DenseHead, Gain, Layout, LinearHead, Pool, Select, TokenHead
 from relaybackprop.plan import Plan
+from relaybackprop.planning.chain import Arguments, arguments_of, dry_run, shadow_input, shadows
 from relaybackprop.reach import undisturbed
-from relaybackprop.structure import tensors_in
 
 MAP = 4  # rows and columns that GoogLeNet's head pools to
 WIDTH = 128  # of GoogLeNet's head, on its 512 channels
@@ -268,7 +268,7 @@ def _features(run: _Run, name: str, top: str) -> tuple[tuple[Any, ...], Tensor]:
         raise HeadError(
             f"the forward pass to call {top}, the top of {name!r}", "no call", "Name a module inside it, or around it."
         )
-    tensors = list(_paths(run.tops[top]))
+    tensors = list(paths_in(run.tops[top]))
     found = [
         (keys, tensor)
         for keys, tensor in tensors
@@ -283,16 +283,9 @@ def _features(run: _Run, name: str, top: str) -> tuple[tuple[Any, ...], Tensor]:
     return next((pair for pair in found if pair[1].requires_grad), found[0])
 
 
-def _paths(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield keys, value
-    for key, item in items_of(value).items():
-        yield from _paths(item, (*keys, key))
-
-
 def _scores(output: Any, num_classes: int) -> tuple[int, ...] | None:
     """Shape of the first tensor of the model's output that has this many classes: per example, token or pixel."""
-    for _, tensor in _paths(output):
+    for _, tensor in paths_in(output):
         if tensor.ndim > 1 and tensor.shape[2 if tensor.ndim == 3 else 1] == num_classes:
             return tuple(tensor.shape)
     return None

@@ -1,0 +1,1 @@
+"""The engine: how gradients split, join and are freed. Not public."""

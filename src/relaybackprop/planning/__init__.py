@@ -1,0 +1,1 @@
+"""Planning: places for windows and heads, and their cost, before training starts."""
