@@ -1,5 +1,6 @@
 """Random networks with random plans: exact, or a leak that is really there. float64."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ class Example:
         window, end, top = self.plan.windows[loss], self.ends[loss], self.tops[loss]
         # `bottom=e` ends after the skips into block e have been added; `after=e-1` before that.
         lowest, highest_source = (end + 1, end - 1) if window.bottom else (end, end - 2)
-        return window.ends and any(
+        return bool(window.ends) and any(
             source <= highest_source and lowest <= target <= top
             for target, sources in self.skips.items()
             for source in sources
@@ -154,7 +155,23 @@ def for_random(check: Callable[[Example], None], count: int) -> None:
     options(given(examples())(check))()
 
 
-COUNTS = {"exact": 0, "leak": 0}
+def mended(example: Example) -> Example:
+    """The same network where each window also ends at the sources of the skips that lead around its end."""
+
+    def mend(loss: str) -> Window:
+        window, end = example.plan.windows[loss], example.ends[loss]
+        if not window.ends or not end:
+            return window
+        targets = [target for target in example.skips if end <= target <= example.tops[loss]]
+        into = [source for target in targets for source in example.skips[target] if source <= end - 2]
+        after = tuple(dict.fromkeys(f"blocks.{number}" for number in (end - 1, *into)))
+        return Window(top=window.top, after=after, weight=window.weight)
+
+    windows = {loss: mend(loss) for loss in example.plan.windows}
+    return dataclasses.replace(example, plan=Plan(windows.pop(PRIMARY), windows))
+
+
+COUNTS = {"exact": 0, "leak": 0, "several": 0}
 
 
 def check_random_network(example: Example) -> None:
@@ -184,7 +201,30 @@ def check_random_network(example: Example) -> None:
 
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_random_networks(count: int) -> None:
-    COUNTS.update(exact=0, leak=0)
+    COUNTS.update(exact=0, leak=0, several=0)
     for_random(check_random_network, count)
     assert COUNTS["exact"] >= count // 2, COUNTS
     assert COUNTS["leak"] >= count // 30, COUNTS
+
+
+def check_mended_network(example: Example) -> None:
+    """Exact with several ends, where one end leaks; without the others it is another plan or an error."""
+    example = mended(example)
+    relay, x = build(example)
+    several = {loss: window for loss, window in example.plan.windows.items() if len(window.ends) > 1}
+    COUNTS["several"] += bool(several)
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))  # by the cached schedule
+    for loss, window in several.items():
+        one = Window(top=window.top, after=window.ends[0].module, weight=window.weight)
+        windows = {**example.plan.windows, loss: one}
+        plan = Plan(windows.pop(PRIMARY), windows)
+        with pytest.raises(LeakError):
+            Relay(relay.model, plan, dict(relay.heads.items()))(x)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_networks_with_several_ends(count: int) -> None:
+    COUNTS.update(exact=0, leak=0, several=0)
+    for_random(check_mended_network, count)
+    assert COUNTS["several"] >= count // 30, COUNTS

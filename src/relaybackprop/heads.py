@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relaybackprop.engine.pytree import items_of
+from relaybackprop.engine.pytree import describe, item_of, items_of
 from relaybackprop.errors import HeadError
 
 Layout = Literal["channels_first", "channels_last"]
@@ -193,14 +193,7 @@ class Select(nn.Module):
 
     def forward(self, value: Any) -> Any:
         """Output of the head."""
-        items = items_of(value)
-        if self.key not in items:
-            raise HeadError(
-                f"Select to read a value with an item {self.key!r}",
-                _describe(value),
-                f"Give one of its keys, {list(items)}." if items else "Use the head without Select.",
-            )
-        return self.head(items[self.key])
+        return self.head(item_of(value, self.key))
 
 
 def _check_option(name: str, value: _T, allowed: tuple[_T, ...]) -> _T:
@@ -245,7 +238,7 @@ def _layout_error(features: Any, channels: int, layout: Layout | None, head: str
     if not isinstance(features, Tensor):
         keys = list(items_of(features))
         remedy = f"Write Select(key, {head}(...)) with one of the keys {keys}." if keys else "Give a tensor."
-        return HeadError(expected, _describe(features), remedy)
+        return HeadError(expected, describe(features), remedy)
     shape = tuple(features.shape)
     at_one, at_end = shape[1:2] == (channels,), shape[2:] and shape[-1] == channels
     if layout is None and at_one and at_end:
@@ -261,11 +254,4 @@ def _layout_error(features: Any, channels: int, layout: Layout | None, head: str
         remedy = "LinearHead(..., layout='channels_first') reads it."
     else:
         remedy = f"No layout of it has {channels} channels: build the head for the channels that it has."
-    return HeadError(expected, _describe(features), f"{remedy} head_for(model, plan, example, classes) chooses a head.")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    keys = list(items_of(value))
-    return f"a {type(value).__name__}" + (f" with items {keys}" if keys else "")
+    return HeadError(expected, describe(features), f"{remedy} head_for(model, plan, example, classes) chooses a head.")

@@ -11,7 +11,7 @@ from relaybackprop.engine.data_parallel import average_gradients, share_buffers
 from relaybackprop.engine.early import EarlyRelease
 from relaybackprop.engine.forward import ForwardPass
 from relaybackprop.engine.hooks import boundaries, find_module, node_names, refuse_transforms
-from relaybackprop.engine.pytree import items_of, map_tensors
+from relaybackprop.engine.pytree import item_of, map_tensors
 from relaybackprop.engine.routes import make_schedule
 from relaybackprop.errors import AppliedTwiceError, EarlyReleaseError, HeadError, PlanError
 from relaybackprop.loss import RelayLoss, RelayOutput, kinds_of, shape_of
@@ -242,14 +242,8 @@ class Relay(nn.Module):
             return output
         if callable(self.output):
             return self.output(output)
-        if isinstance(output, Tensor):  # some models return one tensor in evaluation mode
-            return output
-        items = items_of(output)
-        if self.output not in items:
-            raise HeadError(
-                f"a model whose output has {self.output!r}", f"one with {list(items)}", "Name another item."
-            )
-        return items[self.output]
+        # Some models return one tensor in evaluation mode.
+        return output if isinstance(output, Tensor) else item_of(output, self.output)
 
     def _key(self) -> tuple[Any, ...]:
         """All that decides routes, apart from the forward pass: the plan and what is frozen."""

@@ -71,6 +71,11 @@ def is_leaf(node: Node) -> bool:
     return node.name().startswith("ToCopyBackward") and len(below) == 1 and is_leaf(below[0][0])
 
 
+def uses_leaf(node: Node) -> bool:
+    """Whether a node that is not a leaf itself reads a parameter or another leaf."""
+    return not is_leaf(node) and any(is_leaf(below) for below, _ in _below(node))
+
+
 def variable_of(node: Node) -> Tensor | None:
     """The leaf whose gradient a node accumulates; None for all other nodes."""
     return cast(Any, node).variable if node.name().startswith("torch::autograd::AccumulateGrad") else None

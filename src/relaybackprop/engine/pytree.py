@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from relaybackprop.errors import HeadError
+
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists, mappings and dataclasses, each object once, in a fixed order."""
@@ -55,9 +57,36 @@ def items_of(value: Any) -> dict[Any, Any]:
     """Items of a tuple, list, mapping or dataclass by index or name; empty for anything else."""
     if isinstance(value, Mapping):
         return dict(cast(Mapping[Any, Any], value))
-    if isinstance(value, (tuple, list)):
+    names = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", ())  # of a named tuple first
+    if not names and isinstance(value, (tuple, list)):
         return dict(enumerate(cast(list[Any], value)))
-    return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
+    return {name: getattr(value, name) for name in names}
+
+
+def item_of(value: Any, key: Any) -> Any:
+    """One item by name or index.
+
+    Raises:
+        HeadError: the value does not have it.
+    """
+    items = items_of(value)
+    if isinstance(key, int) and key not in items and -len(items) <= key < len(items):
+        return [*items.values()][key]
+    if key not in items:
+        raise HeadError(
+            f"a value with an item {key!r}",
+            f"{describe(value)}",
+            f"Name one of its items, {list(items)}." if items else "Use the value itself, without Select.",
+        )
+    return items[key]
+
+
+def describe(value: Any) -> str:
+    """A value in words: the shape of a tensor, the items of a container."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    keys = list(items_of(value))
+    return f"a {type(value).__name__}" + (f" with items {keys}" if keys else "")
 
 
 def paths_in(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

@@ -225,7 +225,7 @@ def _check_leak(loss: str, path: LossPath, came_from: Mapping[Node, Node | None]
     below = graph.walk((edge for end in path.ends for edge in end.sources), graph.everywhere)
 
     def leaks(nodes: Iterable[Node]) -> Node | None:  # parameters may be shared: each use counts where it happens
-        return next((node for node in nodes if node in below and not graph.is_leaf(node)), None)
+        return next((node for node in nodes if node in below and graph.uses_leaf(node)), None)
 
     node = leaks(came_from)
     if node is None:
