@@ -41,11 +41,11 @@ def gradients_of(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7) -> dict[str, Tensor]:
+def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> dict[str, Tensor]:
     """One ordinary forward and one ordinary backward."""
     relay.zero_grad(set_to_none=True)
     torch.manual_seed(seed)  # dropout masks as in `expected_gradients`
-    output = relay(*inputs)
+    output = relay(*inputs, **named)
     weighted_sum(losses_of(by_loss(output)), relay.plan).backward()
     return gradients_of(relay)
 
@@ -59,11 +59,11 @@ def smooth_loss(plan: Plan) -> RelayLoss:
     return RelayLoss(dict.fromkeys(plan.windows, of_one))
 
 
-def step_gradients(relay: Relay, *inputs: Any, seed: int = 7) -> dict[str, Tensor]:
+def step_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> dict[str, Tensor]:
     """Forward and backward in one."""
     torch.manual_seed(seed)
     relay.zero_grad(set_to_none=True)
-    relay.forward_backward(*inputs, target=None, loss=smooth_loss(relay.plan))
+    relay.forward_backward(*inputs, target=None, loss=smooth_loss(relay.plan), **named)
     return gradients_of(relay)
 
 
@@ -77,9 +77,12 @@ def seed_each_module(relay: Relay) -> None:
         module.register_forward_pre_hook(seed)
 
 
-def expected_gradients(relay: Relay, *inputs: Any, plan: Plan | None = None, seed: int = 7) -> dict[str, Tensor]:
+def expected_gradients(
+    relay: Relay, *inputs: Any, plan: Plan | None = None, seed: int = 7, **named: Any
+) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return reference_gradients(relay.model, plan or relay.plan, dict(relay.heads.items()), losses_of, *inputs)
+    heads = dict(relay.heads.items())
+    return reference_gradients(relay.model, plan or relay.plan, heads, losses_of, *inputs, **named)
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = RELATIVE_ERROR) -> None:

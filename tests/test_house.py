@@ -134,6 +134,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet50
 loader = [(torch.randn(2, 3, 64, 64), torch.tensor([1, 3]))]
+model, heads = resnet50(), {"aux": nn.Identity()}
 """
     pytest.importorskip("torchvision")
     exec(setup + "\n".join(blocks), {"__name__": "readme"})

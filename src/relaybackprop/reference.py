@@ -17,7 +17,7 @@ Losses = Callable[[dict[str, Any]], dict[str, Tensor]]
 
 
 def reference_gradients(
-    model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], losses: Losses, *inputs: Any
+    model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], losses: Losses, *inputs: Any, **named: Any
 ) -> dict[str, Tensor]:
     """The relay gradient of every parameter, from the definition.
 
@@ -31,12 +31,13 @@ def reference_gradients(
         heads: by name of the auxiliary loss. Their parameters are in the result as `"heads.<name>.<parameter>"`.
         losses: from the outputs by loss (`"primary"` and the plan's names) to the scalar losses by the same names.
         inputs: of the model.
+        named: likewise, by name.
 
     Returns:
         By name, as in the state dict of a `Relay` ("model." and "heads." in front), the gradient. Zeros where no loss
         reaches. Parameters that require no gradient are left out.
     """
-    outputs, crossings = _plain_forward(model, plan, heads, *inputs)
+    outputs, crossings = _plain_forward(model, plan, heads, inputs, named)
     every = {f"model.{name}": p for name, p in model.named_parameters()}
     for head_name, head in heads.items():
         every |= {f"heads.{head_name}.{name}": p for name, p in head.named_parameters()}
@@ -52,7 +53,7 @@ def reference_gradients(
 
 
 def _plain_forward(
-    model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], *inputs: Any
+    model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], inputs: Any, named: Any
 ) -> tuple[dict[str, Any], dict[Boundary, list[Tensor]]]:
     """Outputs by loss, and the tensors at each boundary, of an ordinary forward pass."""
     values: dict[Boundary, Any] = {}
@@ -64,7 +65,7 @@ def _plain_forward(
         else:
             handles.append(module.register_forward_hook(_note_output(values, boundary)))
     try:
-        outputs: dict[str, Any] = {PRIMARY: model(*inputs)}
+        outputs: dict[str, Any] = {PRIMARY: model(*inputs, **named)}
     finally:
         for handle in handles:
             handle.remove()

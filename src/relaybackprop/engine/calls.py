@@ -45,9 +45,14 @@ class Calls:
             BoundaryError: it is the second one, no gradients are recorded, or no tensors are found.
         """
         if boundary in self.order:
+            moved = (
+                ""
+                if self._ran(boundary)
+                else f"; the first was the {self.places[boundary]}, as if layer drop skipped it"
+            )
             raise BoundaryError(
                 f"the {boundary} once in a forward pass",
-                "a second time",
+                f"a second time{moved}",
                 "Choose a boundary at a module that runs once; modules inside a window may run many times.",
             )
         if self._records and not torch.is_grad_enabled():
