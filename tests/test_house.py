@@ -16,9 +16,9 @@ METHOD = ROOT / "src" / "relaybackprop"
 # Who may import whom inside the method: each module only from those before it. Rooms: the front, engine, planning.
 ORDER = [
     "errors", "plan", "engine", "engine.pytree", "engine.graph", "engine.junction", "engine.memory", "engine.routes",
-    "engine.calls", "engine.hooks", "engine.forward", "engine.early", "engine.data_parallel", "loss", "heads", "relay",
-    "reference", "reach", "planning", "planning.chain", "planning.matching", "planning.storages", "planning.profile",
-    "planning.cost", "planning.budget", "planning.suggest", "__init__",
+    "engine.calls", "engine.hooks", "engine.forward", "engine.early", "engine.data_parallel", "loss", "heads",
+    "forwarded", "relay", "reference", "reach", "planning", "planning.chain", "planning.matching", "planning.storages",
+    "planning.profile", "planning.cost", "planning.budget", "planning.suggest", "__init__",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from oracle import (
     weighted_sum,
 )
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, Window
-from relaybackprop.errors import BoundaryError, CompiledOverlapError
+from relaybackprop.errors import BoundaryError, CompiledOverlapError, EarlyReleaseError, TransformError
 
 
 class Segment(nn.Sequential):
@@ -136,7 +136,7 @@ def under(plan: Plan, parent: str) -> Plan:
     """The same plan for the same modules one level deeper."""
 
     def move(window: Window) -> Window:
-        names = {role: getattr(window, role) for role in ("top", "bottom", "above")}
+        names = {role: getattr(window, role) for role in ("top", "bottom", "after")}
         return Window(**{role: name and f"{parent}.{name}" for role, name in names.items()}, weight=window.weight)
 
     return Plan(move(plan.primary), {name: move(window) for name, window in plan.auxiliary.items()})
@@ -189,6 +189,89 @@ def test_reentrant_checkpointing_between_boundaries_works() -> None:
     plain = copy.deepcopy(relay)
     plain.model.forward = lambda x, m=plain.model: m.e(torch.tanh(m.d(torch.tanh(m.c(m.b(torch.tanh(m.a(x))))))))
     assert_same(got, relay_gradients(plain, x))
+
+
+class ReentrantAbove(nn.Module):
+    """A chain whose last layer is checkpointed, above all boundaries."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(5))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        *lower, last = self.layers
+        for layer in lower:
+            x = torch.tanh(layer(x))
+        return checkpoint(last, x, use_reentrant=self.reentrant)
+
+
+def test_early_release_refuses_reentrant_checkpointing() -> None:
+    """An ordinary forward and backward pass is exact there, and so is early release with the other kind."""
+    plan = Plan(primary=Window(bottom="layers.1"), auxiliary={"aux": Window(top="layers.2")})
+    relay = Relay(ReentrantAbove(reentrant=True), plan, {"aux": nn.Linear(3, 3)}).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with pytest.raises(EarlyReleaseError, match=r"(?s)layers above the .*without reentrant.*use_reentrant=False"):
+        step_gradients(relay, x)
+    got = relay_gradients(relay, x)
+    relay.model.reentrant = False
+    expected = expected_gradients(relay, x)
+    assert_same(got, expected)
+    assert_same(step_gradients(relay, x), expected)
+
+
+scripts = pytest.mark.filterwarnings("ignore:`torch.jit")  # it is deprecated, which not all versions say
+
+
+@scripts
+def test_models_and_boundaries_compiled_by_jit_are_refused() -> None:
+    """Calls of scripted modules run no hooks, so a boundary there would be passed over in silence."""
+    heads = {"aux": LinearHead(4, 5)}
+    with pytest.raises(TransformError, match=r"(?s)'[23]'.* as an ordinary nn.Module; .*script relay.model afterwards"):
+        Relay(torch.jit.script(conv_net()), OVERLAP, heads)
+    model = conv_net()
+    model[3] = torch.jit.script(model[3])
+    with pytest.raises(TransformError, match=r"'3', a boundary of the plan, as an ordinary nn.Module"):
+        Relay(model, OVERLAP, heads)
+
+
+@scripts
+def test_a_scripted_module_between_boundaries_works() -> None:
+    relay = Relay(conv_net(depth=7), Plan(Window(bottom="2"), {"aux": Window(top="4")}), {"aux": LinearHead(4, 5)})
+    relay = relay.double()
+    expected = expected_gradients(relay, X.double())
+    relay.model[3] = torch.jit.script(relay.model[3])
+    assert_same(relay_gradients(relay, X.double()), expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
+    """In training; in evaluation mode there are no windows, and they work as without a relay."""
+    relay = conv_relay().double()
+    parameters = {name: parameter.detach() for name, parameter in relay.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        output = torch.func.functional_call(relay, parameters, (X.double(),))
+        return sum(losses_of(by_loss(output) if relay.training else {"primary": output}).values())
+
+    with pytest.raises(TransformError, match=r"a training forward pass of Relay outside of torch.func.*backward\(\)"):
+        transform(loss)(parameters)
+    relay.eval()
+    assert transform(loss)(parameters)["model.0.0.weight"].any()
+
+
+def test_a_transform_inside_of_the_model_around_a_boundary_is_refused() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.func.vmap(self.a)(x))
+
+    relay = Relay(Mapped(), Plan(auxiliary={"aux": Window(top="a")}), {"aux": nn.Linear(3, 3)})
+    with pytest.raises(TransformError, match=r"the output of a outside of torch.func transforms"):
+        relay(torch.randn(2, 3))
 
 
 def test_channels_last() -> None:

@@ -14,6 +14,7 @@ from relaybackprop.engine.hooks import boundaries, find_module, node_names, refu
 from relaybackprop.engine.pytree import item_of, map_tensors
 from relaybackprop.engine.routes import make_schedule
 from relaybackprop.errors import AppliedTwiceError, EarlyReleaseError, HeadError, PlanError
+from relaybackprop.forwarded import FORWARDED, forwarded
 from relaybackprop.loss import RelayLoss, RelayOutput, kinds_of, shape_of
 from relaybackprop.plan import PRIMARY, Boundary, Plan
 
@@ -121,6 +122,10 @@ class Relay(nn.Module):
         self._schedules = _Cache()
         self._released = _Cache()
         self._missed: dict[Boundary, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """A parameter, buffer or module; or a method of the model that training frameworks ask for, if it has it."""
+        return forwarded(self.model, name) if name in FORWARDED else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode; in training mode a `RelayOutput`.
