@@ -1,8 +1,8 @@
 """Relay backpropagation in timm: `python examples/timm_task.py train.py --data-dir DATA --model resnet50 ...`.
 
-timm's training script, unmodified, then trains a relay: its `ClassificationTask` is replaced before it runs. EMA, DDP,
-AMP, accumulation, mixup, layer decay and checkpoints are timm's. `train.py` is in timm's repository. Without arguments
-a short loop trains a small network on handwritten digits. It needs scikit-learn and `pip install "timm>=1.0.27"`.
+timm's training script (it is in timm's repository), unmodified, trains a relay: its `ClassificationTask` is replaced
+before it runs. EMA, DDP, AMP, accumulation, mixup, layer decay and checkpoints are timm's. Without a script, a small
+network learns handwritten digits in seconds. It needs scikit-learn and `pip install "timm>=1.0.27"`.
 """
 
 import runpy
@@ -59,9 +59,8 @@ def main(epochs: int = 4) -> float:
     torch.manual_seed(0)
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
     train, test = random_split(TensorDataset(pixels.float().view(-1, 1, 8, 8) / 16, labels), [0.75, 0.25])
-    model = timm.create_model(
-        "test_resnet", in_chans=1, num_classes=10, pretrained_cfg_overlay={"input_size": (1, 8, 8)}
-    )
+    overlay = {"input_size": (1, 8, 8)}
+    model = timm.create_model("test_resnet", in_chans=1, num_classes=10, pretrained_cfg_overlay=overlay)
     task = RelayTask(model, nn.CrossEntropyLoss())
     optimizer = create_optimizer_v2(task.get_trainable_module(), "sgd", lr=0.02, weight_decay=1e-4)
     for _ in range(epochs):
