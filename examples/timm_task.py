@@ -58,10 +58,9 @@ def main(epochs: int = 4) -> float:
     """Train on three quarters of 1797 images, and test the plain model; gives the test error in per cent."""
     torch.manual_seed(0)
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
-    train, test = random_split(TensorDataset(pixels.float().view(-1, 1, 8, 8) / 16, labels), [0.75, 0.25])
-    overlay = {"input_size": (1, 8, 8)}
-    model = timm.create_model("test_resnet", in_chans=1, num_classes=10, pretrained_cfg_overlay=overlay)
-    task = RelayTask(model, nn.CrossEntropyLoss())
+    images = pixels.float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 16
+    train, test = random_split(TensorDataset(images, labels), [0.75, 0.25])
+    task = RelayTask(timm.create_model("test_resnet", num_classes=10), nn.CrossEntropyLoss())
     optimizer = create_optimizer_v2(task.get_trainable_module(), "sgd", lr=0.02, weight_decay=1e-4)
     for _ in range(epochs):
         task.train()
