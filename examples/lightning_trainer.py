@@ -67,6 +67,8 @@ def main(epochs: int = 6) -> float:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # it needs none: the data is in memory
     torch.manual_seed(0)
     train, test = digits()
+    # For several processes and a sampler that divides its stream itself, such as relaylab.data's, also write
+    # use_distributed_sampler=False: Lightning would divide each process's part once more.
     trainer = lightning.Trainer(max_epochs=epochs, gradient_clip_val=5.0, logger=False, enable_checkpointing=False)
     trainer.fit(LitDigits(), DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=256))
     error = float(trainer.callback_metrics["error"])

@@ -69,9 +69,13 @@ def test_the_example_learns(example: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [("test_resnet", {}), ("test_vit", {"img_size": 8, "patch_size": 2})])
-def test_gradients_of_the_task(example: ModuleType, name: str, options: dict[str, int]) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_gradients_of_the_task(example: ModuleType, name: str, options: dict[str, int], checkpointing: bool) -> None:
+    """Also with train.py's --grad-checkpointing, which it turns on before the task is built."""
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    task = example.RelayTask(timm.create_model(name, **SIZES, **options), criterion).double()
+    model = timm.create_model(name, **SIZES, **options)
+    model.set_grad_checkpointing(enable=checkpointing)
+    task = example.RelayTask(model, criterion).double()
     task.get_trainable_module().train()
     relay, images = task.get_trainable_module(), IMAGES.double()
 
