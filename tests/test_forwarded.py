@@ -45,7 +45,10 @@ def relay_of(model: nn.Module) -> Relay:
 def test_a_relay_has_the_methods_that_its_model_has() -> None:
     plain, timm, transformers = Relay(nn.Linear(2, 2), Plan()), relay_of(timm_vit()), Relay(transformers_vit(), Plan())
     timms = {"no_weight_decay", "group_matcher", "set_grad_checkpointing"}
-    for relay, expected in ((plain, set()), (timm, timms), (transformers, FORWARDED.keys() - timms)):
+    others = {name for name in FORWARDED if hasattr(transformers.model, name)}  # versions of transformers differ
+    assert others
+    assert not others & timms
+    for relay, expected in ((plain, set()), (timm, timms), (transformers, others)):
         for copied in (relay, copy.deepcopy(relay), pickle.loads(pickle.dumps(relay))):
             assert {name for name in FORWARDED if hasattr(copied, name)} == expected
         assert not hasattr(relay, "get_classifier")

@@ -51,7 +51,9 @@ class Relay(nn.Module):
 
     A window of D layers that G losses with different lower ends share costs G input-gradient passes and one
     weight-gradient pass there; everything else costs what standard backpropagation costs (docs/method.md).
-    Full-backward hooks of modules in an overlap fire once per pass; parameters' hooks always fire once.
+    Full-backward hooks of modules in an overlap fire once per pass; parameters' hooks always fire once. A relay has the
+    methods that timm and transformers call on a model, such as `no_weight_decay`, if its model has them
+    (`relaybackprop.forwarded`).
 
     Args:
         model: any module. Boundaries must be called once in each training forward pass, except for modules that layer
@@ -124,7 +126,7 @@ class Relay(nn.Module):
         self._missed: dict[Boundary, int] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """A parameter, buffer or module; or a method of the model that training frameworks ask for, if it has it."""
+        """Return a parameter, buffer or module; or a method of the model, if it is one of `FORWARDED`."""
         return forwarded(self.model, name) if name in FORWARDED else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
