@@ -41,7 +41,7 @@ from benchmarks.measure import (
 )
 from benchmarks.networks import Subject, without_dropout
 from relaybackprop import AuxiliaryHead, Plan, Relay, RelayLoss, Window
-from relaybackprop.planning.chain import dry_run
+from relaybackprop.planning.copies import dry_run
 from relaybackprop.reference import reference_gradients
 from relaylab.models import model_a, model_b
 

@@ -17,8 +17,9 @@ METHOD = ROOT / "src" / "relaybackprop"
 ORDER = [
     "errors", "plan", "engine", "engine.pytree", "engine.graph", "engine.junction", "engine.memory", "engine.routes",
     "engine.calls", "engine.hooks", "engine.forward", "engine.early", "engine.data_parallel", "loss", "heads",
-    "forwarded", "relay", "reference", "reach", "planning", "planning.chain", "planning.matching", "planning.storages",
-    "planning.profile", "planning.cost", "planning.budget", "planning.suggest", "__init__",
+    "forwarded", "relay", "reference", "reach", "planning", "planning.copies", "planning.layout", "planning.storages",
+    "planning.chain", "planning.matching", "planning.profile", "planning.cost", "planning.arrange", "planning.budget",
+    "planning.suggest", "__init__",
 ]  # fmt: skip
 
 

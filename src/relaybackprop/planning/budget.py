@@ -1,28 +1,23 @@
 """Windows that fit into a given memory, for early release: Note [Early release] 6 in `relaybackprop.engine.early`.
 
 Note [Fitting]
-1. Only links after which a map or tokens go on can have heads, but they may sit as low as memory asks: what a network
-   keeps is mostly in its low layers, where maps are large.
+1. Only ends of blocks with maps or tokens behind them can have heads, but heads may sit as low as memory asks: most of
+   what a network keeps is in its low layers, where maps are large.
 2. For K heads and an overlap of a given number of links, windows are as equal as can be: the least limit for which each
    window in turn, filled up to the limit from the lowest, leaves a last one that is within the limit too.
-3. The fewest heads whose peak, counted by a step on the meta device, is within the budget; and then the deepest overlap
+3. The fewest heads whose peak, counted by `cost`, is within the budget; and then the deepest overlap
    that is: more overlap costs time and memory, and less of it is further from the paper's plans.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from relaybackprop.plan import Plan, Window
+from relaybackprop.plan import Plan
+from relaybackprop.planning.arrange import plan_of
 from relaybackprop.planning.chain import Link
 
 MOST_LINKS = 4  # of an overlap
-
-
-def head_names(count: int) -> list[str]:
-    """What suggested heads are called, from the lowest up."""
-    return ["aux"] if count == 1 else [f"aux{number}" for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,9 @@ class Fit:
 
     def plan(self, links: Sequence[Link]) -> Plan:
         """The same as a plan."""
-        names = head_names(len(self.tops))
-        ends = [None, *(links[at].name if at >= 0 else None for at in self.bottoms)]
-        auxiliary = {
-            name: Window(top=links[top].name, after=end) for name, top, end in zip(names, self.tops, ends, strict=False)
-        }
-        return Plan(Window(after=ends[-1]), auxiliary)
+        return plan_of(
+            [links[top].name for top in self.tops], [links[at].name if at >= 0 else None for at in self.bottoms]
+        )
 
 
 def fit(
@@ -98,7 +90,7 @@ def fit(
 def balance(links: Sequence[Link], kept: Sequence[int], heads: int, overlap: int) -> Fit | None:
     """Note [Fitting] 2. None if there is no place for so many heads with so much overlap."""
     has_maps = any(len(link.shape) > 2 for link in links)
-    places = [at for at, link in enumerate(links[:-1]) if not has_maps or math.prod(link.shape[2:]) > 1]
+    places = [at for at, link in enumerate(links[:-1]) if not has_maps or link.area > 1]
     up_to = [0]
     for size in kept:
         up_to.append(up_to[-1] + size)

@@ -1,12 +1,18 @@
-"""The model as a chain of links, read off one training forward pass on the meta device: no values, no memory.
+"""The model as a chain of links, read off one training forward pass of a copy.
 
-A *link* is a module's output that every way down passes. The same holds for the end of a window (`LeakError` in
+A *link* is a module's output that every backward path crosses. The same holds for the end of a window (`LeakError` in
 `relaybackprop.engine.routes`), so any link can be one, or the place of a head.
+
+Note [Constants]
+A network may compute values from parameters and constants alone: Swin v2's position biases, an LSTM's first hidden
+state. Such layers are not another tower beside a link, although they are neither below nor above it. Where they feed
+layers above the link only, no path leads around it: they are part of the windows above. Where they feed both sides,
+they are the path around, and the place is not a link. A layer depends on the example if one of its operations reads
+memory that the example's tensors were written to, values in between included.
 """
 
-import copy
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,169 +20,102 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, Node
-from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from relaybackprop.engine import graph
-from relaybackprop.engine.pytree import map_tensors, tensors_in
-from relaybackprop.errors import PlanError, RelayError
+from relaybackprop.engine.pytree import replace_tensors, tensors_in
+from relaybackprop.errors import PlanError
 from relaybackprop.plan import Plan
+from relaybackprop.planning.copies import Arguments, on_copies
+from relaybackprop.planning.layout import Layer, layers_in, sides
+from relaybackprop.planning.storages import Storages
 from relaybackprop.relay import Relay
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a model is called with: by position and by name."""
-
-_Output = tuple[Node, tuple[int, ...]]  # the node of a mark on a module's output, and its shape
 
 
 @dataclass(frozen=True)
 class Link:
-    """A tensor that every way from the model's output to anything below it passes.
+    """A tensor that every backward path from the model's output to anything below it crosses.
 
     Args:
-        name: of the outermost module whose output it is; empty for a model's output that no inner module yields.
+        name: of the outermost module whose output it is, one with parameters if there is one; empty for a model's
+            output that no inner module returns.
         names: of all modules whose output it is, the innermost first.
         shape: of the tensor.
         depth: weight layers on the longest path from the model's input, counted as `Relay.depths`; at least 1.
+        sides: sizes of the map, or the number of tokens; empty for vectors. By default those of channels-first maps.
     """
 
     name: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
     depth: int
+    sides: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sides is None:
+            object.__setattr__(self, "sides", self.shape[2:])
+
+    @property
+    def area(self) -> int:
+        """Positions of the map, or tokens; 1 for vectors."""
+        return math.prod(self.sides or ())
 
 
 def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
     """The links of a model in forward order, its output last.
 
-    Modules that run more than once, return something else than one tensor, or lie where nothing below is trainable
-    are none. The model is left alone: a copy without values runs, in training mode.
+    A module is left out that runs more than once, returns several tensors that the model goes on to use, or has nothing
+    trainable below. The model is left alone: a copy runs in training mode, without values if the model allows it. A
+    model that looks at values takes the memory and the time of one forward pass.
 
     Args:
         model: any module.
-        example_input: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
+        example_input: a tensor, a tuple of arguments, or a dict of named ones. Values matter only where the model
+            looks at them.
 
     Raises:
-        PlanError: no module, a model that does not run on the meta device, or fewer than two links.
+        PlanError: no module, a model that does not run on the example, or fewer than two links.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
             "a model, an nn.Module", f"a {type(model).__name__}", "Pass the model, and then an example input."
         )
-    with dry_run():
-        (shadow,), (args, kwargs) = shadows([model]), shadow_input(example_input)
-        calls = _mark_outputs(shadow)
-        outputs = tensors_in(shadow(*args, **kwargs))
-        once = {name: made[0] for name, made in calls.items() if len(made) == 1}
-        links = _links({made[0]: (name, made[1]) for name, made in once.items() if made is not None}, outputs)
+    links = on_copies([model], example_input, _links_of)
     if len(links) < 2:
         raise PlanError(
             "a model with at least two places, outputs of modules, that every way through it passes",
             f"{len(links)} in {type(model).__name__}",
-            "Build the model from modules that follow one another and are trainable, or write the plan by hand.",
+            "Build the model from modules that follow one another and are trainable, or write the plan by hand; "
+            "windows may have several ends, Window(after=(...)).",
         )
     return links
 
 
 def traced(model: nn.Module, plan: Plan, example_input: Any) -> Relay:
-    """Run a copy of a model with a plan once, without values, for the depths of its windows.
+    """Run a copy of a model with a plan once, for the depths of its windows.
 
     Args:
-        model: any module that runs on the meta device; it is not changed.
+        model: any module; it is not changed.
         plan: its windows. Heads that cost nothing take the place of the real ones.
-        example_input: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
+        example_input: as for `chain`.
 
     Returns:
-        A relay without values; its `depths` and `order` are known.
+        A relay on the copy; its `depths` and `order` are known.
 
     Raises:
-        PlanError: a model that does not run on the meta device.
+        PlanError: a model that does not run on the example.
         RelayError: a plan that does not fit the model.
 
     Example:
         >>> print(plan.describe(traced(resnet50(), plan, torch.empty(2, 3, 224, 224)).depths))  # doctest: +SKIP
     """
-    with dry_run():
-        (shadow,), (args, kwargs) = shadows([model]), shadow_input(example_input)
-        relay = Relay(shadow, plan, {name: StandIn() for name in plan.auxiliary})
-        relay(*args, **kwargs)
-    return relay
 
+    def run(copies: Sequence[nn.Module], arguments: Arguments) -> Relay:
+        relay = Relay(copies[0], plan, {name: StandIn() for name in plan.auxiliary})
+        relay(*arguments[0], **arguments[1])
+        return relay
 
-def shadows(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Copies in training mode whose tensors have no values. What the modules share, their copies share too."""
-    memo: dict[int, Any] = {}
-    for module in modules:
-        for part in module.modules():
-            # Not only parameters and buffers: a tensor that a module just holds would be on another device.
-            memo |= {id(tensor): _without_values(tensor) for tensor in tensors_in(vars(part)) if id(tensor) not in memo}
-    return [copy.deepcopy(module, memo).train() for module in modules]
-
-
-def shadow_input(example_input: Any) -> Arguments:
-    """Arguments and named arguments without values, from a tensor, a tuple of arguments or a dict of named ones."""
-    return arguments_of(map_tensors(_without_values, example_input))
-
-
-def arguments_of(value: Any) -> Arguments:
-    """Arguments and named arguments, from a tensor, a tuple of arguments or a dict of named ones."""
-    if isinstance(value, Mapping):
-        return (), dict(cast(Mapping[str, Any], value))
-    return (cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)), {}
-
-
-@contextmanager
-def dry_run() -> Generator[None]:
-    """Run models on the meta device: gradients are recorded, new tensors have no values, random generators stay.
-
-    Raises:
-        PlanError: what runs inside raises anything but a `RelayError`.
-    """
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),  # pyright: ignore[reportUnknownMemberType]
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.device("meta"),
-            _fused_attention(),
-        ):
-            yield
-    except RelayError:
-        raise
-    except Exception as error:
-        raise PlanError(
-            "a model that runs in training mode on the meta device, on tensors that have shapes but no values",
-            f"{type(error).__name__}: {' '.join([str(error), *getattr(error, '__notes__', ())])}",
-            "Give an example input that fits the model. If its forward pass looks at values (item(), if tensor: ...), "
-            "write the plan by hand; reach() works with every model.",
-        ) from error
-
-
-@contextmanager
-def _fused_attention() -> Generator[None]:
-    """Let attention without values cost what attention with values does: PyTorch fuses it everywhere but on meta."""
-    attention = functional.scaled_dot_product_attention
-
-    def fused(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **others: Any,
-    ) -> Tensor:
-        is_plain = attn_mask is None and dropout_p == 0 and not any(others.values())  # as the CPU's kernel wants it
-        if query.device.type != "meta" or query.ndim != 4 or not is_plain:
-            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
-
-    functional.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = attention
+    return on_copies([model], example_input, run)
 
 
 class StandIn(nn.Module):
@@ -192,28 +131,74 @@ def total(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([t.sum() for t in tensors if t.is_floating_point() or t.is_complex()]).sum()
 
 
-def _mark_outputs(model: nn.Module) -> dict[str, list[_Output | None]]:
+@dataclass(frozen=True)
+class _Output:
+    """The mark on a tensor with a gradient in a module's output."""
+
+    module: str
+    node: Node
+    shape: tuple[int, ...]
+    has_parameters: bool
+
+
+class _Influence(TorchDispatchMode):
+    """Finds the operations that depend on some tensors' values, by the numbers that autograd gives to their nodes.
+
+    Attributes:
+        nodes: the numbers.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.nodes = set[int]()
+        self._storages = Storages()
+        self._storages.note(source)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation. Autograd has numbered its node before it arrives here."""
+        node = torch.autograd._get_sequence_nr() - 1  # pyright: ignore
+        result = func(*args, **(kwargs or {}))
+        if self._storages.holds((args, kwargs)):
+            self._storages.note(result)
+            if torch.is_grad_enabled():
+                self.nodes.add(node)
+        return result
+
+
+def _links_of(copies: Sequence[nn.Module], arguments: Arguments) -> tuple[Link, ...]:
+    """Run a copy and find its links."""
+    layers = list[Layer]()
+    calls = _mark_outputs(copies[0], layers)
+    with _Influence(arguments) as influence:
+        outputs = tensors_in(copies[0](*arguments[0], **arguments[1]))
+    once = [made[0] for made in calls.values() if len(made) == 1]
+    return _links(once, outputs, influence.nodes, layers)
+
+
+def _mark_outputs(model: nn.Module, layers: list[Layer]) -> dict[str, list[list[_Output]]]:
     """Let every module's output go through a node of its own, as a junction would be.
 
     Without them a value that goes through nn.Identity could not be told from one that also goes around it.
 
     Args:
         model: a copy; nobody has to remove the hooks.
+        layers: filled in by the forward pass, those that tell their layout.
 
     Returns:
-        By module, filled in by the forward pass: for each call what came out, None if it cannot be a link.
+        By module, filled in by the forward pass: for each call the tensors in its output.
     """
-    calls: dict[str, list[_Output | None]] = {}
+    calls: dict[str, list[list[_Output]]] = {}
     for name, module in cast(Iterable[tuple[str, nn.Module]], model.named_modules()):
         calls[name] = []
 
-        def mark(_module: nn.Module, _args: Any, output: Any, calls: list[Any] = calls[name]) -> Tensor | None:
-            calls.append(None)
-            if not isinstance(output, Tensor) or not output.requires_grad:
-                return None
-            marked = cast(Tensor, _Mark.apply(output))  # pyright: ignore[reportUnknownMemberType]
-            calls[-1] = marked.grad_fn, tuple(output.shape)
-            return marked
+        def mark(module: nn.Module, _args: Any, output: Any, name: str = name) -> Any:
+            layers.extend(layers_in(name, module, output))
+            has_parameters = next(module.parameters(), None) is not None
+            tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+            marked = [cast(Tensor, _Mark.apply(tensor)) for tensor in tensors]  # pyright: ignore[reportUnknownMemberType]
+            edges = zip(graph.edges_of(marked), marked, strict=True)
+            calls[name].append([_Output(name, edge.node, tuple(new.shape), has_parameters) for edge, new in edges])
+            return replace_tensors(output, tensors, marked) if tensors else None
 
         module.register_forward_hook(mark)
     return calls
@@ -227,37 +212,41 @@ class _Mark(torch.autograd.Function):
         return tensor.detach()  # as `relaybackprop.engine.junction` does it, for in-place operations that follow
 
 
-def _without_values(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _links(marks: Mapping[Node, tuple[str, tuple[int, ...]]], outputs: Sequence[Tensor]) -> tuple[Link, ...]:
+def _links(
+    calls: Iterable[list[_Output]], outputs: Sequence[Tensor], dependent: set[int], layers: Sequence[Layer]
+) -> tuple[Link, ...]:
     """Walk the graph once, from the parameters up; sets of nodes are integers with one bit for each node."""
     outputs = [tensor for tensor in outputs if tensor.requires_grad]
     roots = [edge.node for edge in graph.edges_of(outputs)]
     order = {node: number for number, node in enumerate(_from_below(roots))}
+    read = ([output for output in call if output.node in order] for call in calls)
+    marks = {call[0].node: call[0] for call in read if len(call) == 1}
     inner = [[order[lower] for lower in _next(node) if lower in order] for node in order]
     is_layer = [_is_weight_layer(node) for node in order]
     depths: list[int] = []
     below: list[int] = []  # each with itself
-    for number, lower in enumerate(inner):
+    depends: list[bool] = []  # on the example
+    for number, (node, lower) in enumerate(zip(order, inner, strict=True)):
         depths.append(is_layer[number] + max((depths[other] for other in lower), default=0))
+        depends.append(graph.number_of(node) in dependent or any(depends[other] for other in lower))
         below.append(1 << number)
         for other in lower:
             below[number] |= below[other]
+    if not any(depends):  # an example whose tensors are in objects of an unknown type
+        depends = [True] * len(order)
     top = _set(order[root] for root in roots)
     entered = [_set(lower) for lower in inner]
 
     def is_link(number: int) -> bool:
         inside, self_only = below[number], 1 << number
-        if not depths[number] or (top & inside) & ~self_only:
+        if not depths[number] or not depends[number] or (top & inside) & ~self_only:
             return False
         for other, lower in enumerate(entered):
             if inside >> other & 1:
                 continue
-            # A way in that goes around, or layers beside (another tower) that are neither below nor above.
-            if (lower & inside) & ~self_only or (is_layer[other] and not below[other] >> number & 1):
+            # A way in that goes around, or another tower: layers that are neither below nor above nor constant.
+            is_beside = is_layer[other] and depends[other] and not below[other] >> number & 1
+            if (lower & inside) & ~self_only or is_beside:
                 return False
         return True
 
@@ -272,12 +261,14 @@ def _links(marks: Mapping[Node, tuple[str, tuple[int, ...]]], outputs: Sequence[
     last = 0
     for nodes in groups.values():
         last = order[nodes[-1]]
-        names = tuple(name for name, _ in (marks[node] for node in nodes) if name)
-        name = min(names, key=lambda name: name.count("."), default="")
-        links.append(Link(name, names, marks[nodes[0]][1], depths[last]))
+        group = [marks[node] for node in nodes if marks[node].module]
+        best = min(group, key=lambda mark: (not mark.has_parameters, mark.module.count(".")), default=None)
+        name, shape = "" if best is None else best.module, marks[nodes[0]].shape
+        names = tuple(mark.module for mark in group)
+        links.append(Link(name, names, shape, depths[last], sides(layers, name, shape)))
     if roots and (not links or top != 1 << last):  # several outputs, or something else than a tensor
         shape, depth = tuple(outputs[0].shape), max(depths[order[root]] for root in roots)
-        links.append(Link("", (), shape, depth))
+        links.append(Link("", (), shape, depth, sides(layers, "", shape)))
     return tuple(links)
 
 

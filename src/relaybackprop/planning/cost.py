@@ -1,24 +1,26 @@
-"""What a plan costs: floating-point operations and saved activations of a training step, counted without running one.
+"""The cost of a plan: floating-point operations and saved activations of a training step, counted on a copy.
 
-The step runs on the meta device, with the engine that also trains: what is counted is what will be computed. Operations
-are matrix products and convolutions by PyTorch's own formulas, a multiplication and an addition counting as two.
+The step runs with the engine that also trains, without values where the model allows it (Note [Values] in
+`relaybackprop.planning.copies`): what is counted is what will be computed. Operations are matrix products and
+convolutions by PyTorch's own formulas, a multiplication and an addition counting as two.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from relaybackprop.engine.pytree import replace_tensors, tensors_in
+from relaybackprop.engine.pytree import map_tensors, replace_tensors, tensors_in
 from relaybackprop.errors import EarlyReleaseError, LeakError
 from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Boundary, Plan
-from relaybackprop.planning.chain import Arguments, StandIn, dry_run, shadow_input, shadows, total
+from relaybackprop.planning.chain import StandIn, total
+from relaybackprop.planning.copies import Arguments, on_copies
 from relaybackprop.planning.profile import Ledger, Spent
 from relaybackprop.relay import Relay
 
@@ -104,13 +106,15 @@ class Cost:
 def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, nn.Module] | None = None) -> Cost:
     """What a training step of a plan costs, by part of the network and scheme, for a batch of the example's shape.
 
-    All runs on the meta device, on copies without values: no memory is needed and nothing of the model is changed. The
-    losses themselves and the optimizer are not counted.
+    Steps run on copies without values, on the meta device, and take no memory. A model that looks at values runs on
+    copies with the example's values instead: that takes the memory and the time of a few steps, seven with heads. The
+    model is left alone. The losses themselves and the optimizer are not counted.
 
     Args:
-        model: any module that runs on the meta device.
+        model: any module.
         plan: its windows. One without heads and ends of windows has no scheme but "standard".
-        example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones. Only shapes and types matter.
+        example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones. Values matter only
+            where the model looks at them.
         heads: by name of the auxiliary loss. Left out, something that costs nothing stands for each of them.
 
     Returns:
@@ -121,7 +125,7 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         that a convolution copies; other devices keep slightly different amounts for normalisation.
 
     Raises:
-        PlanError: arguments of other types, or a model that does not run on the meta device.
+        PlanError: arguments of other types, or a model that does not run on the example.
         RelayError: whatever a forward pass of `Relay` with this plan and these heads raises.
 
     Example:
@@ -130,8 +134,9 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
     if heads is None and isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         heads = {name: StandIn() for name in plan.auxiliary}
     original = Relay(model, plan, heads)
-    with dry_run():
-        relay, arguments = _shadow(original, example_input)
+
+    def run(copies: Sequence[Relay], arguments: Arguments) -> tuple[Sequence[Boundary], dict[str, Ledger], Ledger]:
+        (relay,) = copies
         relay(*arguments[0], **arguments[1])
         ledgers: dict[str, Ledger] = {}
         for scheme, other in _schemes(plan, relay.order).items():
@@ -141,8 +146,10 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
                 if scheme not in (ISOLATED, EARLY_RELEASE):
                     raise
         ends = {end for window in plan.windows.values() for end in window.ends}
-        cut = _step(relay, plan.standard(), arguments, relay.order, ends)
-    names = [f"up to {boundary}" for boundary in relay.order] + ["up to the model's output"]
+        return relay.order, ledgers, _step(relay, plan.standard(), arguments, relay.order, ends)
+
+    order, ledgers, cut = on_copies([original], example_input, run)
+    names = [f"up to {boundary}" for boundary in order] + ["up to the model's output"]
     names += [f"head {name}" for name in plan.auxiliary]
     parts: list[Part] = []
     for row, name in enumerate(names):
@@ -157,16 +164,15 @@ def kept_between(model: nn.Module, names: Sequence[str], example_input: Any) -> 
     """What standard backpropagation keeps for the backward pass, in bytes, up to each of some places in a row.
 
     Args:
-        model: any module that runs on the meta device.
+        model: any module.
         names: of modules, by whose outputs the model is divided, in forward order.
         example_input: as for `cost`.
 
     Returns:
         One number for each name, and one for the rest of the model.
     """
-    with dry_run():
-        relay, arguments = _shadow(Relay(model, Plan()), example_input)
-        ledger = _step(relay, relay.plan, arguments, [Boundary("output", name) for name in names])
+    boundaries = [Boundary("output", name) for name in names]
+    ledger = on_copies([Relay(model, Plan())], example_input, lambda copies, a: _step(copies[0], Plan(), a, boundaries))
     return [spent.saved for spent in ledger.spent]
 
 
@@ -174,19 +180,13 @@ def early_peak(model: nn.Module, plan: Plan, example_input: Any) -> int:
     """The most bytes that are alive at once in a step with early release, with heads that cost nothing.
 
     Args:
-        model: any module that runs on the meta device.
+        model: any module.
         plan: its windows.
         example_input: as for `cost`.
     """
-    with dry_run():
-        original = Relay(model, plan, {name: StandIn() for name in plan.auxiliary})
-        relay, arguments = _shadow(original, example_input)
-        return _step(relay, plan, arguments, (), early=True).alive.most
-
-
-def _shadow(relay: Relay, example_input: Any) -> tuple[Relay, Arguments]:
-    """A relay and what it is called with, both without values."""
-    return cast(Relay, shadows([relay])[0]), shadow_input(example_input)
+    original = Relay(model, plan, {name: StandIn() for name in plan.auxiliary})
+    ledger = on_copies([original], example_input, lambda copies, a: _step(copies[0], plan, a, (), early=True))
+    return ledger.alive.most
 
 
 def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
@@ -238,19 +238,20 @@ def _step(
     """Run one training step with another plan for the same heads.
 
     Args:
-        relay: on the meta device.
+        relay: a copy.
         plan: the scheme.
         arguments: of the forward pass.
         order: all boundaries that part rows, the lowest first. The heads' rows follow.
         ends: where to cut the graph, so that what lies below needs no gradient from above.
         early: by `Relay.forward_backward`.
     """
+    args, kwargs = arguments = map_tensors(torch.clone, arguments)  # the model may change them in place
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows = {name: row for row, name in enumerate(relay.heads, len(order) + 1)}
     ledger = Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()], tensors_in(arguments))
     heads = {name: _Entering(relay.heads[name], ledger, rows[name]) for name in plan.auxiliary}
-    step, (args, kwargs), cut = Relay(relay.model, plan, heads), arguments, list[Tensor]()
+    step, cut = Relay(relay.model, plan, heads), list[Tensor]()
 
     def sum_of(output: Any, _target: Any) -> Tensor:
         loss = total(tensors_in(output))

@@ -1,36 +1,23 @@
-"""The heads that fit a plan: read off what the model's modules return, without training and without values.
-
-Note [Evidence]
-The dimension of the channels is the one that the modules around a window's top work on. Weight and normalisation
-layers vote, each by its own output: convolutions, batch and group normalisation work on dimension 1, linear layers,
-embeddings and layer normalisation on the last one; any other layer with a one-dimensional weight on the dimension
-that has its size, if only one has. The first of these groups that votes decides, if it is of one mind:
-1. layers inside the top whose output has the shape of the top's;
-2. layers inside the top: which dimension of the top's output has the size of their channels;
-3. layers anywhere in the model whose output has the shape of the top's.
-"""
+"""The heads that fit a plan: read off what the model's modules return, without training and without values."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from relaybackprop.engine import graph
 from relaybackprop.engine.hooks import find_module
-from relaybackprop.engine.pytree import paths_in, tensors_in
-from relaybackprop.errors import HeadError, PlanError
+from relaybackprop.engine.pytree import paths_in
+from relaybackprop.errors import HeadError
 from relaybackprop.heads import AuxiliaryHead, DenseHead, Gain, Layout, LinearHead, Pool, Select, TokenHead
 from relaybackprop.plan import Plan
-from relaybackprop.planning.chain import Arguments, arguments_of, dry_run, shadow_input, shadows
-from relaybackprop.reach import undisturbed
+from relaybackprop.planning.copies import Arguments, on_copies
+from relaybackprop.planning.layout import Layer, layers_in, votes
 
 MAP = 4  # rows and columns that GoogLeNet's head pools to
 WIDTH = 128  # of GoogLeNet's head, on its 512 channels
 
-_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm
 _CLASS_TOKENS = ("cls_token", "class_token")
 
 
@@ -61,15 +48,16 @@ def head_for(
 ) -> Heads:
     """Build a fitting head for each auxiliary loss of a plan.
 
-    The model is left alone. A copy without values runs in training mode; where that fails, the model itself runs once
-    on the example, in evaluation mode.
+    The model is left alone. A copy without values runs in training mode; where that fails, a copy with values runs on
+    the example, which takes the memory and the time of one forward pass.
 
     Args:
         model: any module.
         plan: its windows.
         example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
         num_classes: number of classes; of words for a language model.
-        layout: of what all heads read. Left out, it is read off the model (Note [Evidence]).
+        layout: of what all heads read. Left out, it is read off the model (Note [Evidence] in
+            `relaybackprop.planning.layout`).
         pool: of tokens. Left out, none where the model scores each token, the first token where a class token went in
             below, otherwise the mean.
         gain: of each head's last layer, see `AuxiliaryHead`.
@@ -90,7 +78,8 @@ def head_for(
     tops = {name: cast(str, window.top) for name, window in plan.auxiliary.items()}
     for top in tops.values():
         find_module(model, top)
-    run = _run(model, example_input, set(tops.values()))
+    places = set(tops.values())
+    run = on_copies([model], example_input, lambda copies, arguments: _observe(copies[0], arguments, places))
     scores = _scores(run.output, num_classes)
     if pool is not None and scores is not None and len(scores) == 3:
         scores = scores[::2]  # the caller pools where the model scores each token
@@ -155,15 +144,6 @@ def _choose(
     return LinearHead(channels, num_classes, layout=order, gain=gain), what + unlike
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer that ran: its output's shape, and the dimension of the channels in it."""
-
-    name: str
-    shape: tuple[int, ...]
-    axis: int
-
-
 @dataclass
 class _Run:
     """A forward pass: the size of its batch if it is known, outputs of the model and of the tops, layers that vote."""
@@ -172,20 +152,7 @@ class _Run:
     class_tokens: list[nn.Parameter]
     output: Any = None
     tops: dict[str, Any] = field(default_factory=dict[str, Any])
-    layers: list[_Layer] = field(default_factory=list[_Layer])
-
-
-def _run(model: nn.Module, example_input: Any, tops: set[str]) -> _Run:
-    try:
-        with dry_run():
-            (shadow,), arguments = shadows([model]), shadow_input(example_input)
-            return _observe(shadow, arguments, tops)
-    except PlanError:
-        if any(tensor.is_meta for tensor in (*tensors_in(example_input), *model.parameters())):
-            raise
-    with undisturbed(model), torch.no_grad():
-        model.eval()
-        return _observe(model, arguments_of(example_input), tops)
+    layers: list[Layer] = field(default_factory=list[Layer])
 
 
 def _observe(model: nn.Module, arguments: Arguments, tops: set[str]) -> _Run:
@@ -198,11 +165,7 @@ def _observe(model: nn.Module, arguments: Arguments, tops: set[str]) -> _Run:
         def hook(module: nn.Module, _args: Any, output: Any) -> None:
             if name in tops:
                 run.tops[name] = output
-            if isinstance(output, Tensor) and output.ndim > 2:
-                shape = tuple(output.shape)
-                axis = _axis(module, shape)
-                if axis is not None:
-                    run.layers.append(_Layer(name, shape, axis))
+            run.layers.extend(layers_in(name, module, output))
 
         return hook
 
@@ -216,38 +179,17 @@ def _observe(model: nn.Module, arguments: Arguments, tops: set[str]) -> _Run:
     return run
 
 
-def _axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """The dimension of a layer's output that holds its channels; None for modules that do not tell."""
-    last = len(shape) - 1
-    if isinstance(module, (*_CONVOLUTIONS, *_NORMS)):
-        return 1
-    # Subclasses of LayerNorm may well permute: LayerNorm2d of torchvision and timm does.
-    if isinstance(module, (nn.Linear, nn.Embedding)) or type(module) in (nn.LayerNorm, nn.RMSNorm):
-        return last
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or len(weight) == 1:
-        return None
-    axes = [axis for axis in (1, last) if shape[axis] == len(weight)]
-    return axes[0] if len(axes) == 1 else None
-
-
 def _layout(run: _Run, name: str, top: str, shape: tuple[int, ...]) -> tuple[Layout, str]:
-    """Note [Evidence]: the layout of a top's output, and what tells it."""
+    """The layout of a top's output, and what tells it."""
     if len(shape) == 2:
         return "channels_first", "one row for each example"
-    ends = 1, len(shape) - 1
-    inside = [layer for layer in run.layers if f"{layer.name}.".startswith(f"{top}.")]
-    sizes = [(layer, [axis for axis in ends if shape[axis] == layer.shape[layer.axis]]) for layer in inside]
-    groups = (
-        [(layer.name, layer.axis) for layer in inside if layer.shape == shape],
-        [(layer.name, axes[0]) for layer, axes in sizes if len(axes) == 1],
-        [(layer.name, layer.axis) for layer in run.layers if layer.shape == shape],
-    )
-    votes = next((group for group in groups if group), groups[-1])
-    if len({axis for _, axis in votes}) == 1:
-        voter, axis = votes[-1]
+    cast_votes = votes(run.layers, top, shape)
+    if len({axis for _, axis in cast_votes}) == 1:
+        voter, axis = cast_votes[-1]
         return ("channels_first" if axis == 1 else "channels_last"), f"as in {voter}"
-    against = " and ".join(f"{voter} works on dimension {axis}" for axis, voter in {a: v for v, a in votes}.items())
+    against = " and ".join(
+        f"{voter} works on dimension {axis}" for axis, voter in {a: v for v, a in cast_votes}.items()
+    )
     raise HeadError(
         f"a model that tells which dimension of the output of {top}, the top of {name!r}, holds the channels",
         f"{shape}, where {against or 'no layer tells'}",

@@ -44,6 +44,10 @@ class Storages:
         self.most = max(self.most, self.now)
         return new
 
+    def holds(self, value: Any) -> bool:
+        """Whether a storage of a tensor in a value has been noted and is still alive."""
+        return any(_address(tensor) in self._alive for tensor in tensors_in(value))
+
     def need(self, size: int) -> None:
         """Count bytes that an operation takes for itself while it runs."""
         self.most = max(self.most, self.now + size)

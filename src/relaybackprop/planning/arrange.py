@@ -1,0 +1,269 @@
+"""Where heads and windows might go: the paper's rules of thumb (section 4) applied to a model's chain of links.
+
+Note [Suggesting]
+1. Places are the ends of a model's blocks, never inside one. A block is an item of a list (`nn.Sequential` or
+   `nn.ModuleList`) whose class has at least two items in such lists: a transformer layer, an inverted residual. Items
+   that have blocks inside, such as Swin's stages, have places at the ends of these only, unless a shortcut leads around
+   all of them in one of the items. Models without such lists, and layers outside of them, have places at any link.
+2. A segment is a stage of equal map size, as the paper cuts VGGNet-19 behind its max pooling layers; a class token, or
+   the border that an unpadded convolution cuts off, does not count. What changes the size without a weight layer, such
+   as pooling, ends the segment below; what follows once the map is gone (the classifier) belongs to the last segment.
+3. A head reads the end of a segment. Not of the last one, where the model's own output is, nor within a classifier
+   behind maps or tokens. Nor of the first, since the next window would have to reach the first layer to overlap it.
+4. Nor in the lowest third of the weight layers, where "the patterns captured lack of sufficient discrimination". The
+   paper's lowest head is behind layer 8 of 19 (Figure 2), its others higher.
+5. Where that leaves too few places, as in a transformer's equal blocks, the longest segments are halved until there are
+   2K + 3 of them for K heads: five for one head, as in the paper's networks.
+6. Each window goes down over the whole segment below the next lower head, and no further (Table 2, Figure 2).
+7. Heads sit where the deepest window is as shallow as can be; of equally good places the higher ones are taken.
+8. A window of nearly all layers is not a relay. Where one has more than `MOST` of them the longest segments are halved
+   further; where that does not help either, as in a U-Net with its skip connections, there is no suggestion.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
+
+from torch import nn
+
+from relaybackprop.plan import Plan, Window
+from relaybackprop.planning.chain import Link
+
+MOST = 0.88  # of the weight layers, in one window
+SAME_SIZE = 1.5  # the ratio of two maps' positions from which on they belong to different stages
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of links.
+
+    Args:
+        links: one for each depth, from the lowest up.
+        start: the depth below it, in weight layers.
+    """
+
+    links: tuple[Link, ...]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """The depth at its end."""
+        return self.links[-1].depth
+
+    @property
+    def layers(self) -> int:
+        """Weight layers in it."""
+        return self.end - self.start
+
+    @property
+    def name(self) -> str:
+        """The module at its end."""
+        return self.links[-1].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The output of that module."""
+        return self.links[-1].shape
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Heads on the ends of segments: `heads` are numbers of segments, the lowest head first."""
+
+    segments: Sequence[Segment]
+    heads: tuple[int, ...]
+
+    @property
+    def windows(self) -> list[int]:
+        """Weight layers of each window, from the lowest head's to the primary one."""
+        tops = [*self.heads, len(self.segments) - 1]
+        bottoms = [0, *self.heads]
+        return [self.segments[top].end - self.segments[bottom].start for bottom, top in zip(bottoms, tops, strict=True)]
+
+    @property
+    def deepest(self) -> int:
+        """Weight layers of the deepest window."""
+        return max(self.windows)
+
+    @property
+    def is_too_deep(self) -> bool:
+        """Note [Suggesting] 8."""
+        return self.deepest > MOST * self.segments[-1].end
+
+    @property
+    def plan(self) -> Plan:
+        """Note [Suggesting] 6."""
+        return plan_of([self.segments[at].name for at in self.heads], [self.segments[at - 1].name for at in self.heads])
+
+
+def head_names(count: int) -> list[str]:
+    """The names of suggested heads, from the lowest up."""
+    return ["aux"] if count == 1 else [f"aux{number}" for number in range(1, count + 1)]
+
+
+def plan_of(tops: Sequence[str], ends: Sequence[str | None]) -> Plan:
+    """The plan whose heads read these modules, the lowest first; the end below each of the windows above them."""
+    below = [None, *ends]
+    names = head_names(len(tops))
+    windows = {name: Window(top=top, after=end) for name, top, end in zip(names, tops, below, strict=False)}
+    return Plan(Window(after=below[-1]), windows)
+
+
+def without_insides(model: nn.Module, links: Sequence[Link]) -> list[Link]:
+    """The links that are not inside a block, Note [Suggesting] 1."""
+    blocks = _blocks(model)
+    crossed = {name for link in links for name in link.names}
+    nested = {name for name in blocks if any(_is_in(other, name) for other in blocks.keys() & crossed)}
+    # Classes with a shortcut around all inner modules in at least one of their items.
+    whole = {
+        kind
+        for name, kind in blocks.items()
+        if name in crossed - nested and not any(_is_in(link.name, name) for link in links)
+    }
+    stages = {name for name in nested if blocks[name] not in whole}
+
+    def is_end(link: Link) -> bool:
+        around = [name for name in blocks if _is_in(link.name, name)]
+        return not around or (stages.issuperset(around) and not blocks.keys().isdisjoint(link.names))
+
+    return [link for link in links if is_end(link)]
+
+
+def _blocks(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """By name, the class of each item of a list that has weight layers and whose class is that of another item."""
+    found: dict[str, type[nn.Module]] = {}
+    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
+    for name, module in modules:
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            items = cast(Iterable[tuple[str, nn.Module]], module.named_children())
+            found |= {f"{name}.{key}".lstrip("."): type(item) for key, item in items if _is_block(item)}
+    counts = Counter(found.values())
+    return {name: kind for name, kind in found.items() if counts[kind] > 1}
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module has several weight layers and is more than a list of other modules."""
+    is_list = isinstance(module, nn.ModuleList) or (
+        isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward  # pyright: ignore
+    )
+    return not is_list and sum(parameter.ndim > 1 for parameter in module.parameters()) > 1
+
+
+def _is_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def ends_of(links: Sequence[Link]) -> list[tuple[Link, int]]:
+    """For each depth the link where a segment may end, and the size of the map behind the weight layer.
+
+    Normalisation, activation and pooling belong to the layer that they follow. A norm that opens the next block does
+    not: nothing within a block comes after the end of the block before, unless it makes the map smaller.
+    """
+    ends: list[tuple[Link, int]] = []
+    for _, group in groupby(links, key=lambda link: link.depth):
+        run = list(group)
+        areas = [link.area for link in run]
+        run_from_pool = run[areas.index(min(areas)) :]
+        end = min(reversed(run_from_pool), key=lambda link: link.name.count("."))
+        ends.append((end, areas[0]))
+    return ends
+
+
+def stages(links: Sequence[Link]) -> list[Segment]:
+    """Note [Suggesting] 2."""
+    groups: list[list[Link]] = []
+    size = 1
+    for link, area in ends_of(links):
+        if not groups or (area > 1 and max(area, size) >= SAME_SIZE * min(area, size)):
+            groups.append([])
+            size = area
+        groups[-1].append(link)
+    starts = [0, *(group[-1].depth for group in groups)]
+    return [Segment(tuple(group), start) for group, start in zip(groups, starts, strict=False)]
+
+
+def places_of(segments: Sequence[Segment]) -> list[int]:
+    """Note [Suggesting] 3 and 4: the segments at whose ends a head may sit."""
+    total = segments[-1].end
+    has_maps = any(len(segment.shape) > 2 for segment in segments)
+    return [
+        number
+        for number in range(1, len(segments) - 1)
+        if 3 * segments[number].end >= total and (len(segments[number].shape) > 2 or not has_maps)
+    ]
+
+
+def arrange(links: Sequence[Link], num_auxiliary: int) -> Arrangement | None:
+    """Note [Suggesting] 5, 7 and 8: the best found if none keeps to `MOST`; None without places for so many heads."""
+    best: Arrangement | None = None
+    for segments in _segmentations(links, num_auxiliary):
+        if len(places_of(segments)) >= num_auxiliary:
+            found = _best(segments, num_auxiliary)
+            best = found if best is None or found.deepest < best.deepest else best
+            if not best.is_too_deep:
+                break
+    return best
+
+
+def _segmentations(links: Sequence[Link], num_auxiliary: int) -> Iterator[list[Segment]]:
+    """Stages and, from the fewest halves to the most, what halving makes of them."""
+    segments: list[Segment] | None = stages(links)
+    has_places = len(places_of(segments)) >= num_auxiliary
+    while segments is not None:
+        halves = _halve_longest(segments)
+        if has_places or len(segments) >= 2 * num_auxiliary + 3 or halves is None:
+            yield segments
+        segments = halves
+
+
+def _best(segments: Sequence[Segment], num_auxiliary: int) -> Arrangement:
+    """Note [Suggesting] 7."""
+    # Any limit above the best one can be met, too.
+    limits = range(segments[-1].end + 1)
+    best = bisect_left(limits, True, key=lambda limit: _highest_heads(segments, num_auxiliary, limit) is not None)
+    heads = _highest_heads(segments, num_auxiliary, best)
+    assert heads is not None, "a window over all layers is always possible"
+    return Arrangement(segments, heads)
+
+
+def _halve_longest(segments: Sequence[Segment]) -> list[Segment] | None:
+    """Cut the longest segment that can be cut at the link nearest its middle, but not within a classifier on maps."""
+    at = max(range(len(segments)), key=lambda n: segments[n].layers if len(segments[n].links) > 1 else 0)
+    links, start = segments[at].links, segments[at].start
+    if len(links) == 1:
+        return None
+    middle = (start + segments[at].end) / 2
+    cuts = range(1, len(links))
+    on_maps = [cut for cut in cuts if links[cut - 1].area > 1]
+    cut = min(on_maps or cuts, key=lambda cut: abs(links[cut - 1].depth - middle))
+    halves = Segment(links[:cut], start), Segment(links[cut:], links[cut - 1].depth)
+    return [*segments[:at], *halves, *segments[at + 1 :]]
+
+
+def _highest_heads(segments: Sequence[Segment], num_auxiliary: int, limit: int) -> tuple[int, ...] | None:
+    """Heads as high as windows of at most `limit` layers allow, from the lowest up; None if they do not reach the top.
+
+    The higher a head, the higher the next window ends: as high as possible is best for all that follow.
+    """
+    places, heads, start = places_of(segments), list[int](), 0
+    for missing in range(num_auxiliary - 1, -1, -1):
+        allowed = [at for at in places if segments[at].end - start <= limit and (not heads or at > heads[-1])]
+        if missing:  # keep places for the heads above
+            allowed = [at for at in allowed if at in places[:-missing]]
+        if not allowed:
+            return None
+        heads.append(allowed[-1])
+        start = segments[heads[-1]].start
+    return tuple(heads) if segments[-1].end - start <= limit else None
+
+
+def one_lower(arrangement: Arrangement) -> list[Arrangement]:
+    """The same with one of the heads a place lower."""
+    places, heads, found = places_of(arrangement.segments), arrangement.heads, list[Arrangement]()
+    for position, at in enumerate(heads):
+        if at - 1 in places and at - 1 not in heads:
+            found.append(Arrangement(arrangement.segments, (*heads[:position], at - 1, *heads[position + 1 :])))
+    return found

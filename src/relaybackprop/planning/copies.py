@@ -1,0 +1,155 @@
+"""Run a model without touching it: on copies without values where that works, otherwise on copies with values.
+
+Note [Values]
+1. Copies on the meta device have shapes but no values. Running them needs neither memory nor time, so they come first.
+2. Some forward passes look at values: `item()`, `if mask.all():`, a graph's number of nodes. They run on real copies,
+   with the example's values, on the device of each tensor. That takes the memory and the time of a real pass.
+3. Both count the same operations and the same bytes: attention is fused on the meta device as it is elsewhere, and
+   oneDNN is off on real values, since its fused recurrent layers hide their matrix products.
+"""
+
+import copy
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from relaybackprop.engine.pytree import map_tensors, tensors_in
+from relaybackprop.errors import PlanError, RelayError
+
+T = TypeVar("T")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the named arguments of a model."""
+
+
+def on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callable[[list[Any], Arguments], T]) -> T:
+    """Run a function on copies of modules and of an example, see Note [Values].
+
+    Args:
+        modules: copied in training mode. What they share, their copies share too.
+        example_input: a tensor, a tuple of arguments, or a dict of named ones.
+        run: takes the copies and the arguments. It is called a second time, on values, if it fails without them.
+
+    Returns:
+        The result of `run`.
+
+    Raises:
+        PlanError: `run` raises anything but a `RelayError`, on values too or where there are none.
+        RelayError: raised by `run`.
+    """
+    try:
+        with dry_run():
+            return run(_copies(modules, _without_values), _arguments(example_input, _without_values))
+    except PlanError:
+        owned = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        if any(tensor.is_meta for tensor in (*tensors_in(example_input), *owned)):
+            raise
+    gpus = {tensor.device.index for tensor in owned if tensor.device.type == "cuda"}
+    place = "training mode on the example, on the meta device or on its values"
+    with _recording(place, gpus), _without_onednn():
+        return run(_copies(modules, _with_values), _arguments(example_input, _with_values))
+
+
+@contextmanager
+def dry_run() -> Generator[None]:
+    """Run models on the meta device: gradients are recorded, new tensors have no values, random generators stay.
+
+    Raises:
+        PlanError: the code inside raises anything but a `RelayError`.
+    """
+    place = "training mode on the meta device, on tensors that have shapes but no values"
+    with _recording(place), torch.device("meta"), _fused_attention():
+        yield
+
+
+@contextmanager
+def _recording(place: str, gpus: Sequence[int] | set[int] = ()) -> Generator[None]:
+    """Record gradients and keep random generators as they are; errors say that the model does not run in this place."""
+    try:
+        with (
+            torch.random.fork_rng(devices=list(gpus)),  # pyright: ignore[reportUnknownMemberType]
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
+    except RelayError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"a model that runs in {place}",
+            f"{type(error).__name__}: {' '.join([str(error), *getattr(error, '__notes__', ())])}",
+            "Give an example input that fits the model. If its forward pass looks at values (item(), if tensor: ...), "
+            "keep the model and the example off the meta device, or write the plan by hand; reach() works with every "
+            "model.",
+        ) from error
+
+
+def _copies(modules: Sequence[nn.Module], copy_of: Callable[[Tensor], Tensor]) -> list[nn.Module]:
+    memo: dict[int, Any] = {}
+    for module in modules:
+        for part in module.modules():
+            # Not only parameters and buffers: a tensor that a module just holds would be on another device.
+            memo |= {id(tensor): copy_of(tensor) for tensor in tensors_in(vars(part)) if id(tensor) not in memo}
+    return [copy.deepcopy(module, memo).train() for module in modules]
+
+
+def _arguments(value: Any, copy_of: Callable[[Tensor], Tensor]) -> Arguments:
+    """Copied arguments, from a tensor, a tuple of arguments or a dict of named ones."""
+    value = map_tensors(copy_of, value)
+    if isinstance(value, Mapping):
+        return (), dict(cast(Mapping[str, Any], value))
+    return (cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)), {}
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    return _like(tensor, torch.empty_like(tensor, device="meta", requires_grad=False))
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    return _like(tensor, tensor.detach().clone())
+
+
+def _like(tensor: Tensor, data: Tensor) -> Tensor:
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+@contextmanager
+def _without_onednn() -> Generator[None]:
+    """Note [Values] 3. `torch.backends.mkldnn.flags` would warn about graphics cards that are not there."""
+    before = torch._C._get_mkldnn_enabled()  # pyright: ignore
+    torch._C._set_mkldnn_enabled(False)  # pyright: ignore
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)  # pyright: ignore
+
+
+@contextmanager
+def _fused_attention() -> Generator[None]:
+    """Let attention without values cost what attention with values does: PyTorch fuses it everywhere but on meta."""
+    attention = functional.scaled_dot_product_attention
+
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **others: Any,
+    ) -> Tensor:
+        is_plain = attn_mask is None and dropout_p == 0 and not any(others.values())  # as the CPU's kernel wants it
+        if query.device.type != "meta" or query.ndim != 4 or not is_plain:
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention

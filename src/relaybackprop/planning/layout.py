@@ -1,0 +1,84 @@
+"""The layout of feature maps and tokens: which dimension of a module's output holds the channels.
+
+Note [Evidence]
+The dimension of the channels is the one that the modules around a place work on. Weight and normalisation
+layers vote, each by its own output: convolutions, batch and group normalisation work on dimension 1, linear layers,
+embeddings and layer normalisation on the last one; any other layer with a one-dimensional weight on the dimension
+that has its size, if only one has. The first of these groups that votes decides, if it is of one mind:
+1. layers inside the module at this place whose output has the shape of the module's;
+2. layers inside the module: which dimension of the module's output has the size of their channels;
+3. layers anywhere in the model whose output has the shape of the module's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The output of a layer that votes: its shape, and the dimension of the channels in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+
+
+def layers_in(name: str, module: nn.Module, output: Any) -> list[Layer]:
+    """The vote of a module by its output: one layer, or none."""
+    if not isinstance(output, Tensor) or output.ndim < 3:
+        return []
+    shape = tuple(output.shape)
+    axis = _axis(module, shape)
+    return [] if axis is None else [Layer(name, shape, axis)]
+
+
+def votes(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
+    """The first group of layers that votes on the output of a module, each layer with its dimension.
+
+    Args:
+        layers: of a forward pass, in its order.
+        name: of the module.
+        shape: of its output.
+    """
+    ends = 1, len(shape) - 1
+    inside = [layer for layer in layers if f"{layer.name}.".startswith(f"{name}.")]
+    sizes = [(layer, [axis for axis in ends if shape[axis] == layer.shape[layer.axis]]) for layer in inside]
+    groups = (
+        [(layer.name, layer.axis) for layer in inside if layer.shape == shape],
+        [(layer.name, axes[0]) for layer, axes in sizes if len(axes) == 1],
+        [(layer.name, layer.axis) for layer in layers if layer.shape == shape],
+    )
+    return next((group for group in groups if group), groups[-1])
+
+
+def sides(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of a map, or the number of tokens, in the output of a module; empty for vectors.
+
+    Where the layers do not tell, three dimensions are tokens, and more are a map with its channels first.
+    """
+    if len(shape) < 3:
+        return ()
+    axes = {axis for _, axis in votes(layers, name, shape)}
+    channels = axes.pop() if len(axes) == 1 else len(shape) - 1 if len(shape) == 3 else 1
+    return tuple(size for axis, size in enumerate(shape) if axis not in (0, channels))
+
+
+def _axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """The dimension of a layer's output that holds its channels; None for modules that do not tell."""
+    last = len(shape) - 1
+    if isinstance(module, (*_CONVOLUTIONS, *_NORMS)):
+        return 1
+    # Subclasses of LayerNorm may well permute: LayerNorm2d of torchvision and timm does.
+    if isinstance(module, (nn.Linear, nn.Embedding)) or type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return last
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or len(weight) == 1:
+        return None
+    axes = [axis for axis in (1, last) if shape[axis] == len(weight)]
+    return axes[0] if len(axes) == 1 else None
