@@ -145,11 +145,12 @@ def _blocks(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module has several weight layers and is more than a list of other modules."""
+    """Whether a module holds weight layers and is more than a list of other modules."""
     is_list = isinstance(module, nn.ModuleList) or (
         isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward  # pyright: ignore
     )
-    return not is_list and sum(parameter.ndim > 1 for parameter in module.parameters()) > 1
+    is_leaf = next(module.children(), None) is None
+    return not is_list and not is_leaf and any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _is_in(name: str, module: str) -> bool:

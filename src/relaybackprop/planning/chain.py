@@ -37,8 +37,8 @@ class Link:
     """A tensor that every backward path from the model's output to anything below it crosses.
 
     Args:
-        name: of the outermost module whose output it is, one with parameters if there is one; empty for a model's
-            output that no inner module returns.
+        name: of the outermost module whose output it is, one with parameters if there is one, and one that returns it
+            first; empty for a model's output that no inner module returns.
         names: of all modules whose output it is, the innermost first.
         shape: of the tensor.
         depth: weight layers on the longest path from the model's input, counted as `Relay.depths`; at least 1.
@@ -133,12 +133,19 @@ def total(tensors: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Output:
-    """The mark on a tensor with a gradient in a module's output."""
+    """The mark on a tensor with a gradient in a module's output.
+
+    Args:
+        module: its name.
+        node: the mark's.
+        shape: of the tensor.
+        rank: names for what the tensor is are preferred in this order. A head reads the first tensor of an output.
+    """
 
     module: str
     node: Node
     shape: tuple[int, ...]
-    has_parameters: bool
+    rank: tuple[bool, bool, int]
 
 
 class _Influence(TorchDispatchMode):
@@ -158,7 +165,9 @@ class _Influence(TorchDispatchMode):
         """Run an operation. Autograd has numbered its node before it arrives here."""
         node = torch.autograd._get_sequence_nr() - 1  # pyright: ignore
         result = func(*args, **(kwargs or {}))
-        if self._storages.holds((args, kwargs)):
+        name = func.overloadpacket.__name__
+        reads_values = not name.endswith("_like") and not name.startswith("new_")  # zeros_like, new_zeros: shapes only
+        if reads_values and self._storages.holds((args, kwargs)):
             self._storages.note(result)
             if torch.is_grad_enabled():
                 self.nodes.add(node)
@@ -193,11 +202,15 @@ def _mark_outputs(model: nn.Module, layers: list[Layer]) -> dict[str, list[list[
 
         def mark(module: nn.Module, _args: Any, output: Any, name: str = name) -> Any:
             layers.extend(layers_in(name, module, output))
-            has_parameters = next(module.parameters(), None) is not None
+            is_bare = next(module.parameters(), None) is None
             tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
             marked = [cast(Tensor, _Mark.apply(tensor)) for tensor in tensors]  # pyright: ignore[reportUnknownMemberType]
-            edges = zip(graph.edges_of(marked), marked, strict=True)
-            calls[name].append([_Output(name, edge.node, tuple(new.shape), has_parameters) for edge, new in edges])
+            calls[name].append(
+                [
+                    _Output(name, edge.node, tuple(tensor.shape), (is_bare, position > 0, name.count(".")))
+                    for position, (edge, tensor) in enumerate(zip(graph.edges_of(marked), marked, strict=True))
+                ]
+            )
             return replace_tensors(output, tensors, marked) if tensors else None
 
         module.register_forward_hook(mark)
@@ -234,21 +247,23 @@ def _links(
             below[number] |= below[other]
     if not any(depends):  # an example whose tensors are in objects of an unknown type
         depends = [True] * len(order)
-    top = _set(order[root] for root in roots)
-    entered = [_set(lower) for lower in inner]
+    users: list[list[int]] = [[] for _ in order]
+    for number, lower in enumerate(inner):
+        for other in lower:
+            users[other].append(number)
+    top = {order[root] for root in roots}
+    passed = _counts_below(users, top)
+    towers = _set(number for number in range(len(order)) if is_layer[number] and depends[number])
+    above = [0] * len(order)  # each with itself
+    for number in reversed(range(len(order))):
+        above[number] = 1 << number
+        for other in users[number]:
+            above[number] |= above[other]
 
     def is_link(number: int) -> bool:
-        inside, self_only = below[number], 1 << number
-        if not depths[number] or not depends[number] or (top & inside) & ~self_only:
-            return False
-        for other, lower in enumerate(entered):
-            if inside >> other & 1:
-                continue
-            # A way in that goes around, or another tower: layers that are neither below nor above nor constant.
-            is_beside = is_layer[other] and depends[other] and not below[other] >> number & 1
-            if (lower & inside) & ~self_only or is_beside:
-                return False
-        return True
+        # No way around it to anything below, and no layer beside it: another tower, if it is not constant.
+        is_crossed = passed[number] == below[number].bit_count()
+        return depths[number] > 0 and depends[number] and is_crossed and not towers & ~(below[number] | above[number])
 
     groups: dict[Node, list[Node]] = {}  # by what the marks are on
     for node in order:
@@ -262,14 +277,37 @@ def _links(
     for nodes in groups.values():
         last = order[nodes[-1]]
         group = [marks[node] for node in nodes if marks[node].module]
-        best = min(group, key=lambda mark: (not mark.has_parameters, mark.module.count(".")), default=None)
+        best = min(group, key=lambda mark: mark.rank, default=None)
         name, shape = "" if best is None else best.module, marks[nodes[0]].shape
         names = tuple(mark.module for mark in group)
         links.append(Link(name, names, shape, depths[last], sides(layers, name, shape)))
-    if roots and (not links or top != 1 << last):  # several outputs, or something else than a tensor
+    if roots and (not links or top != {last}):  # several outputs, or something else than a tensor
         shape, depth = tuple(outputs[0].shape), max(depths[order[root]] for root in roots)
         links.append(Link("", (), shape, depth, sides(layers, "", shape)))
     return tuple(links)
+
+
+def _counts_below(users: Sequence[Sequence[int]], roots: set[int]) -> list[int]:
+    """For each node how many nodes only ways through it lead to, itself included: the size of its dominator subtree.
+
+    Args:
+        users: for each node those that use it, all of larger numbers.
+        roots: nodes that are outputs.
+    """
+    outside = len(users)  # what uses the roots
+    above, level, counts = [outside] * (outside + 1), [0] * (outside + 1), [1] * (outside + 1)
+    for number in reversed(range(outside)):
+        found = [*users[number], *([outside] if number in roots else [])]
+        common = found[0]
+        for other in found[1:]:
+            while common != other:
+                if level[common] < level[other]:
+                    common, other = other, common
+                common = above[common]
+        above[number], level[number] = common, level[common] + 1
+    for number in range(outside):
+        counts[above[number]] += counts[number]
+    return counts[:-1]
 
 
 def _from_below(roots: Sequence[Node]) -> list[Node]:

@@ -32,7 +32,8 @@ class Suggestion:
         plan: the windows.
         depths: by loss, the weight layers on the longest path through its window.
         reasons: sentences, in the order of the decisions.
-        head_inputs: by name of the auxiliary loss, the shape of what its head reads, the batch included.
+        head_inputs: by name of the auxiliary loss, the shape of what its head reads, the batch included. Where a
+            module returns a tuple, the shape is that of the first tensor with a gradient.
     """
 
     plan: Plan

@@ -1,0 +1,478 @@
+"""Suggested plans of networks from timm, torchvision and transformers: where heads and windows go, or why none does.
+
+Every configuration is small and has random weights. What a plan claims about gradients is tested in float64 against the
+reference, also where a network computes values from constants or runs on the example's values only.
+"""
+
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oracle import assert_same, expected_gradients, relay_gradients, seed_each_module, step_gradients
+from relaybackprop import Plan, Relay, Window, cost, head_for, suggest_plan
+from relaybackprop.engine.pytree import map_tensors, tensors_in
+from relaybackprop.errors import LeakError, PlanError, WindowError
+from relaybackprop.planning.arrange import MOST, Arrangement, arrange, places_of, without_insides
+from relaybackprop.planning.chain import chain
+from relaybackprop.planning.suggest import Suggestion
+
+Example = dict[str, Tensor]
+WORDS = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+SMALL_VIT = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+
+
+def timm(name: str, pixels: int = 64, **options: Any) -> tuple[nn.Module, Tensor]:
+    return pytest.importorskip("timm").create_model(name, num_classes=5, **options), torch.rand(2, 3, pixels, pixels)
+
+
+def torchvision(name: str, pixels: int = 64, **options: Any) -> tuple[nn.Module, Tensor]:
+    return pytest.importorskip("torchvision.models").get_model(name, **options), torch.rand(2, 3, pixels, pixels)
+
+
+def transformers(name: str, config: str, example: Example, **options: Any) -> tuple[nn.Module, Example]:
+    library = pytest.importorskip("transformers")
+    return getattr(library, name)(getattr(library, config)(**options)), example
+
+
+def words(**options: Any) -> Example:
+    """Token ids with an attention mask, the second text being shorter."""
+    return {"input_ids": torch.randint(3, 99, (2, 12)), "attention_mask": (torch.arange(24) < 20).long().view(2, 12)}
+
+
+def pixels(size: int = 64) -> Example:
+    return {"pixel_values": torch.rand(2, 3, size, size)}
+
+
+class Join(nn.Module):
+    """A decoder step of a U-Net: upsampling, the encoder's map, a convolution."""
+
+    def __init__(self, low: int, skip: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(low + skip, out, 3, padding=1)
+
+    def forward(self, low: Tensor, skip: Tensor) -> Tensor:
+        low = nn.functional.interpolate(low, scale_factor=2)
+        return self.conv(torch.cat([low, skip], 1)).relu()
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 4, 6, 8, 8]
+        layers = [(nn.Conv2d(low, high, 3, padding=1), nn.ReLU()) for low, high in pairwise(widths)]
+        self.down = nn.ModuleList(nn.Sequential(*pair) for pair in layers)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ModuleList(
+            Join(8 if k == 3 else widths[k + 2], widths[k + 1], widths[k + 1]) for k in (3, 2, 1, 0)
+        )
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        for conv in self.down:
+            x = conv(x)
+            skips.append(x)
+            x = nn.functional.max_pool2d(x, 2)
+        x = self.middle(x)
+        for join in self.up:
+            x = join(x, skips.pop())
+        return self.last(x)
+
+
+SWIN = {"embed_dim": 12, "depths": (1, 2, 4, 2), "num_heads": (1, 2, 3, 4), "img_size": 64, "window_size": 2}
+HF_SWIN = {
+    "embed_dim": 12,
+    "depths": [1, 2, 4, 2],
+    "num_heads": [1, 2, 3, 4],
+    "image_size": 64,
+    "window_size": 2,
+}
+SPEECH = {name: value for name, value in WORDS.items() if name != "max_position_embeddings"} | {
+    "conv_dim": (16,) * 7,
+    "num_conv_pos_embedding_groups": 2,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+}
+
+# By model: where the head sits, and where the primary loss's window ends.
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str, str]] = {
+    "timm ViT": (lambda: timm("vit_tiny_patch16_224", img_size=64), "blocks.8", "blocks.5"),
+    "timm Swin": (lambda: timm("swin_tiny_patch4_window7_224", **SWIN), "layers.2", "layers.1"),
+    "timm Swin-v2": (lambda: timm("swinv2_tiny_window8_256", **SWIN), "layers.2", "layers.1"),
+    "timm ConvNeXt": (lambda: timm("convnext_atto"), "stages.2", "stages.1"),
+    "timm MobileNetV3": (lambda: timm("mobilenetv3_small_050", 128), "blocks.3", "blocks.1"),
+    "timm EfficientNet": (lambda: timm("efficientnet_b0", 128), "blocks.4", "blocks.2"),
+    "timm MambaOut": (lambda: timm("mambaout_femto"), "stages.2", "stages.1"),
+    "timm LeViT": (lambda: timm("levit_128s", 224), "stages.1", "stages.0"),
+    "torchvision Swin": (lambda: torchvision("swin_t"), "features.5", "features.3"),
+    "torchvision Swin-v2": (lambda: torchvision("swin_v2_t"), "features.5", "features.3"),
+    "torchvision MobileNetV2": (lambda: torchvision("mobilenet_v2", 128), "features.13", "features.6"),
+    "torchvision EfficientNet": (lambda: torchvision("efficientnet_b0", 128), "features.5", "features.3"),
+    "HF Swin": (
+        lambda: transformers("SwinForImageClassification", "SwinConfig", pixels(), **HF_SWIN),
+        "swin.encoder.layers.2.blocks.3",
+        "swin.encoder.layers.1.blocks.1",
+    ),
+    "HF ViT": (
+        lambda: transformers("ViTForImageClassification", "ViTConfig", pixels(32), **SMALL_VIT),
+        "vit.layers.8",
+        "vit.layers.5",
+    ),
+    "HF BERT": (
+        lambda: transformers("BertForSequenceClassification", "BertConfig", words(), **WORDS),
+        "bert.encoder.layer.2",
+        "bert.encoder.layer.1",
+    ),
+    "HF Llama": (
+        lambda: transformers("LlamaForCausalLM", "LlamaConfig", words(), **WORDS, use_cache=False),
+        "model.layers.2",
+        "model.layers.1",
+    ),
+    "HF ViT-MAE": (  # the decoder is a part of the chain
+        lambda: transformers(
+            "ViTMAEForPreTraining",
+            "ViTMAEConfig",
+            pixels(32),
+            **SMALL_VIT,
+            num_hidden_layers=6,
+            decoder_hidden_size=24,
+            decoder_num_attention_heads=2,
+            decoder_num_hidden_layers=2,
+            decoder_intermediate_size=48,
+        ),
+        "decoder.decoder_embed",
+        "vit.layers.2",
+    ),
+    "HF Wav2Vec2": (
+        lambda: transformers(
+            "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", {"input_values": torch.rand(2, 4000)}, **SPEECH
+        ),
+        "wav2vec2.encoder.layers.2",
+        "wav2vec2.feature_extractor.conv_layers.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_and_windows_sit_at_ends_of_blocks_and_stages(name: str) -> None:
+    make, top, end = MODELS[name]
+    suggestion = suggest_plan(*make())
+    windows = suggestion.plan.windows
+    assert (windows["aux"].top, windows["primary"].after) == (top, end)
+    assert windows["aux"].after is None
+    total = _total(suggestion)
+    assert max(suggestion.depths.values()) <= MOST * total
+
+
+def _total(suggestion: Suggestion) -> int:
+    """Weight layers of the model, as the first reason says."""
+    return int(suggestion.reasons[0].split()[1])
+
+
+# transformers' Llama normalises in float32 whatever the model's type.
+EXACT = {"timm Swin-v2": 1e-12, "timm Swin": 1e-12, "HF BERT": 1e-12, "HF Llama": 1e-6, "timm ConvNeXt": 1e-12}
+
+
+@pytest.mark.parametrize(("name", "tolerance"), EXACT.items())
+def test_gradients_of_suggested_plans_are_exact(name: str, tolerance: float) -> None:
+    torch.manual_seed(0)
+    model, example = MODELS[name][0]()
+    model, example = model.double(), map_tensors(lambda t: t.double() if t.is_floating_point() else t, example)
+    suggestion = suggest_plan(model, example)
+    classes = 99 if "Llama" in name else 5
+    relay = Relay(_Named(model, example), _renamed(suggestion.plan), head_for(model, suggestion.plan, example, classes))
+    seed_each_module(relay)
+    inputs = tuple(example.values()) if isinstance(example, dict) else (example,)
+    got, expected = relay_gradients(relay, *inputs), expected_gradients(relay, *inputs)
+    assert_same(got, expected, tolerance)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(got, expected_gradients(relay, *inputs, plan=relay.plan.multi_loss()), tolerance)
+
+
+class _Named(nn.Module):
+    """Takes by position what a model takes by name, and returns its scores."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        super().__init__()
+        self.model, self.names = model, list(example) if isinstance(example, dict) else []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.model(**dict(zip(self.names, inputs, strict=True))) if self.names else self.model(*inputs)
+        return getattr(output, "logits", output)
+
+
+def _renamed(plan: Plan) -> Plan:
+    auxiliary = {name: Window(top=f"model.{window.top}") for name, window in plan.auxiliary.items()}
+    return Plan(Window(after=f"model.{plan.primary.after}"), auxiliary)
+
+
+# Values.
+
+
+class LooksAtValues(nn.Module):
+    """Branches on the values of its input."""
+
+    def __init__(self, model: nn.Module, look: bool = True) -> None:
+        super().__init__()
+        self.model, self.look = model, look
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if self.look and any(value.float().sum().item() != value.float().sum().item() for value in inputs):
+            return None
+        return self.model(*inputs)
+
+
+def network(kind: str) -> nn.Module:
+    if kind == "recurrent":
+        return Recurrent()
+    if kind == "transformer":
+        layer = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(6)]
+        return nn.Sequential(*layer, nn.Linear(8, 5))
+    norms = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)) for _ in range(6)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *norms, nn.Flatten(), nn.Linear(8 * 36, 5))
+
+
+class Recurrent(nn.Module):
+    """LSTMs and linear layers in turn; each LSTM starts with a constant state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstms = nn.ModuleList(nn.LSTM(8, 8, batch_first=True) for _ in range(6))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for lstm, layer in zip(self.lstms, self.layers, strict=True):
+            x = layer(lstm(x)[0])
+        return x
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "transformer", "recurrent"])
+def test_values_and_the_meta_device_give_the_same_plan_and_cost(kind: str) -> None:
+    model = network(kind)
+    x = torch.rand(2, 3, 8, 8) if kind == "convolutional" else torch.rand(2, 7, 8)
+    without, with_values = LooksAtValues(model, look=False), LooksAtValues(model)
+    suggestion, other = suggest_plan(without, x), suggest_plan(with_values, x)
+    assert (other.plan, other.depths, other.reasons) == (suggestion.plan, suggestion.depths, suggestion.reasons)
+    expected, found = cost(without, suggestion.plan, x), cost(with_values, suggestion.plan, x)
+    assert found.parts == expected.parts
+    if kind != "recurrent":  # fused cells need less at their peak
+        assert found.peaks == expected.peaks
+    budget = int(0.8 * expected.peaks["standard"])
+    if kind == "convolutional":
+        assert (
+            suggest_plan(with_values, x, memory_budget=budget).plan
+            == suggest_plan(without, x, memory_budget=budget).plan
+        )
+
+
+def test_running_on_values_leaves_the_model_and_the_example_alone() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network("convolutional")
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.sum().item() != 0
+            return self.model(self.drop(x.mul_(2.0)))
+
+    model, x = Changing().eval(), torch.rand(2, 3, 8, 8)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    given, random = x.clone(), torch.get_rng_state()
+    plan = suggest_plan(model, x).plan
+    cost(model, plan, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    head_for(model, plan, x, 5)
+    assert torch.equal(x, given)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module.training or module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_values_a_model_that_looks_at_them_is_refused() -> None:
+    model, x = LooksAtValues(network("convolutional")), torch.rand(2, 3, 8, 8)
+    plan = suggest_plan(model, x).plan
+    for call in (lambda: suggest_plan(model, x.to("meta")), lambda: cost(model, plan, x.to("meta"))):
+        with pytest.raises(PlanError, match=r"shapes but no values.*item\(\).*off the meta device"):
+            call()
+    with pytest.raises(PlanError, match=r"on the meta device or on its values; received RuntimeError: .*channels"):
+        suggest_plan(model, torch.rand(2, 4, 8, 8))
+
+
+# Constants.
+
+
+class WithBias(nn.Module):
+    """Adds what an inner network makes of a constant, as Swin-v2 does with relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.bias = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 8))
+        self.register_buffer("where", torch.rand(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).tanh() + self.bias(self.where)
+
+
+class FromShape(nn.Module):
+    """Adds what a layer makes of ones in the shape of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bias = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).tanh() + self.bias(torch.ones_like(x)) + self.bias(x.new_zeros(8))
+
+
+class SharedBias(nn.Module):
+    """One bias of constants for all blocks, as MPNet's: a path around each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Linear(2, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias(torch.ones(1, 2, dtype=x.dtype))
+        for block in self.blocks:
+            x = (block(x) + bias).tanh()
+        return x
+
+
+class TwoTexts(nn.Module):
+    """Two towers of words: whole numbers, so no gradient tells that they depend on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+        self.top = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.top(self.left(left) + self.right(right))
+
+
+@pytest.mark.parametrize("kind", [WithBias, FromShape, Recurrent])
+def test_a_window_can_end_at_each_link_beside_constants(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = (Recurrent() if kind is Recurrent else nn.Sequential(*(kind() for _ in range(6)))).double()
+    x = torch.rand(3, 4, 8, dtype=torch.float64)
+    links = [link for link in chain(model, x) if link.name]
+    assert len(links) >= 6
+    for low, high in pairwise(links):
+        relay = Relay(model, Plan(Window(after=low.name), {"aux": Window(top=high.name)}), {"aux": _Sum()})
+        expected = expected_gradients(relay, x)
+        assert_same(relay_gradients(relay, x), expected)
+        assert_same(step_gradients(relay, x), expected)
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_same(relay_gradients(relay, x), expected_gradients(relay, x, plan=relay.plan.multi_loss()))
+
+
+class _Sum(nn.Module):
+    def forward(self, value: Any) -> Tensor:
+        return torch.stack([tensor.sum() for tensor in tensors_in(value)]).sum()
+
+
+def test_constants_that_lead_around_a_place_are_no_less_a_way_around() -> None:
+    model, x = SharedBias(), torch.rand(3, 8)
+    with pytest.raises(WindowError):
+        suggest_plan(model, x)
+    assert not [link for link in chain(model, x) if link.name.startswith("blocks.") and link.name != "blocks.5"][1:]
+    with pytest.raises(LeakError):
+        Relay(model, Plan(Window(after="blocks.3")))(x)
+    Relay(model, Plan(Window(after=("blocks.3", "bias"))))(x)  # what the error advises
+
+
+def test_towers_of_whole_numbers_are_towers() -> None:
+    model, words = TwoTexts(), torch.randint(9, (2, 3))
+    assert next(link.name for link in chain(model, (words, words))) == "top.0"
+
+
+def test_a_module_that_returns_a_tuple_is_a_link_if_one_tensor_is_used() -> None:
+    names = [link.name for link in chain(Recurrent(), torch.rand(3, 4, 8))]
+    assert {"lstms.0", "layers.0", "lstms.5"} <= set(names)
+
+
+# Layouts.
+
+
+class Tokens(nn.Module):
+    """Stages of (N, L, C) tokens; between two of them pairs are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages = [[nn.Linear(8 * 2**n, 8 * 2**n) for _ in range(3)] for n in range(4)]
+        self.stages = nn.ModuleList(nn.Sequential(*layers) for layers in stages)
+        self.merge = nn.ModuleList(nn.Linear(16 * 2**n, 16 * 2**n) for n in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, stage in enumerate(self.stages):
+            if number:
+                x = self.merge[number - 1](x.unflatten(1, (-1, 2)).flatten(2))
+            x = stage(x)
+        return x
+
+
+def test_the_size_of_tokens_is_their_number() -> None:
+    x = torch.rand(2, 32, 8)
+    assert {link.name: link.sides for link in chain(Tokens(), x)}["stages.1"] == (16,)
+    suggestion = suggest_plan(Tokens(), x)
+    assert (suggestion.plan.auxiliary["aux"].top, suggestion.plan.primary.after) == ("stages.2", "stages.1")
+
+
+# Where windows make no sense.
+
+
+def test_a_unet_has_no_suggestion_but_a_plan() -> None:
+    model, x = UNet().double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(WindowError, match=r"at most 88% .*UNet each; received 9 of 10 ") as caught:
+        suggest_plan(model, x)
+    assert "Window(after=(" in str(caught.value)
+    plan = Plan(Window(after=("middle", "down.3", "down.2", "down.1", "down.0")), {"aux": Window(top="up.1")})
+    relay = Relay(model, plan, {"aux": _Sum()})
+    expected = expected_gradients(relay, x)
+    assert_same(relay_gradients(relay, x), expected)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(relay_gradients(relay, x), expected_gradients(relay, x, plan=plan.multi_loss()))
+
+
+def test_more_heads_are_advised_where_they_help() -> None:
+    """One head leaves a window of 18 of 20 layers, behind the second block or the third; two heads one of 16."""
+    blocks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in (2, 8, 8, 2)]
+    model = nn.Sequential(*(_Skip(block) for block in blocks))
+    with pytest.raises(WindowError, match=r"received 18 of 20 .*Ask for num_auxiliary=2"):
+        suggest_plan(model, torch.rand(2, 4))
+    assert sorted(suggest_plan(model, torch.rand(2, 4), 2).depths.values()) == [10, 10, 16]
+
+
+class _Skip(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_the_least_that_places_allow_is_the_least(heads: int) -> None:
+    """Against all ways to put heads on the places."""
+    sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    model = nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in sizes))
+    links = without_insides(model, chain(model, torch.rand(2, 4)))
+    found = arrange(links, heads)
+    assert found is not None
+    every = [Arrangement(found.segments, each) for each in combinations(places_of(found.segments), heads)]
+    assert found.deepest == min(one.deepest for one in every)
