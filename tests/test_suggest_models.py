@@ -236,11 +236,27 @@ class LooksAtValues(nn.Module):
 def network(kind: str) -> nn.Module:
     if kind == "recurrent":
         return Recurrent()
+    if kind == "masked":
+        return nn.Sequential(*(Causal() for _ in range(6)))
     if kind == "transformer":
         layer = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(6)]
         return nn.Sequential(*layer, nn.Linear(8, 5))
     norms = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)) for _ in range(6)]
     return nn.Sequential(nn.Conv2d(3, 8, 3), *norms, nn.Flatten(), nn.Linear(8 * 36, 5))
+
+
+class Causal(nn.Module):
+    """Attention with a mask of booleans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        query, key, value = self.qkv(x).unflatten(2, (6, 4)).transpose(1, 2).chunk(3, 1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return x + mixed.transpose(1, 2).flatten(2)
 
 
 class Recurrent(nn.Module):
@@ -257,7 +273,7 @@ class Recurrent(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", ["convolutional", "transformer", "recurrent"])
+@pytest.mark.parametrize("kind", ["convolutional", "transformer", "masked", "recurrent"])
 def test_values_and_the_meta_device_give_the_same_plan_and_cost(kind: str) -> None:
     model = network(kind)
     x = torch.rand(2, 3, 8, 8) if kind == "convolutional" else torch.rand(2, 7, 8)
@@ -298,6 +314,36 @@ def test_running_on_values_leaves_the_model_and_the_example_alone() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module.training or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Graph(nn.Module):
+    """Graph convolutions with a sparse adjacency matrix, whose number of nodes is read off the edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        nodes = int(edges.max().item()) + 1
+        ones = torch.ones(edges.shape[1], dtype=x.dtype)
+        adjacency = torch.sparse_coo_tensor(edges, ones, (nodes, nodes), check_invariants=True)
+        for layer in self.layers:
+            x = layer(torch.sparse.mm(adjacency, x)).relu()
+        return x
+
+
+def test_a_graph_network_runs_on_values() -> None:
+    torch.manual_seed(0)
+    model, example = Graph().double(), (torch.rand(5, 8).double(), torch.randint(5, (2, 9)))
+    example[1][0, 0] = 4
+    suggestion = suggest_plan(model, example)
+    assert (suggestion.plan.auxiliary["aux"].top, suggestion.plan.primary.after) == ("layers.3", "layers.2")
+    assert list(cost(model, suggestion.plan, example).totals)[-1] == "early_release"
+    relay = Relay(model, suggestion.plan, head_for(model, suggestion.plan, example, 5))
+    expected = expected_gradients(relay, *example)
+    assert_same(relay_gradients(relay, *example), expected)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(relay_gradients(relay, *example), expected_gradients(relay, *example, plan=relay.plan.multi_loss()))
 
 
 def test_without_values_a_model_that_looks_at_them_is_refused() -> None:
@@ -385,7 +431,7 @@ class _Sum(nn.Module):
         return torch.stack([tensor.sum() for tensor in tensors_in(value)]).sum()
 
 
-def test_constants_that_lead_around_a_place_are_no_less_a_way_around() -> None:
+def test_constants_that_feed_both_sides_of_a_place_are_a_path_around_it() -> None:
     model, x = SharedBias(), torch.rand(3, 8)
     with pytest.raises(WindowError):
         suggest_plan(model, x)

@@ -190,8 +190,8 @@ def _mark_outputs(model: nn.Module, layers: list[Layer]) -> dict[str, list[list[
     Without them a value that goes through nn.Identity could not be told from one that also goes around it.
 
     Args:
-        model: a copy; nobody has to remove the hooks.
-        layers: filled in by the forward pass, those that tell their layout.
+        model: a copy, on which the hooks stay.
+        layers: filled in by the forward pass with the layers that tell their layout.
 
     Returns:
         By module, filled in by the forward pass: for each call the tensors in its output.

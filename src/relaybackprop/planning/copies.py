@@ -4,8 +4,8 @@ Note [Values]
 1. Copies on the meta device have shapes but no values. Running them needs neither memory nor time, so they come first.
 2. Some forward passes look at values: `item()`, `if mask.all():`, a graph's number of nodes. They run on real copies,
    with the example's values, on the device of each tensor. That takes the memory and the time of a real pass.
-3. Both count the same operations and the same saved bytes: attention without a mask is fused on the meta device as it
-   is on a CPU, and oneDNN is off on real values, since its fused recurrent layers hide their matrix products.
+3. Both count the same operations and the same saved bytes: attention is fused on the meta device as it is on a CPU,
+   and oneDNN is off on real values, since its fused recurrent layers hide their matrix products.
 """
 
 import copy
@@ -142,11 +142,16 @@ def _fused_attention() -> Generator[None]:
         scale: float | None = None,
         **others: Any,
     ) -> Tensor:
-        is_plain = attn_mask is None and dropout_p == 0 and not any(others.values())  # as the CPU's kernel wants it
-        if query.device.type != "meta" or query.ndim != 4 or not is_plain:
+        # As the CPU's kernel wants it.
+        is_plain = query.ndim == 4 and dropout_p == 0 and not any(others.values())
+        is_fixed = attn_mask is None or (attn_mask.ndim in (2, 4) and not attn_mask.requires_grad)
+        if query.device.type != "meta" or not is_plain or not is_fixed:
             return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            shift = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = shift.masked_fill_(attn_mask.logical_not(), float("-inf"))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
     functional.scaled_dot_product_attention = fused
     try:

@@ -1,4 +1,4 @@
-"""The heads that fit a plan: read off what the model's modules return, without training and without values."""
+"""Heads that fit a plan, read off what the modules of a copy of the model return in one forward pass."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

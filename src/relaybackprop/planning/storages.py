@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relaybackprop.engine.pytree import tensors_in
@@ -24,7 +25,7 @@ class Storages:
         self.now = 0
         self.most = 0
         # By address, with those that do not count held, so that no other storage can take their addresses.
-        self._known = {_address(tensor): tensor.untyped_storage() for tensor in owned}
+        self._known = {_address(tensor): tensor.untyped_storage() for tensor in _with_storage(list(owned))}
         self._alive = set[int]()
 
     def note(self, value: Any) -> int:
@@ -34,7 +35,7 @@ class Storages:
             Their bytes.
         """
         new = 0
-        for tensor in tensors_in(value):
+        for tensor in _with_storage(value):
             address, storage = _address(tensor), tensor.untyped_storage()
             if address not in self._known and address not in self._alive:
                 self._alive.add(address)
@@ -46,7 +47,7 @@ class Storages:
 
     def holds(self, value: Any) -> bool:
         """Whether a storage of a tensor in a value has been noted and is still alive."""
-        return any(_address(tensor) in self._alive for tensor in tensors_in(value))
+        return any(_address(tensor) in self._alive for tensor in _with_storage(value))
 
     def need(self, size: int) -> None:
         """Count bytes that an operation takes for itself while it runs."""
@@ -55,6 +56,11 @@ class Storages:
     def _drop(self, address: int, size: int) -> None:
         self._alive.discard(address)
         self.now -= size
+
+
+def _with_storage(value: Any) -> list[Tensor]:
+    """All tensors in a value but sparse ones, which have no storage of their own."""
+    return [tensor for tensor in tensors_in(value) if tensor.layout == torch.strided]
 
 
 def _address(tensor: Tensor) -> int:

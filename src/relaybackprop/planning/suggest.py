@@ -170,7 +170,7 @@ def _no_relay(model: nn.Module, links: Sequence[Link], arrangement: Arrangement)
     """For a model whose windows would hold nearly all of it."""
     windows = dict(zip([*arrangement.plan.auxiliary, PRIMARY], arrangement.windows, strict=True))
     deepest, heads = max(windows, key=lambda name: windows[name]), len(arrangement.heads)
-    more = (arrange(links, count) for count in range(heads + 1, len(links)))
+    more = (arrange(links, count) for count in range(heads + 1, min(heads + 3, len(links))))
     enough = next((found for found in more if found is not None and not found.is_too_deep), None)
     remedy = (
         "Write a plan by hand that ends a window on every path, such as Window(after=('middle', 'encoder.2', "
