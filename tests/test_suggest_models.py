@@ -115,6 +115,8 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str, str]] = {
     "timm EfficientNet": (lambda: timm("efficientnet_b0", 128), "blocks.4", "blocks.2"),
     "timm MambaOut": (lambda: timm("mambaout_femto"), "stages.2", "stages.1"),
     "timm LeViT": (lambda: timm("levit_128s", 224), "stages.1", "stages.0"),
+    "timm RegNet": (lambda: timm("regnetx_002"), "s3", "s2"),  # a stage of one block
+    "timm MViT-v2": (lambda: timm("mvitv2_tiny", 224), "stages.2", "stages.1"),  # blocks return tuples
     "torchvision Swin": (lambda: torchvision("swin_t"), "features.5", "features.3"),
     "torchvision Swin-v2": (lambda: torchvision("swin_v2_t"), "features.5", "features.3"),
     "torchvision MobileNetV2": (lambda: torchvision("mobilenet_v2", 128), "features.13", "features.6"),
@@ -138,6 +140,13 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str, str]] = {
         lambda: transformers("LlamaForCausalLM", "LlamaConfig", words(), **WORDS, use_cache=False),
         "model.layers.2",
         "model.layers.1",
+    ),
+    "HF Bloom": (  # blocks return a tuple of two tensors with gradients, one of them unused
+        lambda: transformers(
+            "BloomForCausalLM", "BloomConfig", words(), vocab_size=99, hidden_size=32, n_layer=6, n_head=2
+        ),
+        "transformer.h.2",
+        "transformer.h.1",
     ),
     "HF ViT-MAE": (  # the decoder is a part of the chain
         lambda: transformers(

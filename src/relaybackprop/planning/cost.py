@@ -210,7 +210,7 @@ def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
 
 
 class _Entering(nn.Module):
-    """A head that first says that it runs, and then who goes on."""
+    """A head that enters its own row in the ledger while it runs."""
 
     def __init__(self, head: nn.Module, ledger: Ledger, row: int) -> None:
         super().__init__()
