@@ -407,16 +407,17 @@ class SharedBias(nn.Module):
         return x
 
 
-class TwoTexts(nn.Module):
-    """Two towers of words: whole numbers, so no gradient tells that they depend on the input."""
+class Towers(nn.Module):
+    """Two towers of words and one of sound. Words are whole numbers, which no gradient leads to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
+        self.sound = nn.Linear(8, 8)
         self.top = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.top(self.left(left) + self.right(right))
+    def forward(self, left: Tensor, right: Tensor, sound: Tensor) -> Tensor:
+        return self.top(self.left(left) + self.right(right) + self.sound(sound))
 
 
 @pytest.mark.parametrize("kind", [WithBias, FromShape, Recurrent])
@@ -451,8 +452,8 @@ def test_constants_that_feed_both_sides_of_a_place_are_a_path_around_it() -> Non
 
 
 def test_towers_of_whole_numbers_are_towers() -> None:
-    model, words = TwoTexts(), torch.randint(9, (2, 3))
-    assert next(link.name for link in chain(model, (words, words))) == "top.0"
+    ids, sound = torch.randint(9, (2, 3)), torch.rand(2, 3, 8)
+    assert next(link.name for link in chain(Towers(), (ids, ids, sound))) == "top.0"
 
 
 def test_a_module_that_returns_a_tuple_is_a_link_if_one_tensor_is_used() -> None:
