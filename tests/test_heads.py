@@ -465,3 +465,19 @@ def test_head_for_passes_its_options_on() -> None:
         head = head_for(words, AUX, torch.ones(2, 3, dtype=torch.long), 9, pool=pool)["aux"]
         assert isinstance(head, TokenHead)
         assert head.pool == pool
+
+
+def test_pooling_tells_the_layout_of_concatenated_maps() -> None:
+    class Inception(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 1)
+            self.pool = nn.MaxPool2d(2)
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.pool(torch.cat([self.left(x), self.right(x)], dim=1))  # (2, 6, 8, 6): no layer has six channels
+            return self.fc(x.mean((2, 3)))
+
+    heads = head_for(Inception(), Plan(auxiliary={"aux": Window(top="pool")}), torch.rand(2, 3, 16, 12), 5)
+    assert "channels first, as in pool" in heads.reasons["aux"]

@@ -1,10 +1,10 @@
 """The layout of feature maps and tokens: which dimension of a module's output holds the channels.
 
 Note [Evidence]
-The dimension of the channels is the one that the modules around a place work on. Weight and normalisation
-layers vote, each by its own output: convolutions, batch and group normalisation work on dimension 1, linear layers,
-embeddings and layer normalisation on the last one; any other layer with a one-dimensional weight on the dimension
-that has its size, if only one has. The first of these groups that votes decides, if it is of one mind:
+The dimension of the channels is the one that the modules around a place work on. Layers vote, each by its own output:
+convolutions, pooling, batch and group normalisation have the channels in dimension 1, linear layers, embeddings and
+layer normalisation in the last one; any other layer with a one-dimensional weight in the dimension that has its size,
+if only one has. The first of these groups that votes decides, if it is of one mind:
 1. layers inside the module at this place whose output has the shape of the module's;
 2. layers inside the module: which dimension of the module's output has the size of their channels;
 3. layers anywhere in the model whose output has the shape of the module's.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm
+_POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def sides(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> tuple[i
 def _axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
     """The dimension of a layer's output that holds its channels; None for modules that do not tell."""
     last = len(shape) - 1
-    if isinstance(module, (*_CONVOLUTIONS, *_NORMS)):
+    if isinstance(module, (*_CONVOLUTIONS, *_NORMS, *_POOLS)):
         return 1
     # Subclasses of LayerNorm may well permute: LayerNorm2d of torchvision and timm does.
     if isinstance(module, (nn.Linear, nn.Embedding)) or type(module) in (nn.LayerNorm, nn.RMSNorm):
