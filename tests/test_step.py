@@ -1,5 +1,6 @@
 """Early release frees each window as early as it can, and its gradients are the reference's all the same. float64."""
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -251,6 +252,36 @@ def test_parameter_hooks_fire_once_and_only_with_the_whole_gradient(name: str) -
     assert {len(gradients) for gradients in fired.values()} == {1}
     for parameter_name, gradients in fired.items():
         assert torch.equal(gradients[0], got[parameter_name])
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
+@pytest.mark.parametrize("name", CASES)
+def test_optimizers_in_the_backward_pass(name: str, options: dict[str, bool]) -> None:
+    """Hooks that update each weight as soon as its gradient is there, and free the gradient: AdamW."""
+    case = make_case(name)
+    relay = Relay(case.model, case.plan, case.heads)
+    usual = copy.deepcopy(relay)
+    for module in (relay, usual):
+        seed_each_module(module)
+    start = {name: parameter.detach().clone() for name, parameter in relay.named_parameters()}
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2, **options) for p in relay.parameters()}
+
+    def update(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in relay.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    together = torch.optim.AdamW(usual.parameters(), lr=1e-2, **options)
+    for _ in range(3):
+        step_gradients(relay, *case.inputs)
+        relay_gradients(usual, *case.inputs)
+        together.step()
+    assert all(parameter.grad is None for parameter in relay.parameters())
+    expected = {name: parameter.detach() for name, parameter in usual.named_parameters()}
+    assert_same({name: parameter.detach() for name, parameter in relay.named_parameters()}, expected)
+    with pytest.raises(AssertionError):  # negative control
+        assert_same(start, expected)
 
 
 def test_what_a_step_returns_is_what_an_ordinary_pass_returns() -> None:

@@ -1,13 +1,14 @@
 """`Relay`: a model whose losses each reach only their own window of layers."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from relaybackprop.engine.calls import Calls
-from relaybackprop.engine.data_parallel import average_gradients, share_buffers
+from relaybackprop.engine.data_parallel import averaging, check_sharded, identity_of, is_parallel, share_buffers
 from relaybackprop.engine.early import EarlyRelease
 from relaybackprop.engine.forward import ForwardPass
 from relaybackprop.engine.hooks import boundaries, find_module, node_names, refuse_transforms
@@ -123,6 +124,7 @@ class Relay(nn.Module):
         self.depths: Mapping[str, int] = {}
         self._schedules = _Cache()
         self._released = _Cache()
+        self._forecasts = _Cache()
         self._missed: dict[Boundary, int] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -179,9 +181,12 @@ class Relay(nn.Module):
         backward path has to cross the end of each window, also for the other losses. After an error part of the
         gradients may have been computed.
 
-        In a job of several processes gradients are averaged over them, and buffers (batch statistics) are the first
-        one's, as with `DistributedDataParallel`. Do not wrap the relay in `DistributedDataParallel`: it must not
-        average as well. The processes have to start with equal parameters.
+        In a job of several processes gradients are averaged over them as soon as they are final, while layers above run
+        forward or layers below run backward (Note [Averaging] in `relaybackprop.engine.data_parallel`; the first step
+        averages at its end). Buffers (batch statistics) are the first process's, as with `DistributedDataParallel`. Do
+        not wrap the relay in `DistributedDataParallel`: it must not average as well. Apply `fully_shard` to modules
+        between the plan's boundaries, such as blocks, not to the relay. The processes have to start with equal
+        parameters. Hooks of parameters see local gradients, and `.grad` is a new tensor after each averaged step.
 
         Args:
             *args: of the model.
@@ -190,15 +195,18 @@ class Relay(nn.Module):
             scale: applied to each weighted loss before its backward pass: `scaler.scale`, or
                 `lambda loss: loss / parts` where gradients are accumulated.
             sync: whether to average over all processes, or over those of a group. False in all but the last part of an
-                accumulated batch.
+                accumulated batch. Where processes skip different layers and the model communicates by itself
+                (SyncBatchNorm), pass a group of its own, `dist.new_group()`: messages of a group have one order.
             **kwargs: of the model, by name.
 
         Returns:
             The losses and outputs, detached.
 
         Raises:
-            EarlyReleaseError: in evaluation mode, where no gradients are recorded, for sharded parameters, for windows
-                with several ends, for reentrant checkpointing in a window, or if a path leads around the end of one.
+            EarlyReleaseError: in evaluation mode, where no gradients are recorded, for `fully_shard` around a boundary
+                and other divided parameters, for gradients to average that are sparse or that a hook has taken away,
+                for windows with several ends, for reentrant checkpointing in a window, or if a path leads around the
+                end of one.
             RelayError: all that the forward pass, or `loss`, raises.
 
         Example:
@@ -208,9 +216,6 @@ class Relay(nn.Module):
             >>> print(result.loss.item())  # doctest: +SKIP
         """
         self._check_early(loss)
-        group = None if isinstance(sync, bool) else sync
-        if sync:
-            share_buffers(self, group)
         outputs, terms = dict[str, Any](), dict[str, Tensor]()
 
         def compute(name: str, value: Any) -> Tensor:
@@ -222,19 +227,17 @@ class Relay(nn.Module):
 
         key = self._key()
         is_new = self._released.get((key, ())) is None
-        with node_names(self.model, is_new) as names:
+        with self._averaging(sync), node_names(self.model, is_new) as names:
             release = EarlyRelease(Calls(self.plan, self._missed), compute, names if is_new else None)
             with boundaries(self.model, self.plan, release):
                 primary = self._read(self.model(*args, **kwargs))
             release.finish(primary)
-        if is_new:
-            self._released.add((key, ()), (tuple(release.calls.order), release.depths))
-        self.order, self.depths = self._released[key, ()]
-        auxiliary = {name: outputs[name] for name in self.plan.auxiliary if name in outputs}
-        output = RelayOutput(outputs[PRIMARY], auxiliary, self.plan.weights)
-        loss.check_fits(output)
-        if sync:
-            average_gradients(self, group)
+            if is_new:
+                self._released.add((key, ()), (tuple(release.calls.order), release.depths))
+            self.order, self.depths = self._released[key, ()]
+            auxiliary = {name: outputs[name] for name in self.plan.auxiliary if name in outputs}
+            output = RelayOutput(outputs[PRIMARY], auxiliary, self.plan.weights)
+            loss.check_fits(output)
         terms = {name: terms[name] for name in output.losses}
         total = torch.stack([output.weights[name] * term for name, term in terms.items()]).sum()
         return RelayResult(total, terms, output)
@@ -256,6 +259,16 @@ class Relay(nn.Module):
         """All that decides routes, apart from the forward pass: the plan and what is frozen."""
         return self.plan, tuple(parameter.requires_grad for parameter in self.model.parameters())
 
+    def _averaging(self, sync: "bool | ProcessGroup") -> AbstractContextManager[None]:
+        """Share buffers, then average gradients as they become final; nothing in a single process."""
+        group = None if isinstance(sync, bool) else sync
+        if not sync or not is_parallel(group):
+            return nullcontext()
+        share_buffers(self, group)
+        trained = tuple(parameter.requires_grad for parameter in self.parameters())
+        key = self.plan, trained, identity_of(group)
+        return averaging(self, self._forecasts.get(key) or self._forecasts.add(key, {}), group)
+
     def _check_early(self, loss: RelayLoss) -> None:
         if not isinstance(loss, RelayLoss):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise HeadError("loss to be a RelayLoss", kinds_of(loss), "Write loss=RelayLoss(nn.CrossEntropyLoss()).")
@@ -270,12 +283,7 @@ class Relay(nn.Module):
             raise EarlyReleaseError(
                 "windows with one end each", "a window with several", "Use an ordinary forward and backward pass."
             )
-        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):  # a DTensor
-            raise EarlyReleaseError(
-                "whole parameters on each device",
-                "parameters that are divided among processes, as by FSDP",
-                "Use an ordinary forward and backward pass, or do not shard: early release needs no wrapper.",
-            )
+        check_sharded(self, [f"model.{boundary.module}" for boundary in self.plan.boundaries])
         refuse_transforms("an early release of Relay")
 
     def _run_head(self, name: str, value: Any) -> Any:
