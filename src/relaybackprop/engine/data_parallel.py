@@ -34,8 +34,9 @@ from relaybackprop.errors import EarlyReleaseError
 if TYPE_CHECKING:  # not every torch has it
     from torch.distributed import ProcessGroup, Work
 
-BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
+BUCKET_BYTES = 25 * 2**20  # at most, as in DistributedDataParallel
 LAST_BUCKET_BYTES = 2**20  # nothing is left to compute while this one travels
+BUCKETS = 16  # or so, of small networks: a bucket leaves when the last gradient in it is final
 
 
 class Final(NamedTuple):
@@ -224,6 +225,8 @@ class _Average:
 
     def _in_buckets(self, indices: Collection[int]) -> list[list[int]]:
         """Divide parameters by type, device and backward pass, in the order of sending. The last bucket is small."""
+        size = sum(self.parameters[index].nbytes for index in indices) // BUCKETS
+        size = min(max(size, LAST_BUCKET_BYTES), BUCKET_BYTES)
         buckets: list[list[int]] = []
         room: list[int] = []  # bytes left in each bucket
         current: dict[tuple[torch.dtype, torch.device, int], int] = {}
@@ -232,7 +235,7 @@ class _Average:
             kind = _type_of(parameter), parameter.device, self.forecast[index].backward
             if kind not in current or room[current[kind]] <= 0:
                 current[kind] = len(buckets)
-                room.append(BUCKET_BYTES if buckets else LAST_BUCKET_BYTES)
+                room.append(size if buckets else LAST_BUCKET_BYTES)
                 buckets.append([])
             buckets[current[kind]].append(index)
             room[current[kind]] -= parameter.nbytes
