@@ -167,22 +167,25 @@ def data_parallel(job: Job, cluster: Cluster, devices: int, *, early: bool, hidd
         job: what a step computes.
         cluster: where.
         devices: how many.
-        early: by `Relay.forward_backward`, which averages after the last backward pass; else each stage's gradients
-            travel as soon as they are there, while the layers below go on.
+        early: by `Relay.forward_backward`: the lowest stage is finished before the highest one runs forward, the
+            overlap last. Else one backward pass, from the top.
         hidden: whether devices compute while gradients travel. A CPU's cores do both.
     """
     reduce = [cluster.all_reduce(stage.gradients, devices) for stage in job.stages]
     work = [stage.forward + stage.backward + stage.lane for stage in job.stages]
-    if early or not hidden:
+    if not hidden:
         return sum(work) / cluster.rate + sum(reduce)
-    forward = sum(stage.forward for stage in job.stages) / cluster.rate
-    tasks = [Task("forward", "device", forward)]
-    for number in (2, 1, 0):
-        stage = job.stages[number]
-        seconds = (stage.backward + stage.lane) / cluster.rate
+    below, overlap, above = job.stages
+    if early:
+        before = {0: below.forward + overlap.forward + overlap.lane, 2: above.forward, 1: 0.0}
+    else:
+        before = {2: below.forward + overlap.forward + above.forward, 1: overlap.lane, 0: 0.0}
+    tasks: list[Task] = []
+    for number, forward in before.items():  # each stage's gradients travel while the stages after it are computed
+        seconds = (forward + job.stages[number].backward) / cluster.rate
         tasks += [
-            Task(f"backward{number}", "device", seconds),
-            Task(f"reduce{number}", "link", reduce[number], (f"backward{number}",)),
+            Task(f"compute{number}", "device", seconds),
+            Task(f"reduce{number}", "link", reduce[number], (f"compute{number}",)),
         ]
     return max(simulate(tasks).values())
 
@@ -334,18 +337,22 @@ def check(settings: Settings) -> Figures:
     return figures
 
 
-def measure(settings: Settings) -> Figures:
-    """All figures."""
+def jobs() -> dict[str, Job]:
+    """What is projected."""
     with torch.device("meta"):
         model, head = model_a(401), AuxiliaryHead(512, 401)
     plan = Plan(Window(bottom="segment4"), {"aux": Window(top="segment4")})
     transformer = vit_b(224, 1, 64, "meta")
-    jobs = {
+    return {
         "model_a": job_of(model, plan, head, 64, 224),
         "vit_b": job_of(transformer.model, transformer.plan, transformer.head, 64, 224),
     }
+
+
+def measure(settings: Settings) -> Figures:
+    """All figures."""
     figures = check(settings)
-    for name, job in jobs.items():
+    for name, job in jobs().items():
         figures |= {f"{name}_{key}": value for key, value in project(job, ASSUMED).items()}
     return figures
 

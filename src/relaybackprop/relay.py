@@ -195,8 +195,9 @@ class Relay(nn.Module):
             scale: applied to each weighted loss before its backward pass: `scaler.scale`, or
                 `lambda loss: loss / parts` where gradients are accumulated.
             sync: whether to average over all processes, or over those of a group. False in all but the last part of an
-                accumulated batch. Where processes skip different layers and the model communicates by itself
-                (SyncBatchNorm), pass a group of its own, `dist.new_group()`: messages of a group have one order.
+                accumulated batch. If the model communicates by itself (SyncBatchNorm), pass a group for the gradients
+                alone, `dist.new_group()`: messages of one group wait for each other, and hang where processes skip
+                different layers.
             **kwargs: of the model, by name.
 
         Returns:
