@@ -96,7 +96,7 @@ def check_sharded(module: nn.Module, boundaries: Iterable[str]) -> None:
         if _is_divided(parameter) and not any(name.startswith(f"{outer}.") for outer in sharded):
             raise EarlyReleaseError(
                 "parameters that are whole, or sharded by fully_shard",
-                f"{name!r}, a DTensor of another kind",
+                f"{name!r}, a DTensor that is divided among processes by other means",
                 "Use an ordinary forward and backward pass, or do not divide it.",
             )
 
