@@ -562,6 +562,40 @@ def test_ways_around_are_named() -> None:
         relay.forward_backward(x, target=None, loss=smooth_loss(plan))
 
 
+class Towers(nn.Module):
+    """Two towers side by side, the second after the first; a head may read the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.top = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x).tanh()
+        return self.top(left + self.right(x).tanh())
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        # The right tower's end cuts nothing of the left one, whose own end the primary loss goes on through.
+        Plan(Window(bottom="right"), {"low": Window(top="left"), "high": Window(top="top", after="left")}),
+        Plan(Window(after="right"), {"low": Window(top="left"), "high": Window(top="top", after="left")}),
+        # The lower loss has freed the left tower when the primary loss comes to it.
+        Plan(Window(bottom="right"), {"low": Window(top="left")}),
+        Plan(Window(after="right"), {"low": Window(top="left")}),
+    ],
+)
+def test_towers_side_by_side_are_no_silent_error(plan: Plan) -> None:
+    """One backward pass is exact there; a step was not, and found no path around."""
+    torch.manual_seed(0)
+    relay = Relay(Towers(), plan, {name: nn.Linear(4, 4) for name in plan.auxiliary}).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
+    for _ in range(2):
+        with pytest.raises(EarlyReleaseError, match=r"path around it, to"):
+            step_gradients(relay, x)
+
+
 def test_a_head_that_reads_more_than_its_boundary_is_refused() -> None:
     model = conv_net()
     stolen: list[Tensor] = []

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from oracle import assert_same, expected_gradients, gradients_of, relay_gradients, smooth_loss, step_gradients
 from relaybackprop import Plan, Relay, RelayLoss, Window, reach
@@ -79,6 +80,26 @@ def test_a_side_input_that_is_no_end_is_named() -> None:
     plan = Plan(Window(after=("mid", "enc2", "enc1")), {"aux": Window(top="mid")})
     with pytest.raises(LeakError, match=r"output of mid and the output of enc2.*time.*after=\(\.\.\., 'time"):
         Relay(SideInputs(), plan, {"aux": Mean()}).double()(X)
+
+
+class Checkpointed(nn.Module):
+    """A layer between two ends of a window, inside a checkpoint; the upper end and the layers above both read it."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.low, self.shared, self.high, self.around = (nn.Linear(4, 4) for _ in range(4))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = checkpoint(self.shared, self.low(x), use_reentrant=self.reentrant)
+        return self.high(shared.tanh()).tanh() + self.around(shared.sin())  # pyright: ignore
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_between_two_ends_does_not_hide_a_leak(reentrant: bool) -> None:
+    relay = Relay(Checkpointed(reentrant), Plan(Window(after=("high", "low")))).double()
+    with pytest.raises(LeakError, match=r"to around \(above\)"):
+        relay(X)
 
 
 def test_schemes_of_windows_with_several_ends() -> None:
@@ -187,6 +208,38 @@ def test_a_module_that_never_runs_is_an_error_in_the_end() -> None:
         relay(X)
     with pytest.raises(BoundaryError, match=r"never called it, 32 times in a row"):
         relay(X)
+
+
+class Around(Dropped):
+    """A skip leads around the end of a window, unless the module at the end is dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.stem(x)
+        x = self.layers[0](first)
+        if 2 not in self.skip:
+            x = self.layers[2](self.layers[1](x)) + first.sin()
+        return self.out(self.layers[4](self.layers[3](x)))
+
+
+@pytest.mark.parametrize("engine", [relay_gradients, step_gradients])
+def test_a_search_without_a_skipped_module_is_no_search_with_it(engine: Callable[..., Any]) -> None:
+    plan = Plan(Window(), {"aux": Window(top="layers.4", after="layers.2")})
+    relay = Relay(Around(), plan, {"aux": Mean()}).double()
+    relay.model.skip = {2}
+    engine(relay, X)
+    relay.model.skip = set()
+    with pytest.raises((LeakError, EarlyReleaseError), match=r"path around it"):
+        engine(relay, X)
+
+
+@pytest.mark.parametrize("engine", [relay_gradients, step_gradients])
+def test_depths_do_not_depend_on_the_first_forward_pass(engine: Callable[..., Any]) -> None:
+    relay = drop_relay(Plan(Window(bottom="layers.2"), {"aux": Window(top="layers.4")}))
+    relay.model.skip = {4}
+    engine(relay, X)
+    relay.model.skip = set()
+    engine(relay, X)
+    assert relay.depths == {"primary": 5, "aux": 6}
 
 
 class Pair(NamedTuple):

@@ -233,9 +233,11 @@ class Relay(nn.Module):
             with boundaries(self.model, self.plan, release):
                 primary = self._read(self.model(*args, **kwargs))
             release.finish(primary)
-            if is_new:
-                self._released.add((key, ()), (tuple(release.calls.order), release.depths))
-            self.order, self.depths = self._released[key, ()]
+            found = self._released.get((key, ()), (tuple(release.calls.order), release.depths))
+            # Where a module was skipped, the search has seen another graph than the one without.
+            if is_new and all(boundary == place for boundary, place in release.calls.places.items()):
+                self._released.add((key, ()), found)
+            self.order, self.depths = found
             auxiliary = {name: outputs[name] for name in self.plan.auxiliary if name in outputs}
             output = RelayOutput(outputs[PRIMARY], auxiliary, self.plan.weights)
             loss.check_fits(output)

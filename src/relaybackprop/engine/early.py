@@ -113,6 +113,7 @@ class EarlyRelease:
         self._names = names
         self._pieces = [_Piece()]
         self._number_above: dict[Boundary, int] = {}  # of the piece above each cut
+        self._piece_of: dict[int, int] = {}  # by number of a node, the piece that first reached it
         self._spans: dict[str, range] = {}  # by loss computed, the pieces in its window
         self._passed: Losses = frozenset()  # losses whose gradients have propagated to the end of their windows
         self._done = 0  # number of the lowest piece that is not final
@@ -170,6 +171,7 @@ class EarlyRelease:
         if not tensors:  # nothing below needs a gradient
             return value
         piece.leaves, crossed, junction = _leaves_of(tensors, str(place))
+        self._piece_of |= {graph.number_of(edge.node): len(self._pieces) - 1 for edge in graph.edges_of(crossed)}
         if self._names is not None:
             self._memory.watch(junction, tensors, crossed)
         return replace_tensors(value, tensors, crossed)
@@ -239,7 +241,7 @@ class EarlyRelease:
         edges, gradients = piece.arrived(losses)
         received: Gradients = [None] * len(below.sources)
         if edges and piece.leaves:
-            self._check_ways(piece, edges, losses)
+            self._check_ways(number, edges, losses)
             check_eager(edges, graph.everywhere, f"above the {piece.bottom}")
             received = list(_grad(edges, gradients, piece.leaves))
         below.lanes[losses] = received
@@ -249,7 +251,7 @@ class EarlyRelease:
         piece = self._pieces[number]
         edges, gradients = piece.arrived(losses)
         if edges:
-            self._check_ways(piece, edges, losses)
+            self._check_ways(number, edges, losses)
             # Without the leaves of the cut among the inputs, autograd leaves their gradients out.
             needed = None if goes_on or not piece.leaves else _trainable(edges, piece.leaves)
             _backward(edges, gradients, needed)
@@ -257,31 +259,35 @@ class EarlyRelease:
             self._pieces[number - 1].lanes[losses] = [leaf.grad for leaf in piece.leaves]
         self._pieces[number] = _Piece(piece.bottom, older=piece.older)
 
-    def _check_ways(self, piece: _Piece, edges: Iterable[GradientEdge], losses: Losses) -> None:
-        """Raise if there is a path from here around the cut at the bottom of the piece."""
-        if not piece.older:
+    def _check_ways(self, number: int, edges: Iterable[GradientEdge], losses: Losses) -> None:
+        """Raise if there is a path from this piece around the cut at its bottom, or into another piece."""
+        piece = self._pieces[number]
+        if self._names is None and not piece.older:
             return
         names = self._names or dict[Node, str]()
         came_from = graph.walk(edges, graph.everywhere)
-        if any(node.name() == "CheckpointFunctionBackward" for node in came_from):
+        if piece.older and any(map(graph.hides_leaves, came_from)):
             raise EarlyReleaseError(
                 f"layers above the {piece.bottom} without reentrant checkpointing",
                 "a checkpoint that runs only in one backward pass over the whole graph",
                 "Use checkpoint(..., use_reentrant=False), or an ordinary forward and backward pass.",
             )
-        around = next(
-            (node for node in came_from if graph.number_of(node) in piece.older and not graph.is_leaf(node)), None
-        )
-        if around is None:
-            return
+        inner = [(node, graph.number_of(node)) for node in came_from if not graph.is_leaf(node)]
+        around = next((node for node, own in inner if own in piece.older), None)
         ended = [loss for loss in losses if piece.bottom in self.calls.plan.windows[loss].ends]
-        if ended:
+        if around is not None and ended:
             raise leak_error(ended[0], str(piece.bottom), around, came_from, names)
-        raise EarlyReleaseError(
-            f"every backward path from above the {piece.bottom}, where a window ends, to cross it",
-            f"a path around it, to {graph.nearest_name_below(around, names) or around.name()}",
-            "Use an ordinary forward and backward pass, or let the window end where the paths have joined.",
-        )
+        # Another piece's node, such as its own cut, beside the one at the bottom: towers side by side.
+        for node, own in inner:
+            other = self._piece_of.setdefault(own, number)
+            if around is None and other != number:
+                around, piece = node, self._pieces[max(number, other)]
+        if around is not None:
+            raise EarlyReleaseError(
+                f"every backward path from above the {piece.bottom}, where a window ends, to cross it",
+                f"a path around it, to {graph.nearest_name_below(around, names) or around.name()}",
+                "Use an ordinary forward and backward pass, or let the window end where the paths have joined.",
+            )
 
 
 def _leaves_of(tensors: list[Tensor], place: str) -> tuple[list[Tensor], list[Tensor], Junction]:

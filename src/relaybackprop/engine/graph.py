@@ -72,8 +72,13 @@ def is_leaf(node: Node) -> bool:
 
 
 def uses_leaf(node: Node) -> bool:
-    """Whether a node that is not a leaf itself reads a parameter or another leaf."""
-    return not is_leaf(node) and any(is_leaf(below) for below, _ in _below(node))
+    """Whether a node that is not a leaf itself reads a parameter or another leaf; a reentrant checkpoint may."""
+    return not is_leaf(node) and (hides_leaves(node) or any(is_leaf(below) for below, _ in _below(node)))
+
+
+def hides_leaves(node: Node) -> bool:
+    """Whether a node runs a backward pass of its own, over layers that the graph does not show."""
+    return node.name() == "CheckpointFunctionBackward"
 
 
 def variable_of(node: Node) -> Tensor | None:
