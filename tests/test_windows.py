@@ -210,6 +210,23 @@ def test_a_module_that_never_runs_is_an_error_in_the_end() -> None:
         relay(X)
 
 
+def test_the_order_of_skipped_boundaries_is_that_of_their_modules() -> None:
+    plan = Plan(Window(after="layers.3"), {"aux": Window(top="layers.4", bottom="layers.2", weight=1)})
+    relay = drop_relay(plan)
+    relay_gradients(relay, X)
+    order = relay.order
+    relay.model.skip = {2, 3, 4}
+    relay_gradients(relay, X)
+    assert relay.order == order
+
+
+@pytest.mark.parametrize("engine", [relay_gradients, step_gradients])
+def test_a_list_with_one_module_in_two_places(engine: Callable[..., Any]) -> None:
+    relay = drop_relay(Plan(Window(after="layers.5"), {"aux": Window(top="layers.5", bottom="layers.3")}))
+    relay.model.layers[1] = relay.model.layers[0]
+    assert_same(engine(relay, X), expected_gradients(relay, X))
+
+
 class Around(Dropped):
     """A skip leads around the end of a window, unless the module at the end is dropped."""
 

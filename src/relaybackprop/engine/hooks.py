@@ -69,12 +69,14 @@ def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: lis
     """Cross boundaries late where their modules are skipped: Note [Skipped modules]."""
     ran: list[int] = []  # numbers of the list's modules in the order in which they ran
     number_of = {boundary: int(boundary.module.rpartition(".")[2]) for boundary in wanted}
+    upwards = sorted(wanted, key=lambda boundary: (number_of[boundary], boundary.side))  # "input" before "output"
 
     def pass_by(number: int | None, place: Boundary, value: Any) -> Any:
         if not engine.is_active():
             return value
         in_order = bool(ran) and ran == sorted(ran)
-        for boundary, own in number_of.items():
+        for boundary in upwards:
+            own = number_of[boundary]
             if in_order and own not in ran and ran[-1] < own and (number is None or number > own):
                 value = engine.cross(boundary, place, value)
         if number is not None:
@@ -82,8 +84,9 @@ def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: lis
         return value
 
     owner = container.rpartition(".")[0]
-    for number, (name, module) in enumerate(cast(nn.ModuleList, model.get_submodule(container)).named_children()):
-        attach(stack, module, "input", partial(pass_by, number, Boundary("input", f"{container}.{name}")))
+    for name, module in model.get_submodule(container).named_children():  # each once: a shared one by its first name
+        if name.isdecimal():
+            attach(stack, module, "input", partial(pass_by, int(name), Boundary("input", f"{container}.{name}")))
     attach(stack, model.get_submodule(owner), "output", partial(pass_by, None, Boundary("output", owner)))
 
 
