@@ -171,11 +171,11 @@ def leak_error(
         names: by node, the module that made it.
         unread: items of the model's output that alone lead around, if the others do not.
     """
-    lower = graph.nearest_name_below(node, names) or node.name()
+    lower = graph.nearest_name_below(node, names)
     upper = graph.nearest_name(came_from[node], names, came_from) or f"the loss {loss!r}"
     remedy = (
         "Let the window end where the two paths have joined or have not yet parted, such as the input or output of "
-        f"the whole block, or end it on both: after=(..., {lower!r})."
+        f"the whole block, or end it on both: after=(..., {lower or '...'!r})."
     )
     if unread:
         remedy = (
@@ -184,7 +184,7 @@ def leak_error(
         )
     return LeakError(
         f"every backward path of the loss {loss!r} to cross the end of its window, the {ends}",
-        f"a path around it: from {lower} (below) to {upper} (above)",
+        f"a path around it: from {lower or node.name()} (below) to {upper} (above)",
         remedy,
     )
 
