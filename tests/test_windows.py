@@ -185,6 +185,39 @@ def test_the_last_modules_of_a_list_are_skipped() -> None:
     assert all(parameter.grad is None for parameter in relay.parameters())
 
 
+class Embedded(Dropped):
+    """Every block also reads an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(4, 4)
+
+        class Reads(Block):
+            def forward(self, x: Tensor, side: Tensor) -> Tensor:
+                return super().forward(x + side)
+
+        self.layers = nn.ModuleList(Reads(4, 4) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side, x = torch.tanh(self.side(x)), self.stem(x)
+        for number, layer in enumerate(self.layers):
+            if number not in self.skip and number in (2, 3):
+                x = layer(x, side)
+            elif number not in self.skip:
+                x = layer(x, torch.zeros(()))
+        return self.out(x)
+
+
+def test_side_inputs_of_the_next_module_are_inside_the_window() -> None:
+    torch.manual_seed(0)
+    relay = Relay(Embedded(), Plan(Window(after="layers.2"), {"aux": Window(top="layers.0")}), {"aux": Mean()}).double()
+    relay.model.skip = {2}
+    got = relay_gradients(relay, X)
+    assert got["model.side.weight"].any(), "layer 3 alone reads the embedding, and layer 3 is inside the window"
+    plan = Plan(Window(after="layers.1"), {"aux": Window(top="layers.0")})
+    assert_same(got, expected_gradients(Relay(relay.model, plan, dict(relay.heads.items())), X, plan=plan))
+
+
 def test_layer_drop_at_random() -> None:
     """No step fails; a skipped head has no output; the same in early release."""
     plan = Plan(

@@ -259,8 +259,8 @@ class Relay(nn.Module):
         return output if isinstance(output, Tensor) else item_of(output, self.output)
 
     def _key(self) -> tuple[Any, ...]:
-        """All that decides routes, apart from the forward pass: the plan and what is frozen."""
-        return self.plan, tuple(parameter.requires_grad for parameter in self.model.parameters())
+        """All that decides routes, apart from the forward pass: the plan, the model, and what is frozen."""
+        return self.plan, id(self.model), tuple(parameter.requires_grad for parameter in self.model.parameters())
 
     def _averaging(self, sync: "bool | ProcessGroup") -> AbstractContextManager[None]:
         """Share buffers, then average gradients as they become final; nothing in a single process."""

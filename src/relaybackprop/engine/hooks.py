@@ -3,9 +3,11 @@
 Note [Skipped modules]
 Layer drop skips modules of an `nn.ModuleList` at random. Where the module of a boundary is skipped, while modules
 before it in the list have run in their order,
-1. a window that ends there ends at the input of the next module of the list that runs, or at the output of the module
-   that owns the list: the value that the skipped module would have read;
-2. a head that reads its output has no input, and the forward pass has no output for it.
+1. a window that ends there ends at the input of the next module of the list that runs: at all of its inputs where it
+   would end at the input of the skipped module, and at the first one where it would end at its output;
+2. where no later module of the list runs, it ends at the output of the module that owns the list, and layers in between
+   are not trained by this loss in this pass. End windows at modules that others of the list follow;
+3. a head that reads its output has no input, and the forward pass has no output for it.
 """
 
 import difflib
@@ -78,7 +80,7 @@ def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: lis
         for boundary in upwards:
             own = number_of[boundary]
             if in_order and own not in ran and ran[-1] < own and (number is None or number > own):
-                value = engine.cross(boundary, place, value)
+                value = _cross_late(engine, boundary, place, value)
         if number is not None:
             ran.append(number)
         return value
@@ -88,6 +90,14 @@ def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: lis
         if name.isdecimal():
             attach(stack, module, "input", partial(pass_by, int(name), Boundary("input", f"{container}.{name}")))
     attach(stack, model.get_submodule(owner), "output", partial(pass_by, None, Boundary("output", owner)))
+
+
+def _cross_late(engine: Crosser, boundary: Boundary, place: Boundary, value: Any) -> Any:
+    """Cross at the inputs of the next module: all of them, or what takes the place of a skipped module's output."""
+    if boundary.side == "input" or place.side == "output" or not value[0]:
+        return engine.cross(boundary, place, value)
+    (first, *others), named = value
+    return (engine.cross(boundary, place, first), *others), named
 
 
 @contextmanager
