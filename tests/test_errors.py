@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, Window, reach
+import relaybackprop
+from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, Window, head_for, reach, suggest_plan
 from relaybackprop.errors import (
     AppliedTwiceError,
     BoundaryError,
@@ -215,3 +216,35 @@ def test_errors_survive_pickling_and_are_builtin_kinds() -> None:
     assert issubclass(PlanError, ValueError)
     assert issubclass(LeakError, RuntimeError)
     assert all(issubclass(kind, RelayError) for kind in (PlanError, LeakError, HeadError))
+
+
+def test_mistakes_of_new_users_are_named() -> None:
+    plan, x = Plan(auxiliary=AUX), torch.randn(2, 3)
+    suggestion = suggest_plan(nn.Sequential(*(nn.Linear(3, 3) for _ in range(8))), x)
+    with raises(PlanError, "a model and a plan", "a Sequential and a Suggestion", "suggestion.plan"):
+        Relay(net(), suggestion)  # type: ignore[arg-type]
+    with raises(PlanError, "a plan", "a Suggestion", "suggestion.plan"):
+        head_for(net(), suggestion, x, 3)  # type: ignore[arg-type]
+    for name in ("DenseHead", "RelayStep"):
+        with pytest.raises(AttributeError, match=rf"{name} is in relaybackprop\.\w+.* since 0\.2"):
+            getattr(relaybackprop, name)
+    with pytest.raises(AttributeError, match="no attribute 'Relays'"):
+        _ = relaybackprop.Relays  # pyright: ignore
+
+    class Logits(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": x, "hidden": x}
+
+    relay = Relay(nn.Sequential(*net(), Logits()), plan, {"aux": nn.Linear(3, 3)})
+    with pytest.raises(TypeError) as caught:
+        RelayLoss(nn.CrossEntropyLoss())(relay(x), torch.tensor([0, 1]))
+    assert "a dict with items ['logits', 'hidden']" in caught.value.__notes__[0]
+
+
+def test_a_relay_around_distributed_data_parallel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parallel(nn.Module):
+        """Stands for DistributedDataParallel, which asks for a process group."""
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Parallel)
+    with raises(PlanError, "a plain model", "heads", "Wrap the relay instead"):
+        Relay(Parallel(), Plan())

@@ -17,6 +17,16 @@ from relaybackprop.planning.suggest import suggest_plan
 from relaybackprop.reach import reach
 from relaybackprop.relay import Relay
 
+_MOVED = {  # names that this package exported before 0.2
+    "Cost": "planning.cost",
+    "DenseHead": "heads",
+    "Reach": "reach",
+    "RelayOutput": "loss",
+    "RelayStep": "relay, as RelayResult",
+    "Select": "heads",
+    "Suggestion": "planning.suggest",
+}
+
 __all__ = [
     "AuxiliaryHead",
     "LinearHead",
@@ -31,3 +41,9 @@ __all__ = [
     "reach",
     "suggest_plan",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MOVED:
+        raise AttributeError(f"{name} is in relaybackprop.{_MOVED[name]} since 0.2")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from relaybackprop.engine.pytree import describe
 from relaybackprop.errors import HeadError, PlanError
 from relaybackprop.plan import PRIMARY
 
@@ -97,7 +98,14 @@ class RelayLoss(nn.Module):
         """
         criterion = self.criterion[name] if isinstance(self.criterion, nn.ModuleDict) else self.criterion
         if name == PRIMARY:
-            return criterion(output, target)
+            try:
+                return criterion(output, target)
+            except TypeError as error:
+                if not isinstance(output, Tensor):
+                    error.add_note(
+                        f"The primary loss read {describe(output)}: name an item, Relay(..., output='logits')."
+                    )
+                raise
         try:
             return criterion(output, target)
         except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -105,7 +105,13 @@ class Relay(nn.Module):
             raise PlanError(
                 "a model and a plan, in this order",
                 f"{kinds_of(model, plan)}",
-                "Write Relay(model, plan, heads={...}).",
+                "Pass suggestion.plan." if hasattr(plan, "plan") else "Write Relay(model, plan, heads={...}).",
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise PlanError(
+                "a plain model",
+                "a DistributedDataParallel, which would not average the gradients of heads",
+                "Wrap the relay instead: DistributedDataParallel(Relay(model, plan, heads)).",
             )
         for module in model.modules():
             if isinstance(module, Relay):

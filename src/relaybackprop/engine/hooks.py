@@ -130,7 +130,7 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
             raise CompiledOverlapError(
                 f"the boundary {name!r} outside of compiled code",
                 f"{'.'.join(name.split('.')[:depth]) or 'the whole model'!r} compiled as one",
-                "Compile the modules between the plan's boundaries, one by one.",
+                "Compile modules outside of overlaps, one by one.",
             )
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
@@ -190,7 +190,7 @@ def refuse_transforms(place: str) -> None:
         raise CompiledOverlapError(
             f"{place} to run eagerly, so that gradients can split and join there",
             "a compiler that traces through it",
-            "Compile the modules between the plan's boundaries, one by one.",
+            "Compile modules outside of overlaps, one by one; export relay.eval() or relay.model.",
         )
 
     # The compiler would take an exception in traced code as a reason to fall back to eager code.

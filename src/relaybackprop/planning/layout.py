@@ -7,7 +7,8 @@ layer normalisation in the last one; any other layer with a one-dimensional weig
 if only one has. The first of these groups that votes decides, if it is of one mind:
 1. layers inside the module at this place whose output has the shape of the module's;
 2. layers inside the module: which dimension of the module's output has the size of their channels;
-3. layers anywhere in the model whose output has the shape of the module's.
+3. layers inside the module whose output has as many dimensions as the module's;
+4. layers anywhere in the model whose output has the shape of the module's.
 """
 
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def votes(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> list[tu
     groups = (
         [(layer.name, layer.axis) for layer in inside if layer.shape == shape],
         [(layer.name, axes[0]) for layer, axes in sizes if len(axes) == 1],
+        [(layer.name, layer.axis) for layer in inside if len(layer.shape) == len(shape)],
         [(layer.name, layer.axis) for layer in layers if layer.shape == shape],
     )
     return next((group for group in groups if group), groups[-1])

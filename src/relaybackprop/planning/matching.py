@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from relaybackprop.engine import graph
 from relaybackprop.engine.hooks import find_module
 from relaybackprop.engine.pytree import paths_in
-from relaybackprop.errors import HeadError
+from relaybackprop.errors import HeadError, PlanError
 from relaybackprop.heads import AuxiliaryHead, DenseHead, Gain, Layout, LinearHead, Pool, Select, TokenHead
 from relaybackprop.plan import Plan
 from relaybackprop.planning.copies import Arguments, on_copies
@@ -75,6 +75,8 @@ def head_for(
         >>> print(heads)  # doctest: +SKIP
         >>> relay = Relay(model, plan, heads)  # doctest: +SKIP
     """
+    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError("a plan", f"a {type(plan).__name__}", "Pass suggestion.plan, or a Plan.")
     tops = {name: cast(str, window.top) for name, window in plan.auxiliary.items()}
     for top in tops.values():
         find_module(model, top)
