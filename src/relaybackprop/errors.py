@@ -1,21 +1,20 @@
-"""Errors that say what was expected, what was received, and what to do.
+"""Exceptions: each says what was expected, what was received, and what to do.
 
-Every error of the package is a child of `RelayError` and of the built-in exception that fits it, so that
-`except ValueError` keeps working in code that has never heard of this package.
+Each derives from `RelayError` and from the built-in exception that fits it, so that `except ValueError` catches it.
 """
 
 
 class RelayError(Exception):
-    """Base of all errors raised by relaybackprop.
+    """Base class of all errors raised by relaybackprop.
 
     Args:
-        expected: what would have been right.
-        received: what was given instead, with names and values.
-        remedy: what to change.
+        expected: the valid values.
+        received: the given value, with its name.
+        remedy: the change to make.
     """
 
     def __init__(self, expected: str, received: str, remedy: str) -> None:
-        # All three go to `args`, so that the error survives pickling between processes.
+        # All three are in `args`, so that the error can be pickled between processes.
         super().__init__(expected, received, remedy)
         self.expected = expected
         self.received = received
@@ -26,15 +25,15 @@ class RelayError(Exception):
 
 
 class PlanError(RelayError, ValueError):
-    """A plan that is wrong in itself, without looking at any model."""
+    """An invalid plan or argument, whatever the model."""
 
 
 class ModuleNameError(RelayError, ValueError):
-    """A plan that names a module which the model does not have."""
+    """A plan that names a module that the model does not have."""
 
 
 class WindowError(RelayError, ValueError):
-    """A window that is upside down, or does not overlap its neighbour where it must."""
+    """A window whose end is above its head, or that does not overlap its neighbour where it must."""
 
 
 class HeadError(RelayError, ValueError):
@@ -42,11 +41,11 @@ class HeadError(RelayError, ValueError):
 
 
 class BoundaryError(RelayError, RuntimeError):
-    """A boundary module that the forward pass never ran, ran twice, or ran without recording gradients."""
+    """A boundary module that the forward pass did not run, ran twice, or ran without recording gradients."""
 
 
 class LeakError(RelayError, RuntimeError):
-    """A path of the forward pass that goes around the end of a window."""
+    """A path of the forward pass that bypasses the end of a window."""
 
 
 class AppliedTwiceError(RelayError, RuntimeError):
@@ -54,7 +53,7 @@ class AppliedTwiceError(RelayError, RuntimeError):
 
 
 class CompiledOverlapError(RelayError, RuntimeError):
-    """Compiled code where a gradient has to pass twice, or a boundary inside compiled code."""
+    """Compiled code that gradients must pass twice, or a boundary inside compiled code."""
 
 
 class DoubleBackwardError(RelayError, RuntimeError):
@@ -66,4 +65,4 @@ class TransformError(RelayError, RuntimeError):
 
 
 class EarlyReleaseError(RelayError, RuntimeError):
-    """A call of `Relay.forward_backward` that cannot work, although a forward and a backward pass might."""
+    """A case that `Relay.forward_backward` does not support, although `Relay.forward` may."""

@@ -1,7 +1,7 @@
-"""The model's methods that training frameworks call on the module that they train. A relay forwards them.
+"""Forwarded methods: those of the model that training frameworks call on the module that they train.
 
-timm's optimizers ask a model which parameters have no weight decay (`no_weight_decay`) and which layer each belongs to
-(`group_matcher`), by name. In a relay the model's names begin with "model.", so these two are translated.
+timm's optimizers call `no_weight_decay` for the names of parameters without weight decay, and `group_matcher` for the
+layer of each name. A relay's names for them begin with "model.", so results of these two are translated.
 """
 
 import re
@@ -11,17 +11,17 @@ from typing import Any, cast
 
 from torch import nn
 
-PREFIX = "model."  # of the model's names in a relay
-OTHERS = (float("inf"),)  # timm's group of parameters that no pattern matches: the last one
+PREFIX = "model."  # of the names of the model's parameters in a relay
+OTHERS = (float("inf"),)  # timm's last group: parameters that no pattern matches
 
 _Group = tuple[float, ...]
 
 
 def forwarded(model: nn.Module, name: str) -> Callable[..., Any]:
-    """Return a method of the model as its relay has it.
+    """Return a method of the model for its relay.
 
     Args:
-        model: of the relay.
+        model: the relay's model.
         name: one of `FORWARDED`.
 
     Raises:
@@ -36,7 +36,7 @@ def _no_weight_decay(model: Any) -> set[str]:
 
 
 def _group_matcher(model: Any, coarse: bool = False) -> Callable[[str], _Group]:
-    """A function from names to groups, which timm takes like patterns. Heads are in the model's last group."""
+    """Return a function from names to groups, as timm accepts it. Heads are in the model's last group."""
     group_of = _grouping(model.group_matcher(coarse=coarse))
     last = max(group_of(name) for name, _ in model.named_parameters())
 
@@ -47,7 +47,7 @@ def _group_matcher(model: Any, coarse: bool = False) -> Callable[[str], _Group]:
 
 
 def _grouping(matcher: Any) -> Callable[[str], _Group]:
-    """A group matcher as a function: timm's are patterns by group name, lists of (pattern, suffix), or functions."""
+    """Convert a group matcher (patterns by group name, lists of (pattern, suffix), or a function) to a function."""
     if callable(matcher):
         return lambda name: _as_group(matcher(name))
     patterns = [

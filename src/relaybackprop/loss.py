@@ -18,8 +18,8 @@ class RelayOutput(NamedTuple):
 
     Attributes:
         primary: the model's own output.
-        auxiliary: by name, the heads' outputs; without heads whose modules layer drop has skipped.
-        weights: by loss, its factor, the primary one first.
+        auxiliary: the heads' outputs by name, except heads whose modules layer drop has skipped.
+        weights: the factor of each loss by name, the primary one first.
     """
 
     primary: Any
@@ -28,19 +28,19 @@ class RelayOutput(NamedTuple):
 
     @property
     def losses(self) -> dict[str, Any]:
-        """By loss, what its criterion reads, the primary one first."""
+        """The input of each criterion by loss name, the primary one first."""
         return {PRIMARY: self.primary, **self.auxiliary}
 
 
 class RelayLoss(nn.Module):
-    """The weighted sum of all losses of a relay's output. The output carries the plan's weights.
+    """The weighted sum of the primary and auxiliary losses. The weights are in the relay's output.
 
     Args:
-        criterion: one for all losses, or by name one for each (`"primary"` and the plan's auxiliary names). It is
-            called with an output and the target and returns a scalar.
+        criterion: a function of an output and the target that returns a scalar; or one such function for each loss, by
+            name (`"primary"` and the plan's auxiliary names).
 
     Raises:
-        PlanError: a class instead of an instance, or a second argument.
+        PlanError: `criterion` is a class instead of an instance, or there is a second argument.
 
     Example:
         >>> criterion = RelayLoss(nn.CrossEntropyLoss())
@@ -56,7 +56,7 @@ class RelayLoss(nn.Module):
                 "Write RelayLoss(nn.CrossEntropyLoss()): since 0.2 the relay's output carries the plan's weights.",
             )
         self.criterion: nn.Module
-        # Modules, so that class weights in a criterion move to the device with this one.
+        # Submodules, so that `to(device)` also moves class weights in a criterion.
         if isinstance(criterion, (Mapping, nn.ModuleDict)):
             criteria = dict(cast(Mapping[str, Criterion], criterion).items())
             self.criterion = nn.ModuleDict({name: _as_module(each) for name, each in criteria.items()})
@@ -64,33 +64,33 @@ class RelayLoss(nn.Module):
             self.criterion = _as_module(criterion)
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """Return the weighted sum, a scalar. A plain output, as in evaluation mode, has the primary loss only.
+        """Return the weighted sum, a scalar. For a plain output, as in evaluation mode, it is the primary loss.
 
         Args:
-            output: of `Relay`, in training or evaluation mode.
+            output: the output of `Relay`, in training or evaluation mode.
             target: passed to each criterion unchanged.
 
         Raises:
-            HeadError: criteria whose names are not those of the losses, a head's output that does not fit the target,
-                or differs in shape from the model's output where one criterion serves both.
+            HeadError: the criteria's names are not those of the losses, or a head's output does not fit the target, or
+                has another shape than the model's output although one criterion serves both.
         """
         factors = output.weights if isinstance(output, RelayOutput) else {PRIMARY: 1.0}
         weighted = [factors[name] * term for name, term in self.terms(output, target).items()]
         return sum(weighted[1:], start=weighted[0])
 
     def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
-        """Return the losses by name before weighting. Same arguments and errors as `forward`."""
+        """Return the unweighted losses by name. Takes the arguments of `forward` and raises the same errors."""
         if not isinstance(output, RelayOutput):
             return {PRIMARY: self.term(PRIMARY, output, target)}
         self.check_fits(output)
         return {name: self.term(name, value, target) for name, value in output.losses.items()}
 
     def term(self, name: str, output: Any, target: Any) -> Tensor:
-        """Return one loss before weighting.
+        """Return one unweighted loss.
 
         Args:
-            name: of the loss.
-            output: of the model or the head.
+            name: the name of the loss.
+            output: the output of the model or the head.
             target: passed to the criterion unchanged.
 
         Raises:
@@ -118,7 +118,7 @@ class RelayLoss(nn.Module):
             ) from error
 
     def check_names(self, losses: Mapping[str, Any]) -> None:
-        """Raise unless there is a criterion for each loss of a plan, and no other.
+        """Check that there is exactly one criterion for each loss.
 
         Raises:
             HeadError: the names differ.
@@ -131,7 +131,7 @@ class RelayLoss(nn.Module):
             )
 
     def check_fits(self, output: RelayOutput) -> None:
-        """Raise unless there is a criterion for each loss, and outputs of equal shape where one serves all.
+        """Check the criteria's names and, where one criterion serves all losses, that outputs have equal shapes.
 
         Raises:
             HeadError: names or shapes differ.
@@ -170,10 +170,10 @@ def _check_same_shape(name: str, scores: Any, primary: Any) -> None:
 
 
 def kinds_of(*values: Any) -> str:
-    """The types of arguments, in words."""
+    """Describe the types of arguments for an error message."""
     return " and ".join(f"the class {v.__name__}" if isinstance(v, type) else f"a {type(v).__name__}" for v in values)
 
 
 def shape_of(value: Any) -> str:
-    """The shape of a tensor; the type of anything else."""
+    """Return the shape of a tensor, or the type of any other value, for an error message."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

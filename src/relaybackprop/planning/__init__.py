@@ -1,1 +1,1 @@
-"""Planning: places for windows and heads, and their cost, before training starts."""
+"""Planning before training: where to put windows and heads, and what they cost."""

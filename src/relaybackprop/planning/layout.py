@@ -1,14 +1,13 @@
-"""The layout of feature maps and tokens: which dimension of a module's output holds the channels.
+"""Layout detection: which dimension of a module's output holds the channels.
 
 Note [Evidence]
-The dimension of the channels is the one that the modules around a place work on. Layers vote, each by its own output:
-convolutions, pooling, batch and group normalisation have the channels in dimension 1, linear layers, embeddings and
-layer normalisation in the last one; any other layer with a one-dimensional weight in the dimension that has its size,
-if only one has. The first of these groups that votes decides, if it is of one mind:
-1. layers inside the module at this place whose output has the shape of the module's;
-2. layers inside the module: which dimension of the module's output has the size of their channels;
-3. layers inside the module whose output has as many dimensions as the module's;
-4. layers anywhere in the model whose output has the shape of the module's.
+Layers vote, each by its own output. Convolutions, pooling, batch and group normalisation have their channels in
+dimension 1; linear layers, embeddings and layer normalisation in the last one; any other layer with a one-dimensional
+weight in the only dimension of the weight's size. The first of these groups with votes decides, if it is unanimous:
+1. layers inside the module whose output has the shape of the module's output;
+2. layers inside the module: the dimension of the module's output that has the size of their channels;
+3. layers inside the module whose output has as many dimensions as the module's output;
+4. layers anywhere in the model whose output has the shape of the module's output.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ _POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, n
 
 @dataclass(frozen=True)
 class Layer:
-    """The output of a layer that votes: its shape, and the dimension of the channels in it."""
+    """A vote: the shape of a layer's output and its channel dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +31,7 @@ class Layer:
 
 
 def layers_in(name: str, module: nn.Module, output: Any) -> list[Layer]:
-    """The vote of a module by its output: one layer, or none."""
+    """Return the vote of a module by its output, if it has one."""
     if not isinstance(output, Tensor) or output.ndim < 3:
         return []
     shape = tuple(output.shape)
@@ -41,12 +40,12 @@ def layers_in(name: str, module: nn.Module, output: Any) -> list[Layer]:
 
 
 def votes(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
-    """The first group of layers that votes on the output of a module, each layer with its dimension.
+    """Return the first group that votes on a module's output, as layer names and dimensions (Note [Evidence]).
 
     Args:
-        layers: of a forward pass, in its order.
-        name: of the module.
-        shape: of its output.
+        layers: the votes of a forward pass, in its order.
+        name: the module's name.
+        shape: the shape of its output.
     """
     ends = 1, len(shape) - 1
     inside = [layer for layer in layers if f"{layer.name}.".startswith(f"{name}.")]
@@ -61,9 +60,9 @@ def votes(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> list[tu
 
 
 def sides(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes of a map, or the number of tokens, in the output of a module; empty for vectors.
+    """Return the sizes of the map, or the number of tokens, in a module's output; empty for vectors.
 
-    Where the layers do not tell, three dimensions are tokens, and more are a map with its channels first.
+    Without a unanimous vote, three dimensions are tokens, and more are a channels-first map.
     """
     if len(shape) < 3:
         return ()
@@ -73,11 +72,11 @@ def sides(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> tuple[i
 
 
 def _axis(module: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """The dimension of a layer's output that holds its channels; None for modules that do not tell."""
+    """Return the channel dimension of a layer's output, or None if the layer does not determine it."""
     last = len(shape) - 1
     if isinstance(module, (*_CONVOLUTIONS, *_NORMS, *_POOLS)):
         return 1
-    # Subclasses of LayerNorm may well permute: LayerNorm2d of torchvision and timm does.
+    # Subclasses of LayerNorm may permute, such as LayerNorm2d in torchvision and timm.
     if isinstance(module, (nn.Linear, nn.Embedding)) or type(module) in (nn.LayerNorm, nn.RMSNorm):
         return last
     weight = getattr(module, "weight", None)

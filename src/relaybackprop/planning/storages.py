@@ -1,4 +1,4 @@
-"""How many bytes are alive: storages, counted when they are made and when they are freed. Also on the meta device."""
+"""Memory accounting by storages, as they are allocated and freed. Works on the meta device too."""
 
 import weakref
 from collections.abc import Iterable
@@ -11,29 +11,25 @@ from relaybackprop.engine.pytree import tensors_in
 
 
 class Storages:
-    """Bytes of all storages that have been noted and are still alive. A storage counts once, however many share it.
+    """Total bytes of the noted storages that are alive. A storage shared by several tensors counts once.
 
     Args:
         owned: tensors whose storages do not count.
 
     Attributes:
         now: bytes alive.
-        most: the largest `now` so far.
+        most: peak of `now`.
     """
 
     def __init__(self, owned: Iterable[Tensor] = ()) -> None:
         self.now = 0
         self.most = 0
-        # By address, with those that do not count held, so that no other storage can take their addresses.
+        # By address. Holds the owned storages, so that no other storage can reuse their addresses.
         self._known = {_address(tensor): tensor.untyped_storage() for tensor in _with_storage(list(owned))}
         self._alive = set[int]()
 
     def note(self, value: Any) -> int:
-        """Count the storages of all tensors in a value that are new.
-
-        Returns:
-            Their bytes.
-        """
+        """Count the new storages of all tensors in a value and return their bytes."""
         new = 0
         for tensor in _with_storage(value):
             address, storage = _address(tensor), tensor.untyped_storage()
@@ -46,11 +42,11 @@ class Storages:
         return new
 
     def holds(self, value: Any) -> bool:
-        """Whether a storage of a tensor in a value has been noted and is still alive."""
+        """Whether any tensor in a value has a noted storage."""
         return any(_address(tensor) in self._alive for tensor in _with_storage(value))
 
     def need(self, size: int) -> None:
-        """Count bytes that an operation takes for itself while it runs."""
+        """Count the temporary workspace of an operation, in bytes."""
         self.most = max(self.most, self.now + size)
 
     def _drop(self, address: int, size: int) -> None:
@@ -59,7 +55,7 @@ class Storages:
 
 
 def _with_storage(value: Any) -> list[Tensor]:
-    """All tensors in a value but sparse ones, which have no storage of their own."""
+    """Return all tensors in a value except sparse ones, which have no storage of their own."""
     return [tensor for tensor in tensors_in(value) if tensor.layout == torch.strided]
 
 
