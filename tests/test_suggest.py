@@ -168,7 +168,7 @@ def test_frozen_layers_are_below_the_chain_and_tied_weights_count_where_they_are
 
 
 def test_what_is_no_chain() -> None:
-    with pytest.raises(PlanError, match=r"(?s)every way through it passes.*received 1 in Sequential.*by hand"):
+    with pytest.raises(PlanError, match=r"(?s)every path through it crosses.*received 1 in Sequential.*by hand"):
         chain(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
     with pytest.raises(PlanError, match="received 0 in Sequential"):
         chain(mlp().requires_grad_(False), torch.randn(2, 4))

@@ -1,12 +1,12 @@
-"""Windows that fit into a given memory, for early release: Note [Early release] 6 in `relaybackprop.engine.early`.
+"""Windows within a memory budget, for early release: Note [Early release] 6 in `relaybackprop.engine.early`.
 
 Note [Fitting]
-1. Only ends of blocks with maps or tokens behind them can have heads, but heads may sit as low as memory asks: most of
-   what a network keeps is in its low layers, where maps are large.
-2. For K heads and an overlap of a given number of links, windows are as equal as can be: the least limit for which each
-   window in turn, filled up to the limit from the lowest, leaves a last one that is within the limit too.
-3. The fewest heads whose peak, counted by `cost`, is within the budget; and then the deepest overlap
-   that is: more overlap costs time and memory, and less of it is further from the paper's plans.
+1. Heads read ends of blocks that return maps or tokens, as low as the budget requires: most saved activations are in
+   the low layers, where maps are large.
+2. For K heads and an overlap of a given number of links, windows are balanced: filled from the lowest up to the least
+   limit that also holds for the last one.
+3. The fewest heads whose peak, counted by `cost`, is within the budget; then the deepest overlap whose peak is too.
+   More overlap costs time and memory; less is further from the paper's plans.
 """
 
 from bisect import bisect_left
@@ -17,7 +17,7 @@ from relaybackprop.plan import Plan
 from relaybackprop.planning.arrange import plan_of
 from relaybackprop.planning.chain import Link
 
-MOST_LINKS = 4  # of an overlap
+MOST_LINKS = 4  # in an overlap
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Fit:
     """Windows on a chain of links.
 
     Args:
-        tops: numbers of the links that the heads read, the lowest first.
-        overlap: links in each overlap.
+        tops: indices of the links that the heads read, the lowest first.
+        overlap: number of links in each overlap.
     """
 
     tops: tuple[int, ...]
@@ -34,17 +34,17 @@ class Fit:
 
     @property
     def bottoms(self) -> list[int]:
-        """Of the windows above the heads, the link below each; -1 for the model's input."""
+        """The index of the link below each window above the first; -1 for the model's input."""
         return [top - self.overlap for top in self.tops]
 
     def largest(self, kept: Sequence[int]) -> int:
-        """Bytes that the largest window keeps."""
+        """Return the bytes that the largest window saves."""
         starts = [0, *(bottom + 1 for bottom in self.bottoms)]
         ends = [*(top + 1 for top in self.tops), len(kept)]
         return max(sum(kept[start:end]) for start, end in zip(starts, ends, strict=True))
 
     def plan(self, links: Sequence[Link]) -> Plan:
-        """The same as a plan."""
+        """Return these windows as a plan."""
         return plan_of(
             [links[top].name for top in self.tops], [links[at].name if at >= 0 else None for at in self.bottoms]
         )
@@ -53,17 +53,17 @@ class Fit:
 def fit(
     links: Sequence[Link], kept: Sequence[int], heads: range, budget: int, peak_of: Callable[[Plan], int]
 ) -> tuple[Fit | None, int]:
-    """The fewest heads, and then the deepest overlap, whose peak is within the budget.
+    """Find the fewest heads, and then the deepest overlap, whose peak is within the budget.
 
     Args:
-        links: of the model, one for each depth.
-        kept: what a step keeps up to each link from the one below, in bytes.
-        heads: how many there may be.
-        budget: in bytes.
-        peak_of: counts what a step of a plan needs, in bytes.
+        links: the model's links, one for each depth.
+        kept: the bytes that a step saves between each link and the one below.
+        heads: allowed numbers of heads.
+        budget: memory budget in bytes.
+        peak_of: returns the peak of a step of a plan in bytes.
 
     Returns:
-        The windows, None if none fit; and the least peak that was found.
+        The windows, or None if none fit, and the least peak found.
     """
     least = -1
     for count in heads:
@@ -71,7 +71,7 @@ def fit(
         if found is None:
             break
         largest = found.largest(kept)
-        if largest > budget:  # a step needs at least that
+        if largest > budget:  # a lower bound of the peak
             least = largest if least < 0 else min(least, largest)
             continue
         peak = peak_of(found.plan(links))
@@ -88,7 +88,7 @@ def fit(
 
 
 def balance(links: Sequence[Link], kept: Sequence[int], heads: int, overlap: int) -> Fit | None:
-    """Note [Fitting] 2. None if there is no place for so many heads with so much overlap."""
+    """Balance the windows (Note [Fitting] 2). None if there are too few places for these heads and this overlap."""
     has_maps = any(len(link.shape) > 2 for link in links)
     places = [at for at, link in enumerate(links[:-1]) if not has_maps or link.area > 1]
     up_to = [0]
@@ -100,7 +100,7 @@ def balance(links: Sequence[Link], kept: Sequence[int], heads: int, overlap: int
         for missing in range(heads - 1, -1, -1):
             start = tops[-1] - overlap + 1 if tops else 0
             lowest = tops[-1] + 1 if tops else overlap
-            below = places[:-missing] if missing else places  # the others are for the heads above
+            below = places[:-missing] if missing else places  # leaves places for the heads above
             allowed = [at for at in below if at >= lowest and up_to[at + 1] - up_to[start] <= limit]
             if not allowed:
                 return None

@@ -1,14 +1,14 @@
-"""The model as a chain of links, read off one training forward pass of a copy.
+"""The model as a chain of links, found in one training forward pass of a copy.
 
-A *link* is a module's output that every backward path crosses. The same holds for the end of a window (`LeakError` in
-`relaybackprop.engine.routes`), so any link can be one, or the place of a head.
+A *link* is a module's output that every backward path crosses. That is what the end of a window requires (`LeakError`
+in `relaybackprop.engine.routes`), so a window can end, and a head can read, at any link.
 
 Note [Constants]
 A network may compute values from parameters and constants alone: Swin v2's position biases, an LSTM's first hidden
-state. Such layers are not another tower beside a link, although they are neither below nor above it. Where they feed
-layers above the link only, no path leads around it: they are part of the windows above. Where they feed both sides,
-they are the path around, and the place is not a link. A layer depends on the example if one of its operations reads
-memory that the example's tensors were written to, values in between included.
+state. Such layers are neither below nor above a link, but are not a parallel tower either. If they feed only layers
+above the link, they belong to the windows above. If they feed both sides, they are a path that bypasses the place,
+which is therefore not a link. A layer depends on the example if one of its operations reads the memory of the
+example's tensors, or of values computed from them.
 """
 
 import math
@@ -37,12 +37,12 @@ class Link:
     """A tensor that every backward path from the model's output to anything below it crosses.
 
     Args:
-        name: of the outermost module whose output it is, one with parameters if there is one, and one that returns it
-            first; empty for a model's output that no inner module returns.
-        names: of all modules whose output it is, the innermost first.
-        shape: of the tensor.
-        depth: weight layers on the longest path from the model's input, counted as `Relay.depths`; at least 1.
-        sides: sizes of the map, or the number of tokens; empty for vectors. By default those of channels-first maps.
+        name: the outermost module that returns the tensor, preferably one with parameters, then one that returns it
+            first in a tuple; empty for a model's output that no inner module returns.
+        names: all modules that return the tensor, the innermost first.
+        shape: the tensor's shape.
+        depth: weight layers on the longest path from the model's input, counted as in `Relay.depths`; at least 1.
+        sides: sizes of the map, or the number of tokens; empty for vectors. Default: those of a channels-first map.
     """
 
     name: str
@@ -62,19 +62,19 @@ class Link:
 
 
 def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
-    """The links of a model in forward order, its output last.
+    """Find the links of a model in forward order, its output last.
 
-    A module is left out that runs more than once, returns several tensors that the model goes on to use, or has nothing
-    trainable below. The model is left alone: a copy runs in training mode, without values if the model allows it. A
-    model that looks at values takes the memory and the time of one forward pass.
+    Modules are left out that run more than once, return several tensors that the model uses, or have no trainable
+    parameters at or below them. The model is not changed: a copy runs in training mode, on the meta device if possible,
+    otherwise with the memory and the time of one forward pass (Note [Values] in `relaybackprop.planning.copies`).
 
     Args:
         model: any module.
-        example_input: a tensor, a tuple of arguments, or a dict of named ones. Values matter only where the model
-            looks at them.
+        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter only where the
+            forward pass depends on them.
 
     Raises:
-        PlanError: no module, a model that does not run on the example, or fewer than two links.
+        PlanError: `model` is not a module, does not run on the example, or has fewer than two links.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
@@ -83,28 +83,28 @@ def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
     links = on_copies([model], example_input, _links_of)
     if len(links) < 2:
         raise PlanError(
-            "a model with at least two places, outputs of modules, that every way through it passes",
+            "a model with at least two module outputs that every path through it crosses",
             f"{len(links)} in {type(model).__name__}",
-            "Build the model from modules that follow one another and are trainable, or write the plan by hand; "
+            "Build the model from trainable modules in sequence, or write the plan by hand; "
             "windows may have several ends, Window(after=(...)).",
         )
     return links
 
 
 def traced(model: nn.Module, plan: Plan, example_input: Any) -> Relay:
-    """Run a copy of a model with a plan once, for the depths of its windows.
+    """Run a copy of a model with a plan once, to find the depths of its windows.
 
     Args:
         model: any module; it is not changed.
-        plan: its windows. Heads that cost nothing take the place of the real ones.
+        plan: the windows. Dummy heads replace the real ones.
         example_input: as for `chain`.
 
     Returns:
-        A relay on the copy; its `depths` and `order` are known.
+        A relay on the copy, with its `depths` and `order`.
 
     Raises:
-        PlanError: a model that does not run on the example.
-        RelayError: a plan that does not fit the model.
+        PlanError: the model does not run on the example.
+        RelayError: the plan does not fit the model.
 
     Example:
         >>> print(plan.describe(traced(resnet50(), plan, torch.empty(2, 3, 224, 224)).depths))  # doctest: +SKIP
@@ -119,15 +119,15 @@ def traced(model: nn.Module, plan: Plan, example_input: Any) -> Relay:
 
 
 class StandIn(nn.Module):
-    """A head that costs nothing and keeps nothing: the sum of all that it reads."""
+    """A dummy head without cost: the sum of its input's elements."""
 
     def forward(self, value: Any) -> Tensor:
-        """A scalar."""
+        """Return the sum, a scalar."""
         return total(tensors_in(value))
 
 
 def total(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of all elements of all tensors that a gradient can go through, a scalar."""
+    """Return the sum of all elements of floating-point and complex tensors, a scalar."""
     return torch.stack([t.sum() for t in tensors if t.is_floating_point() or t.is_complex()]).sum()
 
 
@@ -136,10 +136,10 @@ class _Output:
     """The mark on a tensor with a gradient in a module's output.
 
     Args:
-        module: its name.
-        node: the mark's.
-        shape: of the tensor.
-        rank: names for what the tensor is are preferred in this order. A head reads the first tensor of an output.
+        module: the module's name.
+        node: the mark's node.
+        shape: the tensor's shape.
+        rank: sorts the names of a tensor, the preferred one first. A head reads the first tensor of an output.
     """
 
     module: str
@@ -149,10 +149,10 @@ class _Output:
 
 
 class _Influence(TorchDispatchMode):
-    """Finds the operations that depend on some tensors' values, by the numbers that autograd gives to their nodes.
+    """Records the operations that depend on the values of some tensors.
 
     Attributes:
-        nodes: the numbers.
+        nodes: autograd's sequence numbers of these operations.
     """
 
     def __init__(self, source: Any) -> None:
@@ -162,7 +162,7 @@ class _Influence(TorchDispatchMode):
         self._storages.note(source)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation. Autograd has numbered its node before it arrives here."""
+        """Run an operation. Autograd has numbered its node already."""
         node = torch.autograd._get_sequence_nr() - 1  # pyright: ignore
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
@@ -175,7 +175,7 @@ class _Influence(TorchDispatchMode):
 
 
 def _links_of(copies: Sequence[nn.Module], arguments: Arguments) -> tuple[Link, ...]:
-    """Run a copy and find its links."""
+    """Run a copy of the model and return its links."""
     layers = list[Layer]()
     calls = _mark_outputs(copies[0], layers)
     with _Influence(arguments) as influence:
@@ -185,16 +185,16 @@ def _links_of(copies: Sequence[nn.Module], arguments: Arguments) -> tuple[Link, 
 
 
 def _mark_outputs(model: nn.Module, layers: list[Layer]) -> dict[str, list[list[_Output]]]:
-    """Let every module's output go through a node of its own, as a junction would be.
+    """Register hooks that insert a node of its own at each tensor that a module returns, as a junction does.
 
-    Without them a value that goes through nn.Identity could not be told from one that also goes around it.
+    Without these nodes, a value that passes through `nn.Identity` looks like one that also bypasses it.
 
     Args:
-        model: a copy, on which the hooks stay.
-        layers: filled in by the forward pass with the layers that tell their layout.
+        model: a copy; the hooks are not removed.
+        layers: the forward pass appends the votes on layouts.
 
     Returns:
-        By module, filled in by the forward pass: for each call the tensors in its output.
+        The tensors in the output of each call by module, filled in by the forward pass.
     """
     calls: dict[str, list[list[_Output]]] = {}
     for name, module in cast(Iterable[tuple[str, nn.Module]], model.named_modules()):
@@ -218,17 +218,17 @@ def _mark_outputs(model: nn.Module, layers: list[Layer]) -> dict[str, list[list[
 
 
 class _Mark(torch.autograd.Function):
-    """Identity."""
+    """The identity, as a node of the graph."""
 
     @staticmethod
     def forward(_ctx: FunctionCtx, tensor: Tensor) -> Tensor:
-        return tensor.detach()  # as `relaybackprop.engine.junction` does it, for in-place operations that follow
+        return tensor.detach()  # as in `relaybackprop.engine.junction`, for later in-place operations
 
 
 def _links(
     calls: Iterable[list[_Output]], outputs: Sequence[Tensor], dependent: set[int], layers: Sequence[Layer]
 ) -> tuple[Link, ...]:
-    """Walk the graph once, from the parameters up; sets of nodes are integers with one bit for each node."""
+    """Find the links in one walk from the parameters up. Sets of nodes are integers with one bit for each node."""
     outputs = [tensor for tensor in outputs if tensor.requires_grad]
     roots = [edge.node for edge in graph.edges_of(outputs)]
     order = {node: number for number, node in enumerate(_from_below(roots))}
@@ -237,7 +237,7 @@ def _links(
     inner = [[order[lower] for lower in _next(node) if lower in order] for node in order]
     is_layer = [_is_weight_layer(node) for node in order]
     depths: list[int] = []
-    below: list[int] = []  # each with itself
+    below: list[int] = []  # including the node itself
     depends: list[bool] = []  # on the example
     for number, (node, lower) in enumerate(zip(order, inner, strict=True)):
         depths.append(is_layer[number] + max((depths[other] for other in lower), default=0))
@@ -245,7 +245,7 @@ def _links(
         below.append(1 << number)
         for other in lower:
             below[number] |= below[other]
-    if not any(depends):  # an example whose tensors are in objects of an unknown type
+    if not any(depends):  # the example's tensors are in objects of an unknown type
         depends = [True] * len(order)
     users: list[list[int]] = [[] for _ in order]
     for number, lower in enumerate(inner):
@@ -254,18 +254,18 @@ def _links(
     top = {order[root] for root in roots}
     passed = _counts_below(users, top)
     towers = _set(number for number in range(len(order)) if is_layer[number] and depends[number])
-    above = [0] * len(order)  # each with itself
+    above = [0] * len(order)  # including the node itself
     for number in reversed(range(len(order))):
         above[number] = 1 << number
         for other in users[number]:
             above[number] |= above[other]
 
     def is_link(number: int) -> bool:
-        # No way around it to anything below, and no layer beside it: another tower, if it is not constant.
+        # No path bypasses it, and no layer that depends on the example is in a parallel tower.
         is_crossed = passed[number] == below[number].bit_count()
         return depths[number] > 0 and depends[number] and is_crossed and not towers & ~(below[number] | above[number])
 
-    groups: dict[Node, list[Node]] = {}  # by what the marks are on
+    groups: dict[Node, list[Node]] = {}  # marks by the node that they follow
     for node in order:
         if node in marks and is_link(order[node]):
             source = node
@@ -281,20 +281,20 @@ def _links(
         name, shape = "" if best is None else best.module, marks[nodes[0]].shape
         names = tuple(mark.module for mark in group)
         links.append(Link(name, names, shape, depths[last], sides(layers, name, shape)))
-    if roots and (not links or top != {last}):  # several outputs, or something else than a tensor
+    if roots and (not links or top != {last}):  # several outputs, or one that is not a link
         shape, depth = tuple(outputs[0].shape), max(depths[order[root]] for root in roots)
         links.append(Link("", (), shape, depth, sides(layers, "", shape)))
     return tuple(links)
 
 
 def _counts_below(users: Sequence[Sequence[int]], roots: set[int]) -> list[int]:
-    """For each node how many nodes only ways through it lead to, itself included: the size of its dominator subtree.
+    """Return the size of each node's dominator subtree: how many nodes only paths through it reach, itself included.
 
     Args:
-        users: for each node those that use it, all of larger numbers.
-        roots: nodes that are outputs.
+        users: for each node the nodes that use it, all of larger indices.
+        roots: the output nodes.
     """
-    outside = len(users)  # what uses the roots
+    outside = len(users)  # a virtual node above the roots
     above, level, counts = [outside] * (outside + 1), [0] * (outside + 1), [1] * (outside + 1)
     for number in reversed(range(outside)):
         found = [*users[number], *([outside] if number in roots else [])]
@@ -311,7 +311,7 @@ def _counts_below(users: Sequence[Sequence[int]], roots: set[int]) -> list[int]:
 
 
 def _from_below(roots: Sequence[Node]) -> list[Node]:
-    """All nodes but the parameters', each after those below it."""
+    """Return all nodes except leaves, each after those below it."""
     done: dict[Node, None] = {}
     stack = list(roots)
     while stack:

@@ -1,11 +1,11 @@
-"""Run a model without touching it: on copies without values where that works, otherwise on copies with values.
+"""Runs of a model on copies: meta copies where possible, otherwise copies with values.
 
 Note [Values]
-1. Copies on the meta device have shapes but no values. Running them needs neither memory nor time, so they come first.
-2. Some forward passes look at values: `item()`, `if mask.all():`, a graph's number of nodes. They run on real copies,
-   with the example's values, on the device of each tensor. That takes the memory and the time of a real pass.
-3. Both count the same operations and the same saved bytes: attention is fused on the meta device as it is on a CPU,
-   and oneDNN is off on real values, since its fused recurrent layers hide their matrix products.
+1. Meta copies have shapes but no values. They take no memory and little time, so they are tried first.
+2. Some forward passes depend on values: `item()`, `if mask.all():`, a graph's number of nodes. They run on real copies
+   with the example's values, on the device of each tensor, which takes the memory and the time of a real pass.
+3. Both count the same operations and the same saved bytes: attention is fused on the meta device as on a CPU, and
+   oneDNN is disabled on real values, since its fused recurrent layers hide their matrix products.
 """
 
 import copy
@@ -22,23 +22,23 @@ from relaybackprop.errors import PlanError, RelayError
 
 T = TypeVar("T")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and the named arguments of a model."""
+"""Positional and keyword arguments of a model."""
 
 
 def on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callable[[list[Any], Arguments], T]) -> T:
-    """Run a function on copies of modules and of an example, see Note [Values].
+    """Run a function on copies of modules and of an example (Note [Values]).
 
     Args:
-        modules: copied in training mode. What they share, their copies share too.
-        example_input: a tensor, a tuple of arguments, or a dict of named ones.
-        run: takes the copies and the arguments. It is called a second time, on values, if it fails without them.
+        modules: the modules to copy. Copies are in training mode, and share what the modules share.
+        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        run: a function of the copies and the arguments. If it fails on meta copies, it is called again on values.
 
     Returns:
         The result of `run`.
 
     Raises:
-        PlanError: `run` raises anything but a `RelayError`, on values too or where there are none.
-        RelayError: raised by `run`.
+        PlanError: `run` raises another exception than a `RelayError`, also on values if there are any.
+        RelayError: an error raised by `run`.
     """
     try:
         with dry_run():
@@ -55,10 +55,10 @@ def on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callable[[l
 
 @contextmanager
 def dry_run() -> Generator[None]:
-    """Run models on the meta device: gradients are recorded, new tensors have no values, random generators stay.
+    """Run models on the meta device, recording gradients and preserving random number generators.
 
     Raises:
-        PlanError: the code inside raises anything but a `RelayError`.
+        PlanError: the code inside raises another exception than a `RelayError`.
     """
     place = "training mode on the meta device, on tensors that have shapes but no values"
     with _recording(place), torch.device("meta"), _fused_attention():
@@ -67,7 +67,7 @@ def dry_run() -> Generator[None]:
 
 @contextmanager
 def _recording(place: str, gpus: Sequence[int] | set[int] = ()) -> Generator[None]:
-    """Record gradients and keep random generators as they are; errors say that the model does not run in this place."""
+    """Record gradients, preserve random number generators, and convert exceptions to a `PlanError`."""
     try:
         with (
             torch.random.fork_rng(devices=list(gpus)),  # pyright: ignore[reportUnknownMemberType]
@@ -81,8 +81,8 @@ def _recording(place: str, gpus: Sequence[int] | set[int] = ()) -> Generator[Non
         raise PlanError(
             f"a model that runs in {place}",
             f"{type(error).__name__}: {' '.join([str(error), *getattr(error, '__notes__', ())])}",
-            "Give an example input that fits the model. If its forward pass looks at values (item(), if tensor: ...), "
-            "keep the model and the example off the meta device, or write the plan by hand; reach() works with every "
+            "Give an example input that fits the model. If the forward pass depends on values (item(), if tensor:), "
+            "keep the model and the example off the meta device, or write the plan by hand; reach() works with any "
             "model.",
         ) from error
 
@@ -91,13 +91,13 @@ def _copies(modules: Sequence[nn.Module], copy_of: Callable[[Tensor], Tensor]) -
     memo: dict[int, Any] = {}
     for module in modules:
         for part in module.modules():
-            # Not only parameters and buffers: a tensor that a module just holds would be on another device.
+            # Not only parameters and buffers: plain tensor attributes must be on the same device.
             memo |= {id(tensor): copy_of(tensor) for tensor in tensors_in(vars(part)) if id(tensor) not in memo}
     return [copy.deepcopy(module, memo).train() for module in modules]
 
 
 def _arguments(value: Any, copy_of: Callable[[Tensor], Tensor]) -> Arguments:
-    """Copied arguments, from a tensor, a tuple of arguments or a dict of named ones."""
+    """Copy an example and return it as positional and keyword arguments."""
     value = map_tensors(copy_of, value)
     if isinstance(value, Mapping):
         return (), dict(cast(Mapping[str, Any], value))
@@ -118,7 +118,7 @@ def _like(tensor: Tensor, data: Tensor) -> Tensor:
 
 @contextmanager
 def _without_onednn() -> Generator[None]:
-    """Note [Values] 3. `torch.backends.mkldnn.flags` would warn about graphics cards that are not there."""
+    """Disable oneDNN (Note [Values] 3). `torch.backends.mkldnn.flags` would warn about missing GPUs."""
     before = torch._C._get_mkldnn_enabled()  # pyright: ignore
     torch._C._set_mkldnn_enabled(False)  # pyright: ignore
     try:
@@ -129,7 +129,7 @@ def _without_onednn() -> Generator[None]:
 
 @contextmanager
 def _fused_attention() -> Generator[None]:
-    """Let attention without values cost what attention with values does: PyTorch fuses it everywhere but on meta."""
+    """Fuse attention on the meta device (Note [Values] 3), as PyTorch does on every other device."""
     attention = functional.scaled_dot_product_attention
 
     def fused(
@@ -142,7 +142,7 @@ def _fused_attention() -> Generator[None]:
         scale: float | None = None,
         **others: Any,
     ) -> Tensor:
-        # As the CPU's kernel wants it.
+        # The cases that the CPU's kernel supports.
         is_plain = query.ndim == 4 and dropout_p == 0 and not any(others.values())
         is_fixed = attn_mask is None or (attn_mask.ndim in (2, 4) and not attn_mask.requires_grad)
         if query.device.type != "meta" or not is_plain or not is_fixed:

@@ -1,4 +1,4 @@
-"""What a step costs, counted while it runs, by part of the network: operations, what autograd keeps, what is alive."""
+"""Profiler of a training step: operations, saved bytes and live bytes, by part of the network."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,13 @@ from relaybackprop.planning.storages import Storages
 
 @dataclass(frozen=True)
 class Spent:
-    """What one training step costs in one part of the network.
+    """The cost of one training step in one part of the network.
 
     Args:
-        forward: floating-point operations.
-        backward: floating-point operations.
-        saved: bytes that autograd keeps from the forward for the backward pass, the batch itself among them; each piece
-            of memory counts once, where it is first saved. Parameters and buffers do not count. With early release
-            they are not kept at the same time.
+        forward: floating-point operations of the forward pass.
+        backward: floating-point operations of the backward pass.
+        saved: bytes that autograd saves for the backward pass, including the batch, but not parameters and buffers.
+            Each storage counts once, where it is first saved. Early release does not hold all of them at the same time.
     """
 
     forward: int = 0
@@ -32,7 +31,7 @@ class Spent:
 
     @property
     def flops(self) -> int:
-        """Forward and backward."""
+        """Floating-point operations of both passes."""
         return self.forward + self.backward
 
     def __add__(self, other: "Spent") -> "Spent":
@@ -40,18 +39,18 @@ class Spent:
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions while it is open.
+    """Counts the floating-point operations of matrix products and convolutions by PyTorch's own formulas.
 
-    PyTorch's own formulas: a multiplication and an addition count as two, padding as ordinary input, and all else as
-    nothing. `FlopCounterMode`, which PyTorch builds from them, follows modules and fails under `autograd.grad`.
+    A multiplication and an addition count as two, padding as ordinary input, and all other operations as zero.
+    PyTorch's `FlopCounterMode` is not used, since it tracks modules and fails under `autograd.grad`.
 
     Attributes:
-        total: so far.
+        total: operations so far.
     """
 
     def __init__(self) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        from torch.utils.flop_counter import flop_registry  # 0.1 s to import; whoever only trains does without
+        from torch.utils.flop_counter import flop_registry  # lazy: costs 0.1 s, and training does not need it
 
         self.total = 0
         self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
@@ -61,29 +60,29 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = self._formulas.get(func.overloadpacket)
-        if formula is not None and args[0] is not None:  # attention's backward pass may have no gradient to work on
+        if formula is not None and args[0] is not None:  # attention's backward pass may have no gradient
             self.add(formula(*args, **kwargs, out_val=result))
         self.see(func.overloadpacket, result)
         return result
 
     def see(self, operation: Any, result: Any) -> None:
-        """Note what an operation has returned."""
+        """Record the result of an operation. Does nothing here."""
 
     def add(self, flops: int) -> None:
-        """Note an operation."""
+        """Record the cost of an operation."""
         self.total += flops
 
 
 class Ledger(FlopCounter):
-    """Counts by row: in the forward pass the row entered last, in the backward pass the one that made the node.
+    """Costs of a step by row: in the forward pass the current row, in the backward pass the row that made the node.
 
-    Autograd numbers its nodes as it makes them, so each row's nodes have numbers in a row.
+    Autograd numbers nodes as it makes them, so each row's nodes have consecutive numbers.
 
     Attributes:
-        spent: by row.
-        parameters: likewise, elements.
-        row: entered last.
-        alive: what a step needs besides what is owned, its gradients and the batch.
+        spent: costs by row.
+        parameters: elements of the parameters by row.
+        row: the current row.
+        alive: memory besides the owned tensors, their gradients and the batch.
     """
 
     def __init__(self, rows: int, owned: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
@@ -93,46 +92,46 @@ class Ledger(FlopCounter):
         self.spent = [Spent() for _ in range(rows)]
         self.parameters = [0] * rows
         self.row = 0
-        self._row_below = 0  # of the node that ran last in a backward pass
+        self._row_below = 0  # row of the last node that ran in a backward pass
         self._end = 0
         self._starts: list[tuple[int, int]] = [(-1, 0)]  # the number of a row's first node, and the row
         self._saved = Storages(owned)
 
     def enter(self, row: int) -> None:
-        """From now on the forward pass is in this row."""
+        """Make this the current row of the forward pass."""
         self.row = row
         self._starts.append((torch.autograd._get_sequence_nr(), row))  # pyright: ignore
 
     def add(self, flops: int) -> None:
-        """Note an operation of the forward pass, or of the node that runs in the backward pass."""
+        """Record the cost of an operation of the forward pass, or of the node that runs in the backward pass."""
         super().add(flops)
         node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
         if node is None:
             self.spent[self.row] += Spent(forward=flops)
             return
-        # What checkpointing makes in the backward pass belongs to where it is run from.
+        # Nodes that checkpointing makes in the backward pass belong to the node that recomputes them.
         if graph.number_of(node) < self._end:
             self._row_below = self._row_of(node)
         self.spent[self._row_below] += Spent(backward=flops)
 
     def see(self, operation: Any, result: Any) -> None:
-        """Note what an operation has returned."""
+        """Record the storages and the workspace of an operation."""
         self.alive.note(result)
         if operation is torch.ops.aten.convolution_backward and result[0] is not None:
-            self.alive.need(result[0].nbytes)  # on a CPU it comes in the library's order of memory, and is copied
+            self.alive.need(result[0].nbytes)  # a CPU copies it from the library's memory format
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Note a tensor that autograd saves."""
+        """Record a tensor that autograd saves."""
         node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
         self.spent[self.row if node is None else self._row_below] += Spent(saved=self._saved.note(tensor))
         return tensor
 
     def close(self) -> None:
-        """A backward pass comes: what is made from now on is made by it."""
+        """Mark the end of the forward pass: the backward pass makes all later nodes."""
         self._end = torch.autograd._get_sequence_nr()  # pyright: ignore
 
     def note_parameters(self, loss: Tensor) -> None:
-        """Find out which row uses which parameter first."""
+        """Assign each parameter to the first row that uses it."""
         rows: dict[Tensor, int] = {}
         for node in graph.walk(graph.edges_of([loss]), graph.everywhere):
             for lower, _ in node.next_functions:
