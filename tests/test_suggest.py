@@ -276,7 +276,7 @@ def test_known_networks(build: str, pixels: int, heads: int, expected: dict[str,
 def test_a_tie_is_explained() -> None:
     model = meta(pytest.importorskip("torchvision.models").resnet50)
     (tie,) = [reason for reason in suggest_plan(model, torch.zeros(2, 3, 64, 64)).reasons if "as deep" in reason]
-    assert tie == "Behind layer2 it would be as deep; higher heads read what is closer to the goal."
+    assert tie == "After layer2 it would be as deep; higher heads read features closer to the output."
 
 
 def test_a_plain_mlp_is_cut_into_five() -> None:
@@ -326,7 +326,7 @@ def test_max_layers() -> None:
     with pytest.raises(WindowError, match=r"at most max_layers=5.*received 6 .*num_auxiliary=1.*num_auxiliary=2, the"):
         suggest_plan(mlp(), rows, max_layers=5)
     assert max(depths(suggest_plan(mlp(), rows, 2, max_layers=5))) <= 5, "the remedy works"
-    with pytest.raises(WindowError, match=r"No number of heads will do; the least max_layers of this model is 3"):
+    with pytest.raises(WindowError, match=r"No number of heads suffices; this model's least max_layers is 3"):
         suggest_plan(mlp(), rows, max_layers=2)
     assert min(max(depths(suggest_plan(mlp(), rows, k))) for k in range(1, 6)) == 3, "and is the least"
 
@@ -370,10 +370,10 @@ def test_printed() -> None:
         "the last one.",
         "2. These have too few ends for heads, so the longest were halved: now 5.",
         "3. From the lowest up, the segments have 1, 1, 2, 2 and 2 weight layers.",
-        "4. A head may sit at the end of a segment, neither the first nor the last, above the lowest third of the "
-        "layers (the paper's lowest is behind 8 of 19): behind 3 (4) and 5 (6).",
-        "5. Behind 5 the deepest window has 6 weight layers, the least that these places allow.",
-        "6. Behind 3 it would be as deep; higher heads read what is closer to the goal.",
+        "4. A head may read the end of a segment, except the first and the last, above the lowest third of the "
+        "layers (the paper's lowest is after 8 of 19): after 3 (4) and 5 (6).",
+        "5. After 5 the deepest window has 6 weight layers, the least that these places allow.",
+        "6. After 3 it would be as deep; higher heads read features closer to the output.",
         "7. Neighbouring windows overlap over the whole segment below the lower head: 2 layers up to 5.",
         "8. The head aux reads (2, 4).",
     ]

@@ -1,23 +1,23 @@
-"""Where heads and windows might go: the paper's rules of thumb (section 4) applied to a model's chain of links.
+"""Placement of heads and windows: the paper's rules of thumb (section 4) applied to a model's chain of links.
 
 Note [Suggesting]
-1. Places are the ends of a model's blocks, never inside one. A block is an item of a list (`nn.Sequential` or
+1. Heads and ends of windows are placed at the ends of blocks. A block is an item of a list (`nn.Sequential` or
    `nn.ModuleList`) whose class has at least two items in such lists: a transformer layer, an inverted residual. Items
-   that have blocks inside, such as Swin's stages, have places at the ends of these only, unless a shortcut leads around
+   that contain blocks, such as Swin's stages, have places at the ends of these blocks only, unless a shortcut bypasses
    all of them in one of the items. Models without such lists, and layers outside of them, have places at any link.
-2. A segment is a stage of equal map size, as the paper cuts VGGNet-19 behind its max pooling layers; a class token, or
-   the border that an unpadded convolution cuts off, does not count. What changes the size without a weight layer, such
-   as pooling, ends the segment below; what follows once the map is gone (the classifier) belongs to the last segment.
-3. A head reads the end of a segment. Not of the last one, where the model's own output is, nor within a classifier
-   behind maps or tokens. Nor of the first, since the next window would have to reach the first layer to overlap it.
-4. Nor in the lowest third of the weight layers, where "the patterns captured lack of sufficient discrimination". The
-   paper's lowest head is behind layer 8 of 19 (Figure 2), its others higher.
-5. Where that leaves too few places, as in a transformer's equal blocks, the longest segments are halved until there are
+2. A segment is a stage of equal map size, as the paper cuts VGGNet-19 after its max pooling layers; a class token, or
+   the border that an unpadded convolution removes, does not count. A size change without a weight layer, such as
+   pooling, ends the segment below; layers after the last map (the classifier) belong to the last segment.
+3. A head reads the end of a segment, except the last one, which has the model's own output; the first one, which the
+   next window would have to include down to the first layer; and those within a classifier after maps or tokens.
+4. No head is in the lowest third of the weight layers, where "the patterns captured lack of sufficient discrimination".
+   The paper's lowest head is after layer 8 of 19 (Figure 2).
+5. If that leaves too few places, as in a transformer's equal blocks, the longest segments are halved until there are
    2K + 3 of them for K heads: five for one head, as in the paper's networks.
-6. Each window goes down over the whole segment below the next lower head, and no further (Table 2, Figure 2).
-7. Heads sit where the deepest window is as shallow as can be; of equally good places the higher ones are taken.
-8. A window of nearly all layers is not a relay. Where one has more than `MOST` of them the longest segments are halved
-   further; where that does not help either, as in a U-Net with its skip connections, there is no suggestion.
+6. Each window includes the whole segment below the next lower head, and nothing below it (Table 2, Figure 2).
+7. Heads are placed so that the deepest window is as shallow as possible; of equal placements the highest is chosen.
+8. A window over nearly all layers is not a relay. If one has more than `MOST` of them, the longest segments are halved
+   further; if that does not help, as in a U-Net with its skip connections, there is no suggestion.
 """
 
 from bisect import bisect_left
@@ -32,17 +32,17 @@ from torch import nn
 from relaybackprop.plan import Plan, Window
 from relaybackprop.planning.chain import Link
 
-MOST = 0.88  # of the weight layers, in one window
-SAME_SIZE = 1.5  # the ratio of two maps' positions from which on they belong to different stages
+MOST = 0.88  # largest share of the weight layers in one window
+SAME_SIZE = 1.5  # maps whose positions differ by this factor or more belong to different stages
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of links.
+    """Consecutive links.
 
     Args:
-        links: one for each depth, from the lowest up.
-        start: the depth below it, in weight layers.
+        links: one for each depth, the lowest first.
+        start: the depth below the segment, in weight layers.
     """
 
     links: tuple[Link, ...]
@@ -50,62 +50,62 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """The depth at its end."""
+        """The depth at the end of the segment."""
         return self.links[-1].depth
 
     @property
     def layers(self) -> int:
-        """Weight layers in it."""
+        """The number of weight layers in the segment."""
         return self.end - self.start
 
     @property
     def name(self) -> str:
-        """The module at its end."""
+        """The module at the end of the segment."""
         return self.links[-1].name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The output of that module."""
+        """The shape of that module's output."""
         return self.links[-1].shape
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Heads on the ends of segments: `heads` are numbers of segments, the lowest head first."""
+    """Heads at the ends of segments; `heads` are indices of segments, the lowest first."""
 
     segments: Sequence[Segment]
     heads: tuple[int, ...]
 
     @property
     def windows(self) -> list[int]:
-        """Weight layers of each window, from the lowest head's to the primary one."""
+        """The number of weight layers of each window, the lowest head's first, the primary one last."""
         tops = [*self.heads, len(self.segments) - 1]
         bottoms = [0, *self.heads]
         return [self.segments[top].end - self.segments[bottom].start for bottom, top in zip(bottoms, tops, strict=True)]
 
     @property
     def deepest(self) -> int:
-        """Weight layers of the deepest window."""
+        """The number of weight layers of the deepest window."""
         return max(self.windows)
 
     @property
     def is_too_deep(self) -> bool:
-        """Note [Suggesting] 8."""
+        """Whether a window has more than `MOST` of the weight layers (Note [Suggesting] 8)."""
         return self.deepest > MOST * self.segments[-1].end
 
     @property
     def plan(self) -> Plan:
-        """Note [Suggesting] 6."""
+        """The windows as a plan (Note [Suggesting] 6)."""
         return plan_of([self.segments[at].name for at in self.heads], [self.segments[at - 1].name for at in self.heads])
 
 
 def head_names(count: int) -> list[str]:
-    """The names of suggested heads, from the lowest up."""
+    """Return the names of suggested heads, the lowest first."""
     return ["aux"] if count == 1 else [f"aux{number}" for number in range(1, count + 1)]
 
 
 def plan_of(tops: Sequence[str], ends: Sequence[str | None]) -> Plan:
-    """The plan whose heads read these modules, the lowest first; the end below each of the windows above them."""
+    """Return the plan whose heads read `tops`, the lowest first; `ends` are those of the windows above each head."""
     below = [None, *ends]
     names = head_names(len(tops))
     windows = {name: Window(top=top, after=end) for name, top, end in zip(names, tops, below, strict=False)}
@@ -113,11 +113,11 @@ def plan_of(tops: Sequence[str], ends: Sequence[str | None]) -> Plan:
 
 
 def without_insides(model: nn.Module, links: Sequence[Link]) -> list[Link]:
-    """The links that are not inside a block, Note [Suggesting] 1."""
+    """Return the links that are not inside a block (Note [Suggesting] 1)."""
     blocks = _blocks(model)
     crossed = {name for link in links for name in link.names}
     nested = {name for name in blocks if any(_is_in(other, name) for other in blocks.keys() & crossed)}
-    # Classes with a shortcut around all inner modules in at least one of their items.
+    # Classes in which a shortcut bypasses all inner modules of at least one item.
     whole = {
         kind
         for name, kind in blocks.items()
@@ -133,7 +133,7 @@ def without_insides(model: nn.Module, links: Sequence[Link]) -> list[Link]:
 
 
 def _blocks(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """By name, the class of each item of a list that has weight layers and whose class is that of another item."""
+    """Return each block's class by name: list items with weight layers that share their class with another item."""
     found: dict[str, type[nn.Module]] = {}
     modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
     for name, module in modules:
@@ -145,7 +145,7 @@ def _blocks(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module holds weight layers and is more than a list of other modules."""
+    """Whether a module has weight layers and is not just a list or a leaf."""
     is_list = isinstance(module, nn.ModuleList) or (
         isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward  # pyright: ignore
     )
@@ -158,10 +158,10 @@ def _is_in(name: str, module: str) -> bool:
 
 
 def ends_of(links: Sequence[Link]) -> list[tuple[Link, int]]:
-    """For each depth the link where a segment may end, and the size of the map behind the weight layer.
+    """Return for each depth the link where a segment may end, and the map size after its weight layer.
 
-    Normalisation, activation and pooling belong to the layer that they follow. A norm that opens the next block does
-    not: nothing within a block comes after the end of the block before, unless it makes the map smaller.
+    Normalisation, activation and pooling belong to the layer before, except a norm that opens the next block: from
+    the link with the smallest map on, the last of the least nested links is chosen.
     """
     ends: list[tuple[Link, int]] = []
     for _, group in groupby(links, key=lambda link: link.depth):
@@ -174,7 +174,7 @@ def ends_of(links: Sequence[Link]) -> list[tuple[Link, int]]:
 
 
 def stages(links: Sequence[Link]) -> list[Segment]:
-    """Note [Suggesting] 2."""
+    """Divide a chain into stages of equal map size (Note [Suggesting] 2)."""
     groups: list[list[Link]] = []
     size = 1
     for link, area in ends_of(links):
@@ -187,7 +187,7 @@ def stages(links: Sequence[Link]) -> list[Segment]:
 
 
 def places_of(segments: Sequence[Segment]) -> list[int]:
-    """Note [Suggesting] 3 and 4: the segments at whose ends a head may sit."""
+    """Return the indices of the segments whose ends a head may read (Note [Suggesting] 3 and 4)."""
     total = segments[-1].end
     has_maps = any(len(segment.shape) > 2 for segment in segments)
     return [
@@ -198,7 +198,7 @@ def places_of(segments: Sequence[Segment]) -> list[int]:
 
 
 def arrange(links: Sequence[Link], num_auxiliary: int) -> Arrangement | None:
-    """Note [Suggesting] 5, 7 and 8: the best found if none keeps to `MOST`; None without places for so many heads."""
+    """Find the best arrangement, within `MOST` if possible (Note [Suggesting] 5, 7, 8). None if places are too few."""
     best: Arrangement | None = None
     for segments in _segmentations(links, num_auxiliary):
         if len(places_of(segments)) >= num_auxiliary:
@@ -210,7 +210,7 @@ def arrange(links: Sequence[Link], num_auxiliary: int) -> Arrangement | None:
 
 
 def _segmentations(links: Sequence[Link], num_auxiliary: int) -> Iterator[list[Segment]]:
-    """Stages and, from the fewest halves to the most, what halving makes of them."""
+    """Yield the stages, then finer and finer segments."""
     segments: list[Segment] | None = stages(links)
     has_places = len(places_of(segments)) >= num_auxiliary
     while segments is not None:
@@ -221,8 +221,8 @@ def _segmentations(links: Sequence[Link], num_auxiliary: int) -> Iterator[list[S
 
 
 def _best(segments: Sequence[Segment], num_auxiliary: int) -> Arrangement:
-    """Note [Suggesting] 7."""
-    # Any limit above the best one can be met, too.
+    """Return the arrangement whose deepest window is the shallowest (Note [Suggesting] 7)."""
+    # Binary search: any limit above the least one can be met, too.
     limits = range(segments[-1].end + 1)
     best = bisect_left(limits, True, key=lambda limit: _highest_heads(segments, num_auxiliary, limit) is not None)
     heads = _highest_heads(segments, num_auxiliary, best)
@@ -231,7 +231,7 @@ def _best(segments: Sequence[Segment], num_auxiliary: int) -> Arrangement:
 
 
 def _halve_longest(segments: Sequence[Segment]) -> list[Segment] | None:
-    """Cut the longest segment that can be cut at the link nearest its middle, but not within a classifier on maps."""
+    """Halve the longest divisible segment at the link nearest its middle, but not within a classifier on maps."""
     at = max(range(len(segments)), key=lambda n: segments[n].layers if len(segments[n].links) > 1 else 0)
     links, start = segments[at].links, segments[at].start
     if len(links) == 1:
@@ -245,14 +245,14 @@ def _halve_longest(segments: Sequence[Segment]) -> list[Segment] | None:
 
 
 def _highest_heads(segments: Sequence[Segment], num_auxiliary: int, limit: int) -> tuple[int, ...] | None:
-    """Heads as high as windows of at most `limit` layers allow, from the lowest up; None if they do not reach the top.
+    """Place heads as high as windows of at most `limit` layers allow; None if the last window exceeds the limit.
 
-    The higher a head, the higher the next window ends: as high as possible is best for all that follow.
+    Greedy is optimal: the higher a head, the higher the next window ends.
     """
     places, heads, start = places_of(segments), list[int](), 0
     for missing in range(num_auxiliary - 1, -1, -1):
         allowed = [at for at in places if segments[at].end - start <= limit and (not heads or at > heads[-1])]
-        if missing:  # keep places for the heads above
+        if missing:  # leave places for the heads above
             allowed = [at for at in allowed if at in places[:-missing]]
         if not allowed:
             return None
@@ -262,7 +262,7 @@ def _highest_heads(segments: Sequence[Segment], num_auxiliary: int, limit: int) 
 
 
 def one_lower(arrangement: Arrangement) -> list[Arrangement]:
-    """The same with one of the heads a place lower."""
+    """Return the arrangements with one of the heads a place lower."""
     places, heads, found = places_of(arrangement.segments), arrangement.heads, list[Arrangement]()
     for position, at in enumerate(heads):
         if at - 1 in places and at - 1 not in heads:

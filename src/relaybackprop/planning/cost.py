@@ -1,8 +1,7 @@
-"""The cost of a plan: floating-point operations and saved activations of a training step, counted on a copy.
+"""The cost of a plan: floating-point operations and saved activations of a training step.
 
-The step runs with the engine that also trains, without values where the model allows it (Note [Values] in
-`relaybackprop.planning.copies`): what is counted is what will be computed. Operations are matrix products and
-convolutions by PyTorch's own formulas, a multiplication and an addition counting as two.
+The step runs on a copy with the engine that also trains, on the meta device if possible (Note [Values] in
+`relaybackprop.planning.copies`), so the counts are those of a real step.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,21 +24,21 @@ from relaybackprop.planning.profile import Ledger, Spent
 from relaybackprop.relay import Relay
 
 STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"
-EARLY_RELEASE = "early_release"  # the plan itself by `Relay.forward_backward`
+EARLY_RELEASE = "early_release"  # the plan by `Relay.forward_backward`
 LOWER_BOUND = "lower_bound"
 UNITS = ("", "k", "M", "G", "T", "P")
-NAME_WIDTH = 26  # the table has 120 columns
+NAME_WIDTH = 26  # so that the table fits into 120 columns
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the model between two boundaries of the plan, or a head.
+    """A part of the model between two boundaries of the plan, or a head.
 
     Args:
-        name: what it goes up to, or the head's name.
-        parameters: elements of the trainable ones that it uses; what several parts use counts in the lowest.
-        schemes: by scheme, what it costs there; nothing where a scheme has no such head.
-        lower_bound: the least operations that the plan can cost here, forward and backward.
+        name: the boundary at its end, or the head's name.
+        parameters: elements of the trainable parameters that it uses. Shared ones count in the lowest part.
+        schemes: costs by scheme; zero if a scheme does not have the head.
+        lower_bound: the fewest floating-point operations that the plan can need here, forward and backward.
     """
 
     name: str
@@ -50,12 +49,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training step of a plan costs, and of the other schemes with its heads.
+    """The cost of a training step of a plan, and of other schemes with the same heads. `print` shows a table.
 
     Args:
-        parts: from the lowest up, then the heads. What has neither parameters nor cost is left out.
-        peaks: by scheme, the most bytes that are alive at once during a step, besides parameters, their gradients,
-            buffers and the batch: what is saved, and what is computed from it.
+        parts: the model's parts, the lowest first, then the heads; parts without parameters and cost are left out.
+        peaks: peak memory of a step in bytes by scheme, without parameters, their gradients, buffers and the batch.
     """
 
     parts: tuple[Part, ...]
@@ -63,17 +61,17 @@ class Cost:
 
     @property
     def totals(self) -> dict[str, Spent]:
-        """By scheme, what a step costs."""
+        """The cost of a step by scheme."""
         return {name: sum((part.schemes[name] for part in self.parts), Spent()) for name in self.parts[0].schemes}
 
     @property
     def lower_bound(self) -> int:
-        """The least operations that a step of the plan can cost."""
+        """The fewest floating-point operations that a step of the plan can need."""
         return sum(part.lower_bound for part in self.parts)
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Operations by scheme, and of the lower bound, over those of standard backpropagation."""
+        """Floating-point operations by scheme, and of the lower bound, relative to standard backpropagation."""
         flops = {name: spent.flops for name, spent in self.totals.items()} | {LOWER_BOUND: self.lower_bound}
         return {name: count / max(flops[STANDARD], 1) for name, count in flops.items()}
 
@@ -104,29 +102,29 @@ class Cost:
 
 
 def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, nn.Module] | None = None) -> Cost:
-    """What a training step of a plan costs, by part of the network and scheme, for a batch of the example's shape.
+    """Count the cost of a training step of a plan by part of the network and scheme.
 
-    Steps run on copies without values, on the meta device, and take no memory. A model that looks at values runs on
-    copies with the example's values instead: that takes the memory and the time of a few steps, seven with heads. The
-    model is left alone. The losses themselves and the optimizer are not counted.
+    The model is not changed. Steps run on meta copies and take no memory; if the forward pass depends on values, they
+    run on copies with the example's values, which takes the memory and the time of a few steps (seven with heads).
 
     Args:
         model: any module.
-        plan: its windows. One without heads and ends of windows has no scheme but "standard".
-        example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones. Values matter only
-            where the model looks at them.
-        heads: by name of the auxiliary loss. Left out, something that costs nothing stands for each of them.
+        plan: the windows. A plan without heads and ends of windows has the scheme "standard" only.
+        example_input: a batch: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter only
+            where the forward pass depends on them.
+        heads: modules by name of the auxiliary loss. Default: dummy heads without cost.
 
     Returns:
-        The schemes are "standard", "multi_loss", "isolated", "relay", which is the plan itself, and "early_release",
-        which is the plan by `Relay.forward_backward`, each as this package runs it. "isolated" and "early_release" are
-        left out where a path leads around the ends that they need. Memory is that of PyTorch's own
-        kernels on a CPU, with fused attention where PyTorch has it, and without workspaces except the input gradient
-        that a convolution copies; other devices keep slightly different amounts for normalisation.
+        Costs of the schemes "standard", "multi_loss", "isolated", "relay" (the plan) and "early_release" (the plan by
+        `Relay.forward_backward`), without loss functions and optimizer. "isolated" and "early_release" are left out if
+        a path bypasses the ends that they need. Operations are those of matrix products and convolutions, where a
+        multiplication and an addition count as two. Memory is that of PyTorch's own kernels on a CPU, with fused
+        attention, and without workspaces except the input gradient that a convolution copies; other devices save
+        slightly different amounts for normalisation.
 
     Raises:
-        PlanError: arguments of other types, or a model that does not run on the example.
-        RelayError: whatever a forward pass of `Relay` with this plan and these heads raises.
+        PlanError: arguments have other types, or the model does not run on the example.
+        RelayError: any error that a forward pass of `Relay` with this plan and these heads raises.
 
     Example:
         >>> print(cost(resnet50(), plan, images, {"aux": AuxiliaryHead(1024, 1000)}))  # doctest: +SKIP
@@ -142,7 +140,7 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
         for scheme, other in _schemes(plan, relay.order).items():
             try:
                 ledgers[scheme] = _step(relay, other, arguments, relay.order, early=scheme == EARLY_RELEASE)
-            except (LeakError, EarlyReleaseError):  # a head can read a branch, but no window can end there
+            except (LeakError, EarlyReleaseError):  # a head can read a branch, but a window cannot end there
                 if scheme not in (ISOLATED, EARLY_RELEASE):
                     raise
         ends = {end for window in plan.windows.values() for end in window.ends}
@@ -161,15 +159,15 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
 
 
 def kept_between(model: nn.Module, names: Sequence[str], example_input: Any) -> list[int]:
-    """What standard backpropagation keeps for the backward pass, in bytes, up to each of some places in a row.
+    """Count the bytes that standard backpropagation saves in each part of a model.
 
     Args:
         model: any module.
-        names: of modules, by whose outputs the model is divided, in forward order.
+        names: modules whose outputs divide the model, in forward order.
         example_input: as for `cost`.
 
     Returns:
-        One number for each name, and one for the rest of the model.
+        Bytes up to each module from the one before, and of the rest of the model.
     """
     boundaries = [Boundary("output", name) for name in names]
     ledger = on_copies([Relay(model, Plan())], example_input, lambda copies, a: _step(copies[0], Plan(), a, boundaries))
@@ -177,11 +175,11 @@ def kept_between(model: nn.Module, names: Sequence[str], example_input: Any) -> 
 
 
 def early_peak(model: nn.Module, plan: Plan, example_input: Any) -> int:
-    """The most bytes that are alive at once in a step with early release, with heads that cost nothing.
+    """Return the peak memory of a step with early release in bytes, with dummy heads.
 
     Args:
         model: any module.
-        plan: its windows.
+        plan: the windows.
         example_input: as for `cost`.
     """
     original = Relay(model, plan, {name: StandIn() for name in plan.auxiliary})
@@ -197,20 +195,20 @@ def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
 
 
 def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
-    """The least operations of a part of the model: see Cost in docs/method.md.
+    """Return the fewest operations of a part of the model (section Cost in docs/method.md).
 
     Args:
-        schemes: what it costs.
-        cut: what it costs where all below a window's end is frozen.
+        schemes: costs by scheme.
+        cut: the cost if all layers below each window's end are frozen.
     """
     if RELAY not in schemes:
         return schemes[STANDARD].flops
-    # What the ordinary pass computes for the end of a window, where a junction drops it.
+    # Without the gradients that the ordinary pass computes for a window's end and a junction drops.
     return schemes[RELAY].flops - (schemes[STANDARD].backward - cut.backward)
 
 
 class _Entering(nn.Module):
-    """A head that enters its own row in the ledger while it runs."""
+    """A head whose operations count in its own row of the ledger."""
 
     def __init__(self, head: nn.Module, ledger: Ledger, row: int) -> None:
         super().__init__()
@@ -239,13 +237,13 @@ def _step(
 
     Args:
         relay: a copy.
-        plan: the scheme.
-        arguments: of the forward pass.
-        order: all boundaries that part rows, the lowest first. The heads' rows follow.
-        ends: where to cut the graph, so that what lies below needs no gradient from above.
-        early: by `Relay.forward_backward`.
+        plan: the plan of the scheme.
+        arguments: the arguments of the forward pass.
+        order: the boundaries between rows, the lowest first. The heads' rows follow.
+        ends: boundaries at which to cut the graph, so that layers below receive no gradient from above.
+        early: use `Relay.forward_backward`.
     """
-    args, kwargs = arguments = map_tensors(torch.clone, arguments)  # the model may change them in place
+    args, kwargs = arguments = map_tensors(torch.clone, arguments)  # the model may modify them in place
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows = {name: row for row, name in enumerate(relay.heads, len(order) + 1)}
@@ -269,7 +267,7 @@ def _step(
         ledger.note_parameters(loss)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
-    if early:  # the first time it searches the graph, and keeps one activation for each boundary longer
+    if early:  # warm up: the first step searches the graph, and holds one activation for each boundary longer
         run()
     ledger.enter(0)
     with ExitStack() as stack:
@@ -282,7 +280,7 @@ def _step(
 
 
 def _cross(ledger: Ledger, row: int, cut: list[Tensor] | None, value: Any) -> Any:
-    """What happens where a row begins: above a cut the value needs no gradient, and below it the loss is its sum."""
+    """Enter a row. At a cut, detach the value, and collect its tensors as losses of the layers below."""
     ledger.enter(row)
     tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
     if cut is None or not tensors:
@@ -306,7 +304,7 @@ def _watch(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
 
 
 def _unit(largest: int) -> tuple[int, str]:
-    """A power of a thousand that leaves numbers of a readable size, and its letter."""
+    """Choose a power of 1000 for readable numbers, and its prefix."""
     power = max(0, min(len(UNITS) - 1, (len(str(largest)) - 2) // 3))
     return 1000**power, UNITS[power]
 

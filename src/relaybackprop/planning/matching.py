@@ -1,4 +1,4 @@
-"""Heads that fit a plan, read off what the modules of a copy of the model return in one forward pass."""
+"""Heads that fit a plan, chosen from the shapes of module outputs in one forward pass of a copy."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,17 +15,17 @@ from relaybackprop.plan import Plan
 from relaybackprop.planning.copies import Arguments, on_copies
 from relaybackprop.planning.layout import Layer, layers_in, votes
 
-MAP = 4  # rows and columns that GoogLeNet's head pools to
-WIDTH = 128  # of GoogLeNet's head, on its 512 channels
+MAP = 4  # rows and columns after the pooling of GoogLeNet's head
+WIDTH = 128  # channels of GoogLeNet's head, on an input of 512
 
 _CLASS_TOKENS = ("cls_token", "class_token")
 
 
 class Heads(dict[str, nn.Module]):
-    """Heads by name of the auxiliary loss, as `Relay` takes them; `print` shows what was chosen and why.
+    """Heads by name of the auxiliary loss, as `Relay` accepts them; `print` shows the choices and their reasons.
 
     Attributes:
-        reasons: by name, a sentence.
+        reasons: one sentence for each head, by name.
     """
 
     def __init__(self, heads: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> None:
@@ -46,29 +46,29 @@ def head_for(
     pool: Pool | None = None,
     gain: Gain = "default",
 ) -> Heads:
-    """Build a fitting head for each auxiliary loss of a plan.
+    """Build a matching head for each auxiliary loss of a plan.
 
-    The model is left alone. A copy without values runs in training mode; where that fails, a copy with values runs on
-    the example, which takes the memory and the time of one forward pass.
+    The model is not changed. A meta copy runs in training mode; if that fails, a copy runs on the example's values,
+    which takes the memory and the time of one forward pass.
 
     Args:
         model: any module.
-        plan: its windows.
-        example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
-        num_classes: number of classes; of words for a language model.
-        layout: of what all heads read. Left out, it is read off the model (Note [Evidence] in
+        plan: the windows.
+        example_input: a batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        num_classes: number of classes, or the vocabulary size of a language model.
+        layout: layout of the input of all heads. Default: detected (Note [Evidence] in
             `relaybackprop.planning.layout`).
-        pool: of tokens. Left out, none where the model scores each token, the first token where a class token went in
-            below, otherwise the mean.
-        gain: of each head's last layer, see `AuxiliaryHead`.
+        pool: pooling over tokens. Default: none if the model scores each token, the first token if the model added a
+            class token below, otherwise the mean.
+        gain: gain of each head's last layer, see `AuxiliaryHead`.
 
     Returns:
-        Maps get an `AuxiliaryHead` of at most GoogLeNet's size, other features a `LinearHead`, tokens and maps with
-        their channels last a `TokenHead`. Where the model scores each pixel or token, so do the heads.
+        An `AuxiliaryHead` of at most GoogLeNet's size for a map, a `TokenHead` for tokens and channels-last maps, a
+        `LinearHead` for other features. If the model scores each pixel or token, so do the heads.
 
     Raises:
-        HeadError: an output without a batch of features, or with a layout that the model does not tell.
-        PlanError: a model that does not run on the example.
+        HeadError: an output is not a batch of features, or its layout cannot be detected.
+        PlanError: `plan` is not a plan, or the model does not run on the example.
 
     Example:
         >>> heads = head_for(swin_t(), plan, images, num_classes=1000)  # doctest: +SKIP
@@ -84,7 +84,7 @@ def head_for(
     run = on_copies([model], example_input, lambda copies, arguments: _observe(copies[0], arguments, places))
     scores = _scores(run.output, num_classes)
     if pool is not None and scores is not None and len(scores) == 3:
-        scores = scores[::2]  # the caller pools where the model scores each token
+        scores = scores[::2]  # the caller requests pooling although the model scores each token
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     device = next((parameter.device for parameter in model.parameters()), None)
     heads, reasons = dict[str, nn.Module](), dict[str, str]()
@@ -116,14 +116,14 @@ def _choose(
     gain: Gain,
     place: str,
 ) -> tuple[nn.Module, str]:
-    """Return the head for features of this shape, and what it does; `scores` is the shape of the model's own."""
+    """Return a head for features of this shape and its description; `scores` is the shape of the model's scores."""
     channels, sides = (shape[1], shape[2:]) if order == "channels_first" else (shape[-1], shape[1:-1])
     if scores is not None and len(scores) > 3:
         if len(sides) != len(scores) - 2:
             raise HeadError(
                 f"a map at the window's top, for scores of each pixel like the model's {scores}",
                 place,
-                "Move the top to a module that returns a map, or write a head that forms one.",
+                "Move the top to a module that returns a map, or write a head that makes one.",
             )
         factors = [big / small for big, small in zip(scores[2:], sides, strict=True)]
         is_multiple = factors[0].is_integer() and len(set(factors)) == 1
@@ -148,7 +148,7 @@ def _choose(
 
 @dataclass
 class _Run:
-    """A forward pass: the size of its batch if it is known, outputs of the model and of the tops, layers that vote."""
+    """Observations of a forward pass: the batch size if known, outputs of the model and the tops, votes of layers."""
 
     batch: int | None
     class_tokens: list[nn.Parameter]
@@ -182,7 +182,7 @@ def _observe(model: nn.Module, arguments: Arguments, tops: set[str]) -> _Run:
 
 
 def _layout(run: _Run, name: str, top: str, shape: tuple[int, ...]) -> tuple[Layout, str]:
-    """The layout of a top's output, and what tells it."""
+    """Return the layout of a top's output and the evidence for it."""
     if len(shape) == 2:
         return "channels_first", "one row for each example"
     cast_votes = votes(run.layers, top, shape)
@@ -200,14 +200,14 @@ def _layout(run: _Run, name: str, top: str, shape: tuple[int, ...]) -> tuple[Lay
 
 
 def _has_class_token(run: _Run, features: Tensor) -> bool:
-    """Whether a class token went into these features. Some models add theirs in the last blocks only."""
+    """Whether these features depend on a class token. Some models add theirs in the last blocks only."""
     reached = graph.walk(graph.edges_of([features]), graph.everywhere)
     variables = {id(getattr(node, "variable", None)) for node in reached}
     return any(id(token) in variables for token in run.class_tokens)
 
 
 def _features(run: _Run, name: str, top: str) -> tuple[tuple[Any, ...], Tensor]:
-    """The first tensor of a top's output that is a batch of features, and the keys that lead to it."""
+    """Return the first tensor of a top's output that is a batch of features, and its keys."""
     if top not in run.tops:
         raise HeadError(
             f"the forward pass to call {top}, the top of {name!r}", "no call", "Name a module inside it, or around it."
@@ -228,7 +228,7 @@ def _features(run: _Run, name: str, top: str) -> tuple[tuple[Any, ...], Tensor]:
 
 
 def _scores(output: Any, num_classes: int) -> tuple[int, ...] | None:
-    """Shape of the first tensor of the model's output that has this many classes: per example, token or pixel."""
+    """Return the shape of the model's first output with this many classes: per example, token or pixel."""
     for _, tensor in paths_in(output):
         if tensor.ndim > 1 and tensor.shape[2 if tensor.ndim == 3 else 1] == num_classes:
             return tuple(tensor.shape)

@@ -1,4 +1,4 @@
-"""Suggested plans: heads and windows for a model, by Note [Suggesting] in `relaybackprop.planning.arrange`."""
+"""Suggested plans: `suggest_plan` chooses heads and windows for a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from relaybackprop.planning.cost import early_peak, kept_between
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A plan for a model and why it is this one.
+    """A plan for a model and the reasons for it.
 
     Args:
         plan: the windows.
-        depths: by loss, the weight layers on the longest path through its window.
+        depths: the number of weight layers on the longest path through each window, by loss.
         reasons: sentences, in the order of the decisions.
-        head_inputs: by name of the auxiliary loss, the shape of what its head reads, the batch included. Where a
-            module returns a tuple, the shape is that of the first tensor with a gradient.
+        head_inputs: shape of each head's input, batch included, by name of the auxiliary loss. If a module returns a
+            tuple, it is the shape of the first tensor with a gradient.
     """
 
     plan: Plan
@@ -54,30 +54,31 @@ def suggest_plan(
     max_layers: int | None = None,
     memory_budget: int | None = None,
 ) -> Suggestion:
-    """A relay plan for a model, by the rules in Note [Suggesting] in `relaybackprop.planning.arrange`.
+    """Suggest a relay plan for a model by the paper's rules (Note [Suggesting] in `relaybackprop.planning.arrange`).
 
-    A place to start from, not an optimum. The model is left alone: a copy runs in training mode, without values, which
-    takes no memory. A model that looks at values (an attention mask, `item()`) runs on a copy with the example's values
-    instead; that takes the memory of a forward pass and the time of two, and more with a memory budget.
+    The plan is a starting point, not an optimum. The model is not changed: a meta copy runs in training mode, which
+    takes no memory. If the forward pass depends on values (an attention mask, `item()`), a copy runs on the example's
+    values, which takes the memory of a forward pass and the time of two, and more with a memory budget.
 
     Args:
         model: any module.
-        example_input: a tensor, a tuple of arguments, or a dict of named ones. Values matter only where the model
-            looks at them.
-        num_auxiliary: how many heads; with a memory budget the fewest.
-        max_layers: the paper's N, the most weight layers that a window may have; None for as few as can be.
-        memory_budget: bytes that `Relay.forward_backward` may need at its peak on such a batch, besides parameters,
+        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter only where the
+            forward pass depends on them.
+        num_auxiliary: number of heads; with a memory budget the minimum.
+        max_layers: the paper's N, the maximum number of weight layers in a window. Default: no limit.
+        memory_budget: maximum peak memory of `Relay.forward_backward` on such a batch in bytes, without parameters,
             gradients, buffers, the batch and the heads. Windows then follow Note [Fitting] in
             `relaybackprop.planning.budget` instead.
 
     Returns:
-        The plan, its reasons, and what the heads read. Heads are named "aux", or "aux1", "aux2", ... from the lowest.
+        The plan, its reasons and the shapes of the heads' inputs. Heads are named "aux", or "aux1", "aux2", ... with
+        the lowest first.
 
     Raises:
-        PlanError: arguments of other types or below 1, a model that does not run on the example, or one that is not
-            a chain of modules.
-        WindowError: too few places for so many heads; a window over nearly all layers (more than 88 %), as in a U-Net;
-            windows deeper than `max_layers`; or more memory than `memory_budget`. The message says what would do.
+        PlanError: arguments have other types or are below 1, or the model does not run on the example or is not a
+            chain of modules.
+        WindowError: there are too few places for the heads; a window has more than 88 % of the layers, as in a U-Net;
+            windows are deeper than `max_layers`, or need more than `memory_budget`. The message names a valid choice.
 
     Example:
         >>> suggestion = suggest_plan(resnet50(), images)  # doctest: +SKIP
@@ -113,7 +114,7 @@ def suggest_plan(
 def _suggestion(
     model: nn.Module, example_input: Any, plan: Plan, tops: Sequence[Link], reasons: Sequence[str]
 ) -> Suggestion:
-    """A plan whose heads read these links, tried out."""
+    """Run the plan whose heads read these links, and return it as a suggestion."""
     relay = traced(model, plan, example_input)
     plan.check_relay(relay.order)
     shapes = {name: top.shape for name, top in zip(plan.auxiliary, tops, strict=True)}
@@ -122,7 +123,7 @@ def _suggestion(
 
 
 def _half(ends: Sequence[Link], kept: Sequence[int]) -> str:
-    """The name of the link up to which half of all that is kept is kept."""
+    """Return the name of the first link by which half of the bytes are saved."""
     so_far = accumulate(kept)
     return next(end.name for end, size in zip(ends, so_far, strict=True) if 2 * size >= sum(kept))
 
@@ -135,7 +136,7 @@ def _fitting(
     max_layers: int | None,
     memory_budget: int,
 ) -> Suggestion:
-    """Note [Fitting] in `relaybackprop.planning.budget`."""
+    """Suggest windows within a memory budget (Note [Fitting] in `relaybackprop.planning.budget`)."""
     ends = [end for end, _ in ends_of(links)]
     kept = kept_between(model, [end.name for end in ends[:-1]], example_input)
     heads = range(num_auxiliary, len(ends))
@@ -144,15 +145,15 @@ def _fitting(
         raise WindowError(
             f"windows of {type(model).__name__} that need at most memory_budget={memory_budget:,} bytes in a step",
             f"{least:,} bytes as the least, with at least num_auxiliary={num_auxiliary}",
-            "Allow that much, take a smaller batch, or use activation checkpointing inside of the windows.",
+            "Raise the budget to that, use a smaller batch, or use activation checkpointing inside the windows.",
         )
     plan = found.plan(ends)
     reasons = [
-        f"Standard backpropagation keeps {sum(kept):,} bytes for the backward pass of such a batch, half of them up to "
+        f"Standard backpropagation saves {sum(kept):,} bytes for the backward pass of such a batch, half of them up to "
         f"{_half(ends, kept)}.",
-        f"A step with {_count(len(found.tops), 'head')}, the fewest from {num_auxiliary} up that will do, needs "
+        f"A step with {_count(len(found.tops), 'head')}, the fewest from {num_auxiliary} up that fit, needs "
         f"{early_peak(model, plan, example_input):,} bytes at its peak; the budget is {memory_budget:,}.",
-        "Windows keep about as much each; heads may sit lower than the paper would have them.",
+        "Windows save similar amounts; heads may be lower than the paper's rules allow.",
         f"Neighbouring windows overlap over {_count(found.overlap, 'link')} of the chain.",
     ]
     suggestion = _suggestion(model, example_input, plan, [ends[top] for top in found.tops], reasons)
@@ -167,7 +168,7 @@ def _fitting(
 
 
 def _no_relay(model: nn.Module, links: Sequence[Link], arrangement: Arrangement) -> WindowError:
-    """For a model whose windows would hold nearly all of it."""
+    """Build the error for a window over nearly all layers."""
     windows = dict(zip([*arrangement.plan.auxiliary, PRIMARY], arrangement.windows, strict=True))
     deepest, heads = max(windows, key=lambda name: windows[name]), len(arrangement.heads)
     more = (arrange(links, count) for count in range(heads + 1, min(heads + 3, len(links))))
@@ -185,14 +186,14 @@ def _no_relay(model: nn.Module, links: Sequence[Link], arrangement: Arrangement)
 
 
 def _too_deep(links: Sequence[Link], num_auxiliary: int, max_layers: int, deepest: int) -> WindowError:
-    """For windows that are too deep: with how many heads they would not be."""
+    """Build the error for windows deeper than `max_layers`, with a number of heads that suffices if there is one."""
     by_number = {more: arrange(links, more) for more in range(num_auxiliary + 1, len(links))}
     least = {more: found.deepest for more, found in by_number.items() if found is not None}
     enough = [more for more, layers in least.items() if layers <= max_layers]
     if enough:
-        remedy = f"Ask for num_auxiliary={enough[0]}, the smallest that will do, or for max_layers={deepest}."
+        remedy = f"Ask for num_auxiliary={enough[0]}, the smallest that suffices, or for max_layers={deepest}."
     else:
-        remedy = f"No number of heads will do; the least max_layers of this model is {min([deepest, *least.values()])}."
+        remedy = f"No number of heads suffices; this model's least max_layers is {min([deepest, *least.values()])}."
     return WindowError(
         f"windows of at most max_layers={max_layers} weight layers",
         f"{deepest} as the least that num_auxiliary={num_auxiliary} allows",
@@ -213,17 +214,15 @@ def _reasons(links: Sequence[Link], arrangement: Arrangement, max_layers: int | 
     reasons.append(f"From the lowest up, the segments have {_sentence([s.layers for s in segments])} weight layers.")
     places = [f"{segments[at].name} ({segments[at].end})" for at in places_of(segments)]
     reasons.append(
-        "A head may sit at the end of a segment, neither the first nor the last, above the lowest third of the layers "
-        f"(the paper's lowest is behind 8 of 19): behind {_sentence(places)}."
+        "A head may read the end of a segment, except the first and the last, above the lowest third of the layers "
+        f"(the paper's lowest is after 8 of 19): after {_sentence(places)}."
     )
     chosen = _sentence([segments[at].name for at in heads])
-    reasons.append(
-        f"Behind {chosen} the deepest window has {deepest} weight layers, the least that these places allow."
-    )
+    reasons.append(f"After {chosen} the deepest window has {deepest} weight layers, the least that these places allow.")
     ties = [other for other in one_lower(arrangement) if other.deepest == deepest]
     if ties:
         names = " or ".join(_sentence([other.segments[at].name for at in other.heads]) for other in ties)
-        reasons.append(f"Behind {names} it would be as deep; higher heads read what is closer to the goal.")
+        reasons.append(f"After {names} it would be as deep; higher heads read features closer to the output.")
     shared = _sentence([f"{_count(segments[at].layers, 'layer')} up to {segments[at].name}" for at in heads])
     reasons.append(f"Neighbouring windows overlap over the whole segment below the lower head: {shared}.")
     if max_layers is not None:
