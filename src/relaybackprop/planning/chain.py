@@ -133,18 +133,12 @@ def total(tensors: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Output:
-    """The mark on a tensor with a gradient in a module's output.
-
-    Args:
-        module: the module's name.
-        node: the mark's node.
-        shape: the tensor's shape.
-        rank: sorts the names of a tensor, the preferred one first. A head reads the first tensor of an output.
-    """
+    """The mark on a tensor with a gradient in a module's output."""
 
     module: str
     node: Node
     shape: tuple[int, ...]
+    # Sorts a tensor's names, the preferred one first. A head reads the first tensor of an output.
     rank: tuple[bool, bool, int]
 
 
@@ -187,14 +181,8 @@ def _links_of(copies: Sequence[nn.Module], arguments: Arguments) -> tuple[Link, 
 def _mark_outputs(model: nn.Module, layers: list[Layer]) -> dict[str, list[list[_Output]]]:
     """Register hooks that insert a node of its own at each tensor that a module returns, as a junction does.
 
-    Without these nodes, a value that passes through `nn.Identity` looks like one that also bypasses it.
-
-    Args:
-        model: a copy; the hooks are not removed.
-        layers: the forward pass appends the votes on layouts.
-
-    Returns:
-        The tensors in the output of each call by module, filled in by the forward pass.
+    Without these nodes, a value that passes through `nn.Identity` looks like one that also bypasses it. The forward
+    pass appends votes on layouts to `layers`, and the tensors in each call's output to the result, by module.
     """
     calls: dict[str, list[list[_Output]]] = {}
     for name, module in cast(Iterable[tuple[str, nn.Module]], model.named_modules()):
@@ -290,9 +278,7 @@ def _links(
 def _counts_below(users: Sequence[Sequence[int]], roots: set[int]) -> list[int]:
     """Return the size of each node's dominator subtree: how many nodes only paths through it reach, itself included.
 
-    Args:
-        users: for each node the nodes that use it, all of larger indices.
-        roots: the output nodes.
+    `users` has for each node the nodes that use it, all of larger indices; `roots` are the output nodes.
     """
     outside = len(users)  # a virtual node above the roots
     above, level, counts = [outside] * (outside + 1), [0] * (outside + 1), [1] * (outside + 1)

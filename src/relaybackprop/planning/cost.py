@@ -195,12 +195,7 @@ def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
 
 
 def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
-    """Return the fewest operations of a part of the model (section Cost in docs/method.md).
-
-    Args:
-        schemes: costs by scheme.
-        cut: the cost if all layers below each window's end are frozen.
-    """
+    """Return the fewest operations of a part (see Cost in docs/method.md). In `cut`, layers below ends are frozen."""
     if RELAY not in schemes:
         return schemes[STANDARD].flops
     # Without the gradients that the ordinary pass computes for a window's end and a junction drops.
@@ -233,7 +228,7 @@ def _step(
     *,
     early: bool = False,
 ) -> Ledger:
-    """Run one training step with another plan for the same heads.
+    """Run one training step of a copy with another plan for the same heads, and return its costs by row.
 
     Args:
         relay: a copy.

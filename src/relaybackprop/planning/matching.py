@@ -207,7 +207,7 @@ def _has_class_token(run: _Run, features: Tensor) -> bool:
 
 
 def _features(run: _Run, name: str, top: str) -> tuple[tuple[Any, ...], Tensor]:
-    """Return the first tensor of a top's output that is a batch of features, and its keys."""
+    """Return the first tensor of a top's output that is a batch of features, after its keys."""
     if top not in run.tops:
         raise HeadError(
             f"the forward pass to call {top}, the top of {name!r}", "no call", "Name a module inside it, or around it."

@@ -66,7 +66,7 @@ class FlopCounter(TorchDispatchMode):
         return result
 
     def see(self, operation: Any, result: Any) -> None:
-        """Record the result of an operation. Does nothing here."""
+        """Record the result of an operation; for subclasses."""
 
     def add(self, flops: int) -> None:
         """Record the cost of an operation."""
