@@ -3,8 +3,8 @@
 Note [Fitting]
 1. Heads read ends of blocks that return maps or tokens, as low as the budget requires: most saved activations are in
    the low layers, where maps are large.
-2. For K heads and an overlap of a given number of links, windows are balanced: each in turn, the lowest first, is filled
-   up to a limit, the least for which the last window is within it too.
+2. For K heads and an overlap of a given number of links, windows are balanced: from the lowest, each is filled up to a
+   limit, the least for which the last window is within it too.
 3. The fewest heads whose peak, counted by `cost`, is within the budget; then the deepest overlap whose peak is too.
    More overlap costs time and memory; less is further from the paper's plans.
 """
