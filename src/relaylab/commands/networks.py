@@ -80,18 +80,16 @@ class ImportCaffeOptions:
 def draw(options: DrawOptions) -> int:
     """Write a recipe's network as SVG, PNG and, in the form of Table 2, as Markdown."""
     with new_folder(options.out, ROOT / "draw", may_hold=True) as folder:
-        import torch
-
-        from relaylab.models.building import build_network, build_plan
+        from relaylab.models.building import build_plan, build_shadow
         from relaylab.report.network import draw_network
         from relaylab.report.stages import layer_table, stages_of
         from relaylab.report.style import write_figure
         from relaylab.tables import markdown_lines
 
         recipe = at_scale(find_recipe(options.name), options.scale)
-        with torch.device("meta"):
-            model = build_network(recipe.network)
-        stages, losses = stages_of(model, build_plan(recipe.plan, recipe.scheme), recipe.network.image_size)
+        stages, losses = stages_of(
+            build_shadow(recipe.network), build_plan(recipe.plan, recipe.scheme), recipe.network.image_size
+        )
         figure = draw_network(stages, losses, recipe.row)
         table = "\n".join(markdown_lines(layer_table(stages, losses, recipe.row))) + "\n"
         for suffix in ("svg", "png"):

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from relaylab.errors import nearest
@@ -16,6 +18,8 @@ LEAST = {  # by field
     "momentum": 0, "weight_decay": 0, "warmup": 0, "held_out": 1, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
 }  # fmt: skip
+FILES = ("network.architecture", "network.pretrained")  # values that may name files
+OPTIONS = "network.options"  # the meaning of their names is the network's
 POSITIVE = ("lr", "clip_norm", "weight", "factor")
 
 
@@ -48,11 +52,28 @@ def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str
     except _Problem as error:
         problems.append(str(error))
     for key, value in pairs.items():
+        value = located(value) if key in FILES else value
         try:
             recipe = changed(recipe, SOURCE, {key: _parse(value, _hint(recipe, key), key)})
         except _Problem as error:
             problems.append(str(error))
     return recipe, problems
+
+
+def located(value: str, folder: Path | None = None) -> str:
+    """Return the name of a file, or of a function in a file, with the absolute path; other values as they are.
+
+    Args:
+        value: of one of `FILES`.
+        folder: that the path is relative to; the current one by default.
+    """
+    path, colon, function = value.rpartition(":")
+    if colon and not path.endswith(".py"):
+        return value
+    if not colon and (value.lower() == "none" or not Path(value).suffix):
+        return value
+    place = ((folder or Path()) / Path(path or value).expanduser()).resolve()
+    return f"{place}{colon}{function}" if colon else str(place)
 
 
 def _with_schedule(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
@@ -105,6 +126,8 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         if text.lower() == "none":
             return None
         raise _Problem(f"{key}={text}: expected none")
+    if hint is Any:
+        return plain_value(text)
     if hint in (int, float, str):
         try:
             return hint(text)
@@ -132,13 +155,25 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     raise _Problem(f"{key} cannot be set from the command line")
 
 
+def plain_value(text: str) -> Any:
+    """Return a value of a type that its text tells: a number, true or false, or text; a tuple where it has commas."""
+    if "," in text:
+        return tuple(plain_value(part.strip()) for part in text.split(",") if part.strip())
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def recipe_problems(recipe: Recipe) -> list[str]:
     """Return an error message for each value that a recipe cannot be trained with."""
     optimizer, problems = recipe.optimizer, list[str]()
     for name, value, _ in recipe.fields():
         group, _, field = name.rpartition(".")
         least = LEAST.get("segment_lr" if group == "optimizer.segment_lr" else field)
-        if value is None or (least is None and field not in POSITIVE):
+        if value is None or (least is None and field not in POSITIVE) or group == OPTIONS:
             continue
         if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
             wanted = "above 0" if least is None else f"at least {least}"

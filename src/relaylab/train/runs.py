@@ -101,8 +101,17 @@ def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
     if recipe.trained_as is not None:
         problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
     recipe, wrong = with_changes(recipe, config.changes)
+    _allow(recipe)
     problems += wrong or recipe_problems(recipe)
     return recipe, problems + batch_problems(recipe, config, config.devices)
+
+
+def _allow(recipe: Recipe) -> None:
+    """Note that the user has named a network's code."""
+    if recipe.network.is_code:
+        from relaylab.models.named import allow  # imports torch
+
+        allow(recipe.network)
 
 
 def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[str]:

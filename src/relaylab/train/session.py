@@ -18,6 +18,7 @@ from relaybackprop import Relay
 from relaylab.errors import InputError, LabError, NonFiniteLossError, raise_all
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.models.file import InputConfig, ModelFile, save_model
+from relaylab.models.pretrained import load_pretrained
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import checkpoint, failures, runs
@@ -202,6 +203,9 @@ def assemble(
     config, recipe = request.config, request.recipe
     torch.manual_seed(config.seed)  # all processes and all schemes begin with the same network
     relay = build_relay(recipe)
+    if recipe.network.pretrained and request.checkpoint is None:
+        for line in load_pretrained(relay.model, Path(recipe.network.pretrained)):
+            log.info("%s", line)
     if config.batch_norm == "synchronised" and fabric.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(relay)
     if config.memory_format == "channels-last" and config.strategy != "fsdp":  # which cannot divide such parameters
