@@ -10,6 +10,7 @@ network. timm and torchvision take names of their own only, and no option that m
 import importlib
 import importlib.util
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -81,8 +82,8 @@ def find_builder(name: str) -> Builder:
         return FINDERS[place](inside)
     if name not in _allowed():
         raise InputError(
-            f"{name} is code that you have not named on this machine, and importing it would run it: if you trust it, "
-            "name it in a command, such as relaylab cost RECIPE.toml with this network.architecture, and try again"
+            f"{name} is code that you have not named on this machine, and importing it would run it; if you trust it: "
+            f"relaylab recipes allow {shlex.quote(name)}"
         )
     return _function(name)
 

@@ -2,18 +2,16 @@
 
 import dataclasses
 import math
-import types
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from relaylab.errors import nearest
-from relaylab.recipes.schema import GROUPS, CosineConfig, DecayConfig, PlateauConfig, Recipe, StepsConfig, changed
+from relaylab.recipes.decoding import Problem, decode, no_value, parse
+from relaylab.recipes.schema import GROUPS, Recipe, ScheduleConfig, StepsConfig, changed
 
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"
-SCHEDULES = {"plateau": PlateauConfig, "steps": StepsConfig, "decay": DecayConfig, "cosine": CosineConfig}
 LEAST = {  # by field
     "momentum": 0, "weight_decay": 0, "warmup": 0, "held_out": 1, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
@@ -21,10 +19,6 @@ LEAST = {  # by field
 FILES = ("network.architecture", "network.pretrained")  # values that may name files
 OPTIONS = "network.options"  # the meaning of their names is the network's
 POSITIVE = ("lr", "clip_norm", "weight", "factor")
-
-
-class _Problem(ValueError):
-    """One thing that is wrong with one change."""
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -47,17 +41,19 @@ def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str
             problems.append(f"--set {key} is given twice")
         else:
             pairs[key] = value.strip()
-    try:
-        recipe = _with_schedule(recipe, pairs)
-    except _Problem as error:
-        problems.append(str(error))
+    recipe = _with_schedule(recipe, pairs, problems)
     for key, value in pairs.items():
-        value = located(value) if key in FILES else value
         try:
-            recipe = changed(recipe, SOURCE, {key: _parse(value, _hint(recipe, key), key)})
-        except _Problem as error:
+            recipe = changed(recipe, SOURCE, {key: parse(value, _hint(recipe, key), key)})
+        except Problem as error:
             problems.append(str(error))
     return recipe, problems
+
+
+def with_absolute_paths(text: str) -> str:
+    """Return a change KEY=VALUE with the absolute path of the file that its value names, if it does."""
+    key, equals, value = text.partition("=")
+    return f"{key}={located(value.strip())}" if equals and key.strip() in FILES else text
 
 
 def located(value: str, folder: Path | None = None) -> str:
@@ -76,27 +72,16 @@ def located(value: str, folder: Path | None = None) -> str:
     return f"{place}{colon}{function}" if colon else str(place)
 
 
-def _with_schedule(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
+def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -> Recipe:
     """Return the recipe with another kind of schedule, if one is asked for; its values are taken out of the pairs."""
     if KIND not in pairs:
         return recipe
-    prefix = KIND.removesuffix("kind")
-    kind = pairs.pop(KIND)
-    own = {key: pairs.pop(key) for key in list(pairs) if key.startswith(prefix)}
-    if kind not in SCHEDULES:
-        raise _Problem(f"{KIND}={kind}: expected one of {', '.join(SCHEDULES)}")
-    made = SCHEDULES[kind]
-    hints = get_type_hints(made)
-    values: dict[str, Any] = {}
-    for key, text in own.items():
-        name = key.removeprefix(prefix)
-        if name not in hints:
-            raise _Problem(f"a {kind} schedule has no {name}{nearest(name, hints)}")
-        values[name] = _parse(text, hints[name], key)
-    needed = [f.name for f in dataclasses.fields(made) if f.default is dataclasses.MISSING and f.name not in values]
-    if needed:
-        raise _Problem(f"a {kind} schedule also needs {', '.join(prefix + name for name in needed)}")
-    return changed(recipe, SOURCE, {"optimizer.schedule": made(**values)})
+    group = KIND.removesuffix(".kind")
+    own = {key.removeprefix(f"{group}."): pairs.pop(key) for key in list(pairs) if key.startswith(f"{group}.")}
+    found: list[str] = []
+    schedule = decode(ScheduleConfig, own, group, found)
+    problems += found
+    return recipe if found else changed(recipe, SOURCE, {group: schedule})
 
 
 def _hint(recipe: Recipe, key: str) -> Any:
@@ -114,57 +99,10 @@ def _hint(recipe: Recipe, key: str) -> Any:
             is_known = name != "kind" and name in (hints if depth else GROUPS)
             hint, value = hints.get(name), getattr(value, name, None)
         if not is_known:
-            raise _Problem(f"no value {key}{nearest(key, names)}")
+            raise Problem(no_value(key, names))
     if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
-        raise _Problem(f"{key} is a group{nearest(key, names)}")
+        raise Problem(f"{key} is a group{nearest(key, names)}")
     return hint
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """Return a value of a type from text."""
-    if hint is type(None):
-        if text.lower() == "none":
-            return None
-        raise _Problem(f"{key}={text}: expected none")
-    if hint is Any:
-        return plain_value(text)
-    if hint in (int, float, str):
-        try:
-            return hint(text)
-        except ValueError:
-            raise _Problem(f"{key}={text}: expected a {'whole ' if hint is int else ''}number") from None
-    if hint is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise _Problem(f"{key}={text}: expected true or false")
-    arguments = get_args(hint)
-    if get_origin(hint) is Literal:
-        if text in arguments:
-            return text
-        raise _Problem(f"{key}={text}: expected one of {', '.join(arguments)}")
-    if get_origin(hint) is tuple:
-        return tuple(_parse(part.strip(), arguments[0], key) for part in text.split(",") if part.strip())
-    if get_origin(hint) in (Union, types.UnionType):
-        problems: list[_Problem] = []
-        for choice in sorted(arguments, key=lambda choice: choice is not type(None)):
-            try:
-                return _parse(text, choice, key)
-            except _Problem as error:
-                problems.append(error)
-        raise problems[-1]
-    raise _Problem(f"{key} cannot be set from the command line")
-
-
-def plain_value(text: str) -> Any:
-    """Return a value of a type that its text tells: a number, true or false, or text; a tuple where it has commas."""
-    if "," in text:
-        return tuple(plain_value(part.strip()) for part in text.split(",") if part.strip())
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:

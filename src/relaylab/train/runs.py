@@ -27,8 +27,9 @@ from relaylab.errors import InputError, raise_all
 from relaylab.files import ROOT, timestamp, write_text
 from relaylab.options import path_problems
 from relaylab.recipes import find_recipe
-from relaylab.recipes.changes import recipe_problems, with_changes
-from relaylab.recipes.scales import at_scale
+from relaylab.recipes.changes import recipe_problems, with_absolute_paths, with_changes
+from relaylab.recipes.decoding import decode_recipe, nested
+from relaylab.recipes.files import is_file
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train.environment import environment
 from relaylab.train.failures import FILE
@@ -69,6 +70,7 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     Raises:
         InputError: all problems with the options, at once.
     """
+    config = _with_absolute_paths(config)
     if given is None:
         fields = dataclasses.fields(TrainConfig)
         given = {entry.name for entry in fields if getattr(config, entry.name) != entry.default}
@@ -89,21 +91,45 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     return Request(config, recipe)
 
 
-def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
-    """The recipe at its scale with its changes, and all problems with it and with the options."""
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The options with the absolute paths of the recipe's files, so that the run can resume in any folder."""
+    changes = tuple(map(with_absolute_paths, config.changes))
+    recipe = str(Path(config.recipe).absolute()) if config.recipe and is_file(config.recipe) else config.recipe
+    return dataclasses.replace(config, recipe=recipe, changes=changes)
+
+
+def _recipe_of(config: TrainConfig, folder: Path | None = None) -> tuple[Recipe | None, list[str]]:
+    """The recipe at its scale with its changes, and all problems with it and with the options.
+
+    A run, in `folder`, keeps the recipe of a file as it was.
+    """
     problems = engine_problems(config)
     if config.recipe is None:
         return None, ["a recipe is required: 'relaylab recipes' lists them; or --resume PATH", *problems]
+    if folder is not None and is_file(config.recipe):
+        recipe = _kept_recipe(folder)
+        return recipe, problems + batch_problems(recipe, config, config.devices)
     try:
-        recipe = at_scale(find_recipe(config.recipe), config.scale)
+        recipe = find_recipe(config.recipe, config.scale)
     except InputError as error:
         return None, [str(error), *problems]
     if recipe.trained_as is not None:
         problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
     recipe, wrong = with_changes(recipe, config.changes)
-    _allow(recipe)
+    if folder is None:
+        _allow(recipe)
     problems += wrong or recipe_problems(recipe)
     return recipe, problems + batch_problems(recipe, config, config.devices)
+
+
+def _kept_recipe(folder: Path) -> Recipe:
+    problems: list[str] = []
+    with reading(folder) as config:
+        about = config["recipe"]
+        values = nested(about["values"]) | {"name": about["name"], "row": about["row"]}
+        recipe = decode_recipe(values, about["sources"], problems)
+    raise_all([f"{folder / CONFIG}: {problem}" for problem in problems])
+    return recipe
 
 
 def _allow(recipe: Recipe) -> None:
@@ -145,7 +171,7 @@ def _resumed(config: TrainConfig, path: Path, given: Collection[str]) -> Request
     if not (folder / CONFIG).is_file():
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
     merged = _merged(config, folder, given)
-    recipe, problems = _recipe_of(merged)
+    recipe, problems = _recipe_of(merged, folder)
     merged = _with_digits(merged, recipe)
     moved = path_problems((*merged.data, *merged.val_data))
     problems += [f"{problem}; if the images have moved, say where to with --data" for problem in moved]
@@ -181,7 +207,7 @@ def recipe_of(folder: Path) -> Recipe:
     Raises:
         InputError: the run cannot be read, or the recipe has changed since.
     """
-    recipe = _checked(*_recipe_of(_stored_options(folder)))
+    recipe = _checked(*_recipe_of(_stored_options(folder), folder))
     _check_recipe(recipe, folder)
     return recipe
 
