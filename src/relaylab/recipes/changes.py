@@ -13,12 +13,12 @@ from relaylab.recipes.schema import GROUPS, Recipe, ScheduleConfig, StepsConfig,
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"
 LEAST = {  # by field
-    "momentum": 0, "weight_decay": 0, "warmup": 0, "held_out": 1, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
+    "momentum": 0, "weight_decay": 0, "warmup": 0, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
 }  # fmt: skip
 FILES = ("network.architecture", "network.pretrained")  # values that may name files
 OPTIONS = "network.options"  # the meaning of their names is the network's
-POSITIVE = ("lr", "clip_norm", "weight", "factor")
+POSITIVE = ("held_out", "lr", "clip_norm", "weight", "factor")
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -120,6 +120,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems.append(f"optimizer.momentum is {optimizer.momentum}: expected less than 1")
     if not 0 <= optimizer.label_smoothing < 1:
         problems.append(f"optimizer.label_smoothing is {optimizer.label_smoothing}: expected 0 to 1, without 1")
+    if (held_out := recipe.images.held_out) is not None and held_out >= 1 and held_out != int(held_out):
+        problems.append(f"images.held_out is {held_out}: expected a number of images, or a share below 1")
     side, size = recipe.images.short_side, recipe.network.image_size
     if side < size:
         problems.append(f"images.short_side is {side}: expected at least network.image_size, {size}")

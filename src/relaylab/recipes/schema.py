@@ -105,9 +105,11 @@ class ImagesConfig:
     short_side: int
     """Length of the shorter side after resizing, in pixels; the aspect ratio is kept."""
     sampling: Sampling
-    held_out: int | None = None
-    """Training images of each class that are set aside and take the place of the validation images: for choosing a
-    learning rate, say, by images that no reported error is measured on."""
+    held_out: int | float | None = None
+    """Training images of each class, or below 1 their share, that are set aside and take the place of the validation
+    images: where there are none, or for choosing a learning rate by images that no reported error is measured on."""
+    val_split: Literal["val", "test"] | None = None
+    """Part of the data that training validates on; "val" if none is given."""
     long_tail: float | None = None
     """Largest to smallest class, if the training images are thinned so that class sizes fall exponentially."""
 
@@ -216,7 +218,7 @@ class Recipe:
     row: str
     """Its place in the paper, and its name there."""
     network: NetworkConfig
-    plan: PlanConfig
+    plan: PlanConfig = PlanConfig()
     scheme: Scheme
     images: ImagesConfig
     augmentation: AugmentationConfig
