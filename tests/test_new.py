@@ -199,3 +199,45 @@ def test_images_without_parts_are_divided_by_class(
     assert run("eval", "run", "--workers", "0", "--out", "scores") == 0
     assert f"{5 * each} images, 5 classes" in capsys.readouterr().out
     assert run("report", "run", "--scores", "scores", "--images") == 0
+
+
+def test_training_starts_from_given_weights(place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = ("--data", tiny_images, "--epochs", "1", "--out", "mine.toml")
+    assert run("recipes", "new", "net.py:chain", *made) == 0
+    still = ("--data", tiny_images, *TRAIN[:-2], "--set", "optimizer.lr=1e-30", "optimizer.iterations=1")
+    assert run("train", "mine.toml", *still, "network.pretrained=nowhere.safetensors") == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert run("train", "mine.toml", *still, "--out", "first", "--seed", "1") == 0
+    assert run("train", "mine.toml", *still, "network.pretrained=first/model.safetensors", "--out", "second") == 0
+    assert "14 of 14 tensors fit, 100.0% of the parameters" in (place / "second" / "log.txt").read_text()
+    states = [read_model(place / name / "model.safetensors").state for name in ("first", "second")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_network_file_that_changes_is_told_when_a_run_resumes(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("recipes", "new", "net.py:chain", "--data", tiny_images, "--epochs", "1", "--out", "mine.toml") == 0
+    assert run("train", "mine.toml", "--data", tiny_images, *TRAIN) == 0
+    (place / "net.py").write_text(dedent(NETWORK) + "\n# changed\n")
+    capsys.readouterr()
+    assert run("train", "--resume", "run") == 0
+    assert "before: the network may be another one" in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_drawn_is_an_error_of_one_line_and_has_a_page(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relaybackprop.errors import PlanError
+    from relaylab.report import stages
+
+    def decline(*_: object) -> None:
+        raise PlanError("a chain of modules", "a knot", "Untie it.")
+
+    assert run("recipes", "new", "net.py:chain", "--data", tiny_images, "--epochs", "1", "--out", "mine.toml") == 0
+    assert run("train", "mine.toml", "--data", tiny_images, *TRAIN) == 0
+    monkeypatch.setattr(stages, "chain", decline)
+    capsys.readouterr()
+    assert run("draw", "mine.toml", "--out", "drawn") == 2
+    assert "the network cannot be drawn: expected a chain of modules; received a knot" in capsys.readouterr().err
+    assert run("report", "run") == 0

@@ -31,7 +31,7 @@ from relaylab.recipes.changes import recipe_problems, with_absolute_paths, with_
 from relaylab.recipes.decoding import decode_recipe, nested
 from relaylab.recipes.files import is_file
 from relaylab.recipes.schema import SCHEMES, Recipe
-from relaylab.train.environment import environment
+from relaylab.train.environment import environment, network_versions
 from relaylab.train.failures import FILE
 from relaylab.train.options import TrainConfig, engine_problems, name_of
 from relaylab.train.torchrun import restart_count
@@ -116,6 +116,7 @@ def _recipe_of(config: TrainConfig, folder: Path | None = None) -> tuple[Recipe 
     if recipe.trained_as is not None:
         problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
     recipe, wrong = with_changes(recipe, config.changes)
+    problems += path_problems([Path(recipe.network.pretrained)] if recipe.network.pretrained and folder is None else [])
     if folder is None:
         _allow(recipe)
     problems += wrong or recipe_problems(recipe)
@@ -355,17 +356,23 @@ def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[s
     write_text(folder / CONFIG, json.dumps({"options": options, "recipe": about_recipe, **about}, indent=2) + "\n")
 
 
-def note_start(folder: Path, about: Mapping[str, Any]) -> None:
+def note_start(folder: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
     """Add this start to a run's environment, and warn of versions that have changed since the last start."""
     starts = starts_of(folder)
     here = environment()
     versions: dict[str, str] = here["versions"]
+    versions |= (of_network := network_versions(recipe.network))
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     before: dict[str, str] = starts[-1]["versions"] if starts else versions
     for name, version in versions.items():
         if (old := before.get(name)) not in (version, None):
-            log.warning("%s %s now, %s before: the numbers may differ in their last digits", name, version, old)
+            effect = (
+                "the network may be another one"
+                if name in of_network
+                else "the numbers may differ in their last digits"
+            )
+            log.warning("%s %s now, %s before: %s", name, version, old, effect)
     starts.append({"started_at": now, "command": command, **about, **here})
     write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
 

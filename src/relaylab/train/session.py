@@ -98,7 +98,7 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) 
         stack.enter_context(runs.locked(folder))
         stack.enter_context(logging_to(folder, level))
         (folder / failures.FILE).unlink(missing_ok=True)
-        runs.note_start(folder, {"launch": launch_id(), **_where(fabric, request.config)})
+        runs.note_start(folder, request.recipe, {"launch": launch_id(), **_where(fabric, request.config)})
         found = folder, _newest(folder, request)
     else:
         stack.enter_context(logging_to(None))
