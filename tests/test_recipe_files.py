@@ -11,7 +11,7 @@ pytest.importorskip("lightning_fabric")
 from relaylab import cli
 from relaylab.errors import InputError
 from relaylab.recipes import RECIPES, find_recipe
-from relaylab.recipes.changes import with_changes
+from relaylab.recipes.changes import located, with_changes
 from relaylab.recipes.files import read_recipe, to_toml
 from relaylab.recipes.scales import DIALS, at_scale
 from relaylab.recipes.schema import Dial, Recipe
@@ -162,3 +162,20 @@ def test_a_run_keeps_its_recipe_when_the_file_changes(
     })))  # fmt: skip
     assert outcome.finished
     assert [outcome.last[name] for name in ("top1", "loss")] == [whole.last[name] for name in ("top1", "loss")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("network.architecture", "nets/net.py:small", "/here/nets/net.py:small"),
+        ("network.architecture", "/there/net.py:small", "/there/net.py:small"),
+        ("network.architecture", "package.module:small", "package.module:small"),
+        ("network.architecture", "timm:resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+        ("network.architecture", "package.module", "package.module"),
+        ("network.pretrained", "weights:1.pt", "/here/weights:1.pt"),
+        ("network.pretrained", "none", "none"),
+        ("optimizer.lr", "0.1", "0.1"),
+    ],
+)
+def test_only_values_that_name_files_get_absolute_paths(key: str, value: str, expected: str) -> None:
+    assert located(key, value, Path("/here")) == expected

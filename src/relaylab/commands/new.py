@@ -10,7 +10,7 @@ import tyro
 from relaylab.errors import InputError, raise_all
 from relaylab.files import write_text
 from relaylab.options import File, Images, MustExist, Number, too_small, writable
-from relaylab.recipes.changes import located
+from relaylab.recipes.changes import ARCHITECTURE, located
 from relaylab.recipes.decoding import plain_value
 
 SAMPLE = 500  # images to decode
@@ -85,7 +85,7 @@ def main(options: NewOptions) -> int:
 
     held = int(options.hold_out) if options.hold_out is not None and options.hold_out >= 1 else options.hold_out
     images = ImagesConfig(data_set="any", short_side=1, sampling="shuffled", held_out=held, val_split=options.val_split)
-    network = located(options.network)
+    network = located(ARCHITECTURE, options.network)
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
     train, val = open_sources(Engine(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from relaylab.errors import InputError
 from relaylab.options import Name
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
-from relaylab.recipes.changes import located
+from relaylab.recipes.changes import ARCHITECTURE, located
 from relaylab.recipes.files import to_toml
 from relaylab.recipes.schema import Dial, Errors, NetworkConfig, Recipe, value_text
 
@@ -109,7 +109,7 @@ def allow_network(options: AllowOptions) -> int:
     """Note that the user has named a network."""
     from relaylab.models.named import allow
 
-    network = NetworkConfig(architecture=located(options.name), num_classes=2, image_size=1)
+    network = NetworkConfig(architecture=located(ARCHITECTURE, options.name), num_classes=2, image_size=1)
     if not network.is_code:
         raise InputError(f"{options.name} is not a function: expected package.module:function or file.py:function")
     allow(network)

@@ -91,7 +91,7 @@ def build_shadow(config: NetworkConfig) -> nn.Module:
         with torch.device("meta"):
             model = build_network(config)
     except InputError as error:
-        if not config.is_named or error.__cause__ is None:
+        if not config.is_named or error.__cause__ is None:  # its own check, not an exception of the network's code
             raise
         with torch.random.fork_rng(devices=[]):  # it computes with values while it is built
             model = build_network(config).to("meta")

@@ -16,7 +16,7 @@ LEAST = {  # by field
     "momentum": 0, "weight_decay": 0, "warmup": 0, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
 }  # fmt: skip
-FILES = ("network.architecture", "network.pretrained")  # values that may name files
+ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may name files
 OPTIONS = "network.options"  # the meaning of their names is the network's
 POSITIVE = ("held_out", "lr", "clip_norm", "weight", "factor")
 
@@ -53,23 +53,20 @@ def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str
 def with_absolute_paths(text: str) -> str:
     """Return a change KEY=VALUE with the absolute path of the file that its value names, if it does."""
     key, equals, value = text.partition("=")
-    return f"{key}={located(value.strip())}" if equals and key.strip() in FILES else text
+    return f"{key}={located(key.strip(), value.strip())}" if equals else text
 
 
-def located(value: str, folder: Path | None = None) -> str:
-    """Return the name of a file, or of a function in a file, with the absolute path; other values as they are.
+def located(key: str, value: str, folder: Path | None = None) -> str:
+    """Return the value of a recipe with the absolute path of the file that it names; others as they are.
 
     Args:
-        value: of one of `FILES`.
+        key: dotted name of the value.
+        value: as text.
         folder: that the path is relative to; the current one by default.
     """
-    path, colon, function = value.rpartition(":")
-    if colon and not path.endswith(".py"):
-        return value
-    if not colon and (value.lower() == "none" or not Path(value).suffix):
-        return value
-    place = ((folder or Path()) / Path(path or value).expanduser()).resolve()
-    return f"{place}{colon}{function}" if colon else str(place)
+    path, colon, function = value.rpartition(":") if key == ARCHITECTURE else (value, "", "")
+    names_file = path.endswith(".py") if key == ARCHITECTURE else key == PRETRAINED and value.lower() != "none"
+    return f"{((folder or Path()) / Path(path).expanduser()).resolve()}{colon}{function}" if names_file else value
 
 
 def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -> Recipe:

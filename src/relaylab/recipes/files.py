@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relaylab.errors import InputError
-from relaylab.recipes.changes import FILES, located
+from relaylab.recipes.changes import ARCHITECTURE, PRETRAINED, located
 from relaylab.recipes.decoding import decode_recipe, flat
 from relaylab.recipes.schema import GROUPS, Errors, Recipe
 
@@ -42,14 +42,14 @@ def read_recipe(path: Path) -> Recipe:
     recipe = decode_recipe({"name": name, "row": name, **values}, sources, problems)
     if problems:
         raise InputError("\n  ".join([f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:", *problems]))
-    return with_paths(recipe, path.parent)
+    return _with_paths(recipe, path.parent)
 
 
-def with_paths(recipe: Recipe, folder: Path) -> Recipe:
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with absolute paths of the files that it names."""
-    values = {key.rpartition(".")[2]: getattr(recipe.network, key.rpartition(".")[2]) for key in FILES}
-    found = {name: value and located(value, folder) for name, value in values.items()}
-    return replace(recipe, network=replace(recipe.network, **found))
+    architecture = located(ARCHITECTURE, recipe.network.architecture, folder)
+    pretrained = recipe.network.pretrained and located(PRETRAINED, recipe.network.pretrained, folder)
+    return replace(recipe, network=replace(recipe.network, architecture=architecture, pretrained=pretrained))
 
 
 def _comments(text: str) -> Iterator[tuple[str, str]]:
