@@ -75,7 +75,7 @@ def test_a_network_that_no_plan_fits_is_left_standard_backpropagation(
 ) -> None:
     assert run("recipes", "new", "net.py:short", "--data", tiny_images, "--epochs", "1") == 0
     assert "relaylab train short.toml" in capsys.readouterr().out
-    assert "No windows: relaybackprop.suggest_plan declines" in (place / "short.toml").read_text()
+    assert "No windows: relaybackprop finds none for this network" in (place / "short.toml").read_text()
     recipe = read_recipe(place / "short.toml")
     assert (recipe.scheme, recipe.plan.auxiliary) == ("standard", {})
     assert run("cost", "short.toml") == 0

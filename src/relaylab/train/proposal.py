@@ -187,8 +187,8 @@ def _windows(
         chosen = head_for(model, suggested.plan, example, config.num_classes)
         costs = _costs(model, suggested.plan, example, chosen)
     except RelayError as error:
-        said = f"No windows: relaybackprop.suggest_plan declines this network ({error}) Only standard backpropagation "
-        said += "is left; docs/method.md says how to write windows by hand."
+        said = f"No windows: relaybackprop finds none for this network: {error} Only standard backpropagation is left; "
+        said += "docs/method.md says how to write windows by hand."
         return {"scheme": ("standard", "no windows were found")}, {"": _wrapped(said)}
     values: dict[str, Value] = {"scheme": ("relay", "the paper's method; relaylab compare trains the others, too")}
     for name, window in {"primary": suggested.plan.primary, **suggested.plan.auxiliary}.items():
