@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from relaybackprop.errors import EarlyReleaseError
 
-if TYPE_CHECKING:  # not every torch has it
+if TYPE_CHECKING:  # missing in some builds of torch
     from torch.distributed import ProcessGroup, Work
 
 BUCKET_BYTES = 25 * 2**20  # maximum, as in DistributedDataParallel
