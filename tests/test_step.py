@@ -517,7 +517,7 @@ def test_wrong_calls() -> None:
     with pytest.raises(EarlyReleaseError, match=r"divided among processes"):
         relay.forward_backward(X, target=LABELS, loss=loss)
     upside_down = Plan(Window(), {"aux": Window(top="1", bottom="3")})
-    with pytest.raises(WindowError, match=r"meets before"):
+    with pytest.raises(WindowError, match=r"reaches before"):
         conv_relay(upside_down).forward_backward(X, target=LABELS, loss=RelayLoss(nn.CrossEntropyLoss()))
 
 

@@ -95,7 +95,7 @@ class LinearHead(nn.Module):
         _initialise(self.fc, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes) of any features."""
+        """Class scores (batch, classes) of the features."""
         features = _channels_first(features, self.channels, self.layout, "LinearHead", (2, 3, 4, 5))
         return self.fc(features.mean(dim=tuple(range(2, features.ndim))) if features.ndim > 2 else features)
 
@@ -125,7 +125,7 @@ class TokenHead(nn.Module):
         _initialise(self.fc, gain)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Class scores of tokens."""
+        """Class scores of the tokens, pooled or for each."""
         dims = (3,) if self.pool in ("first", "last") else (3, 4, 5)
         _channels_first(tokens, self.channels, "channels_last", "TokenHead", dims)
         if self.pool in ("first", "last"):
@@ -192,7 +192,7 @@ class Select(nn.Module):
         self.key, self.head = key, head
 
     def forward(self, value: Any) -> Any:
-        """Output of the head."""
+        """Output of the head on the selected item."""
         return self.head(item_of(value, self.key))
 
 
@@ -213,11 +213,7 @@ def _initialise(layer: nn.Linear | nn.Conv1d, gain: Gain) -> None:
 
 
 def _channels_first(features: Tensor, channels: int, layout: Layout | None, head: str, dims: tuple[int, ...]) -> Tensor:
-    """View features as (N, C, ...).
-
-    Raises:
-        HeadError: they are not a tensor, or have a layout that the head does not read.
-    """
+    """View features as (N, C, ...), or raise `HeadError` if the head does not read them."""
     axis = -1 if layout == "channels_last" else 1
     fits = isinstance(features, Tensor) and features.ndim in dims and features.shape[axis] == channels  # pyright: ignore[reportUnnecessaryIsInstance]
     if fits and layout is None and features.ndim > 2:

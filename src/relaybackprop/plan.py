@@ -116,7 +116,7 @@ class Plan:
 
     Args:
         primary: the window of the loss on the model's output.
-        auxiliary: by name, the windows of the losses on heads inside the model, the lowest head first.
+        auxiliary: the windows of the losses on inner heads, by name, the lowest head first.
 
     Raises:
         PlanError: a primary window with a `top`, an auxiliary one without, or an invalid name of a head.

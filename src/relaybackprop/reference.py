@@ -23,12 +23,12 @@ def reference_gradients(
 
         grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
 
-    A parameter lies below a window if the tensors at the window's lower ends depend on it.
+    A parameter is below a window if the tensors at the window's lower ends depend on it.
 
     Args:
         model: the plain model.
         plan: its windows.
-        heads: by name of the auxiliary loss.
+        heads: the head of each auxiliary loss, by name.
         losses: maps the outputs by loss (`"primary"` and the plan's names) to the scalar losses by the same names.
         inputs: positional arguments of the model.
         named: keyword arguments of the model.

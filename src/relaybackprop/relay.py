@@ -33,7 +33,7 @@ class RelayResult(NamedTuple):
 
     Attributes:
         loss: the weighted sum, a scalar.
-        terms: by name, the losses before weighting.
+        terms: the unweighted losses, by name.
         output: the outputs of the model and of the heads.
     """
 
@@ -59,8 +59,8 @@ class Relay(nn.Module):
         model: any module. It must call each boundary module once per training forward pass, except for modules that
             layer drop skips (Note [Skipped modules] in `relaybackprop.engine.hooks`).
         plan: where heads attach and how far down each loss reaches.
-        heads: by name of the auxiliary loss, the module that maps the output of the window's `top` to the criterion's
-            input. It receives a copy of that output, whatever its type.
+        heads: for each auxiliary loss, the module that maps the output of the window's `top` to the criterion's input.
+            It receives a copy of that output, whatever its type.
         output: selects the primary loss's part of the model's output, for models that return more: a function, or the
             key or index of an item. The relay returns this part in both modes.
 

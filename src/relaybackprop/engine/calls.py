@@ -93,28 +93,20 @@ class Calls:
             self.check_upright(loss)
 
     def check_upright(self, loss: str) -> None:
-        """Raise if the top of a loss's window ran before the window's main end.
-
-        Raises:
-            WindowError: it did.
-        """
+        """Raise `WindowError` if the top of a loss's window ran before the window's main end."""
         window = self.plan.windows[loss]
         if not window.ends:
             return
-        met = [place for place in self.order if place in (window.ends[0], window.upper)]
-        if met[0] == window.upper:
+        reached = [place for place in self.order if place in (window.ends[0], window.upper)]
+        if reached[0] == window.upper:
             raise WindowError(
                 f"the window of {loss!r} to have its top above its lower end",
-                f"top, the {window.upper}, which the forward pass meets before the {window.ends[0]}",
+                f"top, the {window.upper}, which the forward pass reaches before the {window.ends[0]}",
                 "Swap them, or name other modules.",
             )
 
     def check_has_tensors(self, place: str, value: Any) -> None:
-        """Raise if no tensors are found in a value: gradients of hidden ones would pass the ends of windows.
-
-        Raises:
-            BoundaryError: none are found.
-        """
+        """Raise `BoundaryError` if a value has no visible tensors: hidden ones would bypass the ends of windows."""
         if self._records and not tensors_in(value):
             raise BoundaryError(
                 f"tensors in {place}, bare or in tuples, lists, mappings or dataclasses",

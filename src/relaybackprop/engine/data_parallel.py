@@ -145,12 +145,7 @@ def averaging(module: nn.Module, forecast: Forecast, group: "ProcessGroup | None
 
 
 def share_buffers(module: nn.Module, group: "ProcessGroup | None" = None) -> None:
-    """Broadcast the first process's buffers, such as the running statistics of batch normalisation.
-
-    Args:
-        module: with the same buffers in all processes.
-        group: of the processes; None for all.
-    """
+    """Broadcast the first process's buffers, such as the running statistics of batch normalisation."""
     if not is_parallel(group):
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

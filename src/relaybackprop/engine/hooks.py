@@ -128,9 +128,9 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     for depth, part in enumerate(name.split(".")):
         if _is_compiled(module):
             raise CompiledOverlapError(
-                f"the boundary {name!r} outside of compiled code",
+                f"the boundary {name!r} outside compiled code",
                 f"{'.'.join(name.split('.')[:depth]) or 'the whole model'!r} compiled as one",
-                "Compile modules outside of overlaps, one by one.",
+                "Compile modules outside overlaps, one by one.",
             )
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
@@ -179,18 +179,13 @@ def attach(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
 
 
 def refuse_transforms(place: str) -> None:
-    """Raise if a compiler or a torch.func transform traces through a boundary.
-
-    Raises:
-        CompiledOverlapError: a compiler traces through it.
-        TransformError: a transform does.
-    """
+    """Raise `CompiledOverlapError` or `TransformError` if a compiler or a torch.func transform traces `place`."""
 
     def refuse() -> None:
         raise CompiledOverlapError(
             f"{place} to run eagerly, so that gradients can split and join there",
             "a compiler that traces through it",
-            "Compile modules outside of overlaps, one by one; export relay.eval() or relay.model.",
+            "Compile modules outside overlaps, one by one; export relay.eval() or relay.model.",
         )
 
     # An exception in traced code would only make the compiler fall back to eager code.
@@ -198,7 +193,7 @@ def refuse_transforms(place: str) -> None:
         torch.compiler.disable(refuse)()  # pyright: ignore
     if torch._C._are_functorch_transforms_active():  # pyright: ignore
         raise TransformError(
-            f"{place} outside of torch.func transforms",
+            f"{place} outside torch.func transforms",
             "a transform such as torch.func.grad or vmap, which cannot split gradients",
             "Call backward() on the loss, or transform relay.model.",
         )

@@ -64,11 +64,7 @@ def items_of(value: Any) -> dict[Any, Any]:
 
 
 def item_of(value: Any, key: Any) -> Any:
-    """One item by name or index.
-
-    Raises:
-        HeadError: the value does not have it.
-    """
+    """One item by name or index; raises `HeadError` if the value does not have it."""
     items = items_of(value)
     if isinstance(key, int) and key not in items and -len(items) <= key < len(items):
         return [*items.values()][key]

@@ -121,15 +121,15 @@ def _routes(junctions: Sequence[Junction], arriving: Sequence[set[str]]) -> Iter
     needed: list[set[Losses]] = []  # by junction, the lanes to deliver to it
     for junction in junctions:
         above = frozenset(arriving[junction.index])
-        kept = frozenset(loss for loss in above if loss not in junction.ending)
-        onward = kept.union(junction.heads)
+        staying = frozenset(loss for loss in above if loss not in junction.ending)
+        onward = staying.union(junction.heads)
         targets: dict[Losses, list[tuple[int, Losses]]] = {}
         for lower in sorted(_next_below(junction)):
             for lane in needed[lower]:
                 if lane & onward:
                     targets.setdefault(lane & onward, []).append((lower, lane))
         # The sum of all losses that arrive needs no lane: the ordinary pass carries it.
-        needed.append({kept, *(losses & above for losses in targets)} - {frozenset(), above})
+        needed.append({staying, *(losses & above for losses in targets)} - {frozenset(), above})
         yield Route(above, onward, tuple(Hop(losses, tuple(to)) for losses, to in targets.items()))
 
 
@@ -161,15 +161,10 @@ def leak_error(
     names: Mapping[Node, str],
     unread: Sequence[str] = (),
 ) -> LeakError:
-    """The error for a path from a loss around the ends of its window.
+    """The error for a path from a loss around the ends of its window, to `node` below them.
 
-    Args:
-        loss: its name.
-        ends: the boundaries in words.
-        node: the first one below the ends on this path.
-        came_from: of the walk that found it.
-        names: by node, the module that made it.
-        unread: the items of the model's output whose paths lead around, if those of others do not.
+    `came_from` is the result of the walk that found it. `unread` names the items of the model's output whose paths lead
+    around, if those of other items do not.
     """
     lower = graph.nearest_name_below(node, names)
     upper = graph.nearest_name(came_from[node], names, came_from) or f"the loss {loss!r}"
@@ -199,21 +194,12 @@ def foreign_head_error(loss: str, start: str) -> LeakError:
 
 
 def check_eager(edges: Sequence[GradientEdge], follow: graph.Follow, place: str) -> None:
-    """Raise if gradients would propagate through compiled code more than once.
-
-    Args:
-        edges: where these gradients start.
-        follow: where they stop.
-        place: the layers in words.
-
-    Raises:
-        CompiledOverlapError: there is compiled code in between.
-    """
+    """Raise `CompiledOverlapError` if a walk from `edges` finds compiled code; `place` describes the layers."""
     if any(node.name().startswith("CompiledFunction") for node in graph.walk(edges, follow)):
         raise CompiledOverlapError(
             f"eager layers {place}, where windows overlap and gradients propagate more than once",
             "compiled code, which may have freed or silently overwritten its buffers before the second gradient",
-            "Compile the layers outside of the overlap only, module by module.",
+            "Compile only layers outside the overlap, module by module.",
         )
 
 
