@@ -59,8 +59,8 @@ class Relay(nn.Module):
         model: any module. It must call each boundary module once per training forward pass, except for modules that
             layer drop skips (Note [Skipped modules] in `relaybackprop.engine.hooks`).
         plan: where heads attach and how far down each loss reaches.
-        heads: for each auxiliary loss, the module that maps the output of the window's `top` to the criterion's input.
-            It receives a copy of that output, whatever its type.
+        heads: the module of each auxiliary loss, by name. It maps a copy of the output of the window's `top`, whatever
+            its type, to the criterion's input.
         output: selects the primary loss's part of the model's output, for models that return more: a function, or the
             key or index of an item. The relay returns this part in both modes.
 
@@ -143,8 +143,8 @@ class Relay(nn.Module):
             BoundaryError: a boundary module never ran, ran twice, or ran without recording gradients; or its value is
                 modified in place through another tensor that shares its memory.
             WindowError: a window whose top runs before its lower end.
-            LeakError: a path leads around the end of a window (searched for in the first pass with an order of
-                boundaries or a set of frozen parameters).
+            LeakError: a path leads around the end of a window (searched for in the first pass with a new order
+                of boundaries or a new set of frozen parameters).
             CompiledOverlapError: compiled code where windows overlap, or around a boundary.
             TransformError: a `torch.func` transform.
         """
@@ -181,7 +181,7 @@ class Relay(nn.Module):
         """Run the forward and backward pass in one, in the memory of the largest window (`relaybackprop.engine.early`).
 
         The backward pass of each auxiliary loss runs as soon as the forward pass reaches its head, and frees the
-        activations that only its window saved before the layers above run. `.grad` is that of
+        activations that no later loss needs, before the layers above run. `.grad` is that of
         `loss(relay(images), labels).backward()`, at no more operations; dropout in heads draws in another order. Every
         backward path must cross the end of each window, also for the other losses. After an error, part of the
         gradients may have been computed.
