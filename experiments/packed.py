@@ -211,7 +211,7 @@ class PackedRun:
         folder.mkdir(parents=True)
         runs.describe(folder, self.run.config, self.recipe, {"classes": self.classes})
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        runs.note_start(folder, {"device": gpu, "packed": True})
+        runs.note_start(folder, self.recipe, {"device": gpu, "packed": True})
         self.records = Records(folder, 0)
 
     def replay(self) -> None:

@@ -245,9 +245,9 @@ REFUSED: dict[str, tuple[nn.Module, Any, tuple[str, ...]]] = {
     "Swin's rows": (
         AuxiliaryHead(14, 5),
         (2, 14, 14, 384),
-        ("(N, 14, H, W)", "(2, 14, 14, 384)", "rows taken for channels: TokenHead(384, classes)", "channels_first"),
+        ("(N, 14, H, W)", "(2, 14, 14, 384)", "height read as channels: TokenHead(384, classes)", "channels_first"),
     ),
-    "H == C": (LinearHead(8, 5), (2, 8, 6, 8), ("undeclared", "(2, 8, 6, 8)", "Either may be the channels")),
+    "H == C": (LinearHead(8, 5), (2, 8, 6, 8), ("undeclared", "(2, 8, 6, 8)", "Either dimension may be the channels")),
     "video": (LinearHead(64, 5), (2, 64, 4, 8, 8), ("(N, 64, H, W)", "(2, 64, 4, 8, 8)", "layout='channels_first'")),
     "audio": (AuxiliaryHead(64, 5), (2, 64, 50), ("(N, 64, H, W)", "(2, 64, 50)", "LinearHead(", "channels_first")),
     "rows": (AuxiliaryHead(64, 5), (2, 64), ("(N, 64, H, W)", "(2, 64)", "LinearHead(")),

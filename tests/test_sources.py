@@ -687,6 +687,8 @@ def test_images_that_are_set_aside() -> None:
         assert np.array_equal(numbers, np.unique(numbers))
     assert np.array_equal(aside, held_out(labels, count=3, seed=0)[1])
     assert not np.array_equal(aside, held_out(labels, count=3, seed=1)[1])
+    assert np.bincount(labels[held_out(labels, count=0.25, seed=0)[1]]).tolist() == [2] * 4
+    assert np.bincount(labels[held_out(labels, count=0.01, seed=0)[1]]).tolist() == [1] * 4
     for count, seed in ((0, 0), (3, -1)):
         with pytest.raises(InputError, match="expected at least 1"):
             held_out(labels, count=count, seed=seed)

@@ -76,7 +76,7 @@ def test_negative_control_a_lane_too_few_is_found_out(case: Case, monkeypatch: p
     """Losses that do not get through what they share with losses to come."""
 
     def nothing(self: EarlyRelease, number: int, losses: frozenset[str]) -> None:
-        self._pieces[number - 1].lanes[losses] = [None] * len(self._pieces[number - 1].sources)
+        self._segments[number - 1].lanes[losses] = [None] * len(self._segments[number - 1].sources)
 
     monkeypatch.setattr(EarlyRelease, "_send", nothing)
     relay = Relay(case.model, case.plan, case.heads)
@@ -517,7 +517,7 @@ def test_wrong_calls() -> None:
     with pytest.raises(EarlyReleaseError, match=r"divided among processes"):
         relay.forward_backward(X, target=LABELS, loss=loss)
     upside_down = Plan(Window(), {"aux": Window(top="1", bottom="3")})
-    with pytest.raises(WindowError, match=r"meets before"):
+    with pytest.raises(WindowError, match=r"reaches before"):
         conv_relay(upside_down).forward_backward(X, target=LABELS, loss=RelayLoss(nn.CrossEntropyLoss()))
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from relaylab import cli
 from relaylab.commands.compare import CompareOptions
+from relaylab.commands.new import NewOptions
+from relaylab.commands.recipes import ShowOptions
 from relaylab.errors import InputError
 from relaylab.models.file import read_model
 from relaylab.train import loop, runs, session
@@ -438,10 +440,10 @@ def test_the_training_pages_commands_have_these_options() -> None:
     lines = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)).splitlines()
     assert len(lines) >= 5
     for line in lines:
-        text = line.partition("#")[0].replace("--data ...", "--data x")
+        text = line.partition("#")[0].partition(">")[0].replace("--data ...", "--data x")
         words = [word for word in text.split() if word != "..."]
         assert words[0] == "relaylab", line
-        assert isinstance(parse(words[1:])[1], TrainConfig | CompareOptions)
+        assert isinstance(parse(words[1:])[1], TrainConfig | CompareOptions | ShowOptions | NewOptions)
 
 
 def test_the_training_page_names_what_a_run_leaves_behind() -> None:

@@ -1,11 +1,11 @@
-"""Auxiliary output modules: small classifiers between an inner layer and its loss, needed in training only.
+"""Auxiliary heads: small classifiers between an inner layer and its loss, used in training only.
 
 Note [Layouts]
 "channels_first" is (N, C, ...): feature maps, volumes, clips and sequences of 1-d convolutions. "channels_last" is
-(N, ..., C): tokens, and the maps of Swin and its kin. Both include (N, C). A head checks the number of dimensions and
-of channels in each forward pass. A head whose layout is not declared reads (N, C) and (N, C, H, W), and refuses what
-may as well be (N, H, W, C): two equal dimensions before a different one, or `channels` at both ends. Where C == H == W
-a shape alone cannot tell: declare the layout, or let `head_for` read it off the model.
+(N, ..., C): tokens, and the maps of Swin and similar models. Both include (N, C). A head checks the number of
+dimensions and of channels in each forward pass. Without a declared layout it reads (N, C) and (N, C, H, W), and refuses
+shapes that may be (N, H, W, C): two equal dimensions before a different one, or `channels` at both ends. If C == H == W
+the shape is ambiguous: declare the layout, or let `head_for` infer it from the model.
 """
 
 from typing import Any, Literal, TypeVar
@@ -28,16 +28,16 @@ class AuxiliaryHead(nn.Module):
     """GoogLeNet's auxiliary classifier in size-free form.
 
     Adaptive average pooling to 4x4, a 1x1 convolution to 128 channels, ReLU, a fully connected layer of 1024, ReLU,
-    dropout of 0.7, and the classifier. The paper does not give the layers of its auxiliary branch; this is our choice.
+    dropout of 0.7, and the classifier. This is our choice: the paper does not specify its auxiliary branch.
 
     Args:
         channels: channels of the input map.
         classes: number of classes.
-        batch_norm: put a batch normalisation after the convolution. Off, as in the paper's networks A and B.
+        batch_norm: add batch normalisation after the convolution. Default: False, as in the paper's networks A and B.
         width: output channels of the convolution.
         hidden: output features of the first fully connected layer.
         layout: of the input map, see Note [Layouts].
-        gain: of the classifier: "default" is PyTorch's initialisation, "he" is He's, "quiet" starts with scores near 0,
+        gain: initialisation of the classifier: "default" is PyTorch's, "he" is He's, "quiet" starts with scores near 0,
             a loss near ln(classes).
 
     Shape:
@@ -95,19 +95,19 @@ class LinearHead(nn.Module):
         _initialise(self.fc, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes) of any features."""
+        """Class scores (batch, classes) of the features."""
         features = _channels_first(features, self.channels, self.layout, "LinearHead", (2, 3, 4, 5))
         return self.fc(features.mean(dim=tuple(range(2, features.ndim))) if features.ndim > 2 else features)
 
 
 class TokenHead(nn.Module):
-    """Layer normalisation, pooling and one fully connected layer: the end of a vision transformer.
+    """Layer normalisation, pooling and one fully connected layer, as at the end of a vision transformer.
 
     Args:
         channels: features of each token.
-        classes: number of classes, or of words for a language model.
-        pool: "mean" over all tokens; "first" (a class token); "last" (a causal model without padding on the right);
-            None scores each token, for language models and token classification.
+        classes: number of classes, or the vocabulary size of a language model.
+        pool: "mean" over all tokens; "first" (a class token); "last" (a causal model without right padding); None
+            scores each token, for language models and token classification.
         gain: as for `AuxiliaryHead`.
 
     Shape:
@@ -125,7 +125,7 @@ class TokenHead(nn.Module):
         _initialise(self.fc, gain)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Class scores of tokens."""
+        """Class scores of the tokens, pooled or for each."""
         dims = (3,) if self.pool in ("first", "last") else (3, 4, 5)
         _channels_first(tokens, self.channels, "channels_last", "TokenHead", dims)
         if self.pool in ("first", "last"):
@@ -142,7 +142,7 @@ class DenseHead(nn.Module):
     Args:
         channels: channels of the input map.
         classes: number of classes.
-        size: of the scores: (height, width) in pixels, or by how much each side of the map is to be multiplied.
+        size: of the scores: (height, width) in pixels, or the factor by which to upsample each side.
         layout: of the input map, see Note [Layouts].
         gain: as for `AuxiliaryHead`.
 
@@ -177,7 +177,7 @@ class DenseHead(nn.Module):
 
 
 class Select(nn.Module):
-    """A head on one of several tensors: an item of a tuple, a list, a dict or a `ModelOutput`.
+    """A head on one item of a tuple, a list, a dict or a `ModelOutput`.
 
     Args:
         key: index or name of the item.
@@ -192,7 +192,7 @@ class Select(nn.Module):
         self.key, self.head = key, head
 
     def forward(self, value: Any) -> Any:
-        """Output of the head."""
+        """Output of the head on the selected item."""
         return self.head(item_of(value, self.key))
 
 
@@ -213,11 +213,7 @@ def _initialise(layer: nn.Linear | nn.Conv1d, gain: Gain) -> None:
 
 
 def _channels_first(features: Tensor, channels: int, layout: Layout | None, head: str, dims: tuple[int, ...]) -> Tensor:
-    """View features as (N, C, ...).
-
-    Raises:
-        HeadError: not a tensor, or a layout that the head does not read.
-    """
+    """View features as (N, C, ...), or raise `HeadError` if the head does not read them."""
     axis = -1 if layout == "channels_last" else 1
     fits = isinstance(features, Tensor) and features.ndim in dims and features.shape[axis] == channels  # pyright: ignore[reportUnnecessaryIsInstance]
     if fits and layout is None and features.ndim > 2:
@@ -242,16 +238,16 @@ def _layout_error(features: Any, channels: int, layout: Layout | None, head: str
     shape = tuple(features.shape)
     at_one, at_end = shape[1:2] == (channels,), shape[2:] and shape[-1] == channels
     if layout is None and at_one and at_end:
-        remedy = "Either may be the channels: declare layout='channels_first' or 'channels_last'."
+        remedy = "Either dimension may be the channels: declare layout='channels_first' or 'channels_last'."
     elif at_end:
         remedy = f"TokenHead({channels}, classes) or LinearHead(..., layout='channels_last') reads channels last."
     elif layout is None and at_one and len(shape) == 4:
         remedy = (
-            f"This looks like (N, H, W, C), with rows taken for channels: TokenHead({shape[-1]}, classes) reads that. "
-            "If it is (N, C, H, W), declare layout='channels_first'."
+            f"This looks like (N, H, W, C), with the height read as channels: TokenHead({shape[-1]}, classes) reads "
+            "that. If it is (N, C, H, W), declare layout='channels_first'."
         )
     elif at_one:
         remedy = "LinearHead(..., layout='channels_first') reads it."
     else:
-        remedy = f"No layout of it has {channels} channels: build the head for the channels that it has."
+        remedy = f"It has {channels} channels in neither layout: build the head for the number that it has."
     return HeadError(expected, describe(features), f"{remedy} head_for(model, plan, example, classes) chooses a head.")

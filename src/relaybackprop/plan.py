@@ -1,7 +1,7 @@
-"""Plans: how far down each loss may reach, as frozen values that are checked when they are made. No autograd.
+"""Plans: how far down each loss reaches, as frozen values that are validated on construction.
 
-A *window* is the run of consecutive layers that one loss trains. The paper's Figure 2 and Table 2 are such plans.
-The training schemes that the field compares are transformations of one plan:
+A *window* is the range of consecutive layers that one loss trains. The paper's Figure 2 and Table 2 are such plans.
+Other training schemes are transformations of one plan:
 
     plan                 relay: bounded windows that overlap
     plan.multi_loss()    every window reaches the first layer
@@ -42,13 +42,12 @@ class Window:
     """The layers that one loss trains (paper, section 4).
 
     Args:
-        top: name of the module whose output the loss's head reads. The primary loss has none.
+        top: name of the module whose output the loss's head reads; None for the primary loss.
         bottom: name of the lowest module of the window: the loss's gradient stops at its input.
-        after: name of the module just below the window: the gradient stops at its output. Several names where values
-            enter the window from the side, such as the skips of a U-Net: the window's end first, then the sources of
-            the side inputs. With neither `bottom` nor `after` the window reaches the first layer.
-        weight: factor of the loss, positive and finite. By default 1.0 for the primary loss and 0.3 for an auxiliary
-            one.
+        after: name of the module just below the window: the gradient stops at its output. For a window with side
+            inputs, such as the skips of a U-Net, several names: the window's end first, then the sources of the side
+            inputs. With neither `bottom` nor `after` the window reaches the first layer.
+        weight: positive, finite factor of the loss. Default: 1.0 for the primary loss, 0.3 for an auxiliary one.
 
     Raises:
         PlanError: both `bottom` and `after`, an empty or non-text name, `after` equal to `top`, an invalid weight.
@@ -67,7 +66,7 @@ class Window:
     def __post_init__(self, above: Any) -> None:
         if above is not None:
             raise PlanError("Window(after=...)", f"above={above!r}", "Rename it: `after` replaces `above`.")
-        if isinstance(self.after, (tuple, list)):  # equal windows compare equal, however they are written
+        if isinstance(self.after, (tuple, list)):  # one form, so that equal windows compare equal
             after = tuple(self.after)
             object.__setattr__(self, "after", after[0] if len(after) == 1 else after)
         for role, names in (("top", self.top), ("bottom", self.bottom), ("after", self.after)):
@@ -88,7 +87,7 @@ class Window:
             raise PlanError(
                 "a window with at least one layer",
                 f"after={self.after!r}, which is also the top",
-                "Let the window start after a lower module.",
+                "Start the window after a lower module.",
             )
         if self.weight is not None and not _is_positive(self.weight):
             raise PlanError(
@@ -99,12 +98,12 @@ class Window:
 
     @property
     def upper(self) -> Boundary | None:
-        """The place where the loss's head is attached; None for the primary loss, which is on the model's output."""
+        """The place where the loss's head attaches; None for the primary loss."""
         return None if self.top is None else Boundary("output", self.top)
 
     @property
     def ends(self) -> tuple[Boundary, ...]:
-        """The places where the loss's gradient stops, the main one first; empty if it reaches the first layer."""
+        """The places where the gradient stops, the main one first; empty if it reaches the first layer."""
         if self.bottom is not None:
             return (Boundary("input", self.bottom),)
         names = () if self.after is None else (self.after,) if isinstance(self.after, str) else self.after
@@ -113,14 +112,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Plan:
-    """How far down each loss may reach.
+    """The window of each loss.
 
     Args:
         primary: the window of the loss on the model's output.
-        auxiliary: by name, the windows of the losses on heads inside the model, the lowest head first.
+        auxiliary: the windows of the losses on inner heads, by name, the lowest head first.
 
     Raises:
-        PlanError: a primary window with a `top`, an auxiliary one without, a name that cannot name a head.
+        PlanError: a primary window with a `top`, an auxiliary one without, or an invalid name of a head.
 
     Example:
         >>> plan = Plan(primary=Window(bottom="layer3.0"), auxiliary={"aux": Window(top="layer3.3")})
@@ -156,7 +155,7 @@ class Plan:
                     f"{window}",
                     "Name that module.",
                 )
-        # Defaults are made explicit, so that equal plans compare equal however they were written.
+        # Explicit defaults, so that equal plans compare equal.
         object.__setattr__(self, "primary", _with_weight(self.primary, PRIMARY_WEIGHT))
         windows = {name: _with_weight(window, AUXILIARY_WEIGHT) for name, window in self.auxiliary.items()}
         object.__setattr__(self, "auxiliary", MappingProxyType(windows))
@@ -188,7 +187,7 @@ class Plan:
         return Plan(Window(weight=self.primary.weight))
 
     def multi_loss(self) -> "Plan":
-        """The paper's second baseline: the same losses, all of them down to the first layer."""
+        """The paper's second baseline: the same losses, all down to the first layer."""
         return self._with_windows({name: _ending(window) for name, window in self.windows.items()})
 
     def isolated(self, order: Sequence[Boundary] = ()) -> "Plan":
@@ -197,8 +196,7 @@ class Plan:
         Heads on the same module share their window. Ends for side inputs stay.
 
         Args:
-            order: the boundaries from low to high, `Relay.order`. By default heads count from low to high as they are
-                listed in `auxiliary`.
+            order: the boundaries from low to high, `Relay.order`. By default, the order of `auxiliary`.
         """
         windows = self.windows
         for lower, upper in self._neighbours(order):
@@ -212,12 +210,11 @@ class Plan:
         return self._with_windows(windows)
 
     def check_relay(self, order: Sequence[Boundary] = ()) -> None:
-        """Raise unless each window overlaps the next lower one, as relay backpropagation asks (section 4).
+        """Raise unless each window overlaps the next lower one, as relay backpropagation requires (section 4).
 
         Args:
-            order: the boundaries from low to high, `Relay.order`. Without it the check is limited to what the names
-                alone tell: a window that starts after the lower one's head, and the order of numbered modules in one
-                container, which is taken to run them in the order of their numbers.
+            order: the boundaries from low to high, `Relay.order`. Without it, the check is limited to names: a window
+                that starts after the lower one's head, and numbered modules of one container, in numeric order.
 
         Raises:
             WindowError: two neighbouring windows have no layer in common.
@@ -237,7 +234,7 @@ class Plan:
         """A table of the windows.
 
         Args:
-            depths: by loss, the weight layers on the longest path through its window, `Relay.depths`; one more column.
+            depths: `Relay.depths`, for one more column.
         """
         rows = [("loss", "weight", "from", "down to", *(("depth",) if depths else ()))]
         for name, window in self.windows.items():
@@ -264,7 +261,7 @@ class Plan:
         return [*names, PRIMARY]
 
     def _neighbours(self, order: Sequence[Boundary]) -> Iterable[tuple[str, str]]:
-        """Pairs (lower, upper) of losses whose heads follow each other; heads on one module count as one."""
+        """Pairs (lower, upper) of losses with adjacent heads; heads on one module count as one."""
         names, windows = self._by_height(order), self.windows
         for position, upper in enumerate(names):
             below = [name for name in names[:position] if windows[name].top != windows[upper].top]
@@ -295,7 +292,7 @@ def _with_weight(window: Window, default: float) -> Window:
 def _is_positive(weight: object) -> bool:
     if not isinstance(weight, (int, float)) or isinstance(weight, bool):
         return False
-    return 0 < weight <= sys.float_info.max  # false for nan; math.isfinite cannot take huge integers
+    return 0 < weight <= sys.float_info.max  # False for nan; math.isfinite raises on huge integers
 
 
 def _check_is_window(name: str, window: object) -> None:
@@ -308,10 +305,10 @@ def _check_is_window(name: str, window: object) -> None:
 
 
 def _check_head_name(name: object) -> None:
-    # Heads live in an nn.ModuleDict, which refuses dots and its own attributes' names.
+    # nn.ModuleDict, which stores the heads, rejects dots and the names of its attributes.
     if not isinstance(name, str) or not name or "." in name or name == PRIMARY or hasattr(nn.ModuleDict(), name):
         raise PlanError(
-            f"a name for an auxiliary loss that can name its head: text without a dot, not {PRIMARY!r}, "
+            f"a valid name of an auxiliary loss and its head: text without a dot, not {PRIMARY!r}, "
             "not an attribute of nn.ModuleDict",
             f"{name!r}",
             "Rename the loss, for example 'aux'.",

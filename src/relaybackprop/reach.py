@@ -1,4 +1,4 @@
-"""Which loss reaches which parameter, read off the real graph."""
+"""Reports on which loss reaches which parameter, from the recorded autograd graph."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -20,12 +20,12 @@ from relaybackprop.relay import Relay
 
 @dataclass(frozen=True, repr=False)
 class Reach:
-    """Which loss reaches which parameter.
+    """The parameters that each loss reaches.
 
     Attributes:
-        plan: of the relay.
+        plan: the plan of the relay.
         losses: by loss, the names of the parameters that it reaches, as in `Relay.named_parameters()`.
-        parameters: all trainable parameters' names in their order, with their numbers of elements.
+        parameters: number of elements of each trainable parameter, by name.
     """
 
     plan: Plan
@@ -49,20 +49,20 @@ class Reach:
 
 
 def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
-    """Which loss reaches which parameter, read off the autograd graph of one training forward pass.
+    """Find the parameters that each loss reaches, from the autograd graph of one training forward pass.
 
-    Gradients, buffers (batch statistics), modes and random generators are as before.
+    Gradients, buffers (batch statistics), modes and random generators are left unchanged.
 
     Args:
         relay: the model with its plan.
-        inputs: an example batch for its forward pass.
-        named_inputs: likewise, by name.
+        inputs: positional arguments of its forward pass, for an example batch.
+        named_inputs: keyword arguments of it.
 
     Returns:
-        The table; `print` it, or look at `.losses["aux"]`.
+        A table to print; `.losses["aux"]` has the names for one loss.
 
     Raises:
-        PlanError: something else than a `Relay`.
+        PlanError: `relay` is not a `Relay`.
         HeadError: a loss has no output that depends on a trainable parameter.
     """
     if not isinstance(relay, Relay):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -84,7 +84,7 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Generator[None]:
-    """Training mode for a while; afterwards mode, buffers and random generators are as before."""
+    """Set training mode, and restore modes, buffers and random generators on exit."""
     modes = {part: part.training for part in module.modules()}
     buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     gpus = {p.device.index for p in module.parameters() if p.device.type == "cuda"}

@@ -1,7 +1,7 @@
-"""The method in its plainest form: one `autograd.grad` per loss, masked, summed. The oracle of every test.
+"""Reference implementation, and the oracle of every test: one `autograd.grad` per loss, masked and summed.
 
-It shares nothing with the engine but the plan and the walk over nested values. It costs one whole backward pass per
-loss and another per window.
+It shares only the plan and the functions on nested values with the engine. It costs one whole backward pass per loss
+and another per window.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,23 +19,23 @@ Losses = Callable[[dict[str, Any]], dict[str, Tensor]]
 def reference_gradients(
     model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], losses: Losses, *inputs: Any, **named: Any
 ) -> dict[str, Tensor]:
-    """The relay gradient of every parameter, from the definition.
+    """Compute the relay gradient of every parameter from the definition.
 
         grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
 
-    A parameter lies below a window if the tensors at the window's lower ends depend on it.
+    A parameter is below a window if the tensors at the window's lower ends depend on it.
 
     Args:
         model: the plain model.
         plan: its windows.
-        heads: by name of the auxiliary loss. Their parameters are in the result as `"heads.<name>.<parameter>"`.
-        losses: from the outputs by loss (`"primary"` and the plan's names) to the scalar losses by the same names.
-        inputs: of the model.
-        named: likewise, by name.
+        heads: the head of each auxiliary loss, by name.
+        losses: maps the outputs by loss (`"primary"` and the plan's names) to the scalar losses by the same names.
+        inputs: positional arguments of the model.
+        named: keyword arguments of the model.
 
     Returns:
-        By name, as in the state dict of a `Relay` ("model." and "heads." in front), the gradient. Zeros where no loss
-        reaches. Parameters that require no gradient are left out.
+        The gradient of each parameter that requires one, by its name in a `Relay` (`"model.<parameter>"` or
+        `"heads.<name>.<parameter>"`); zeros for parameters that no loss reaches.
     """
     outputs, crossings = _plain_forward(model, plan, heads, inputs, named)
     every = {f"model.{name}": p for name, p in model.named_parameters()}
@@ -55,7 +55,7 @@ def reference_gradients(
 def _plain_forward(
     model: nn.Module, plan: Plan, heads: Mapping[str, nn.Module], inputs: Any, named: Any
 ) -> tuple[dict[str, Any], dict[Boundary, list[Tensor]]]:
-    """Outputs by loss, and the tensors at each boundary, of an ordinary forward pass."""
+    """Run an ordinary forward pass; return the outputs by loss, and the tensors at each boundary."""
     values: dict[Boundary, Any] = {}
     handles: list[Any] = []
     for boundary in plan.boundaries:
@@ -71,13 +71,13 @@ def _plain_forward(
             handle.remove()
     for name, window in plan.auxiliary.items():
         assert window.upper is not None
-        outputs[name] = heads[name](map_tensors(Tensor.clone, values[window.upper]))  # heads may go on in place, too
+        outputs[name] = heads[name](map_tensors(Tensor.clone, values[window.upper]))  # a head may modify it in place
     return outputs, {boundary: tensors_in(value) for boundary, value in values.items()}
 
 
 def _note_input(values: dict[Boundary, Any], boundary: Boundary) -> Callable[..., None]:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        values[boundary] = map_tensors(Tensor.clone, (args, kwargs))  # the trunk may go on in place
+        values[boundary] = map_tensors(Tensor.clone, (args, kwargs))  # the trunk may modify it in place
 
     return hook
 
@@ -90,7 +90,7 @@ def _note_output(values: dict[Boundary, Any], boundary: Boundary) -> Callable[..
 
 
 def _depends_on(tensors: list[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:
-    """Names of the parameters that these tensors were computed from."""
+    """Names of the parameters on which these tensors depend."""
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     if not tensors:
         return set()

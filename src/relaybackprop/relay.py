@@ -19,22 +19,22 @@ from relaybackprop.forwarded import FORWARDED, forwarded
 from relaybackprop.loss import RelayLoss, RelayOutput, kinds_of, shape_of
 from relaybackprop.plan import PRIMARY, Boundary, Plan
 
-if TYPE_CHECKING:  # not every torch has it
+if TYPE_CHECKING:  # missing in some builds of torch
     from torch.distributed import ProcessGroup
 
-SCHEDULES_KEPT = 64
+MAX_CACHED = 64
 
 Output = Callable[[Any], Any] | str | int
-"""What the primary loss reads of the model's output: a function of it, or the key or index of one item."""
+"""Selects the primary loss's part of the model's output: a function of it, or the key or index of one item."""
 
 
 class RelayResult(NamedTuple):
-    """The result of `Relay.forward_backward`. All of it is detached.
+    """The result of `Relay.forward_backward`; all tensors are detached.
 
     Attributes:
         loss: the weighted sum, a scalar.
-        terms: by name, the losses before weighting.
-        output: of the model and of the heads.
+        terms: the unweighted losses, by name.
+        output: the outputs of the model and of the heads.
     """
 
     loss: Tensor
@@ -46,33 +46,32 @@ class Relay(nn.Module):
     """A model whose losses each reach only their own window of layers.
 
     In training mode the forward pass returns a `RelayOutput`; one `backward()` propagates the gradients of losses on it
-    as far as the plan says. In evaluation mode output and cost are exactly the plain model's. The model is held, not
-    copied, and it is changed only while a training forward pass runs: `relay.model` is the plain model at any other
-    time, with its own state-dict keys, and can be taken out, saved or exported as it is.
+    as far as the plan says. In evaluation mode output and cost are exactly the plain model's. The model is not copied,
+    and has hooks only while a training forward pass runs: at any other time `relay.model` is the plain model, with its
+    own state-dict keys, and can be used, saved or exported.
 
-    A window of D layers that G losses with different lower ends share costs G input-gradient passes and one
-    weight-gradient pass there; everything else costs what standard backpropagation costs (docs/method.md).
-    Full-backward hooks of modules in an overlap fire once per pass; parameters' hooks always fire once. A relay has the
-    methods that timm and transformers call on a model, such as `no_weight_decay`, if its model has them
-    (`relaybackprop.forwarded`).
+    An overlap of G losses with different lower ends costs G input-gradient passes and one weight-gradient pass;
+    everything else costs what standard backpropagation costs (docs/method.md). Full-backward hooks of modules in an
+    overlap fire once per pass; parameters' hooks always fire once. A relay has the methods that timm and transformers
+    call on a model, such as `no_weight_decay`, if its model has them (`relaybackprop.forwarded`).
 
     Args:
-        model: any module. Boundaries must be called once in each training forward pass, except for modules that layer
-            drop skips (Note [Skipped modules] in `relaybackprop.engine.hooks`).
+        model: any module. It must call each boundary module once per training forward pass, except for modules that
+            layer drop skips (Note [Skipped modules] in `relaybackprop.engine.hooks`).
         plan: where heads attach and how far down each loss reaches.
-        heads: by name of the auxiliary loss, the module that turns the output of the window's `top` into what the
-            criterion takes. It is called with a copy of that output, whatever its type.
-        output: what the primary loss reads of the model's output, for models that return more: a function, or the key
-            or index of an item. The relay then returns that, in both modes.
+        heads: the module of each auxiliary loss, by name. It maps a copy of the output of the window's `top`, whatever
+            its type, to the criterion's input.
+        output: selects the primary loss's part of the model's output, for models that return more: a function, or the
+            key or index of an item. The relay returns this part in both modes.
 
     Attributes:
         order: the boundaries from low to high; empty before the first training forward pass.
-        depths: by loss, the number of weight layers on the longest path through its window, its head left out: the
-            paper's N. Trainable convolutions, linear layers and embeddings count; weights that are computed anew in
-            each pass (weight_norm and the like) and fused recurrent layers do not. `print(plan.describe(depths))`.
+        depths: by loss, the number of weight layers on the longest path through its window, without its head: the
+            paper's N. Trainable convolutions, linear layers and embeddings count; weights that are recomputed in each
+            pass (such as weight_norm's) and fused recurrent layers do not. `print(plan.describe(depths))`.
 
     Raises:
-        PlanError: arguments of other types, or in another order.
+        PlanError: arguments of the wrong types, or in the wrong order.
         ModuleNameError: the plan names a module that the model does not have.
         HeadError: a window without a head, a head without a window, or a head that is not a module.
         TransformError: a boundary in a model compiled by torch.jit.
@@ -88,8 +87,8 @@ class Relay(nn.Module):
         2016, section 4.
     """
 
-    # transformers' Trainer takes **kwargs in forward for a model that averages over accumulation steps by itself, and
-    # then leaves that division out: gradients would be multiplied by the number of steps, silently.
+    # transformers' Trainer takes **kwargs in forward as a sign that the model averages over accumulation steps, and
+    # then does not divide: gradients would silently be multiplied by the number of steps.
     accepts_loss_kwargs = False
 
     def __init__(
@@ -138,14 +137,14 @@ class Relay(nn.Module):
         return forwarded(self.model, name) if name in FORWARDED else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output in evaluation mode; in training mode a `RelayOutput`.
+        """Return the model's output in evaluation mode, and a `RelayOutput` in training mode.
 
         Raises:
-            BoundaryError: a boundary module never ran, ran twice, or ran without recording gradients; or the value
-                that crosses it is changed in place by another name.
-            WindowError: a window whose top the forward pass meets before its lower end.
-            LeakError: a path around the end of a window (searched for when the order of boundaries, or what is frozen,
-                is seen for the first time).
+            BoundaryError: a boundary module never ran, ran twice, or ran without recording gradients; or its value is
+                modified in place through another tensor that shares its memory.
+            WindowError: a window whose top runs before its lower end.
+            LeakError: a path leads around the end of a window (searched for in the first pass with a new order
+                of boundaries or a new set of frozen parameters).
             CompiledOverlapError: compiled code where windows overlap, or around a boundary.
             TransformError: a `torch.func` transform.
         """
@@ -160,7 +159,7 @@ class Relay(nn.Module):
         primary = run.leave(primary)
         auxiliary = {name: self._run_head(name, run.head_inputs.pop(name)) for name in run.calls.losses()[1:]}
         if torch.is_grad_enabled():
-            # The routes depend on the graph's shape only. Two passes of the same shape share them.
+            # Routes depend on the shape of the graph only, so passes of the same shape share them.
             shape = tuple(run.calls.places.items()), tuple(junction.boundary for junction in run.junctions)
             found = self._schedules.get((key, shape))
             if found is None:
@@ -179,42 +178,41 @@ class Relay(nn.Module):
         sync: "bool | ProcessGroup" = True,
         **kwargs: Any,
     ) -> RelayResult:
-        """Forward and backward pass in one, in the memory of the largest window: see `relaybackprop.engine.early`.
+        """Run the forward and backward pass in one, in the memory of the largest window (`relaybackprop.engine.early`).
 
-        The backward pass of each auxiliary loss runs as soon as the forward pass reaches its head, and the activations
-        that its window alone has saved are freed before the layers above run. The gradients in `.grad` are those of
+        The backward pass of each auxiliary loss runs as soon as the forward pass reaches its head, and frees the
+        activations that no later loss needs, before the layers above run. `.grad` is that of
         `loss(relay(images), labels).backward()`, at no more operations; dropout in heads draws in another order. Every
-        backward path has to cross the end of each window, also for the other losses. After an error part of the
+        backward path must cross the end of each window, also for the other losses. After an error, part of the
         gradients may have been computed.
 
-        In a job of several processes gradients are averaged over them as soon as they are final, while layers above run
-        forward or layers below run backward (Note [Averaging] in `relaybackprop.engine.data_parallel`; the first step
-        averages at its end). Buffers (batch statistics) are the first process's, as with `DistributedDataParallel`. Do
-        not wrap the relay in `DistributedDataParallel`: it must not average as well. Apply `fully_shard` to modules
-        between the plan's boundaries, such as blocks, not to the relay. The processes have to start with equal
-        parameters. Hooks of parameters see local gradients, and `.grad` is a new tensor after each averaged step.
+        With several processes, gradients are averaged as soon as they are final, while layers above run forward or
+        layers below run backward (Note [Averaging] in `relaybackprop.engine.data_parallel`; the first step averages at
+        its end). Buffers (batch statistics) are the first process's, as with `DistributedDataParallel`. Do not wrap
+        the relay in `DistributedDataParallel`, which would average again. Apply `fully_shard` to modules between the
+        plan's boundaries, such as blocks, not to the relay. All processes must start with equal parameters. Hooks of
+        parameters see local gradients, and `.grad` is a new tensor after each averaged step.
 
         Args:
-            *args: of the model.
+            *args: positional arguments of the model.
             target: passed to each criterion unchanged.
             loss: the criteria. The plan's weights apply.
             scale: applied to each weighted loss before its backward pass: `scaler.scale`, or
-                `lambda loss: loss / parts` where gradients are accumulated.
-            sync: whether to average over all processes, or over those of a group. False in all but the last part of an
-                accumulated batch. If the model communicates by itself (SyncBatchNorm), pass a group for the gradients
-                alone, `dist.new_group()`: messages of one group wait for each other, and hang where processes skip
-                different layers.
-            **kwargs: of the model, by name.
+                `lambda loss: loss / parts` for gradient accumulation.
+            sync: whether to average over all processes, or the group to average over. Pass False in all but the last
+                part of an accumulated batch. If the model communicates itself (SyncBatchNorm), pass a separate group,
+                `dist.new_group()`: collectives of one group run in order, and hang if processes skip different layers.
+            **kwargs: keyword arguments of the model.
 
         Returns:
             The losses and outputs, detached.
 
         Raises:
-            EarlyReleaseError: in evaluation mode, where no gradients are recorded, for `fully_shard` around a boundary
-                and other divided parameters, for gradients to average that are sparse or that a hook has taken away,
-                for windows with several ends, for reentrant checkpointing in a window, or if a path leads around the
-                end of one.
-            RelayError: all that the forward pass, or `loss`, raises.
+            EarlyReleaseError: in evaluation mode or without gradient recording; for `fully_shard` around a boundary or
+                parameters sharded by other means; for gradients to average that are sparse or that a hook removed; for
+                windows with several ends; for reentrant checkpointing in a window; or if a path leads around the end
+                of one.
+            RelayError: any error of the forward pass or of `loss`.
 
         Example:
             >>> optimizer.zero_grad()  # doctest: +SKIP
@@ -240,7 +238,7 @@ class Relay(nn.Module):
                 primary = self._read(self.model(*args, **kwargs))
             release.finish(primary)
             found = self._released.get((key, ()), (tuple(release.calls.order), release.depths))
-            # Where a module was skipped, the search has seen another graph than the one without.
+            # With a skipped module, the search saw a different graph: do not cache its result.
             if is_new and all(boundary == place for boundary, place in release.calls.places.items()):
                 self._released.add((key, ()), found)
             self.order, self.depths = found
@@ -256,7 +254,7 @@ class Relay(nn.Module):
         raise PlanError("relay.forward_backward(...)", "relay.step(...)", "Rename it; arguments are the same.")
 
     def _read(self, output: Any) -> Any:
-        """What the primary loss reads of the model's output."""
+        """The primary loss's part of the model's output."""
         if self.output is None:
             return output
         if callable(self.output):
@@ -265,11 +263,11 @@ class Relay(nn.Module):
         return output if isinstance(output, Tensor) else item_of(output, self.output)
 
     def _key(self) -> tuple[Any, ...]:
-        """All that decides routes, apart from the forward pass: the plan, the model, and what is frozen."""
+        """Cache key of the routes: the plan, the model, and which parameters are frozen."""
         return self.plan, id(self.model), tuple(parameter.requires_grad for parameter in self.model.parameters())
 
     def _averaging(self, sync: "bool | ProcessGroup") -> AbstractContextManager[None]:
-        """Share buffers, then average gradients as they become final; nothing in a single process."""
+        """Broadcast buffers, then average gradients as they become final. No-op in a single process."""
         group = None if isinstance(sync, bool) else sync
         if not sync or not is_parallel(group):
             return nullcontext()
@@ -286,11 +284,11 @@ class Relay(nn.Module):
             raise EarlyReleaseError(
                 "training mode, and gradients to be recorded",
                 "a relay in evaluation mode" if not self.training else "torch.no_grad()",
-                "Call relay.train() before, or relay(images) for outputs alone.",
+                "Call relay.train() first, or relay(images) for outputs only.",
             )
         if any(len(window.ends) > 1 for window in self.plan.windows.values()):
             raise EarlyReleaseError(
-                "windows with one end each", "a window with several", "Use an ordinary forward and backward pass."
+                "windows with one end each", "a window with several ends", "Use an ordinary forward and backward pass."
             )
         check_sharded(self, [f"model.{boundary.module}" for boundary in self.plan.boundaries])
         refuse_transforms("an early release of Relay")
@@ -304,16 +302,16 @@ class Relay(nn.Module):
 
 
 class _Cache(dict[Any, Any]):
-    """Results by what decides them, the oldest dropped: training that freezes layers at random sees ever new ones."""
+    """A bounded first-in, first-out cache: training that freezes layers at random keeps adding keys."""
 
     def add(self, key: Any, value: Any) -> Any:
-        if len(self) == SCHEDULES_KEPT:
+        if len(self) == MAX_CACHED:
             self.pop(next(iter(self)))
         self[key] = value
         return value
 
     def knows(self, first: Any) -> bool:
-        """Whether there is a result for a key that begins in this way."""
+        """Whether any cached key has this first item."""
         return any(key[0] == first for key in self)
 
 

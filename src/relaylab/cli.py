@@ -30,6 +30,8 @@ COMMANDS = {  # module of relaylab.commands : function
     "recipes": "recipes:list_recipes",
     "recipes list": "recipes:list_recipes",
     "recipes show": "recipes:show",
+    "recipes new": "new:main",
+    "recipes allow": "recipes:allow_network",
     "draw": "networks:draw",
     "cost": "networks:cost",
     "export": "networks:export",

@@ -1,4 +1,4 @@
-"""Calls of a plan's modules in one forward pass, checked in the same way for both engines."""
+"""Calls of a plan's modules in one forward pass, with the checks that both engines share."""
 
 import threading
 from typing import Any
@@ -9,7 +9,7 @@ from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import BoundaryError, WindowError
 from relaybackprop.plan import PRIMARY, Boundary, Plan
 
-MISSES = 32  # forward passes in a row; layer drop of 0.5 leaves out the same module so often once in 4 billion passes
+MISSES = 32  # forward passes in a row; layer drop of 0.5 skips one module that often once in 4 billion passes
 
 
 class Calls:
@@ -17,12 +17,12 @@ class Calls:
 
     Args:
         plan: its boundaries.
-        missed: by boundary, the number of forward passes in a row that have not called its module; updated by `check`.
+        missed: by boundary, the number of forward passes in a row without a call of its module; updated by `check`.
 
     Attributes:
         order: the boundaries crossed so far, the lowest first.
-        places: by boundary, where it was crossed; elsewhere where its module was skipped (Note [Skipped modules]).
-        aside: whether heads and backward passes run, which are not part of the forward pass.
+        places: by boundary, where it was crossed: another boundary if its module was skipped (Note [Skipped modules]).
+        aside: whether heads or backward passes are running, which are not part of the forward pass.
     """
 
     def __init__(self, plan: Plan, missed: dict[Boundary, int]) -> None:
@@ -35,21 +35,18 @@ class Calls:
         self._thread = threading.get_ident()
 
     def is_active(self) -> bool:
-        """Whether a call belongs to this forward pass. Another thread may be running the plain model."""
+        """Whether a call belongs to this forward pass; another thread may be running the plain model."""
         return not self.aside and threading.get_ident() == self._thread
 
     def enter(self, boundary: Boundary, place: Boundary, value: Any) -> None:
         """Record that a value crosses a boundary.
 
         Raises:
-            BoundaryError: it is the second one, no gradients are recorded, or no tensors are found.
+            BoundaryError: it is the second call, no gradients are recorded, or the value has no tensors.
         """
         if boundary in self.order:
-            moved = (
-                ""
-                if self._ran(boundary)
-                else f"; the first was the {self.places[boundary]}, as if layer drop skipped it"
-            )
+            first = f"; the first was the {self.places[boundary]}, as if layer drop skipped it"
+            moved = "" if self._ran(boundary) else first
             raise BoundaryError(
                 f"the {boundary} once in a forward pass",
                 f"a second time{moved}",
@@ -58,7 +55,7 @@ class Calls:
         if self._records and not torch.is_grad_enabled():
             raise BoundaryError(
                 f"the {boundary} to run while gradients are recorded",
-                "torch.no_grad() inside of the model, or reentrant checkpointing",
+                "torch.no_grad() inside the model, or reentrant checkpointing",
                 "Use checkpoint(..., use_reentrant=False), or move the boundary out of the part without gradients.",
             )
         self.check_has_tensors(f"the {boundary}", value)
@@ -72,16 +69,16 @@ class Calls:
         return tuple(name for name, window in self.plan.auxiliary.items() if window.upper == boundary)
 
     def losses(self) -> list[str]:
-        """Names of the losses of this forward pass: without those whose heads' modules were skipped."""
+        """Names of the losses of this forward pass, except those whose heads' modules were skipped."""
         auxiliary = [name for name, window in self.plan.auxiliary.items() if self._ran(window.upper)]
         return [PRIMARY, *auxiliary]
 
     def check(self) -> None:
-        """Raise unless the forward pass met every boundary, and no window upside down.
+        """Raise unless the forward pass ran every boundary, each window's lower end before its top.
 
         Raises:
             BoundaryError: a module was never called and layer drop does not explain it.
-            WindowError: a window whose top the forward pass meets before its lower end.
+            WindowError: a window whose top runs before its lower end.
         """
         for boundary in self.plan.boundaries:
             self._missed[boundary] = 0 if self._ran(boundary) else self._missed.get(boundary, 0) + 1
@@ -96,28 +93,20 @@ class Calls:
             self.check_upright(loss)
 
     def check_upright(self, loss: str) -> None:
-        """Raise if the forward pass has met the top of a loss's window before the main end of the window.
-
-        Raises:
-            WindowError: it has.
-        """
+        """Raise `WindowError` if the top of a loss's window ran before the window's main end."""
         window = self.plan.windows[loss]
         if not window.ends:
             return
-        met = [place for place in self.order if place in (window.ends[0], window.upper)]
-        if met[0] == window.upper:
+        reached = [place for place in self.order if place in (window.ends[0], window.upper)]
+        if reached[0] == window.upper:
             raise WindowError(
                 f"the window of {loss!r} to have its top above its lower end",
-                f"top, the {window.upper}, which the forward pass meets before the {window.ends[0]}",
+                f"top, the {window.upper}, which the forward pass reaches before the {window.ends[0]}",
                 "Swap them, or name other modules.",
             )
 
     def check_has_tensors(self, place: str, value: Any) -> None:
-        """Raise unless a value contains tensors: a gradient would flow through hidden ones past the ends of windows.
-
-        Raises:
-            BoundaryError: it contains none.
-        """
+        """Raise `BoundaryError` if a value has no visible tensors: hidden ones would bypass the ends of windows."""
         if self._records and not tensors_in(value):
             raise BoundaryError(
                 f"tensors in {place}, bare or in tuples, lists, mappings or dataclasses",
@@ -130,7 +119,7 @@ class Calls:
 
 
 def _kind_of(value: Any) -> str:
-    """The value's type; of a module's arguments, their types."""
+    """The type of a value, or the types of a module's arguments."""
     match value:
         case ((*args,), {**kwargs}):
             return f"({', '.join(type(item).__name__ for item in (*args, *kwargs.values()))})"

@@ -1,20 +1,20 @@
-"""Data parallel training where `DistributedDataParallel` cannot serve: it expects one backward pass, at the end.
+"""Data parallel training for early release, whose many backward passes `DistributedDataParallel` does not support.
 
 Note [Averaging]
 1. Early release runs many backward passes in one step. A gradient is *final* after the last addition to it, often long
-   before the step is over. From then on it travels: gradients are summed over the processes in buckets, while layers
-   above run forward or layers below run backward.
-2. Which addition is the last one is a forecast: the number of additions in the step in which the gradient was first
-   seen, the most of all processes. A bucket holds gradients that become final in one backward pass. Buckets are sent
-   in the order of the forecast, the same one in all processes; a bucket that is not complete waits for the end of the
-   step, and those behind it wait too.
-3. A bucket has zeros where a process has no gradient, and flags by which all processes learn whether anyone has one.
-   A parameter that no process has used keeps none.
-4. What is added to `.grad` after it was sent, or was not in the forecast, is *late*. The last bucket leaves when the
-   step is over and carries a flag for each parameter with a late gradient in any process. Late gradients are averaged
-   apart, added, and forecast anew. So a wrong forecast costs time; the mean is always exact. In the first step
-   everything is late.
-5. Sent gradients leave `.grad`, so that no gradient is held twice, and return to it as means when the step is over.
+   before the step ends. Final gradients are all-reduced in buckets, while layers above run forward or layers below run
+   backward.
+2. The last addition is forecast: by the number of additions in the step in which the gradient was first seen, the
+   maximum over all processes. A bucket contains gradients that become final in one backward pass. All processes send
+   buckets in the same order, that of the forecast; an incomplete bucket, and those after it, wait for the end of the
+   step.
+3. A bucket has zeros where a process has no gradient, and flags that tell all processes whether any of them has one.
+   The gradient of a parameter that no process used stays None.
+4. A gradient that is added to `.grad` after sending, or is missing from the forecast, is *late*. The last bucket is
+   sent at the end of the step, with a flag for each parameter that has a late gradient in any process. Late gradients
+   are averaged separately, added, and forecast anew. So a wrong forecast costs time; the mean is always exact. In the
+   first step all gradients are late.
+5. Sending removes gradients from `.grad`, so that none is stored twice; the means are set at the end of the step.
 """
 
 import sys
@@ -31,21 +31,21 @@ from torch import Tensor, nn
 
 from relaybackprop.errors import EarlyReleaseError
 
-if TYPE_CHECKING:  # not every torch has it
+if TYPE_CHECKING:  # missing in some builds of torch
     from torch.distributed import ProcessGroup, Work
 
-BUCKET_BYTES = 25 * 2**20  # at most, as in DistributedDataParallel
-LAST_BUCKET_BYTES = 2**20  # nothing is left to compute while this one travels
-BUCKETS = 16  # or so, of small networks: a bucket leaves when the last gradient in it is final
+BUCKET_BYTES = 25 * 2**20  # maximum, as in DistributedDataParallel
+LAST_BUCKET_BYTES = 2**20  # small: no computation overlaps with its all-reduce
+BUCKETS = 16  # approximate, for small networks: a bucket is sent only when all its gradients are final
 
 
 class Final(NamedTuple):
-    """When a gradient is final: Note [Averaging] 2. The order of these tuples is that of sending.
+    """When a gradient is final: Note [Averaging] 2. Tuples sort in the order of sending.
 
     Args:
         backward: number of the backward pass.
         position: among all additions to gradients.
-        additions: how many make it final.
+        additions: number of additions that make it final.
     """
 
     backward: int
@@ -55,11 +55,11 @@ class Final(NamedTuple):
 
 UNSEEN = Final(2**31, 0, 1)  # accumulated in earlier steps only
 Forecast = dict[int, Final]
-"""By the index of a parameter, when its gradient is final. The same in all processes."""
+"""When each gradient is final, by the index of its parameter. The same in all processes."""
 
 
 def is_parallel(group: "ProcessGroup | None" = None) -> bool:
-    """Whether there are other processes to agree with."""
+    """Whether the group has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
@@ -69,14 +69,14 @@ def identity_of(group: "ProcessGroup | None" = None) -> tuple[str, int]:
 
 
 def check_sharded(module: nn.Module, boundaries: Iterable[str]) -> None:
-    """Check that FSDP gathers and divides modules as a whole between two events of early release; divide all of them.
+    """Raise if `fully_shard` was applied around a boundary, then reshard every module to which it was applied.
 
     Args:
         module: may contain modules to which `fully_shard` was applied.
         boundaries: names of the modules where backward passes may start or end during its forward pass.
 
     Raises:
-        EarlyReleaseError: `fully_shard` around one of these, or parameters divided by other means.
+        EarlyReleaseError: `fully_shard` around one of these, or parameters sharded by other means.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it nothing is sharded
     sharded: dict[str, Any] = {}
@@ -91,20 +91,20 @@ def check_sharded(module: nn.Module, boundaries: Iterable[str]) -> None:
                 f"fully_shard on {name!r}, around {around[0]!r}" if name else "fully_shard on the whole relay",
                 "Shard only the blocks, or use an ordinary forward and backward pass.",
             )
-        inner.reshard()  # an evaluation may have left it gathered, so that its parameters would look whole
+        inner.reshard()  # an evaluation may leave it unsharded, and its parameters would not be DTensors
     for name, parameter in module.named_parameters():
         if _is_divided(parameter) and not any(name.startswith(f"{outer}.") for outer in sharded):
             raise EarlyReleaseError(
                 "parameters that are whole, or sharded by fully_shard",
                 f"{name!r}, a DTensor that is divided among processes by other means",
-                "Use an ordinary forward and backward pass, or do not divide it.",
+                "Use an ordinary forward and backward pass, or do not shard it.",
             )
 
 
 def average_gradients(module: nn.Module, group: "ProcessGroup | None" = None) -> None:
-    """Replace each gradient by its mean over all processes. A parameter that no process has used keeps none.
+    """Replace each gradient by its mean over all processes; one that no process has stays None.
 
-    Call it once for each update, in all processes. `Relay.forward_backward` averages by itself.
+    Call it once per update, in all processes. `Relay.forward_backward` does it itself.
 
     Args:
         module: with the same parameters in all processes. Those that FSDP has sharded are left to it.
@@ -119,16 +119,16 @@ def average_gradients(module: nn.Module, group: "ProcessGroup | None" = None) ->
 
 @contextmanager
 def averaging(module: nn.Module, forecast: Forecast, group: "ProcessGroup | None" = None) -> Generator[None]:
-    """Average gradients, those of the backward passes in this context as soon as they are final: Note [Averaging].
+    """Average the gradients of backward passes in this context as soon as they are final: Note [Averaging].
 
     Args:
         module: with the same parameters in all processes. Those that FSDP has sharded are left to it.
-        forecast: empty at first; updated when the context ends. Use it as long as the same parameters are trained, by
-            the same losses, in the same processes.
+        forecast: empty at first; updated on exit. Reuse it while the trained parameters, losses and processes stay the
+            same.
         group: of the processes; None for all.
 
     Raises:
-        EarlyReleaseError: a sparse gradient, or one that a hook took away before it was averaged.
+        EarlyReleaseError: a sparse gradient, or one that a hook removed before it was averaged.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     named = {name: parameter for name, parameter in trained.items() if not _is_divided(parameter)}
@@ -145,18 +145,13 @@ def averaging(module: nn.Module, forecast: Forecast, group: "ProcessGroup | None
 
 
 def share_buffers(module: nn.Module, group: "ProcessGroup | None" = None) -> None:
-    """Give all processes the first one's buffers, such as the running statistics of batch normalisation.
-
-    Args:
-        module: with the same buffers in all processes.
-        group: of the processes; None for all.
-    """
+    """Broadcast the first process's buffers, such as the running statistics of batch normalisation."""
     if not is_parallel(group):
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for buffer in module.buffers():
         kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-    for buffers in kinds.values():  # one message for each kind, not for each buffer
+    for buffers in kinds.values():  # one message per dtype and device
         total = torch.cat([buffer.flatten() for buffer in buffers])
         dist.broadcast(total, group_src=0, group=group)
         for buffer, shared in zip(buffers, _split(total, [buffer.numel() for buffer in buffers]), strict=True):
@@ -165,7 +160,7 @@ def share_buffers(module: nn.Module, group: "ProcessGroup | None" = None) -> Non
 
 @dataclass
 class _Sent:
-    """A bucket on its way: gradients, a flag for each that tells whether there is one, and more flags."""
+    """A bucket in flight: gradients, a flag for each that tells whether it exists, and `more` further flags."""
 
     members: Sequence[int]
     has: Sequence[bool]
@@ -176,7 +171,7 @@ class _Sent:
 
 @dataclass(eq=False)
 class _Average:
-    """One step's averaging, in one process."""
+    """The averaging of one step in one process."""
 
     names: Sequence[str]
     parameters: Sequence[nn.Parameter]
@@ -191,14 +186,14 @@ class _Average:
         self._bucket_of = {index: number for number, bucket in enumerate(self._buckets) for index in bucket}
         self._to_come = {index: final.additions for index, final in self.forecast.items()}
         self._missing = [sum(self._to_come[index] for index in bucket) for bucket in self._buckets]
-        self._lock = threading.Lock()  # autograd has a thread for each device
+        self._lock = threading.Lock()  # autograd runs one thread per device
 
     def note(self, index: int, parameter: Tensor) -> None:
-        """Note an addition to a gradient, and send the buckets that it completes, except the last one."""
+        """Record an addition to a gradient, and send the buckets that it completes, except the last one."""
         if parameter.grad is None:
             raise EarlyReleaseError(
                 "gradients to stay in .grad until they have been averaged",
-                f"none for {self.names[index]!r}, which a hook of that parameter has taken away",
+                f"none for {self.names[index]!r}, which a hook of that parameter has set to None",
                 "Step the optimizer after forward_backward, or pass sync=False.",
             )
         with self._lock:
@@ -211,7 +206,7 @@ class _Average:
                 self._sent.append(self._send(self._buckets[len(self._sent)]))
 
     def finish(self) -> None:
-        """Send the rest, wait for everything, and put the means into `.grad`."""
+        """Send the remaining buckets, wait for all of them, and set `.grad` to the means."""
         *early, last = self._buckets
         self._sent += [self._send(bucket) for bucket in early[len(self._sent) :]]
         self._sent.append(self._send(last, self._are_late))
@@ -224,7 +219,7 @@ class _Average:
             self.parameters[index].grad = mean
 
     def _in_buckets(self, indices: Collection[int]) -> list[list[int]]:
-        """Divide parameters by type, device and backward pass, in the order of sending. The last bucket is small."""
+        """Group parameters by dtype, device and backward pass, in the order of sending. The last bucket is small."""
         size = sum(self.parameters[index].nbytes for index in indices) // BUCKETS
         size = min(max(size, LAST_BUCKET_BYTES), BUCKET_BYTES)
         buckets: list[list[int]] = []
@@ -242,13 +237,13 @@ class _Average:
         return buckets[::-1]
 
     def _send(self, members: Sequence[int], more: Callable[[], Sequence[bool]] = lambda: ()) -> _Sent:
-        """Take gradients from `.grad`, and start to average them; with them, flags that are asked for then."""
+        """Remove gradients from `.grad` and start their all-reduce, with the flags that `more` then returns."""
         parameters = [self.parameters[index] for index in members]
         gradients = [parameter.grad for parameter in parameters]
         flags = torch.ones(len(members), device=(parameters or self.parameters)[0].device)
         for number, gradient in enumerate(gradients):
             if gradient is None:
-                flags[number].zero_()  # without copying from the host, which would wait for the device
+                flags[number].zero_()  # no copy from the host, which would synchronise
             elif gradient.layout != torch.strided:
                 raise EarlyReleaseError(
                     "dense gradients, to average them over processes",
@@ -271,13 +266,13 @@ class _Average:
         return _Sent(members, has, total, len(rest), work)
 
     def _receive(self) -> Tensor:
-        """Wait for all buckets, keep their means, and return the further flags of the last one."""
+        """Wait for all buckets, store their means, and return the further flags of the last one."""
         while True:
             sent = self._sent.pop(0)  # each bucket is freed before the next one is unpacked
             sent.work.wait()
             parameters = [self.parameters[index] for index in sent.members]
             *means, flags, more = _split(sent.total, [*(p.numel() for p in parameters), len(parameters), sent.more])
-            used = sent.has if all(sent.has) else _values(flags)  # seldom waits for the device
+            used = sent.has if all(sent.has) else _values(flags)  # rarely synchronises
             for index, parameter, mean, is_used in zip(sent.members, parameters, means, used, strict=True):
                 if is_used:
                     early = self._means.get(index)
@@ -288,11 +283,11 @@ class _Average:
                 return more
 
     def _are_late(self) -> list[bool]:
-        """By parameter, whether a gradient remains in `.grad` when all buckets have been sent."""
+        """Whether each parameter has a gradient in `.grad` after all buckets have been sent."""
         return [parameter.grad is not None for parameter in self.parameters]
 
     def _learn(self, late: Iterable[int]) -> None:
-        """Forecast gradients that were late in any process by when they have become final in this step."""
+        """Forecast gradients that were late in any process, from when they became final in this step."""
         numbers: dict[int, int] = {}
         found = {index: [0, -1, -1] for index in late}
         for position, (index, backward) in enumerate(self._additions):
@@ -314,10 +309,10 @@ def _values(tensor: Tensor) -> list[Any]:
 
 
 def _is_divided(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`, of which each process has a part."""
+    """Whether a tensor is a `DTensor`, sharded over processes."""
     return hasattr(tensor, "full_tensor")
 
 
 def _type_of(parameter: Tensor) -> torch.dtype:
-    """The type of a parameter's gradient."""
+    """The dtype of a parameter's gradient."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype

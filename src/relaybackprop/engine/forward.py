@@ -16,7 +16,7 @@ from relaybackprop.plan import PRIMARY, Boundary
 
 
 class ForwardPass:
-    """The state of one forward pass. It lives as long as `Relay.forward` runs.
+    """The state of one `Relay.forward`.
 
     Args:
         calls: the boundaries crossed.
@@ -24,8 +24,8 @@ class ForwardPass:
     Attributes:
         junctions: from the lowest up.
         edges: above each junction.
-        head_inputs: by name of the loss. Each head has a copy: the layers after the boundary, or the head, may
-            continue in place (decision 013).
+        head_inputs: by name of the loss. Copies: the layers after the boundary, or the head, may modify them in place
+            (decision 013).
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -42,22 +42,21 @@ class ForwardPass:
         return self.calls.is_active()
 
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
-        """Put a junction across a value: return the side of the layers above, keep the heads' sides."""
+        """Insert a junction: return the value for the layers above, and store those for the heads."""
         self.calls.enter(boundary, place, value)
         heads = self.calls.heads_at(boundary, place)
         tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad and torch.is_grad_enabled()]
         trunk, branches = self._join(boundary, str(place), tensors, heads)
-        plain = (
-            [tensor for tensor in tensors_in(value) if not any(tensor is other for other in tensors)] if heads else []
-        )
+        requiring = {id(tensor) for tensor in tensors}
+        plain = [tensor for tensor in tensors_in(value) if heads and id(tensor) not in requiring]
         for name, branch in zip(heads, branches, strict=True):
             owned = [tensor.clone() for tensor in plain]
             self.head_inputs[name] = replace_tensors(value, [*tensors, *plain], [*branch, *owned])
-        # The very same object where nothing is replaced: modules may write into the containers that they are given.
+        # Return the same object if nothing is replaced: modules may write into the containers that they are given.
         return replace_tensors(value, tensors, trunk) if trunk else value
 
     def leave(self, output: Any) -> Any:
-        """Put one last junction across each tensor of the model's output: there the primary loss's lanes start."""
+        """Insert a junction at each tensor of the model's output, where the primary loss's lanes start."""
         self._memory.check()
         if not any(window.ends for window in self.calls.plan.windows.values()):
             return output

@@ -1,4 +1,4 @@
-"""Walks over an autograd graph: what lies between two places. Read-only, and only after a forward pass."""
+"""Read-only walks over the autograd graph of a forward pass."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Follow = Callable[[Node, int], bool]
-"""Whether a walk goes into this node, given by the number of its output which the walk comes from."""
+"""Whether a walk enters this node, at its output of the given number."""
 
 _WEIGHT_LAYER = re.compile(r"Conv|Addmm|^Mm|Linear|Embedding")
-# What may stand between a weight and the operation that uses it, autocast's cached casts among them.
+# Nodes allowed between a weight and the operation that uses it, including autocast's cached casts.
 _VIEW_OR_CAST = re.compile(r"^(T|Transpose|View|UnsafeView|Permute|ToCopy|Alias)Backward\d*$")
 
 
 def edges_of(tensors: Iterable[Tensor]) -> list[GradientEdge]:
-    """The graph's edges under the tensors that have any."""
+    """The gradient edges of the tensors that require gradients."""
     return [get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad]
 
 
@@ -26,13 +26,13 @@ def everywhere(_node: Node, _output: int) -> bool:
 
 
 def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | None]:
-    """All nodes under `starts` as far as `follow` goes, each with the node from which the walk reached it."""
+    """All nodes under `starts` that `follow` admits, each with the node from which the walk reached it."""
     came_from: dict[Node, Node | None] = {}
     seen = set[tuple[Node, int]]()
     stack: list[tuple[Node, int, Node | None]] = [(edge.node, edge.output_nr, None) for edge in starts]
     while stack:
         node, output, parent = stack.pop()
-        # `follow` is asked on every edge: a junction tells its trunk from its heads by the output's number.
+        # Call `follow` for every edge: the output's number tells a junction's trunk from its heads.
         if not follow(node, output) or (node, _slot(node, output)) in seen:
             continue
         seen.add((node, _slot(node, output)))
@@ -42,10 +42,9 @@ def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | No
 
 
 def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
-    """The number of weight layers on the longest path down: trainable convolutions, linear layers and embeddings.
+    """The number of trainable convolutions, linear layers and embeddings on the longest path.
 
-    Only weights with at least two dimensions count, so normalisation layers and biases do not. Shortcuts count as the
-    shorter path that they are: ResNet-50 has 50.
+    Only weights with at least two dimensions count, so normalisation layers and biases do not. ResNet-50 has 50.
     """
     depth: dict[tuple[Node, int], int] = {}
     stack = [(edge.node, edge.output_nr) for edge in starts if follow(edge.node, edge.output_nr)]
@@ -64,7 +63,7 @@ def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
 
 
 def is_leaf(node: Node) -> bool:
-    """Whether a node is a parameter, or a parameter's cast that autocast shares between its uses."""
+    """Whether a node is a parameter, or a cast of one that autocast shares between uses."""
     if variable_of(node) is not None:
         return True
     below = list(_below(node))
@@ -72,12 +71,12 @@ def is_leaf(node: Node) -> bool:
 
 
 def uses_leaf(node: Node) -> bool:
-    """Whether a node that is not a leaf itself reads a parameter or another leaf; a reentrant checkpoint may."""
+    """Whether a node is not a leaf but reads one; a reentrant checkpoint may."""
     return not is_leaf(node) and (hides_leaves(node) or any(is_leaf(below) for below, _ in _below(node)))
 
 
 def hides_leaves(node: Node) -> bool:
-    """Whether a node runs a backward pass of its own, over layers that the graph does not show."""
+    """Whether a node is a reentrant checkpoint, whose layers are not in the graph."""
     return node.name() == "CheckpointFunctionBackward"
 
 
@@ -87,19 +86,19 @@ def variable_of(node: Node) -> Tensor | None:
 
 
 def number_of(node: Node) -> int:
-    """Autograd numbers its nodes as it makes them; parameters' have the largest number there is."""
+    """A node's number in order of creation; parameters have the maximum."""
     return cast(Any, node)._sequence_nr()
 
 
 def nearest_name(node: Node | None, names: Mapping[Node, str], came_from: Mapping[Node, Node | None]) -> str | None:
-    """The module whose output is at this node or, the way back up, the first one above."""
+    """The module whose output is at this node, or the first one above on the path of the walk."""
     while node is not None and node not in names:
         node = came_from.get(node)
     return None if node is None else names[node]
 
 
 def nearest_name_below(node: Node, names: Mapping[Node, str]) -> str | None:
-    """The module whose output is at this node or, breadth first, the first one below."""
+    """The module whose output is at this node, or the first one below, breadth first."""
     queue, seen = [node], {node}
     for current in queue:
         if current in names:
@@ -112,13 +111,13 @@ def nearest_name_below(node: Node, names: Mapping[Node, str]) -> str | None:
 
 
 def _slot(node: Node, output: int) -> int:
-    """The number of the junction's tensor that an edge reads; 0 at other nodes."""
+    """The index of the junction's tensor at an output; 0 for other nodes."""
     junction = getattr(node, "junction", None)
     return 0 if junction is None else output % len(junction.sources)
 
 
 def _below(node: Node, output: int | None = None) -> Iterator[tuple[Node, int]]:
-    """The edges below a node; of a junction, those of one of its outputs."""
+    """The edges below a node, or below one output of a junction."""
     edges = node.next_functions
     if output is not None and hasattr(node, "junction"):
         edges = (edges[_slot(node, output)],)

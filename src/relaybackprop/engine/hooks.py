@@ -1,13 +1,13 @@
-"""Hooks on the plan's modules, only while a forward pass runs (decision 001); afterwards no trace is left.
+"""Hooks on the plan's modules, registered only while a forward pass runs (decision 001).
 
 Note [Skipped modules]
-Layer drop skips modules of an `nn.ModuleList` at random. Where the module of a boundary is skipped, while modules
-before it in the list have run in their order,
-1. a window that ends there ends at the input of the next module of the list that runs: at all of its inputs where it
-   would end at the input of the skipped module, and at the first one where it would end at its output;
-2. where no later module of the list runs, it ends at the output of the module that owns the list, and layers in between
-   are not trained by this loss in this pass. End windows at modules that others of the list follow;
-3. a head that reads its output has no input, and the forward pass has no output for it.
+Layer drop skips modules of an `nn.ModuleList` at random. If the module of a boundary is skipped, while earlier modules
+of the list have run in their order,
+1. a window that ends there ends at the input of the next module of the list that runs: at all of its inputs in place of
+   the skipped module's input, at the first one in place of the skipped module's output;
+2. if no later module of the list runs, it ends at the output of the module that owns the list, and this loss does not
+   train the layers in between in this pass. End windows at modules that others of the list follow;
+3. a head that reads the skipped module's output does not run, and the forward pass has no output for it.
 """
 
 import difflib
@@ -26,23 +26,23 @@ from relaybackprop.plan import Boundary, Plan
 
 
 class Crosser(Protocol):
-    """An engine, as the hooks see it."""
+    """The interface of an engine to the hooks."""
 
     def is_active(self) -> bool:
         """Whether a call belongs to the forward pass, rather than to another thread or to a backward pass."""
         ...
 
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
-        """Take a value across a boundary of the plan and return the value to use.
+        """Process the value at a boundary, and return the value that the layers above read.
 
-        `place` is where it crosses: the boundary itself, or another one where a module was skipped.
+        `place` is the boundary itself, or another one if a module was skipped.
         """
         ...
 
 
 @contextmanager
 def boundaries(model: nn.Module, plan: Plan, engine: Crosser) -> Generator[None]:
-    """While this context is open, calls of the plan's modules cross its boundaries."""
+    """Make calls of the plan's modules cross its boundaries inside this context."""
     with ExitStack() as stack:
         for container, inside in _lists(model, plan).items():
             _attach_list(stack, model, container, inside, engine)
@@ -58,7 +58,7 @@ def _cross(engine: Crosser, boundary: Boundary, value: Any) -> Any:
 
 
 def _lists(model: nn.Module, plan: Plan) -> dict[str, list[Boundary]]:
-    """By name of a module list, the boundaries in it."""
+    """The boundaries in each module list, by its name."""
     found: dict[str, list[Boundary]] = {}
     for boundary in plan.boundaries:
         container, _, leaf = boundary.module.rpartition(".")
@@ -68,8 +68,8 @@ def _lists(model: nn.Module, plan: Plan) -> dict[str, list[Boundary]]:
 
 
 def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: list[Boundary], engine: Crosser) -> None:
-    """Cross boundaries late where their modules are skipped: Note [Skipped modules]."""
-    ran: list[int] = []  # numbers of the list's modules in the order in which they ran
+    """Cross boundaries late if their modules are skipped: Note [Skipped modules]."""
+    ran: list[int] = []  # indices of the list's modules, in the order they ran
     number_of = {boundary: int(boundary.module.rpartition(".")[2]) for boundary in wanted}
     upwards = sorted(wanted, key=lambda boundary: (number_of[boundary], boundary.side))  # "input" before "output"
 
@@ -86,14 +86,14 @@ def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: lis
         return value
 
     owner = container.rpartition(".")[0]
-    for name, module in model.get_submodule(container).named_children():  # each once: a shared one by its first name
+    for name, module in model.get_submodule(container).named_children():  # a shared module once, by its first name
         if name.isdecimal():
             attach(stack, module, "input", partial(pass_by, int(name), Boundary("input", f"{container}.{name}")))
     attach(stack, model.get_submodule(owner), "output", partial(pass_by, None, Boundary("output", owner)))
 
 
 def _cross_late(engine: Crosser, boundary: Boundary, place: Boundary, value: Any) -> Any:
-    """Cross at the inputs of the next module: all of them, or what takes the place of a skipped module's output."""
+    """Cross at the inputs of the next module: all of them, or the first in place of a skipped module's output."""
     if boundary.side == "input" or place.side == "output" or not value[0]:
         return engine.cross(boundary, place, value)
     (first, *others), named = value
@@ -102,7 +102,7 @@ def _cross_late(engine: Crosser, boundary: Boundary, place: Boundary, value: Any
 
 @contextmanager
 def node_names(model: nn.Module, enabled: bool) -> Generator[dict[Node, str]]:
-    """Record which module makes which node of the graph, the innermost one first, for error messages."""
+    """Record the innermost module that makes each node of the graph, for error messages."""
     names: dict[Node, str] = {}
     with ExitStack() as stack:
         for name, module in _eager_modules(model, "") if enabled else ():
@@ -121,16 +121,16 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
     Raises:
         ModuleNameError: the model does not have it; the message lists the nearest names.
-        CompiledOverlapError: it is inside a compiled module, where no boundary can be.
+        CompiledOverlapError: it is inside a compiled module.
         TransformError: it is compiled by torch.jit.
     """
     module = model
     for depth, part in enumerate(name.split(".")):
         if _is_compiled(module):
             raise CompiledOverlapError(
-                f"the boundary {name!r} outside of compiled code",
+                f"the boundary {name!r} outside compiled code",
                 f"{'.'.join(name.split('.')[:depth]) or 'the whole model'!r} compiled as one",
-                "Compile modules outside of overlaps, one by one.",
+                "Compile modules outside overlaps, one by one.",
             )
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
@@ -162,7 +162,7 @@ def attach(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
         return crossing(output)
 
     compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is not None:  # module.compile(): a hook would be traced into the compiled code, so stay outside of it
+    if compiled is not None:  # module.compile() would trace a hook into the compiled code, so wrap the call
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if side == "output":
@@ -179,38 +179,33 @@ def attach(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
 
 
 def refuse_transforms(place: str) -> None:
-    """Raise where a compiler or a torch.func transform traces through a boundary.
-
-    Raises:
-        CompiledOverlapError: a compiler does.
-        TransformError: a transform does.
-    """
+    """Raise `CompiledOverlapError` or `TransformError` if a compiler or a torch.func transform traces `place`."""
 
     def refuse() -> None:
         raise CompiledOverlapError(
             f"{place} to run eagerly, so that gradients can split and join there",
             "a compiler that traces through it",
-            "Compile modules outside of overlaps, one by one; export relay.eval() or relay.model.",
+            "Compile modules outside overlaps, one by one; export relay.eval() or relay.model.",
         )
 
-    # The compiler would take an exception in traced code as a reason to fall back to eager code.
+    # An exception in traced code would only make the compiler fall back to eager code.
     if torch.compiler.is_compiling():
         torch.compiler.disable(refuse)()  # pyright: ignore
     if torch._C._are_functorch_transforms_active():  # pyright: ignore
         raise TransformError(
-            f"{place} outside of torch.func transforms",
+            f"{place} outside torch.func transforms",
             "a transform such as torch.func.grad or vmap, which cannot split gradients",
             "Call backward() on the loss, or transform relay.model.",
         )
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether calls of the module run compiled code: by module.compile(), or as the result of torch.compile(module)."""
+    """Whether the module was compiled, by module.compile() or torch.compile(module)."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "dynamo_ctx")
 
 
 def _eager_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """A module and its submodules by name, except compiled ones: hooks in there would change the compiled code."""
+    """A module and its submodules by name, except compiled ones, where hooks would change the compiled code."""
     if _is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
         return
     yield name, module

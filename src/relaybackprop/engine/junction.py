@@ -1,26 +1,26 @@
-"""HOW gradients split and join: the autograd node at each boundary of a window. The method's equation lives here.
+"""Junctions: the autograd nodes at window boundaries, where gradients split and join by the method's equation.
 
 For every parameter theta (paper, section 4):
 
     grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
 
-A *junction* is an identity in the forward pass. It sits wherever a head attaches or a window ends and hands the trunk
-on, once upwards and once to each head. In the backward pass all that arrives from above and from the heads meets in it.
+A *junction* is an identity in the forward pass, wherever a head attaches or a window ends: it returns its input once
+for the layers above and once for each head. In the backward pass it receives the gradients of all of these.
 
 Note [Lanes]
-1. The ordinary autograd pass carries the sum of all losses that are active in a segment. That sum is right for every
+1. The ordinary autograd pass carries the sum of all losses that are active in a segment. That sum is correct for every
    parameter of the segment, so each weight gradient is computed once and each `AccumulateGrad` node fires once.
-2. Where a window ends, the ended losses have to be taken out of the sum. A sum cannot be taken apart, so the part that
-   goes on travels beside it in a *lane*: a nested `torch.autograd.grad` from junction to junction. It computes input
-   gradients only, because nobody asks it for others.
+2. Where a window ends, the sum must lose the ended losses. A sum cannot be split afterwards, so the sum of the other
+   losses is computed separately in a *lane*: a nested `torch.autograd.grad` from junction to junction, which computes
+   input gradients only.
 3. A lane is named by its set of losses: it is the sum of the gradients of exactly these losses at this boundary. A
-   junction where windows end drops the sum that arrives and passes on the lane of the losses that do not end there.
+   junction where windows end drops the ordinary sum, and returns the lane of the losses that do not end there.
 4. A segment with G distinct sums (the ordinary pass and its lanes) costs one weight-gradient pass and G input-gradient
-   passes, W + G*D. Outside of overlaps G is 1 and nothing is computed twice.
-5. Lanes hop from a junction to the next ones below, where losses that start there join them. Where a path leads around
-   a junction (a head inside a residual branch), one hop has several targets, one of them above another. The upper one
-   then answers "nothing" when the hop runs through it: what arrived there has already been delivered to it.
-6. A junction refers to what lies below it in the graph, never to itself or above. Otherwise a forward pass without a
+   passes, W + G*D. Outside overlaps G is 1 and nothing is computed twice.
+5. Lanes hop from a junction to the next ones below, where losses that start there join them. If a path bypasses a
+   junction (a head inside a residual branch), one hop has several targets, one above another. The upper one then
+   returns None when the hop runs through it, because its gradient has already been delivered.
+6. A junction refers to nodes below it in the graph, never to itself or above. Otherwise a forward pass without a
    backward pass would be a reference cycle through C++, which Python's garbage collector cannot free.
 """
 
@@ -42,14 +42,14 @@ Gradients = list[Tensor | None]
 
 @dataclass(eq=False)
 class Lanes:
-    """The lanes of one forward pass that have been delivered and not yet taken. Shared by its junctions."""
+    """Delivered lanes of one forward pass that have not yet been used. Shared by its junctions."""
 
     delivered: dict[tuple[int, Losses], Gradients] = field(default_factory=dict[tuple[int, Losses], Gradients])
     hopping: bool = False
     backward_id: int = -1
 
     def begin(self, backward_id: int) -> None:
-        """Forget what an earlier, broken-off backward pass over the same graph has left."""
+        """Discard the lanes of an earlier, interrupted backward pass over the same graph."""
         if backward_id != self.backward_id:
             self.backward_id = backward_id
             self.delivered.clear()
@@ -62,7 +62,7 @@ class Lanes:
 
 @dataclass(eq=False, frozen=True)
 class Hop:
-    """One lane's way from a junction to the next ones below: (number, name of the lane there) of each target."""
+    """One lane from a junction to the next ones below, with (junction index, lane's losses there) of each target."""
 
     losses: Losses
     targets: tuple[tuple[int, Losses], ...]
@@ -70,11 +70,11 @@ class Hop:
 
 @dataclass(eq=False, frozen=True)
 class Route:
-    """What one junction does in the backward pass; see `relaybackprop.engine.routes`.
+    """The backward routing of one junction; see `relaybackprop.engine.routes`.
 
     Args:
         arriving: the losses whose gradients arrive from above.
-        onward: the losses whose gradients go on below.
+        onward: the losses whose gradients propagate below.
         hops: the lanes to send ahead of the ordinary pass.
     """
 
@@ -88,12 +88,12 @@ class Junction:
     """One boundary in one forward pass.
 
     Args:
-        boundary: its place in words, for error messages.
+        boundary: its name in error messages.
         index: number of the junction, counted from the lowest.
         heads: names of the losses whose heads attach here.
         ending: names of the losses whose windows end here.
         lanes: shared by the junctions of the forward pass.
-        sources: edges to where the boundary's tensors come from.
+        sources: edges of the boundary's tensors.
     """
 
     boundary: str
@@ -102,17 +102,17 @@ class Junction:
     ending: Losses
     lanes: Lanes
     sources: list[GradientEdge]
-    # These are set when the forward pass is over. Until then (it raised, or calls backward itself) a junction passes on
-    # all that arrives.
+    # Set at the end of the forward pass. Without a route (it raised, or calls backward itself) a junction returns the
+    # sum of all gradients.
     in_place: bool = False
     route: Route | None = None
     below: dict[int, list[GradientEdge]] = field(default_factory=dict[int, list[GradientEdge]])
 
     def pass_down(self, gradients: Gradients) -> Gradients:
-        """From the gradients of the trunk and of each head, what goes on below. Sends the lanes ahead."""
+        """Send the lanes, and return the gradients to propagate below, from those of the trunk and of each head."""
         width = len(self.sources)
         backward_id = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
-        # Note [Lanes] 5. A junction on another device may well be in the ordinary pass meanwhile.
+        # Note [Lanes] 5. A junction on another device may be in the ordinary pass at the same time.
         if self.lanes.hopping and backward_id != self.lanes.backward_id:
             return [None] * width
         groups = [gradients[start : start + width] for start in range(0, len(gradients), width)]
@@ -138,7 +138,7 @@ class Junction:
         return add([None] * len(arrived) if lane is None else lane, *own)
 
     def _send(self, hop: Hop, gradients: Gradients) -> None:
-        """Carry one lane to the next junctions below by a nested pass that computes input gradients only."""
+        """Propagate one lane to the next junctions below by a nested pass, computing input gradients only."""
         sent = [(edge, g) for edge, g in zip(self.sources, gradients, strict=True) if g is not None]
         if not sent:
             return
@@ -149,7 +149,7 @@ class Junction:
                 outputs=[edge for edge, _ in sent],
                 inputs=edges,
                 grad_outputs=[g for _, g in sent],
-                retain_graph=True,  # the ordinary pass comes through here next
+                retain_graph=True,  # the ordinary pass needs it next
                 allow_unused=True,
             )
         finally:
@@ -168,10 +168,10 @@ class _Cross(torch.autograd.Function):
     def forward(ctx: FunctionCtx, junction: Junction, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         cast(Any, ctx).junction = junction
-        # Detached tensors share memory and version counter with their source but are no views to autograd: an in-place
-        # ReLU right after the boundary works, and one that spoils a saved tensor is still detected.
+        # Detached tensors share memory and version counter with their source but are not views to autograd: an in-place
+        # ReLU right after the boundary works, and one that modifies a saved tensor is still detected.
         trunk = [tensor.detach() for tensor in tensors]
-        # Heads have memory of their own: the layers above, or the head itself, may continue in place.
+        # Heads read copies: the layers above, or the head itself, may modify values in place.
         return *trunk, *(tensor.clone() for _ in junction.heads for tensor in tensors)
 
     @staticmethod
@@ -204,7 +204,7 @@ def cross(junction: Junction, tensors: Sequence[Tensor]) -> tuple[list[Tensor], 
 
 
 def add(*terms: Gradients) -> Gradients:
-    """The sum of gradients, tensor by tensor, where None counts as zero. Never in place: autograd owns what arrives."""
+    """The sum of gradients, tensor by tensor; None counts as zero. Never in place: autograd owns the terms."""
     total = list(terms[0])
     for term in terms[1:]:
         for position, gradient in enumerate(term):

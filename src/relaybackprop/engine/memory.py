@@ -1,4 +1,4 @@
-"""Operations in place on values that cross a boundary: autograd knows a junction's tensors by two names."""
+"""Detection of in-place operations at boundaries, where autograd has two tensors for one memory."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from relaybackprop.errors import BoundaryError
 
 
 class SharedMemory:
-    """The tensors below and above each junction, which share memory; their versions tell changes in place."""
+    """The tensors below and above each junction, which share memory, with their version counters."""
 
     def __init__(self) -> None:
         self._crossed: list[tuple[Junction, list[Tensor], list[tuple[Tensor, int]]]] = []
@@ -17,12 +17,12 @@ class SharedMemory:
         self._crossed.append((junction, below, [(tensor, tensor._version) for tensor in above]))
 
     def check(self) -> None:
-        """Mark junctions above which the forward pass continued in place.
+        """Mark junctions whose value the layers above modified in place.
 
         Raises:
-            BoundaryError: it changed the memory by another name, which autograd would follow through that name alone.
+            BoundaryError: it was modified through another tensor, which autograd does not relate to the junction.
         """
-        passed_on = set[int]()  # to another junction, above which the change in place was made
+        passed_on = set[int]()  # to another junction, above which they were modified
         for junction, sources, above in reversed(self._crossed):
             changed = [tensor for tensor, version in above if tensor._version != version]
             foreign = [t for t in changed if id(t) not in passed_on and _is_at(t, junction)]
@@ -36,14 +36,14 @@ class SharedMemory:
 
 
 def shared_memory_error(boundary: str) -> BoundaryError:
-    """The error for values at a boundary that are changed in place and read by another name."""
+    """The error for values at a boundary that are modified in place through another tensor."""
     return BoundaryError(
         f"the tensors of the {boundary} to be changed in place by no other name than the boundary's own",
-        "a change in place of memory that is also read around the boundary, which autograd cannot follow there",
+        "an in-place change of memory that is also read around the boundary, where autograd cannot track it",
         "Use inplace=False where the value is changed.",
     )
 
 
 def _is_at(tensor: Tensor, junction: Junction) -> bool:
-    """Whether the tensor is still the junction's output, as far as autograd knows."""
+    """Whether autograd still has the tensor as the junction's output."""
     return getattr(tensor.grad_fn, "junction", None) is junction

@@ -1,4 +1,4 @@
-"""Tensors in the nested values that modules take and return: find them, replace them."""
+"""Find and replace tensors in the nested values that modules take and return."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ from relaybackprop.errors import HeadError
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses, each object once, in a fixed order."""
+    """The distinct tensors in nested tuples, lists, mappings and dataclasses, in a fixed order."""
     found: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -28,10 +28,10 @@ def replace_tensors(value: Any, old: Sequence[Tensor], new: Sequence[Tensor]) ->
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to every tensor of a nested structure and build the structure anew around the results.
+    """Apply a function to every tensor of a nested structure and rebuild the structure from the results.
 
     Containers keep their type: named tuples, subclasses of dict, and dataclasses such as the output classes of
-    transformers. Anything else is handed through as it is.
+    transformers. Other objects are returned unchanged.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -64,11 +64,7 @@ def items_of(value: Any) -> dict[Any, Any]:
 
 
 def item_of(value: Any, key: Any) -> Any:
-    """One item by name or index.
-
-    Raises:
-        HeadError: the value does not have it.
-    """
+    """One item by name or index; raises `HeadError` if the value does not have it."""
     items = items_of(value)
     if isinstance(key, int) and key not in items and -len(items) <= key < len(items):
         return [*items.values()][key]
@@ -90,7 +86,7 @@ def describe(value: Any) -> str:
 
 
 def paths_in(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """All tensors of a nested value, each with the keys that lead to it."""
+    """All tensors of a nested value, each with its keys."""
     if isinstance(value, Tensor):
         yield keys, value
     for key, item in items_of(value).items():

@@ -1,6 +1,6 @@
 """Routing: derive each junction's backward route from the graph of one forward pass.
 
-Windows that cannot work are detected here: a path around the end of a window, or compiled code in an overlap.
+This is where a path around the end of a window, and compiled code in an overlap, are detected.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class LossPath:
     """The path of one loss through the recorded graph.
 
     Args:
-        items: edges under each tensor of the loss's output, by the keys that lead to it.
+        items: edges under each tensor of the loss's output, by the tensor's keys.
         start: the junction where its head attaches; None for the primary loss, or where nothing needs a gradient.
         top: edges at the top of its window, under its head.
         ends: the junctions where its window ends; empty if it reaches the first layer.
@@ -45,11 +45,11 @@ class Schedule:
     depths: Mapping[str, int]
 
     def apply(self, junctions: Sequence[Junction], edges: Sequence[list[GradientEdge]]) -> None:
-        """Set the junctions of one forward pass on their routes.
+        """Assign their routes to the junctions of one forward pass.
 
         Args:
             junctions: from the lowest up.
-            edges: the edges above each of them, to which lanes are sent.
+            edges: the edges above each of them, where lanes end.
 
         Raises:
             CompiledOverlapError: a lane would have to run through compiled code.
@@ -63,7 +63,7 @@ class Schedule:
 
 
 def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], names: Mapping[Node, str]) -> Schedule:
-    """Walk the graph of one forward pass and decide each junction's route.
+    """Derive each junction's route from the graph of one forward pass.
 
     Args:
         junctions: all of the pass, from the lowest up.
@@ -71,7 +71,7 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
         names: by node, the module that made it, for error messages.
 
     Raises:
-        LeakError: a loss finds a way around the end of its window, or a head reads more than its boundary.
+        LeakError: a path leads around the end of a window, or a head reads more than its boundary.
         BoundaryError: a boundary's value is changed in place and read around the junction.
     """
     arriving = [set[str]() for _ in junctions]
@@ -99,7 +99,7 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
 
 
 def _check_in_place(junction: Junction, reached: Mapping[Node, None]) -> None:
-    """The trunk continues in place: a reader of the boundary's source around the junction reads changed memory."""
+    """Raise if a node bypasses the junction and reads its source, which the trunk modifies in place."""
     sources = {(edge.node, edge.output_nr) for edge in junction.sources}
     for node in reached:
         if getattr(node, "junction", None) is not junction and not sources.isdisjoint(node.next_functions):
@@ -107,7 +107,7 @@ def _check_in_place(junction: Junction, reached: Mapping[Node, None]) -> None:
 
 
 def inside(loss: str) -> graph.Follow:
-    """Follow the graph down to the ends of a loss's window."""
+    """A `Follow` that stops at the ends of a loss's window."""
 
     def follow(node: Node, output: int) -> bool:
         junction = junction_at(node, output)
@@ -118,23 +118,23 @@ def inside(loss: str) -> graph.Follow:
 
 def _routes(junctions: Sequence[Junction], arriving: Sequence[set[str]]) -> Iterator[Route]:
     """Note [Lanes] in `relaybackprop.engine.junction`, from the lowest junction up."""
-    needed: list[set[Losses]] = []  # by junction, the lanes that have to be delivered to it
+    needed: list[set[Losses]] = []  # by junction, the lanes to deliver to it
     for junction in junctions:
         above = frozenset(arriving[junction.index])
-        kept = frozenset(loss for loss in above if loss not in junction.ending)
-        onward = kept.union(junction.heads)
+        staying = frozenset(loss for loss in above if loss not in junction.ending)
+        onward = staying.union(junction.heads)
         targets: dict[Losses, list[tuple[int, Losses]]] = {}
         for lower in sorted(_next_below(junction)):
             for lane in needed[lower]:
                 if lane & onward:
                     targets.setdefault(lane & onward, []).append((lower, lane))
-        # What arrives as a whole needs no lane: it is the ordinary pass.
-        needed.append({kept, *(losses & above for losses in targets)} - {frozenset(), above})
+        # The sum of all losses that arrive needs no lane: the ordinary pass carries it.
+        needed.append({staying, *(losses & above for losses in targets)} - {frozenset(), above})
         yield Route(above, onward, tuple(Hop(losses, tuple(to)) for losses, to in targets.items()))
 
 
 def _next_below(junction: Junction) -> set[int]:
-    """The junctions that the paths down from here meet first."""
+    """The first junctions on the paths below this one."""
     met: set[int] = set()
 
     def follow(node: Node, output: int) -> bool:
@@ -148,7 +148,7 @@ def _next_below(junction: Junction) -> set[int]:
 
 
 def junction_at(node: Node, output: int) -> Junction | None:
-    """The junction at this node, if the walk enters it from the trunk's side rather than a head's."""
+    """The junction at this node, if the walk enters it from the trunk rather than from a head."""
     junction = getattr(node, "junction", None)
     return junction if isinstance(junction, Junction) and output < len(junction.sources) else None
 
@@ -161,20 +161,15 @@ def leak_error(
     names: Mapping[Node, str],
     unread: Sequence[str] = (),
 ) -> LeakError:
-    """The error for a path from a loss around the ends of its window.
+    """The error for a path from a loss around the ends of its window, to `node` below them.
 
-    Args:
-        loss: its name.
-        ends: the boundaries in words.
-        node: the first one below the ends on this path.
-        came_from: of the walk that found it.
-        names: by node, the module that made it.
-        unread: items of the model's output that alone lead around, if the others do not.
+    `came_from` is the result of the walk that found it. `unread` names the items of the model's output whose paths lead
+    around, if those of other items do not.
     """
     lower = graph.nearest_name_below(node, names)
     upper = graph.nearest_name(came_from[node], names, came_from) or f"the loss {loss!r}"
     remedy = (
-        "Let the window end where the two paths have joined or have not yet parted, such as the input or output of "
+        "Let the window end where the two paths have joined or not yet split, such as the input or output of "
         f"the whole block, or end it on both: after=(..., {lower or '...'!r})."
     )
     if unread:
@@ -190,30 +185,21 @@ def leak_error(
 
 
 def foreign_head_error(loss: str, start: str) -> LeakError:
-    """The error for a head that reads other inner values than its boundary's."""
+    """The error for a head that reads values of the model other than its boundary's."""
     return LeakError(
         f"the head {loss!r} to read the {start} and nothing else of the model",
-        "a head that also reads values from further below, directly or inside of an object of an unknown type",
-        "Let the module at the boundary return all that the head needs, as tensors in tuples, mappings or dataclasses.",
+        "a head that also reads values from layers below, directly or inside an object of an unknown type",
+        "Let the module at the boundary return all inputs of the head, as tensors in tuples, mappings or dataclasses.",
     )
 
 
 def check_eager(edges: Sequence[GradientEdge], follow: graph.Follow, place: str) -> None:
-    """Raise if there is compiled code where gradients pass more than once.
-
-    Args:
-        edges: from which they start.
-        follow: how far they go.
-        place: in words.
-
-    Raises:
-        CompiledOverlapError: there is.
-    """
+    """Raise `CompiledOverlapError` if a walk from `edges` finds compiled code; `place` describes the layers."""
     if any(node.name().startswith("CompiledFunction") for node in graph.walk(edges, follow)):
         raise CompiledOverlapError(
-            f"eager layers {place}, where windows overlap and gradients pass more than once",
-            "compiled code, whose buffers may be gone, or silently stale, when the second gradient comes",
-            "Compile the layers outside of the overlap only, module by module.",
+            f"eager layers {place}, where windows overlap and gradients propagate more than once",
+            "compiled code, which may have freed or silently overwritten its buffers before the second gradient",
+            "Compile only layers outside the overlap, module by module.",
         )
 
 
@@ -224,7 +210,7 @@ def _between_junctions(node: Node, output: int) -> bool:
 def _check_leak(loss: str, path: LossPath, came_from: Mapping[Node, Node | None], names: Mapping[Node, str]) -> None:
     below = graph.walk((edge for end in path.ends for edge in end.sources), graph.everywhere)
 
-    def leaks(nodes: Iterable[Node]) -> Node | None:  # parameters may be shared: each use counts where it happens
+    def leaks(nodes: Iterable[Node]) -> Node | None:  # parameters may be shared, so look for their uses
         return next((node for node in nodes if node in below and graph.uses_leaf(node)), None)
 
     node = leaks(came_from)
@@ -237,7 +223,7 @@ def _check_leak(loss: str, path: LossPath, came_from: Mapping[Node, Node | None]
 
 
 def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> None:
-    """A head that reads other inner values than its boundary's would send gradients past the lanes."""
+    """Raise if a head reads values other than its boundary's: their gradients would bypass the lanes."""
     head = graph.walk(outputs, lambda node, _output: getattr(node, "junction", None) is not start)
     below = graph.walk(start.sources, graph.everywhere)
     if any(node in below and not graph.is_leaf(node) for node in head):

@@ -191,7 +191,7 @@ def _alike(options: CompareOptions, folder: Path, requests: "Mapping[Member, Req
     begun = next((file.parent for file in sorted(folder.glob(f"*/{runs.CONFIG}"))), None)
     cores = available_cores()
     segments_of(first.recipe)  # which builds the network: an unknown one is an error before any process starts
-    train, val = images.open_sources(first.config)
+    train, val = images.open_sources(first.config, first.recipe.images)
     images.check_images(first.recipe, train, val)
     config = first.config
     if begun is not None:

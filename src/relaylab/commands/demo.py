@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relaylab.commands.compare import CompareOptions, compare, print_results
-from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
+from relaylab.errors import FAILED, INTERRUPTED, raise_all
 from relaylab.files import ROOT, new_folder, write_text
 from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems, too_small
+from relaylab.recipes.scales import stored_side
 from relaylab.train.options import Changes, Engine
 
 if TYPE_CHECKING:
-    from relaylab.data.sources.source import Source
     from relaylab.recipes.schema import Recipe
 
 PAGE = "report.html"
@@ -97,14 +97,6 @@ def suited(name: str, options: DemoOptions) -> tuple[str, ...]:
     return (*options.changes, *more)
 
 
-def stored_side(size: int) -> int:
-    """Return the side of the images that crops of `size` pixels are cut from: the paper's 256 for 224.
-
-    It is a multiple of 4, so that the centre crop is in the centre, and 64-pixel crops come from 72 and not 73 pixels.
-    """
-    return max(size, 4 * round(size * 256 / 224 / 4))
-
-
 def _sizes(recipe: "Recipe", name: str) -> dict[str, object]:
     """Return the values that depend on the size of the crops; head and overlap are at the last segment but one."""
     from relaylab.models.small import segment_count
@@ -122,10 +114,10 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
     import numpy as np
 
     from relaylab.data.sources.digits import digits_tar
-    from relaylab.train.images import chosen_numbers, open_sources
+    from relaylab.train.images import check_classes, chosen_numbers, open_sources
 
-    train, val = open_sources(Engine(data=options.data or (digits_tar(),), val_data=options.val_data))
-    _check_classes(train, val)
+    train, val = open_sources(Engine(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images)
+    check_classes(train, val)
     labels = np.asarray(train.labels)
     chosen, _ = chosen_numbers(recipe.images, labels)
     count = len(labels) if chosen is None else len(chosen)
@@ -135,17 +127,3 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
         "optimizer.iterations": (options.epochs or EPOCHS[name]) * epoch,
         "optimizer.evaluate_every": epoch,
     }
-
-
-def _check_classes(train: "Source", val: "Source") -> None:
-    """Raise an InputError unless there are two classes, all of which have training and validation images."""
-    import numpy as np
-
-    if len(train.classes) < 2:
-        raise InputError(f"one class only ({train.classes[0]}) in {train.title}: expected at least 2")
-    in_train, in_val = (np.unique(np.asarray(each.labels)) for each in (train, val))
-    for split, own, other, others in (("train", in_train, "val", in_val), ("val", in_val, "train", in_train)):
-        alone = [train.classes[int(label)] for label in np.setdiff1d(own, others) if label >= 0]
-        if alone:
-            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-            raise InputError(f"classes with {split} images but no {other} images: {', '.join(alone[:3])}{more}")

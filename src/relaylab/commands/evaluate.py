@@ -74,8 +74,9 @@ class EvaluateOptions:
     data: Annotated[Images, MustExist] = ()
     """Images, as for `relaylab train` (default: those of the first run)."""
 
-    split: Literal["val", "test", "train", "all"] = "val"
-    """Split of the images; all where they have no splits."""
+    split: Literal["val", "test", "train", "all"] | None = None
+    """Split of the images; all where they have no splits. (default: what the first run validates on; val where it has
+    images set aside and val as well)."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes a GPU if there is one."""

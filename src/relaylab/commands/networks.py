@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from relaylab.commands.recipes import AtScale
+from relaylab.commands.recipes import AtScale, named_recipe
 from relaylab.errors import InputError
 from relaylab.files import ROOT, new_folder, timestamp, write_text
 from relaylab.options import File, Folder, Model, MustExist, Name, Names, writable
-from relaylab.recipes import RECIPES, find_recipe
-from relaylab.recipes.scales import at_scale
+from relaylab.recipes import RECIPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +22,7 @@ class DrawOptions(AtScale):
     """
 
     name: Name
-    """A recipe's name; `relaylab recipes` lists them."""
+    """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
 
     out: Folder = None
     """Folder for NAME.svg, NAME.png and NAME.md. (default: runs/draw)."""
@@ -37,7 +36,7 @@ class CostOptions(AtScale):
     """
 
     names: Names = ()
-    """Recipes; those that cost the same are shown once. (default: all)."""
+    """Recipes, or recipe files (.toml); those that cost the same are shown once. (default: all)."""
 
     segments: bool = False
     """Show each segment, not only the totals."""
@@ -80,18 +79,16 @@ class ImportCaffeOptions:
 def draw(options: DrawOptions) -> int:
     """Write a recipe's network as SVG, PNG and, in the form of Table 2, as Markdown."""
     with new_folder(options.out, ROOT / "draw", may_hold=True) as folder:
-        import torch
-
-        from relaylab.models.building import build_network, build_plan
+        from relaylab.models.building import build_plan, build_shadow
         from relaylab.report.network import draw_network
         from relaylab.report.stages import layer_table, stages_of
         from relaylab.report.style import write_figure
         from relaylab.tables import markdown_lines
 
-        recipe = at_scale(find_recipe(options.name), options.scale)
-        with torch.device("meta"):
-            model = build_network(recipe.network)
-        stages, losses = stages_of(model, build_plan(recipe.plan, recipe.scheme), recipe.network.image_size)
+        recipe = named_recipe(options.name, options.scale)
+        stages, losses = stages_of(
+            build_shadow(recipe.network), build_plan(recipe.plan, recipe.scheme), recipe.network.image_size
+        )
         figure = draw_network(stages, losses, recipe.row)
         table = "\n".join(markdown_lines(layer_table(stages, losses, recipe.row))) + "\n"
         for suffix in ("svg", "png"):
@@ -107,7 +104,7 @@ def cost(options: CostOptions) -> int:
     from relaylab.report.costs import cost_of, cost_table, distinct
     from relaylab.tables import markdown_lines
 
-    recipes = [at_scale(find_recipe(name), options.scale) for name in options.names or RECIPES]
+    recipes = [named_recipe(name, options.scale) for name in options.names or RECIPES]
     if not options.segments:
         print("\n".join(markdown_lines(cost_table(recipes))))
         print("\nA training step, per image. MB saved: activations that are kept for the backward pass.")

@@ -1,13 +1,14 @@
-"""`relaylab recipes list` and `relaylab recipes show`: the rows of the paper's tables."""
+"""`relaylab recipes list`, `show` and `allow`: the rows of the paper's tables, recipe files, and networks' code."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from relaylab.errors import InputError
 from relaylab.options import Name
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
-from relaylab.recipes.scales import at_scale
-from relaylab.recipes.schema import Dial, Errors, value_text
+from relaylab.recipes.changes import ARCHITECTURE, located
+from relaylab.recipes.files import to_toml
+from relaylab.recipes.schema import Dial, Errors, NetworkConfig, Recipe, value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,21 @@ class ShowOptions(AtScale):
     """Show the values of a recipe, each with its source."""
 
     name: Name
-    """A recipe's name; `relaylab recipes` lists them."""
+    """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
+
+    format: Literal["table", "toml"] = "table"
+    """A table, or a recipe file to change and to train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllowOptions:
+    """Allow the code of a network that a run or a model file from elsewhere names.
+
+    What you name in a command or in a recipe file needs no such permission.
+    """
+
+    name: Name
+    """The network, as the refusal names it: package.module:function or path/to/file.py:function."""
 
 
 def list_recipes(options: ListOptions) -> int:  # noqa: ARG001
@@ -60,8 +75,13 @@ def show(options: ShowOptions) -> int:
     if name in ENSEMBLES:
         if scale != "paper":
             raise InputError(f"{name} has no scale of its own: show its members with --scale {scale}")
+        if options.format == "toml":
+            raise InputError(f"{name} is an ensemble, which has no file: show its members with --format toml")
         return _show_ensemble(name)
-    recipe = at_scale(find_recipe(name), scale)
+    recipe = find_recipe(name, scale)
+    if options.format == "toml":
+        print(to_toml(recipe), end="")
+        return 0
     print(f"{recipe.name}: {recipe.row}" + (f", at {scale} scale" if scale != "paper" else ""))
     if recipe.trained_as is not None:
         print(f"tests the network that {recipe.trained_as} trains")
@@ -73,6 +93,27 @@ def show(options: ShowOptions) -> int:
     for field, value, source in recipe.fields():
         table.add_row(field, value_text(value), source)
     _print(table)
+    return 0
+
+
+def named_recipe(name: str, scale: Dial) -> Recipe:
+    """Return the recipe that the user has named, whose network may then be built."""
+    from relaylab.models.named import allow
+
+    recipe = find_recipe(name, scale)
+    allow(recipe.network)
+    return recipe
+
+
+def allow_network(options: AllowOptions) -> int:
+    """Note that the user has named a network."""
+    from relaylab.models.named import allow
+
+    network = NetworkConfig(architecture=located(ARCHITECTURE, options.name), num_classes=2, image_size=1)
+    if not network.is_code:
+        raise InputError(f"{options.name} is not a function: expected package.module:function or file.py:function")
+    allow(network)
+    print(f"allowed: {network.architecture}")
     return 0
 
 

@@ -91,8 +91,7 @@ def _model_of(each: Run) -> Path:
 
 def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
     """Open the validation images, and choose as many of each class."""
-    of_run = tuple(map(Path, first.about["data"])), tuple(map(Path, first.about["val_data"]))
-    source = open_split(data, of_run, "val", model.classes)
+    source = open_split(data, first.about, None, model.classes)
     labels = np.asarray(source.labels)
     classes = np.unique(labels)
     each = images // len(classes)

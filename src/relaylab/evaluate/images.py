@@ -2,20 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from relaylab.data.sources.listing import NoSplitError
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import Source
+from relaylab.data.sources.subset import Thinned, held_out
 from relaylab.errors import InputError
 from relaylab.evaluate.scores import ScoreFolder, describe_images
 from relaylab.evaluate.trained import Trained
 from relaylab.models.file import ModelFile
 from relaylab.progress import progress
+from relaylab.train.images import CHOICE_SEED, open_training
+from relaylab.train.options import Engine
 
 
 def open_images(
-    data: Sequence[Path], split: str, networks: Sequence[Trained], models: Mapping[str, ModelFile]
+    data: Sequence[Path], split: str | None, networks: Sequence[Trained], models: Mapping[str, ModelFile]
 ) -> Source:
-    """Open one split, or "all", of the given images, or else of the first run's, labelled in the order of its classes.
+    """Open the images to evaluate networks on, labelled in the order of the classes; see `open_split`.
 
     Raises:
         InputError: networks with different classes, or images that cannot be used.
@@ -28,7 +33,7 @@ def open_images(
             raise InputError(f"{what}: they cannot be compared in one table")
     if not data and not networks[0].data[0]:
         raise InputError("--data is required: a model file does not record its images")
-    source = open_split(data, networks[0].data, split, first.classes)
+    source = open_split(data, networks[0].about, split, first.classes)
     if len(source.classes) != len(first.classes):
         raise InputError(
             f"{source.title} has {len(source.classes)} classes, and {networks[0].name} {len(first.classes)}"
@@ -36,21 +41,52 @@ def open_images(
     return source
 
 
-def open_split(
-    data: Sequence[Path], of_run: tuple[Sequence[Path], Sequence[Path]], split: str, classes: Sequence[str]
-) -> Source:
-    """Open one split, or "all", of the given images, or else of a run's, labelled in the order of a network's classes.
+def held_out_images(about: Mapping[str, Any]) -> Source | None:
+    """Open the training images that a run has set aside; None if it has not.
 
-    A run has paths of training and of validation images; the latter are empty if the former include them.
+    Args:
+        about: the description of the run.
 
     Raises:
         InputError: images that cannot be used.
     """
-    own, own_val = of_run
-    part = None if split == "all" else split
-    if not data and own_val and split == "val":
-        data, part = own_val, None
-    return open_source(data or own, split=part, classes=class_order(classes), watch=progress)
+    count = about.get("values", {}).get("images.held_out")
+    if count is None:
+        return None
+    data, val_data = (tuple(map(Path, about[name])) for name in ("data", "val_data"))
+    train = open_training(Engine(data=data, val_data=val_data))
+    return Thinned(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
+
+
+def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Sequence[str]) -> Source:
+    """Open one split, or "all", of the given images, or else of a run's, labelled in the order of a network's classes.
+
+    Args:
+        data: paths; none for those of the run.
+        about: the description of the run.
+        split: None for the one that the run validates on; where the data lack it, for the images set aside.
+        classes: of the network.
+
+    Raises:
+        InputError: images that cannot be used.
+    """
+    own, own_val = (tuple(map(Path, about.get(name, ()))) for name in ("data", "val_data"))
+    part = split or validation_split(about)
+    try:
+        if not data and own_val and part == "val":
+            return open_source(own_val, split=None, classes=class_order(classes), watch=progress)
+        part = None if part == "all" else part
+        return open_source(data or own, split=part, classes=class_order(classes), watch=progress)
+    except NoSplitError:
+        aside = held_out_images(about) if split is None and not data else None
+        if aside is None:
+            raise
+        return aside
+
+
+def validation_split(about: Mapping[str, Any]) -> str:
+    """Return the part of its images that a run validates on, from its description."""
+    return about.get("values", {}).get("images.val_split") or "val"
 
 
 def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Source:
@@ -60,7 +96,7 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
         InputError: the images have moved or changed.
     """
     about = folder.about(name)
-    options = [(data or tuple(map(Path, about.get("data", ()))), "val")]
+    options = [(data or tuple(map(Path, about.get("data", ()))), validation_split(about))]
     options += [(paths, None) for paths in (data, tuple(map(Path, about.get("val_data", ())))) if paths]
     for paths, split in options:
         try:
@@ -69,6 +105,9 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
             continue
         if describe_images(source).fingerprint == folder.images.fingerprint:
             return source
+    aside = None if data else held_out_images(about)
+    if aside is not None and describe_images(aside).fingerprint == folder.images.fingerprint:
+        return aside
     raise InputError(f"the images that {folder.path} holds scores of are not found, or have changed: give --data")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.models import VGG
 
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
@@ -17,7 +18,7 @@ from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, average, cut, mirrored
 from relaylab.evaluate.scores import ScoreFolder
-from relaylab.models.building import build_network
+from relaylab.models.building import build_shadow
 from relaylab.models.dense import dense
 from relaylab.models.export import mean_of
 from relaylab.models.file import InputConfig, ModelFile
@@ -157,25 +158,29 @@ def _batches(
             yield numbers, torch.from_numpy(np.stack(images))
 
 
+@torch.no_grad()
 def check_dense(model: ModelFile) -> None:
     """Check that a network has a dense form, without its weights.
 
     Raises:
         InputError: it has none.
     """
-    with torch.device("meta"):
-        network = build_network(model.network)
-    dense(network, map_size=_map_size(network, model.input.crop))
+    network, size = build_shadow(model.network), model.input.crop
+    slid = dense(network, map_size=_map_size(network, size))
+    if model.network.is_named:
+        try:
+            slid.eval()(torch.empty(1, 3, size + 32, size + 64, device="meta"))
+        except Exception as error:  # of code that the lab does not know
+            raise InputError(f"{model.network.architecture} takes crops of {size} pixels only: {error}") from None
 
 
 def _map_size(model: nn.Module, crop: int) -> int | None:
     """The side of the last feature map; None for networks that are not VGGNets."""
-    features = getattr(model, "features", None)
-    if features is None:
+    if not isinstance(model, VGG):
         return None
-    first = next(features.parameters())
+    first = next(model.parameters())
     with torch.inference_mode():
-        return features(torch.zeros(1, 3, crop, crop, device=first.device)).shape[-1]
+        return model.features(torch.zeros(1, 3, crop, crop, device=first.device)).shape[-1]
 
 
 def device_of(accelerator: str) -> torch.device:

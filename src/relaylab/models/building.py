@@ -1,6 +1,7 @@
 """From a recipe's plain values to networks, plans, heads and losses."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 from torchvision.models.inception import InceptionAux
 
-from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayLoss, Window
+from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayError, RelayLoss, Window, head_for
+from relaybackprop.engine.hooks import find_module
 from relaylab import models
 from relaylab.errors import InputError, nearest
 from relaylab.models.layers import initialise
-from relaylab.recipes.schema import NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+from relaylab.models.named import build_named
+from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
 
 INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
 
@@ -24,7 +27,6 @@ class Entry:
 
     build: Callable[..., nn.Module]
     options: tuple[str, ...]
-    batch_norm: bool = False
 
 
 NETWORKS: Mapping[str, Entry] = {
@@ -36,9 +38,9 @@ NETWORKS: Mapping[str, Entry] = {
     "model_a": Entry(models.model_a, ("width", "pyramid")),
     "model_a_printed": Entry(models.model_a_printed, ("width", "pyramid")),
     "model_b": Entry(models.model_b, ("width", "pyramid")),
-    "resnet50": Entry(models.resnet50, ("width",), batch_norm=True),
+    "resnet50": Entry(models.resnet50, ("width",)),
     "small_vgg": Entry(models.small_vgg, ("width", "convs")),
-    "inception_v3": Entry(models.inception_v3, (), batch_norm=True),
+    "inception_v3": Entry(models.inception_v3, ()),
 }
 
 
@@ -49,9 +51,25 @@ def build_network(config: NetworkConfig) -> nn.Module:
         InputError: an unknown architecture, an option that it lacks, fewer than two classes, or images that are too
             small.
     """
-    kind = NETWORKS.get(config.architecture)
-    if kind is None:
-        raise InputError(f"unknown architecture {config.architecture!r}{nearest(config.architecture, NETWORKS)}")
+    name = config.architecture
+    if not config.is_named and name not in NETWORKS:
+        others = f"{', '.join(f'{place}:NAME' for place in LIBRARIES)}, package.module:function, file.py:function"
+        raise InputError(f"unknown architecture {name!r}{nearest(name, NETWORKS)}; or another network: {others}")
+    _check_sizes(config)
+    own = () if config.is_named else NETWORKS[name].options
+    given = {option: getattr(config, option) for option in ("width", "convs", "pyramid")}
+    options = {option: value for option, value in given.items() if value is not None}
+    for option in options:
+        if option not in own:
+            raise InputError(f"{name} has no {option}; leave network.{option} out")
+    if config.is_named:
+        return build_named(config)
+    if config.options:
+        raise InputError(f"{name} takes no network.options, but {', '.join(own) or 'nothing'}")
+    return NETWORKS[name].build(num_classes=config.num_classes, image_size=config.image_size, **options)
+
+
+def _check_sizes(config: NetworkConfig) -> None:
     for name in ("num_classes", "image_size", "width", "convs"):
         value = getattr(config, name)
         if value is not None and (type(value) is not int or value < 1):
@@ -61,12 +79,40 @@ def build_network(config: NetworkConfig) -> nn.Module:
         raise InputError(f"network.pyramid is {config.pyramid!r}: expected whole numbers of at least 1")
     if config.num_classes < 2:
         raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
-    given = {name: getattr(config, name) for name in ("width", "convs", "pyramid")}
-    options = {name: value for name, value in given.items() if value is not None}
-    for name in options:
-        if name not in kind.options:
-            raise InputError(f"{config.architecture} has no {name}; leave network.{name} out")
-    return kind.build(num_classes=config.num_classes, image_size=config.image_size, **options)
+
+
+def build_shadow(config: NetworkConfig) -> nn.Module:
+    """Build a network on the meta device, where it has shapes only, and check a network of other code by its output.
+
+    Raises:
+        InputError: as `build_network`; images that the network does not take, or an output that is not class scores.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_network(config)
+    except InputError as error:
+        if not config.is_named or error.__cause__ is None:  # its own check, not an exception of the network's code
+            raise
+        with torch.random.fork_rng(devices=[]):  # it computes with values while it is built
+            model = build_network(config).to("meta")
+    if config.is_named:
+        _check_output(config, model)
+    return model
+
+
+def _check_output(config: NetworkConfig, model: nn.Module) -> None:
+    name, size, wanted = config.architecture, config.image_size, (2, config.num_classes)
+    try:
+        with torch.no_grad():
+            output = model(torch.empty(2, 3, size, size, device="meta"))
+    except Exception as error:  # of code that the lab does not know
+        raise InputError(
+            f"{name} does not run on images (2, 3, {size}, {size}): {type(error).__name__}: {error}; change "
+            "network.image_size, or the size that it is built for in network.options"
+        ) from error
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
+        found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise InputError(f"{name} returns {found} for two images: expected class scores of shape {wanted}")
 
 
 def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
@@ -76,10 +122,10 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
         InputError: another scheme, or another one than "standard" without auxiliary losses.
     """
     auxiliary = {
-        name: Window(top=window.top, bottom=window.bottom, after=window.after, weight=window.weight)
+        name: Window(top=window.top, bottom=window.bottom, after=_ends(window.after), weight=window.weight)
         for name, window in config.auxiliary.items()
     }
-    plan = Plan(Window(bottom=config.primary.bottom, after=config.primary.after), auxiliary)
+    plan = Plan(Window(bottom=config.primary.bottom, after=_ends(config.primary.after)), auxiliary)
     makers: dict[str, Callable[[], Plan]] = {
         "standard": plan.standard,
         "multi_loss": plan.multi_loss,
@@ -93,17 +139,31 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
     return makers[scheme]()
 
 
+def _ends(after: str | None) -> str | tuple[str, ...] | None:
+    return tuple(name.strip() for name in after.split(",")) if after and "," in after else after
+
+
 def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, nn.Module]:
     """Build the auxiliary heads with fresh weights, for the maps of `model`, which is not changed.
 
     Raises:
-        InputError: an unknown head, or a map too small for it.
+        InputError: an unknown head or place, a map too small for it, or features that it does not read.
     """
+    batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     shapes = head_inputs(plan, network, model)
     return {
-        name: build_head(window.head, shapes[name], network.num_classes, NETWORKS[network.architecture].batch_norm)
+        name: _fitting_head(window, network, model)
+        if window.head == AUTO
+        else build_head(window.head, shapes[name], network.num_classes, batch_norm)
         for name, window in plan.auxiliary.items()
     }
+
+
+def _fitting_head(window: AuxiliaryConfig, network: NetworkConfig, model: nn.Module) -> nn.Module:
+    """Build the head that `relaybackprop.head_for` chooses."""
+    images = torch.empty(2, 3, network.image_size, network.image_size, device="meta")
+    plan = Plan(auxiliary={AUTO: Window(top=window.top)})
+    return head_for(model, plan, images, network.num_classes, gain=window.gain or "default")[AUTO]
 
 
 def _googlenet(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
@@ -128,6 +188,7 @@ def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn
     return InceptionAux(channels, num_classes)
 
 
+AUTO = "auto"  # the head that fits: `relaybackprop.head_for`
 HEADS: Mapping[str, Callable[[tuple[int, ...], int, bool], nn.Module]] = {
     "googlenet": _googlenet,  # `relaybackprop.AuxiliaryHead`, our default
     "inception": _inception,  # torchvision's of Inception-v3, always with batch normalisation
@@ -148,35 +209,42 @@ def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: 
         InputError: another name, or a map too small for it.
     """
     if head not in HEADS:
-        raise InputError(f"unknown head {head!r}{nearest(head, HEADS)}")
+        raise InputError(f"unknown head {head!r}{nearest(head, [AUTO, *HEADS])}")
+    if len(shape) != 3:
+        raise InputError(f"the head {head!r} reads a map (c, h, w), and its place has {shape}: use the head {AUTO!r}")
     return HEADS[head](shape, num_classes, batch_norm)
 
 
 def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape (c, h, w) of the map that each auxiliary head reads, by loss, without computing anything."""
-    with torch.device("meta"):
-        twin = build_network(network) if any(p.device.type != "meta" for p in model.parameters()) else model
+    twin = build_shadow(network) if any(p.device.type != "meta" for p in model.parameters()) else model
     shapes: dict[str, tuple[int, ...]] = {}
     for name, window in plan.auxiliary.items():
 
         def note(_module: nn.Module, _args: Any, output: torch.Tensor, name: str = name) -> None:
             shapes[name] = tuple(output.shape[1:])
 
-        twin.get_submodule(window.top).register_forward_hook(note)
+        find_module(twin, window.top).register_forward_hook(note)
     with torch.no_grad():
         twin.eval()(torch.empty(1, 3, network.image_size, network.image_size, device="meta"))
     return shapes
 
 
-def build_relay(recipe: Recipe) -> Relay:
+def build_relay(recipe: Recipe, *, shadow: bool = False) -> Relay:
     """Build a recipe's network and heads under its plan, with fresh weights from the default random generator.
+
+    With `shadow` they are on the meta device; see `build_shadow`.
 
     Raises:
         InputError: values that are inconsistent.
     """
-    model = build_network(recipe.network)
-    plan = build_plan(recipe.plan, recipe.scheme)
-    return Relay(model, plan, build_heads(recipe.plan, recipe.network, model) if plan.auxiliary else None)
+    model = build_shadow(recipe.network) if shadow else build_network(recipe.network)
+    try:
+        with torch.device("meta") if shadow else nullcontext():
+            plan = build_plan(recipe.plan, recipe.scheme)
+            return Relay(model, plan, build_heads(recipe.plan, recipe.network, model) if plan.auxiliary else None)
+    except RelayError as error:
+        raise InputError(f"recipe {recipe.name}: {error}") from error
 
 
 def build_criterion(config: OptimizerConfig) -> RelayLoss:

@@ -30,7 +30,7 @@ def dense(model: nn.Module, *, map_size: int | None = None) -> nn.Module:
     """Turn a network into one for images of any size from that of its crops up. See Note [Dense].
 
     Args:
-        model: one of `relaylab.models`; its layers are shared, not copied.
+        model: one of `relaylab.models`, or another with global average pooling; its layers are shared, not copied.
         map_size: side of the last map of its crops, in pixels; needed for VGGNets only.
 
     Returns:
@@ -52,9 +52,17 @@ def dense(model: nn.Module, *, map_size: int | None = None) -> nn.Module:
         if isinstance(pyramid, SpatialPyramid):
             parts[name] = nn.Sequential(*(layer for layer in last.children() if layer is not pyramid))
             return _Sliding(nn.Sequential(parts), SlidingPyramid(pyramid), classifier)
-    if any(isinstance(part, nn.AdaptiveAvgPool2d) and part.output_size in (1, (1, 1)) for part in parts.values()):
+    if any(map(_pools_globally, model.modules())):
         return _Global(model)
-    raise InputError(f"{type(model).__name__} has no dense form: expected a VGGNet, model A or B, ResNet or Inception")
+    raise InputError(
+        f"{type(model).__name__} has no dense form: expected a VGGNet, model A or B, or global average pooling, as in "
+        "ResNet and Inception"
+    )
+
+
+def _pools_globally(module: nn.Module) -> bool:
+    is_timms = getattr(module, "pool_type", None) == "avg" and getattr(module, "flatten", None) is not None
+    return is_timms or (isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)))
 
 
 class SlidingPyramid(nn.Module):

@@ -1,6 +1,5 @@
 """Trained networks for use elsewhere: safetensors, `torch.export`, ONNX. Heads are never in them."""
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from relaylab.files import replacing
-from relaylab.models.file import ModelFile, save_model
+from relaylab.models.file import ModelFile, network_values, save_model
 
 Format = Literal["safetensors", "pt2", "onnx"]
 NAME = "model"
@@ -73,7 +72,7 @@ def about(model: ModelFile) -> dict[str, str]:
     return {
         "classes": json.dumps(model.classes),
         "input": json.dumps({**sizes, "channels": "RGB", "values": "0 to 255"}),
-        "network": json.dumps(dataclasses.asdict(model.network)),
+        "network": json.dumps(network_values(model.network)),
         "about": model.about,
     }
 

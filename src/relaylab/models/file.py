@@ -9,6 +9,7 @@ Note [Model files]
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 from relaylab.files import replacing
-from relaylab.models.building import build_network
+from relaylab.models.building import build_network, build_shadow
 from relaylab.recipes.schema import NetworkConfig
+
+log = logging.getLogger("relaylab.models")
 
 KEY, FORMAT = "relaylab", "relaylab model 1"
 NAMED = 5  # keys that an error names, at most
@@ -110,7 +113,8 @@ class ModelFile:
         Raises:
             InputError: the weights are not this network's.
         """
-        with torch.device("meta"):
+        # On the meta device buffers that the state dict lacks would have no values; the paper's networks have none.
+        with torch.device("cpu" if self.network.is_named else "meta"), torch.random.fork_rng(devices=[]):
             model = build_network(self.network)
         load_state(model, self.state)
         return model.eval()
@@ -148,10 +152,10 @@ def save_model(path: Path, model: ModelFile) -> None:
         OSError: it cannot be written.
     """
     with torch.device("meta"):
-        load_state(build_network(model.network), {key: torch.empty_like(t) for key, t in model.state.items()})
+        load_state(build_shadow(model.network), {key: torch.empty_like(t) for key, t in model.state.items()})
     header = {
         "format": FORMAT,
-        "network": dataclasses.asdict(model.network),
+        "network": network_values(model.network),
         "classes": model.classes,
         "input": dataclasses.asdict(model.input),
         "has_mean_image": model.mean_image is not None,
@@ -160,6 +164,12 @@ def save_model(path: Path, model: ModelFile) -> None:
     if model.mean_image is not None:
         save_tensors({"mean_image": model.mean_image}, mean_path(path), {})
     save_tensors(model.state, path, {KEY: json.dumps(header)})
+
+
+def network_values(network: NetworkConfig) -> dict[str, Any]:
+    """Return a network's values for JSON; weights to start from are not needed where its own are stored."""
+    values = {entry.name: getattr(network, entry.name) for entry in dataclasses.fields(network)}
+    return values | {"options": dict(network.options), "pretrained": None}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
@@ -186,9 +196,12 @@ def read_model(path: Path) -> ModelFile:
         if header["format"] != FORMAT:
             raise InputError(f"{path} is of the format {header['format']!r}; this version reads {FORMAT!r}")
         network = _tuples(header["network"])
+        network = NetworkConfig(**{**network, "options": _tuples(network.get("options", {}))})
+        if network.is_code:
+            log.warning("%s: its network is %s, which is imported", path, network.architecture)
         mean_image = read_tensors(mean_path(path))[0]["mean_image"] if header["has_mean_image"] else None
         return ModelFile(
-            network=NetworkConfig(**network),
+            network=network,
             classes=tuple(header["classes"]),
             input=InputConfig(**_tuples(header["input"])),
             state=tensors,

@@ -1,8 +1,12 @@
 """The rows of the paper's tables, and ours, as typed recipes, by name."""
 
+from pathlib import Path
+
 from relaylab.errors import InputError, nearest
 from relaylab.recipes import digits, imagenet, places2
-from relaylab.recipes.schema import Ensemble, Recipe
+from relaylab.recipes.files import SUFFIX, is_file, read_recipe
+from relaylab.recipes.scales import at_scale
+from relaylab.recipes.schema import Dial, Ensemble, Recipe
 
 __all__ = ["ENSEMBLES", "PAPER", "RECIPES", "find_recipe"]
 
@@ -13,12 +17,20 @@ for _ensemble in ENSEMBLES.values():
 RECIPES: dict[str, Recipe] = {**PAPER, **{recipe.name: recipe for recipe in digits.ROWS}}
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe of a name; the InputError for an unknown one gives the nearest names."""
+def find_recipe(name: str, scale: Dial = "paper") -> Recipe:
+    """Return the recipe of a name or of a file, at a scale.
+
+    Raises:
+        InputError: an unknown name, with the nearest ones; a file that is not a recipe; a scale of a file.
+    """
+    if is_file(name):
+        if scale != "paper":
+            raise InputError(f"--scale {scale}: {name} has sizes of its own; change them in the file, or with --set")
+        return read_recipe(Path(name))
     if name in RECIPES:
-        return RECIPES[name]
+        return at_scale(RECIPES[name], scale)
     if name in ENSEMBLES:
         members = ", ".join(member.name for member in ENSEMBLES[name].members)
         raise InputError(f"{name} is an ensemble; name one of its members: {members}")
-    advice = nearest(name, [*RECIPES, *ENSEMBLES]) or "; 'relaylab recipes' lists them"
+    advice = nearest(name, [*RECIPES, *ENSEMBLES]) or f"; 'relaylab recipes' lists them; a recipe file ends in {SUFFIX}"
     raise InputError(f"unknown recipe {name!r}{advice}")

@@ -2,25 +2,23 @@
 
 import dataclasses
 import math
-import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
 
 from relaylab.errors import nearest
-from relaylab.recipes.schema import GROUPS, CosineConfig, DecayConfig, PlateauConfig, Recipe, StepsConfig, changed
+from relaylab.recipes.decoding import Problem, decode, no_value, parse
+from relaylab.recipes.schema import GROUPS, Recipe, ScheduleConfig, StepsConfig, changed
 
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"
-SCHEDULES = {"plateau": PlateauConfig, "steps": StepsConfig, "decay": DecayConfig, "cosine": CosineConfig}
 LEAST = {  # by field
-    "momentum": 0, "weight_decay": 0, "warmup": 0, "held_out": 1, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
+    "momentum": 0, "weight_decay": 0, "warmup": 0, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
 }  # fmt: skip
-POSITIVE = ("lr", "clip_norm", "weight", "factor")
-
-
-class _Problem(ValueError):
-    """One thing that is wrong with one change."""
+ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may name files
+OPTIONS = "network.options"  # the meaning of their names is the network's
+POSITIVE = ("held_out", "lr", "clip_norm", "weight", "factor")
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -43,39 +41,44 @@ def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str
             problems.append(f"--set {key} is given twice")
         else:
             pairs[key] = value.strip()
-    try:
-        recipe = _with_schedule(recipe, pairs)
-    except _Problem as error:
-        problems.append(str(error))
+    recipe = _with_schedule(recipe, pairs, problems)
     for key, value in pairs.items():
         try:
-            recipe = changed(recipe, SOURCE, {key: _parse(value, _hint(recipe, key), key)})
-        except _Problem as error:
+            recipe = changed(recipe, SOURCE, {key: parse(value, _hint(recipe, key), key)})
+        except Problem as error:
             problems.append(str(error))
     return recipe, problems
 
 
-def _with_schedule(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
+def with_absolute_paths(text: str) -> str:
+    """Return a change KEY=VALUE with the absolute path of the file that its value names, if it does."""
+    key, equals, value = text.partition("=")
+    return f"{key}={located(key.strip(), value.strip())}" if equals else text
+
+
+def located(key: str, value: str, folder: Path | None = None) -> str:
+    """Return the value of a recipe with the absolute path of the file that it names; others as they are.
+
+    Args:
+        key: dotted name of the value.
+        value: as text.
+        folder: that the path is relative to; the current one by default.
+    """
+    path, colon, function = value.rpartition(":") if key == ARCHITECTURE else (value, "", "")
+    names_file = path.endswith(".py") if key == ARCHITECTURE else key == PRETRAINED and value.lower() != "none"
+    return f"{((folder or Path()) / Path(path).expanduser()).resolve()}{colon}{function}" if names_file else value
+
+
+def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -> Recipe:
     """Return the recipe with another kind of schedule, if one is asked for; its values are taken out of the pairs."""
     if KIND not in pairs:
         return recipe
-    prefix = KIND.removesuffix("kind")
-    kind = pairs.pop(KIND)
-    own = {key: pairs.pop(key) for key in list(pairs) if key.startswith(prefix)}
-    if kind not in SCHEDULES:
-        raise _Problem(f"{KIND}={kind}: expected one of {', '.join(SCHEDULES)}")
-    made = SCHEDULES[kind]
-    hints = get_type_hints(made)
-    values: dict[str, Any] = {}
-    for key, text in own.items():
-        name = key.removeprefix(prefix)
-        if name not in hints:
-            raise _Problem(f"a {kind} schedule has no {name}{nearest(name, hints)}")
-        values[name] = _parse(text, hints[name], key)
-    needed = [f.name for f in dataclasses.fields(made) if f.default is dataclasses.MISSING and f.name not in values]
-    if needed:
-        raise _Problem(f"a {kind} schedule also needs {', '.join(prefix + name for name in needed)}")
-    return changed(recipe, SOURCE, {"optimizer.schedule": made(**values)})
+    group = KIND.removesuffix(".kind")
+    own = {key.removeprefix(f"{group}."): pairs.pop(key) for key in list(pairs) if key.startswith(f"{group}.")}
+    found: list[str] = []
+    schedule = decode(ScheduleConfig, own, group, found)
+    problems += found
+    return recipe if found else changed(recipe, SOURCE, {group: schedule})
 
 
 def _hint(recipe: Recipe, key: str) -> Any:
@@ -93,43 +96,10 @@ def _hint(recipe: Recipe, key: str) -> Any:
             is_known = name != "kind" and name in (hints if depth else GROUPS)
             hint, value = hints.get(name), getattr(value, name, None)
         if not is_known:
-            raise _Problem(f"no value {key}{nearest(key, names)}")
+            raise Problem(no_value(key, names))
     if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
-        raise _Problem(f"{key} is a group{nearest(key, names)}")
+        raise Problem(f"{key} is a group{nearest(key, names)}")
     return hint
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """Return a value of a type from text."""
-    if hint is type(None):
-        if text.lower() == "none":
-            return None
-        raise _Problem(f"{key}={text}: expected none")
-    if hint in (int, float, str):
-        try:
-            return hint(text)
-        except ValueError:
-            raise _Problem(f"{key}={text}: expected a {'whole ' if hint is int else ''}number") from None
-    if hint is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise _Problem(f"{key}={text}: expected true or false")
-    arguments = get_args(hint)
-    if get_origin(hint) is Literal:
-        if text in arguments:
-            return text
-        raise _Problem(f"{key}={text}: expected one of {', '.join(arguments)}")
-    if get_origin(hint) is tuple:
-        return tuple(_parse(part.strip(), arguments[0], key) for part in text.split(",") if part.strip())
-    if get_origin(hint) in (Union, types.UnionType):
-        problems: list[_Problem] = []
-        for choice in sorted(arguments, key=lambda choice: choice is not type(None)):
-            try:
-                return _parse(text, choice, key)
-            except _Problem as error:
-                problems.append(error)
-        raise problems[-1]
-    raise _Problem(f"{key} cannot be set from the command line")
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
@@ -138,7 +108,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     for name, value, _ in recipe.fields():
         group, _, field = name.rpartition(".")
         least = LEAST.get("segment_lr" if group == "optimizer.segment_lr" else field)
-        if value is None or (least is None and field not in POSITIVE):
+        if value is None or (least is None and field not in POSITIVE) or group == OPTIONS:
             continue
         if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
             wanted = "above 0" if least is None else f"at least {least}"
@@ -147,6 +117,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems.append(f"optimizer.momentum is {optimizer.momentum}: expected less than 1")
     if not 0 <= optimizer.label_smoothing < 1:
         problems.append(f"optimizer.label_smoothing is {optimizer.label_smoothing}: expected 0 to 1, without 1")
+    if (held_out := recipe.images.held_out) is not None and held_out >= 1 and held_out != int(held_out):
+        problems.append(f"images.held_out is {held_out}: expected a number of images, or a share below 1")
     side, size = recipe.images.short_side, recipe.network.image_size
     if side < size:
         problems.append(f"images.short_side is {side}: expected at least network.image_size, {size}")

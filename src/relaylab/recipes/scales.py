@@ -56,3 +56,11 @@ def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
     too_large = [name for name, window in recipe.plan.auxiliary.items() if window.head == "inception"]
     heads = {f"plan.auxiliary.{name}.head": "googlenet" for name in too_large}
     return changed(smaller, f"ours: the {dial} scale; Inception's own needs a map of 17 pixels", heads)
+
+
+def stored_side(size: int) -> int:
+    """Return the side of the images that crops of `size` pixels are cut from: the paper's 256 for 224.
+
+    It is a multiple of 4, so that the centre crop is in the centre, and 64-pixel crops come from 72 and not 73 pixels.
+    """
+    return max(size, 4 * round(size * 256 / 224 / 4))

@@ -28,6 +28,7 @@ SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for
 GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation")  # of a recipe's values
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
+LIBRARIES = ("timm", "torchvision")  # whose networks have names
 LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
 
 
@@ -36,7 +37,8 @@ class NetworkConfig:
     """A network without its auxiliary heads; see `relaylab.models`."""
 
     architecture: str
-    """A name in `relaylab.models.building.NETWORKS`."""
+    """A name in `relaylab.models.building.NETWORKS`, or a network of other code: timm:NAME, torchvision:NAME,
+    package.module:function or path/to/file.py:function; see `relaylab.models.named`."""
     num_classes: int
     image_size: int
     """Side of the square crops that the network sees, in pixels."""
@@ -47,6 +49,21 @@ class NetworkConfig:
     """Convolutions in each segment of the small VGG."""
     pyramid: tuple[int, ...] | None = None
     """Bins along a side of each grid of the spatial pyramid; models A and B have one."""
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Further arguments of a network of other code, beside num_classes: numbers, text, true, false, lists of these."""
+    pretrained: str | None = None
+    """File of weights to start from, safetensors or a state dict of PyTorch's; what does not fit, such as the last
+    layer for other classes, keeps its fresh weights."""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a network of other code."""
+        return ":" in self.architecture
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it is a function, for which code is imported that the lab does not know."""
+        return self.is_named and self.architecture.partition(":")[0] not in LIBRARIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +72,7 @@ class PrimaryConfig:
 
     bottom: str | None = None
     after: str | None = None
+    """A module's name; several, separated by commas, where values enter the window from the side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +84,9 @@ class AuxiliaryConfig:
     after: str | None = None
     weight: float = 0.3
     head: str = "googlenet"
+    """A name in `relaylab.models.building.HEADS`, or "auto" for the one that fits what it reads."""
+    gain: Literal["default", "he", "quiet"] | None = None
+    """Initialisation of the last layer of an "auto" head; see `relaybackprop.AuxiliaryHead`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +105,11 @@ class ImagesConfig:
     short_side: int
     """Length of the shorter side after resizing, in pixels; the aspect ratio is kept."""
     sampling: Sampling
-    held_out: int | None = None
-    """Training images of each class that are set aside and take the place of the validation images: for choosing a
-    learning rate, say, by images that no reported error is measured on."""
+    held_out: int | float | None = None
+    """Training images of each class, or below 1 their share, that are set aside and take the place of the validation
+    images: where there are none, or for choosing a learning rate by images that no reported error is measured on."""
+    val_split: Literal["val", "test"] | None = None
+    """Part of the data that training validates on; "val" if none is given."""
     long_tail: float | None = None
     """Largest to smallest class, if the training images are thinned so that class sizes fall exponentially."""
 
@@ -195,7 +218,7 @@ class Recipe:
     row: str
     """Its place in the paper, and its name there."""
     network: NetworkConfig
-    plan: PlanConfig
+    plan: PlanConfig = PlanConfig()
     scheme: Scheme
     images: ImagesConfig
     augmentation: AugmentationConfig

@@ -1,12 +1,14 @@
 """The cost of training steps as a table: parameters, FLOPs and activation memory, per network and scheme."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from relaybackprop import cost
+from relaybackprop import RelayError, cost
 from relaybackprop.planning.cost import Cost
-from relaylab.models.building import build_heads, build_network, build_plan
+from relaylab.errors import InputError
+from relaylab.models.building import build_relay
 from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.tables import Table
 
@@ -28,21 +30,29 @@ def cost_table(recipes: Sequence[Recipe]) -> Table:
         branches = len(recipe.plan.auxiliary)
         name = f"{network.architecture}, {network.image_size} px, {network.num_classes} classes"
         name += f", {branches} branches" if branches > 1 else ""
-        flops = [totals[scheme].flops / GIGA / BATCH for scheme in SCHEMES]
-        saved = [totals[scheme].saved / MEGA / BATCH for scheme in ("standard", "relay")]
-        cells = [name, f"{parameters / MEGA:.1f} M", f"{heads / MEGA:.1f} M", *(f"{value:.3g}" for value in flops)]
-        cells += [f"{found.lower_bound / GIGA / BATCH:.3g}", f"{found.ratios['relay']:.3f}"]
-        rows.append((*cells, *(f"{value:.3g}" for value in saved)))
+        flops = [f"{totals[scheme].flops / GIGA / BATCH:.3g}" if scheme in totals else "" for scheme in SCHEMES]
+        cells = [name, f"{parameters / MEGA:.1f} M", f"{heads / MEGA:.1f} M", *flops]
+        cells += [f"{found.lower_bound / GIGA / BATCH:.3g}", f"{found.ratios['relay']:.3f}" if branches else ""]
+        saved = ("standard", *(["relay"] if branches else []))
+        cells += [f"{totals[scheme].saved / MEGA / BATCH:.3g}" for scheme in saved]
+        rows.append((*cells, *[""] * (2 - len(saved))))
     return Table("Cost of a training step, per image", header, tuple(rows))
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """Return the cost of a training step of a recipe's plan for a batch of `BATCH` images. Nothing is computed."""
-    with torch.device("meta"):
-        model = build_network(recipe.network)
-        heads = build_heads(recipe.plan, recipe.network, model)
-        images = torch.empty(BATCH, 3, recipe.network.image_size, recipe.network.image_size)
-    return cost(model, build_plan(recipe.plan), images, heads)
+    """Return the cost of a training step of a recipe's plan for a batch of `BATCH` images. Nothing is computed.
+
+    Raises:
+        InputError: a network, heads or windows that do not go together.
+    """
+    size = recipe.network.image_size
+    relay = build_relay(replace(recipe, scheme="relay" if recipe.plan.auxiliary else "standard"), shadow=True)
+    try:
+        return cost(
+            relay.model, relay.plan, torch.empty(BATCH, 3, size, size, device="meta"), dict(relay.heads.items())
+        )
+    except RelayError as error:
+        raise InputError(f"recipe {recipe.name}: {error}") from error
 
 
 def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -13,7 +13,7 @@ from relaylab.report.balance import balance_picture, draws_per_epoch
 from relaylab.report.comparison import Run
 from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import plain
-from relaylab.train.images import open_sources
+from relaylab.train.images import open_training
 from relaylab.train.options import TrainConfig
 
 CLASSES, EACH = 10, 4  # that are shown, and images of each
@@ -29,7 +29,7 @@ def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
     """Return a strip of training images for each class with its name, or the reason why there are none."""
     data, val_data = (tuple(map(Path, run.about[name])) for name in ("data", "val_data"))
     try:
-        source, _ = open_sources(TrainConfig(data=data, val_data=val_data))
+        source = open_training(TrainConfig(data=data, val_data=val_data))
         labels, strips = np.asarray(source.labels), list[tuple[str, str]]()
         for label, name in enumerate(run.classes[:CLASSES]):
             tiles = [_tile(decode(source.read(int(n)))) for n in np.flatnonzero(labels == label)[:EACH]]

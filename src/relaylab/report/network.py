@@ -74,7 +74,7 @@ def _floor(number: int) -> float:
 
 
 def _words(stage: Stage) -> str:
-    return ", ".join(stage.layers)
+    return ", ".join(stage.layers) or stage.name
 
 
 def _stage(

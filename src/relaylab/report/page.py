@@ -3,8 +3,9 @@
 import shlex
 from pathlib import Path
 
+from relaylab.errors import InputError
 from relaylab.evaluate.scores import ScoreFolder
-from relaylab.recipes.schema import SCHEME_NAMES
+from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.report.comparison import Comparison
 from relaylab.report.curves import angle_picture, curve_picture
 from relaylab.report.html import render_template, svg_uri
@@ -54,7 +55,7 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
         curve=curve[1],
         curves=more,
         papers=papers and _html(papers),
-        windows=[(name, svg_uri(window_figure(recipe, name))) for name, recipe in windows.items()],
+        windows=[(name, picture) for name, recipe in windows.items() for picture in _drawn(recipe, name)],
         gradients=[(name, svg_uri(gradient_figure(probes, name))) for name in probes],
         angles=angles and svg_uri(angles),
         samples=sample_strips(first) if images or is_embedded(first) else None,
@@ -64,6 +65,16 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
         commands=_commands(comparison),
         fields=_html(recipe_table(comparison)),
     )
+
+
+def _drawn(recipe: Recipe, title: str) -> list[str]:
+    """Return the picture of the windows as a data URI; nothing for a network of other code that cannot be drawn."""
+    try:
+        return [svg_uri(window_figure(recipe, title))]
+    except InputError:
+        if not recipe.network.is_named:
+            raise
+        return []
 
 
 def _error_curve(comparison: Comparison, top: str, classes: int) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from relaybackprop import Plan
+from relaybackprop import Plan, RelayError
 from relaybackprop.plan import Boundary
 from relaybackprop.planning.chain import Link, chain, traced
 from relaylab.errors import InputError
@@ -55,10 +55,14 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
         image_size: in pixels.
 
     Raises:
-        InputError: a window ends within a module that is not a chain.
+        InputError: a network that is not a chain of modules, or a window that ends within such a module.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
-    links = chain(model, images)
+    try:
+        links = chain(model, images)
+        depths = traced(model, plan, images).depths
+    except RelayError as error:
+        raise InputError(f"the network cannot be drawn: {error}") from error
     spans = {loss: _span(links, plan, loss) for loss in plan.windows}
     cuts = {edge for low, top in spans.values() for edge in (low, top + 1)}
     runs = _runs(links, cuts, image_size)
@@ -70,7 +74,6 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
         losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
         stages.append(Stage(_name(run, links), _words(model, run, before), size, losses))
         size, first, before = _side(run[-1]), first + len(run), run[-1].depth
-    depths = traced(model, plan, images).depths
     return stages, [Loss(n, plan.weights[n], of_link[low], of_link[top], depths[n]) for n, (low, top) in spans.items()]
 
 

@@ -4,9 +4,12 @@ import functools
 import os
 import platform
 import subprocess
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from relaylab.recipes.schema import LIBRARIES, NetworkConfig
 
 PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "numpy", "safetensors")
 
@@ -21,6 +24,16 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
     }
+
+
+def network_versions(network: NetworkConfig) -> dict[str, str]:
+    """Return the version of the library that a network is from, or a digest of the file."""
+    place = network.architecture.rpartition(":")[0]
+    if place in LIBRARIES:
+        return {place: metadata.version(place)}
+    if network.is_code and Path(place).is_file():
+        return {Path(place).name: sha256(Path(place).read_bytes()).hexdigest()[:12]}
+    return {}
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from relaylab.data.memory import decode_all, free_memory
 from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.sources.index import IndexedImages
+from relaylab.data.sources.listing import NoSplitError
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Source
 from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
@@ -101,7 +102,7 @@ def open_images(
     view = view_of(recipe)
     workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
     with first:
-        train, val = open_sources(config)
+        train, val = open_sources(config, recipe.images)
         check_images(recipe, train, val)
         chosen, held = chosen_numbers(recipe.images, train.labels)
         val = val if held is None else Thinned(train, held)
@@ -160,15 +161,61 @@ class Stream:
         self._loader.load_state_dict(state)
 
 
-def open_sources(config: Engine) -> tuple[IndexedImages, IndexedImages]:
+ADVICE = (
+    "to validate on the part test: images.val_split=test (recipes new --val-split test); to set a fifth of the "
+    "training images aside: images.held_out=0.2 (recipes new --hold-out 0.2)"
+)
+
+
+def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
     """Open the training and validation images, with the same labels for the same classes.
+
+    Args:
+        config: paths.
+        images: of the recipe, which says what to validate on. Where it holds training images out, those are the
+            second ones, too: `chosen_numbers` chooses among them.
 
     Raises:
         InputError: a path or its contents that cannot be used.
     """
-    train = open_source(config.data, split=None if config.val_data else "train", watch=progress)
-    paths, split = (config.val_data, None) if config.val_data else (config.data, "val")
-    return train, open_source(paths, split=split, classes=train.folders, watch=progress)
+    if images is not None and images.held_out is not None:
+        train = open_training(config)
+        return train, train
+    if config.val_data:
+        train = open_source(config.data, split=None, watch=progress)
+        return train, open_source(config.val_data, split=None, classes=train.folders, watch=progress)
+    try:
+        train = open_source(config.data, split="train", watch=progress)
+        split = (images and images.val_split) or "val"
+        return train, open_source(config.data, split=split, classes=train.folders, watch=progress)
+    except NoSplitError as error:
+        raise InputError(f"{error}; {ADVICE}") from None
+
+
+def open_training(config: Engine) -> IndexedImages:
+    """Open the training images: the part train, or all where the data have no parts.
+
+    Raises:
+        InputError: a path or its contents that cannot be used.
+    """
+    try:
+        return open_source(config.data, split=None if config.val_data else "train", watch=progress)
+    except NoSplitError as error:
+        if error.has_others:
+            raise
+        return open_source(config.data, split=None, watch=progress)
+
+
+def check_classes(train: Source, val: Source) -> None:
+    """Raise an InputError unless there are two classes, all of which have training and validation images."""
+    if len(train.classes) < 2:
+        raise InputError(f"one class only ({train.classes[0]}) in {train.title}: expected at least 2")
+    in_train, in_val = (np.unique(np.asarray(each.labels)) for each in (train, val))
+    for split, own, other, others in (("train", in_train, "val", in_val), ("val", in_val, "train", in_train)):
+        alone = [train.classes[int(label)] for label in np.setdiff1d(own, others) if label >= 0]
+        if alone:
+            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            raise InputError(f"classes with {split} images but no {other} images: {', '.join(alone[:3])}{more}")
 
 
 def check_images(recipe: Recipe, train: Source, val: Source) -> None:

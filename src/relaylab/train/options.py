@@ -1,11 +1,13 @@
 """The options of a training run. No torch in here; see `relaylab.options`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from relaylab.options import Folder, Images, Number, Switch, too_small
+from relaylab.recipes.files import is_file
 from relaylab.recipes.schema import Dial
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
@@ -20,7 +22,7 @@ class Subject:
     """What is trained, and on which images."""
 
     recipe: Name = None
-    """A recipe's name; `relaylab recipes` lists them."""
+    """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
 
     data: Images = ()
     """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
@@ -124,5 +126,6 @@ def engine_problems(config: Engine) -> list[str]:
 
 
 def name_of(options: Subject) -> str:
-    """Return the name of a recipe with its scale."""
-    return f"{options.recipe}" if options.scale == "paper" else f"{options.recipe}-{options.scale}"
+    """Return the name of a recipe, or of its file, with its scale."""
+    name = Path(options.recipe).stem if options.recipe and is_file(options.recipe) else f"{options.recipe}"
+    return name if options.scale == "paper" else f"{name}-{options.scale}"

@@ -27,10 +27,11 @@ from relaylab.errors import InputError, raise_all
 from relaylab.files import ROOT, timestamp, write_text
 from relaylab.options import path_problems
 from relaylab.recipes import find_recipe
-from relaylab.recipes.changes import recipe_problems, with_changes
-from relaylab.recipes.scales import at_scale
+from relaylab.recipes.changes import recipe_problems, with_absolute_paths, with_changes
+from relaylab.recipes.decoding import decode_recipe, nested
+from relaylab.recipes.files import is_file
 from relaylab.recipes.schema import SCHEMES, Recipe
-from relaylab.train.environment import environment
+from relaylab.train.environment import environment, network_versions
 from relaylab.train.failures import FILE
 from relaylab.train.options import TrainConfig, engine_problems, name_of
 from relaylab.train.torchrun import restart_count
@@ -69,6 +70,7 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     Raises:
         InputError: all problems with the options, at once.
     """
+    config = _with_absolute_paths(config)
     if given is None:
         fields = dataclasses.fields(TrainConfig)
         given = {entry.name for entry in fields if getattr(config, entry.name) != entry.default}
@@ -89,20 +91,54 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
     return Request(config, recipe)
 
 
-def _recipe_of(config: TrainConfig) -> tuple[Recipe | None, list[str]]:
-    """The recipe at its scale with its changes, and all problems with it and with the options."""
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The options with the absolute paths of the recipe's files, so that the run can resume in any folder."""
+    changes = tuple(map(with_absolute_paths, config.changes))
+    recipe = str(Path(config.recipe).absolute()) if config.recipe and is_file(config.recipe) else config.recipe
+    return dataclasses.replace(config, recipe=recipe, changes=changes)
+
+
+def _recipe_of(config: TrainConfig, folder: Path | None = None) -> tuple[Recipe | None, list[str]]:
+    """The recipe at its scale with its changes, and all problems with it and with the options.
+
+    A run, in `folder`, keeps the recipe of a file as it was.
+    """
     problems = engine_problems(config)
     if config.recipe is None:
         return None, ["a recipe is required: 'relaylab recipes' lists them; or --resume PATH", *problems]
+    if folder is not None and is_file(config.recipe):
+        recipe = _kept_recipe(folder)
+        return recipe, problems + batch_problems(recipe, config, config.devices)
     try:
-        recipe = at_scale(find_recipe(config.recipe), config.scale)
+        recipe = find_recipe(config.recipe, config.scale)
     except InputError as error:
         return None, [str(error), *problems]
     if recipe.trained_as is not None:
         problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
     recipe, wrong = with_changes(recipe, config.changes)
+    problems += path_problems([Path(recipe.network.pretrained)] if recipe.network.pretrained and folder is None else [])
+    if folder is None:
+        _allow(recipe)
     problems += wrong or recipe_problems(recipe)
     return recipe, problems + batch_problems(recipe, config, config.devices)
+
+
+def _kept_recipe(folder: Path) -> Recipe:
+    problems: list[str] = []
+    with reading(folder) as config:
+        about = config["recipe"]
+        values = nested(about["values"]) | {"name": about["name"], "row": about["row"]}
+        recipe = decode_recipe(values, about["sources"], problems)
+    raise_all([f"{folder / CONFIG}: {problem}" for problem in problems])
+    return recipe
+
+
+def _allow(recipe: Recipe) -> None:
+    """Note that the user has named a network's code."""
+    if recipe.network.is_code:
+        from relaylab.models.named import allow  # imports torch
+
+        allow(recipe.network)
 
 
 def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[str]:
@@ -136,7 +172,7 @@ def _resumed(config: TrainConfig, path: Path, given: Collection[str]) -> Request
     if not (folder / CONFIG).is_file():
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
     merged = _merged(config, folder, given)
-    recipe, problems = _recipe_of(merged)
+    recipe, problems = _recipe_of(merged, folder)
     merged = _with_digits(merged, recipe)
     moved = path_problems((*merged.data, *merged.val_data))
     problems += [f"{problem}; if the images have moved, say where to with --data" for problem in moved]
@@ -172,7 +208,7 @@ def recipe_of(folder: Path) -> Recipe:
     Raises:
         InputError: the run cannot be read, or the recipe has changed since.
     """
-    recipe = _checked(*_recipe_of(_stored_options(folder)))
+    recipe = _checked(*_recipe_of(_stored_options(folder), folder))
     _check_recipe(recipe, folder)
     return recipe
 
@@ -320,17 +356,23 @@ def describe(folder: Path, config: TrainConfig, recipe: Recipe, about: Mapping[s
     write_text(folder / CONFIG, json.dumps({"options": options, "recipe": about_recipe, **about}, indent=2) + "\n")
 
 
-def note_start(folder: Path, about: Mapping[str, Any]) -> None:
+def note_start(folder: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
     """Add this start to a run's environment, and warn of versions that have changed since the last start."""
     starts = starts_of(folder)
     here = environment()
     versions: dict[str, str] = here["versions"]
+    versions |= (of_network := network_versions(recipe.network))
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     before: dict[str, str] = starts[-1]["versions"] if starts else versions
     for name, version in versions.items():
         if (old := before.get(name)) not in (version, None):
-            log.warning("%s %s now, %s before: the numbers may differ in their last digits", name, version, old)
+            effect = (
+                "the network may be another one"
+                if name in of_network
+                else "the numbers may differ in their last digits"
+            )
+            log.warning("%s %s now, %s before: %s", name, version, old, effect)
     starts.append({"started_at": now, "command": command, **about, **here})
     write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
 

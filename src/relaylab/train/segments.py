@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from relaybackprop import reach
+from relaybackprop import RelayError, reach
+from relaylab.errors import InputError
 from relaylab.models.building import build_relay
 from relaylab.recipes.schema import OptimizerConfig, Recipe
 
@@ -38,11 +39,17 @@ class Segments:
 
 
 def segments_of(recipe: Recipe) -> Segments:
-    """Derive a recipe's segments from the graph of a forward pass on the meta device."""
+    """Derive a recipe's segments from the graph of a forward pass on the meta device.
+
+    Raises:
+        InputError: a network, heads or windows that do not go together.
+    """
     size = recipe.network.image_size
-    with torch.device("meta"):
-        relay, images = build_relay(recipe), torch.empty(2, 3, size, size)
-    found = reach(relay, images)
+    relay = build_relay(recipe, shadow=True)
+    try:
+        found = reach(relay, torch.empty(2, 3, size, size, device="meta"))
+    except RelayError as error:
+        raise InputError(f"recipe {recipe.name}: {error}") from error
     order = [*relay.plan.auxiliary, "primary"]
     of: dict[str, str] = {}
     losses: dict[str, tuple[str, ...]] = {}

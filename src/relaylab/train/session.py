@@ -18,6 +18,7 @@ from relaybackprop import Relay
 from relaylab.errors import InputError, LabError, NonFiniteLossError, raise_all
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.models.file import InputConfig, ModelFile, save_model
+from relaylab.models.pretrained import load_pretrained
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import checkpoint, failures, runs
@@ -97,7 +98,7 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) 
         stack.enter_context(runs.locked(folder))
         stack.enter_context(logging_to(folder, level))
         (folder / failures.FILE).unlink(missing_ok=True)
-        runs.note_start(folder, {"launch": launch_id(), **_where(fabric, request.config)})
+        runs.note_start(folder, request.recipe, {"launch": launch_id(), **_where(fabric, request.config)})
         found = folder, _newest(folder, request)
     else:
         stack.enter_context(logging_to(None))
@@ -202,6 +203,9 @@ def assemble(
     config, recipe = request.config, request.recipe
     torch.manual_seed(config.seed)  # all processes and all schemes begin with the same network
     relay = build_relay(recipe)
+    if recipe.network.pretrained and request.checkpoint is None:
+        for line in load_pretrained(relay.model, Path(recipe.network.pretrained)):
+            log.info("%s", line)
     if config.batch_norm == "synchronised" and fabric.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(relay)
     if config.memory_format == "channels-last" and config.strategy != "fsdp":  # which cannot divide such parameters

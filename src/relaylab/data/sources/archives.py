@@ -23,7 +23,17 @@ from typing import IO, Any, NamedTuple
 
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.class_names import named_classes, names_beside
-from relaylab.data.sources.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
+from relaylab.data.sources.listing import (
+    SPLITS,
+    Listing,
+    NoSplitError,
+    Place,
+    Rows,
+    SplitNeededError,
+    Watch,
+    is_image,
+    printable,
+)
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
@@ -184,7 +194,7 @@ def _check(rows: Rows, title: str, split: str | None, keys: dict[str, set[str]],
         raise SplitNeededError(title, splits)
     if not rows.found and split is not None:
         found = f"only {', '.join(splits)}" if splits else "nor any other split"
-        raise InputError(f"{title} has no images in {split}/CLASS/IMAGE, {found}")
+        raise NoSplitError(f"{title} has no images in {split}/CLASS/IMAGE, {found}", has_others=bool(splits))
     if not rows.found:
         what = "images but no class folders" if outside else "no images"
         raise InputError(f"{title} has {what}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")

@@ -53,6 +53,14 @@ class SplitNeededError(InputError):
         super().__init__(f"{title} has the split{'s' * (len(splits) > 1)} {', '.join(splits)}: say which")
 
 
+class NoSplitError(InputError):
+    """The data do not have the split that was asked for; `has_others` says whether they have other ones."""
+
+    def __init__(self, message: str, *, has_others: bool) -> None:
+        self.has_others = has_others
+        super().__init__(message)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Listing:
     """All images of a source.

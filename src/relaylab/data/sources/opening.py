@@ -13,7 +13,17 @@ from relaylab.data.sources.archives import list_tars
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
 from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
-from relaylab.data.sources.listing import SPLITS, Listing, Watch, few, label_type, printable, relabelled, unwatched
+from relaylab.data.sources.listing import (
+    SPLITS,
+    Listing,
+    NoSplitError,
+    Watch,
+    few,
+    label_type,
+    printable,
+    relabelled,
+    unwatched,
+)
 from relaylab.data.sources.lists import list_file
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import list_trees
@@ -136,7 +146,8 @@ def _list_request(request: _Request, lists: list[Path], root: Path | None, categ
     if len(lists) > 1 or request.tars or request.truth or len(request.folders) + (root is not None) > 1:
         raise InputError(f"{lists[0].name} is a list of images: expected it and the one folder that it is about")
     if request.split is not None:
-        raise InputError(f"{lists[0].name} is a list of images, which has no splits: leave the split out")
+        message = f"{lists[0].name} is a list of images, which has no parts train and val"
+        raise NoSplitError(message, has_others=False)
     beside = sorted(lists[0].parent.glob("categories*.txt"))
     if categories is None and len(beside) > 1:
         raise InputError(f"{few([path.name for path in beside])} beside {lists[0].name}: say which are its categories")

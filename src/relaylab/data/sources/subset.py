@@ -79,21 +79,24 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
     return np.sort(np.concatenate(kept))
 
 
-def held_out(labels: ArrayLike, *, count: int, seed: int) -> tuple[Numbers, Numbers]:
-    """Set `count` images of each class aside, chosen by the seed; return the rising indices of the others and of these.
+def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Numbers, Numbers]:
+    """Set images of each class aside, chosen by the seed; return the rising indices of the others and of these.
+
+    `count` is their number, or below 1 their share, which is rounded, and at least one image.
 
     Raises:
-        InputError: a count below 1, a negative seed, images without labels, or a class that would be left empty.
+        InputError: a count of 0 or less, a negative seed, images without labels, or a class that would be left empty.
     """
-    if count < 1 or seed < 0:
+    if count <= 0 or seed < 0:
         raise InputError(f"{count} images of each class to set aside, seed {seed}: expected at least 1, a seed from 0")
     stay, aside = list[Numbers](), list[Numbers]()
     for label, members in enumerate(_members(np.asarray(labels))):
-        if 0 < len(members) <= count:
-            raise InputError(f"class {label} has {len(members)} images: {count} set aside would leave none")
+        number = int(count) if count >= 1 else max(1, round(count * len(members)))
+        if 0 < len(members) <= number:
+            raise InputError(f"class {label} has {len(members)} images: {number} set aside would leave none")
         order = np.random.Generator(np.random.PCG64([seed, label])).permutation(members)
-        aside.append(order[:count])
-        stay.append(order[count:])
+        aside.append(order[:number])
+        stay.append(order[number:])
     return np.sort(np.concatenate(stay)), np.sort(np.concatenate(aside))
 
 

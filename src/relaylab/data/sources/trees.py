@@ -5,7 +5,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relaylab.data.sources.class_names import names_beside
-from relaylab.data.sources.listing import SPLITS, Listing, Place, Rows, SplitNeededError, Watch, is_image, printable
+from relaylab.data.sources.listing import (
+    SPLITS,
+    Listing,
+    NoSplitError,
+    Place,
+    Rows,
+    SplitNeededError,
+    Watch,
+    is_image,
+    printable,
+)
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
@@ -64,7 +74,8 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
         if split == "test" and images and not tops:
             return root, [], set()
         found = f"only {', '.join(splits)}" if splits else "nor any other split"
-        raise InputError(f"{root} has no {split} folder, {found}: expected {split}/CLASS/IMAGE")
+        message = f"{root} has no {split} folder, {found}: expected {split}/CLASS/IMAGE"
+        raise NoSplitError(message, has_others=bool(splits))
     classes, images = _scan(str(root / split), str(root), rows, count=False)
     if images and not classes and split != "test":
         raise InputError(f"{root / split} has images but no class folders: expected {split}/CLASS/IMAGE")

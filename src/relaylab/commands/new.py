@@ -1,0 +1,120 @@
+"""`relaylab recipes new`: a recipe file for a network and images."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from relaylab.errors import InputError, raise_all
+from relaylab.files import write_text
+from relaylab.options import File, Images, MustExist, Number, too_small, writable
+from relaylab.recipes.changes import ARCHITECTURE, located
+from relaylab.recipes.decoding import plain_value
+
+SAMPLE = 500  # images to decode
+Network = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewOptions:
+    """Write a recipe file for a network and images.
+
+    Classes, sizes and the length of the training follow from the images, windows and heads from the network. Each value
+    has its reason as a comment: read the file, and change what you know better.
+    """
+
+    network: Network
+    """timm:NAME, torchvision:NAME, package.module:function or path/to/file.py:function."""
+
+    data: Annotated[Images, MustExist]
+    """Images, as for `relaylab train`."""
+
+    val_data: Annotated[Images, MustExist] = ()
+    """Validation images, where --data has training images only."""
+
+    val_split: Literal["val", "test"] | None = None
+    """Part of the data to validate on (default: val)."""
+
+    hold_out: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    """Validate on training images that are set aside: a share of each class, such as 0.2, or a number."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+
+    size: Number = None
+    """Side of the crops that the network sees, in pixels (default: from the images, at most 224)."""
+
+    batch_size: Number = None
+    """Images of an update (default: from their number, at most 128)."""
+
+    options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="")] = ()
+    """Further arguments of the network, such as drop_rate=0.1."""
+
+    heads: int = 1
+    """Auxiliary losses."""
+
+    out: File = None
+    """File to write. (default: the network's name with .toml)."""
+
+
+def main(options: NewOptions) -> int:
+    """Look at the images and at the network, and write the file."""
+    problems = too_small(options, epochs=1, size=8, batch_size=2, heads=1)
+    problems += ["--hold-out must be above 0"] if options.hold_out is not None and options.hold_out <= 0 else []
+    if options.hold_out is not None and (options.val_split or options.val_data):
+        problems.append("--hold-out sets training images aside to validate on: leave out --val-split and --val-data")
+    pairs = [text.partition("=") for text in options.options]
+    problems += [f"--options {text}: expected KEY=VALUE" for text in options.options if "=" not in text]
+    if not options.data:
+        problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    raise_all(problems)
+    name = options.network.rpartition(":")[2] if ":" in options.network else options.network
+    out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
+    if out.exists():
+        raise InputError(f"{out} exists; give another name with --out, or remove it")
+    from relaylab.data.survey import Survey, survey
+    from relaylab.models.named import allow
+    from relaylab.progress import progress
+    from relaylab.recipes.files import to_toml
+    from relaylab.recipes.schema import ImagesConfig, NetworkConfig
+    from relaylab.train.images import check_classes, chosen_numbers, open_sources
+    from relaylab.train.options import Engine
+    from relaylab.train.proposal import Wishes, propose
+
+    held = int(options.hold_out) if options.hold_out is not None and options.hold_out >= 1 else options.hold_out
+    images = ImagesConfig(data_set="any", short_side=1, sampling="shuffled", held_out=held, val_split=options.val_split)
+    network = located(ARCHITECTURE, options.network)
+    allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
+    train, val = open_sources(Engine(data=options.data, val_data=options.val_data), images)
+    check_classes(train, val)
+    chosen, _ = chosen_numbers(images, train.labels)
+    findings = Survey()
+    with progress("decoding", min(SAMPLE, len(train))) as task:
+        survey(train, findings, limit=SAMPLE, task=task)
+    if not findings.widths:
+        raise InputError(f"{train.title}: none of {findings.examined} images can be read; see relaylab data check")
+    wishes = Wishes(
+        name=out.stem,
+        epochs=options.epochs,
+        size=options.size,
+        batch_size=options.batch_size,
+        heads=options.heads,
+        network=_relative(network, out),
+        options={key: plain_value(value) for key, _, value in pairs},
+    )
+    found = propose(network, train, images, len(train) if chosen is None else len(chosen), findings, wishes)
+    write_text(out, to_toml(found.recipe, found.notes))
+    data = " ".join(map(str, options.data))
+    more = f" --val-data {' '.join(map(str, options.val_data))}" if options.val_data else ""
+    verb = "compare" if found.recipe.plan.auxiliary else "train"
+    print("\n".join(found.notes[""]).rstrip())
+    print(f"\nRecipe: {out.resolve()}\nNext:   relaylab {verb} {out} --data {data}{more}")
+    return 0
+
+
+def _relative(network: str, out: Path) -> str:
+    """Return a network's name as the recipe in `out` has it: files are relative to the recipe's folder."""
+    path, colon, function = network.rpartition(":")
+    return f"{os.path.relpath(path, out.absolute().parent)}{colon}{function}" if Path(path).is_absolute() else network

@@ -1,0 +1,138 @@
+"""Recipes as TOML files: each value with its source as the comment behind it."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from relaylab.errors import InputError
+from relaylab.recipes.changes import ARCHITECTURE, PRETRAINED, located
+from relaylab.recipes.decoding import decode_recipe, flat
+from relaylab.recipes.schema import GROUPS, Errors, Recipe
+
+SUFFIX = ".toml"
+BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key that needs no quotes
+COLUMN = 44  # of the comments, at most
+
+
+def is_file(name: str | None) -> bool:
+    """Return whether what a user calls a recipe is a file."""
+    return name is not None and name.endswith(SUFFIX)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Paths in it are relative to its folder.
+
+    Raises:
+        InputError: no such file, no TOML, or values that are not a recipe's: all of them, by their names.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"no such recipe file: {path}") from None
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise InputError(f"{path}: {error}") from None
+    name, problems = path.stem, list[str]()
+    comments = dict(_comments(text))
+    sources = {key: _source(key, comments) or path.name for key, _ in flat(values) if key.partition(".")[0] in GROUPS}
+    recipe = decode_recipe({"name": name, "row": name, **values}, sources, problems)
+    if problems:
+        raise InputError("\n  ".join([f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:", *problems]))
+    return _with_paths(recipe, path.parent)
+
+
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with absolute paths of the files that it names."""
+    architecture = located(ARCHITECTURE, recipe.network.architecture, folder)
+    pretrained = recipe.network.pretrained and located(PRETRAINED, recipe.network.pretrained, folder)
+    return replace(recipe, network=replace(recipe.network, architecture=architecture, pretrained=pretrained))
+
+
+def _comments(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the comments behind values and headers, by dotted name."""
+    table = ""
+    for line in text.splitlines():
+        for place in [match.start() for match in re.finditer("#", line)] or [len(line)]:
+            try:
+                path = _path(tomllib.loads(line[:place]))
+            except tomllib.TOMLDecodeError:
+                continue  # the mark is within a text
+            if not path:
+                break
+            if line.lstrip().startswith("["):
+                table, path = f"{path}.", ""
+            yield (table + path).removesuffix("."), line[place:].lstrip("#").strip()
+            break
+
+
+def _path(values: Mapping[str, Any]) -> str:
+    """Return the dotted name of the one value, or of the table, on a line."""
+    names: list[str] = []
+    while isinstance(values, Mapping) and values:
+        name, values = next(iter(values.items()))
+        names.append(name)
+    return ".".join(names)
+
+
+def _source(key: str, comments: Mapping[str, str]) -> str:
+    """Return the comment behind a value, else that behind the header of its table."""
+    while not comments.get(key) and "." in key:
+        key = key.rpartition(".")[0]
+    return comments.get(key, "")
+
+
+def to_toml(recipe: Recipe, notes: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return a recipe as the text of a file, which `read_recipe` turns into the same recipe.
+
+    Args:
+        recipe: any.
+        notes: by table, such as "plan", sentences that go above it as comments; "" for the beginning of the file.
+    """
+    notes = notes or {}
+    head = {"name": recipe.name, "row": recipe.row, "trained_as": recipe.trained_as}
+    lines = [f"# {line}".rstrip() for line in notes.get("", ())]
+    lines += [f"{key} = {_value(value)}" for key, value in head.items() if value is not None]
+    for table, fields in sorted(_tables(recipe).items(), key=lambda pair: bool(pair[0])):
+        lines += ["", *(f"# {line}".rstrip() for line in notes.get(table, ()) if table)]
+        lines += [f"[{_name(table)}]"] if table else []
+        pairs = [(f"{_name(name)} = {_value(value)}", source) for name, value, source in fields]
+        width = min(COLUMN, max(len(text) for text, _ in pairs))
+        lines += [f"{text:<{width}}  # {' '.join(source.split())}" for text, source in pairs]
+    if recipe.reported is not None:
+        lines += ["", "[reported]", *_errors(recipe.reported)]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(recipe: Recipe) -> dict[str, list[tuple[str, Any, str]]]:
+    """Return name, value and source of all fields by table; "" has those outside of tables."""
+    tables: dict[str, list[tuple[str, Any, str]]] = {}
+    for key, value, source in recipe.fields():
+        table, _, name = key.rpartition(".")
+        tables.setdefault(table, []).append((name, value, source))
+    return tables
+
+
+def _errors(reported: Errors) -> list[str]:
+    values = {"top1": reported.top1, "top5": reported.top5, "split": reported.split}
+    return [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
+
+
+def _name(key: str) -> str:
+    parts = key.split(".")
+    return ".".join(part if BARE.fullmatch(part) else json.dumps(part, ensure_ascii=False) for part in parts)
+
+
+def _value(value: Any) -> str:
+    match value:
+        case None:
+            return '"none"'
+        case bool() | int() | float():
+            return str(value).lower()
+        case tuple() | list():
+            return f"[{', '.join(map(_value, value))}]"
+        case _:
+            return json.dumps(str(value), ensure_ascii=False)

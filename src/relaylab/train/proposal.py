@@ -1,0 +1,238 @@
+"""A recipe for a network and images: sizes, schedule, windows and heads, each with its reason."""
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from relaybackprop import RelayError, cost, head_for, suggest_plan
+from relaybackprop.plan import Plan, Window
+from relaybackprop.planning.cost import EARLY_RELEASE
+from relaylab.data.sources.source import Source
+from relaylab.data.survey import Survey
+from relaylab.errors import InputError
+from relaylab.models.building import build_shadow
+from relaylab.recipes.decoding import decode_recipe, nested
+from relaylab.recipes.scales import stored_side
+from relaylab.recipes.schema import SCHEME_NAMES, ImagesConfig, NetworkConfig, Recipe
+
+LARGEST, STEP = 224, 32  # pixels of crops: the paper's, and multiples of what five halvings leave whole
+LARGEST_BATCH, LEAST_BATCH, STEPS = 128, 8, 20  # an epoch has about so many steps or more
+IMBALANCE = 1.5  # largest to smallest class, beyond which classes are drawn equally
+VALIDATIONS = 50  # at most, in a run
+SIZE_OPTIONS = ("img_size", "image_size")  # arguments of networks that are built for images of one size
+WIDTH = 98  # columns of notes
+
+Value = tuple[Any, str]  # a value of the recipe and its source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """Choices of the user; None leaves a choice to the images.
+
+    Attributes:
+        name: of the recipe.
+        network: the architecture as the recipe's file names it.
+        epochs: passes over the training images.
+        size: side of the crops, in pixels.
+        batch_size: images of an update.
+        heads: auxiliary losses.
+        options: further arguments of the network.
+    """
+
+    name: str
+    network: str
+    epochs: int = 30
+    size: int | None = None
+    batch_size: int | None = None
+    heads: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A recipe, and the sentences that go above its tables."""
+
+    recipe: Recipe
+    notes: Mapping[str, Sequence[str]]
+
+
+def propose(
+    network: str, train: Source, images: ImagesConfig, chosen: int, findings: Survey, wishes: Wishes
+) -> Proposal:
+    """Propose a recipe.
+
+    Args:
+        network: an architecture.
+        train: all training images.
+        images: which of them are held out, and what is validated on; the rest of it is chosen here.
+        chosen: number of images to train on.
+        findings: on some of the images.
+        wishes: of the user.
+
+    Raises:
+        InputError: a network that cannot be built, or that does not take the images.
+    """
+    values = _sizes(findings, wishes) | _images(train, images)
+    size, batch = values["network.image_size"][0], wishes.batch_size or _batch_size(chosen)
+    config = NetworkConfig(
+        architecture=network, num_classes=len(train.classes), image_size=size, options=wishes.options
+    )
+    config, model = _fitting(config)
+    for name, value in config.options.items():
+        source = "the command line" if name in wishes.options else "the size of the crops"
+        values[f"network.options.{name}"] = value, source
+    values |= _optimizer(model, chosen, batch, wishes.epochs)
+    example = torch.empty(batch, 3, size, size, device="meta")
+    plan, notes = _windows(model, example, config, wishes.heads)
+    values |= plan
+    values |= {
+        "network.architecture": (wishes.network, "the command line"),
+        "network.num_classes": (len(train.classes), "the images"),
+    }
+    head = {"name": wishes.name, "row": f"{wishes.network} on {train.title}"}
+    problems: list[str] = []
+    plain, sources = ({name: pair[i] for name, pair in values.items()} for i in (0, 1))
+    recipe = decode_recipe(nested(plain) | head, sources, problems)
+    assert not problems, problems
+    notes[""] = [*_wrapped(_about(wishes.network, train, chosen, findings)), "", *notes[""], ""]
+    return Proposal(recipe, notes)
+
+
+def _sizes(findings: Survey, wishes: Wishes) -> dict[str, Value]:
+    sides = np.minimum(findings.widths, findings.heights)
+    median = int(np.median(sides))
+    size = wishes.size or min(LARGEST, max(STEP, median // STEP * STEP))
+    given = (
+        f"half of the images have shorter sides of at least {median} pixels; a multiple of {STEP}, at most {LARGEST}"
+    )
+    stored = stored_side(size)
+    return {
+        "network.image_size": (size, "the command line" if wishes.size else given),
+        "images.short_side": (stored, "in proportion to the paper's, 256 for crops of 224"),
+        "evaluation.protocol": ("single crop", "the paper, section 5.1"),
+        "evaluation.scales": ([stored], "the size of the training images"),
+    }
+
+
+def _images(train: Source, images: ImagesConfig) -> dict[str, Value]:
+    counts = np.bincount(np.asarray(train.labels), minlength=len(train.classes))
+    ratio = counts.max() / max(1, counts.min())
+    sampling = "class-aware" if ratio >= IMBALANCE else "shuffled"
+    values: dict[str, Value] = {
+        "images.data_set": ("any", "the command line, --data"),
+        "images.sampling": (sampling, f"the largest class has {ratio:.3g} times as many images as the smallest"),
+        "augmentation.flip": (True, "usual for photographs; false where a mirror image is of another class"),
+        "augmentation.colour_shift": (0.0, "none; the paper's is 0.1"),
+        "augmentation.mean": ("channel", "usual; the paper's is the mean image"),
+        "augmentation.divide": (True, "usual: networks of any size then learn at the same rate"),
+    }
+    for name in ("held_out", "val_split"):
+        if (value := getattr(images, name)) is not None:
+            values[f"images.{name}"] = (value, "the command line")
+    return values
+
+
+def _batch_size(count: int) -> int:
+    return min(LARGEST_BATCH, max(LEAST_BATCH, 2 ** int(math.log2(max(1, count / STEPS)))))
+
+
+def _optimizer(model: nn.Module, count: int, batch: int, epochs: int) -> dict[str, Value]:
+    epoch = max(1, count // batch)
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # pyright: ignore[reportPrivateUsage]
+    rate: Value = (0.01, "the paper, section 5.1; without batch normalisation")
+    clip: Value = (1.0, "without batch normalisation, gradients may be large at first")
+    if normed:
+        rate = (0.1 * batch / 256, "0.1 for batches of 256, in proportion (Goyal et al., 2017); batch normalisation")
+        clip = (None, "none, as the network has batch normalisation")
+    return {
+        "optimizer.lr": rate,
+        "optimizer.momentum": (0.9, "the paper, section 5.1"),
+        "optimizer.weight_decay": (0.0005, "usual for small data sets; the paper's is 0.0002"),
+        "optimizer.batch_size": (batch, f"a power of two that leaves {epoch:,} steps to an epoch"),
+        "optimizer.iterations": (epochs * epoch, f"{epochs} epochs of {epoch:,} steps"),
+        "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
+        "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
+        "optimizer.warmup": (epoch if epochs > 1 else 0, "one epoch"),
+        "optimizer.label_smoothing": (0.0, "none"),
+        "optimizer.clip_norm": clip,
+    }
+
+
+def _fitting(config: NetworkConfig) -> tuple[NetworkConfig, nn.Module]:
+    """Return a network that takes the crops, on the meta device; one for images of one size is built for that size."""
+    try:
+        return config, build_shadow(config)
+    except InputError as error:
+        for option in SIZE_OPTIONS if config.is_named else ():
+            sized = replace(config, options={**config.options, option: config.image_size})
+            try:
+                return sized, build_shadow(sized)
+            except InputError:
+                continue
+        raise error from None
+
+
+def _windows(
+    model: nn.Module, example: torch.Tensor, config: NetworkConfig, heads: int
+) -> tuple[dict[str, Value], dict[str, list[str]]]:
+    """Return the values of the plan and the scheme, and notes: reasons, and what each scheme costs."""
+    try:
+        suggested = suggest_plan(model, example, num_auxiliary=heads)
+        chosen = head_for(model, suggested.plan, example, config.num_classes)
+        costs = _costs(model, suggested.plan, example, chosen)
+    except RelayError as error:
+        said = f"No windows: relaybackprop finds none for this network: {error} Only standard backpropagation is left; "
+        said += "docs/method.md says how to write windows by hand."
+        return {"scheme": ("standard", "no windows were found")}, {"": _wrapped(said)}
+    values: dict[str, Value] = {"scheme": ("relay", "the paper's method; relaylab compare trains the others, too")}
+    for name, window in {"primary": suggested.plan.primary, **suggested.plan.auxiliary}.items():
+        group = "plan.primary" if name == "primary" else f"plan.auxiliary.{name}"
+        values |= {f"{group}.{end}": pair for end, pair in _ends(window)}
+        if window.top is not None:
+            values[f"{group}.top"] = (window.top, "relaybackprop.suggest_plan, for the reasons above")
+            values[f"{group}.weight"] = (0.3, "the paper, section 5.1")
+            values[f"{group}.head"] = ("auto", chosen.reasons[name].rstrip("."))
+    reasons = [f"{number}. {reason}" for number, reason in enumerate(suggested.reasons, 1)]
+    reasons = ["The windows are those of relaybackprop.suggest_plan:", *reasons]
+    above = "plan.primary" if suggested.plan.primary.ends else f"plan.auxiliary.{next(iter(suggested.plan.auxiliary))}"
+    return values, {"": costs, above: [line for reason in reasons for line in _wrapped(reason)]}
+
+
+def _ends(window: Window) -> Iterator[tuple[str, Value]]:
+    source = "relaybackprop.suggest_plan, for the reasons above"
+    if window.bottom is not None:
+        yield "bottom", (window.bottom, source)
+    if window.after is not None:
+        yield "after", (window.after if isinstance(window.after, str) else ",".join(window.after), source)
+
+
+def _costs(model: nn.Module, plan: Plan, example: torch.Tensor, heads: Mapping[str, nn.Module]) -> list[str]:
+    found, batch = cost(model, plan, example, heads), len(example)
+    names = {**SCHEME_NAMES, EARLY_RELEASE: "Relay BP, --early-release"}
+    lines = [f"Predicted cost of a training step, {batch} images in 32 bits (relaylab cost, by segment: --segments):"]
+    for scheme, spent in found.totals.items():
+        flops, ratio = spent.flops / 1e9 / batch, found.ratios[scheme]
+        peak = f"{found.peaks[scheme] / 1e6:7,.0f} MB at its peak"
+        lines.append(f"  {names[scheme]:<26} {flops:7.3g} GFLOPs per image, {ratio:5.2f} x, {peak}")
+    return lines
+
+
+def _about(network: str, train: Source, chosen: int, findings: Survey) -> str:
+    counts = np.bincount(np.asarray(train.labels), minlength=len(train.classes))
+    sides = np.minimum(findings.widths, findings.heights)
+    bad = len(findings.unreadable) + len(findings.damaged)
+    faults = f" {bad} of {findings.examined:,} decoded images are damaged: relaylab data check." if bad else ""
+    return (
+        f"{network} on {train.title}: {chosen:,} images to train on, in {len(train.classes)} classes of "
+        f"{counts.min():,} to {counts.max():,}; shorter sides from {sides.min()} to {sides.max()} pixels.{faults}"
+    )
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="   " if text[:1].isdecimal() else "")
