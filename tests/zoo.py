@@ -84,10 +84,10 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "edgenext_xx_small": (64, {**SHALLOW, "dims": (8, 16, 24, 32)}),
     "pvt_v2_b0": (64, {"depths": (1, 1, 3, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4)}),
     "twins_svt_small": (64, {"depths": (1, 1, 4, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4)}),
-    "mobilevit_xxs": (64, {}), "repvit_m0_9": (64, {}), "resnest14d": (32, {}),
+    "resnest14d": (32, {}),
     "hrnet_w18_small": (64, {}), "dla46_c": (32, {}),
-    "mobilenetv4_conv_small": (32, {}),
-    "regnetx_002": (32, {}), "levit_128s": (224, {}),
+
+    "regnetx_002": (32, {}),
 }  # fmt: skip
 
 
@@ -187,14 +187,11 @@ def transformers_models() -> dict[str, Entry]:
 
 
 def monai_models() -> dict[str, Entry]:
-    volume, picture = image(16, 1, 3), image(32, 1)
+    volume = image(16, 1, 3)
     sides = {"spatial_dims": 3, "in_channels": 1, "out_channels": CLASSES}
     return {
-        "monai densenet": Entry(lambda: nets.DenseNet(**sides, init_features=8, growth_rate=4), image(32, 1, 3)),
         "monai resnet10": Entry(lambda: nets.resnet10(n_input_channels=1, num_classes=CLASSES, widen_factor=0.125),
             volume),
-        "monai efficientnet": Entry(lambda: nets.EfficientNetBN("efficientnet-b0", pretrained=False, spatial_dims=2,
-            in_channels=1, num_classes=CLASSES), picture),
         "monai unet": Entry(lambda: nets.UNet(**sides, channels=(4, 8, 16), strides=(2, 2), num_res_units=1), volume),
         "monai basic unet": Entry(lambda: nets.BasicUNet(**sides, features=(4, 4, 8, 8, 16, 4)), image(32, 1, 3)),
         "monai segresnet": Entry(lambda: nets.SegResNet(**sides, init_filters=8), volume),
