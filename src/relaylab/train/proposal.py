@@ -155,10 +155,10 @@ def _optimizer(model: nn.Module, count: int, batch: int, epochs: int) -> dict[st
         "optimizer.momentum": (0.9, "the paper, section 5.1"),
         "optimizer.weight_decay": (0.0005, "usual for small data sets; the paper's is 0.0002"),
         "optimizer.batch_size": (batch, f"a power of two that leaves {epoch:,} steps to an epoch"),
-        "optimizer.iterations": (epochs * epoch, f"{epochs} epochs of {epoch:,} steps"),
+        "optimizer.iterations": (epochs * epoch, f"{epochs} epoch{'s' * (epochs > 1)} of {epoch:,} steps"),
         "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
         "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
-        "optimizer.warmup": (epoch if epochs > 1 else 0, "one epoch"),
+        "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
         "optimizer.label_smoothing": (0.0, "none"),
         "optimizer.clip_norm": clip,
     }
