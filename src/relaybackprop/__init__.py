@@ -45,5 +45,6 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _MOVED:
-        raise AttributeError(f"{name} is in relaybackprop.{_MOVED[name]} since 0.2")
+        # `from relaybackprop import name` shows an ImportError, and replaces an AttributeError by one of its own.
+        raise ImportError(f"{name} is in relaybackprop.{_MOVED[name]} since 0.2")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
