@@ -16,7 +16,11 @@ pytestmark = pytest.mark.slow
 
 # Skips, several scales at once, one block that runs many times, relative positions that every block reads: no plan has
 # only windows of at most 88 % of the layers, or none with one end. Windows with several ends can be written by hand.
-NO_ROOM, NEARLY_ALL, NO_CHAIN = "which has room for 0", r"at most 88% of the weight layers", "at least two module outputs"
+NO_ROOM, NEARLY_ALL, NO_CHAIN = (
+    "which has room for 0",
+    r"at most 88% of the weight layers",
+    "at least two module outputs",
+)
 REFUSED = {
     "lraspp_mobilenet": NO_ROOM, "hrnet_w18_small": NO_ROOM, "hf deberta-v2": NO_ROOM,
     "hf segformer": NEARLY_ALL, "hf albert": NEARLY_ALL, "monai basic unet": NEARLY_ALL,
