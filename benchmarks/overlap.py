@@ -46,7 +46,7 @@ LOADS = (0.25, 0.5, 1.0, 2.0)  # time of all messages over time of a step withou
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much to run.
+    """The size of a benchmark run.
 
     Args:
         subjects: by name, what makes the network and its batch.
@@ -98,7 +98,7 @@ class Link:
         self._free_at = 0.0
 
     def seconds(self, size: int) -> float:
-        """How long a message takes."""
+        """Duration of a message."""
         return self.latency + size / self.bandwidth if self.bandwidth else 0.0
 
     def all_reduce(

@@ -338,7 +338,7 @@ def check(settings: Settings) -> Figures:
 
 
 def jobs() -> dict[str, Job]:
-    """What is projected."""
+    """Projected jobs."""
     with torch.device("meta"):
         model, head = model_a(401), AuxiliaryHead(512, 401)
     plan = Plan(Window(bottom="segment4"), {"aux": Window(top="segment4")})

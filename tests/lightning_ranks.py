@@ -1,4 +1,4 @@
-"""What each of two processes runs for test_lightning.py, started by torchrun: Lightning's DDP, twice."""
+"""The program of each process in test_lightning.py, started by torchrun: Lightning's DDP, twice."""
 
 import sys
 import warnings

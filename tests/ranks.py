@@ -371,7 +371,7 @@ OPTIMIZERS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
 def scenarios(world: int) -> dict[str, Callable[[int], Gradients]]:
-    """What to run in a world of so many processes, by rank."""
+    """The checks for a number of processes, by rank."""
     names = FOUR if world > 2 else SCENARIOS
     found = {f"{key} {name}": partial(SCENARIOS[key], name) for key in names for name in NETS}
     found |= {f"uneven {step}": partial(uneven, step) for step in range(len(UNEVEN))}

@@ -577,7 +577,7 @@ class Towers(nn.Module):
 @pytest.mark.parametrize(
     "plan",
     [
-        # The right tower's end cuts nothing of the left one, whose own end the primary loss goes on through.
+        # The end in the right tower does not cut the left one: the primary loss propagates below the left end.
         Plan(Window(bottom="right"), {"low": Window(top="left"), "high": Window(top="top", after="left")}),
         Plan(Window(after="right"), {"low": Window(top="left"), "high": Window(top="top", after="left")}),
         # The lower loss has freed the left tower when the primary loss comes to it.

@@ -231,16 +231,16 @@ class Relay(nn.Module):
             return weighted if scale is None else scale(weighted)
 
         key = self._key()
-        is_new = self._released.get((key, ())) is None
+        is_new = key not in self._released
         with self._averaging(sync), node_names(self.model, is_new) as names:
             release = EarlyRelease(Calls(self.plan, self._missed), compute, names if is_new else None)
             with boundaries(self.model, self.plan, release):
                 primary = self._read(self.model(*args, **kwargs))
             release.finish(primary)
-            found = self._released.get((key, ()), (tuple(release.calls.order), release.depths))
+            found = self._released.get(key, (tuple(release.calls.order), release.depths))
             # With a skipped module, the search saw a different graph: do not cache its result.
             if is_new and all(boundary == place for boundary, place in release.calls.places.items()):
-                self._released.add((key, ()), found)
+                self._released.add(key, found)
             self.order, self.depths = found
             auxiliary = {name: outputs[name] for name in self.plan.auxiliary if name in outputs}
             output = RelayOutput(outputs[PRIMARY], auxiliary, self.plan.weights)

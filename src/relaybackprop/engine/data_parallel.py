@@ -101,22 +101,6 @@ def check_sharded(module: nn.Module, boundaries: Iterable[str]) -> None:
             )
 
 
-def average_gradients(module: nn.Module, group: "ProcessGroup | None" = None) -> None:
-    """Replace each gradient by its mean over all processes; one that no process has stays None.
-
-    Call it once per update, in all processes. `Relay.forward_backward` does it itself.
-
-    Args:
-        module: with the same parameters in all processes. Those that FSDP has sharded are left to it.
-        group: of the processes; None for all.
-
-    Raises:
-        EarlyReleaseError: a sparse gradient.
-    """
-    with averaging(module, {}, group):
-        pass
-
-
 @contextmanager
 def averaging(module: nn.Module, forecast: Forecast, group: "ProcessGroup | None" = None) -> Generator[None]:
     """Average the gradients of backward passes in this context as soon as they are final: Note [Averaging].

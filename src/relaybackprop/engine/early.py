@@ -118,10 +118,6 @@ class EarlyRelease:
         self._passed: Losses = frozenset()  # losses propagated to the end of their windows
         self._done = 0  # number of the lowest segment that is not final
 
-    def is_active(self) -> bool:
-        """Whether a call belongs to this forward pass, not to a head or to recomputation in a backward pass."""
-        return self.calls.is_active()
-
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
         """Compute the losses attached here, free every final segment, and cut the graph where a window ends."""
         self.calls.enter(boundary, place, value)

@@ -37,10 +37,6 @@ class ForwardPass:
         self._lanes = Lanes()
         self._at: dict[Boundary, Junction] = {}
 
-    def is_active(self) -> bool:
-        """Whether a call belongs to this forward pass."""
-        return self.calls.is_active()
-
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
         """Insert a junction: return the value for the layers above, and store those for the heads."""
         self.calls.enter(boundary, place, value)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
+from relaybackprop.engine.calls import Calls
 from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import CompiledOverlapError, ModuleNameError, TransformError
 from relaybackprop.plan import Boundary, Plan
@@ -28,9 +29,7 @@ from relaybackprop.plan import Boundary, Plan
 class Crosser(Protocol):
     """The interface of an engine to the hooks."""
 
-    def is_active(self) -> bool:
-        """Whether a call belongs to the forward pass, rather than to another thread or to a backward pass."""
-        ...
+    calls: Calls
 
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
         """Process the value at a boundary, and return the value that the layers above read.
@@ -54,7 +53,7 @@ def boundaries(model: nn.Module, plan: Plan, engine: Crosser) -> Generator[None]
 
 def _cross(engine: Crosser, boundary: Boundary, value: Any) -> Any:
     refuse_transforms(f"the {boundary}")
-    return engine.cross(boundary, boundary, value) if engine.is_active() else value
+    return engine.cross(boundary, boundary, value) if engine.calls.is_active() else value
 
 
 def _lists(model: nn.Module, plan: Plan) -> dict[str, list[Boundary]]:
@@ -74,7 +73,7 @@ def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: lis
     upwards = sorted(wanted, key=lambda boundary: (number_of[boundary], boundary.side))  # "input" before "output"
 
     def pass_by(number: int | None, place: Boundary, value: Any) -> Any:
-        if not engine.is_active():
+        if not engine.calls.is_active():
             return value
         in_order = bool(ran) and ran == sorted(ran)
         for boundary in upwards:

@@ -4,7 +4,7 @@ The step runs on a copy with the engine that also trains, on the meta device if 
 `relaybackprop.planning.copies`), so the counts are those of a real step.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from relaybackprop.engine.hooks import attach
 from relaybackprop.engine.pytree import map_tensors, replace_tensors, tensors_in
 from relaybackprop.errors import EarlyReleaseError, LeakError
 from relaybackprop.loss import RelayLoss, RelayOutput
@@ -268,7 +269,7 @@ def _step(
     with ExitStack() as stack:
         for row, boundary in enumerate(order, 1):
             crossing = partial(_cross, ledger, row, cut if boundary in ends else None)
-            _watch(stack, relay.model.get_submodule(boundary.module), boundary.side, crossing)
+            attach(stack, relay.model.get_submodule(boundary.module), boundary.side, crossing)
         with ledger, saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             run()
     return ledger
@@ -279,23 +280,9 @@ def _cross(ledger: Ledger, row: int, cut: list[Tensor] | None, value: Any) -> An
     ledger.enter(row)
     tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
     if cut is None or not tensors:
-        return None
+        return value
     cut += tensors
     return replace_tensors(value, tensors, [tensor.detach().clone() for tensor in tensors])
-
-
-def _watch(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[Any], Any]) -> None:
-    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return crossing((args, kwargs))
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return crossing(output)
-
-    if side == "input":
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after)
-    stack.callback(handle.remove)
 
 
 def _unit(largest: int) -> tuple[int, str]:

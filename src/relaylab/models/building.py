@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -150,7 +150,8 @@ def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
         InputError: an unknown head or place, a map too small for it, or features that it does not read.
     """
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    shapes = head_inputs(plan, network, model)
+    shaped = {name: window for name, window in plan.auxiliary.items() if window.head != AUTO}
+    shapes = head_inputs(replace(plan, auxiliary=shaped), network, model) if shaped else {}
     return {
         name: _fitting_head(window, network, model)
         if window.head == AUTO

@@ -1,4 +1,4 @@
-"""From text, TOML and JSON to a recipe's typed values. Problems are collected, so that all can be told at once."""
+"""Typed decoding of recipes from text, TOML and JSON. All problems are collected and reported together."""
 
 import dataclasses
 import types
