@@ -196,7 +196,7 @@ def _windows(
         values |= {f"{group}.{end}": pair for end, pair in _ends(window)}
         if window.top is not None:
             values[f"{group}.top"] = (window.top, "relaybackprop.suggest_plan, for the reasons above")
-            values[f"{group}.weight"] = (0.3, "the paper, section 5.1")
+            values[f"{group}.weight"] = (window.weight, "the paper, section 5.1")
             values[f"{group}.head"] = ("auto", chosen.reasons[name].rstrip("."))
     reasons = [f"{number}. {reason}" for number, reason in enumerate(suggested.reasons, 1)]
     reasons = ["The windows are those of relaybackprop.suggest_plan:", *reasons]
