@@ -35,9 +35,10 @@ from relaylab.recipes.schema import PlateauConfig
 from relaylab.train import gradients as diagnosis
 from relaylab.train import runs
 from relaylab.train.engine import make_fabric
+from relaylab.train.optimizers import parameter_groups
 from relaylab.train.records import Records
 from relaylab.train.schedule import learning_rate
-from relaylab.train.segments import parameter_groups, segment_problems, segments_of
+from relaylab.train.segments import segment_problems, segments_of
 from relaylab.train.validation import Validation
 
 WARM_UPS = 3  # steps before one is recorded: libraries choose their algorithms in them
@@ -101,6 +102,8 @@ class PackedRun:
         problems = segment_problems(config, self.segments)
         if isinstance(config.schedule, PlateauConfig):
             problems.append("a plateau schedule looks at errors, which recorded steps cannot: take another schedule")
+        if config.algorithm != "sgd":
+            problems.append(f"optimizer.algorithm is {config.algorithm}: packed runs record the steps of sgd only")
         if problems:
             raise InputError("; ".join(problems))
         torch.manual_seed(run.seed)
@@ -112,10 +115,9 @@ class PackedRun:
         rates = [learning_rate(config, step) for step in range(config.iterations)]
         self.rates = torch.tensor(rates, device=self.device)
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.relay, self.segments, config.segment_lr),
+            parameter_groups(self.relay, self.segments, config),
             torch.zeros((), device=self.device),
             momentum=config.momentum,
-            weight_decay=config.weight_decay,
             fused=True,
         )
         for group in self.optimizer.param_groups:

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 from relaylab.errors import nearest
 from relaylab.recipes.decoding import Problem, decode, no_value, parse
-from relaylab.recipes.schema import GROUPS, Recipe, ScheduleConfig, StepsConfig, changed
+from relaylab.recipes.schema import GROUPS, Recipe, ScheduleConfig, StepsConfig, changed, value_text
 
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"
@@ -18,7 +18,7 @@ LEAST = {  # by field
 }  # fmt: skip
 ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may name files
 OPTIONS = "network.options"  # the meaning of their names is the network's
-POSITIVE = ("held_out", "lr", "clip_norm", "weight", "factor")
+POSITIVE = ("held_out", "lr", "eps", "clip_norm", "weight", "factor")
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -115,6 +115,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{name} is {value}: expected a finite number, {wanted}")
     if optimizer.momentum >= 1:
         problems.append(f"optimizer.momentum is {optimizer.momentum}: expected less than 1")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        problems.append(f"optimizer.betas is {value_text(optimizer.betas)}: expected two numbers from 0 to below 1")
     if not 0 <= optimizer.label_smoothing < 1:
         problems.append(f"optimizer.label_smoothing is {optimizer.label_smoothing}: expected 0 to 1, without 1")
     if (held_out := recipe.images.held_out) is not None and held_out >= 1 and held_out != int(held_out):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from relaylab.recipes.schema import (
+    UNMENTIONED,
     AugmentationConfig,
     AuxiliaryConfig,
     EvaluationConfig,
@@ -17,7 +18,9 @@ from relaylab.recipes.schema import (
     changed,
 )
 
+NOT_GIVEN = "ours: the paper mentions none"
 SOURCES: Mapping[str, str] = {
+    **dict.fromkeys(UNMENTIONED, NOT_GIVEN),
     "network": "ours: model A (the paper, Table 2) with fewer and narrower layers",
     "plan": "ours: as in Table 2 for model A, head and overlap at the last segment but one",
     "plan.auxiliary.aux.weight": "the paper, section 5.1",
@@ -37,9 +40,7 @@ SOURCES: Mapping[str, str] = {
     "optimizer.iterations": "ours: 30 epochs of 31 batches",
     "optimizer.schedule": "ours: the paper divides by 10 when the error stops falling; fixed points need no patience",
     "optimizer.evaluate_every": "ours: once per epoch",
-    "optimizer.warmup": "ours: the paper mentions none",
-    "optimizer.label_smoothing": "ours: the paper mentions none",
-    "optimizer.clip_norm": "ours: the paper mentions none",
+    "optimizer.label_smoothing": NOT_GIVEN,
     "evaluation": "the paper, section 5.1: single centre crop",
     "evaluation.scales": "ours: the size of the images",
 }

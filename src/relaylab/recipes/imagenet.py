@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from relaylab.recipes import windows
 from relaylab.recipes.schema import (
+    UNMENTIONED,
     AugmentationConfig,
     DecayConfig,
     Errors,
@@ -21,18 +22,18 @@ CLASSES = 1000
 IMAGES = ImagesConfig(data_set="ImageNet 2012", short_side=256, sampling="shuffled")
 NAMES = "the paper, section 5.2: inception4a to 4d, in torchvision's names by our reading"
 PATIENCE = "ours: the papers say 'when the error plateaus'"
+NOT_GIVEN = "ours: no paper mentions it"
 SHARED: Mapping[str, str] = {
+    **dict.fromkeys(UNMENTIONED, NOT_GIVEN),
     "network": "the paper, section 5.2",
     "plan": "the paper, section 5.2",
     "scheme": "the paper, Table 6",
     "images": "the paper, section 5.2: no scale jitter",
     "images.data_set": "the paper, section 5.2",
     "images.sampling": "ours: ImageNet's classes are nearly balanced, and no paper says otherwise",
-    "augmentation.divide": "ours: no paper mentions it",
+    "augmentation.divide": NOT_GIVEN,
     "optimizer.evaluate_every": "ours: no paper says",
-    "optimizer.warmup": "ours: no paper mentions it",
-    "optimizer.label_smoothing": "ours: no paper mentions it",
-    "optimizer.clip_norm": "ours: no paper mentions it",
+    "optimizer.label_smoothing": NOT_GIVEN,
 }
 
 

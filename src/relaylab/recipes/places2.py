@@ -6,6 +6,7 @@ from dataclasses import replace
 from relaylab.recipes import windows
 from relaylab.recipes.schema import (
     SCHEMES,
+    UNMENTIONED,
     AugmentationConfig,
     Ensemble,
     Errors,
@@ -23,6 +24,7 @@ from relaylab.recipes.schema import (
 DENSE = EvaluationConfig(protocol="dense", scales=(224, 256, 320, 384, 448))
 NOT_GIVEN = "ours: the paper mentions none"
 SOURCES: Mapping[str, str] = {
+    **dict.fromkeys(UNMENTIONED, NOT_GIVEN),
     "network": "the paper, section 5.1 and Table 2",
     "plan": "the paper, Table 2",
     "plan.auxiliary.aux.weight": "the paper, section 5.1",
@@ -36,9 +38,7 @@ SOURCES: Mapping[str, str] = {
     "optimizer.schedule.patience": "ours: the paper says 'when the error plateaus'",
     "optimizer.schedule.least": "ours: the paper does not say how often the rate falls",
     "optimizer.evaluate_every": "ours: the paper does not say",
-    "optimizer.warmup": NOT_GIVEN,
     "optimizer.label_smoothing": NOT_GIVEN,
-    "optimizer.clip_norm": NOT_GIVEN,
     "evaluation": "the paper, section 5.1",
 }
 

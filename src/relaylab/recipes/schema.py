@@ -29,6 +29,9 @@ GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "e
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
 LIBRARIES = ("timm", "torchvision")  # whose networks have names
+UNMENTIONED = (  # values that no paper of the tables mentions, of methods that came later
+    "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.warmup", "optimizer.clip_norm",
+)  # fmt: skip
 LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
 
 
@@ -171,11 +174,22 @@ ScheduleConfig = PlateauConfig | StepsConfig | DecayConfig | CosineConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """Stochastic gradient descent with momentum."""
+    """The optimizer and the length of the training. An algorithm ignores the values that only others have."""
 
+    algorithm: Literal["sgd", "adamw"] = "sgd"
+    """A name in `relaylab.train.optimizers.OPTIMIZERS`."""
     lr: float
     momentum: float = 0.9
+    """Of SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW: decay rates of the averages of gradients and of their squares."""
+    eps: float = 1e-8
+    """Of AdamW: added to the denominator."""
     weight_decay: float
+    """Of SGD: added to the gradient, times the weight; of AdamW: decoupled from the gradient."""
+    decay_norms_and_biases: bool = True
+    """Weight decay on all parameters, as in Caffe; False: not on those with at most one dimension, nor on those that
+    the network names by `no_weight_decay()`, as timm's networks do."""
     batch_size: int = 256
     """Images of one update, over all processes."""
     iterations: int

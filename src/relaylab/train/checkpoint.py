@@ -4,7 +4,7 @@ Note [Checkpoints]
 1. A checkpoint is a folder step-00012000/ with
 
        model.safetensors       the state dict of the `Relay`: "model." and "heads."
-       optimizer.safetensors   by parameter, PARAMETER/momentum_buffer
+       optimizer.safetensors   by parameter, such as PARAMETER/momentum_buffer
        state.json              everything except the tensors
        SHA256SUMS              of the three, as `sha256sum --check` reads it
 
@@ -53,7 +53,7 @@ class Checkpoint:
 
     Attributes:
         model: the state dict of the `Relay`.
-        optimizer: tensors by parameter and name, "PARAMETER/momentum_buffer".
+        optimizer: tensors by parameter and name, such as "PARAMETER/momentum_buffer".
         state: everything else, as JSON values; "step" among them.
     """
 

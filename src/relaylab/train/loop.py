@@ -258,9 +258,9 @@ class Trainer:
         """
         with self.meter.stopped():
             model = {name: whole(tensor) for name, tensor in self.relay.state_dict().items()}
-            momentum = optimizer_tensors(self.relay, self.optimizer.optimizer)
+            moments = optimizer_tensors(self.relay, self.optimizer.optimizer)
             if self.records is not None:
-                path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, momentum, self.state_dict()))
+                path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, moments, self.state_dict()))
                 best = [int(self.progress.best["step"])] if self.progress.best else []
                 is_finished = self.progress.validated == self.recipe.optimizer.iterations
                 checkpoint.thin_out(self.checkpoints, self.config.keep or (1 if is_finished else 2), best)

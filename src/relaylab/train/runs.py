@@ -124,13 +124,37 @@ def _recipe_of(config: TrainConfig, folder: Path | None = None) -> tuple[Recipe 
 
 
 def _kept_recipe(folder: Path) -> Recipe:
-    problems: list[str] = []
     with reading(folder) as config:
         about = config["recipe"]
-        values = nested(about["values"]) | {"name": about["name"], "row": about["row"]}
-        recipe = decode_recipe(values, about["sources"], problems)
-    raise_all([f"{folder / CONFIG}: {problem}" for problem in problems])
+        return _decoded(about["values"], folder / CONFIG, about)
+
+
+def _decoded(values: Mapping[str, Any], path: Path, about: Mapping[str, Any]) -> Recipe:
+    """The recipe of stored values. Values that the version that stored them did not have are the defaults."""
+    problems: list[str] = []
+    head = {"name": about.get("name", ""), "row": about.get("row", "")}
+    recipe = decode_recipe(nested(values) | head, about.get("sources", {}), problems)
+    raise_all([f"{path}: {problem}" for problem in problems])
     return recipe
+
+
+def value_changes(stored: Mapping[str, Any], recipe: Recipe, path: Path) -> list[str]:
+    """Return a sentence for each value of a recipe that differs from those that a run has stored.
+
+    Args:
+        stored: values by dotted name, perhaps of an earlier version.
+        recipe: to compare them with.
+        path: of the file that they are from, for errors.
+
+    Raises:
+        InputError: stored values that are not a recipe's.
+    """
+    before, now = values_of(_decoded(stored, path, {})), values_of(recipe)
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _allow(recipe: Recipe) -> None:
@@ -261,12 +285,9 @@ def _stored_options(folder: Path) -> TrainConfig:
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse a recipe whose code has changed since the run began."""
     with reading(folder) as config:
-        stored = dict(config["recipe"]["values"])
-    now = values_of(recipe)
-    other = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
-    if other:
-        changes = "; ".join(f"{name} was {stored.get(name)!r} and is {now.get(name)!r}" for name in other[:5])
-        raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {changes}")
+        changes = value_changes(config["recipe"]["values"], recipe, folder / CONFIG)
+    if changes:
+        raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {'; '.join(changes[:5])}")
 
 
 def _candidates(config: TrainConfig) -> list[Path]:

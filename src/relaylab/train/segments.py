@@ -1,11 +1,9 @@
 """Segments: a *segment* is the part of a network that the same losses train."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from relaybackprop import RelayError, reach
 from relaylab.errors import InputError
@@ -69,16 +67,3 @@ def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
         for name in config.segment_lr
         if name not in segments.losses
     ]
-
-
-def parameter_groups(relay: nn.Module, segments: Segments, factors: Mapping[str, float]) -> list[dict[str, object]]:
-    """Return the optimizer's parameter groups: one for each factor on the learning rate, stored as "lr_factor".
-
-    Segments without a factor have 1.
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in relay.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(factors.get(segments.of[name], 1.0), []).append(parameter)
-    assert all(math.isfinite(factor) for factor in groups), "recipe_problems has seen to it"
-    return [{"params": parameters, "lr_factor": factor} for factor, parameters in groups.items()]

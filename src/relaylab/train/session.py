@@ -26,9 +26,10 @@ from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, open_images
 from relaylab.train.loop import Trainer
+from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, logging_to
-from relaylab.train.segments import UNTRAINED, Segments, parameter_groups, segment_problems, segments_of
+from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
 from relaylab.train.state import load_tensors
 from relaylab.train.torchrun import launch_id, restart_count
@@ -217,9 +218,7 @@ def assemble(
         compiled = compile_outside_overlaps(relay, segments)
         log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
     module = fabric.setup_module(relay)
-    chosen = recipe.optimizer
-    groups = parameter_groups(relay, segments, chosen.segment_lr)
-    optimizer = torch.optim.SGD(groups, chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
+    optimizer = build_optimizer(relay, segments, recipe.optimizer)
     criterion = build_criterion(recipe.optimizer).to(fabric.device)
     augment = images.augmentation(recipe, config.seed).to(fabric.device)
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
@@ -247,8 +246,8 @@ def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
     if path is None:
         return {}
     found = checkpoint.read(path)
-    if found.state["recipe"] != runs.values_of(trainer.recipe):
-        raise InputError(f"{path} is of another recipe than {trainer.recipe.name}, or of other values of it")
+    if changes := runs.value_changes(found.state["recipe"], trainer.recipe, path):
+        raise InputError(f"{path} is of another recipe than {trainer.recipe.name}: {'; '.join(changes[:5])}")
     load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, found.optimizer)
     trainer.load_state_dict(found.state)
     return found.state
@@ -287,8 +286,8 @@ def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:
 
 def _check_space(folder: Path, trainer: Trainer) -> None:
     """Refuse to start, rather than fail after hours, where two checkpoints would not fit on the disk."""
-    momentum = 2 if trainer.recipe.optimizer.momentum else 1
-    needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * momentum
+    copies = 1 + state_tensors(trainer.recipe.optimizer)
+    needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * copies
     needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers())
     free = shutil.disk_usage(folder).free
     if free < needed * 2:  # the old one is removed after the new one is written

@@ -12,6 +12,8 @@ from relaylab.errors import InputError
 from relaylab.train.engine import whole
 from relaylab.train.schedule import Plateau
 
+STEP = "step"  # of AdamW and others: the number of updates, a scalar on the CPU
+
 
 @dataclass
 class Progress:
@@ -68,7 +70,8 @@ def load_tensors(
         name, _, what = key.rpartition("/")
         if name not in parameters:
             raise InputError(f"the checkpoint is of another network: it has {what} of {name}, which is not there")
-        optimizer.state[parameters[name]][what] = _like(tensor, parameters[name])
+        is_count = what == STEP  # not divided with the parameter, nor moved to its device, as in torch's own loading
+        optimizer.state[parameters[name]][what] = tensor.clone() if is_count else _like(tensor, parameters[name])
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
