@@ -18,7 +18,7 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaylab import cli
 from relaylab.commands import compare
-from relaylab.train import failures, jobs, runs
+from relaylab.train import failures, jobs, many, runs
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import read_metrics
 
@@ -234,7 +234,7 @@ def test_threads_depend_on_the_cores_and_on_the_runs_alone(tmp_path: Path, monke
         seen.append((jobs, threads, len(configs)))
 
     monkeypatch.setattr(jobs, "train_all", train_all)
-    monkeypatch.setattr(compare, "available_cores", lambda: 8)
+    monkeypatch.setattr(many, "available_cores", lambda: 8)
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     for more in ((), ("--jobs", "1"), ("--seeds", "0"), ("--seeds", "0", "--schemes", "relay")):
         assert cli.main(words_of(tmp_path, *more)) == 130

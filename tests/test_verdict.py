@@ -1,10 +1,22 @@
-"""The verdict: its one sentence, and the intervals that it and the tables share."""
+"""The verdict: a sentence for each pair of methods, and the intervals that it and the tables share."""
 
 import pytest
+from scipy import stats
 
-from relaylab.report.verdict import chance_error, difference_text, interval, mean_text, paired_differences, verdict
+from relaylab.report.verdict import (
+    Cost,
+    Difference,
+    chance_error,
+    difference_text,
+    differences,
+    interval,
+    mean_text,
+    paired_differences,
+    verdict,
+)
 
 STANDARD = {0: 50.0, 1: 52.0, 2: 51.0}
+BASIS = "Points are per cent of top-1 error; 95 % intervals over 3 paired seeds (t); guessing has 90.00 %."
 
 
 def shifted(*by: float) -> dict[int, float]:
@@ -23,58 +35,83 @@ def test_differences_are_paired_by_seed_and_have_the_t_interval() -> None:
     assert mean_text([1.0]) == "1.00"
 
 
-def test_relay_is_compared_with_standard_bp_and_with_multi_loss() -> None:
-    results = {"standard": STANDARD, "multi_loss": shifted(-1, 1, -2), "relay": shifted(-2.0, -2.1, -1.9)}
-    assert verdict(results) == (
-        "The top-1 error of Relay BP is 2.00 points lower than that of standard BP (-2.00 [-2.25, -1.75]) and not "
-        "distinguishable from that of multi-loss (-1.33 [-5.37, +2.71]); 95 % intervals over 3 paired "
-        "seeds (t)."
+def test_every_pair_of_methods_has_a_sentence_and_the_costs_follow() -> None:
+    results = {
+        "standard": STANDARD,
+        "multi_loss": shifted(-1, 1, -2),
+        "relay": shifted(-2.0, -2.1, -1.9),
+        "isolated": shifted(1.0, 0.9, 1.1),
+    }
+    costs = {"standard": Cost(10.0, 1.0, 1.0), "relay": Cost(11.0, 1.1, None)}
+    relay, other, multi_loss, isolated, basis = verdict(results, 90, costs)
+    assert relay == (
+        "Relay BP is better than standard BP by 2.00 [1.75, 2.25] points. "
+        "Relay BP takes 1.10 x the training time and 1.10 x the FLOPs."
     )
-    worse = verdict({"standard": STANDARD, "relay": shifted(2.0, 2.1, 1.9)})
-    assert "2.00 points higher than that of standard BP (+2.00 [+1.75, +2.25])" in worse
+    assert other.startswith("Relay BP against multi-loss: undecided, better by 1.33 [-2.71, 5.37] points; ")
+    assert multi_loss.startswith("Multi-loss against standard BP: undecided, better by 0.67 [-3.13, 4.46] points; ")
+    assert isolated == "Isolated windows are worse than Relay BP by 3.00 [3.00, 3.00] points."
+    assert basis == BASIS
+
+
+def test_a_difference_that_is_certainly_small_is_no_difference() -> None:
+    small = verdict({"standard": STANDARD, "relay": shifted(0.1, -0.1, 0.2)}, 90)[0]
+    assert small == "Relay BP and standard BP: no difference larger than 0.45 points (+0.07 [-0.31, +0.45])."
+    wide = Difference("relay", "standard", (1.4, -1.4, 0.3))
+    assert wide.decision == "undecided"
+    exactly = Difference("relay", "standard", (-0.001, -0.001))
+    assert exactly.decision == "equal", "a difference of less than 0.005 points is not one"
+    assert exactly.text.endswith("no difference larger than 0.00 points (+0.00 [+0.00, +0.00])")
+
+
+def test_the_seeds_that_would_tell_are_those_of_the_t_interval() -> None:
+    pair = Difference("relay", "standard", (-1.4, 0.6, -0.7))
+    needed = pair.seeds_needed
+    assert needed is not None
+    halves = [stats.t.ppf(0.975, n - 1) * 1.0149 / n**0.5 for n in (needed - 1, needed)]
+    assert halves[0] > 0.5 > halves[1], "the mean is 0.5: half-way between none and a relevant one"
+    assert f"; {needed} seeds would tell" in pair.text
+    hopeless = Difference("relay", "standard", (60.0, -60.0))
+    assert hopeless.seeds_needed is None
+    assert hopeless.text.endswith("more than 1,000 seeds would tell")
 
 
 def test_one_seed_and_nothing_to_compare_are_said() -> None:
-    one = verdict({"standard": {0: 50.0}, "relay": {0: 49.0}})
-    assert "1.00 points lower than that of standard BP (one seed); this may be chance" in one
-    assert "[" not in one
-    assert verdict({"relay": {0: 1.0}}) == "Nothing to compare: Relay BP finished."
-    assert verdict({}) == "Nothing to compare: no method finished."
-    assert "no seed in common" in verdict({"standard": {0: 1.0}, "relay": {1: 1.0}})
-    assert "multi-loss is 1.00 points" in verdict({"standard": {0: 1.0}, "multi_loss": {0: 2.0}})
-
-
-def test_equal_outcomes_are_said_once_and_single_seeds_are_marked() -> None:
-    unclear = verdict({"standard": STANDARD, "multi_loss": shifted(1, -1, 0), "relay": shifted(-1, 1, 0.5)})
-    assert "is not distinguishable from that of standard BP (+0.17 [" in unclear
-    assert "]) or that of multi-loss (+0.17 [" in unclear
-    mixed = verdict({"standard": STANDARD, "multi_loss": {0: 50.0}, "relay": shifted(-2.0, -2.1, -1.9)})
-    assert "and 2.00 points lower than" not in mixed
-    assert "than that of standard BP (-2.00 [-2.25, -1.75]) and that of multi-loss (one seed)" in mixed
-    assert "intervals over 3 paired seeds" in mixed
-
-
-def test_failed_runs_are_counted_and_left_out() -> None:
-    results = {"standard": STANDARD, "multi_loss": {0: 49.0, 1: 53.0, 2: None}, "relay": shifted(-2.0, -2.1, -1.9)}
-    text = verdict(results)
-    assert "intervals over 3 and 2 paired seeds" in text
-    assert text.endswith("; failed runs, left out: 1 of multi-loss.")
-    assert verdict({"standard": {0: 1.0}, "relay": {0: None}}) == (
-        "Nothing to compare: standard BP finished; failed runs, left out: 1 of Relay BP."
+    one, basis = verdict({"standard": {0: 50.0}, "relay": {0: 49.0}}, 90)
+    assert one == (
+        "Relay BP against standard BP: better by 1.00 points with one seed, which may be chance; "
+        "compare with --seeds 0,1,2."
     )
+    assert "interval" not in basis
+    assert verdict({"relay": {0: 1.0}}, 90) == ["No verdict: Relay BP finished, with nothing else to compare with."]
+    assert verdict({}, 90) == ["No verdict: no method finished, with nothing else to compare with."]
+    assert "no seed in common" in verdict({"standard": {0: 1.0}, "relay": {1: 1.0}}, 90)[0]
+    tie = verdict({"standard": {0: 50.0}, "relay": {0: 50.0}}, 90)[0]
+    assert tie.startswith("Relay BP against standard BP: no difference with one seed")
+
+
+def test_failed_and_collapsed_runs_are_counted() -> None:
+    results = {"standard": STANDARD, "multi_loss": {0: 89.0, 1: 53.0, 2: None}, "relay": shifted(-2.0, -2.1, -1.9)}
+    lines = verdict(results, 90)
+    assert "intervals over 3 and 2 paired seeds" in lines[3]
+    assert lines[4:] == ["Runs no better than guessing: 1 of multi-loss.", "Failed runs, left out: 1 of multi-loss."]
+    assert verdict({"standard": {0: 1.0}, "relay": {0: None}}, 90) == [
+        "No verdict: standard BP finished, with nothing else to compare with.",
+        "Failed runs, left out: 1 of Relay BP.",
+    ]
+
+
+def test_isolated_windows_are_compared_with_relay_or_else_with_the_others() -> None:
+    isolated = {0: 52.0, 1: 53.1}
+    with_relay = differences({"standard": STANDARD, "relay": {0: 50.0, 1: 51.0}, "isolated": isolated})
+    assert [(each.ours, each.base) for each in with_relay] == [("relay", "standard"), ("isolated", "relay")]
+    without = differences({"standard": STANDARD, "multi_loss": STANDARD, "isolated": isolated})
+    assert [(each.ours, each.base) for each in without] == [
+        ("multi_loss", "standard"), ("isolated", "standard"), ("isolated", "multi_loss"),
+    ]  # fmt: skip
 
 
 def test_the_error_of_guessing() -> None:
     assert chance_error(10, 1) == pytest.approx(90)
     assert chance_error(401, 5) == pytest.approx(98.753, abs=1e-3)
     assert chance_error(3, 5) == 0
-
-
-def test_isolated_windows_are_compared_and_ties_are_said() -> None:
-    overlap = verdict({"relay": {0: 50.0, 1: 51.0}, "isolated": {0: 52.0, 1: 53.1}})
-    assert overlap.startswith("The top-1 error of Relay BP is 2.05 points lower than that of isolated windows")
-    tie = verdict({"standard": {0: 50.0}, "relay": {0: 50.0}})
-    assert tie.startswith("The top-1 error of Relay BP is the same as that of standard BP (one seed)")
-    assert difference_text([-0.001, -0.001]) == "+0.00 [+0.00, +0.00]"
-    tiny = verdict({"standard": {0: 1.0, 1: 2.0}, "relay": {0: 0.999, 1: 1.999}})
-    assert "not distinguishable from that of standard BP" in tiny

@@ -6,17 +6,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from relaylab.errors import FAILED, INTERRUPTED, WRONG_INPUT, InputError, raise_all
-from relaylab.files import ROOT, available_cores, new_folder
+import tyro
+
+from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
+from relaylab.files import ROOT, new_folder
 from relaylab.options import Folder, Listed, Number, listed, too_small
 from relaylab.recipes.schema import SCHEMES
 from relaylab.train.options import Engine, TrainConfig, name_of
 
 if TYPE_CHECKING:
+    from relaylab.recipes.schema import Recipe
     from relaylab.report.comparison import Comparison, Member
-    from relaylab.train.runs import Request
+    from relaylab.train.trials import TrainMany
+    from relaylab.train.tuning import Axis
+
+Tune = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=A,B,... [KEY=A,B,... ...]", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,17 @@ class CompareOptions(Engine):
 
     seeds: Listed = "0,1,2"
     """Seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
+
+    tune: Tune = ()
+    """First choose these values for each scheme by trials on training images that are set aside:
+    optimizer.lr=0.003,0.01,0.03 plan.auxiliary.*.weight=0.3,1. All schemes start from the same grid, which grows where
+    the best value is at its edge."""
+
+    tune_share: float = 1.0
+    """Length of the trials, as a share of the recipe's iterations."""
+
+    tune_hold_out: Annotated[float, tyro.conf.arg(metavar="N")] = 0.2
+    """Training images that the trials set aside: a share of each class, or a number."""
 
     jobs: Number = None
     """Runs at once, each in its own process. The results do not depend on it. (default: as many as the cores allow; 1
@@ -51,28 +68,41 @@ def main(options: CompareOptions) -> int:
 
 
 def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
-    """Train the runs that are missing in the folder of a comparison.
+    """Choose each scheme's values with --tune, and train the runs that are missing in the folder of a comparison.
 
     Returns:
         The results; None after SIGINT or SIGTERM, and then the same call resumes.
 
     Raises:
         InputError: wrong options or images, before anything is trained.
+        LabError: a trial of the tuning failed.
     """
     from relaylab.train import failures, runs
+    from relaylab.train.many import is_missing, shared_by, train_many
 
     _check_folder(folder)
     members = _members(options, folder)
+    first = next(iter(members.values()))
+    request = runs.understand(dataclasses.replace(first, out=None, resume=None))
+    axes = _axes(options, request.recipe)
+    shared = shared_by(folder, request.config, request.recipe, len(members))
+
+    def train(configs: "Mapping[str, TrainConfig]", iterations: int) -> bool:
+        return train_many(configs, shared, at_once=options.jobs, iterations=iterations)
+
+    if axes:
+        tuned = _tuned(options, folder, request.recipe, axes, train)
+        if tuned is None:
+            print("Stopped while tuning. The same command resumes.")
+            return None
+        members = {
+            (scheme, seed): dataclasses.replace(config, changes=(*config.changes, *tuned[scheme]))
+            for (scheme, seed), config in members.items()
+        }
     requests = {key: runs.understand(member) for key, member in members.items()}
-    iterations = next(iter(requests.values())).recipe.optimizer.iterations
     folders = {key: folder / runs.member_name(*key) for key in members}
-    failed = {key: failures.read_failure(path) for key, path in folders.items()}
-    missing = {
-        key: request.config
-        for key, request in requests.items()
-        if not (folders[key] / runs.MODEL).is_file() and getattr(failed[key], "kind", None) != "diverged"
-    }
-    if missing and not _train(options, folder, requests, missing, iterations):
+    missing = {folders[key].name: request.config for key, request in requests.items() if is_missing(folders[key])}
+    if missing and not train(missing, next(iter(requests.values())).recipe.optimizer.iterations):
         done = sum((path / runs.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")
         return None
@@ -85,24 +115,53 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     return dataclasses.replace(comparison, failures={**comparison.failures, **lost})
 
 
+def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
+    """Return the axes of --tune."""
+    from relaylab.train.tuning import axes_of
+
+    axes, problems = axes_of(options.tune, recipe)
+    given = {change.partition("=")[0].strip() for change in options.changes}
+    problems += [
+        f"--tune {axis.key} and --set {name}: give one of them" for axis in axes for name in axis.names if name in given
+    ]
+    if not 0 < options.tune_share <= 1:
+        problems.append(f"--tune-share {options.tune_share:g}: expected a share above 0, at most 1")
+    if options.tune_hold_out <= 0:
+        problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a share or a number above 0")
+    raise_all(problems)
+    return axes
+
+
+def _tuned(
+    options: CompareOptions, folder: Path, recipe: "Recipe", axes: "tuple[Axis, ...]", train: "TrainMany"
+) -> dict[str, list[str]] | None:
+    """Return each scheme's own values as changes of the recipe; None after SIGINT or SIGTERM."""
+    from relaylab.train.trials import Search, tune
+
+    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(Engine)}
+    search = Search(folder, recipe, TrainConfig(**shared), axes, options.tune_hold_out, options.tune_share)
+    found = tune(search, listed_schemes(options.schemes)[0], train)
+    return None if found is None else {scheme: choice.changes for scheme, choice in found.choices.items()}
+
+
 def _check_folder(folder: Path) -> None:
     """Check that a folder is empty or holds an earlier comparison."""
     from relaylab.train import runs
+    from relaylab.train.tuning import FOLDER
 
     inside = list(folder.iterdir())
-    if inside and not any(map(runs.member_of, inside)):
+    if inside and not any(runs.member_of(path) or path.name == FOLDER for path in inside):
         raise InputError(f"{folder} is not empty and holds no comparison; give a new folder with --out")
 
 
 def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]) -> None:
-    """Write and print a comparison's table and its verdict in one sentence, and name the runs that have failed."""
+    """Write and print a comparison's table and its verdict, and name the runs that have failed."""
     from relaylab.report.summary import TABLE, write_comparison
-    from relaylab.report.verdict import verdict
     from relaylab.tables import markdown_lines
 
     if comparison.runs:
-        print("\n".join(markdown_lines(write_comparison(folder, comparison, changes))))
-        print(f"\n{verdict(comparison.errors('top1'))}\n\nTable: {(folder / TABLE).resolve()}")
+        table, said = write_comparison(folder, comparison, changes)
+        print("\n".join([*markdown_lines(table), "", *said, "", f"Results: {(folder / TABLE).resolve()}"]))
     for text in comparison.failure_texts:
         print(text, file=sys.stderr)
     kinds = {failure.kind for failure in comparison.failures.values()}
@@ -150,76 +209,3 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
             **shared, seed=seed, out=folder / runs.member_name(scheme, seed), resume="auto"
         )
     return members
-
-
-def _train(
-    options: CompareOptions,
-    folder: Path,
-    requests: "Mapping[Member, Request]",
-    missing: "Mapping[Member, TrainConfig]",
-    length: int,
-) -> bool:
-    """Train the missing runs, or those of several devices one after another; False if they were stopped."""
-    if options.devices > 1:
-        return _train_in_turn(missing)
-    from relaylab.train import jobs, runs
-
-    jobs.start_server()
-    images, threads = _alike(options, folder, requests)
-    fitting = 1 if threads is None else max(1, available_cores() // threads)
-    at_once = min(options.jobs or fitting, len(missing))
-    workers = max(1, available_cores() // at_once) if options.workers is None else options.workers
-    configs = {
-        runs.member_name(*key): dataclasses.replace(config, images=images, workers=workers, resume="auto")
-        for key, config in missing.items()
-    }
-    return jobs.train_all(configs, jobs=at_once, threads=threads, iterations=length)
-
-
-def _alike(options: CompareOptions, folder: Path, requests: "Mapping[Member, Request]") -> tuple[str, int | None]:
-    """Check the images, and return what must be the same for all runs, whatever the number of jobs.
-
-    That is where the images are, "memory" or "disk", and the number of threads, None for PyTorch's default on a GPU.
-    Both are those of the comparison's first run, if there is one, also of an earlier command.
-    """
-    import torch
-
-    from relaylab.train import images, runs
-    from relaylab.train.segments import segments_of
-
-    first = next(iter(requests.values()))
-    begun = next((file.parent for file in sorted(folder.glob(f"*/{runs.CONFIG}"))), None)
-    cores = available_cores()
-    segments_of(first.recipe)  # which builds the network: an unknown one is an error before any process starts
-    train, val = images.open_sources(first.config, first.recipe.images)
-    images.check_images(first.recipe, train, val)
-    config = first.config
-    if begun is not None:
-        with runs.reading(begun) as stored:
-            config = dataclasses.replace(config, images=stored["options"]["images"])
-    in_memory = images.fits_memory(config, (train, val), images.view_of(first.recipe), min(cores, len(requests)))
-    where = "memory" if in_memory else "disk"
-    if options.accelerator != "cpu" and torch.cuda.is_available():
-        return where, None
-    threads = min(torch.get_num_threads(), max(1, cores // len(requests)))
-    starts = runs.starts_of(begun) if begun is not None else []
-    return where, min(starts[0]["threads"], cores) if starts else threads
-
-
-def _train_in_turn(missing: "Mapping[Member, TrainConfig]") -> bool:
-    """Train with several devices, whose processes torchrun starts; False if a run was stopped."""
-    from relaylab.train import engine, runs
-    from relaylab.train.failures import Failure, read_failure, write_failure
-
-    for number, (key, config) in enumerate(missing.items(), 1):
-        assert config.out is not None
-        print(f"run {number} of {len(missing)}: {SCHEMES[key[0]]}, seed {key[1]}", file=sys.stderr, flush=True)
-        code = engine.launch(config, runs.arguments_of(config))
-        if code == INTERRUPTED:
-            return False
-        if code == WRONG_INPUT:
-            raise InputError(f"the run in {config.out} could not begin: see the error above")
-        if code and read_failure(config.out) is None:
-            config.out.mkdir(parents=True, exist_ok=True)
-            write_failure(config.out, Failure("failed", 0, f"its processes ended with exit code {code}"))
-    return True

@@ -76,7 +76,7 @@ def main(options: DemoOptions) -> int:
             from relaylab.report.page import render_page
 
             write_text(folder / PAGE, render_page(comparison))
-            print(f"Page:  {(folder / PAGE).resolve()}")
+            print(f"Page:    {(folder / PAGE).resolve()}")
         return FAILED if comparison.failures else 0
 
 

@@ -18,7 +18,7 @@ LEAST = {  # by field
 }  # fmt: skip
 ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may name files
 OPTIONS = "network.options"  # the meaning of their names is the network's
-POSITIVE = ("held_out", "lr", "eps", "clip_norm", "weight", "factor")
+POSITIVE = ("held_out", "set_aside", "lr", "eps", "clip_norm", "weight", "factor")
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -119,8 +119,10 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems.append(f"optimizer.betas is {value_text(optimizer.betas)}: expected two numbers from 0 to below 1")
     if not 0 <= optimizer.label_smoothing < 1:
         problems.append(f"optimizer.label_smoothing is {optimizer.label_smoothing}: expected 0 to 1, without 1")
-    if (held_out := recipe.images.held_out) is not None and held_out >= 1 and held_out != int(held_out):
-        problems.append(f"images.held_out is {held_out}: expected a number of images, or a share below 1")
+    for name in ("held_out", "set_aside"):
+        count = getattr(recipe.images, name)
+        if count is not None and count >= 1 and count != int(count):
+            problems.append(f"images.{name} is {count}: expected a number of images, or a share below 1")
     side, size = recipe.images.short_side, recipe.network.image_size
     if side < size:
         problems.append(f"images.short_side is {side}: expected at least network.image_size, {size}")

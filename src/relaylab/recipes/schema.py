@@ -111,6 +111,9 @@ class ImagesConfig:
     held_out: int | float | None = None
     """Training images of each class, or below 1 their share, that are set aside and take the place of the validation
     images: where there are none, or for choosing a learning rate by images that no reported error is measured on."""
+    set_aside: int | float | None = None
+    """Training images of each class, or below 1 their share, that are set aside beside those held out, and that
+    training validates on instead: `relaylab compare --tune` chooses values by them."""
     val_split: Literal["val", "test"] | None = None
     """Part of the data that training validates on; "val" if none is given."""
     long_tail: float | None = None

@@ -1,7 +1,7 @@
 """Comparisons: runs that differ in scheme, seed and rate only, and those that failed, opened from their folders."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
 from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
+from relaylab.report.verdict import chance_error
 from relaylab.train import runs
 from relaylab.train.failures import FILE, Failure, read_failure
 from relaylab.train.records import metrics_of
+from relaylab.train.tuning import Tuning, read_tuning
 
-RATE = "optimizer.lr"  # which may have been chosen for each scheme
+OWN = ("plan", "optimizer.lr")  # values that each scheme may have of its own, beside those that were tuned
 Member = tuple[str, int]
 """A scheme and a seed."""
 
@@ -34,15 +36,24 @@ class Run:
     """The environment of each start."""
     last: Mapping[str, Any]
     """The validation to report: the last one that all runs have."""
+    tuning: Tuning | None = None
+    """The tuning of the comparison that the run belongs to."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are alike except for scheme, seed and the schemes' learning rates, sorted by scheme and seed."""
+    """Runs that are alike except for scheme, seed and the schemes' own values, sorted by scheme and seed."""
 
     runs: Sequence[Run]
     """Those with a result."""
     failures: Mapping[Member, Failure] = field(default_factory=dict[Member, Failure])
+    tuning: Tuning | None = None
+    """The trials by which each scheme's own values were chosen."""
+
+    @property
+    def guess(self) -> float:
+        """The top-1 error of guessing, in per cent."""
+        return chance_error(len(self.runs[0].classes), 1)
 
     @property
     def by_scheme(self) -> dict[str, list[Run]]:
@@ -107,7 +118,8 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
     places = {scheme: place for place, scheme in enumerate(SCHEMES)}
     found.sort(key=lambda each: (places[each.recipe.scheme], each.about["seed"]))
     members = sorted(failed, key=lambda member: (places[member[0]], member[1]))
-    return Comparison(found, {member: failed[member] for member in members})
+    tuning = next((each.tuning for each in found if each.tuning), None)
+    return Comparison(found, {member: failed[member] for member in members}, tuning)
 
 
 def _is_run(path: Path) -> bool:
@@ -124,7 +136,8 @@ def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
         raise InputError(f"{folder / FILE} cannot be read: it is damaged; remove it, and train the run again")
     if (folder / runs.CONFIG).is_file():
         about = describe_run(folder)
-        problem = None if first is None else _difference(about, first.about)
+        tuning = read_tuning(folder.parent)
+        problem = None if first is None else _difference(about, first.about, tuning.names if tuning else ())
         if first is not None and problem is not None:
             raise InputError(f"{folder}, which failed, and {first.folder} have {problem}")
         return (about["values"]["scheme"], about["seed"]), failure
@@ -140,21 +153,25 @@ def _open(folder: Path) -> Run:
         raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
     with runs.reading(folder) as config:
         classes, counts = tuple(config["classes"]), config.get("counts", {})
-    return Run(folder, recipe, about, classes, counts, metrics, runs.starts_of(folder) or [{}], {})
+    tuning = read_tuning(folder.parent)
+    return Run(folder, recipe, about, classes, counts, metrics, runs.starts_of(folder) or [{}], {}, tuning)
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Return why two runs do not belong to one comparison, from what their folders record; None if they do."""
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any], tuned: Collection[str]) -> str | None:
+    """Return why two runs do not belong to one comparison, from what their folders record; None if they do.
+
+    Values that were `tuned` may differ between schemes.
+    """
     if (one["data"], one["val_data"]) != (other["data"], other["val_data"]):
         return "different images"
     is_same_scheme = one["values"]["scheme"] == other["values"]["scheme"]
-    free = ("scheme", "evaluation", *([] if is_same_scheme else ["plan", RATE]))
+    free = ("scheme", "evaluation", *([] if is_same_scheme else [*OWN, *tuned]))
     different = different_values(one["values"], other["values"], free)
     return f"different recipes ({different[0]})" if different else None
 
 
 def _check_alike(one: Run, other: Run) -> None:
-    problem = _difference(one.about, other.about)
+    problem = _difference(one.about, other.about, one.tuning.names if one.tuning else ())
     if one.classes != other.classes:
         problem = f"different classes ({len(one.classes)} and {len(other.classes)})"
     if problem is None and (one.recipe.scheme, one.about["seed"]) == (other.recipe.scheme, other.about["seed"]):

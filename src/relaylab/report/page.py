@@ -13,8 +13,19 @@ from relaylab.report.images import balance, is_embedded, sample_strips
 from relaylab.report.paper_figures import gradient_figure, window_figure
 from relaylab.report.paper_tables import NAMES
 from relaylab.report.scored import scored
-from relaylab.report.summary import TITLES, failure_table, papers_table, recipe_table, run_table, summary, tops
-from relaylab.report.verdict import chance_error, in_question, verdict
+from relaylab.report.summary import (
+    TITLES,
+    code_of,
+    failure_table,
+    papers_table,
+    recipe_table,
+    run_table,
+    summary,
+    tops,
+    verdict_of,
+)
+from relaylab.report.tuned import tuning_pictures, tuning_table
+from relaylab.report.verdict import chance_error, in_question
 from relaylab.tables import Table, render
 
 DIGITS = "scikit-learn's handwritten digits"
@@ -49,7 +60,9 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
         images=DIGITS if is_embedded(first) else " and ".join(Path(path).name for path in first.about["data"]),
         counts={part: sum(counts) for part, counts in first.counts.items()},
         classes=classes,
-        verdict=verdict(comparison.errors("top1")),
+        verdict=verdict_of(comparison),
+        tuning=_tuning(comparison),
+        code=code_of(comparison),
         summary=_html(summary(comparison)),
         failures=failures and _html(failures),
         curve=curve[1],
@@ -75,6 +88,14 @@ def _drawn(recipe: Recipe, title: str) -> list[str]:
         if not recipe.network.is_named:
             raise
         return []
+
+
+def _tuning(comparison: Comparison) -> tuple[dict[str, str], str] | None:
+    """Return the pictures of the tuning as data URIs by the tuned value, and the table of its trials."""
+    if comparison.tuning is None:
+        return None
+    pictures = {key: svg_uri(picture) for key, picture in tuning_pictures(comparison.tuning).items()}
+    return pictures, _html(tuning_table(comparison.tuning, comparison.guess))
 
 
 def _error_curve(comparison: Comparison, top: str, classes: int) -> tuple[str, str]:

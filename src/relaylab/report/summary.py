@@ -4,10 +4,13 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from relaybackprop.planning.cost import EARLY_RELEASE
+from relaybackprop.planning.cost import Cost as StepCost
+from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEME_NAMES, value_text
@@ -15,37 +18,98 @@ from relaylab.report.comparison import Comparison, Run, joined
 from relaylab.report.costs import cost_of
 from relaylab.report.curves import curve_picture
 from relaylab.report.paper_tables import COLUMNS, NAMES, reported, reported_rows
-from relaylab.report.verdict import chance_error, difference_text, in_question, mean_text, paired_differences
+from relaylab.report.snippet import CODE, snippet
+from relaylab.report.tuned import tuning_pictures, tuning_table
+from relaylab.report.verdict import (
+    Cost,
+    chance_error,
+    difference_text,
+    differences,
+    in_question,
+    interval,
+    mean_text,
+    paired_differences,
+    verdict,
+)
 from relaylab.tables import Table, markdown_lines
 
+RATE = "optimizer.lr"
+TUNED = "chosen by trials on images that were set aside (--tune)"
 TABLE, RESULTS, CURVES = "comparison.md", "comparison.json", "curves.svg"
 TITLES = {"top1": "top-1", "top5": "top-5"}
 TASK = ("network.", "images.")  # values that make it the paper's task
 PAPER_TABLE = {architecture: number for number in ("3", "6") for architecture in COLUMNS[number]}
 
 
-def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str]) -> Table:
-    """Write comparison.md, comparison.json and curves.svg, and return the table.
+def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str]) -> tuple[Table, list[str]]:
+    """Write comparison.md, comparison.json, pictures and relay.py, and return the table and the verdict.
 
     Args:
         folder: of the comparison.
         comparison: with one finished run at least.
         changes: of the recipe's values, as the user typed them.
     """
-    shown, recipe = summary(comparison), comparison.runs[0].recipe
+    shown, recipe, said = summary(comparison), comparison.runs[0].recipe, verdict_of(comparison)
+    pictures = {CURVES: curve_picture(comparison.metrics, "val", "top1", "Validation error, top-1", "per cent")}
     notes = [*([f"Changed: {', '.join(changes)}."] if changes else []), *comparison.failure_texts, *shown.notes]
-    text = [f"# {recipe.name}\n", *markdown_lines(shown), "", *(f"{note}\n" for note in notes)]
-    write_text(folder / TABLE, "\n".join([*text, f"![Validation error]({CURVES})\n"]))
-    curves = curve_picture(comparison.metrics, "val", "top1", "Validation error, top-1", "per cent")
-    write_text(folder / CURVES, curves)
+    text = [f"# {recipe.name}\n", *(f"- {line}" for line in said), "", *markdown_lines(shown), ""]
+    text += [*(f"{note}\n" for note in notes), f"![Validation error]({CURVES})\n"]
+    if comparison.tuning is not None:
+        trials = tuning_table(comparison.tuning, comparison.guess)
+        text += [f"## {trials.title}\n", *markdown_lines(trials), "", *(f"{note}\n" for note in trials.notes)]
+        for number, (key, picture) in enumerate(tuning_pictures(comparison.tuning).items(), 1):
+            pictures[f"tuning-{number}.svg"] = picture
+            text.append(f"![Error of the trials against {key}](tuning-{number}.svg)\n")
+    code = code_of(comparison)
+    if code is not None:
+        text += [f"## In your own loop\n\n`{CODE}` in this folder:\n\n```python", code.rstrip(), "```\n"]
+        write_text(folder / CODE, code)
+    write_text(folder / TABLE, "\n".join(text))
+    for name, picture in pictures.items():
+        write_text(folder / name, picture)
+    write_text(folder / RESULTS, json.dumps(_results(comparison, changes, said), indent=1) + "\n")
+    return shown, said
+
+
+def _results(comparison: Comparison, changes: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
+    """Return all results as JSON values."""
     runs: list[dict[str, Any]] = []
     for run in comparison.runs:
         validations = [line for line in run.metrics if line["kind"] == "val"]
         runs.append({"scheme": run.recipe.scheme, "seed": run.about["seed"], "validations": validations})
     failures = [{"scheme": s, "seed": n, **asdict(failure)} for (s, n), failure in comparison.failures.items()]
-    results = {"recipe": recipe.name, "changes": list(changes), "runs": runs, "failures": failures}
-    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
-    return shown
+    pairs = [
+        {
+            **asdict(each),
+            "mean": statistics.fmean(each.values),
+            "interval": interval(each.values),
+            "decision": each.decision,
+            "text": each.text,
+        }
+        for each in differences(comparison.errors("top1"))
+    ]
+    return {
+        "recipe": comparison.runs[0].recipe.name,
+        "changes": list(changes),
+        "verdict": list(said),
+        "differences": pairs,
+        "guessing": comparison.guess,
+        "costs": {scheme: asdict(cost) for scheme, cost in method_costs(comparison).items()},
+        "tuning": comparison.tuning and asdict(comparison.tuning),
+        "runs": runs,
+        "failures": failures,
+    }
+
+
+def verdict_of(comparison: Comparison) -> list[str]:
+    """Return the sentences that a comparison leads to."""
+    return verdict(comparison.errors("top1"), comparison.guess, method_costs(comparison))
+
+
+def code_of(comparison: Comparison) -> str | None:
+    """Return the method in question as a program; None where no method with heads was trained."""
+    ours = in_question(comparison.by_scheme)
+    return None if ours is None else snippet(comparison.by_scheme[ours][0].recipe)
 
 
 def tops(comparison: Comparison) -> dict[str, str]:
@@ -58,11 +122,12 @@ def summary(comparison: Comparison) -> Table:
     """Return the page's first table: errors as the runs measured them, and what each method costs."""
     by_scheme, shown, first = comparison.by_scheme, tops(comparison), comparison.runs[0]
     errors = {top: comparison.errors(top) for top in shown}
-    ours, ratios = in_question(by_scheme), _flops(by_scheme)
+    ours, costs = in_question(by_scheme), method_costs(comparison)
     paper = reported("3", [first.recipe.network.architecture]) if _has_papers_rows(first) else {}
     header = ["method", "runs", *(f"{title} error, %" for title in shown.values())]
     header += [f"{SCHEME_NAMES[ours]} minus this, {title}" for title in shown.values()] if ours else []
-    header += ["learning rate", "training time", "FLOPs per step"]
+    own_values = _tuned_values(comparison)
+    header += ["learning rate", *next(iter(own_values.values()), {}), "training time", "FLOPs of a step", "peak memory"]
 
     def row(name: str, runs: str, cells: Sequence[str]) -> tuple[str, ...]:
         return (name, runs, *cells, *[""] * (len(header) - 2 - len(cells)))
@@ -74,8 +139,10 @@ def summary(comparison: Comparison) -> Table:
         for top in shown if ours else ():
             pairs = paired_differences(errors[top][str(ours)], errors[top][scheme])
             cells.append(difference_text(pairs) if own and scheme != ours else "")
-        cells += [f"{own[0].recipe.optimizer.lr:g}" if own else "", _seconds_text(own)]
-        cells.append(f"{100 * ratios[scheme]:.0f} %" if scheme in ratios else "")
+        cost = costs.get(scheme, Cost())
+        cells += [f"{own[0].recipe.optimizer.lr:g}" if own else "", *own_values.get(scheme, {}).values()]
+        cells.append(_seconds_text(cost.seconds))
+        cells += ["" if ratio is None else f"{100 * ratio:.0f} %" for ratio in (cost.flops, cost.memory)]
         rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
         if scheme in paper:
             rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme][: len(shown)]))
@@ -83,19 +150,26 @@ def summary(comparison: Comparison) -> Table:
     return Table("Errors on the validation images", tuple(header), tuple(rows), _notes(comparison, ours))
 
 
-def _flops(by_scheme: Mapping[str, Sequence[Run]]) -> dict[str, float]:
-    """Return the FLOPs of each method's training step relative to standard BP, for the windows of its own recipe."""
-    found: dict[str, float] = {}
-    known: dict[str, Mapping[str, float]] = {}
-    for scheme, own in by_scheme.items():
-        recipe = own[0].recipe
-        plan = repr((recipe.network, recipe.plan))
+def method_costs(comparison: Comparison) -> dict[str, Cost]:
+    """Return the cost of each method, for the windows of its own recipe."""
+    found: dict[str, Cost] = {}
+    known: dict[str, StepCost | None] = {}
+    for scheme, own in comparison.by_scheme.items():
+        seconds = [each.last["seconds"] for each in own if "seconds" in each.last]
+        found[scheme] = Cost(statistics.fmean(seconds) if seconds else None)
+        plan = repr((own[0].recipe.network, own[0].recipe.plan))
         if plan not in known:
-            known[plan] = cost_of(recipe).ratios
+            try:
+                known[plan] = cost_of(own[0].recipe)
+            except InputError:  # a network that trains, but whose cost cannot be predicted
+                known[plan] = None
+        if (step := known[plan]) is None:
+            continue
         is_early = scheme == "relay" and own[0].starts[-1].get("options", {}).get("early_release")
-        kind = "early_release" if is_early and "early_release" in known[plan] else scheme
-        if kind in known[plan]:
-            found[scheme] = known[plan][kind]
+        kind = EARLY_RELEASE if is_early and EARLY_RELEASE in step.peaks else scheme
+        if kind in step.peaks:
+            peak = step.peaks[kind] / max(1, step.peaks["standard"])
+            found[scheme] = replace(found[scheme], flops=step.ratios[kind], memory=peak)
     return found
 
 
@@ -110,7 +184,8 @@ def _notes(comparison: Comparison, ours: str | None) -> tuple[str, ...]:
             text += ". Differences are paired by seed; in brackets, their 95 % confidence interval over seeds (t)"
     device = str(first.starts[-1].get("device")).replace("cpu", "CPU")
     seconds = f"Training time is the time spent on updates ({device}), mean over seeds"
-    return (f"{text}. {seconds}; FLOPs are relative to standard BP.",)
+    memory = "the predicted peak memory of a step's activations"
+    return (f"{text}. {seconds}; FLOPs and {memory} are relative to standard BP.",)
 
 
 def _runs_text(comparison: Comparison, scheme: str) -> str:
@@ -122,11 +197,16 @@ def _runs_text(comparison: Comparison, scheme: str) -> str:
     return f"{done} of {seeds} {unit}; {failed}" if failed else f"{done} {unit}"
 
 
-def _seconds_text(own: Sequence[Run]) -> str:
-    seconds = [each.last["seconds"] for each in own if "seconds" in each.last]
-    if not seconds:
+def _tuned_values(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Return the values that each scheme has chosen, beside the learning rate, by scheme and name."""
+    choices = comparison.tuning.choices if comparison.tuning else {}
+    keys = dict.fromkeys(axis.key for choice in choices.values() for axis in choice.axes if axis.key != RATE)
+    return {scheme: {key: choice.values.get(key, "") for key in keys} for scheme, choice in choices.items()}
+
+
+def _seconds_text(mean: float | None) -> str:
+    if mean is None:
         return ""
-    mean = statistics.fmean(seconds)
     unit, size = next((unit for unit in (("h", 3600), ("min", 60)) if mean >= 2 * unit[1]), ("s", 1))
     return f"{mean / size:.3g} {unit}"
 
@@ -170,8 +250,12 @@ def failure_table(comparison: Comparison) -> Table | None:
 
 def recipe_table(comparison: Comparison) -> Table:
     """Return every value of the recipe with its source; schemes are named where they differ."""
+    tuned = comparison.tuning.names if comparison.tuning else ()
     fields = {scheme: own[0].recipe.fields() for scheme, own in comparison.by_scheme.items()}
-    found = {scheme: {n: (value_text(value), source) for n, value, source in own} for scheme, own in fields.items()}
+    found = {
+        scheme: {n: (value_text(value), TUNED if n in tuned else source) for n, value, source in own}
+        for scheme, own in fields.items()
+    }
     names = dict.fromkeys(name for own in found.values() for name in own if name != "scheme")
     rows: list[tuple[str, ...]] = []
     for name in names:

@@ -1,17 +1,102 @@
-"""The verdict of a comparison: differences paired by seed, their confidence interval, and one sentence."""
+"""The verdict of a comparison: for each pair of methods the difference paired by seed, its interval, and a sentence."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from scipy import stats
 
 from relaylab.recipes.schema import SCHEME_NAMES
 
 CONFIDENCE = 0.95
-COMPARED = ("standard", "multi_loss", "isolated")  # with the scheme in question, in this order
+RELEVANT = 1.0  # points of error: methods whose difference is certainly smaller than that count as equally good
+MOST_SEEDS = 1000
+LEARNT = 0.98  # of the error of guessing; a run that does not fall below it has learnt nothing
+PAIRS = (
+    ("relay", "standard"),
+    ("relay", "multi_loss"),
+    ("multi_loss", "standard"),
+    ("isolated", "relay"),
+    ("isolated", "standard"),
+    ("isolated", "multi_loss"),
+)
+PLURAL = ("isolated",)  # whose names take "are"
 IN_QUESTION = ("relay", "isolated", "multi_loss")
-UNCLEAR = "not distinguishable from"
 Errors = Mapping[int, float | None]  # by seed; None where the run failed
+Decision = Literal["better", "worse", "equal", "undecided", "one seed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The cost of training by one method.
+
+    Attributes:
+        seconds: of a run's updates, mean over seeds; None if no run recorded it.
+        flops: of a training step, relative to standard BP; None if unknown.
+        memory: predicted peak of a training step, relative to standard BP; None if unknown.
+    """
+
+    seconds: float | None = None
+    flops: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The difference between two methods' errors.
+
+    Attributes:
+        ours, base: schemes.
+        values: for each seed that both have finished, the error of `ours` minus that of `base`, in points.
+    """
+
+    ours: str
+    base: str
+    values: tuple[float, ...]
+
+    @property
+    def decision(self) -> Decision:
+        """What the interval allows to say; "equal" if it holds no difference of `RELEVANT` points or more."""
+        ends = interval(self.values)
+        if ends is None:
+            return "one seed"
+        if (ends[0] > 0 or ends[1] < 0) and round(statistics.fmean(self.values), 2):
+            return "better" if ends[1] < 0 else "worse"
+        return "equal" if max(-ends[0], ends[1]) < RELEVANT else "undecided"
+
+    @property
+    def seeds_needed(self) -> int | None:
+        """The number of seeds at which this mean and spread would decide; None for more than `MOST_SEEDS`."""
+        mean, spread = abs(statistics.fmean(self.values)), statistics.stdev(self.values)
+        wanted = max(mean, RELEVANT - mean)
+        counts = range(len(self.values) + 1, MOST_SEEDS + 1)
+        return next((n for n in counts if stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * spread / n**0.5 < wanted), None)
+
+    @property
+    def text(self) -> str:
+        """One sentence, without its full stop."""
+        ours, base = _capital(SCHEME_NAMES[self.ours]), SCHEME_NAMES[self.base]
+        verb = "are" if self.ours in PLURAL else "is"
+        mean, ends = statistics.fmean(self.values), interval(self.values)
+        size = range_text(abs(mean), ends and ((-ends[1], -ends[0]) if mean < 0 else ends))
+        match self.decision:
+            case "better" | "worse":
+                return f"{ours} {verb} {self.decision} than {base} by {size} points"
+            case "equal":
+                most = max(map(abs, ends or (0.0,)))
+                return (
+                    f"{ours} and {base}: no difference larger than {most:.2f} points ({difference_text(self.values)})"
+                )
+            case "undecided":
+                needed = self.seeds_needed
+                seeds = f"{needed}" if needed else f"more than {MOST_SEEDS:,}"
+                word = "better" if mean < 0 else "worse"
+                return f"{ours} against {base}: undecided, {word} by {size} points; {seeds} seeds would tell"
+            case "one seed":
+                word = "better" if mean < 0 else "worse"
+                seen = f"{word} by {size} points" if round(mean, 2) else "no difference"
+                return f"{ours} against {base}: {seen} with one seed, which may be chance; compare with --seeds 0,1,2"
 
 
 def paired_differences(ours: Errors, base: Errors) -> list[float]:
@@ -35,6 +120,12 @@ def mean_text(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
+def range_text(mean: float, ends: tuple[float, float] | None) -> str:
+    """Format a mean without its sign, followed by its interval."""
+    mean, *rest = (round(value, 2) + 0.0 for value in (mean, *(ends or ())))  # no -0.00
+    return f"{mean:.2f} [{rest[0]:.2f}, {rest[1]:.2f}]" if rest else f"{mean:.2f}"
+
+
 def difference_text(values: Sequence[float]) -> str:
     """Format the mean of paired differences, followed by its confidence interval."""
     if not values:
@@ -53,48 +144,66 @@ def in_question(schemes: Collection[str]) -> str | None:
     return next((scheme for scheme in IN_QUESTION if scheme in schemes and len(schemes) > 1), None)
 
 
-def verdict(results: Mapping[str, Errors]) -> str:
-    """Summarise a comparison in one sentence, from the top-1 error by scheme and seed, in per cent."""
-    trained = {scheme: own for scheme, own in results.items() if any(value is not None for value in own.values())}
-    ours = in_question(trained)
-    bases = [scheme for scheme in COMPARED if scheme in trained and scheme != ours]
-    failed = _failed(results)
-    if ours is None or not bases:
-        names = ", ".join(SCHEME_NAMES[scheme] for scheme in trained) or "no method"
-        return f"Nothing to compare: {names} finished{failed}."
-    found = {scheme: paired_differences(trained[ours], trained[scheme]) for scheme in bases}
-    paired = {scheme: values for scheme, values in found.items() if values}
-    if not paired:
-        return f"Nothing to compare: {SCHEME_NAMES[ours]} and {SCHEME_NAMES[bases[0]]} have no seed in common{failed}."
-    text = _comparisons({SCHEME_NAMES[scheme]: values for scheme, values in paired.items()})
-    return f"The top-1 error of {SCHEME_NAMES[ours]} is {text}; {_basis(paired)}{failed}."
+def differences(results: Mapping[str, Errors]) -> list[Difference]:
+    """Return the differences of all pairs of methods that share a seed, from the top-1 error by scheme and seed.
+
+    Isolated windows are compared with relay; with the others only where there is no relay.
+    """
+    found: list[Difference] = []
+    for ours, base in PAIRS:
+        if ours == "isolated" and base != "relay" and "relay" in results:
+            continue
+        values = paired_differences(results.get(ours, {}), results.get(base, {}))
+        found += [Difference(ours, base, tuple(values))] if values else []
+    return found
 
 
-def _comparisons(paired: Mapping[str, Sequence[float]]) -> str:
-    """Say by how much the error is lower or higher than that of each method, or that chance may explain it."""
-    clauses: dict[str, list[str]] = {}
-    for base, values in paired.items():
-        mean, ends = statistics.fmean(values), interval(values)
-        word = f"{abs(mean):.2f} points {'lower' if mean < 0 else 'higher'} than"
-        if ends is not None and (ends[0] <= 0 <= ends[1] or not round(mean, 2)):
-            word = UNCLEAR
-        elif not round(mean, 2):
-            word = "the same as"
-        basis = "one seed" if ends is None else difference_text(values)
-        clauses.setdefault(word, []).append(f"that of {base} ({basis})")
-    joined = {word: (" or " if word == UNCLEAR else " and ").join(bases) for word, bases in clauses.items()}
-    return " and ".join(f"{word} {bases}" for word, bases in joined.items())
+def verdict(results: Mapping[str, Errors], guess: float, costs: Mapping[str, Cost] | None = None) -> list[str]:
+    """Summarise a comparison in sentences.
+
+    Args:
+        results: the top-1 error by scheme and seed, in per cent.
+        guess: the error of guessing.
+        costs: by scheme.
+    """
+    found = differences(results)
+    if not found:
+        finished = [SCHEME_NAMES[scheme] for scheme, own in results.items() if any(v is not None for v in own.values())]
+        why = "no seed in common" if len(finished) > 1 else "nothing else to compare with"
+        return [f"No verdict: {' and '.join(finished) or 'no method'} finished, with {why}.", *_failed(results)]
+    lines = [f"{each.text}.{_cost_text(each, costs or {})}" for each in found]
+    counts = sorted({len(each.values) for each in found if len(each.values) > 1}, reverse=True)
+    basis = (
+        [f"{100 * CONFIDENCE:.0f} % intervals over {' and '.join(map(str, counts))} paired seeds (t)"] if counts else []
+    )
+    lines.append(f"Points are per cent of top-1 error; {'; '.join([*basis, f'guessing has {guess:.2f} %'])}.")
+    return [*lines, *_not_learnt(results, guess), *_failed(results)]
 
 
-def _basis(paired: Mapping[str, Sequence[float]]) -> str:
-    """Say what the intervals are over, or that there are none."""
-    counts = list(dict.fromkeys(len(values) for values in paired.values() if len(values) > 1))
-    if not counts:
-        return "this may be chance: compare with --seeds 0,1,2"
-    return f"{100 * CONFIDENCE:.0f} % intervals over {' and '.join(map(str, counts))} paired seeds (t)"
+def _cost_text(pair: Difference, costs: Mapping[str, Cost]) -> str:
+    """Format the cost of one method relative to that of the other."""
+    parts: list[str] = []
+    for name, unit in (("seconds", "training time"), ("flops", "FLOPs"), ("memory", "peak memory")):
+        own, base = (getattr(costs.get(scheme, Cost()), name) for scheme in (pair.ours, pair.base))
+        parts += [f"{own / base:.2f} x the {unit}"] if own and base else []
+    if not parts:
+        return ""
+    listed = f"{', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}"
+    return f" {_capital(SCHEME_NAMES[pair.ours])} take{'' if pair.ours in PLURAL else 's'} {listed}."
 
 
-def _failed(results: Mapping[str, Errors]) -> str:
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _not_learnt(results: Mapping[str, Errors], guess: float) -> list[str]:
+    """Name the runs that are no better than guessing."""
+    lost = {scheme: sum(v is not None and v >= LEARNT * guess for v in own.values()) for scheme, own in results.items()}
+    parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in lost.items() if count]
+    return [f"Runs no better than guessing: {', '.join(parts)}."] if parts else []
+
+
+def _failed(results: Mapping[str, Errors]) -> list[str]:
     counts = {scheme: sum(value is None for value in own.values()) for scheme, own in results.items()}
     parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in counts.items() if count]
-    return f"; failed runs, left out: {', '.join(parts)}" if parts else ""
+    return [f"Failed runs, left out: {', '.join(parts)}."] if parts else []

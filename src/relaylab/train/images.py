@@ -246,6 +246,10 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
     chosen, held = None, None
     if config.held_out is not None:
         chosen, held = held_out(labels, count=config.held_out, seed=CHOICE_SEED)
+    if config.set_aside is not None:
+        rest = np.arange(len(labels)) if chosen is None else chosen
+        stay, aside = held_out(labels[rest], count=config.set_aside, seed=CHOICE_SEED)
+        chosen, held = rest[stay], rest[aside]
     if config.long_tail is not None:
         rest = np.arange(len(labels)) if chosen is None else chosen
         chosen = rest[long_tail(labels[rest], ratio=config.long_tail, seed=CHOICE_SEED)]

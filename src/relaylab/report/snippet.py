@@ -1,0 +1,142 @@
+"""A method with its network, plan, heads and optimizer as a short program, a start for one's own training loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchvision.models.inception import InceptionAux
+
+from relaybackprop.heads import AuxiliaryHead, LinearHead, TokenHead
+from relaylab.models.building import AUTO, build_relay
+from relaylab.recipes.schema import NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+
+CODE = "relay.py"  # in the folder of a comparison
+
+
+def snippet(recipe: Recipe) -> str:
+    """Return a program that builds the network, plan, heads and optimizer of a recipe, and makes one update.
+
+    It runs as it is, on random images. Augmentation and schedule are not in it.
+    """
+    config, size = recipe.network, recipe.network.image_size
+    imports, network = _network(config)
+    head_imports, heads = _heads(recipe)
+    smoothing = f"label_smoothing={own:g}" if (own := recipe.optimizer.label_smoothing) else ""
+    method = {"multi_loss": ".multi_loss()", "isolated": ".isolated()"}.get(recipe.scheme, "")
+    names = sorted({"Plan", "Relay", "RelayLoss", "Window", *head_imports})
+    lines = [
+        "import torch",
+        "from torch import nn",
+        *imports,
+        *(["from torchvision.models.inception import InceptionAux"] if "InceptionAux" in "".join(heads) else []),
+        f"from relaybackprop import {', '.join(names)}",
+        "",
+        *network,
+        f"example = torch.randn(2, 3, {size}, {size})  # a batch of your images",
+        f"plan = {_plan(recipe.plan)}{method}",
+        *heads,
+        "relay = Relay(model, plan, heads)",
+        f"criterion = RelayLoss(nn.CrossEntropyLoss({smoothing}))",
+        f"optimizer = {_optimizer(recipe.optimizer)}",
+        "",
+        f"images, labels = example, torch.randint({config.num_classes}, (2,))  # in your loop: each batch",
+        "loss = criterion(relay(images), labels)",
+        "loss.backward()",
+        "optimizer.step()",
+        "optimizer.zero_grad()",
+        "",
+        "model.eval()  # after training: your network, without the heads",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
+    """Return the imports and the lines that build the network."""
+    place, _, name = config.architecture.rpartition(":")
+    options = "".join(f", {key}={_text(value)}" for key, value in config.options.items())
+    match place:
+        case "timm":
+            return ["import timm"], [f'model = timm.create_model("{name}", num_classes={config.num_classes}{options})']
+        case "torchvision":
+            call = f'models.get_model("{name}", num_classes={config.num_classes}{options})'
+            return ["from torchvision import models"], [f"model = {call}"]
+        case "":
+            given = ("width", "convs", "pyramid")
+            options = "".join(f", {key}={_text(value)}" for key in given if (value := getattr(config, key)) is not None)
+            call = (
+                f'NETWORKS["{name}"].build(num_classes={config.num_classes}, image_size={config.image_size}{options})'
+            )
+            return ["from relaylab.models.building import NETWORKS"], [f"model = {call}"]
+        case _ if place.endswith(".py"):
+            path = Path(place)
+            lines = [
+                "import sys",
+                "",
+                f"sys.path.insert(0, {_text(str(path.parent))})",
+                f"from {path.stem} import {name}",
+            ]
+        case _:
+            lines = [f"from {place} import {name}"]
+    return lines, [f"model = {name}(num_classes={config.num_classes}{options})"]
+
+
+def _plan(plan: PlanConfig) -> str:
+    auxiliary = (
+        f'"{name}": Window({_ends(own.bottom, own.after, own.top)}, weight={own.weight:g})'
+        for name, own in plan.auxiliary.items()
+    )
+    return f"Plan(Window({_ends(plan.primary.bottom, plan.primary.after)}), {{{', '.join(auxiliary)}}})"
+
+
+def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
+    """Format the modules of a window as arguments; several names are a tuple."""
+    parts = [f"top={_text(top)}"] if top else []
+    parts += [f"bottom={_text(bottom)}"] if bottom else []
+    if after:
+        parts.append(f"after={_text(tuple(name.strip() for name in after.split(',')) if ',' in after else after)}")
+    return ", ".join(parts)
+
+
+def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
+    """Return the names to import and the lines that build the heads."""
+    classes, auxiliary = recipe.network.num_classes, recipe.plan.auxiliary
+    gains = [own.gain for own in auxiliary.values()]
+    if all(own.head == AUTO for own in auxiliary.values()) and len(set(gains)) == 1:
+        gain = f', gain="{gains[0]}"' if gains[0] else ""
+        return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes}{gain})"]
+    heads = {name: _call(head, classes) for name, head in build_relay(recipe, shadow=True).heads.items()}
+    imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}
+    pairs = (f'"{name}": {call}' for name, call in heads.items())
+    return imports, [f"heads = {{{', '.join(pairs)}}}"]
+
+
+def _call(head: nn.Module, classes: int) -> str:
+    """Return the call that builds a head of the same kind."""
+    match head:
+        case LinearHead():
+            return f"LinearHead({head.channels}, {classes})"
+        case AuxiliaryHead():
+            norm = ", batch_norm=True" if isinstance(head.norm, nn.BatchNorm2d) else ""
+            return f"AuxiliaryHead({head.channels}, {classes}{norm})"
+        case TokenHead():
+            return f"TokenHead({head.channels}, {classes}, pool={_text(head.pool)})"
+        case _:
+            assert isinstance(head, InceptionAux)
+            return f"InceptionAux({head.conv0.conv.in_channels}, {classes})"  # pyright: ignore
+
+
+def _optimizer(config: OptimizerConfig) -> str:
+    values = f"lr={config.lr:g}, weight_decay={config.weight_decay:g}"
+    if config.algorithm == "adamw":
+        return f"torch.optim.AdamW(relay.parameters(), {values}, betas={config.betas})"
+    return f"torch.optim.SGD(relay.parameters(), {values}, momentum={config.momentum:g})"
+
+
+def _text(value: Any) -> str:
+    """Return a value as Python writes it, with the quotes of a formatter."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)

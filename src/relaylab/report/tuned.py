@@ -1,0 +1,86 @@
+"""The tuning of a comparison as a table and as curves: error against each value, a line for each method."""
+
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+
+from relaylab.recipes.schema import SCHEME_NAMES
+from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
+from relaylab.report.verdict import LEARNT
+from relaylab.tables import Table
+from relaylab.train.tuning import Axis, Choice, Trial, Tuning
+
+
+def tuning_table(tuning: Tuning, guess: float) -> Table:
+    """Return all trials with their errors, those of each scheme's choice marked; `guess` is the error of guessing."""
+    keys = list(dict.fromkeys(axis.key for choice in tuning.choices.values() for axis in choice.axes))
+    rows: list[tuple[str, ...]] = []
+    for scheme, choice in tuning.choices.items():
+        for trial in choice.trials:
+            values = dict(zip((axis.key for axis in choice.axes), trial.point, strict=True))
+            error = "" if trial.top1 is None else f"{trial.top1:.2f}"
+            cells = (*(values.get(key, "") for key in keys), error, _outcome(choice, trial, guess))
+            rows.append((SCHEME_NAMES[scheme], *cells))
+    header = ("method", *keys, "top-1 error, %", "outcome")
+    share = "" if tuning.share == 1 else f", each {tuning.share:g} of the recipe's iterations long"
+    unit = "of each class" if tuning.images >= 1 else "of the training images of each class"
+    aside = f"{int(tuning.images)}" if tuning.images >= 1 else f"{100 * tuning.images:g} %"
+    note = f"One run for each, seed {tuning.seed}{share}, evaluated on {aside} {unit}, which it was not trained on."
+    return Table("Trials by which each method's values were chosen", header, tuple(rows), (note,))
+
+
+def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
+    if trial.top1 is None:
+        return "diverged"
+    said = "no better than guessing" if trial.top1 >= LEARNT * guess else ""
+    if trial.point == choice.point:
+        said = "chosen" if choice.enclosed else "chosen, at the end of what was tried"
+    added = any(text not in axis.values for axis, text in zip(choice.axes, trial.point, strict=True))
+    return f"{said}; beyond the grid".lstrip("; ") if added else said
+
+
+def tuning_pictures(tuning: Tuning) -> dict[str, str]:
+    """Return a plot as SVG text for each axis of numbers on which several values were tried, by its key."""
+    axes = {axis.key: axis for choice in tuning.choices.values() for axis in choice.axes}
+    return {key: _picture(tuning, axis) for key, axis in axes.items() if axis.kind != "choice" and axis.values[1:]}
+
+
+def _picture(tuning: Tuning, axis: Axis) -> str:
+    curves = {scheme: own for scheme, choice in tuning.choices.items() if (own := _curve(choice, axis.key))}
+    values = {value for own in curves.values() for value in own}
+    is_log = min(values) > 0
+
+    def draw(axes: Axes) -> None:
+        errors = [error for own in curves.values() for error in own.values() if error is not None]
+        top = max(errors, default=100.0) + 0.08 * (max(errors, default=100.0) - min(errors, default=0.0) + 1)
+        for scheme, own in curves.items():
+            look = {"color": SCHEME_COLOURS[scheme], "linestyle": SCHEME_DASHES[scheme], "linewidth": 2.0}
+            seen = {value: error for value, error in own.items() if error is not None}
+            axes.plot(list(seen), list(seen.values()), marker="o", markersize=4, label=SCHEME_NAMES[scheme], **look)
+            lost = [value for value, error in own.items() if error is None]
+            axes.plot(lost, [top] * len(lost), marker="x", linestyle="", color=SCHEME_COLOURS[scheme], markersize=8)
+            chosen = float(tuning.choices[scheme].values[axis.key])
+            if chosen in seen:
+                ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": ""}
+                axes.plot([chosen], [seen[chosen]], color=SCHEME_COLOURS[scheme], **ring)
+        if is_log:
+            axes.set_xscale("log")
+            axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=9)
+            axes.minorticks_off()
+        axes.set_xlabel(f"{axis.key} (ring: chosen; cross: diverged)")
+
+    return plot(
+        draw, f"Error of the trials against {axis.title}", "top-1 error, per cent", size=(5.6, 3.6), legend=True
+    )
+
+
+def _curve(choice: Choice, key: str) -> Mapping[float, float | None]:
+    """Return the least error at each value of an axis, whatever the other values; None where all diverged."""
+    index = next((number for number, axis in enumerate(choice.axes) if axis.key == key), None)
+    if index is None:
+        return {}
+    found: dict[float, float | None] = {}
+    for trial in choice.trials:
+        value, before = float(trial.point[index]), found.get(float(trial.point[index]))
+        found[value] = trial.top1 if before is None else min(before, before if trial.top1 is None else trial.top1)
+    return found

@@ -1,0 +1,154 @@
+"""The runs of a tuning: trained in rounds, for all schemes together, until each scheme's best point is enclosed."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from relaylab.errors import LabError
+from relaylab.recipes.schema import SCHEME_NAMES, Recipe
+from relaylab.train import runs
+from relaylab.train.failures import read_failure
+from relaylab.train.many import is_missing
+from relaylab.train.options import TrainConfig
+from relaylab.train.records import metrics_of
+from relaylab.train.tuning import (
+    FOLDER,
+    SEED,
+    Axis,
+    Choice,
+    Point,
+    Trial,
+    Tuning,
+    changes_of,
+    choice_of,
+    is_allowed,
+    name_of,
+    next_points,
+    of_scheme,
+    shortened,
+    write_tuning,
+)
+
+TrainMany = Callable[[Mapping[str, TrainConfig], int], bool]
+"""Trains runs by name, of so many iterations each; returns False if a signal stopped them."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A tuning to carry out.
+
+    Attributes:
+        folder: of the comparison.
+        recipe: with the user's changes.
+        config: options of a run; its seed, scheme and folder are replaced.
+        axes: of the grid.
+        images: of each class to set aside, their share or number.
+        share: length of the trials, as a share of the recipe's iterations.
+    """
+
+    folder: Path
+    recipe: Recipe
+    config: TrainConfig
+    axes: tuple[Axis, ...]
+    images: float
+    share: float
+
+    def path(self, scheme: str, point: Point) -> Path:
+        """Return the folder of a trial."""
+        return self.folder / FOLDER / scheme.replace("_", "-") / name_of(of_scheme(self.axes, scheme), point)
+
+    def options(self, scheme: str, point: Point) -> TrainConfig:
+        """Return the options of a trial."""
+        values = {"scheme": scheme, "images.set_aside": f"{self.images:g}"} | shortened(self.recipe, self.share)
+        more = [f"{name}={value}" for name, value in values.items()]
+        more += changes_of(of_scheme(self.axes, scheme), point)
+        replaced = {text.partition("=")[0] for text in more}
+        kept = [text for text in self.config.changes if text.partition("=")[0].strip() not in replaced]
+        return replace(
+            self.config,
+            changes=(*kept, *more),
+            seed=SEED,
+            out=self.path(scheme, point),
+            resume="auto",
+            keep=1,
+            diagnose_every=0,
+        )
+
+    def allows(self, scheme: str, point: Point) -> bool:
+        """Return whether a point beyond the grid can be trained."""
+        return is_allowed(self.recipe, changes_of(of_scheme(self.axes, scheme), point))
+
+
+def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | None:
+    """Train the trials that are missing, and return each scheme's choice; None after SIGINT or SIGTERM.
+
+    A scheme with nothing to choose is not tuned.
+
+    Raises:
+        InputError: a trial could not begin.
+        LabError: a trial failed other than by divergence.
+    """
+    points = {scheme: list[Point]() for scheme in schemes}
+    while due := {scheme: found for scheme in schemes if (found := _due(search, scheme, points[scheme]))}:
+        pairs = [(scheme, point) for scheme, found in due.items() for point in found]
+        missing = [pair for pair in pairs if is_missing(search.path(*pair))]
+        configs = {_title(search, *pair): search.options(*pair) for pair in missing}
+        if configs and not train(configs, runs.understand(next(iter(configs.values()))).recipe.optimizer.iterations):
+            return None
+        for scheme, found in due.items():
+            points[scheme] += found
+    choices = {scheme: _choice(search, scheme, points[scheme]) for scheme in schemes}
+    tuning = Tuning(SEED, search.images, search.share, choices)
+    write_tuning(search.folder, tuning)
+    return tuning
+
+
+def _due(search: Search, scheme: str, points: Sequence[Point]) -> list[Point]:
+    """Return the points to train next; none where there is nothing to choose. What is beyond the grid is logged."""
+    axes = of_scheme(search.axes, scheme)
+    if not any(len(axis.values) > 1 for axis in axes):
+        return []
+    trials = [_trial(search, scheme, point) for point in points]
+    found = next_points(axes, trials, partial(search.allows, scheme))
+    new = [name_of(axes, point) for point in found if is_missing(search.path(scheme, point))]
+    if trials and new:
+        best = name_of(axes, choice_of(axes, trials).point)
+        print(
+            f"{SCHEME_NAMES[scheme]}: {best} is the best so far; trying {' and '.join(new)} beside it", file=sys.stderr
+        )
+    return found
+
+
+def _choice(search: Search, scheme: str, points: Sequence[Point]) -> Choice:
+    axes = of_scheme(search.axes, scheme)
+    if not points:  # nothing to choose: the only value of each axis
+        return Choice(axes, (), tuple(axis.values[0] for axis in axes), True)
+    choice = choice_of(axes, [_trial(search, scheme, point) for point in points])
+    if not choice.enclosed:
+        print(
+            f"{SCHEME_NAMES[scheme]}: the best point is at the end of what was tried: {choice.values}", file=sys.stderr
+        )
+    return choice
+
+
+def _trial(search: Search, scheme: str, point: Point) -> Trial:
+    """Return the result of a trial.
+
+    Raises:
+        LabError: it has neither finished nor diverged.
+    """
+    folder = search.path(scheme, point)
+    if is_missing(folder):
+        failure = read_failure(folder)
+        reason = failure.text if failure else "it wrote no result; the disk may be full"
+        raise LabError(f"tuning, {_title(search, scheme, point)}: {reason}. The same command resumes it.")
+    if not (folder / runs.MODEL).is_file():
+        return Trial(point)
+    last = [line for line in metrics_of(folder) if line["kind"] == "val"][-1]
+    return Trial(point, last["top1"], last["loss"])
+
+
+def _title(search: Search, scheme: str, point: Point) -> str:
+    return f"{SCHEME_NAMES[scheme]} {name_of(of_scheme(search.axes, scheme), point)}"

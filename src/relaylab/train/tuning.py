@@ -1,0 +1,292 @@
+"""Tuning: the search for each scheme's own values, such as its learning rate, on a grid that grows where it must.
+
+Note [Tuning]
+1. All schemes start from the same grid. Its points are trained from one seed, on the training images without those that
+   are set aside, and are compared by their errors on these.
+2. The best point is *enclosed* once its neighbours along each axis of numbers have been trained, too. Beyond the end of
+   an axis its neighbour is a new value, in the ratio of the last two: the grid grows until the best point is enclosed.
+3. A run that diverges is worse than any that does not: where training diverges, the grid ends. Of points with equal
+   errors, the smaller loss decides, then the order of the grid.
+4. At most `MOST_ADDED` values are added at an end of an axis.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from relaylab.errors import InputError, nearest
+from relaylab.files import write_text
+from relaylab.recipes.changes import recipe_problems, with_changes
+from relaylab.recipes.schema import Recipe, value_text
+
+FILE, FOLDER = "tuning.json", "tuning"  # in the folder of a comparison
+SEED = 1000  # of all trials: not one of the seeds that people compare by
+MOST_ADDED = 6
+PLAN = "plan."  # values that standard BP does not use
+
+Point = tuple[str, ...]
+"""A value for each axis, as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A value to tune, and its values on the grid.
+
+    Attributes:
+        key: as the user names it, such as "plan.auxiliary.*.weight".
+        names: the recipe's values that it stands for.
+        values: as text; numbers in rising order.
+        kind: "choice" for values without an order, on whose axis no point has neighbours.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    values: tuple[str, ...]
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """The last part of the key, such as "lr"."""
+        return self.key.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A trained point of the grid.
+
+    Attributes:
+        point: its values.
+        top1: top-1 error on the images set aside at the end of training, in per cent; None if training diverged.
+        loss: on the same images; None if training diverged.
+    """
+
+    point: Point
+    top1: float | None = None
+    loss: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Sort key: smaller is better."""
+        return tuple(math.inf if value is None else value for value in (self.top1, self.loss))  # pyright: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The trials of one scheme, and its best point."""
+
+    axes: tuple[Axis, ...]
+    trials: tuple[Trial, ...]
+    point: Point
+    enclosed: bool
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The chosen values by key."""
+        return {axis.key: text for axis, text in zip(self.axes, self.point, strict=True)}
+
+    @property
+    def changes(self) -> list[str]:
+        """The chosen values as changes of the recipe, NAME=VALUE each."""
+        return changes_of(self.axes, self.point)
+
+
+def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], list[str]]:
+    """Return the axes of a grid, and error messages.
+
+    Args:
+        texts: KEY=VALUE,VALUE,... each; a key may have the wildcard * for parts of names.
+        recipe: whose values they are.
+    """
+    axes: list[Axis] = []
+    problems: list[str] = []
+    for text in texts:
+        key, _, rest = text.replace(" ", "").partition("=")
+        values = [value for value in rest.split(",") if value]
+        present = [name for name, _, _ in recipe.fields()]
+        names = [name for name in present if fnmatchcase(name, key)] if "*" in key else [key]
+        if not key or not values or len(set(values)) < len(values):
+            problems.append(f"--tune {text}: expected KEY=VALUE,VALUE,... with different values")
+        elif any(key == axis.key for axis in axes):
+            problems.append(f"--tune {key} is given twice")
+        elif key == "scheme" or key.startswith(("network.num_classes", "images.", "evaluation.")):
+            problems.append(f"--tune {key}: all schemes have the same images and classes; name schemes with --schemes")
+        elif not names:
+            problems.append(f"--tune {key}: no value of the recipe has such a name{nearest(key, present)}")
+        else:
+            axis, wrong = _axis(key, names, values, recipe)
+            problems += wrong
+            axes += [] if wrong else [axis]
+    return tuple(axes), problems
+
+
+def _axis(key: str, names: Sequence[str], texts: Sequence[str], recipe: Recipe) -> tuple[Axis, list[str]]:
+    problems: list[str] = []
+    values: list[object] = []
+    for text in texts:
+        changed, wrong = with_changes(recipe, [f"{name}={text}" for name in names])
+        problems += (problem.replace("--set", "--tune") for problem in wrong or recipe_problems(changed))
+        values += [value for name, value, _ in changed.fields() if name in names]
+    kind = _kind_of(values)
+    ordered = texts if problems or kind == "choice" else sorted(texts, key=float)
+    return Axis(key, tuple(names), tuple(ordered), kind), list(dict.fromkeys(problems))
+
+
+def _kind_of(values: Iterable[object]) -> str:
+    kinds = {type(value) for value in values}
+    return "whole" if kinds == {int} else "number" if kinds and kinds <= {int, float} else "choice"
+
+
+def of_scheme(axes: Iterable[Axis], scheme: str) -> tuple[Axis, ...]:
+    """Return the axes that a scheme depends on: standard BP has no auxiliary losses."""
+    return tuple(axis for axis in axes if scheme != "standard" or not axis.key.startswith(PLAN))
+
+
+def changes_of(axes: Sequence[Axis], point: Point) -> list[str]:
+    """Return a point as changes of the recipe, NAME=VALUE each."""
+    return [f"{name}={text}" for axis, text in zip(axes, point, strict=True) for name in axis.names]
+
+
+def name_of(axes: Sequence[Axis], point: Point) -> str:
+    """Return a name for a point's folder, such as "lr=0.01,weight=0.3"."""
+    titles = [axis.title for axis in axes]
+    keys = titles if len(set(titles)) == len(titles) else [axis.key.replace("*", "all") for axis in axes]
+    return ",".join(f"{key}={text}" for key, text in zip(keys, point, strict=True)) or "recipe"
+
+
+def is_allowed(recipe: Recipe, changes: Sequence[str]) -> bool:
+    """Return whether a recipe can be trained with these changes."""
+    changed, problems = with_changes(recipe, changes)
+    return not problems and not recipe_problems(changed)
+
+
+def next_points(axes: Sequence[Axis], trials: Sequence[Trial], allowed: Callable[[Point], bool]) -> list[Point]:
+    """Return the points to train next: those of the grid, then the neighbours of the best; none once it is enclosed.
+
+    Args:
+        axes: of one scheme.
+        trials: the points that have been trained.
+        allowed: whether a point beyond the grid can be trained.
+    """
+    tried = {trial.point for trial in trials}
+    missing = [point for point in itertools.product(*(axis.values for axis in axes)) if point not in tried]
+    if missing:
+        return missing
+    return [point for point in _neighbours(axes, trials) if point and point not in tried and allowed(point)]
+
+
+def choice_of(axes: Sequence[Axis], trials: Sequence[Trial]) -> Choice:
+    """Return the best of all trials. See Note [Tuning] 3."""
+    tried = {trial.point for trial in trials}
+    enclosed = all(point in tried for point in _neighbours(axes, trials))
+    ordered = _ordered(axes, trials)
+    return Choice(tuple(axes), tuple(ordered), min(ordered, key=lambda trial: trial.order).point, enclosed)
+
+
+def _ordered(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[Trial]:
+    ladders = _ladders(axes, trials)
+    return sorted(trials, key=lambda trial: [own.index(text) for own, text in zip(ladders, trial.point, strict=True)])
+
+
+def _ladders(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[list[str]]:
+    """Return all values of each axis, in order: those of the grid and those that were added."""
+    found: list[list[str]] = []
+    for index, axis in enumerate(axes):
+        values = {*axis.values, *(trial.point[index] for trial in trials)}
+        found.append(list(axis.values) if axis.kind == "choice" else sorted(values, key=float))
+    return found
+
+
+def _neighbours(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[Point | None]:
+    """Return both neighbours of the best point along each axis of numbers; None where there is none.
+
+    An axis with a single value has none to choose from, and no neighbours.
+    """
+    best = min(_ordered(axes, trials), key=lambda trial: trial.order).point
+    found: list[Point | None] = []
+    for index, (axis, ladder) in enumerate(zip(axes, _ladders(axes, trials), strict=True)):
+        if axis.kind == "choice" or len(axis.values) == 1:
+            continue
+        place = ladder.index(best[index])
+        for beside in (place - 1, place + 1):
+            text = ladder[beside] if 0 <= beside < len(ladder) else _beyond(axis, ladder, beside < 0)
+            found.append(None if text is None else (*best[:index], text, *best[index + 1 :]))
+    return found
+
+
+def _beyond(axis: Axis, ladder: Sequence[str], is_below: bool) -> str | None:
+    """Return the next value beyond an end of an axis; None if there is none, or if enough have been added."""
+    last, inner = map(float, ladder[:2] if is_below else ladder[:-3:-1])
+    end = ladder.index(axis.values[0 if is_below else -1])
+    added = end if is_below else len(ladder) - 1 - end
+    if added >= MOST_ADDED or (is_below and min(last, inner) <= 0):
+        return None
+    value = last * last / inner if min(last, inner) > 0 else 2 * last - inner
+    text = str(round(value)) if axis.kind == "whole" else f"{float(f'{value:.2g}'):g}"
+    return None if float(text) in map(float, ladder) else text
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The tuning of a comparison, as its folder records it.
+
+    Attributes:
+        seed: of all trials.
+        images: of each class set aside, their share or number.
+        share: length of the trials, as a share of the recipe's iterations.
+        choices: by scheme.
+    """
+
+    seed: int
+    images: float
+    share: float
+    choices: Mapping[str, Choice]
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the recipe's values that are tuned."""
+        return {name for choice in self.choices.values() for axis in choice.axes for name in axis.names}
+
+
+def write_tuning(folder: Path, tuning: Tuning) -> None:
+    """Write the tuning of the comparison in a folder."""
+    write_text(folder / FILE, json.dumps(asdict(tuning), indent=1) + "\n")
+
+
+def read_tuning(folder: Path) -> Tuning | None:
+    """Read the tuning of the comparison in a folder; None if it has none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / FILE} cannot be read: {error}; the same relaylab compare writes it anew") from None
+    with suppress(KeyError, TypeError, ValueError, AttributeError):
+        choices = {
+            scheme: Choice(
+                tuple(Axis(a["key"], tuple(a["names"]), tuple(a["values"]), a["kind"]) for a in one["axes"]),
+                tuple(Trial(tuple(t["point"]), t["top1"], t["loss"]) for t in one["trials"]),
+                tuple(one["point"]),
+                bool(one["enclosed"]),
+            )
+            for scheme, one in found["choices"].items()
+        }
+        return Tuning(int(found["seed"]), float(found["images"]), float(found["share"]), choices)
+    raise InputError(f"{folder / FILE} is not what relaylab compare --tune writes; the same command writes it anew")
+
+
+def shortened(recipe: Recipe, share: float) -> dict[str, str]:
+    """Return the values of a recipe that is trained for a share of its iterations, by name."""
+    if share == 1:
+        return {}
+    iterations = max(1, round(recipe.optimizer.iterations * share))
+    values = {"optimizer.iterations": iterations, "optimizer.warmup": round(recipe.optimizer.warmup * share)}
+    return {name: value_text(value) for name, value in values.items()}
