@@ -1,6 +1,4 @@
-"""The project's own experiments: what docs/evidence.md asks, as runs of `relaylab train`, and the tables they give.
+"""The first check of docs/evidence.md: its recipes, and the tables and figures drawn from its results.
 
-python -m experiments --size 32px --data TRAIN.tar.xz ... VAL.tar.xz      # train what is missing; may be stopped
-python -m experiments --size 64px --at-once 24 --data ...                # the same, all together on one GPU
-python -m experiments --size 32px --report FOLDER                        # tables and figures of what is there
+python -m experiments.page    # redraw the tables of docs/evidence.md and the figures of results/
 """

@@ -1,84 +1,86 @@
-"""The tables of docs/evidence.md, made from results/evidence-SIZE.json.
+"""Redraws the tables of docs/evidence.md and the figures of results/ from results/evidence-SIZE.json.
 
-python -m experiments.page    # renews them
+python -m experiments.page
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.studies import STUDIES, TAILS, Size
-from experiments.tables import Finding, finding_from, tail_table
+import numpy as np
+
+from experiments.figures import figures
+from experiments.findings import RESULTS, SIZES, Finding, Size, read_findings
+from experiments.studies import PER_CLASS, STUDIES, TAIL, Study
+from relaylab.data.sources.subset import long_tail
 from relaylab.files import write_text
+from relaylab.report.style import write_figure
 from relaylab.report.verdict import difference_text, mean_text
 from relaylab.tables import Table, markdown_lines, renewed
+from relaylab.train.images import CHOICE_SEED
 
-ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "evidence.md", ROOT / "results"
-# Studies of the page, by size.
-SHOWN: dict[Size, tuple[str, ...]] = {
-    "64px": ("model-a",),
-    "32px": (
-        "model-a",
-        "model-b-cores",
-        "weight",
-        "equal-rate",
-        "overlap",
-        "clipped",
-        "length-2",
-        "branches",
-        "depth",
-        "resnet50",
-        "inception-v3",
-        "tail-50",
-    ),
-}
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+TABLES: dict[Size, tuple[str, ...]] = {"32px": tuple(STUDIES), "64px": ("model-a",)}
 
 
 def sections() -> dict[str, list[str]]:
-    """By marker of the page, the lines of its table."""
+    """Return the lines of each table of the page, by the table's marker."""
     tables: dict[str, list[str]] = {}
-    for size, names in SHOWN.items():
-        text = (RESULTS / f"evidence-{size}.json").read_text(encoding="utf-8")
-        found = [finding_from(values) for values in json.loads(text)["runs"]]
-        tables |= {f"{name}-{size}": brief(name, found) for name in names}
-        for ratio in TAILS:
-            if f"tail-{ratio:g}" in names:
-                tables[f"tail-{ratio:g}-thirds-{size}"] = markdown_lines(tail_table(ratio, found))
+    for size, names in TABLES.items():
+        findings = read_findings(size)
+        tables |= {f"{name}-{size}": markdown_lines(study_table(STUDIES[name], findings)) for name in names}
+        if f"tail-{TAIL}" in names:
+            tables[f"tail-{TAIL}-thirds-{size}"] = markdown_lines(thirds_table(findings))
     return tables
 
 
-def brief(name: str, found: Sequence[Finding]) -> list[str]:
-    """A study in few columns, as Markdown. Runs that collapsed are counted, and left out of means and differences.
+def study_table(study: Study, findings: Sequence[Finding]) -> Table:
+    """Return the errors of each arm that was run, and their differences paired by seed.
 
-    Args:
-        name: of the study.
-        found: of all runs. Those that did not come as far as the others of the study are left out.
+    Collapsed runs are counted, and excluded from means and differences.
     """
-    study = STUDIES[name]
-    own = [each for each in found if study.counts(each.arm, each.seed)]
-    furthest = max(max(each.curve) for each in own)
-    good = {
-        word: {each.seed: each for each in own if each.arm == arm and furthest in each.curve and not each.collapsed}
-        for word, arm in study.arms.items()
-    }
-    header = ("", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against))
+    runs = {label: study.runs(label, findings) for label in study.arms}
+    learnt = {label: {run.seed: run for run in own if not run.collapsed} for label, own in runs.items()}
     rows: list[tuple[str, ...]] = []
-    for word, arm in study.arms.items():
-        runs = [each for each in own if each.arm == arm and furthest in each.curve]
-        if not runs:
+    for label, own in runs.items():
+        if not own:
             continue
-        lost = len(runs) - len(good[word])
-        errors = [[getattr(each, top) for each in good[word].values()] for top in ("top1", "top5")]
+        ours = learnt[label]
+        errors = [[getattr(run, top) for run in ours.values()] for top in ("top1", "top5")]
         cells = [mean_text(values) if values else "" for values in errors]
-        cells[0] += f" ({lost} of {len(runs)} collapsed)" if lost else ""
-        for base in study.against:
-            both = good[word].keys() & good[base].keys() if base != word else set[int]()
-            pairs = [good[word][seed].top1 - good[base][seed].top1 for seed in sorted(both)]
-            cells.append(difference_text(pairs) if pairs else "")
-        rows.append((word, f"{runs[0].rate:g}", *(cell.strip() for cell in cells)))
-    return markdown_lines(Table(study.title, header, tuple(rows)))
+        lost = len(own) - len(ours)
+        cells[0] += f" ({lost} of {len(own)} collapsed)" if lost else ""
+        cells += [_difference(ours, learnt[base]) if base != label else "" for base in study.against]
+        rows.append((label, f"{own[0].rate:g}", *(cell.strip() for cell in cells)))
+    header = ("", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against))
+    return Table(study.title, header, tuple(rows))
+
+
+def _difference(ours: dict[int, Finding], base: dict[int, Finding]) -> str:
+    pairs = [ours[seed].top1 - base[seed].top1 for seed in sorted(ours.keys() & base.keys())]
+    return difference_text(pairs) if pairs else ""
+
+
+def thirds_table(findings: Sequence[Finding]) -> Table:
+    """Return top-1 errors on thirds of the classes: those with many training images, with some and with few."""
+    study = STUDIES[f"tail-{TAIL}"]
+    rows: list[tuple[str, ...]] = []
+    for label in study.arms:
+        errors = np.mean([run.by_class for run in study.runs(label, findings)], axis=0)
+        labels = np.repeat(np.arange(len(errors)), PER_CLASS)
+        sizes = np.bincount(labels[long_tail(labels, ratio=TAIL, seed=CHOICE_SEED)])
+        thirds = np.array_split(np.argsort(-sizes, kind="stable"), 3)
+        rows.append((label, *(f"{errors[third].mean():.2f}" for third in thirds)))
+    header = ("", *(f"{many} training images" for many in ("many", "some", "few")))
+    return Table(study.title, header, tuple(rows))
+
+
+def main() -> None:
+    """Rewrite the page's tables and the figures."""
+    write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8"), sections()))
+    for size in SIZES:
+        for name, figure in figures(size).items():
+            write_figure(figure, RESULTS / f"evidence-{size}-{name}.svg")
 
 
 if __name__ == "__main__":
-    write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8"), sections()))
+    main()

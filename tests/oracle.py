@@ -44,7 +44,7 @@ def gradients_of(module: nn.Module) -> dict[str, Tensor]:
 def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> dict[str, Tensor]:
     """One ordinary forward and one ordinary backward."""
     relay.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)  # dropout masks as in `expected_gradients`
+    seed_generators(seed)  # dropout masks as in `expected_gradients`
     output = relay(*inputs, **named)
     weighted_sum(losses_of(by_loss(output)), relay.plan).backward()
     return gradients_of(relay)
@@ -59,9 +59,16 @@ def smooth_loss(plan: Plan) -> RelayLoss:
     return RelayLoss(dict.fromkeys(plan.windows, of_one))
 
 
+def seed_generators(seed: int) -> None:
+    """`torch.manual_seed`, which until CUDA is initialised takes up to a millisecond to format its stack."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def step_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> dict[str, Tensor]:
     """Forward and backward in one."""
-    torch.manual_seed(seed)
+    seed_generators(seed)
     relay.zero_grad(set_to_none=True)
     relay.forward_backward(*inputs, target=None, loss=smooth_loss(relay.plan), **named)
     return gradients_of(relay)
@@ -72,7 +79,7 @@ def seed_each_module(relay: Relay) -> None:
     for number, module in enumerate(relay.modules()):
 
         def seed(_module: nn.Module, _args: Any, number: int = number) -> None:
-            torch.manual_seed(number)
+            seed_generators(number)
 
         module.register_forward_pre_hook(seed)
 
@@ -80,7 +87,7 @@ def seed_each_module(relay: Relay) -> None:
 def expected_gradients(
     relay: Relay, *inputs: Any, plan: Plan | None = None, seed: int = 7, **named: Any
 ) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
+    seed_generators(seed)
     heads = dict(relay.heads.items())
     return reference_gradients(relay.model, plan or relay.plan, heads, losses_of, *inputs, **named)
 

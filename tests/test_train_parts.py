@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from relaylab.data.augment import Augmentation
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages
 from relaylab.data.parts import InMemory, OnDisk
+from relaylab.errors import InputError
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.train import checkpoint, segments, validation
+from relaylab.train import checkpoint, runs, segments, validation
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import make_fabric
+from relaylab.train.images import RunImages, open_images
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
@@ -327,3 +330,19 @@ def test_sums_on_another_device_are_the_same() -> None:
     for ours, theirs in zip(statistics._sum_on_device(images), statistics.sum_batch(images), strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours == theirs).all()
+
+
+def opened(images: Path, where: str, *changes: str) -> RunImages:
+    config = TrainConfig(recipe=RELAY.name, scale="tiny", data=(images,), changes=changes, images=where)  # pyright: ignore
+    return open_images(runs.understand(config).recipe, config, device=torch.device("cpu"), first=nullcontext())
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_images_set_aside_take_the_place_of_the_validation_images(where: str, tiny_images: Path) -> None:
+    counts = opened(tiny_images, where, "images.held_out=3").counts()
+    assert counts == {"train": [9] * 5, "val": [3] * 5}
+    counts = opened(tiny_images, where, "images.long_tail=4", "images.held_out=2").counts()
+    assert sorted(counts["train"], reverse=True) == [10, 7, 5, 4, 2]
+    assert counts["val"] == [2] * 5
+    with pytest.raises(InputError, match="would leave none"):
+        opened(tiny_images, where, "images.held_out=12")
