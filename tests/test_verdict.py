@@ -48,8 +48,8 @@ def test_every_pair_of_methods_has_a_sentence_and_the_costs_follow() -> None:
         "Relay BP is better than standard BP by 2.00 [1.75, 2.25] points. "
         "Relay BP takes 1.10 x the training time and 1.10 x the FLOPs."
     )
-    assert other.startswith("Relay BP against multi-loss: undecided, better by 1.33 [-2.71, 5.37] points; ")
-    assert multi_loss.startswith("Multi-loss against standard BP: undecided, better by 0.67 [-3.13, 4.46] points; ")
+    assert other.startswith("Relay BP against multi-loss: undecided (better by 1.33 [-2.71, 5.37] points); ")
+    assert multi_loss.startswith("Multi-loss against standard BP: undecided (better by 0.67 [-3.13, 4.46] points); ")
     assert isolated == "Isolated windows are worse than Relay BP by 3.00 [3.00, 3.00] points."
     assert basis == BASIS
 
@@ -70,7 +70,7 @@ def test_the_seeds_that_would_tell_are_those_of_the_t_interval() -> None:
     assert needed is not None
     halves = [stats.t.ppf(0.975, n - 1) * 1.0149 / n**0.5 for n in (needed - 1, needed)]
     assert halves[0] > 0.5 > halves[1], "the mean is 0.5: half-way between none and a relevant one"
-    assert f"; {needed} seeds would tell" in pair.text
+    assert f"); {needed} seeds would tell" in pair.text
     hopeless = Difference("relay", "standard", (60.0, -60.0))
     assert hopeless.seeds_needed is None
     assert hopeless.text.endswith("more than 1,000 seeds would tell")

@@ -108,9 +108,13 @@ def main(options: NewOptions) -> int:
     write_text(out, to_toml(found.recipe, found.notes))
     data = " ".join(map(str, options.data))
     more = f" --val-data {' '.join(map(str, options.val_data))}" if options.val_data else ""
-    verb = "compare" if found.recipe.plan.auxiliary else "train"
+    command = f"relaylab train {out} --data {data}{more}"
+    if found.recipe.plan.auxiliary:
+        rate = found.recipe.optimizer.lr
+        grid = ",".join(f"{rate * by:.2g}" for by in (1 / 3, 1, 3))
+        command = f"relaylab compare {out} --data {data}{more} --tune optimizer.lr={grid}"
     print("\n".join(found.notes[""]).rstrip())
-    print(f"\nRecipe: {out.resolve()}\nNext:   relaylab {verb} {out} --data {data}{more}")
+    print(f"\nRecipe: {out.resolve()}\nNext:   {command}")
     return 0
 
 

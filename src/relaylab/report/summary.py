@@ -127,7 +127,13 @@ def summary(comparison: Comparison) -> Table:
     header = ["method", "runs", *(f"{title} error, %" for title in shown.values())]
     header += [f"{SCHEME_NAMES[ours]} minus this, {title}" for title in shown.values()] if ours else []
     own_values = _tuned_values(comparison)
-    header += ["learning rate", *next(iter(own_values.values()), {}), "training time", "FLOPs of a step", "peak memory"]
+    header += [
+        "learning rate",
+        *(key.rpartition(".")[2] for key in next(iter(own_values.values()), {})),
+        "training time",
+        "FLOPs of a step",
+        "peak memory",
+    ]
 
     def row(name: str, runs: str, cells: Sequence[str]) -> tuple[str, ...]:
         return (name, runs, *cells, *[""] * (len(header) - 2 - len(cells)))

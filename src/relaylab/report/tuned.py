@@ -83,4 +83,4 @@ def _curve(choice: Choice, key: str) -> Mapping[float, float | None]:
     for trial in choice.trials:
         value, before = float(trial.point[index]), found.get(float(trial.point[index]))
         found[value] = trial.top1 if before is None else min(before, before if trial.top1 is None else trial.top1)
-    return found
+    return dict(sorted(found.items()))

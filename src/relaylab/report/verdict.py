@@ -92,7 +92,7 @@ class Difference:
                 needed = self.seeds_needed
                 seeds = f"{needed}" if needed else f"more than {MOST_SEEDS:,}"
                 word = "better" if mean < 0 else "worse"
-                return f"{ours} against {base}: undecided, {word} by {size} points; {seeds} seeds would tell"
+                return f"{ours} against {base}: undecided ({word} by {size} points); {seeds} seeds would tell"
             case "one seed":
                 word = "better" if mean < 0 else "worse"
                 seen = f"{word} by {size} points" if round(mean, 2) else "no difference"
