@@ -10,7 +10,7 @@ from typing import Any
 
 from relaylab.errors import InputError
 from relaylab.recipes.changes import ARCHITECTURE, PRETRAINED, located
-from relaylab.recipes.decoding import decode_recipe, flat
+from relaylab.recipes.decoding import DEFAULT, decode_recipe, flat
 from relaylab.recipes.schema import GROUPS, Errors, Recipe
 
 SUFFIX = ".toml"
@@ -88,6 +88,8 @@ def _source(key: str, comments: Mapping[str, str]) -> str:
 def to_toml(recipe: Recipe, notes: Mapping[str, Sequence[str]] | None = None) -> str:
     """Return a recipe as the text of a file, which `read_recipe` turns into the same recipe.
 
+    Values whose source is `DEFAULT` are left out.
+
     Args:
         recipe: any.
         notes: by table, such as "plan", sentences that go above it as comments; "" for the beginning of the file.
@@ -108,11 +110,12 @@ def to_toml(recipe: Recipe, notes: Mapping[str, Sequence[str]] | None = None) ->
 
 
 def _tables(recipe: Recipe) -> dict[str, list[tuple[str, Any, str]]]:
-    """Return name, value and source of all fields by table; "" has those outside of tables."""
+    """Return name, value and source of all fields but defaults by table; "" has those outside of tables."""
     tables: dict[str, list[tuple[str, Any, str]]] = {}
     for key, value, source in recipe.fields():
-        table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append((name, value, source))
+        if source != DEFAULT:
+            table, _, name = key.rpartition(".")
+            tables.setdefault(table, []).append((name, value, source))
     return tables
 
 

@@ -100,7 +100,8 @@ def propose(
     plain, sources = ({name: pair[i] for name, pair in values.items()} for i in (0, 1))
     recipe = decode_recipe(nested(plain) | head, sources, problems)
     assert not problems, problems
-    notes[""] = [*_wrapped(_about(wishes.network, train, chosen, findings)), "", *notes[""], ""]
+    rest = "Values that are not in the file have the defaults that `relaylab recipes show` prints for it."
+    notes[""] = [*_wrapped(_about(wishes.network, train, chosen, findings)), "", *notes[""], "", rest, ""]
     return Proposal(recipe, notes)
 
 
