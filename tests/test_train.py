@@ -94,7 +94,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early release, fp16": {"early_release": True, "precision": "fp16"},
     "no momentum": {"changes": ("optimizer.momentum=0",)},
     "augmentation": {"changes": AUGMENTED},
-    "augmentation, early release": {"changes": AUGMENTED, "early_release": True, "accumulate": 2},
+    "augmentation, early release": {"changes": AUGMENTED, "early_release": True, "accumulate": 2, "precision": "bf16"},
 }
 
 
