@@ -151,7 +151,9 @@ def _augmentation_problems(config: AugmentationConfig) -> list[str]:
         ends = getattr(config, name)
         if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= most or math.isinf(ends[1]):
             wanted = "above 0" + (" and at most 1" if most == 1 else "")
-            problems.append(f"augmentation.{name} is {ends}: expected two numbers {wanted}, the smaller one first")
+            problems.append(
+                f"augmentation.{name} is {value_text(ends)}: expected two numbers {wanted}, the smaller one first"
+            )
     if config.erasing > 1:
         problems.append(f"augmentation.erasing is {config.erasing}: expected a probability, 0 to 1")
     if config.policy_magnitude > MAGNITUDE:
