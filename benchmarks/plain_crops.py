@@ -31,7 +31,7 @@ def plain_training_crop(data: bytes, view: View, *, seed: int, draw: int) -> NDA
     """
     image = plain_image(data)
     across, down = uniforms(seed, [draw], 2)[0]
-    left, top, side = training_window(view, image.height, image.width, across, down)
+    left, top, side, _ = training_window(view, image.height, image.width, across, down)
     box = (left, top, left + side, top + side)
     return np.array(image.resize((view.size, view.size), Image.Resampling.BILINEAR, box=box))
 

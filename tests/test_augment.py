@@ -63,11 +63,11 @@ def test_fast_crops_are_pillows(name: str, width: int, height: int, monkeypatch:
 
 def test_resize_is_pillows_to_a_level() -> None:
     image = Image.fromarray(load_sample_image("flower.jpg"))
-    for window in ((0, 0, 427), (13, 100, 300), (200, 7, 57), (1, 1, 56)):
-        left, top, side = window
+    for window in ((0, 0, 427, 427), (13, 100, 300, 300), (200, 7, 57, 80), (1, 1, 56, 56), (30, 9, 500, 40)):
+        left, top, width, height = window
         out = torch.empty(56, 56, 3, dtype=torch.uint8)
         cut_window(np.array(image), window, out)
-        part = image.crop((left, top, left + side, top + side)).resize((56, 56), Image.Resampling.BILINEAR)
+        part = image.crop((left, top, left + width, top + height)).resize((56, 56), Image.Resampling.BILINEAR)
         assert np.abs(out.numpy().astype(int) - np.array(part)).max() <= 1
 
 

@@ -271,14 +271,13 @@ def test_very_long_images_take_no_more_memory_than_others(height: int, width: in
     out = torch.empty(224, 224, 3, dtype=torch.uint8)
     cut_box(pixels, centre_box(View(), height, width), out)
     assert (out == 50).all()
-    left, top, side = training_window(View(), height, width, 0.99999, 0.99999)
-    assert (left + 1, top + 1, side) == (width, height, 1)
+    assert training_window(View(), height, width, 0.99999, 0.99999) == (width - 1, height - 1, 1, 1)
 
 
 def test_training_windows_lie_inside_and_reach_every_edge() -> None:
     for height, width in ((375, 500), (256, 256), (72, 99), (1, 1)):
         corners = {place: training_window(View(), height, width, place, place) for place in (0.0, 1 - 2**-53)}
         side = corners[0.0][2]
-        assert corners[0.0] == (0, 0, side)
-        assert corners[1 - 2**-53] == (width - side, height - side, side)
+        assert corners[0.0] == (0, 0, side, side)
+        assert corners[1 - 2**-53] == (width - side, height - side, side, side)
         assert abs(side - min(height, width) * 224 / 256) <= 0.5 or side == 1

@@ -151,12 +151,17 @@ def test_the_data_pages_python_runs(
         folder = tmp_path / "places2" / "train" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         image.new("RGB", (340, 260), (9 * number, 90, 30)).save(folder / f"{number}.jpg")
-    (block, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
-    code = block.replace("batch_size=256, workers=8", "batch_size=4, workers=0") + "\nprint(images.shape, images.dtype)"
-    assert code.count("batch_size=4") == 1
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    first, mixed = blocks[0], next(block for block in blocks if "Mixing" in block)
+    show = "\nprint(images.shape, images.dtype)\n"
+    code = (first + show + mixed + show + "print(targets.shape)").replace(
+        "batch_size=256, workers=8", "batch_size=4, workers=0"
+    )
+    assert code.count("batch_size=4") == 2
     monkeypatch.chdir(tmp_path)
     exec(code, {"__name__": "page"})
-    assert capsys.readouterr().out.strip() == "torch.Size([4, 3, 224, 224]) torch.float32"
+    shown = "torch.Size([4, 3, 224, 224]) torch.float32"
+    assert capsys.readouterr().out.splitlines() == [shown, shown, "torch.Size([4, 2])"]
 
 
 def test_readme_shell_commands_are_real() -> None:

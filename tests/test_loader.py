@@ -21,11 +21,13 @@ from benchmarks.plain_crops import plain_centre_crop, plain_training_crop
 from relaylab.data import loader as loading
 from relaylab.data import memory
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
+from relaylab.data.crops import Crops
 from relaylab.data.decode import decode_checked
 from relaylab.data.faults import Fault, FaultLog, TooManyFaultsError
 from relaylab.data.geometry import View
 from relaylab.data.loader import TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import decode_all, memory_evaluation_loader, memory_training_loader
+from relaylab.data.policies import Policy
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.statistics import compute, image_statistics
 from relaylab.errors import InputError
@@ -365,6 +367,55 @@ def test_memory_gives_the_same_batches_as_files(workers: int) -> None:
     assert next(iter(made)).draws[0] == 8
     shifted = memory_training_loader(decoded, sampler(source), VIEW, batch_size=8, seed=8)
     assert not torch.equal(next(iter(shifted)).images, next(iter(loader(source))).images)
+
+
+CROPS = {
+    "padded": Crops(padding=5),
+    "resized": Crops(kind="resized"),
+    "resized, padded": Crops(kind="resized", areas=(0.3, 0.9), padding=3),
+    "policy": Crops(policy=Policy(name="randaugment")),
+    "all": Crops(kind="resized", padding=3, policy=Policy(name="trivialaugment")),
+}
+
+
+@pytest.mark.parametrize("kind", CROPS)
+def test_all_kinds_of_crops_are_functions_of_the_draw(kind: str) -> None:
+    """However many workers and images in a batch there are, from files and from memory, and after a resume."""
+    source, options = pictures(square=True), {"view": VIEW, "seed": 9, "crops": CROPS[kind]}
+    expected = list(training_loader(source, sampler(source), batch_size=8, **options))
+    state = torch.get_rng_state()
+    assert_same(training_loader(source, sampler(source), batch_size=8, workers=2, **options), expected)
+    decoded = decode_all(source, VIEW)
+    made = memory_training_loader(decoded, sampler(source), batch_size=8, **options)
+    assert_same(made, expected)
+    alone = torch.cat([batch.images for batch in training_loader(source, sampler(source), batch_size=1, **options)])
+    assert torch.equal(alone, torch.cat([batch.images for batch in expected]))
+    stopped = training_loader(source, sampler(source), batch_size=8, **options)
+    first = iter(stopped)
+    assert_same([next(first), next(first)], expected[:2])
+    for resumed in (made, training_loader(source, sampler(source), batch_size=8, workers=1, **options)):
+        resumed.load_state_dict({**stopped.state_dict(), "sampler": {**stopped.state_dict()["sampler"], "draw": 16}})
+        torch.rand(3)  # the generator is elsewhere now
+        assert_same(resumed, expected[2:])
+    torch.set_rng_state(state)
+    others = (loader(source), training_loader(source, sampler(source), batch_size=8, **(options | {"seed": 8})))
+    for other in others:  # negative controls: the paper's crops, and another seed
+        same = [torch.equal(*p) for p in zip(alone, torch.cat([batch.images for batch in other]), strict=True)]
+        assert np.mean(same) < 0.2
+
+
+def test_unreadable_images_are_replaced_by_crops_of_the_same_kind(damaged: InMemory) -> None:
+    options = {"view": VIEW, "seed": 9, "crops": CROPS["all"], "batch_size": 8, "max_fault_share": 0.5}
+    expected = list(training_loader(damaged, sampler(damaged), **options))
+    assert any(batch.faults for batch in expected)
+    assert_same(training_loader(damaged, sampler(damaged), workers=2, **options), expected)
+
+
+def test_evaluation_has_neither_padding_nor_policies(source: InMemory) -> None:
+    pairs = np.stack([np.arange(6)] * 2, 1)
+    plain = ImageBatches(source, VIEW, training=False).__getitems__(pairs)
+    crops = ImageBatches(source, VIEW, training=False, crops=CROPS["all"]).__getitems__(pairs)
+    assert_same([crops], [plain])
 
 
 def test_memory_holds_the_centre_squares(source: InMemory) -> None:

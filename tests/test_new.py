@@ -57,10 +57,18 @@ def test_the_file_says_what_the_images_and_the_network_tell(
     recipe = read_recipe(place / "chain.toml")
     assert recipe.network.architecture == f"{place.resolve()}/net.py:chain"
     assert (recipe.network.num_classes, recipe.network.image_size, recipe.network.options) == (5, 32, {"width": 6})
-    assert (recipe.optimizer.batch_size, recipe.optimizer.iterations, recipe.images.short_side) == (8, 14, 36)
+    assert (recipe.optimizer.batch_size, recipe.optimizer.iterations, recipe.images.short_side) == (8, 14, 32)
+    assert (recipe.augmentation.padding, recipe.augmentation.crop, recipe.evaluation.scales) == (4, "window", (32,))
+    assert "He et al., 2016" in recipe.source_of("augmentation.padding")
     assert recipe.images.sampling == "shuffled"
     assert recipe.plan.auxiliary["aux"].head == "auto"
     assert "60 images" not in "".join(source for _, _, source in recipe.fields())
+
+
+def test_larger_crops_are_the_papers_windows(place: Path, tiny_images: Path) -> None:
+    main(NewOptions(network="net.py:chain", data=(tiny_images,), out=place / "larger.toml", size=40))
+    recipe = read_recipe(place / "larger.toml")
+    assert (recipe.images.short_side, recipe.augmentation.padding, recipe.augmentation.crop) == (44, 0, "window")
 
 
 def test_networks_of_one_size_are_built_for_the_crops(place: Path, tiny_images: Path) -> None:

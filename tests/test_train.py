@@ -15,6 +15,7 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from safetensors.torch import load_file
 
+from relaybackprop import RelayLoss
 from relaylab import cli
 from relaylab.commands.compare import CompareOptions
 from relaylab.commands.new import NewOptions
@@ -77,6 +78,8 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 SHORT = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "optimizer.batch_size=2")
 TABLE6: dict[str, Any] = {"recipe": "table6-resnet50-relay", "short": True, "changes": (*SHORT, "network.width=8")}
+CROPS = ("augmentation.crop=resized", "augmentation.padding=3", "augmentation.policy=randaugment")
+AUGMENTED = (*CROPS, "augmentation.erasing=0.5", "augmentation.mixup=0.4", "augmentation.cutmix=1")
 # Dropout in one network, batch normalisation in the other; the rest are ways to train.
 KINDS: dict[str, dict[str, Any]] = {
     "dropout": {},
@@ -90,6 +93,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "early release, batch norm": {**TABLE6, "early_release": True},
     "early release, fp16": {"early_release": True, "precision": "fp16"},
     "no momentum": {"changes": ("optimizer.momentum=0",)},
+    "augmentation": {"changes": AUGMENTED},
+    "augmentation, early release": {"changes": AUGMENTED, "early_release": True, "accumulate": 2, "precision": "bf16"},
 }
 
 
@@ -183,16 +188,58 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_scaled_down(
     assert state["scaler"]["scale"] < 65536
 
 
+@pytest.mark.parametrize("changes", [(), AUGMENTED], ids=["the paper's", "augmentation"])
 def test_from_disk_the_number_of_workers_may_change(
-    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: tuple[str, ...], tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny_images, tmp_path / "whole", images="disk", workers=0)
+    train(tiny_images, tmp_path / "whole", images="disk", workers=0, changes=changes)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        train(tiny_images, tmp_path / "run", images="disk", workers=2)
+        train(tiny_images, tmp_path / "run", images="disk", workers=2, changes=changes)
     go_on(tmp_path / "run", workers=1)
     assert_identical(final(tmp_path / "run"), final(tmp_path / "whole"))
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", AUGMENTED)
+def test_all_augmentation_changes_the_training(
+    change: str, tiny_images: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself; the evaluation of the first network, before any update, stays the same."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train(tiny_images, tmp_path / "run", changes=(change,), diagnose_every=0)
+        train(tiny_images, tmp_path / "plain", diagnose_every=0)
+    with pytest.raises(AssertionError, match="tensors differ"):
+        assert_identical(final(tmp_path / "run", 1), final(tmp_path / "plain", 1))
+
+
+def test_mixed_images_are_trained_on_soft_targets_and_counted_by_their_own_labels(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, labels = list[torch.Tensor](), list[torch.Tensor]()
+
+    def noting(scores: torch.Tensor, own: torch.Tensor) -> dict[str, torch.Tensor]:
+        labels.append(own)
+        return top_errors(scores, own)
+
+    def term(self: RelayLoss, name: str, output: Any, target: torch.Tensor) -> torch.Tensor:
+        targets.append(target)
+        return original(self, name, output, target)
+
+    original, top_errors = RelayLoss.term, loop.top_errors
+    monkeypatch.setattr(loop, "top_errors", noting)
+    monkeypatch.setattr(RelayLoss, "term", term)
+    train(tiny_images, tmp_path / "run", changes=("augmentation.mixup=1", "optimizer.label_smoothing=0.1"))
+    assert all(target.shape == (4, 5) for target in targets)
+    torch.testing.assert_close(torch.cat(targets).sum(1), torch.ones(4 * len(targets)))
+    assert any(((target > 0.1) & (target < 0.9)).any() for target in targets)
+    assert all(own.dtype == torch.int64 for own in labels)
+    assert len(targets) == 2 * len(labels) == 24
+    by_loss = torch.stack(targets[::2]), torch.stack(targets[1::2])
+    assert torch.equal(*by_loss)  # both losses have the same targets
+    shares = torch.stack([target.gather(1, own[:, None]) for target, own in zip(targets[::2], labels, strict=True)])
+    assert (shares > 0).all()
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_that_is_named(tmp_path: Path, reference: Path) -> None:
@@ -326,6 +373,10 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
         (("table3-model-a-relay", "--strategy", "fsdp"), "several devices"),
         (("table3-model-a-relay", "--accelerator", "cuda"), "no GPU"),
         (("table3-model-a-relay", "--devices", "3"), "must be divisible by devices x accumulate (3 x 1)"),
+        (
+            ("table3-model-a-relay", "--accumulate", "4", "--set", "augmentation.cutmix=1"),
+            "optimizer.batch_size 4 leaves one image to each part of it: take at least 2 x devices x accumulate",
+        ),
         (("table3-model-a-relay", "--resume", "nowhere"), "no such run or checkpoint"),
         (("table3-model-a-relay", "--resume", "."), "expected a run's folder"),
     ],

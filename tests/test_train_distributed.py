@@ -44,7 +44,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert difference <= TOLERANCE * tensor.abs().max().item(), (name, difference)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, two parts", "early release", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "ddp, two parts", "early release", "fsdp", "augmentation"])
 def test_two_processes_give_one_processs_parameters(
     name: str, two: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,10 @@ def test_a_schedule_of_another_kind_takes_its_values_from_the_other_changes() ->
         ("optimizer.iterations=1.5", "expected a whole number"),
         ("augmentation.flip=perhaps", "expected true or false"),
         ("images.sampling=random", "expected one of class-aware, shuffled, square-root"),
+        ("augmentation.crop=centre", "expected one of window, resized"),
+        ("augmentation.policy=randaug", "expected one of randaugment, trivialaugment, autoaugment"),
+        ("augmentation.padding=2.5", "expected a whole number"),
+        ("augmentation.crop_scale=a,b", "expected a number"),
         ("optimizer=1", "optimizer is a group"),
         ("plan.auxiliary.aux2.weight=1", "no value plan.auxiliary.aux2.weight; nearest: plan.auxiliary.aux.weight"),
         ("optimizer.schedule.kind=stairs", "expected one of plateau, steps, decay, cosine"),
@@ -157,7 +161,11 @@ def test_all_wrong_changes_are_told_at_once() -> None:
         "optimizer.iterations=0", "optimizer.evaluate_every=0", "optimizer.label_smoothing=1", "optimizer.clip_norm=0",
         "optimizer.schedule.at=0.9,0.1", "optimizer.schedule.factor=0", "optimizer.segment_lr.aux=-1",
         "images.short_side=8", "plan.auxiliary.aux.weight=inf", "optimizer.weight_decay=nan", "images.held_out=0",
-        "images.long_tail=0.5",
+        "images.long_tail=0.5", "augmentation.crop_scale=0.5", "augmentation.crop_scale=0.5,0.1",
+        "augmentation.crop_scale=0,1", "augmentation.crop_scale=0.1,1.5", "augmentation.crop_ratio=2,inf",
+        "augmentation.crop_ratio=nan,1", "augmentation.crop_ratio=0.5,1,2", "augmentation.padding=-1",
+        "augmentation.policy_operations=0", "augmentation.policy_magnitude=31", "augmentation.policy_magnitude=-1",
+        "augmentation.erasing=1.5", "augmentation.erasing=-0.5", "augmentation.mixup=-1", "augmentation.cutmix=inf",
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_trained_with_are_found(change: str) -> None:

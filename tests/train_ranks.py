@@ -12,15 +12,19 @@ from relaylab.train.options import TrainConfig
 STEPS = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "network.num_classes=5")
 # Nothing random but the images, and nothing that sees the batch as a whole. A head of one layer has no dropout either.
 PLAIN = (*STEPS, "plan.auxiliary.aux.head=linear", "augmentation.divide=true")
+PIXELS = ("crop=resized", "padding=2", "policy=trivialaugment", "erasing=0.5")
+AUGMENTED = tuple(f"augmentation.{value}" for value in PIXELS)
 SCENARIOS: dict[str, dict[str, object]] = {
     "ddp": {"changes": PLAIN},
     "ddp, two parts": {"changes": PLAIN, "accumulate": 2},
     "early release": {"changes": PLAIN, "early_release": True, "accumulate": 2},
     "fsdp": {"changes": PLAIN, "strategy": "fsdp"},
+    "augmentation": {"changes": (*PLAIN, *AUGMENTED)},
+    "mixing": {"changes": (*PLAIN, *AUGMENTED, "augmentation.mixup=1", "augmentation.cutmix=1")},
     "dropout": {"changes": STEPS},
     "dropout, from disk": {"changes": STEPS, "images": "disk", "workers": 1},
 }
-STOPPED = ("dropout", "dropout, from disk", "early release", "fsdp")
+STOPPED = ("mixing", "dropout", "dropout, from disk", "early release", "fsdp")
 STOP_AT = 4
 
 

@@ -9,7 +9,9 @@ Note [Augmentation]
    pixels of an image, a ~ N(0, 0.1), p and l eigenvectors and eigenvalues of the covariance of RGB over the training
    set's pixels. The product a * l depends on the unit of the pixels, which the paper does not give. Here, as in the
    well-known reimplementations, l is for pixels in [0, 1], and the sum is brought to 0 to 255 afterwards.
-4. The order is flip, shift, minus the mean. The mean image itself is not flipped.
+4. The order is flip, shift, minus the mean, erasing. The mean image itself is not flipped.
+5. Random erasing (Zhong et al., 2020) puts zeros, which are the mean, in place of a box, by torchvision's default range
+   of areas and aspect ratios. It is one operation for a whole batch, where torchvision's kernel takes one image.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from relaylab.data.boxes import NUMBERS, random_box
 from relaylab.data.keyed import uniforms
 from relaylab.errors import InputError
 
@@ -31,7 +34,14 @@ class Column(IntEnum):
     DOWN = 1
     FLIP = 2
     COLOUR = 3  # and the three after it
-    REPLACEMENT = 7  # and those after it, one for each attempt
+    REPLACEMENT = 7  # and the seven after it, one for each attempt
+    RESIZED = 15  # and those of Note [Boxes] after it
+    ERASING = RESIZED + NUMBERS  # whether, and the same for where
+    POLICY = ERASING + 1 + NUMBERS  # seeds torch's generator
+    MIXING = POLICY + 1  # that of a batch's first draw
+
+
+ERASED_AREAS, ERASED_RATIOS = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # of boxes: torchvision's, which divides height by width
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +84,21 @@ def random_shifts(
     return 255 * (factors * components.eigenvalues) @ components.vectors.T
 
 
+def random_erasures(seed: int, draws: ArrayLike, size: int, probability: float) -> NDArray[np.int64]:
+    """Return boxes (n, 4) to erase from square crops: left, top, width and height, which are 0 for no box."""
+    numbers = uniforms(seed, draws, Column.ERASING + 1 + NUMBERS)[:, Column.ERASING :]
+    boxes = np.zeros((len(numbers), 4), np.int64)
+    for row in np.flatnonzero(numbers[:, 0] < probability):
+        box = random_box(numbers[row, 1:].tolist(), size, size, ERASED_AREAS, ERASED_RATIOS, smaller=True)
+        boxes[row] = box or 0
+    return boxes
+
+
 class Augmentation(nn.Module):
     """Turn batches of uint8 (n, size, size, 3) into the network's input. See Note [Augmentation].
 
-    In training mode it flips and shifts; in evaluation mode it only subtracts the mean (and divides, if `std` is
-    given). It runs on the device that it has been moved to, and never synchronises with it.
+    In training mode it flips, shifts and erases; in evaluation mode it only subtracts the mean (and divides, if `std`
+    is given). It runs on the device that it has been moved to, and never synchronises with it.
 
     Args:
         mean: subtracted from the images, in 0 to 255: (size, size, 3) for each pixel, or (3,) for each channel.
@@ -87,6 +107,7 @@ class Augmentation(nn.Module):
         flip: mirror half of the images.
         components: of the colour shift; None for no shift.
         strength: of the colour shift.
+        erasing: probability of erasing a box from an image.
         dtype: of the result. The arithmetic is in float32.
 
     Raises:
@@ -102,6 +123,7 @@ class Augmentation(nn.Module):
         flip: bool = True,
         components: ColourComponents | None = IMAGENET_COMPONENTS,
         strength: float = 0.1,
+        erasing: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -114,6 +136,7 @@ class Augmentation(nn.Module):
         self.register_buffer("mean", mean.float().clone())
         self.register_buffer("scale", None if std is None else 1 / std.float())
         self.seed, self.flip, self.components, self.strength, self.dtype = seed, flip, components, strength, dtype
+        self.erasing = erasing
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """Augment and subtract the mean.
@@ -128,7 +151,7 @@ class Augmentation(nn.Module):
         Raises:
             InputError: training mode without draws.
         """
-        flips, shifts = None, None
+        flips, shifts, boxes = None, None, None
         if self.training:
             if draws is None:
                 raise InputError("Augmentation in training mode needs the batch's draws; call eval() for evaluation")
@@ -138,7 +161,11 @@ class Augmentation(nn.Module):
             if self.components is not None:
                 shift = random_shifts(self.seed, numbers, self.components, self.strength)
                 shifts = torch.from_numpy(shift).float().to(images.device, non_blocking=True)
-        return arithmetic(images, self.mean, self.scale, flips, shifts, self.dtype)
+            if self.erasing:
+                erased = random_erasures(self.seed, numbers, images.shape[2], self.erasing)
+                boxes = torch.from_numpy(erased).to(images.device, non_blocking=True)
+        result = arithmetic(images, self.mean, self.scale, flips, shifts, self.dtype)
+        return result if boxes is None else erase(result, boxes)
 
 
 def arithmetic(
@@ -166,3 +193,11 @@ def arithmetic(
     if scale is not None:
         rows *= scale.repeat(size)
     return rows.to(dtype).unflatten(2, (size, 3)).permute(0, 3, 1, 2)
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Set boxes, (n, 4) as `random_erasures` returns them, of images (n, c, h, w) to 0 in place; return the images."""
+    left, top, width, height = boxes[:, :, None].unbind(1)
+    across, down = (torch.arange(length, device=images.device) for length in (images.shape[3], images.shape[2]))
+    columns, rows = (across >= left) & (across < left + width), (down >= top) & (down < top + height)
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)

@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from relaylab.data.augment import Column
 from relaylab.data.buffers import BufferPool
+from relaylab.data.crops import Crops
 from relaylab.data.decode import decode
 from relaylab.data.faults import Fault, ImageFault
-from relaylab.data.geometry import View, centre_box, cut_box, cut_window, training_window
+from relaylab.data.geometry import View, centre_box, cut_box, cut_window
 from relaylab.data.keyed import uniforms
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, LabError
@@ -38,7 +39,7 @@ class Batch:
     """Crops with their labels.
 
     Attributes:
-        images: uint8 (n, size, size, 3), RGB, neither flipped nor shifted.
+        images: uint8 (n, size, size, 3), RGB, cropped, but neither flipped nor shifted.
         labels: int64 (n,); `UNLABELLED` in a test set. On the images' device.
         draws: int64 (n,), on the CPU: the draws that chose the images; in evaluation the images' indices.
         numbers: int64 (n,), on the CPU: indices of the images in their source, after replacements.
@@ -105,14 +106,18 @@ class ImageBatches(Dataset[Batch]):
         view: size of the crops.
         training: random windows, and other images in place of unreadable ones; otherwise centre crops, with rows of
             zeros for unreadable images.
-        seed: of the windows.
+        seed: of the training crops.
+        crops: settings of the training crops.
 
     Attributes:
         pool: buffers for the workers' batches; without them each batch has memory of its own.
     """
 
-    def __init__(self, source: Source, view: View, *, training: bool, seed: int = 0) -> None:
+    def __init__(
+        self, source: Source, view: View, *, training: bool, seed: int = 0, crops: Crops | None = None
+    ) -> None:
         self.source, self.view, self.training, self.seed = source, view, training, seed
+        self.crops = crops or Crops()
         self.pool: BufferPool | None = None
 
     def __getitems__(self, request: Pairs | tuple[int, Pairs]) -> Batch | Delivery | LabError:
@@ -139,7 +144,7 @@ class ImageBatches(Dataset[Batch]):
         """
         draws, numbers = np.array(pairs).T.copy()
         labels = np.asarray(self.source.labels[numbers]).astype(np.int64)
-        places = uniforms(self.seed, draws, 2).tolist()
+        places = self.crops.numbers(self.seed, draws).tolist()
         faults: list[Fault] = []
         asked = numbers.tolist()
         for first in range(0, len(asked), READ_AT_ONCE):
@@ -155,6 +160,8 @@ class ImageBatches(Dataset[Batch]):
                 else:
                     images[row] = 0
                     faults.append(fault)
+        if self.training:
+            self.crops.finish(images, self.seed, draws)
         return Columns(labels, draws, numbers, tuple(faults))
 
     def _read(self, number: int) -> bytes | OSError:
@@ -173,7 +180,7 @@ class ImageBatches(Dataset[Batch]):
             return Fault(number, self.source.name(number), str(error))
         height, width, _ = pixels.shape
         if self.training:
-            cut_window(pixels, training_window(self.view, height, width, *place), out)
+            cut_window(pixels, self.crops.window(self.view, height, width, place), out)
         else:
             cut_box(pixels, centre_box(self.view, height, width), out)
         return None

@@ -14,6 +14,7 @@ Note [Windows]
 5. Antialiased bilinear throughout. Where the processor has the vector instructions for it, PyTorch's resize of uint8
    takes a fifth of Pillow's time; the two differ by at most one level.
 6. A window of the size that is wanted is copied.
+7. Where a window is partly outside of the image, which padding allows, the pixels there are black.
 """
 
 import platform
@@ -30,7 +31,7 @@ from relaylab.errors import InputError
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
-
+Window = tuple[int, int, int, int]  # left, top, width, height; whole pixels
 
 FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in (
     "arm64",
@@ -63,14 +64,15 @@ class View:
             )
 
 
-def training_window(view: View, height: int, width: int, across: float, down: float) -> tuple[int, int, int]:
-    """Return the square of a training crop as (left, top, side) in pixels of the source. See Note [Windows] 2.
+def training_window(view: View, height: int, width: int, across: float, down: float, edge: int = 0) -> Window:
+    """Return the square of a training crop, in pixels of the source. See Note [Windows] 2.
 
     `across` and `down`, in [0, 1), place it between left and right, top and bottom; uniform numbers give uniform
-    positions.
+    positions. It may lie up to `edge` pixels outside of the image.
     """
     side = max(1, (2 * view.size * min(height, width) + view.short_side) // (2 * view.short_side))  # rounded
-    return int(across * (width - side + 1)), int(down * (height - side + 1)), side
+    left, top = (int(place * (end + 2 * edge - side + 1)) - edge for place, end in ((across, width), (down, height)))
+    return left, top, side, side
 
 
 def centre_box(view: View, height: int, width: int) -> Box:
@@ -83,12 +85,10 @@ def centre_box(view: View, height: int, width: int) -> Box:
     return left, top, left + view.size * scales[0], top + view.size * scales[1]
 
 
-def cut_window(pixels: Pixels, window: tuple[int, int, int], out: Tensor) -> None:
-    """Cut a window (left, top, side) of whole pixels out of an image, resized into `out`, uint8 (size, size, 3)."""
-    left, top, side = window
-    part = pixels[top : top + side, left : left + side]
-    size = len(out)
-    if side == size:
+def cut_window(pixels: Pixels, window: Window, out: Tensor) -> None:
+    """Cut a window of whole pixels out of an image, resized into `out`, uint8 (size, size, 3)."""
+    part, size = _part(pixels, window), len(out)
+    if part.shape[:2] == (size, size):
         out.copy_(torch.from_numpy(part))
     elif FAST_RESIZE:
         # The batch dimension first, then the permutation: the other way round the strides of a channels-last tensor are
@@ -99,6 +99,17 @@ def cut_window(pixels: Pixels, window: tuple[int, int, int], out: Tensor) -> Non
     else:
         resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR)
         out.copy_(torch.from_numpy(np.array(resized)))
+
+
+def _part(pixels: Pixels, window: Window) -> Pixels:
+    """Return a window's pixels, black outside of the image."""
+    left, top, width, height = window
+    part = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    if part.shape[:2] == (height, width):
+        return part
+    framed = np.zeros((height, width, 3), np.uint8)
+    framed[max(0, -top) :, max(0, -left) :][: part.shape[0], : part.shape[1]] = part
+    return framed
 
 
 def cut_box(pixels: Pixels, box: Box, out: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from relaylab.data.batches import Batch, Delivery, ImageBatches, OrderedBatches
 from relaylab.data.buffers import BufferPool, SlottedBatches
+from relaylab.data.crops import Crops
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
 from relaylab.data.sampling import DrawBatches, KeyedSampler
@@ -159,6 +160,7 @@ def training_loader(
     batch_size: int,
     workers: int = 0,
     seed: int = 0,
+    crops: Crops | None = None,
     prefetch: int = 4,
     pin_memory: bool = False,
     max_fault_share: float = 0.001,
@@ -173,7 +175,8 @@ def training_loader(
         view: size of the crops.
         batch_size: images in a batch of this rank.
         workers: processes that decode; 0 decodes in this process.
-        seed: of the windows; give `Augmentation` the same.
+        seed: of the crops; give `Augmentation` the same.
+        crops: settings of the crops; None for the paper's.
         prefetch: batches that each worker makes in advance.
         pin_memory: for asynchronous copies to a GPU. Without a GPU it does nothing.
         max_fault_share: share of the images that may be unreadable; see `FaultLog`.
@@ -185,7 +188,7 @@ def training_loader(
     """
     draws = DrawBatches(sampler, batch_size)
     with_workers = Workers(count=workers, prefetch=prefetch, pin_memory=pin_memory, start=start)
-    dataset = ImageBatches(source, view, training=True, seed=seed)
+    dataset = ImageBatches(source, view, training=True, seed=seed, crops=crops)
     faults = FaultLog(len(source), max_share=max_fault_share, file=fault_file)
     return TrainingLoader(_batches(dataset, draws, with_workers, keep=True), draws, faults)
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
+from relaylab.data.crops import Crops
 from relaylab.data.faults import Fault, FaultLog
-from relaylab.data.geometry import View, centre_box
-from relaylab.data.keyed import uniforms
+from relaylab.data.geometry import View, centre_box, cut_window
 from relaylab.data.loader import EvaluationLoader, TrainingLoader, Workers
 from relaylab.data.sampling import DrawBatches, KeyedSampler
 from relaylab.data.sources.source import Source
@@ -102,24 +103,41 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def memory_training_loader(
-    decoded: DecodedImages, sampler: KeyedSampler, view: View, *, batch_size: int, seed: int = 0
+    decoded: DecodedImages,
+    sampler: KeyedSampler,
+    view: View,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    crops: Crops | None = None,
 ) -> TrainingLoader:
     """Load random crops of decoded images, as `relaylab.data.loader.training_loader` does from files.
 
-    For square images whose side is the view's shorter side, the windows are the same as that loader's.
+    For square images whose side is the view's shorter side, the crops are the same as that loader's. Resized crops and
+    policies are computed on the CPU, by this process, wherever the images are.
 
     Raises:
         InputError: images of another side than the view's, or a batch size below 1.
     """
     _check_side(decoded, view)
     draws = DrawBatches(sampler, batch_size)
+    crops = crops or Crops()
 
     def batches() -> Iterator[Batch]:
-        spare = view.short_side - view.size + 1
         for pairs in draws:
             chosen, numbers = torch.from_numpy(pairs.T.copy())
-            corners = (uniforms(seed, pairs[:, 0], 2) * spare).astype(np.int64)
-            yield _gather(decoded, view.size, chosen, numbers, torch.from_numpy(corners))
+            places = crops.numbers(seed, pairs[:, 0])
+            if crops.are_resized:
+                batch = _cut(decoded, view, chosen, numbers, crops, places)
+            else:
+                spare = view.short_side + 2 * crops.padding - view.size + 1
+                corners = torch.from_numpy((places * spare).astype(np.int64) - crops.padding)
+                batch = _gather(decoded, view.size, chosen, numbers, corners, is_padded=crops.padding > 0)
+            if crops.policy is not None:
+                images = batch.images.cpu()
+                crops.finish(images, seed, pairs[:, 0])
+                batch = replace(batch, images=images.to(batch.images.device))
+            yield batch
 
     return TrainingLoader(batches, draws, FaultLog(len(decoded)))
 
@@ -161,9 +179,22 @@ def _check_side(decoded: DecodedImages, view: View) -> None:
         raise InputError(f"decoded images of {side} x {side} for a shorter side of {view.short_side}: decode them anew")
 
 
-def _gather(decoded: DecodedImages, size: int, draws: Tensor, numbers: Tensor, corners: Tensor) -> Batch:
-    """Cut windows out of images by one gather on their device."""
-    device = decoded.images.device
+def _cut(
+    decoded: DecodedImages, view: View, draws: Tensor, numbers: Tensor, crops: Crops, places: NDArray[np.float64]
+) -> Batch:
+    """Cut and resize windows one by one, on the CPU."""
+    rows = numbers.to(decoded.images.device)
+    squares, images = decoded.images[rows].cpu().numpy(), torch.empty(len(rows), view.size, view.size, 3).byte()
+    for square, place, out in zip(squares, places.tolist(), images, strict=True):
+        cut_window(square, crops.window(view, view.short_side, view.short_side, place), out)
+    return Batch(images.to(decoded.images.device), decoded.labels[rows], draws, numbers)
+
+
+def _gather(
+    decoded: DecodedImages, size: int, draws: Tensor, numbers: Tensor, corners: Tensor, *, is_padded: bool
+) -> Batch:
+    """Cut windows out of images by one gather on their device; what is outside of a padded image is black."""
+    device, side = decoded.images.device, decoded.images.shape[1]
     # One copy to the device, from pinned memory: the host does not wait for it.
     where = torch.cat([numbers[:, None], corners], dim=1)
     if device.type == "cuda":
@@ -171,5 +202,10 @@ def _gather(decoded: DecodedImages, size: int, draws: Tensor, numbers: Tensor, c
     rows, left, top = where.to(device, non_blocking=True).unbind(1)
     pixels = torch.arange(size, device=device)
     across, down = left[:, None] + pixels, top[:, None] + pixels
-    images = decoded.images[rows[:, None, None], down[:, :, None], across[:, None, :]]
-    return Batch(images, decoded.labels[rows], draws, numbers)
+    if not is_padded:
+        images = decoded.images[rows[:, None, None], down[:, :, None], across[:, None, :]]
+        return Batch(images, decoded.labels[rows], draws, numbers)
+    nearest = across.clamp(0, side - 1), down.clamp(0, side - 1)
+    images = decoded.images[rows[:, None, None], nearest[1][:, :, None], nearest[0][:, None, :]]
+    inside = (down == nearest[1])[:, :, None] & (across == nearest[0])[:, None, :]
+    return Batch(images * inside[..., None], decoded.labels[rows], draws, numbers)

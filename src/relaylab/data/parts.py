@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from relaylab.data.crops import Crops
 from relaylab.data.geometry import View
 from relaylab.data.loader import EvaluationLoader, TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import DecodedImages, decoded_statistics, memory_evaluation_loader, memory_training_loader
@@ -30,9 +31,9 @@ class InMemory:
         """Class indices, (n,)."""
         return self.decoded.labels.cpu().numpy()
 
-    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> TrainingLoader:
+    def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
         """Return a loader of random crops of the images that the sampler chooses."""
-        return memory_training_loader(self.decoded, sampler, self.view, batch_size=batch_size, seed=seed)
+        return memory_training_loader(self.decoded, sampler, self.view, batch_size=batch_size, seed=seed, crops=crops)
 
     def evaluation(self, batch_size: int) -> EvaluationLoader:
         """Return a loader of all centre crops in order."""
@@ -72,7 +73,7 @@ class OnDisk:
         """Class indices, (n,)."""
         return self.source.labels
 
-    def training(self, sampler: KeyedSampler, batch_size: int, seed: int) -> TrainingLoader:
+    def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
         """Return a loader of random crops of the images that the sampler chooses."""
         return training_loader(
             self.source,
@@ -81,6 +82,7 @@ class OnDisk:
             batch_size=batch_size,
             workers=self.workers,
             seed=seed,
+            crops=crops,
             pin_memory=self.pin_memory,
             fault_file=self.fault_file,
         )

@@ -8,17 +8,27 @@ from typing import Any, cast, get_args, get_type_hints
 
 from relaylab.errors import nearest
 from relaylab.recipes.decoding import Problem, decode, no_value, parse
-from relaylab.recipes.schema import GROUPS, Recipe, ScheduleConfig, StepsConfig, changed, value_text
+from relaylab.recipes.schema import (
+    GROUPS,
+    AugmentationConfig,
+    Recipe,
+    ScheduleConfig,
+    StepsConfig,
+    changed,
+    value_text,
+)
 
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"
 LEAST = {  # by field
     "momentum": 0, "weight_decay": 0, "warmup": 0, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
+    "padding": 0, "policy_operations": 1, "policy_magnitude": 0, "erasing": 0, "mixup": 0, "cutmix": 0,
 }  # fmt: skip
 ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may name files
 OPTIONS = "network.options"  # the meaning of their names is the network's
 POSITIVE = ("held_out", "set_aside", "lr", "eps", "clip_norm", "weight", "factor")
+MAGNITUDE = 30  # the largest of a policy's operations
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -126,8 +136,26 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     side, size = recipe.images.short_side, recipe.network.image_size
     if side < size:
         problems.append(f"images.short_side is {side}: expected at least network.image_size, {size}")
+    problems += _augmentation_problems(recipe.augmentation)
     if isinstance(optimizer.schedule, StepsConfig):
         at = optimizer.schedule.at
         if list(at) != sorted(at) or not all(0 < place < 1 for place in at):
             problems.append(f"optimizer.schedule.at is {at}: expected shares between 0 and 1, in rising order")
+    return problems
+
+
+def _augmentation_problems(config: AugmentationConfig) -> list[str]:
+    """Return an error message for each value that is out of the range of its augmentation."""
+    problems: list[str] = []
+    for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+        ends = getattr(config, name)
+        if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= most or math.isinf(ends[1]):
+            wanted = "above 0" + (" and at most 1" if most == 1 else "")
+            problems.append(
+                f"augmentation.{name} is {value_text(ends)}: expected two numbers {wanted}, the smaller one first"
+            )
+    if config.erasing > 1:
+        problems.append(f"augmentation.erasing is {config.erasing}: expected a probability, 0 to 1")
+    if config.policy_magnitude > MAGNITUDE:
+        problems.append(f"augmentation.policy_magnitude is {config.policy_magnitude}: expected 0 to {MAGNITUDE}")
     return problems

@@ -33,6 +33,7 @@ SOURCES: Mapping[str, str] = {
     "augmentation.mean": "the paper, section 5.1",
     "augmentation.flip": "ours: a mirrored digit is another character",
     "augmentation.colour_shift": "ours: the digits are grey",
+    "augmentation.crop": "the paper, section 5.1",
     "augmentation.divide": "ours: networks of any size then learn at the same rate",
     "optimizer": "the paper, section 5.1",
     "optimizer.lr": "ours: for a small network and few iterations",

@@ -30,6 +30,9 @@ Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
 LIBRARIES = ("timm", "torchvision")  # whose networks have names
 UNMENTIONED = (  # values that no paper of the tables mentions, of methods that came later
+    "augmentation.crop_scale", "augmentation.crop_ratio", "augmentation.padding", "augmentation.policy",
+    "augmentation.policy_operations", "augmentation.policy_magnitude", "augmentation.erasing", "augmentation.mixup",
+    "augmentation.cutmix",
     "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.warmup", "optimizer.clip_norm",
 )  # fmt: skip
 LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
@@ -132,6 +135,28 @@ class AugmentationConfig:
     """Subtract the training images' mean image, or their mean colour."""
     divide: bool = False
     """Divide by each channel's standard deviation."""
+    crop: Literal["window", "resized"] = "window"
+    """The paper's crop, a window of fixed scale at a random place; or a random resized crop, a box of random area and
+    aspect ratio that is resized to a square."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and largest area of a resized crop, as a share of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest aspect ratio of a resized crop, width to height."""
+    padding: int = 0
+    """Black pixels around the resized image, before a training crop is taken."""
+    policy: Literal["randaugment", "trivialaugment", "autoaugment"] | None = None
+    """Random operations on the colours and the geometry of each crop; see `relaylab.data.policies`."""
+    policy_operations: int = 2
+    """Operations on each crop, of RandAugment."""
+    policy_magnitude: int = 9
+    """Strength of the operations, of RandAugment, 0 to 30."""
+    erasing: float = 0.0
+    """Probability of erasing a random box from an image, after normalisation; erased pixels are 0."""
+    mixup: float = 0.0
+    """Mix pairs of images and of their targets, in proportions of the distribution Beta(mixup, mixup); 0 for none."""
+    cutmix: float = 0.0
+    """Put a box of one image into another, its area of the distribution Beta(cutmix, cutmix), and mix their targets; 0
+    for none. With mixup too, one of the two is chosen for each batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from numpy.typing import ArrayLike
 
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
+from relaylab.data.crops import Crops
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import View
 from relaylab.data.memory import decode_all, free_memory
+from relaylab.data.mixing import MIXES, Mixing
 from relaylab.data.parts import InMemory, OnDisk, Part
+from relaylab.data.policies import Policy
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError
@@ -78,6 +82,7 @@ class RunImages:
             flip=config.flip,
             components=statistics.components() if config.colour_shift else None,
             strength=config.colour_shift,
+            erasing=config.erasing,
         )
 
 
@@ -121,12 +126,29 @@ def view_of(recipe: Recipe) -> View:
     return View(size=recipe.network.image_size, short_side=recipe.images.short_side)
 
 
+def crops_of(recipe: Recipe) -> Crops:
+    """Return the settings of a recipe's training crops."""
+    config = recipe.augmentation
+    policy = None
+    if config.policy is not None:
+        policy = Policy(name=config.policy, operations=config.policy_operations, magnitude=config.policy_magnitude)
+    return Crops(
+        kind=config.crop, areas=config.crop_scale, ratios=config.crop_ratio, padding=config.padding, policy=policy
+    )
+
+
+def mixing_of(recipe: Recipe, seed: int) -> Mixing:
+    """Return the recipe's mixing of training images, which may be none."""
+    alphas = {name: getattr(recipe.augmentation, name) for name in MIXES}
+    return Mixing(alphas, recipe.network.num_classes, seed)
+
+
 class Stream:
     """Training batches, to the end of the sampler's draws; worker processes that die are replaced."""
 
-    def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int) -> None:
-        self._part, self._sampler, self._batch_size, self._seed = part, sampler, batch_size, seed
-        self._loader = part.training(sampler, batch_size, seed)
+    def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
+        self._make = partial(part.training, sampler, batch_size, seed, crops)
+        self._loader = self._make()
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over the batches; images that cannot be used and repeated deaths of workers raise `LabError`."""
@@ -145,7 +167,7 @@ class Stream:
                     raise LabError(f"worker processes die again and again: {str(error).partition('. ')[0]}") from None
                 log.warning("%s: new ones are started", str(error).partition("\n")[0])
                 state = self.state_dict()
-                self._loader = self._part.training(self._sampler, self._batch_size, self._seed)
+                self._loader = self._make()
                 self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, object]:

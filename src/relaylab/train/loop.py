@@ -1,9 +1,10 @@
 """The training loop: updates, with validation, checkpoints and metrics in between.
 
 Note [Loop]
-1. Every random number of a step is a function of (seed, step, process): crops and flips through the draws' numbers, and
-   all else (dropout, and what a model may ask of Python or NumPy) because all generators are seeded anew for each
-   step. A run resumes exactly without the generators' states, and all schemes see the same random numbers.
+1. Every random number of a step is a function of (seed, step, process): crops, flips and all other augmentation through
+   the draws' numbers, and all else (dropout, and what a model may ask of Python or NumPy) because all generators are
+   seeded anew for each step. A run resumes exactly without the generators' states, and all schemes see the same random
+   numbers.
 2. One small all-reduce shares a step's losses, errors, gradient norm and requests to stop among the processes. They are
    checked before the update: a value that is not finite never reaches a weight.
 3. A checkpoint is written before the validation that is due at its step, and says that it is still due: a run that
@@ -25,6 +26,7 @@ from torch import Tensor
 from relaybackprop import Relay, RelayLoss
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
+from relaylab.data.mixing import Mixing
 from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Silent, Task
 from relaylab.recipes.schema import PlateauConfig, Recipe
@@ -72,6 +74,7 @@ class Trainer:
     segments: Segments
     stream: Stream
     augment: Augmentation
+    mixing: Mixing
     validation: Validation
     checkpoints: Path
     stop: StopRequest
@@ -151,19 +154,20 @@ class Trainer:
         """Add the gradients of one part of the step's batch to those of the parts before it.
 
         Returns:
-            The losses and the errors (0 to 1) by name; the angles between losses, if `measures`.
+            The losses and the errors (0 to 1) by name; the angles between losses, if `measures`. Errors are against the
+            images' own labels, where mixed images have others.
         """
-        images = self.augment(batch.images, batch.draws)
+        images, targets = self.mixing(self.augment(batch.images, batch.draws), batch.labels, batch.draws)
         if self.config.memory_format == "contiguous":
             images = images.contiguous()
         if self.config.early_release:
             with self.fabric.autocast():
                 result = self.relay.forward_backward(
-                    images, target=batch.labels, loss=self.criterion, scale=self.scaled, sync=is_last
+                    images, target=targets, loss=self.criterion, scale=self.scaled, sync=is_last
                 )
             return {**result.terms, **top_errors(result.output.primary, batch.labels)}, {}
         output = self.module(images)
-        losses = self.criterion.terms(output, batch.labels)
+        losses = self.criterion.terms(output, targets)
         weights = self.relay.plan.weights
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
         angles: diagnosis.Groups = {}

@@ -22,6 +22,7 @@ from relaylab.recipes.scales import stored_side
 from relaylab.recipes.schema import SCHEME_NAMES, ImagesConfig, NetworkConfig, Recipe
 
 LARGEST, STEP = 224, 32  # pixels of crops: the paper's, and multiples of what five halvings leave whole
+SMALLEST = 32  # pixels of crops up to which images are padded
 LARGEST_BATCH, LEAST_BATCH, STEPS = 128, 8, 20  # an epoch has about so many steps or more
 IMBALANCE = 1.5  # largest to smallest class, beyond which classes are drawn equally
 VALIDATIONS = 50  # at most, in a run
@@ -79,6 +80,7 @@ def propose(
         InputError: a network that cannot be built, or that does not take the images.
     """
     values = _sizes(findings, wishes) | _images(train, images)
+    values |= _crops(values["network.image_size"][0])
     size, batch = values["network.image_size"][0], wishes.batch_size or _batch_size(chosen)
     config = NetworkConfig(
         architecture=network, num_classes=len(train.classes), image_size=size, options=wishes.options
@@ -118,6 +120,19 @@ def _sizes(findings: Survey, wishes: Wishes) -> dict[str, Value]:
         "images.short_side": (stored, "in proportion to the paper's, 256 for crops of 224"),
         "evaluation.protocol": ("single crop", "the paper, section 5.1"),
         "evaluation.scales": ([stored], "the size of the training images"),
+    }
+
+
+def _crops(size: int) -> dict[str, Value]:
+    """Return the crops of small images, which the paper's margin would leave hardly any positions."""
+    if size > SMALLEST:
+        return {"augmentation.crop": ("window", "the paper, section 5.1")}
+    source = f"usual for small images: an eighth of the size, 4 for CIFAR's {SMALLEST} (He et al., 2016, section 4.2)"
+    return {
+        "images.short_side": (size, "the size of the crops: padding moves them"),
+        "evaluation.scales": ([size], "the size of the training images"),
+        "augmentation.crop": ("window", "usual for small images, after padding"),
+        "augmentation.padding": (size // 8, source),
     }
 
 

@@ -166,11 +166,19 @@ def _allow(recipe: Recipe) -> None:
 
 
 def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[str]:
-    """Return an error message if the recipe's batch cannot be divided evenly."""
+    """Return an error message if the recipe's batch cannot be divided evenly, or into parts that can be mixed."""
     size, parts = recipe.optimizer.batch_size, config.accumulate
     is_even = size % max(1, devices * parts) == 0
     divisor = f"devices x accumulate ({devices} x {parts})"
-    return [] if is_even else [f"optimizer.batch_size is {size}: it must be divisible by {divisor}"]
+    if not is_even:
+        return [f"optimizer.batch_size is {size}: it must be divisible by {divisor}"]
+    mixes = [name for name in ("mixup", "cutmix") if getattr(recipe.augmentation, name)]
+    if mixes and size // max(1, devices * parts) == 1:
+        return [
+            f"augmentation.{mixes[0]} mixes images of one batch, and optimizer.batch_size {size} leaves one image to "
+            f"each part of it: take at least 2 x {divisor}, or --set augmentation.{mixes[0]}=0"
+        ]
+    return []
 
 
 def _checked(recipe: Recipe | None, problems: list[str]) -> Recipe:

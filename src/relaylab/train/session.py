@@ -24,7 +24,7 @@ from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import checkpoint, failures, runs
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
-from relaylab.train.images import RunImages, Stream, open_images
+from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainConfig
@@ -233,8 +233,9 @@ def assemble(
         recipe=recipe,
         config=config,
         segments=segments,
-        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed),
+        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed, crops_of(recipe)),
         augment=augment,
+        mixing=mixing_of(recipe, config.seed),
         validation=Validation(images.val, augment, nn.CrossEntropyLoss(), fabric),
         checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
         stop=stop,

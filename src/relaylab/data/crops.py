@@ -1,0 +1,108 @@
+"""Training crops: the window of each image, and the policy that changes the crop's pixels.
+
+Note [Crops]
+1. "window" is the paper's crop: a square of `size / short_side` of the shorter side at a random place. "resized" is the
+   random resized crop of Inception's training (Szegedy et al., 2015): a box of random area and aspect ratio, resized to
+   a square; see Note [Boxes]. Where none of the ten attempts fits, it is torchvision's central box.
+2. Padding surrounds the image with black before the window is chosen, as is usual for images of 32 pixels. It is in
+   pixels of the resized image; in a larger source image it is proportionally wider.
+3. To add a kind of crop: a function that returns its window, with the columns of the draw's random numbers that it
+   takes, as a line in `WINDOWS`; and the name in `augmentation.crop` (`relaylab.recipes.schema`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from relaylab.data.augment import Column
+from relaylab.data.boxes import NUMBERS, Range, central_box, random_box
+from relaylab.data.geometry import View, Window, training_window
+from relaylab.data.keyed import uniforms
+from relaylab.data.policies import Policy, apply_policy
+from relaylab.errors import InputError, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crops:
+    """Settings of training crops. The default is the paper's crop.
+
+    Attributes:
+        kind: a name in `WINDOWS`.
+        areas: of a resized crop: its least and largest area, as a share of the image's.
+        ratios: of a resized crop: its least and largest width, as a multiple of its height.
+        padding: black pixels around the resized image.
+        policy: changes the crop's pixels; None for no change.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+
+    kind: str = "window"
+    areas: Range = (0.08, 1.0)
+    ratios: Range = (3 / 4, 4 / 3)
+    padding: int = 0
+    policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in WINDOWS:
+            raise InputError(f"unknown crop {self.kind!r}{nearest(self.kind, list(WINDOWS))}")
+
+    @property
+    def are_resized(self) -> bool:
+        """Whether windows of an image whose shorter side is `short_side` have another size than the crop."""
+        return self.kind != "window"
+
+    def numbers(self, seed: int, draws: ArrayLike) -> NDArray[np.float64]:
+        """Return the random numbers (n, ...) of n draws that choose their windows."""
+        columns = WINDOWS[self.kind].columns
+        return uniforms(seed, draws, columns.stop)[:, columns.start :]
+
+    def window(self, view: View, height: int, width: int, numbers: Sequence[float]) -> Window:
+        """Return the window of an image, in its own pixels; with padding it may be partly outside of the image.
+
+        Args:
+            view: sizes.
+            height: of the image.
+            width: of the image.
+            numbers: a row of `numbers`.
+        """
+        return WINDOWS[self.kind].choose(self, view, height, width, numbers)
+
+    def edge(self, view: View, height: int, width: int) -> int:
+        """Return the width of the padding in an image's own pixels."""
+        return (2 * self.padding * min(height, width) + view.short_side) // (2 * view.short_side)  # rounded
+
+    def finish(self, images: Tensor, seed: int, draws: ArrayLike) -> None:
+        """Apply the policy, if there is one, to crops in place; see `apply_policy`."""
+        if self.policy is not None:
+            apply_policy(self.policy, images, seed, draws)
+
+
+class Choice(NamedTuple):
+    """A way to choose windows: the columns of a draw's random numbers that it takes, and the function of them."""
+
+    columns: range
+    choose: Callable[[Crops, View, int, int, Sequence[float]], Window]
+
+
+def _window(crops: Crops, view: View, height: int, width: int, numbers: Sequence[float]) -> Window:
+    across, down = numbers
+    return training_window(view, height, width, across, down, edge=crops.edge(view, height, width))
+
+
+def _resized(crops: Crops, view: View, height: int, width: int, numbers: Sequence[float]) -> Window:
+    edge = crops.edge(view, height, width)
+    height, width = height + 2 * edge, width + 2 * edge
+    box = random_box(numbers, height, width, crops.areas, crops.ratios)
+    left, top, across, down = box or central_box(height, width, crops.ratios)
+    return left - edge, top - edge, across, down
+
+
+WINDOWS: Mapping[str, Choice] = {
+    "window": Choice(range(Column.ACROSS, Column.DOWN + 1), _window),
+    "resized": Choice(range(Column.RESIZED, Column.RESIZED + NUMBERS), _resized),
+}
