@@ -219,7 +219,7 @@ def assemble(
         log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
     module = fabric.setup_module(relay)
     optimizer = build_optimizer(relay, segments, recipe.optimizer)
-    criterion = build_criterion(recipe.optimizer).to(fabric.device)
+    criterion = build_criterion(recipe.loss, images.counts()["train"]).to(fabric.device)
     augment = images.augmentation(recipe, config.seed).to(fabric.device)
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
     raise_all(runs.batch_problems(recipe, config, fabric.world_size))
