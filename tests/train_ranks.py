@@ -12,15 +12,21 @@ from relaylab.train.options import TrainConfig
 STEPS = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "network.num_classes=5")
 # Nothing random but the images, and nothing that sees the batch as a whole. A head of one layer has no dropout either.
 PLAIN = (*STEPS, "plan.auxiliary.aux.head=linear", "augmentation.divide=true")
+ADAMW = (  # whose updates do not magnify the last digits of small gradients, with this eps
+    "optimizer.algorithm=adamw", "optimizer.lr=0.001", "optimizer.eps=0.01", "optimizer.ema_decay=0.6",
+    "optimizer.decay_norms_and_biases=false", "optimizer.layer_decay=0.9", "loss.class_weights=square-root",
+)  # fmt: skip
 SCENARIOS: dict[str, dict[str, object]] = {
     "ddp": {"changes": PLAIN},
     "ddp, two parts": {"changes": PLAIN, "accumulate": 2},
     "early release": {"changes": PLAIN, "early_release": True, "accumulate": 2},
     "fsdp": {"changes": PLAIN, "strategy": "fsdp"},
+    "ddp, adamw": {"changes": (*PLAIN, *ADAMW)},
+    "fsdp, adamw": {"changes": (*PLAIN, *ADAMW), "strategy": "fsdp"},
     "dropout": {"changes": STEPS},
     "dropout, from disk": {"changes": STEPS, "images": "disk", "workers": 1},
 }
-STOPPED = ("dropout", "dropout, from disk", "early release", "fsdp")
+STOPPED = ("dropout", "dropout, from disk", "early release", "fsdp", "fsdp, adamw")
 STOP_AT = 4
 
 

@@ -30,8 +30,8 @@ Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
 LIBRARIES = ("timm", "torchvision")  # whose networks have names
 UNMENTIONED = (  # values that no paper of the tables mentions, of methods that came later
-    "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.warmup", "optimizer.clip_norm",
-    "loss.label_smoothing", "loss.class_weights",
+    "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.layer_decay",
+    "optimizer.ema_decay", "optimizer.warmup", "optimizer.clip_norm", "loss.label_smoothing", "loss.class_weights",
 )  # fmt: skip
 LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
 
@@ -194,6 +194,11 @@ class OptimizerConfig:
     decay_norms_and_biases: bool = True
     """Weight decay on all parameters, as in Caffe; False: not on those with at most one dimension, nor on those that
     the network names by `no_weight_decay()`, as timm's networks do."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer of the network to the one below it, for fine-tuning; the last layer
+    and the heads have 1. See `relaylab.train.layers`."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999; see `relaylab.train.averaging`."""
     batch_size: int = 256
     """Images of one update, over all processes."""
     iterations: int

@@ -8,6 +8,7 @@ tensorboard/       the same for TensorBoard
 log.txt
 checkpoints/       see relaylab.train.checkpoint
 model.safetensors  the trained network; see relaylab.models.file
+model.ema.safetensors  the same with averaged weights, with optimizer.ema_decay
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ log = logging.getLogger("relaylab.train")
 
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
 CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
+AVERAGED = "model.ema.safetensors"
 LOCK = ".lock"
 BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FILE)  # the files of a run that failed before its first step
 # The options that define a run. All others may change when it resumes.
