@@ -106,7 +106,7 @@ class Bare:
     def __init__(self, recipe: Recipe, images: RunImages) -> None:
         torch.manual_seed(SEED)
         self.relay: Relay = build_relay(recipe).to(memory_format=torch.channels_last)  # pyright: ignore
-        self.criterion = build_criterion(recipe.optimizer)
+        self.criterion = build_criterion(recipe.loss)
         config = recipe.optimizer
         self.optimizer = torch.optim.SGD(
             self.relay.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay

@@ -177,7 +177,10 @@ def test_a_run_of_an_earlier_version_resumes(
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         train(tiny_images, tmp_path / "old")
-    later = ("optimizer.algorithm", "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases")
+    later = (
+        "optimizer.algorithm", "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases",
+        "loss.function", "loss.label_smoothing", "loss.class_weights",
+    )  # fmt: skip
     forget_values(tmp_path / "old", later)
     assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "old")))).finished
     assert_identical(final(tmp_path / "old"), final(tmp_path / "whole"))

@@ -136,7 +136,7 @@ def sgd(recipe: Recipe, relay: Relay) -> torch.optim.SGD:
 def test_two_steps_at_tiny_size(name: str) -> None:
     recipe = at_scale(RECIPES[name], "tiny")
     relay = build_relay(recipe)
-    criterion, optimizer = build_criterion(recipe.optimizer), sgd(recipe, relay)
+    criterion, optimizer = build_criterion(recipe.loss), sgd(recipe, relay)
     size, batch = recipe.network.image_size, recipe.optimizer.batch_size
     images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % recipe.network.num_classes
     before = {key: value.clone() for key, value in relay.named_parameters()}
@@ -192,7 +192,7 @@ def test_two_steps_on_real_scenes_at_small_size(architecture: str, shared_data: 
     source = open_source(shared_data / "miniplaces72_val.tar.xz", split="val")
     assert len(source.classes) == recipe.network.num_classes == 100
     relay = build_relay(recipe)
-    criterion, optimizer = build_criterion(recipe.optimizer), sgd(recipe, relay)
+    criterion, optimizer = build_criterion(recipe.loss), sgd(recipe, relay)
     sampler = ClassAwareSampler(np.asarray(source.labels), seed=0)
     view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
     loader = training_loader(source, sampler, view, batch_size=4, seed=0)

@@ -44,7 +44,9 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert difference <= TOLERANCE * tensor.abs().max().item(), (name, difference)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, two parts", "early release", "fsdp", "augmentation"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "ddp, two parts", "early release", "fsdp", "augmentation", "ddp, adamw", "fsdp, adamw"]
+)
 def test_two_processes_give_one_processs_parameters(
     name: str, two: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +63,8 @@ def test_two_processes_give_one_processs_parameters(
     for one, both in zip(lines_of(tmp_path / "one"), lines_of(two / name), strict=True):
         if one["kind"] == "val":
             assert (both["top1"], both["top5"]) == (one["top1"], one["top5"])
-            assert both["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+            for loss in one.keys() & {"loss", "ema_loss"}:
+                assert both[loss] == pytest.approx(one[loss], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", train_ranks.STOPPED)

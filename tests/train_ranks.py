@@ -14,17 +14,23 @@ STEPS = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "network.num_cl
 PLAIN = (*STEPS, "plan.auxiliary.aux.head=linear", "augmentation.divide=true")
 PIXELS = ("crop=resized", "padding=2", "policy=trivialaugment", "erasing=0.5")
 AUGMENTED = tuple(f"augmentation.{value}" for value in PIXELS)
+ADAMW = (  # whose updates do not magnify the last digits of small gradients, with this eps
+    "optimizer.algorithm=adamw", "optimizer.lr=0.001", "optimizer.eps=0.01", "optimizer.ema_decay=0.6",
+    "optimizer.decay_norms_and_biases=false", "optimizer.layer_decay=0.9", "loss.class_weights=square-root",
+)  # fmt: skip
 SCENARIOS: dict[str, dict[str, object]] = {
     "ddp": {"changes": PLAIN},
     "ddp, two parts": {"changes": PLAIN, "accumulate": 2},
     "early release": {"changes": PLAIN, "early_release": True, "accumulate": 2},
     "fsdp": {"changes": PLAIN, "strategy": "fsdp"},
+    "ddp, adamw": {"changes": (*PLAIN, *ADAMW)},
+    "fsdp, adamw": {"changes": (*PLAIN, *ADAMW), "strategy": "fsdp"},
     "augmentation": {"changes": (*PLAIN, *AUGMENTED)},
     "mixing": {"changes": (*PLAIN, *AUGMENTED, "augmentation.mixup=1", "augmentation.cutmix=1")},
     "dropout": {"changes": STEPS},
     "dropout, from disk": {"changes": STEPS, "images": "disk", "workers": 1},
 }
-STOPPED = ("mixing", "dropout", "dropout, from disk", "early release", "fsdp")
+STOPPED = ("mixing", "dropout", "dropout, from disk", "early release", "fsdp", "fsdp, adamw")
 STOP_AT = 4
 
 

@@ -97,9 +97,9 @@ def describe_run(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: its configuration cannot be read.
     """
+    recipe = runs.kept_recipe(folder)
+    about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": runs.values_of(recipe)}
     with runs.reading(folder) as config:
-        recipe = config["recipe"]
-        about = {"recipe": recipe["name"], "row": recipe["row"], "values": recipe["values"]}
         return about | {name: config["options"][name] for name in ("seed", "scale", "changes", "data", "val_data")}
 
 

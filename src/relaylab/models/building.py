@@ -1,6 +1,6 @@
 """From a recipe's plain values to networks, plans, heads and losses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +15,9 @@ from relaybackprop.engine.hooks import find_module
 from relaylab import models
 from relaylab.errors import InputError, nearest
 from relaylab.models.layers import initialise
+from relaylab.models.losses import BinaryCrossEntropy, WeightedCrossEntropy, class_weights
 from relaylab.models.named import build_named
-from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, LossConfig, NetworkConfig, PlanConfig, Recipe
 
 INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
 
@@ -248,6 +249,21 @@ def build_relay(recipe: Recipe, *, shadow: bool = False) -> Relay:
         raise InputError(f"recipe {recipe.name}: {error}") from error
 
 
-def build_criterion(config: OptimizerConfig) -> RelayLoss:
-    """Build the weighted sum of cross-entropies."""
+def build_criterion(config: LossConfig, counts: Sequence[int] = ()) -> RelayLoss:
+    """Build the weighted sum of the losses.
+
+    Args:
+        config: of a recipe.
+        counts: training images of each class, which class weights need.
+
+    Raises:
+        InputError: class weights without counts.
+    """
+    if config.class_weights is not None and not counts:
+        raise InputError(f"loss.class_weights is {config.class_weights}: it needs the number of images of each class")
+    weights = None if config.class_weights is None else class_weights(config.class_weights, counts)
+    if config.function == "binary":
+        return RelayLoss(BinaryCrossEntropy(config.label_smoothing, weights))
+    if weights is not None:
+        return RelayLoss(WeightedCrossEntropy(config.label_smoothing, weights))
     return RelayLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing))

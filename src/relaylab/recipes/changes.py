@@ -127,8 +127,12 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems.append(f"optimizer.momentum is {optimizer.momentum}: expected less than 1")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         problems.append(f"optimizer.betas is {value_text(optimizer.betas)}: expected two numbers from 0 to below 1")
-    if not 0 <= optimizer.label_smoothing < 1:
-        problems.append(f"optimizer.label_smoothing is {optimizer.label_smoothing}: expected 0 to 1, without 1")
+    if optimizer.layer_decay is not None and not 0 < optimizer.layer_decay <= 1:
+        problems.append(f"optimizer.layer_decay is {optimizer.layer_decay}: expected above 0, at most 1")
+    if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
+        problems.append(f"optimizer.ema_decay is {optimizer.ema_decay}: expected between 0 and 1, such as 0.999")
+    if not 0 <= recipe.loss.label_smoothing < 1:
+        problems.append(f"loss.label_smoothing is {recipe.loss.label_smoothing}: expected 0 to 1, without 1")
     for name in ("held_out", "set_aside"):
         count = getattr(recipe.images, name)
         if count is not None and count >= 1 and count != int(count):

@@ -19,7 +19,8 @@ from relaylab.recipes.schema import (
 )
 
 SCHEDULES = {"plateau": PlateauConfig, "steps": StepsConfig, "decay": DecayConfig, "cosine": CosineConfig}
-RENAMED = {"above": "after"}
+RENAMED = {"above": "after"}  # fields of any group
+MOVED = {"optimizer.label_smoothing": "loss.label_smoothing"}
 DEFAULT = "the recipe's default"  # source of values that are not given
 
 
@@ -85,10 +86,14 @@ def _dataclass(kind: Any, value: Mapping[str, Any], key: str, problems: list[str
 
 def no_value(key: str, names: Sequence[str]) -> str:
     """Return the error message for an unknown name, with its new name or the nearest ones."""
+    name = current_name(key)
+    return f"no value {key}; it is named {name} now" if name != key else f"no value {key}{nearest(key, names)}"
+
+
+def current_name(key: str) -> str:
+    """Return the name that a value of an earlier version has now."""
     group, dot, field = key.rpartition(".")
-    if field in RENAMED:
-        return f"no value {key}; it is named {group}{dot}{RENAMED[field]} now"
-    return f"no value {key}{nearest(key, names)}"
+    return MOVED.get(key, f"{group}{dot}{RENAMED.get(field, field)}")
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

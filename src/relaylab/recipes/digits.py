@@ -41,7 +41,7 @@ SOURCES: Mapping[str, str] = {
     "optimizer.iterations": "ours: 30 epochs of 31 batches",
     "optimizer.schedule": "ours: the paper divides by 10 when the error stops falling; fixed points need no patience",
     "optimizer.evaluate_every": "ours: once per epoch",
-    "optimizer.label_smoothing": NOT_GIVEN,
+    "loss": "ours: softmax, as usual; the paper does not say",
     "evaluation": "the paper, section 5.1: single centre crop",
     "evaluation.scales": "ours: the size of the images",
 }

@@ -11,6 +11,7 @@ from relaylab.recipes.schema import (
     Errors,
     EvaluationConfig,
     ImagesConfig,
+    LossConfig,
     NetworkConfig,
     OptimizerConfig,
     PlateauConfig,
@@ -32,8 +33,8 @@ SHARED: Mapping[str, str] = {
     "images.data_set": "the paper, section 5.2",
     "images.sampling": "ours: ImageNet's classes are nearly balanced, and no paper says otherwise",
     "augmentation.divide": NOT_GIVEN,
+    "loss": "ours: softmax, as usual; the paper does not say",
     "optimizer.evaluate_every": "ours: no paper says",
-    "optimizer.label_smoothing": NOT_GIVEN,
 }
 
 
@@ -106,9 +107,9 @@ def _inception_v3(scheme: Scheme, name: str, method: str, top1: float, top5: flo
             weight_decay=0.00004,
             iterations=500_000,
             schedule=DecayConfig(factor=0.94, every=10_000),
-            label_smoothing=0.1,
             clip_norm=2.0,
         ),
+        loss=LossConfig(label_smoothing=0.1),
         evaluation=EvaluationConfig(protocol="dense", scales=(299, 342, 384, 427, 512)),
         reported=Errors(top1=top1, top5=top5),
         sources={
@@ -125,7 +126,7 @@ def _inception_v3(scheme: Scheme, name: str, method: str, top1: float, top5: flo
             "optimizer.lr": "[26], section 8, for RMSProp",
             "optimizer.iterations": "[26], section 8: 100 epochs",
             "optimizer.schedule": "[26], section 8: every two epochs",
-            "optimizer.label_smoothing": "[26], section 7",
+            "loss.label_smoothing": "[26], section 7",
             "optimizer.clip_norm": "[26], section 8",
             "evaluation": "ours: [26] averages 144 crops; dense evaluation at five scales stands for them",
         },

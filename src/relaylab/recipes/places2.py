@@ -38,7 +38,7 @@ SOURCES: Mapping[str, str] = {
     "optimizer.schedule.patience": "ours: the paper says 'when the error plateaus'",
     "optimizer.schedule.least": "ours: the paper does not say how often the rate falls",
     "optimizer.evaluate_every": "ours: the paper does not say",
-    "optimizer.label_smoothing": NOT_GIVEN,
+    "loss": "ours: softmax, as usual; the paper does not say",
     "evaluation": "the paper, section 5.1",
 }
 

@@ -25,7 +25,7 @@ SCHEMES: Mapping[str, str] = {  # the paper's names for tables, in their order
     "isolated": "isolated windows",  # ours: relay without the overlap
 }
 SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for sentences, legends and headers
-GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation")  # of a recipe's values
+GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "loss", "evaluation")  # of values
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Dial = Literal["paper", "small", "tiny"]
 LIBRARIES = ("timm", "torchvision")  # whose networks have names
@@ -33,7 +33,8 @@ UNMENTIONED = (  # values that no paper of the tables mentions, of methods that 
     "augmentation.crop_scale", "augmentation.crop_ratio", "augmentation.padding", "augmentation.policy",
     "augmentation.policy_operations", "augmentation.policy_magnitude", "augmentation.erasing", "augmentation.mixup",
     "augmentation.cutmix",
-    "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.warmup", "optimizer.clip_norm",
+    "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.layer_decay",
+    "optimizer.ema_decay", "optimizer.warmup", "optimizer.clip_norm", "loss.label_smoothing", "loss.class_weights",
 )  # fmt: skip
 LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
 
@@ -218,6 +219,11 @@ class OptimizerConfig:
     decay_norms_and_biases: bool = True
     """Weight decay on all parameters, as in Caffe; False: not on those with at most one dimension, nor on those that
     the network names by `no_weight_decay()`, as timm's networks do."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer of the network to the one below it, for fine-tuning; the last layer
+    and the heads have 1. See `relaylab.train.layers`."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999; see `relaylab.train.averaging`."""
     batch_size: int = 256
     """Images of one update, over all processes."""
     iterations: int
@@ -226,12 +232,24 @@ class OptimizerConfig:
     """Iterations between two evaluations."""
     warmup: int = 0
     """Iterations over which the learning rate rises linearly to what the schedule says."""
-    label_smoothing: float = 0.0
     clip_norm: float | None = None
     """Gradients of a larger norm are scaled down to it."""
     segment_lr: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """By segment, a factor on its learning rate; 1 where none is given. A segment is named by the losses that train it,
     joined by "+" from the lowest head up, such as "aux" or "aux+primary"; a head is "head aux"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """The loss of the network's scores and of those of each auxiliary head, in training."""
+
+    function: Literal["cross-entropy", "binary"] = "cross-entropy"
+    """Softmax cross-entropy; or a sigmoid and a binary cross-entropy for each class, of which the mean is taken."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes."""
+    class_weights: Literal["balanced", "square-root"] | None = None
+    """Weight of an image: in proportion to 1 / n of the n training images of its class, or to 1 / sqrt(n), with the
+    mean 1 over all training images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +283,7 @@ class Recipe:
     images: ImagesConfig
     augmentation: AugmentationConfig
     optimizer: OptimizerConfig
+    loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig
     reported: Errors | None = None
     """The paper's errors."""

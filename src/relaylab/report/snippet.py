@@ -22,7 +22,7 @@ def snippet(recipe: Recipe) -> str:
     config, size = recipe.network, recipe.network.image_size
     imports, network = _network(config)
     head_imports, heads = _heads(recipe)
-    smoothing = f"label_smoothing={own:g}" if (own := recipe.optimizer.label_smoothing) else ""
+    smoothing = f"label_smoothing={own:g}" if (own := recipe.loss.label_smoothing) else ""
     method = {"multi_loss": ".multi_loss()", "isolated": ".isolated()"}.get(recipe.scheme, "")
     names = sorted({"Plan", "Relay", "RelayLoss", "Window", *head_imports})
     lines = [

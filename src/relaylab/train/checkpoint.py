@@ -4,7 +4,7 @@ Note [Checkpoints]
 1. A checkpoint is a folder step-00012000/ with
 
        model.safetensors       the state dict of the `Relay`: "model." and "heads."
-       optimizer.safetensors   by parameter, such as PARAMETER/momentum_buffer
+       optimizer.safetensors   by parameter, such as PARAMETER/momentum_buffer; averaged weights, NAME/ema
        state.json              everything except the tensors
        SHA256SUMS              of the three, as `sha256sum --check` reads it
 

@@ -32,6 +32,7 @@ from relaylab.progress import Silent, Task
 from relaylab.recipes.schema import PlateauConfig, Recipe
 from relaylab.train import checkpoint
 from relaylab.train import gradients as diagnosis
+from relaylab.train.averaging import Average
 from relaylab.train.engine import scaler_of, whole
 from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
@@ -60,6 +61,7 @@ class Trainer:
         relay: network, heads and plan.
         module: the same, wrapped by Fabric and DDP or FSDP.
         optimizer: wrapped by Fabric.
+        average: of the weights; None without `optimizer.ema_decay`.
         records: metrics of the first process; None in all others.
         checkpoints: their folder.
     """
@@ -78,6 +80,7 @@ class Trainer:
     validation: Validation
     checkpoints: Path
     stop: StopRequest
+    average: Average | None = None
     records: Records | None = None
     task: Task = field(default_factory=Silent)
     progress: Progress = field(default_factory=Progress)
@@ -143,6 +146,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
+        if self.average is not None:
+            self.average.update(progress.step)
         size = recipe.optimizer.batch_size
         self.task.advance(1, self.meter.text(size))
         if progress.step % self.config.log_every == 0:
@@ -239,6 +244,7 @@ class Trainer:
         progress, schedule = self.progress, self.recipe.optimizer.schedule
         with self.meter.stopped():
             found = self.validation(self.relay, lambda done: self.task.advance(0, f"validating, {done:.0%}"))
+            found |= self.validate_average()
         if not math.isfinite(found["loss"]):
             what = f"the loss on the validation images is {found['loss']}"
             raise NonFiniteLossError(f"step {progress.step}: {what}; {REMEDY}")
@@ -250,9 +256,22 @@ class Trainer:
             progress.plateau = progress.plateau.after(found["top1"], schedule.patience)
         self.record("val", progress.step, {**found, "seconds": round(progress.seconds, 3)})
         log.info("step %d: val. error top-1 %.2f %%, top-5 %.2f %%", progress.step, found["top1"], found["top5"])
+        if self.average is not None:
+            errors = found["ema_top1"], found["ema_top5"]
+            log.info("step %d: with averaged weights: top-1 %.2f %%, top-5 %.2f %%", progress.step, *errors)
         if progress.plateau.drops > drops:
             rate = learning_rate(self.recipe.optimizer, progress.step, progress.plateau.drops)
             log.info("step %d: the error has stopped falling; learning rate %g", progress.step, rate)
+
+    def validate_average(self) -> dict[str, float]:
+        """Validate the averaged weights, if there are any."""
+        if self.average is None:
+            return {}
+        with self.average.swapped():
+            found = self.validation(
+                self.relay, lambda done: self.task.advance(0, f"validating the average, {done:.0%}")
+            )
+        return {f"ema_{name}": value for name, value in found.items()}
 
     def save(self) -> None:
         """Write a checkpoint, in all processes together: each may hold a part of the parameters.
@@ -263,6 +282,7 @@ class Trainer:
         with self.meter.stopped():
             model = {name: whole(tensor) for name, tensor in self.relay.state_dict().items()}
             moments = optimizer_tensors(self.relay, self.optimizer.optimizer)
+            moments |= {} if self.average is None else self.average.state()
             if self.records is not None:
                 path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, moments, self.state_dict()))
                 best = [int(self.progress.best["step"])] if self.progress.best else []

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from relaybackprop import Relay
+from relaybackprop.forwarded import PREFIX
 from relaylab.recipes.schema import OptimizerConfig
+from relaylab.train.layers import layer_factors
 from relaylab.train.segments import Segments
 
 Groups = list[dict[str, Any]]
@@ -36,11 +38,15 @@ def build_optimizer(relay: Relay, segments: Segments, config: OptimizerConfig) -
 
 def parameter_groups(relay: Relay, segments: Segments, config: OptimizerConfig) -> Groups:
     """Return one group for each pair of a factor on the learning rate, stored as "lr_factor", and a weight decay."""
+    factors = dict[str, float]()
+    if config.layer_decay is not None:
+        names = [name.removeprefix(PREFIX) for name in segments.of if name.startswith(PREFIX)]
+        factors = layer_factors(relay.model, names, config.layer_decay)
     spared = set[str]() if config.decay_norms_and_biases else _spared(relay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in relay.named_parameters():
         if parameter.requires_grad:
-            factor = config.segment_lr.get(segments.of[name], 1.0)
+            factor = config.segment_lr.get(segments.of[name], 1.0) * factors.get(name.removeprefix(PREFIX), 1.0)
             groups.setdefault((factor, 0.0 if name in spared else config.weight_decay), []).append(parameter)
     return [
         {"params": parameters, "lr_factor": factor, "weight_decay": decay}

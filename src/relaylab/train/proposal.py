@@ -175,7 +175,7 @@ def _optimizer(model: nn.Module, count: int, batch: int, epochs: int) -> dict[st
         "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
         "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
         "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
-        "optimizer.label_smoothing": (0.0, "none"),
+        "loss": ({}, "softmax cross-entropy, as usual"),
         "optimizer.clip_norm": clip,
     }
 

@@ -8,6 +8,7 @@ tensorboard/       the same for TensorBoard
 log.txt
 checkpoints/       see relaylab.train.checkpoint
 model.safetensors  the trained network; see relaylab.models.file
+model.ema.safetensors  the same with averaged weights, with optimizer.ema_decay
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from relaylab.files import ROOT, timestamp, write_text
 from relaylab.options import path_problems
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_absolute_paths, with_changes
-from relaylab.recipes.decoding import decode_recipe, nested
+from relaylab.recipes.decoding import current_name, decode_recipe, nested
 from relaylab.recipes.files import is_file
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train.environment import environment, network_versions
@@ -40,6 +41,7 @@ log = logging.getLogger("relaylab.train")
 
 CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.jsonl", "log.txt"
 CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
+AVERAGED = "model.ema.safetensors"
 LOCK = ".lock"
 BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FILE)  # the files of a run that failed before its first step
 # The options that define a run. All others may change when it resumes.
@@ -107,7 +109,7 @@ def _recipe_of(config: TrainConfig, folder: Path | None = None) -> tuple[Recipe 
     if config.recipe is None:
         return None, ["a recipe is required: 'relaylab recipes' lists them; or --resume PATH", *problems]
     if folder is not None and is_file(config.recipe):
-        recipe = _kept_recipe(folder)
+        recipe = kept_recipe(folder)
         return recipe, problems + batch_problems(recipe, config, config.devices)
     try:
         recipe = find_recipe(config.recipe, config.scale)
@@ -123,17 +125,23 @@ def _recipe_of(config: TrainConfig, folder: Path | None = None) -> tuple[Recipe 
     return recipe, problems + batch_problems(recipe, config, config.devices)
 
 
-def _kept_recipe(folder: Path) -> Recipe:
+def kept_recipe(folder: Path) -> Recipe:
+    """Return the recipe that a run has stored, which may be that of an earlier version.
+
+    Raises:
+        InputError: the run cannot be read.
+    """
     with reading(folder) as config:
         about = config["recipe"]
-        return _decoded(about["values"], folder / CONFIG, about)
+        name, row, values, sources = (about[key] for key in ("name", "row", "values", "sources"))
+    return _decoded({"name": name, "row": row, **values}, sources, folder / CONFIG)
 
 
-def _decoded(values: Mapping[str, Any], path: Path, about: Mapping[str, Any]) -> Recipe:
+def _decoded(values: Mapping[str, Any], sources: Mapping[str, str], path: Path) -> Recipe:
     """The recipe of stored values. Values that the version that stored them did not have are the defaults."""
     problems: list[str] = []
-    head = {"name": about.get("name", ""), "row": about.get("row", "")}
-    recipe = decode_recipe(nested(values) | head, about.get("sources", {}), problems)
+    values, sources = ({current_name(name): value for name, value in stored.items()} for stored in (values, sources))
+    recipe = decode_recipe(nested(values), sources, problems)
     raise_all([f"{path}: {problem}" for problem in problems])
     return recipe
 
@@ -149,7 +157,8 @@ def value_changes(stored: Mapping[str, Any], recipe: Recipe, path: Path) -> list
     Raises:
         InputError: stored values that are not a recipe's.
     """
-    before, now = values_of(_decoded(stored, path, {})), values_of(recipe)
+    head = {"name": recipe.name, "row": recipe.row}
+    before, now = values_of(_decoded({**head, **stored}, {}, path)), values_of(recipe)
     return [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in {**before, **now}
@@ -287,14 +296,16 @@ def _stored_options(folder: Path) -> TrainConfig:
         options = {name: value for name, value in config["options"].items() if name in names}
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
         values |= {name: tuple(map(Path, values[name])) for name in ("data", "val_data")}
+        pairs = [text.partition("=") for text in values.get("changes", ())]
+        values["changes"] = tuple(f"{current_name(key)}{equals}{value}" for key, equals, value in pairs)
         return TrainConfig(**values)
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse a recipe whose code has changed since the run began."""
     with reading(folder) as config:
-        changes = value_changes(config["recipe"]["values"], recipe, folder / CONFIG)
-    if changes:
+        stored = dict(config["recipe"]["values"])
+    if changes := value_changes(stored, recipe, folder / CONFIG):
         raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {'; '.join(changes[:5])}")
 
 

@@ -21,7 +21,7 @@ from relaylab.models.file import InputConfig, ModelFile, save_model
 from relaylab.models.pretrained import load_pretrained
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
-from relaylab.train import checkpoint, failures, runs
+from relaylab.train import averaging, checkpoint, failures, runs
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
@@ -185,7 +185,10 @@ def _train(
         if trainer.records is not None:
             trainer.records.close()
     if finished:
-        _write_model(folder, trainer, images)
+        _write_model(folder / runs.MODEL, trainer, images)
+        if trainer.average is not None:
+            with trainer.average.swapped():
+                _write_model(folder / runs.AVERAGED, trainer, images, "ema_")
         log.info("finished: %s", folder)
     elif is_first:
         by, resume = stop.signal or "a signal to another process", f"relaylab train --resume {shlex.quote(str(folder))}"
@@ -219,11 +222,12 @@ def assemble(
         log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
     module = fabric.setup_module(relay)
     optimizer = build_optimizer(relay, segments, recipe.optimizer)
-    criterion = build_criterion(recipe.optimizer).to(fabric.device)
+    criterion = build_criterion(recipe.loss, images.counts()["train"]).to(fabric.device)
     augment = images.augmentation(recipe, config.seed).to(fabric.device)
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
     raise_all(runs.batch_problems(recipe, config, fabric.world_size))
     parts = fabric.world_size * config.accumulate
+    decay = recipe.optimizer.ema_decay
     return Trainer(
         fabric=fabric,
         relay=relay,
@@ -239,6 +243,7 @@ def assemble(
         validation=Validation(images.val, augment, nn.CrossEntropyLoss(), fabric),
         checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
         stop=stop,
+        average=None if decay is None else averaging.Average(relay, decay),
     )
 
 
@@ -249,7 +254,10 @@ def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
     found = checkpoint.read(path)
     if changes := runs.value_changes(found.state["recipe"], trainer.recipe, path):
         raise InputError(f"{path} is of another recipe than {trainer.recipe.name}: {'; '.join(changes[:5])}")
-    load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, found.optimizer)
+    moments = {name: tensor for name, tensor in found.optimizer.items() if not name.endswith(averaging.SUFFIX)}
+    load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, moments)
+    if trainer.average is not None:
+        trainer.average.load(found.optimizer)
     trainer.load_state_dict(found.state)
     return found.state
 
@@ -287,9 +295,10 @@ def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:
 
 def _check_space(folder: Path, trainer: Trainer) -> None:
     """Refuse to start, rather than fail after hours, where two checkpoints would not fit on the disk."""
-    copies = 1 + state_tensors(trainer.recipe.optimizer)
+    averages = trainer.average is not None
+    copies = 1 + state_tensors(trainer.recipe.optimizer) + averages
     needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * copies
-    needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers())
+    needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers()) * (1 + averages)
     free = shutil.disk_usage(folder).free
     if free < needed * 2:  # the old one is removed after the new one is written
         raise InputError(
@@ -298,8 +307,11 @@ def _check_space(folder: Path, trainer: Trainer) -> None:
         )
 
 
-def _write_model(folder: Path, trainer: Trainer, images: RunImages) -> None:
-    """Write the trained network without its heads, for `relaylab predict` and `relaylab export`."""
+def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = "") -> None:
+    """Write the trained network without its heads, for `relaylab predict` and `relaylab export`.
+
+    `prefix` is that of the names of its errors.
+    """
     relay, recipe = trainer.relay, trainer.recipe
     assert isinstance(relay, Relay)
     state = {name: whole(tensor).detach().cpu() for name, tensor in relay.model.state_dict().items()}
@@ -318,6 +330,6 @@ def _write_model(folder: Path, trainer: Trainer, images: RunImages) -> None:
         ),
         state=state,
         mean_image=augment.mean if augment.mean.ndim == 3 else None,
-        about=f"{about}: val. error top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %",
+        about=f"{about}: val. error top-1 {last[f'{prefix}top1']:.2f} %, top-5 {last[f'{prefix}top5']:.2f} %",
     )
-    save_model(folder / runs.MODEL, model)
+    save_model(path, model)

@@ -61,7 +61,7 @@ def load_tensors(
     """
     own = module.state_dict()
     try:
-        module.load_state_dict({name: _like(tensor, own.get(name, tensor)) for name, tensor in model.items()})
+        module.load_state_dict({name: like(tensor, own.get(name, tensor)) for name, tensor in model.items()})
     except RuntimeError as error:
         raise InputError(f"the checkpoint is of another network: {' '.join(str(error).split())[:300]}") from None
     parameters = dict(module.named_parameters())
@@ -71,11 +71,11 @@ def load_tensors(
         if name not in parameters:
             raise InputError(f"the checkpoint is of another network: it has {what} of {name}, which is not there")
         is_count = what == STEP  # not divided with the parameter, nor moved to its device, as in torch's own loading
-        optimizer.state[parameters[name]][what] = tensor.clone() if is_count else _like(tensor, parameters[name])
+        optimizer.state[parameters[name]][what] = tensor.clone() if is_count else like(tensor, parameters[name])
 
 
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A copy with the device, memory format and sharding of another tensor."""
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a copy with the device, memory format and sharding of another tensor."""
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
     if tensor.shape != other.shape:
