@@ -15,7 +15,9 @@ from relaylab import cli  # noqa: E402
 from relaylab.commands.new import NewOptions, main  # noqa: E402
 from relaylab.errors import InputError  # noqa: E402
 from relaylab.models.file import read_model  # noqa: E402
+from relaylab.recipes.changes import recipe_problems  # noqa: E402
 from relaylab.recipes.files import read_recipe  # noqa: E402
+from relaylab.recipes.schema import OptimizerConfig  # noqa: E402
 
 NETWORK = """
     from torch import nn
@@ -109,6 +111,27 @@ def test_wrong_options_are_explained(
     assert run("recipes", "new", *arguments, "--data", tiny_images) == 2
     assert said in capsys.readouterr().err
     assert not list(place.glob("*.toml"))
+
+
+def optimizer_of(place: Path, *arguments: str | Path) -> OptimizerConfig:
+    assert run("recipes", "new", *arguments, "--batch-size", "8", "--out", "proposed.toml") == 0
+    recipe = read_recipe(place / "proposed.toml")
+    assert recipe_problems(recipe) == []
+    (place / "proposed.toml").unlink()
+    return recipe.optimizer
+
+
+def test_the_optimizer_is_the_usual_one_of_the_networks_normalisation(place: Path, tiny_images: Path) -> None:
+    images = ("--data", tiny_images)
+    vit = optimizer_of(place, "timm:test_vit", *images)
+    assert (vit.algorithm, vit.lr, vit.weight_decay, vit.clip_norm) == ("adamw", 0.001 * 8 / 1024, 0.05, 1.0)
+    assert not vit.decay_norms_and_biases
+    resnet = optimizer_of(place, "timm:test_resnet", *images)
+    assert (resnet.algorithm, resnet.lr, resnet.decay_norms_and_biases) == ("sgd", 0.1 * 8 / 256, False)
+    plain = optimizer_of(place, "net.py:chain", *images)
+    assert (plain.algorithm, plain.lr, plain.decay_norms_and_biases) == ("sgd", 0.01, True)
+    assert optimizer_of(place, "timm:test_resnet", *images, "--optimizer", "adamw").weight_decay == 0.05
+    assert optimizer_of(place, "timm:test_vit", *images, "--optimizer", "sgd").weight_decay == 0.0005
 
 
 def test_an_existing_file_is_kept(place: Path, tiny_images: Path) -> None:

@@ -49,6 +49,9 @@ class NewOptions:
     batch_size: Number = None
     """Images of an update (default: from their number, at most 128)."""
 
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """Optimizer (default: adamw for networks with layer normalisation and no batch normalisation, else sgd)."""
+
     options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="")] = ()
     """Further arguments of the network, such as drop_rate=0.1."""
 
@@ -101,6 +104,7 @@ def main(options: NewOptions) -> int:
         size=options.size,
         batch_size=options.batch_size,
         heads=options.heads,
+        optimizer=options.optimizer,
         network=_relative(network, out),
         options={key: plain_value(value) for key, _, value in pairs},
     )

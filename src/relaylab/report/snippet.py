@@ -9,7 +9,7 @@ from torchvision.models.inception import InceptionAux
 
 from relaybackprop.heads import AuxiliaryHead, LinearHead, TokenHead
 from relaylab.models.building import AUTO, build_relay
-from relaylab.recipes.schema import NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+from relaylab.recipes.schema import LossConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
 
 CODE = "relay.py"  # in the folder of a comparison
 
@@ -17,12 +17,13 @@ CODE = "relay.py"  # in the folder of a comparison
 def snippet(recipe: Recipe) -> str:
     """Return a program that builds the network, plan, heads and optimizer of a recipe, and makes one update.
 
-    It runs as it is, on random images. Augmentation and schedule are not in it.
+    It runs as it is, on random images. Augmentation, schedule, class weights and averages are not in it, nor are
+    learning rates and weight decays of single parameters.
     """
     config, size = recipe.network, recipe.network.image_size
     imports, network = _network(config)
     head_imports, heads = _heads(recipe)
-    smoothing = f"label_smoothing={own:g}" if (own := recipe.loss.label_smoothing) else ""
+    loss_imports, loss = _loss(recipe.loss)
     method = {"multi_loss": ".multi_loss()", "isolated": ".isolated()"}.get(recipe.scheme, "")
     names = sorted({"Plan", "Relay", "RelayLoss", "Window", *head_imports})
     lines = [
@@ -31,13 +32,14 @@ def snippet(recipe: Recipe) -> str:
         *imports,
         *(["from torchvision.models.inception import InceptionAux"] if "InceptionAux" in "".join(heads) else []),
         f"from relaybackprop import {', '.join(names)}",
+        *loss_imports,
         "",
         *network,
         f"example = torch.randn(2, 3, {size}, {size})  # a batch of your images",
         f"plan = {_plan(recipe.plan)}{method}",
         *heads,
         "relay = Relay(model, plan, heads)",
-        f"criterion = RelayLoss(nn.CrossEntropyLoss({smoothing}))",
+        f"criterion = RelayLoss({loss})",
         f"optimizer = {_optimizer(recipe.optimizer)}",
         "",
         f"images, labels = example, torch.randint({config.num_classes}, (2,))  # in your loop: each batch",
@@ -124,6 +126,14 @@ def _call(head: nn.Module, classes: int) -> str:
         case _:
             assert isinstance(head, InceptionAux)
             return f"InceptionAux({head.conv0.conv.in_channels}, {classes})"  # pyright: ignore
+
+
+def _loss(config: LossConfig) -> tuple[list[str], str]:
+    """Return the imports and the call that builds the criterion."""
+    smoothing = f"label_smoothing={config.label_smoothing:g}" if config.label_smoothing else ""
+    if config.function == "binary":
+        return ["from relaylab.models.losses import BinaryCrossEntropy"], f"BinaryCrossEntropy({smoothing})"
+    return [], f"nn.CrossEntropyLoss({smoothing})"
 
 
 def _optimizer(config: OptimizerConfig) -> str:

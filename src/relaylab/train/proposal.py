@@ -43,6 +43,7 @@ class Wishes:
         size: side of the crops, in pixels.
         batch_size: images of an update.
         heads: auxiliary losses.
+        optimizer: a name in `relaylab.train.optimizers.OPTIMIZERS`.
         options: further arguments of the network.
     """
 
@@ -52,6 +53,7 @@ class Wishes:
     size: int | None = None
     batch_size: int | None = None
     heads: int = 1
+    optimizer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -89,7 +91,7 @@ def propose(
     for name, value in config.options.items():
         source = "the command line" if name in wishes.options else "the size of the crops"
         values[f"network.options.{name}"] = value, source
-    values |= _optimizer(model, chosen, batch, wishes.epochs)
+    values |= _optimizer(model, chosen, batch, wishes)
     example = torch.empty(batch, 3, size, size, device="meta")
     plan, notes = _windows(model, example, config, wishes.heads)
     values |= plan
@@ -158,25 +160,57 @@ def _batch_size(count: int) -> int:
     return min(LARGEST_BATCH, max(LEAST_BATCH, 2 ** int(math.log2(max(1, count / STEPS)))))
 
 
-def _optimizer(model: nn.Module, count: int, batch: int, epochs: int) -> dict[str, Value]:
-    epoch = max(1, count // batch)
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # pyright: ignore[reportPrivateUsage]
-    rate: Value = (0.01, "the paper, section 5.1; without batch normalisation")
-    clip: Value = (1.0, "without batch normalisation, gradients may be large at first")
-    if normed:
-        rate = (0.1 * batch / 256, "0.1 for batches of 256, in proportion (Goyal et al., 2017); batch normalisation")
-        clip = (None, "none, as the network has batch normalisation")
+def _optimizer(model: nn.Module, count: int, batch: int, wishes: Wishes) -> dict[str, Value]:
+    epochs, epoch = wishes.epochs, max(1, count // batch)
+    has_batch_norm = _has(model, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
+    is_adamw = _has(model, nn.LayerNorm) and not has_batch_norm
+    norm = "layer" if is_adamw else "batch" if has_batch_norm else "no"
+    algorithm: Value = ("adamw" if is_adamw else "sgd", f"usual for networks with {norm} normalisation")
+    if wishes.optimizer is not None:
+        algorithm = wishes.optimizer, "the command line"
     return {
-        "optimizer.lr": rate,
-        "optimizer.momentum": (0.9, "the paper, section 5.1"),
-        "optimizer.weight_decay": (0.0005, "usual for small data sets; the paper's is 0.0002"),
+        "optimizer.algorithm": algorithm,
+        **(_adamw(batch) if algorithm[0] == "adamw" else _sgd(batch, has_batch_norm)),
         "optimizer.batch_size": (batch, f"a power of two that leaves {epoch:,} steps to an epoch"),
         "optimizer.iterations": (epochs * epoch, f"{epochs} epoch{'s' * (epochs > 1)} of {epoch:,} steps"),
         "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
         "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
         "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
         "loss": ({}, "softmax cross-entropy, as usual"),
-        "optimizer.clip_norm": clip,
+    }
+
+
+def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in model.modules())
+
+
+def _sgd(batch: int, has_batch_norm: bool) -> dict[str, Value]:
+    values: dict[str, Value] = {
+        "optimizer.momentum": (0.9, "the paper, section 5.1"),
+        "optimizer.weight_decay": (0.0005, "usual for small data sets; the paper's is 0.0002"),
+    }
+    if has_batch_norm:
+        rate = "0.1 for batches of 256, in proportion (Goyal et al., 2017); batch normalisation"
+        return values | {
+            "optimizer.lr": (0.1 * batch / 256, rate),
+            "optimizer.decay_norms_and_biases": (False, "He et al. (2019), section 3.1: no bias decay"),
+            "optimizer.clip_norm": (None, "none, as the network has batch normalisation"),
+        }
+    return values | {
+        "optimizer.lr": (0.01, "the paper, section 5.1; without batch normalisation"),
+        "optimizer.decay_norms_and_biases": (True, "the default, as in Caffe"),
+        "optimizer.clip_norm": (1.0, "without batch normalisation, gradients may be large at first"),
+    }
+
+
+def _adamw(batch: int) -> dict[str, Value]:
+    deit = "DeiT (Touvron et al., 2021)"
+    return {
+        "optimizer.lr": (0.001 * batch / 1024, f"0.001 for batches of 1,024, in proportion: {deit}, Table 9"),
+        "optimizer.betas": ((0.9, 0.999), "AdamW's own, as in DeiT"),
+        "optimizer.weight_decay": (0.05, f"{deit}, Table 9"),
+        "optimizer.decay_norms_and_biases": (False, "as in timm, with which DeiT was trained"),
+        "optimizer.clip_norm": (1.0, "Steiner et al. (2022), How to train your ViT"),
     }
 
 
