@@ -170,13 +170,13 @@ def _optimizer(model: nn.Module, count: int, batch: int, wishes: Wishes) -> dict
         algorithm = wishes.optimizer, "the command line"
     return {
         "optimizer.algorithm": algorithm,
-        **(_adamw(batch) if algorithm[0] == "adamw" else _sgd(batch, has_batch_norm)),
+        **(_adamw(batch, is_adamw) if algorithm[0] == "adamw" else _sgd(batch, has_batch_norm)),
         "optimizer.batch_size": (batch, f"a power of two that leaves {epoch:,} steps to an epoch"),
         "optimizer.iterations": (epochs * epoch, f"{epochs} epoch{'s' * (epochs > 1)} of {epoch:,} steps"),
         "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
         "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
         "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
-        "loss": ({}, "softmax cross-entropy, as usual"),
+        "loss.function": ("cross-entropy", "usual where each image is of one class"),
     }
 
 
@@ -203,10 +203,13 @@ def _sgd(batch: int, has_batch_norm: bool) -> dict[str, Value]:
     }
 
 
-def _adamw(batch: int) -> dict[str, Value]:
+def _adamw(batch: int, has_layer_norm: bool) -> dict[str, Value]:
     deit = "DeiT (Touvron et al., 2021)"
+    rate: Value = (0.001, "torch.optim.AdamW's own")
+    if has_layer_norm:
+        rate = (0.001 * batch / 1024, f"0.001 for batches of 1,024, in proportion: {deit}, Table 9")
     return {
-        "optimizer.lr": (0.001 * batch / 1024, f"0.001 for batches of 1,024, in proportion: {deit}, Table 9"),
+        "optimizer.lr": rate,
         "optimizer.betas": ((0.9, 0.999), "AdamW's own, as in DeiT"),
         "optimizer.weight_decay": (0.05, f"{deit}, Table 9"),
         "optimizer.decay_norms_and_biases": (False, "as in timm, with which DeiT was trained"),
