@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -37,6 +38,8 @@ NETWORK = """
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "net.py").write_text(dedent(NETWORK))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("net", None)
     return tmp_path
 
 
@@ -71,6 +74,27 @@ def test_larger_crops_are_the_papers_windows(place: Path, tiny_images: Path) -> 
     main(NewOptions(network="net.py:chain", data=(tiny_images,), out=place / "larger.toml", size=40))
     recipe = read_recipe(place / "larger.toml")
     assert (recipe.images.short_side, recipe.augmentation.padding, recipe.augmentation.crop) == (44, 0, "window")
+
+
+def test_a_recipe_for_pretrained_weights_has_a_smaller_rate_and_trains(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from net import chain  # pyright: ignore
+
+    torch.save(chain(num_classes=7).state_dict(), place / "weights.pt")
+    new = ("recipes", "new", "net.py:chain", "--data", tiny_images, "--epochs", "1", "--out")
+    assert run(*new, "fresh.toml") == 0
+    (place / "sub").mkdir()
+    assert run(*new, "sub/tuned.toml", "--pretrained", "weights.pt") == 0
+    fresh, tuned = (read_recipe(place / name) for name in ("fresh.toml", "sub/tuned.toml"))
+    assert tuned.optimizer.lr == fresh.optimizer.lr / 10
+    assert tuned.source_of("optimizer.lr").startswith("a tenth, since the weights are pretrained, of ")
+    assert tuned.network.pretrained == str(place.resolve() / "weights.pt")
+    capsys.readouterr()
+    assert run("train", "sub/tuned.toml", "--data", tiny_images, "--out", "run", "--images", "memory") == 0
+    assert "weights.pt: 12 of 14 tensors fit" in capsys.readouterr().err
+    assert run(*new, "other.toml", "--pretrained", "none.pt") == 2
+    assert "none.pt" in capsys.readouterr().err
 
 
 def test_networks_of_one_size_are_built_for_the_crops(place: Path, tiny_images: Path) -> None:

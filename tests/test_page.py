@@ -120,6 +120,20 @@ def test_top_5_is_left_out_where_it_is_always_right(tmp_path: Path) -> None:
     assert "Validation error, top-5" not in render_page(comparison)
 
 
+def test_averaged_weights_have_columns_of_their_own(tmp_path: Path) -> None:
+    make_comparison(tmp_path)
+    assert not any("averaged" in name for name in summary(open_runs([tmp_path])).header)
+    for file in tmp_path.glob(f"*/{runs.METRICS}"):
+        line = json.loads(file.read_text())
+        file.write_text(json.dumps({**line, "ema_top1": line["top1"] - 1, "ema_top5": 2.0, "ema_loss": 1.0}) + "\n")
+    comparison = open_runs([tmp_path])
+    rows = rows_of(summary(comparison))
+    assert rows["Relay BP"]["averaged weights, top-1 error, %"] == "48.00 ± 0.95"
+    assert rows["guessing"]["averaged weights, top-1 error, %"] == "87.50"
+    assert rows["standard BP"]["Relay BP minus this, averaged weights, top-1"] == "-2.00 [-2.25, -1.75]"
+    assert "Validation error, averaged weights, top-1" in render_page(comparison)
+
+
 def test_each_method_has_its_rate_seconds_and_flops(tmp_path: Path) -> None:
     make_comparison(tmp_path, {"standard": TOP1["standard"]})
     make_comparison(tmp_path, {"relay": TOP1["relay"]}, changes=("optimizer.lr=0.04",))

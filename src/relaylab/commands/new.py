@@ -40,6 +40,10 @@ class NewOptions:
     hold_out: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Validate on training images that are set aside: a share of each class, such as 0.2, or a number."""
 
+    pretrained: Annotated[File, MustExist] = None
+    """Weights to start from, safetensors or a state dict of PyTorch's. What does not fit, such as the last layer for
+    other classes, keeps fresh weights. (default: fresh weights)."""
+
     epochs: int = 30
     """Passes over the training images."""
 
@@ -106,6 +110,7 @@ def main(options: NewOptions) -> int:
         heads=options.heads,
         optimizer=options.optimizer,
         network=_relative(network, out),
+        pretrained=options.pretrained and os.path.relpath(options.pretrained.resolve(), out.absolute().parent),
         options={key: plain_value(value) for key, _, value in pairs},
     )
     found = propose(network, train, images, len(train) if chosen is None else len(chosen), findings, wishes)

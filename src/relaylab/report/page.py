@@ -17,6 +17,7 @@ from relaylab.report.summary import (
     TITLES,
     code_of,
     failure_table,
+    guess_of,
     papers_table,
     recipe_table,
     run_table,
@@ -25,7 +26,7 @@ from relaylab.report.summary import (
     verdict_of,
 )
 from relaylab.report.tuned import tuning_pictures, tuning_table
-from relaylab.report.verdict import chance_error, in_question
+from relaylab.report.verdict import in_question
 from relaylab.tables import Table, render
 
 DIGITS = "scikit-learn's handwritten digits"
@@ -41,7 +42,7 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
     """
     by_scheme, first, metrics = comparison.by_scheme, comparison.runs[0], comparison.metrics
     classes = len(first.classes)
-    curve, *more = (_error_curve(comparison, top, classes) for top in tops(comparison))
+    curve, *more = (_error_curve(comparison, top) for top in tops(comparison))
     if all(any(line["kind"] == "train" for line in each.metrics) for each in comparison.runs):
         title = "Training loss, primary"
         more.append((title, svg_uri(curve_picture(metrics, "train", "loss.primary", title, "nats"))))
@@ -98,9 +99,9 @@ def _tuning(comparison: Comparison) -> tuple[dict[str, str], str] | None:
     return pictures, _html(tuning_table(comparison.tuning, comparison.guess))
 
 
-def _error_curve(comparison: Comparison, top: str, classes: int) -> tuple[str, str]:
+def _error_curve(comparison: Comparison, top: str) -> tuple[str, str]:
     """Return the title of an error's curve, and its picture as a data URI."""
-    title, guess = f"Validation error, {TITLES[top]}", chance_error(classes, int(top[3:]))
+    title, guess = f"Validation error, {TITLES[top]}", guess_of(comparison, top)
     picture = curve_picture(comparison.metrics, "val", top, title, "per cent", guess=guess, size=(5.6, 3.3))
     return title, svg_uri(picture)
 

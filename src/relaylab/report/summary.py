@@ -36,7 +36,12 @@ from relaylab.tables import Table, markdown_lines
 RATE = "optimizer.lr"
 TUNED = "chosen by trials on images that were set aside (--tune)"
 TABLE, RESULTS, CURVES = "comparison.md", "comparison.json", "curves.svg"
-TITLES = {"top1": "top-1", "top5": "top-5"}
+TITLES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "ema_top1": "averaged weights, top-1",
+    "ema_top5": "averaged weights, top-5",
+}
 TASK = ("network.", "images.")  # values that make it the paper's task
 PAPER_TABLE = {architecture: number for number in ("3", "6") for architecture in COLUMNS[number]}
 
@@ -115,7 +120,13 @@ def code_of(comparison: Comparison) -> str | None:
 def tops(comparison: Comparison) -> dict[str, str]:
     """Return the error rates that say something: with five classes or fewer, the top-5 error is always 0."""
     is_few = len(comparison.runs[0].classes) <= 5
-    return {top: title for top, title in TITLES.items() if top == "top1" or not is_few}
+    shown = {top: title for top, title in TITLES.items() if top.endswith("top1") or not is_few}
+    return {top: title for top, title in shown.items() if all(top in run.last for run in comparison.runs)}
+
+
+def guess_of(comparison: Comparison, top: str) -> float:
+    """Return the error of guessing that belongs to an error rate, in per cent."""
+    return chance_error(len(comparison.runs[0].classes), int(top.rpartition("top")[2]))
 
 
 def summary(comparison: Comparison) -> Table:
@@ -152,7 +163,7 @@ def summary(comparison: Comparison) -> Table:
         rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
         if scheme in paper:
             rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme][: len(shown)]))
-    rows.append(row("guessing", "", [f"{chance_error(len(first.classes), int(top[3:])):.2f}" for top in shown]))
+    rows.append(row("guessing", "", [f"{guess_of(comparison, top):.2f}" for top in shown]))
     return Table("Errors on the validation images", tuple(header), tuple(rows), _notes(comparison, ours))
 
 

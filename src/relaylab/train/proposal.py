@@ -44,6 +44,7 @@ class Wishes:
         batch_size: images of an update.
         heads: auxiliary losses.
         optimizer: a name in `relaylab.train.optimizers.OPTIMIZERS`.
+        pretrained: file of weights to start from, as the recipe's file names it.
         options: further arguments of the network.
     """
 
@@ -54,6 +55,7 @@ class Wishes:
     batch_size: int | None = None
     heads: int = 1
     optimizer: str | None = None
+    pretrained: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -92,6 +94,8 @@ def propose(
         source = "the command line" if name in wishes.options else "the size of the crops"
         values[f"network.options.{name}"] = value, source
     values |= _optimizer(model, chosen, batch, wishes)
+    if wishes.pretrained is not None:
+        values |= _fine_tuning(values, model, wishes.pretrained)
     example = torch.empty(batch, 3, size, size, device="meta")
     plan, notes = _windows(model, example, config, wishes.heads)
     values |= plan
@@ -215,6 +219,17 @@ def _adamw(batch: int, has_layer_norm: bool) -> dict[str, Value]:
         "optimizer.decay_norms_and_biases": (False, "as in timm, with which DeiT was trained"),
         "optimizer.clip_norm": (1.0, "Steiner et al. (2022), How to train your ViT"),
     }
+
+
+def _fine_tuning(values: Mapping[str, Value], model: nn.Module, file: str) -> dict[str, Value]:
+    rate, source = values["optimizer.lr"]
+    found: dict[str, Value] = {
+        "network.pretrained": (file, "the command line"),
+        "optimizer.lr": (rate / 10, f"a tenth, since the weights are pretrained, of {source}"),
+    }
+    if _has(model, nn.LayerNorm):
+        found["optimizer.layer_decay"] = (0.75, "MAE (He et al., 2022), Table 9, for fine-tuning")
+    return found
 
 
 def _fitting(config: NetworkConfig) -> tuple[NetworkConfig, nn.Module]:
