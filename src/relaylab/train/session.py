@@ -159,7 +159,12 @@ def _train(
     )
     if is_first and not (folder / runs.CONFIG).exists():
         kept = replace(config, images="memory" if images.in_memory else "disk")
-        about = {"classes": images.classes, "counts": images.counts(), "view": asdict(images.view)}
+        about = {
+            "classes": images.classes,
+            "keys": images.identity.keys,
+            "counts": images.counts(),
+            "view": asdict(images.view),
+        }
         about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
         runs.describe(folder, kept, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
@@ -322,6 +327,8 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
     model = ModelFile(
         network=recipe.network,
         classes=images.classes,
+        keys=images.identity.keys,
+        numbered=images.identity.numbered,
         input=InputConfig(
             resize=recipe.images.short_side,
             crop=recipe.network.image_size,

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from relaylab.data.sources.cache import written
+from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import Listing, Place, printable
 from relaylab.data.sources.source import UNLABELLED, Labels
 from relaylab.data.sources.stamps import Stamp, stale, unsettled
 from relaylab.errors import InputError
 
-FORMAT = "relaylab image index 1"
+FORMAT = "relaylab image index 2"
 LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 TYPES = {"I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 TYPES |= {"U64": np.uint64}
@@ -43,6 +44,8 @@ def write_index(path: Path, listing: Listing) -> None:
         "title": printable(listing.title),
         "classes": [printable(name) for name in listing.classes],
         "folders": listing.folders,
+        "numbered": listing.numbered,
+        "remark": printable(listing.remark),
         "places": listing.places,
         "ignored": listing.ignored,
         "stamps": listing.stamps,
@@ -71,7 +74,9 @@ class IndexedImages:
     Attributes:
         title: display name, without folders.
         classes: display names, in the order of the labels.
-        folders: the classes' folders or other keys in the same order, as `open_source(classes=...)` takes them.
+        folders: the classes' keys in the same order: folders, categories or labels of a list.
+        identity: both, as `open_source(classes=...)` takes them.
+        remark: for the user, on how the classes were matched; empty if there is none.
         labels: (n,) class indices, mapped from the file and read-only; UNLABELLED in a test set.
         places: folders or archives that hold the images.
         fingerprint: changes with anything that was listed.
@@ -102,6 +107,8 @@ class IndexedImages:
         self.title: str = about["title"]
         self.classes: Sequence[str] = tuple(about["classes"])
         self.folders: Sequence[str] = tuple(about["folders"])
+        self.identity = Classes(tuple(about["folders"]), tuple(about["classes"]), about["numbered"] is True)
+        self.remark: str = str(about["remark"])
         self.places = tuple(Place(*place) for place in about["places"])
         self.ignored: Mapping[str, int] = about["ignored"]
         self.fingerprint = sha256(json.dumps(about).encode()).hexdigest()[:32]

@@ -68,7 +68,7 @@ class Listing:
     Attributes:
         title: display name, without folders.
         classes: display names, in the order of the labels.
-        folders: the classes' folders or other keys, in the same order.
+        folders: the classes' keys in the same order: folders, categories or labels; see Note [Classes].
         places: folders or archives that hold the images.
         labels: (n,) class indices or UNLABELLED.
         names: (bytes,) uint8, the names below their places, end to end.
@@ -77,6 +77,8 @@ class Listing:
         spans: (n, 2) int64, offset and size in the archive; None for folders.
         ignored: number of ignored files, by extension.
         stamps: fingerprints of everything that was read.
+        numbered: whether the labels are those of a list.
+        remark: for the user, on how the classes were matched; empty if there is none.
     """
 
     title: str
@@ -90,6 +92,8 @@ class Listing:
     spans: NDArray[np.int64] | None
     ignored: Mapping[str, int]
     stamps: tuple[Stamp, ...]
+    numbered: bool = False
+    remark: str = ""
 
     def name(self, number: int) -> bytes:
         """Return the name of an image below its place."""
@@ -169,13 +173,15 @@ class Rows:
         folders: tuple[str, ...],
         places: Sequence[Place],
         labels: NDArray[np.integer] | None = None,
+        *,
+        numbered: bool = False,
     ) -> Listing:
         """Return all images in the order in which they were added, with `labels` or those that were added."""
         bound_type: Any = np.uint32 if len(self._names) < 2**32 else np.uint64
         labels = np.frombuffer(self._labels, np.int32) if labels is None else labels
         return Listing(
             title=title,
-            classes=classes,
+            classes=told_apart(classes, folders),
             folders=folders,
             places=tuple(places),
             labels=labels.astype(label_type(len(classes))),
@@ -185,6 +191,7 @@ class Rows:
             spans=np.frombuffer(self._spans, np.int64).reshape(-1, 2) if self._spans else None,
             ignored=dict(self.ignored),
             stamps=tuple(self.stamps),
+            numbered=numbered,
         )
 
     def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
@@ -221,31 +228,10 @@ def _sorted(listing: Listing) -> Listing:
     )
 
 
-def relabelled(listing: Listing, wanted: Sequence[str]) -> Listing:
-    """Relabel images by the order of other classes, such as the folders or names of the training set's.
-
-    Raises:
-        InputError: a class that is not wanted, or one that is wanted twice.
-    """
-    if len(set(wanted)) < len(wanted):
-        raise InputError("classes: the same one more than once; give their folders where names are not unique")
-    if set(listing.folders) <= set(wanted):
-        keys = listing.folders
-    elif set(listing.classes) <= set(wanted) and len(set(listing.classes)) == len(listing.classes):
-        keys = listing.classes
-    else:
-        strange = sorted(set(listing.folders) - set(wanted))
-        raise InputError(f"{listing.title} has classes that were not asked for: {few(strange)}")
-    label = {name: number for number, name in enumerate(wanted)}
-    ranks = np.array([*(label[key] for key in keys), UNLABELLED])
-    shown = dict(zip(keys, listing.classes, strict=True))
-    folder = dict(zip(keys, listing.folders, strict=True))
-    return replace(
-        listing,
-        labels=ranks[listing.labels].astype(label_type(len(wanted))),
-        classes=tuple(shown.get(name, name) for name in wanted),
-        folders=tuple(folder.get(name, name) for name in wanted),
-    )
+def told_apart(names: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:
+    """Return display names in which each that occurs more than once has its class's key behind it."""
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else f"{name} ({key})" for name, key in zip(names, keys, strict=False))
 
 
 def label_type(num_classes: int) -> Any:

@@ -6,6 +6,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from relaylab.data.sources.classes import classes_of
 from relaylab.data.sources.source import Labels, Source
 from relaylab.errors import InputError
 
@@ -33,6 +34,7 @@ class Thinned:
         self.numbers: Numbers = numbers.astype(np.int64)
         self.title: str = source.title
         self.classes: Sequence[str] = source.classes
+        self.identity = classes_of(source)
         self.labels: Labels = source.labels[self.numbers]
         self.fingerprint = sha256(source.fingerprint.encode() + self.numbers.tobytes()).hexdigest()[:32]
 
