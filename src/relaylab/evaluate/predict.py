@@ -1,6 +1,7 @@
 """Prediction: the likeliest classes of images, from their centre crops."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
 from relaylab.data.sources.classes import Classes
-from relaylab.data.sources.listing import is_image, told_apart
+from relaylab.data.sources.listing import is_image, is_system_folder, told_apart
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, cut
 from relaylab.evaluate.trained import find_trained
@@ -98,7 +99,7 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
         if str(path) == STDIN:
             pictures.append(Picture("stdin", stdin))
         elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file.name))
+            inside = _images_below(path)
             if not inside:
                 raise InputError(f"{path} holds no images")
             pictures += [Picture(str(file), file.read_bytes) for file in inside]
@@ -107,6 +108,16 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
     if not pictures:
         raise InputError("no images are given: name files or folders, or - for one from stdin")
     return pictures
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder, except those in hidden folders and in a system's own."""
+    found: list[Path] = []
+    for inside, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_system_folder(name)]
+        paths = [Path(inside, name) for name in files if is_image(name)]
+        found += [path for path in paths if path.is_file()]
+    return sorted(found)
 
 
 def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Prediction | InputError]:

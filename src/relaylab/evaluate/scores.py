@@ -14,7 +14,7 @@ Note [Scores]
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from relaylab.data.sources.classes import Classes, classes_of
 from relaylab.data.sources.source import UNLABELLED, Source
+from relaylab.data.sources.stamps import sample
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
 from relaylab.files import write_text
@@ -48,6 +49,7 @@ class ImageList:
         keys: the classes' keys; None in folders of earlier versions. See Note [Classes] in
             `relaylab.data.sources.classes`.
         numbered: whether the labels are those of a list.
+        contents: a hash of the images' sizes in bytes, which a copy of the data set shares; empty where unknown.
     """
 
     title: str
@@ -57,6 +59,7 @@ class ImageList:
     names: tuple[str, ...]
     keys: tuple[str, ...] | None = None
     numbered: bool = False
+    contents: str = ""
 
     @property
     def identity(self) -> Classes:
@@ -86,7 +89,16 @@ def describe_images(source: Source) -> ImageList:
     shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
     names = tuple(name[shared:].removeprefix("/") for name in names)
     images = ImageList(source.title, "", classes.names, labels, names, classes.keys, classes.numbered)
-    return replace(images, fingerprint=_fingerprint(images, classes.keys))
+    return replace(images, fingerprint=_fingerprint(images, classes.keys), contents=_contents(source))
+
+
+def _contents(source: Source) -> str:
+    size: Callable[[int], int] | None = getattr(source, "size", None)  # sources of other kinds may not know it
+    try:
+        sizes = [size(number) for number in sample(len(source))] if size else []
+    except (OSError, AttributeError):  # an absent image, an error where it is read; a subset of another kind of source
+        return ""
+    return sha256(json.dumps(sizes).encode()).hexdigest()[:32] if sizes else ""
 
 
 def _fingerprint(images: ImageList, classes: Sequence[str]) -> str:
@@ -113,11 +125,17 @@ class ScoreFolder:
                 f"{path} holds scores of {len(found)} images of {found.title}, and these are {len(images)} images of "
                 f"{images.title}, or others: take another folder with --out"
             )
+        if images is not None and images.contents and found.contents not in ("", images.contents):
+            raise InputError(
+                f"{path} holds scores of {found.title} as it was: images have been written over since, for their sizes "
+                "in bytes are others; take another folder with --out"
+            )
         self.images = found
         if present is None:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / IMAGES, "".join(f"{name}\n" for name in found.names))
             header = {"title": found.title, "fingerprint": found.fingerprint, "classes": json.dumps(found.classes)}
+            header |= {"contents": found.contents}
             if found.keys is not None:
                 header |= {"keys": json.dumps(found.keys), "numbered": json.dumps(found.numbered)}
             save_tensors({"labels": found.labels}, path / LABELS, header)
@@ -263,7 +281,8 @@ def _read_images(path: Path) -> ImageList:
         labels, classes = tensors["labels"], tuple(json.loads(header["classes"]))
         keys = tuple(json.loads(header["keys"])) if "keys" in header else None
         numbered = json.loads(header.get("numbered", "false")) is True
-        images = ImageList(header["title"], header["fingerprint"], classes, labels, names, keys, numbered)
+        contents = header.get("contents", "")
+        images = ImageList(header["title"], header["fingerprint"], classes, labels, names, keys, numbered, contents)
         _ = images.identity  # raises an InputError for keys that do not fit
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a complete folder of scores: {error}") from None

@@ -116,6 +116,9 @@ def open_images(
     with first:
         train, val = open_sources(config, recipe.images)
         check_images(recipe, train, val)
+        for source in dict.fromkeys((train, val)):
+            if source.skipped:
+                log.info("%s: folders passed over: %s", source.title, few(list(source.skipped)))
         chosen, held = chosen_numbers(recipe.images, train.labels)
         val = val if held is None else Thinned(train, held)
         train = train if chosen is None else Thinned(train, chosen)

@@ -25,7 +25,7 @@ from relaylab.data.sources.cache import written
 from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import Listing, Place, printable
 from relaylab.data.sources.source import UNLABELLED, Labels
-from relaylab.data.sources.stamps import Stamp, stale, unsettled
+from relaylab.data.sources.stamps import Stamp, image_state, is_recent, stale, unsettled
 from relaylab.errors import InputError
 
 FORMAT = "relaylab image index 2"
@@ -40,6 +40,11 @@ class UnusableIndexError(InputError):
 
 def write_index(path: Path, listing: Listing) -> None:
     """Write an index atomically; raises InputError if that fails."""
+    state, latest = "", 0
+    if listing.spans is None:
+        state, latest = image_state(
+            len(listing.labels), lambda n: _path(listing.places[listing.place[n]], listing.name(n))
+        )
     about = {
         "title": printable(listing.title),
         "classes": [printable(name) for name in listing.classes],
@@ -48,8 +53,10 @@ def write_index(path: Path, listing: Listing) -> None:
         "remark": printable(listing.remark),
         "places": listing.places,
         "ignored": listing.ignored,
+        "skipped": {printable(name): count for name, count in listing.skipped.items()},
+        "images": state,
         "stamps": listing.stamps,
-        "settled": not unsettled(listing.stamps),
+        "settled": not unsettled(listing.stamps) and not is_recent(latest),
     }
     fields = ("labels", "bounds", "names", "place", *(["spans"] if listing.spans is not None else []))
     tensors: dict[str, NDArray[Any]] = {name: getattr(listing, name) for name in fields}
@@ -81,6 +88,7 @@ class IndexedImages:
         places: folders or archives that hold the images.
         fingerprint: changes with anything that was listed.
         ignored: number of files that are not images, by extension.
+        skipped: number of folders that were passed over, by name.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
@@ -102,15 +110,16 @@ class IndexedImages:
         self._stamp = _state(descriptor)
         self._tensors, about = _header(descriptor)
         self._stamps = {one[0]: Stamp(*one) for one in about["stamps"]}
-        if fresh and (not about["settled"] or stale(list(self._stamps.values()))):
+        self.places = tuple(Place(*place) for place in about["places"])
+        if fresh and (not about["settled"] or stale(list(self._stamps.values())) or self._are_changed(about["images"])):
             raise UnusableIndexError(f"the index {self._path} is of data that have changed since")
         self.title: str = about["title"]
         self.classes: Sequence[str] = tuple(about["classes"])
         self.folders: Sequence[str] = tuple(about["folders"])
         self.identity = Classes(tuple(about["folders"]), tuple(about["classes"]), about["numbered"] is True)
         self.remark: str = str(about["remark"])
-        self.places = tuple(Place(*place) for place in about["places"])
         self.ignored: Mapping[str, int] = about["ignored"]
+        self.skipped: Mapping[str, int] = about["skipped"]
         self.fingerprint = sha256(json.dumps(about).encode()).hexdigest()[:32]
         dtype, shape, offset = self._tensors["labels"]
         with open(descriptor, "rb", closefd=False) as file:
@@ -149,6 +158,20 @@ class IndexedImages:
         for path in list(self.__dict__.get("_descriptors", ())):
             os.close(self._descriptors.pop(path))
 
+    def size(self, number: int) -> int:
+        """Return the size of an encoded image in bytes, without reading it; raises OSError if it is not there."""
+        if "spans" in self._tensors:
+            return int(self._rows("spans", number)[0][1])
+        return os.stat(self._image_path(number)).st_size  # noqa: PTH116 (thousands of them)
+
+    def _are_changed(self, state: str) -> bool:
+        """Return whether image files have been written over."""
+        count = self._tensors["labels"][1][0]
+        return "spans" not in self._tensors and image_state(count, self._image_path)[0] != state
+
+    def _image_path(self, number: int) -> str:
+        return _path(self.places[int(self._rows("place", number)[0])], self.relative_name(number))
+
     def relative_name(self, number: int) -> bytes:
         """Return the name of an image below its place, as in lists; raises IndexError if there is no such image."""
         start, stop = self._rows("bounds", number, 2).tolist()
@@ -168,7 +191,7 @@ class IndexedImages:
         """
         place = self.places[int(self._rows("place", number)[0])]
         if "spans" not in self._tensors:
-            path = f"{place.path}/{os.fsdecode(self.relative_name(number))}"
+            path = _path(place, self.relative_name(number))
             with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb", buffering=0) as file:
                 return file.readall()
         offset, size = self._rows("spans", number)[0].tolist()
@@ -206,6 +229,10 @@ class IndexedImages:
         if kept != opened:
             os.close(opened)
         return kept
+
+
+def _path(place: Place, name: bytes) -> str:
+    return f"{place.path}/{os.fsdecode(name)}"
 
 
 def _state(descriptor: int) -> tuple[int, int, int]:

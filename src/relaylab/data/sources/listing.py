@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,24 @@ from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 
-# Those of torchvision's ImageFolder, and GIF.
+# Those of torchvision's ImageFolder, GIF, AVIF, and further ones of JPEG.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+IMAGE_EXTENSIONS += (".avif", ".jfif", ".jpe")
 SPLITS = ("train", "val", "test")
 LARGEST_INT16 = 32_767
-EXTENSIONS_TOLD_APART = 20
+EXTENSIONS_TOLD_APART = FOLDERS_NAMED = 20
+# Of network drives, operating systems and archives: waste baskets, thumbnails, snapshots. In lower case.
+SYSTEM_FOLDERS = frozenset(
+    (
+        "__macosx",
+        "@eadir", "@tmp", "@sharebin", "@sharesnap", "#recycle", "#snapshot",  # Synology
+        "@recycle", "@recently-snapshot", "@__thumb", "@transcode", "network recycle bin",  # QNAP
+        "~snapshot", "_snapshot",  # NetApp
+        "$recycle.bin", "recycler", "recycled", "system volume information", "$windows.~bt", "found.000",
+        "lost+found",
+        "network trash folder", "temporary items", "thevolumesettingsfolder",  # macOS on shared drives
+    )
+)  # fmt: skip
 
 Watch = Callable[[str, int], AbstractContextManager[Task]]
 """A display of progress: `relaylab.progress.progress`, or `unwatched`."""
@@ -76,6 +89,7 @@ class Listing:
         place: (n,) uint16, index of each image's place.
         spans: (n, 2) int64, offset and size in the archive; None for folders.
         ignored: number of ignored files, by extension.
+        skipped: number of ignored folders, by name; see `is_system_folder`.
         stamps: fingerprints of everything that was read.
         numbered: whether the labels are those of a list.
         remark: for the user, on how the classes were matched; empty if there is none.
@@ -94,6 +108,7 @@ class Listing:
     stamps: tuple[Stamp, ...]
     numbered: bool = False
     remark: str = ""
+    skipped: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def name(self, number: int) -> bytes:
         """Return the name of an image below its place."""
@@ -107,6 +122,7 @@ class Rows:
         self.found = 0
         self.keys: dict[str, int] = {}  # by class folder, in the order in which they are found
         self.ignored: Counter[str] = Counter()
+        self.skipped: set[str] = set()  # paths of folders
         self.stamps: list[Stamp] = []
         self._names = bytearray()
         self._bounds = array("Q", [0])
@@ -137,6 +153,10 @@ class Rows:
             if extension not in self.ignored and len(self.ignored) >= EXTENSIONS_TOLD_APART:
                 extension = "others"
             self.ignored[extension] += 1
+
+    def skip(self, folder: str) -> None:
+        """Note a folder that is neither a class nor searched."""
+        self.skipped.add(folder)
 
     def refuse_repeats(self, title: str) -> None:
         """Raise InputError if two images have the same name."""
@@ -192,6 +212,7 @@ class Rows:
             ignored=dict(self.ignored),
             stamps=tuple(self.stamps),
             numbered=numbered,
+            skipped=dict(Counter(path.rpartition("/")[2] for path in self.skipped).most_common(FOLDERS_NAMED)),
         )
 
     def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
@@ -249,6 +270,11 @@ def printable(name: str | bytes) -> str:
     """Return a name on one line, with unprintable characters escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_system_folder(name: str) -> bool:
+    """Return whether a folder's name is that of a hidden folder or of a system's own: neither a class nor images."""
+    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:

@@ -45,6 +45,10 @@ class Thinned:
         """Return the encoded bytes of an image; raises OSError if it cannot be read."""
         return self.source.read(int(self.numbers[number]))
 
+    def size(self, number: int) -> int:
+        """Return the size of an encoded image in bytes, where the source knows it."""
+        return self.source.size(int(self.numbers[number]))  # pyright: ignore[reportAttributeAccessIssue]
+
     def name(self, number: int) -> str:
         """Return the path of an image, for messages and lists."""
         return self.source.name(int(self.numbers[number]))
