@@ -288,7 +288,8 @@ def _without_images(train: Source) -> str:
     """Return what to do about classes without images, which a network could not learn; empty if there are none."""
     keys = classes_of(train).keys
     empty = [keys[label] for label in np.setdiff1d(np.arange(len(keys)), np.asarray(train.labels))]
-    return f"remove the folders or lines of the {len(empty)} classes without images: {few(empty)}" if empty else ""
+    where = "empty folders, further lines of the categories, or gaps between a list's labels"
+    return f"remove the {len(empty):,} classes without images ({where}): {few(empty)}" if empty else ""
 
 
 def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:

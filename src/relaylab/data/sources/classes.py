@@ -4,7 +4,7 @@ Note [Classes]
 1. A class is known by its key: its folder's name, the synset, or the category that a list gives; where a list gives
    nothing else, its label. Keys are unique. Names are for people.
 2. Two sets match by the first of these that covers all classes with images: the keys of both; the keys of one and the
-   names of the other, or the names of both, as far as they are unique. Never by position.
+   names of the other, or the names of both, as far as they are unique.
 3. A list without names has only numbers. It matches another list by label, and folders by the numbers that they are
    called, if all of them are called by numbers.
 4. A list without names and folders called by words match by rank: label 3 is the fourth folder, as in ImageNet's lists.

@@ -111,8 +111,9 @@ class IndexedImages:
         self._tensors, about = _header(descriptor)
         self._stamps = {one[0]: Stamp(*one) for one in about["stamps"]}
         self.places = tuple(Place(*place) for place in about["places"])
-        if fresh and (not about["settled"] or stale(list(self._stamps.values())) or self._are_changed(about["images"])):
-            raise UnusableIndexError(f"the index {self._path} is of data that have changed since")
+        changed = f"the index {self._path} is of data that have changed since"
+        if fresh and (not about["settled"] or stale(list(self._stamps.values()))):
+            raise UnusableIndexError(changed)
         self.title: str = about["title"]
         self.classes: Sequence[str] = tuple(about["classes"])
         self.folders: Sequence[str] = tuple(about["folders"])
@@ -121,11 +122,10 @@ class IndexedImages:
         self.ignored: Mapping[str, int] = about["ignored"]
         self.skipped: Mapping[str, int] = about["skipped"]
         self.fingerprint = sha256(json.dumps(about).encode()).hexdigest()[:32]
-        dtype, shape, offset = self._tensors["labels"]
-        with open(descriptor, "rb", closefd=False) as file:
-            mapped = np.memmap(file, dtype, "r", offset, shape)
-        self.labels: Labels = mapped.view(np.ndarray)
+        self.labels: Labels = self._mapped("labels")
         self._check()
+        if fresh and self._are_changed(about["images"]):
+            raise UnusableIndexError(changed)
 
     def _check(self) -> None:
         """Detect a damaged file at little cost: the bytes of names are not read."""
@@ -166,8 +166,21 @@ class IndexedImages:
 
     def _are_changed(self, state: str) -> bool:
         """Return whether image files have been written over."""
-        count = self._tensors["labels"][1][0]
-        return "spans" not in self._tensors and image_state(count, self._image_path)[0] != state
+        if "spans" in self._tensors:
+            return False
+        places, names = self._mapped("place"), self._mapped("names")
+        bounds = self._mapped("bounds")
+
+        def path_of(number: int) -> str:
+            return _path(self.places[places[number]], names[bounds[number] : bounds[number + 1]].tobytes())
+
+        return image_state(len(places), path_of)[0] != state
+
+    def _mapped(self, tensor: str) -> NDArray[Any]:
+        """Map a tensor of the file."""
+        dtype, shape, offset = self._tensors[tensor]
+        with open(self._descriptor(str(self._path)), "rb", closefd=False) as file:
+            return np.memmap(file, dtype, "r", offset, shape).view(np.ndarray)
 
     def _image_path(self, number: int) -> str:
         return _path(self.places[int(self._rows("place", number)[0])], self.relative_name(number))
