@@ -284,16 +284,26 @@ def test_training_windows_lie_inside_and_reach_every_edge() -> None:
         assert abs(side - min(height, width) * 224 / 256) <= 0.5 or side == 1
 
 
-def tiff(samples: np.ndarray, order: str = "<", *, planar: bool = False, photometric: int = 2, bits: int = 16) -> bytes:
-    """An uncompressed TIFF of 16-bit samples (h, w, channels), which Pillow cannot write."""
+def tiff(
+    samples: np.ndarray,
+    order: str = "<",
+    *,
+    planar: bool = False,
+    photometric: int = 2,
+    bits: int = 16,
+    signed: bool = False,
+) -> bytes:
+    """An uncompressed TIFF of samples (h, w, channels), which Pillow cannot write."""
     height, width, channels = samples.shape
     data = (samples.transpose(2, 0, 1) if planar else samples).astype(f"{order}u2").tobytes()
+    if bits == 8:
+        data = samples.astype(np.uint8).tobytes()
     if bits == 12:
         pairs = samples.reshape(-1, 2).astype(np.uint32)
         words = pairs[:, 0] << 12 | pairs[:, 1]
         data = np.stack([words >> 16, words >> 8 & 255, words & 255], 1).astype(np.uint8).tobytes()
     planes = channels if planar else 1
-    head = 8 + 2 + 12 * 10 + 4
+    head = 8 + 2 + 12 * 11 + 4
     more = struct.pack(f"{order}{channels}H", *[bits] * channels)
     start = head + len(more) + 8 * planes
     offsets = [start + len(data) // planes * plane for plane in range(planes)]
@@ -307,6 +317,7 @@ def tiff(samples: np.ndarray, order: str = "<", *, planar: bool = False, photome
         (259, short, 1, 1), (262, short, 1, photometric), (273, long, planes, places[1] if planes > 1 else offsets[0]),
         (277, short, 1, channels), (278, long, 1, height),
         (279, long, planes, places[2] if planes > 1 else len(data)), (284, short, 1, 2 if planar else 1),
+        (339, short, 1, 2 if signed else 1),
     ]  # fmt: skip
     directory = struct.pack(f"{order}H", len(entries))
     for tag, kind, count, value in entries:
@@ -332,6 +343,14 @@ def test_tiffs_that_pillow_misreads_are_right_or_refused(order: str) -> None:
     else:
         with pytest.raises(ImageFault, match="a TIFF of a kind that Pillow does not read"):
             decode(tiff(65535 - grey, order, photometric=0))
+
+
+def test_signed_samples_are_faults() -> None:
+    grey = quarters()[..., :1]
+    for bits in (8, 16):
+        decode(tiff(grey, photometric=1, bits=bits))
+        with pytest.raises(ImageFault, match=f"signed samples of {bits} bits, which do not say what is white"):
+            decode(tiff(grey, photometric=1, bits=bits, signed=True))
 
 
 def test_12_bits_are_scaled() -> None:

@@ -16,8 +16,9 @@ Note [Decoding]
 6. The orientation that Exif gives is applied: photographs stand upright.
 7. Pillow gives up on a PNG for its texts and profiles, where they are damaged or larger than a megabyte. The pixels do
    not depend on them, so such a file is decoded once more without them.
-8. Pillow reads uncompressed TIFFs of 16 bits in separate planes as if they had 8, and takes 16-bit samples for
-   black-is-zero where white is. The former are refused, the latter inverted.
+8. Pillow reads uncompressed TIFFs of 16 bits in separate planes as if they had 8, signed samples of 8 bits as unsigned,
+   and takes 16-bit samples for black-is-zero where white is. The last are inverted, the others refused, as are signed
+   samples of 16 bits: like floating-point ones, they do not say what is white.
 """
 
 import io
@@ -56,7 +57,8 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _SEQUENTIAL, _OTHER_FRAMES = (0xC0, 0xC1), (*range(0xC2, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC))
 _END_OF_IMAGE = b"\xff\xd9"
-_PLANES, _BITS, _COMPRESSION, _PHOTOMETRIC = 284, 258, 259, 262  # tags of TIFF
+_PLANES, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 284, 258, 259, 262, 339  # tags of TIFF
+_SIGNED = 2
 _EXIF = b"Exif\x00\x00"
 
 
@@ -175,7 +177,7 @@ def _pillow_pixels(data: bytes, short_side: int | None) -> Pixels:
                 _check_size(height, width)
                 if reduction(min(width, height), short_side) > 1:
                     image.draft(None, (short_side or 1, short_side or 1))  # of JPEG only; chooses as `reduction` does
-                _check_planes(image)
+                _check_tiff(image)
                 image.load()
                 is_jpeg = data.startswith(_JPEG)
                 orientation = _orientation(data) if is_jpeg else image.getexif().get(_ORIENTATION, 1)
@@ -200,10 +202,12 @@ def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
     return max(value, default=default) if isinstance(value, tuple) else value
 
 
-def _check_planes(image: Image.Image) -> None:
-    """See Note [Decoding] 8."""
+def _check_tiff(image: Image.Image) -> None:
+    """Raise an ImageFault for what Pillow misreads. See Note [Decoding] 8."""
     is_raw = _tiff_tag(image, _COMPRESSION, 1) == 1
     bits = _tiff_tag(image, _BITS, 1)
+    if _tiff_tag(image, _SAMPLES, 1) == _SIGNED and bits in (8, 16):
+        raise ImageFault(f"signed samples of {bits} bits, which do not say what is white")
     if is_raw and bits > 8 and _tiff_tag(image, _PLANES, 1) == 2:
         raise ImageFault(f"an uncompressed TIFF of {bits} bits in separate planes, which Pillow misreads")
 
