@@ -353,6 +353,19 @@ def test_signed_samples_are_faults() -> None:
             decode(tiff(grey, photometric=1, bits=bits, signed=True))
 
 
+def test_bmps_that_pillow_misreads_are_refused() -> None:
+    pixels = np.zeros((32, 48), np.uint8)
+    pixels[:, 24:] = 1
+    image = Image.fromarray(pixels, "P")
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    with pytest.raises(ImageFault, match="a BMP of 8 bits with a palette of black and white"):
+        decode(encoded(image, "BMP"))
+    expected = (pixels * 255)[..., None].repeat(3, axis=2)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels * 255).convert("1"), "BMP")), expected)
+    image.putpalette([0, 0, 0, 255, 255, 255, 9, 9, 9])
+    np.testing.assert_array_equal(decode(encoded(image, "BMP")), expected)
+
+
 def test_12_bits_are_scaled() -> None:
     grey = (quarters()[..., :1].astype(np.uint32) * 4095 // 255).astype(np.uint16)
     pixels = decode(tiff(grey, photometric=1, bits=12))

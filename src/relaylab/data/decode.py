@@ -19,6 +19,7 @@ Note [Decoding]
 8. Pillow reads uncompressed TIFFs of 16 bits in separate planes as if they had 8, signed samples of 8 bits as unsigned,
    and takes 16-bit samples for black-is-zero where white is. The last are inverted, the others refused, as are signed
    samples of 16 bits: like floating-point ones, they do not say what is white.
+9. Pillow reads BMPs of several bits with a palette of black and white as if they had one bit. They are refused.
 """
 
 import io
@@ -178,6 +179,7 @@ def _pillow_pixels(data: bytes, short_side: int | None) -> Pixels:
                 if reduction(min(width, height), short_side) > 1:
                     image.draft(None, (short_side or 1, short_side or 1))  # of JPEG only; chooses as `reduction` does
                 _check_tiff(image)
+                _check_bmp(image, data)
                 image.load()
                 is_jpeg = data.startswith(_JPEG)
                 orientation = _orientation(data) if is_jpeg else image.getexif().get(_ORIENTATION, 1)
@@ -210,6 +212,14 @@ def _check_tiff(image: Image.Image) -> None:
         raise ImageFault(f"signed samples of {bits} bits, which do not say what is white")
     if is_raw and bits > 8 and _tiff_tag(image, _PLANES, 1) == 2:
         raise ImageFault(f"an uncompressed TIFF of {bits} bits in separate planes, which Pillow misreads")
+
+
+def _check_bmp(image: Image.Image, data: bytes) -> None:
+    """Raise an ImageFault for what Pillow misreads. See Note [Decoding] 9."""
+    at = 24 if int.from_bytes(data[14:18], "little") == 12 else 28  # in the short header of OS/2, and in others
+    bits = int.from_bytes(data[at : at + 2], "little")
+    if image.format == "BMP" and image.mode == "1" and bits != 1:
+        raise ImageFault(f"a BMP of {bits} bits with a palette of black and white, which Pillow misreads")
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
