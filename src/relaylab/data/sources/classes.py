@@ -155,17 +155,26 @@ def _unknown(own: Classes, wanted: Classes, labels: Sequence[int], title: str) -
     labels = labels or range(len(own.keys))
     strange, expected = [own.keys[label] for label in labels], list(wanted.keys)
     what = "labels" if own.has_only_numbers else "classes"
-    alike = look_alikes(strange, expected)
-    ambiguous = sorted({name for name in wanted.names if wanted.names.count(name) > 1} & set(strange))
-    more = f"; {alike[0]}" if alike else ""
-    more += f"; several classes are called {few(ambiguous)}: name the folders by {few(expected)}" if ambiguous else ""
-    if wanted.keys == wanted.names and not more and not own.has_only_numbers:
-        more = "; if they have the same classes by other names, put the file with the names (classes.txt, "
-        more += "synset_words.txt) beside the folders"
     return InputError(
         f"{title} has {what} that were not asked for: {few(strange)}; expected are the {len(expected):,} classes "
-        f"{few(expected)}{more}"
+        f"{few(expected)}{_advice(own, wanted, strange)}"
     )
+
+
+def _advice(own: Classes, wanted: Classes, strange: Sequence[str]) -> str:
+    """Return what to do about classes that are not among others; empty if there is nothing particular."""
+    alike = look_alikes(strange, wanted.keys)
+    if alike:
+        return f"; {alike[0]}"
+    # Names that occur twice have their keys behind them; see `told_apart`.
+    plain = [name.removesuffix(f" ({key})") for key, name in _pairs(wanted)]
+    ambiguous = [name for name in strange if plain.count(name) > 1]
+    if ambiguous:
+        return f"; several classes are called {few(ambiguous)}: name the folders by their keys"
+    if wanted.keys == wanted.names and not own.has_only_numbers:
+        names = "(classes.txt, synset_words.txt)"
+        return f"; if they are the same classes by other names, put the file with the names {names} beside the folders"
+    return ""
 
 
 def relabelled(listing: Listing, wanted: Classes) -> Listing:
