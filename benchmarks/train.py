@@ -37,6 +37,7 @@ from relaybackprop import Relay
 from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages, decoded_statistics
 from relaylab.data.parts import InMemory
+from relaylab.data.sources.classes import Classes
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
 from relaylab.recipes.schema import Recipe
@@ -161,7 +162,8 @@ def random_images(recipe: Recipe, view: View, count: int) -> RunImages:
     pixels = torch.randint(0, 256, (count, view.short_side, view.short_side, 3), dtype=torch.uint8, generator=generator)
     part = InMemory(DecodedImages(pixels, torch.arange(count) % len(classes), classes), view)
     val = part.some(np.arange(len(classes), dtype=np.int64))
-    return RunImages(classes, part, val, view, decoded_statistics(part.decoded, view), in_memory=True)
+    identity = Classes.of(classes)
+    return RunImages(part, val, view, decoded_statistics(part.decoded, view), in_memory=True, identity=identity)
 
 
 def check(ours: Ours, bare: Bare, steps: int) -> None:

@@ -34,6 +34,8 @@ def tree(tmp_path: Path) -> Path:
         "train/zoo/1.png": encoded("PNG"),
         "train/zoo/2.jpg": encoded(progressive=True),
         "train/zoo/notes.md": b"no image",
+        "train/zoo/@eaDir/1.png/THUMB.jpg": encoded(),
+        "train/#recycle/1.jpg": encoded(),
         "train/quay/1.jpg": b"",
         "val/bus/1.jpg": encoded(),
         "val/zoo/1.gif": encoded("GIF", mode="P"),
@@ -54,6 +56,8 @@ def test_inspect_says_what_there_is(tree: Path, tmp_path: Path, capsys: pytest.C
     assert "1 (quay) to 3 (bus)" in said
     assert "shorter side        40 to 40" in said
     assert "1 .md" in said
+    assert "folders passed over " in said
+    assert {"@eaDir", "#recycle"} == set(said.partition("folders passed over ")[2].splitlines()[0].split(", "))
     assert "JPEG RGB, progressive" in said
     facts = json.loads((out / "train" / "summary.json").read_text())
     assert facts["classes"] == [["bus", 3], ["quay", 1], ["zoo", 2]]

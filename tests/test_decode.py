@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,160 @@ def test_training_windows_lie_inside_and_reach_every_edge() -> None:
         assert corners[0.0] == (0, 0, side, side)
         assert corners[1 - 2**-53] == (width - side, height - side, side, side)
         assert abs(side - min(height, width) * 224 / 256) <= 0.5 or side == 1
+
+
+def tiff(
+    samples: np.ndarray,
+    order: str = "<",
+    *,
+    planar: bool = False,
+    photometric: int = 2,
+    bits: int = 16,
+    signed: bool = False,
+) -> bytes:
+    """An uncompressed TIFF of samples (h, w, channels), which Pillow cannot write."""
+    height, width, channels = samples.shape
+    data = (samples.transpose(2, 0, 1) if planar else samples).astype(f"{order}u2").tobytes()
+    if bits == 8:
+        data = samples.astype(np.uint8).tobytes()
+    if bits == 12:
+        pairs = samples.reshape(-1, 2).astype(np.uint32)
+        words = pairs[:, 0] << 12 | pairs[:, 1]
+        data = np.stack([words >> 16, words >> 8 & 255, words & 255], 1).astype(np.uint8).tobytes()
+    planes = channels if planar else 1
+    head = 8 + 2 + 12 * 11 + 4
+    more = struct.pack(f"{order}{channels}H", *[bits] * channels)
+    start = head + len(more) + 8 * planes
+    offsets = [start + len(data) // planes * plane for plane in range(planes)]
+    more += struct.pack(f"{order}{planes}I", *offsets) + struct.pack(
+        f"{order}{planes}I", *[len(data) // planes] * planes
+    )
+    places = (head, head + 2 * channels, head + 2 * channels + 4 * planes)
+    short, long = 3, 4
+    entries = [
+        (256, long, 1, width), (257, long, 1, height), (258, short, channels, places[0] if channels > 1 else bits),
+        (259, short, 1, 1), (262, short, 1, photometric), (273, long, planes, places[1] if planes > 1 else offsets[0]),
+        (277, short, 1, channels), (278, long, 1, height),
+        (279, long, planes, places[2] if planes > 1 else len(data)), (284, short, 1, 2 if planar else 1),
+        (339, short, 1, 2 if signed else 1),
+    ]  # fmt: skip
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, kind, count, value in entries:
+        packed = (
+            struct.pack(f"{order}HH", value, 0) if kind == short and count == 1 else struct.pack(f"{order}I", value)
+        )
+        directory += struct.pack(f"{order}HHI", tag, kind, count) + packed
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    return magic + struct.pack(f"{order}I", 8) + directory + struct.pack(f"{order}I", 0) + more + data
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_tiffs_that_pillow_misreads_are_right_or_refused(order: str) -> None:
+    deep = quarters().astype(np.uint16) * 257
+    np.testing.assert_array_equal(decode(tiff(deep, order)), quarters())
+    with pytest.raises(ImageFault, match="TIFF of 16 bits in separate planes, which Pillow misreads"):
+        decode(tiff(deep, order, planar=True))
+    grey = deep[..., :1]
+    expected = quarters()[..., :1].repeat(3, axis=2)
+    np.testing.assert_array_equal(decode(tiff(grey, order, photometric=1)), expected)
+    if order == "<":
+        np.testing.assert_array_equal(decode(tiff(65535 - grey, photometric=0)), expected)
+    else:
+        with pytest.raises(ImageFault, match="a TIFF of a kind that Pillow does not read"):
+            decode(tiff(65535 - grey, order, photometric=0))
+
+
+def test_signed_samples_are_faults() -> None:
+    grey = quarters()[..., :1]
+    for bits in (8, 16):
+        decode(tiff(grey, photometric=1, bits=bits))
+        with pytest.raises(ImageFault, match=f"signed samples of {bits} bits, which do not say what is white"):
+            decode(tiff(grey, photometric=1, bits=bits, signed=True))
+
+
+def test_bmps_that_pillow_misreads_are_refused() -> None:
+    pixels = np.zeros((32, 48), np.uint8)
+    pixels[:, 24:] = 1
+    image = Image.fromarray(pixels, "P")
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    with pytest.raises(ImageFault, match="a BMP of 8 bits with a palette of black and white"):
+        decode(encoded(image, "BMP"))
+    expected = (pixels * 255)[..., None].repeat(3, axis=2)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels * 255).convert("1"), "BMP")), expected)
+    image.putpalette([0, 0, 0, 255, 255, 255, 9, 9, 9])
+    np.testing.assert_array_equal(decode(encoded(image, "BMP")), expected)
+
+
+def test_12_bits_are_scaled() -> None:
+    grey = (quarters()[..., :1].astype(np.uint32) * 4095 // 255).astype(np.uint16)
+    pixels = decode(tiff(grey, photometric=1, bits=12))
+    assert np.abs(pixels.astype(int) - quarters()[..., :1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("note", ["text", "compressed text", "text at the end", "profile", "damaged text"])
+def test_pngs_are_read_whatever_their_texts(note: str) -> None:
+    chunks = {
+        "text": b"tEXt" + b"Comment\0" + b"x" * 2_000_000,
+        "compressed text": b"zTXt" + b"Comment\0\0" + zlib.compress(b"x" * 2_000_000),
+        "text at the end": b"zTXt" + b"Comment\0\0" + zlib.compress(b"x" * 2_000_000),
+        "profile": b"iCCP" + b"icc\0\0" + zlib.compress(bytes(2_000_000)),
+        "damaged text": b"zTXt" + b"Comment\0\0" + b"not zlib",
+    }
+    data = encoded(quarters(), "PNG")
+    chunk = chunks[note]
+    packed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    at = len(data) - 12 if note == "text at the end" else 33  # before the end, or behind the header
+    pixels, complaint = decode_checked(data[:at] + packed + data[at:])
+    assert complaint is None
+    assert_quarters(pixels, 0)
+    with pytest.raises(ImageFault):
+        decode(data[:33] + packed + data[33 : len(data) // 2])
+
+
+def test_transparency_and_orientation_survive_without_the_texts() -> None:
+    data = rotated(6, "PNG")
+    chunk = b"zTXt" + b"Comment\0\0" + zlib.compress(b"x" * 2_000_000)
+    packed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert_quarters(decode(data[:33] + packed + data[33:]))
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_may_lack_its_end_marker_only(options: dict[str, Any]) -> None:
+    data = encoded(photograph(), quality=85, **options)
+    for cut in (2, 1):
+        pixels, complaint = decode_checked(data[:-cut])
+        assert complaint == "the end marker is missing, but no pixels are"
+        np.testing.assert_array_equal(pixels, decode(data))
+    for length in (len(data) // 2, len(data) - 20, len(data) - 200, data.rindex(b"\xff", 0, -2)):
+        with pytest.raises(ImageFault):
+            decode(data[:length])
+    with pytest.raises(ImageFault):
+        decode(data[: len(data) // 2] + b"\xff\xd9")
+
+
+def test_a_progressive_jpeg_may_lack_scans_without_its_end_marker() -> None:
+    data = encoded(photograph(), quality=85, progressive=True)
+    scans = [place for place in range(len(data)) if data.startswith(b"\xff\xda", place)]
+    for length in (len(data) - 2, scans[-1], scans[1]):
+        with pytest.raises(ImageFault, match=r"[Pp]remature end"):
+            decode(data[:length])
+
+
+@pytest.mark.skipif("AVIF" not in decoding.FORMATS, reason="this Pillow does not read AVIF")
+def test_avif_is_read() -> None:
+    pixels = decode(encoded(quarters(), "AVIF", quality=100, subsampling="4:4:4"))
+    assert_quarters(pixels)
+    assert_quarters(decode(rotated(6, "AVIF", quality=100, subsampling="4:4:4")))
+
+
+def test_the_reason_of_a_refusal_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "FORMATS", ("PNG",))
+    for data, reason in (
+        (b"\0\0\0\x1cftypavif" + bytes(100), "an AVIF that this Pillow does not read"),
+        (b"\0\0\0\x18ftypheic" + bytes(100), "HEIC or a film, which are not read: convert it to JPEG or PNG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, which is not read"),
+        (b"<!DOCTYPE html><html>", "text, such as a web page or SVG"),
+        (b"nonsense", "no image of a known format"),
+    ):
+        with pytest.raises(ImageFault, match=reason):
+            decode(data)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from torchvision.transforms import functional as vision
 
 from relaylab.cli import main
+from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import combined, fit_weights, halves
 from relaylab.evaluate.error_rates import confusion, difference, error_rates, interval, misses, per_class_errors
 from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
 from relaylab.evaluate.results import baseline
-from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike
+from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike, describe_images
 from relaylab.evaluate.testing import Scorer
 from relaylab.evaluate.trained import Trained
 from relaylab.models import model_a
@@ -241,6 +243,17 @@ def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
     file.write_bytes(whole[:-5])
     with pytest.raises(InputError, match="is not a valid safetensors file"):
         folder.read("net", "single-crop")
+
+
+def test_images_that_were_written_over_are_noticed(tmp_path: Path, tiny_images: Path) -> None:
+    shutil.copytree(tiny_images / "val", tmp_path / "val")
+    ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "val")))
+    shutil.copytree(tmp_path / "val", tmp_path / "copy")
+    ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "copy")))  # the same images elsewhere
+    path = next(path for path in (tmp_path / "val").rglob("*") if path.is_file())
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(InputError, match="images have been written over since"):
+        ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "val")))
 
 
 def test_other_images_or_classes_do_not_stand_in_one_table(tmp_path: Path) -> None:

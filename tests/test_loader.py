@@ -27,8 +27,10 @@ from relaylab.data.faults import Fault, FaultLog, TooManyFaultsError
 from relaylab.data.geometry import View
 from relaylab.data.loader import TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import decode_all, memory_evaluation_loader, memory_training_loader
+from relaylab.data.parts import OnDisk
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import ClassAwareSampler
+from relaylab.data.sources.opening import open_source
 from relaylab.data.statistics import compute, image_statistics
 from relaylab.errors import InputError
 
@@ -502,3 +504,21 @@ def test_a_state_moves_from_memory_to_files(source: InMemory) -> None:
     files = training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4)
     files.load_state_dict(memory_loader.state_dict())
     assert files.position == 4
+
+
+def test_statistics_notice_images_that_are_written_over(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (30, 30, 30)).save(path)
+
+    def mean() -> float:
+        part = OnDisk(open_source(tmp_path / "data"), View(size=8, short_side=8), workers=0)
+        return float(part.statistics().mean.mean())
+
+    assert mean() == 30
+    for path in (tmp_path / "data").rglob("*.png"):
+        with path.open("r+b") as file:
+            file.truncate(0)
+            Image.new("RGB", (8, 8), (225, 225, 225)).save(file, "PNG")
+    assert mean() == 225

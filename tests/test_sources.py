@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relaylab.data.sources import stamps
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import IMAGE_EXTENSIONS, is_image
 from relaylab.data.sources.opening import META, TRUTH, open_source
@@ -102,7 +103,7 @@ def test_a_tree_is_read_as_torchvision_reads_it(tmp_path: Path, opened: Open) ->
     assert list(ours.classes) == classes == ["arch", "bus"]
     assert [(str(root / "train" / name), label) for name, label in zip(names(ours), ours.labels, strict=True)] == theirs
     assert ours.labels.dtype == np.int16
-    assert {*folder.IMG_EXTENSIONS, ".gif"} == set(IMAGE_EXTENSIONS)
+    assert {*folder.IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jpe"} == set(IMAGE_EXTENSIONS)
 
 
 def test_splits_share_the_classes_of_train_and_val(tmp_path: Path, opened: Open) -> None:
@@ -299,6 +300,40 @@ def test_an_index_is_used_again_until_the_data_change(tmp_path: Path, opened: Op
     assert (listed(), len(watched.shown)) == (2, 1)
 
 
+def overwrite(path: Path, content: bytes) -> None:
+    """Write over a file in place, and leave its time as it was, as copying tools can."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_images_that_are_written_over_are_noticed(tmp_path: Path, opened: Open) -> None:
+    root = write(tmp_path / "data", {"bus/1.jpg": b"1", "zoo/1.jpg": b"z", "list.txt": "bus/1.jpg 0\nzoo/1.jpg 1\n"})
+    age(root)
+    watched = Watched()
+    for paths in ([root], [root / "list.txt"]):
+        before = opened(*paths, watch=watched).fingerprint
+        watched.shown.clear()
+        assert opened(*paths, watch=watched).fingerprint == before
+        assert not watched.shown, "read from the index"
+        overwrite(root / "zoo" / "1.jpg", b"y")  # of the same length
+        after = opened(*paths, watch=watched)
+        assert watched.shown, "made anew"
+        assert after.fingerprint != before
+        assert content(after)[1] == (1, b"y")
+        assert Thinned(after, [0]).size(0) == 1
+
+
+def test_of_many_images_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stamps.sample(10) == range(10)
+    assert len(stamps.sample(8_100_000)) <= stamps.MOST_IMAGES
+    assert stamps.sample(8_100_000)[-1] > 8_000_000
+    monkeypatch.setattr(stamps, "MOST_IMAGES", 3)
+    assert list(stamps.sample(7)) == [0, 3, 6]
+
+
 def test_an_unwritable_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"1"})
     write(tmp_path, {"file": b""})
@@ -380,7 +415,9 @@ def test_lists_of_flat_folders(tmp_path: Path, opened: Open) -> None:
         assert source.classes[165] == "class 165"
     assert content(opened(root / "test.txt")) == [(UNLABELLED, b"2"), (UNLABELLED, b"0")]
     assert opened(root / "val.txt", classes=[f"scene {number}" for number in range(401)]).classes[165] == "scene 165"
-    with pytest.raises(InputError, match="label 165, but there are 100 classes"):
+    with pytest.raises(
+        InputError, match="labels that were not asked for: 165; expected are the 100 classes 0, 1, 2 and"
+    ):
         opened(root / "val.txt", classes=[str(number) for number in range(100)])
 
 
@@ -507,6 +544,31 @@ def test_droppings_in_a_tar_are_counted(tmp_path: Path, opened: Open) -> None:
     source = opened(tar(tmp_path / "a.tar", files, links={"link": "/etc/passwd"}))
     assert len(source) == 1
     assert source.ignored == {".jpg": 2, "no extension": 2}
+    assert source.skipped == {"__MACOSX": 1}
+
+
+SYSTEM = ("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information", ".Trash-1000", "__MACOSX")
+
+
+def test_folders_of_network_drives_and_systems_are_no_classes(tmp_path: Path, opened: Open) -> None:
+    files = {
+        "bus/1.jpg": b"1",
+        "zoo/deep/1.jpg": b"2",
+        "zoo/deep/@eaDir/1.jpg/THUMB_M.jpg": b"",
+        "bus/@eaDir/x.jpg": b"",
+    }
+    files |= {f"{name}/1.jpg": b"" for name in SYSTEM} | {f"{name}/bus/2.jpg": b"" for name in SYSTEM}
+    expected = dict.fromkeys(SYSTEM, 1) | {"@eaDir": 3}
+    for root in (write(tmp_path / "data", files), tar(tmp_path / "a.tar", files)):
+        source = opened(root)
+        assert list(source.classes) == ["bus", "zoo"]
+        assert [content for _, content in content(source)] == [b"1", b"2"]
+        assert source.skipped == expected
+    split = {f"{part}/{name}": content for part in ("train", "val") for name, content in files.items()}
+    for root in (write(tmp_path / "split", split), tar(tmp_path / "split.tar", split)):
+        assert list(opened(root, split="train").classes) == ["bus", "zoo"]
+    write(tmp_path / "test", {"test/1.jpg": b"1", "@eaDir/1.jpg": b"", "test/@eaDir/1.jpg": b""})
+    assert names(opened(tmp_path / "test", split="test")) == ["test/1.jpg"]
 
 
 def test_a_sparse_image_is_refused(tmp_path: Path, opened: Open) -> None:

@@ -513,6 +513,13 @@ def test_wrong_calls() -> None:
         relay.forward_backward(X, target=LABELS, loss=nn.CrossEntropyLoss())  # pyright: ignore
     with pytest.raises(HeadError, match=r"'low' to return what its criterion accepts"):
         relay.forward_backward(X, target=torch.tensor([0, 9]), loss=loss)
+    every = RelayLoss(nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(EarlyReleaseError, match=r"a scalar for the loss 'low'.*shape \(2,\).*reduction='mean'"):
+        relay.forward_backward(X, target=LABELS, loss=every)
+    with pytest.raises(EarlyReleaseError, match=r"returns a scalar for the loss 'low'.*float"):
+        relay.forward_backward(X, target=LABELS, loss=RelayLoss(lambda output, target: 1.0))  # pyright: ignore
+    one = RelayLoss(lambda output, target: nn.functional.cross_entropy(output, target, reduction="none").mean())
+    assert torch.isfinite(relay.forward_backward(X, target=LABELS, loss=one).loss)
     relay.model[0][0].weight.full_tensor = lambda: None  # what a divided parameter has
     with pytest.raises(EarlyReleaseError, match=r"divided among processes"):
         relay.forward_backward(X, target=LABELS, loss=loss)

@@ -377,6 +377,10 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
             ("table3-model-a-relay", "--accumulate", "4", "--set", "augmentation.cutmix=1"),
             "optimizer.batch_size 4 leaves one image to each part of it: take at least 2 x devices x accumulate",
         ),
+        (
+            ("table6-inception-v3-relay", "--accumulate", "4"),
+            "each part of a batch is one image, and model.Mixed_7a.branch3x3_2.bn then normalises one value",
+        ),
         (("table3-model-a-relay", "--resume", "nowhere"), "no such run or checkpoint"),
         (("table3-model-a-relay", "--resume", "."), "expected a run's folder"),
     ],

@@ -19,6 +19,7 @@ from relaylab.data.geometry import View
 from relaylab.data.memory import DecodedImages
 from relaylab.data.parts import InMemory, OnDisk
 from relaylab.errors import InputError
+from relaylab.models.building import build_relay
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
@@ -26,6 +27,7 @@ from relaylab.train import checkpoint, runs, segments, validation
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages, open_images
+from relaylab.train.normalisation import has_local_batch_norm
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
@@ -56,6 +58,20 @@ def test_the_validation_loss_is_the_mean_over_images() -> None:
         wrong = sum(int(label not in row[:top]) for row, label in zip(ranks.tolist(), labels.tolist(), strict=True))
         assert found[name] == pytest.approx(100 * wrong / 65, abs=1e-4)
     assert relay.training
+
+
+def test_batch_normalisation_over_single_images_is_looked_at_before_the_first_step() -> None:
+    resnet, inception = (at_scale(find_recipe(f"table6-{name}-relay"), "tiny") for name in ("resnet50", "inception-v3"))
+    four = TrainConfig(recipe="x", accumulate=4)
+    assert runs.batch_problems(resnet, four, 1) == [], "its last map has more than one place"
+    assert has_local_batch_norm(build_relay(resnet, shadow=True))
+    assert not has_local_batch_norm(build_relay(RELAY, shadow=True))
+    assert runs.batch_problems(RELAY, four, 1) == []
+    (problem,) = runs.batch_problems(inception, TrainConfig(recipe="x", accumulate=2), 2)
+    assert "normalises one value per channel" in problem
+    synchronised = TrainConfig(recipe="x", accumulate=2, batch_norm="synchronised")
+    assert runs.batch_problems(inception, synchronised, 2) == [], "two processes have two values"
+    assert runs.batch_problems(inception, TrainConfig(recipe="x", accumulate=2), 1) == []
 
 
 @pytest.mark.parametrize(

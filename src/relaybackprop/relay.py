@@ -208,7 +208,8 @@ class Relay(nn.Module):
             The losses and outputs, detached.
 
         Raises:
-            EarlyReleaseError: in evaluation mode or without gradient recording; for `fully_shard` around a boundary or
+            EarlyReleaseError: in evaluation mode or without gradient recording; for a criterion that does not return a
+                scalar; for `fully_shard` around a boundary or
                 parameters sharded by other means; for gradients to average that are sparse or that a hook removed; for
                 windows with several ends; for reentrant checkpointing in a window; or if a path leads around the end
                 of one.
@@ -226,6 +227,7 @@ class Relay(nn.Module):
         def compute(name: str, value: Any) -> Tensor:
             output = value if name == PRIMARY else self._run_head(name, value)
             term = loss.term(name, output, target)
+            _check_scalar(name, term)
             outputs[name], terms[name] = map_tensors(Tensor.detach, output), term.detach()
             weighted = self.plan.weights[name] * term
             return weighted if scale is None else scale(weighted)
@@ -299,6 +301,15 @@ class Relay(nn.Module):
         except Exception as error:
             error.add_note(f"in the head {name!r}, which read {shape_of(value)}, the {self.plan.auxiliary[name].upper}")
             raise
+
+
+def _check_scalar(name: str, term: Any) -> None:
+    if not isinstance(term, Tensor) or term.numel() != 1:
+        raise EarlyReleaseError(
+            f"a criterion that returns a scalar for the loss {name!r}",
+            f"the shape {shape_of(term)}" if isinstance(term, Tensor) else shape_of(term),
+            "Reduce it: reduction='mean', or lambda output, target: criterion(output, target).mean().",
+        )
 
 
 class _Cache(dict[Any, Any]):

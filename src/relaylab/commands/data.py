@@ -127,6 +127,10 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     if ignored:
         kinds = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in ignored.items())
         lines.append(f"  passed over         {kinds}")
+    folders = facts["ignored_folders"]
+    if folders:
+        names_there = ", ".join(name if count == 1 else f"{name} ({count:,})" for name, count in folders.items())
+        lines.append(f"  folders passed over {names_there}")
     part = "all" if facts["examined"] == facts["images"] else f"a sample of {facts['examined']:,}, described below"
     lines.append(f"  decoded             {part}")
     for key, name in {

@@ -133,6 +133,9 @@ class SubmitOptions:
     format: Literal["ilsvrc", "places2"] = "places2"
     """Submission format."""
 
+    kit: Annotated[File, MustExist] = None
+    """For ilsvrc: meta.mat or map_clsloc.txt of the development kit, which number the synsets."""
+
     out: File = None
     """File to write. (default: submission.txt)."""
 
@@ -143,7 +146,7 @@ def main(options: EvaluateOptions) -> int:
     The exit code is 130 if it was stopped; the same command then resumes.
     """
     kinds, combine, scales = _listed(options)
-    from relaylab.evaluate.images import open_images
+    from relaylab.evaluate.images import open_images, output_orders
     from relaylab.evaluate.protocols import passes_of
     from relaylab.evaluate.results import ensemble_of, write
     from relaylab.evaluate.scores import SCORES, ScoreFolder, describe_images
@@ -172,6 +175,7 @@ def main(options: EvaluateOptions) -> int:
     scored = [path.name for path in (out / SCORES).glob("*")]
     if options.against is not None and options.against not in {*names, *scored}:
         raise InputError(f"--against {options.against}: unknown network{nearest(options.against, names)}")
+    orders = output_orders(networks, models)
     source = open_images(options.data, options.split, networks, models)
     folder = ScoreFolder(out, describe_images(source))
     workers = available_cores() if options.workers is None else options.workers
@@ -185,7 +189,8 @@ def main(options: EvaluateOptions) -> int:
                 continue
             done = evaluate(
                 Scorer(model, device), source, folder, name, own,
-                workers=workers, task=task, batch_size=options.batch_size, stopped=lambda: bool(stop),
+                workers=workers, task=task, batch_size=options.batch_size, order=orders[name],
+                stopped=lambda: bool(stop),
             )  # fmt: skip
             if not done:
                 print(f"stopped; finished scores are in {folder.path}, and the same command resumes")
@@ -238,7 +243,14 @@ def submit(options: SubmitOptions) -> int:
     """Write a challenge's submission file, and validate it by reading it again."""
     from relaylab.evaluate.ensembles import combined
     from relaylab.evaluate.scores import ScoreFolder
-    from relaylab.evaluate.submission import FORMATS, check_submission, read_test_list, submission_lines
+    from relaylab.evaluate.submission import (
+        FORMATS,
+        check_submission,
+        official_labels,
+        read_kit,
+        read_test_list,
+        submission_lines,
+    )
 
     folder = ScoreFolder(options.scores)
     names = listed(options.network)[0] or folder.names()
@@ -247,7 +259,8 @@ def submit(options: SubmitOptions) -> int:
     scores = combined([folder.protocol(name, options.protocol) for name in names], options.combine)
     expected = read_test_list(options.list)
     form = FORMATS[options.format]
-    lines = submission_lines(folder.images.names, scores, expected, form)
+    labels = official_labels(folder.images.identity, form, options.kit and read_kit(options.kit))
+    lines = submission_lines(folder.images.names, scores, expected, form, labels)
     check_submission(lines, expected, len(folder.images.classes), form)
     out = options.out or Path("submission.txt")
     write_text(out, "".join(f"{line}\n" for line in lines))

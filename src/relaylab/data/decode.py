@@ -6,21 +6,30 @@ Note [Decoding]
 2. Everything else, CMYK JPEGs and those that strict decoding complains of go to Pillow. The complaint is kept:
    `decode_checked` returns it, since Pillow lets damaged data pass.
 3. A JPEG that ends too early is a fault and does not go to Pillow, which would fill the rest with grey where a marker
-   still says that the end is there.
+   still says that the end is there. Where only the end marker is missing, all pixels are there: strict decoding has no
+   complaint once the marker is added. This holds for a single sequential scan; a progressive file without its end may
+   lack scans.
 4. Only full, 1/2, 1/4 and 1/8 scale are used: libjpeg-turbo's other scales have no vector code and are slower than
    full scale.
-5. Samples of 16 bits are scaled, not clipped. Transparency is ignored, as by Pillow's `convert("RGB")`: what lies under
-   it shows. Colour profiles are ignored. Of animations, the first frame counts.
+5. Samples of 12 and 16 bits are scaled, not clipped. Transparency is ignored, as by Pillow's `convert("RGB")`: what
+   lies under it shows. Colour profiles are ignored. Of animations, the first frame counts.
 6. The orientation that Exif gives is applied: photographs stand upright.
+7. Pillow gives up on a PNG for its texts and profiles, where they are damaged or larger than a megabyte. The pixels do
+   not depend on them, so such a file is decoded once more without them.
+8. Pillow reads uncompressed TIFFs of 16 bits in separate planes as if they had 8, signed samples of 8 bits as unsigned,
+   and takes 16-bit samples for black-is-zero where white is. The last are inverted, the others refused, as are signed
+   samples of 16 bits: like floating-point ones, they do not say what is white.
+9. Pillow reads BMPs of several bits with a palette of black and white as if they had one bit. They are refused.
 """
 
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from relaylab.data.faults import ImageFault
 
@@ -28,9 +37,29 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # ImageNet's largest photograph has 61 million
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of Pillow's; others may run other programs
+FORMATS += ("AVIF",) if features.check("avif") else ()
+SIGNATURES = (  # of contents that Pillow has refused or is not asked to read: start, a part at byte 4, name
+    (b"\x89PNG", b"", "a damaged PNG"),
+    (b"II*\x00", b"", "a TIFF of a kind that Pillow does not read"),
+    (b"MM\x00*", b"", "a TIFF of a kind that Pillow does not read"),
+    (b"II+\x00", b"", "a BigTIFF of a kind that Pillow does not read"),
+    (b"", b"ftypavif", "an AVIF that this Pillow does not read"),
+    (b"", b"ftypavis", "an AVIF that this Pillow does not read"),
+    (b"", b"ftyp", "HEIC or a film, which are not read: convert it to JPEG or PNG"),
+    (b"\x00\x00\x00\x0cJXL ", b"", "JPEG XL, which is not read: convert it to JPEG or PNG"),
+    (b"\xff\x0a", b"", "JPEG XL, which is not read: convert it to JPEG or PNG"),
+    (b"\x00\x00\x00\x0cjP  ", b"", "JPEG 2000, which is not read: convert it to JPEG or PNG"),
+    (b"8BPS", b"", "a Photoshop file, which is not read: convert it to JPEG or PNG"),
+    (b"%PDF", b"", "a PDF file"),
+    (b"<", b"", "text, such as a web page or SVG"),
+)
 _ORIENTATION = 0x0112
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
+_SEQUENTIAL, _OTHER_FRAMES = (0xC0, 0xC1), (*range(0xC2, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC))
+_END_OF_IMAGE = b"\xff\xd9"
+_PLANES, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 284, 258, 259, 262, 339  # tags of TIFF
+_SIGNED = 2
 _EXIF = b"Exif\x00\x00"
 
 
@@ -78,9 +107,31 @@ def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixel
         known = isinstance(error, ValueError)
         complaint = _line(error) if known else "a chroma subsampling without a name"
         if "premature end" in complaint.lower():
-            raise ImageFault(complaint) from None
+            return _decode_without_end(data, short_side, complaint), "the end marker is missing, but no pixels are"
         return _decode_by_pillow(data, short_side), complaint
     return _upright(pixels, _orientation(data)), None
+
+
+def _decode_without_end(data: bytes, short_side: int | None, complaint: str) -> Pixels:
+    """Decode a JPEG that lacks nothing but its end marker; raise an ImageFault otherwise. See Note [Decoding] 3."""
+    if not data.endswith(_END_OF_IMAGE) and _has_one_scan(data):
+        pixels, more = decode_checked(data.rstrip(b"\xff") + _END_OF_IMAGE, short_side=short_side)
+        if more is None:
+            return pixels
+    raise ImageFault(complaint)
+
+
+def _has_one_scan(data: bytes) -> bool:
+    """Return whether the first scan of a JPEG is sequential and has all components."""
+    components = None
+    for marker, at, _ in _segments(data):
+        if marker in _OTHER_FRAMES:
+            return False
+        if marker in _SEQUENTIAL:
+            components = data[at + 9]
+        if marker == _START_OF_SCAN:
+            return data[at + 4] == components
+    return False
 
 
 def reduction(short: int, short_side: int | None) -> int:
@@ -95,6 +146,30 @@ def _check_size(height: int, width: int) -> None:
 
 def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
     try:
+        return _pillow_pixels(data, short_side)
+    except ImageFault:
+        plain = without_notes(data)
+        if plain == data:
+            raise
+        return _pillow_pixels(plain, short_side)
+
+
+def without_notes(data: bytes) -> bytes:
+    """Return a PNG without the chunks that its pixels do not depend on; other data unchanged. Note [Decoding] 7."""
+    if not data.startswith(_PNG):
+        return data
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        kind = data[at + 4 : at + 8]
+        if not kind[0] & 0x20 or kind in (b"tRNS", b"eXIf"):  # a capital: without this chunk there is no picture
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
+
+
+def _pillow_pixels(data: bytes, short_side: int | None) -> Pixels:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, odd Exif, odd palettes: all are dealt with here
             Image.init()  # the formats named are not all among those that Pillow loads by itself
@@ -103,6 +178,8 @@ def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
                 _check_size(height, width)
                 if reduction(min(width, height), short_side) > 1:
                     image.draft(None, (short_side or 1, short_side or 1))  # of JPEG only; chooses as `reduction` does
+                _check_tiff(image)
+                _check_bmp(image, data)
                 image.load()
                 is_jpeg = data.startswith(_JPEG)
                 orientation = _orientation(data) if is_jpeg else image.getexif().get(_ORIENTATION, 1)
@@ -110,37 +187,75 @@ def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
     except (ImageFault, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise ImageFault("no image of a known format") from None
+        raise ImageFault(_format_of(data)) from None
     except Exception as error:  # Pillow's readers let through whatever damaged bytes bring about in them
         raise ImageFault(_line(error)) from None
+
+
+def _format_of(data: bytes) -> str:
+    """Return the reason why a file is unreadable, from its first bytes."""
+    found = (name for start, part, name in SIGNATURES if data.startswith(start) and data.startswith(part, 4))
+    return next(found, "no image of a known format")
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    """Return the first value of a tag; the default where it is absent or this is not a TIFF."""
+    value = getattr(image, "tag_v2", {}).get(tag, default)
+    return max(value, default=default) if isinstance(value, tuple) else value
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """Raise an ImageFault for what Pillow misreads. See Note [Decoding] 8."""
+    is_raw = _tiff_tag(image, _COMPRESSION, 1) == 1
+    bits = _tiff_tag(image, _BITS, 1)
+    if _tiff_tag(image, _SAMPLES, 1) == _SIGNED and bits in (8, 16):
+        raise ImageFault(f"signed samples of {bits} bits, which do not say what is white")
+    if is_raw and bits > 8 and _tiff_tag(image, _PLANES, 1) == 2:
+        raise ImageFault(f"an uncompressed TIFF of {bits} bits in separate planes, which Pillow misreads")
+
+
+def _check_bmp(image: Image.Image, data: bytes) -> None:
+    """Raise an ImageFault for what Pillow misreads. See Note [Decoding] 9."""
+    at = 24 if int.from_bytes(data[14:18], "little") == 12 else 28  # in the short header of OS/2, and in others
+    bits = int.from_bytes(data[at : at + 2], "little")
+    if image.format == "BMP" and image.mode == "1" and bits != 1:
+        raise ImageFault(f"a BMP of {bits} bits with a palette of black and white, which Pillow misreads")
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
         samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ImageFault(f"samples from {samples.min()} to {samples.max()}, where 0 to 65535 are taken")
-        grey = ((samples * 255 + 32767) // 65535).astype(np.uint8)
+        largest = 4095 if _tiff_tag(image, _BITS, 16) == 12 else 65535
+        if samples.min() < 0 or samples.max() > largest:
+            raise ImageFault(f"samples from {samples.min()} to {samples.max()}, where 0 to {largest} are taken")
+        samples = largest - samples if _tiff_tag(image, _PHOTOMETRIC, 1) == 0 else samples
+        grey = ((samples * 255 + largest // 2) // largest).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ImageFault("floating-point samples, which do not say what is white")
     return np.array(image.convert("RGB"))  # a copy: what Pillow lends cannot be written to
 
 
-def _orientation(data: bytes) -> int:
-    """Return the orientation of a JPEG's Exif, 1 to 8. A file without Exif costs a microsecond or two."""
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Iterate over marker, place and length of a JPEG's segments, up to the start of its first scan."""
     at, end = 2, len(data) - 4
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == _START_OF_SCAN:
-            break
         if marker == 0xFF:  # fill
             at += 1
             continue
         length = data[at + 2] << 8 | data[at + 3]
+        yield marker, at, length
+        if marker == _START_OF_SCAN:
+            break
+        at += 2 + length
+
+
+def _orientation(data: bytes) -> int:
+    """Return the orientation of a JPEG's Exif, 1 to 8. A file without Exif costs a microsecond or two."""
+    for marker, at, length in _segments(data):
         if marker == _APP1 and data.startswith(_EXIF, at + 4):
             return _read_exif(data[at + 4 : at + 2 + length])
-        at += 2 + length
     return 1
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from relaylab.data.batches import OrderedBatches, spread
-from relaylab.data.decode import FORMATS, decode_checked
+from relaylab.data.decode import FORMATS, decode_checked, without_notes
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.loader import Workers
 from relaylab.data.sources.source import Source
@@ -86,7 +86,7 @@ def kind(data: bytes) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Image.init()
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(without_notes(data)), formats=FORMATS) as image:
                 text = f"{image.format} {image.mode}"
                 progressive = bool(image.info.get("progressive"))
                 animated = image.format in ("GIF", "WEBP") and _frames(image) > 1
@@ -144,6 +144,7 @@ def summary(source: Source, findings: Survey) -> dict[str, Any]:
         "unlabelled": int((labels < 0).sum()),
         "classes": [[name, count] for name, count in zip(source.classes, counts.tolist(), strict=True)],
         "ignored_files": dict(getattr(source, "ignored", {})),
+        "ignored_folders": dict(getattr(source, "skipped", {})),
         "examined": findings.examined,
         "kinds": dict(findings.kinds.most_common()),
         "short_side": _spread_of(sides),

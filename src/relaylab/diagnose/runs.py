@@ -91,7 +91,7 @@ def _model_of(each: Run) -> Path:
 
 def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
     """Open the validation images, and choose as many of each class."""
-    source = open_split(data, first.about, None, model.classes)
+    source = open_split(data, first.about, None, model.identity)
     labels = np.asarray(source.labels)
     classes = np.unique(labels)
     each = images // len(classes)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from relaylab.data.sources.classes import Classes, classes_of, match
 from relaylab.data.sources.listing import NoSplitError
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import Source
@@ -20,25 +21,33 @@ from relaylab.train.options import Engine
 def open_images(
     data: Sequence[Path], split: str | None, networks: Sequence[Trained], models: Mapping[str, ModelFile]
 ) -> Source:
-    """Open the images to evaluate networks on, labelled in the order of the classes; see `open_split`.
+    """Open the images to evaluate networks on, labelled in the order of the first network's classes; see `open_split`.
 
     Raises:
-        InputError: networks with different classes, or images that cannot be used.
+        InputError: images that cannot be used, or with classes that the networks do not have.
     """
-    first = models[networks[0].name]
-    for name, model in models.items():
-        if model.classes != first.classes:
-            counts = f"{len(first.classes)} and {len(model.classes)}"
-            what = f"{networks[0].name} and {name} have different classes ({counts})"
-            raise InputError(f"{what}: they cannot be compared in one table")
     if not data and not networks[0].data[0]:
         raise InputError("--data is required: a model file does not record its images")
-    source = open_split(data, networks[0].about, split, first.classes)
-    if len(source.classes) != len(first.classes):
-        raise InputError(
-            f"{source.title} has {len(source.classes)} classes, and {networks[0].name} {len(first.classes)}"
-        )
-    return source
+    return open_split(data, networks[0].about, split, models[networks[0].name].identity)
+
+
+def output_orders(networks: Sequence[Trained], models: Mapping[str, ModelFile]) -> dict[str, list[int]]:
+    """Return, for each network, the output of each class in the order of the first network's classes.
+
+    Raises:
+        InputError: networks with different classes.
+    """
+    first, orders = models[networks[0].name].identity, dict[str, list[int]]()
+    for each in networks:
+        own = models[each.name].identity
+        try:
+            if len(own.keys) != len(first.keys):
+                raise InputError(f"{len(first.keys)} and {len(own.keys)}")
+            orders[each.name] = list(match(first, own, title=networks[0].name)[0])
+        except InputError as error:
+            what = f"{networks[0].name} and {each.name} have different classes ({error})"
+            raise InputError(f"{what}: they cannot be compared in one table") from None
+    return orders
 
 
 def held_out_images(about: Mapping[str, Any]) -> Source | None:
@@ -58,7 +67,7 @@ def held_out_images(about: Mapping[str, Any]) -> Source | None:
     return Thinned(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
 
 
-def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Sequence[str]) -> Source:
+def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Classes) -> Source:
     """Open one split, or "all", of the given images, or else of a run's, labelled in the order of a network's classes.
 
     Args:
@@ -74,13 +83,15 @@ def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None
     part = split or validation_split(about)
     try:
         if not data and own_val and part == "val":
-            return open_source(own_val, split=None, classes=class_order(classes), watch=progress)
+            return open_source(own_val, split=None, classes=classes, watch=progress)
         part = None if part == "all" else part
-        return open_source(data or own, split=part, classes=class_order(classes), watch=progress)
+        return open_source(data or own, split=part, classes=classes, watch=progress)
     except NoSplitError:
         aside = held_out_images(about) if split is None and not data else None
         if aside is None:
             raise
+        if list(match(classes_of(aside), classes, title=aside.title)[0]) != list(range(len(classes.keys))):
+            raise InputError(f"{aside.title} has other classes now than when the network was trained") from None
         return aside
 
 
@@ -100,17 +111,12 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
     options += [(paths, None) for paths in (data, tuple(map(Path, about.get("val_data", ())))) if paths]
     for paths, split in options:
         try:
-            source = open_source(paths, split=split, classes=class_order(folder.images.classes), watch=progress)
+            source = open_source(paths, split=split, classes=folder.images.identity, watch=progress)
         except InputError:
             continue
-        if describe_images(source).fingerprint == folder.images.fingerprint:
+        if describe_images(source).is_same(folder.images):
             return source
     aside = None if data else held_out_images(about)
-    if aside is not None and describe_images(aside).fingerprint == folder.images.fingerprint:
+    if aside is not None and describe_images(aside).is_same(folder.images):
         return aside
     raise InputError(f"the images that {folder.path} holds scores of are not found, or have changed: give --data")
-
-
-def class_order(classes: Sequence[str]) -> Sequence[str] | None:
-    """Return the order of the labels; None, the data set's own, where a network's class names are only numbers."""
-    return None if all(name.isdecimal() for name in classes) else classes

@@ -1,6 +1,7 @@
 """Prediction: the likeliest classes of images, from their centre crops."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import Tensor
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
-from relaylab.data.sources.listing import is_image
+from relaylab.data.sources.classes import Classes
+from relaylab.data.sources.listing import is_image, is_system_folder, told_apart
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, cut
 from relaylab.evaluate.trained import find_trained
@@ -24,10 +26,11 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Guess:
-    """A class and its probability."""
+    """A class, by its display name and by its key, and its probability."""
 
     name: str
     probability: float
+    key: str
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ class Network:
     """A trained network, from a model file or an ONNX program.
 
     Attributes:
-        classes: names, in the order of its output.
+        classes: in the order of its output.
         input: the size of its images.
         scores: maps RGB crops (batch, 3, crop, crop), float32 from 0 to 255, to class scores (batch, classes).
     """
 
-    classes: tuple[str, ...]
+    classes: Classes
     input: InputConfig
     scores: Callable[[Tensor], Tensor]
 
@@ -82,7 +85,7 @@ def network_of(model: ModelFile) -> Network:
     Raises:
         InputError: the weights belong to another network.
     """
-    return Network(model.classes, model.input, Classifier(model).eval())
+    return Network(model.identity, model.input, Classifier(model).eval())
 
 
 def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Picture]:
@@ -96,7 +99,7 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
         if str(path) == STDIN:
             pictures.append(Picture("stdin", stdin))
         elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file.name))
+            inside = _images_below(path)
             if not inside:
                 raise InputError(f"{path} holds no images")
             pictures += [Picture(str(file), file.read_bytes) for file in inside]
@@ -107,8 +110,19 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
     return pictures
 
 
+def _images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder, except those in hidden folders and in a system's own."""
+    found: list[Path] = []
+    for inside, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_system_folder(name)]
+        paths = [Path(inside, name) for name in files if is_image(name)]
+        found += [path for path in paths if path.is_file()]
+    return sorted(found)
+
+
 def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Prediction | InputError]:
     """Return the likeliest classes of each image, in order; an error for an image that cannot be read."""
+    names = told_apart(network.classes.names, network.classes.keys)
     for start in range(0, len(pictures), BATCH):
         read = [_read(picture) for picture in pictures[start : start + BATCH]]
         crops = [crop_of(each[1], network.input) for each in read if not isinstance(each, InputError)]
@@ -118,9 +132,10 @@ def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Predictio
             if isinstance(each, InputError):
                 yield each
             else:
-                best = next(shares).topk(min(TOP, len(network.classes)))
+                best = next(shares).topk(min(TOP, len(names)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(*each, tuple(Guess(network.classes[index], share) for index, share in pairs))
+                guesses = (Guess(names[index], share, network.classes.keys[index]) for index, share in pairs)
+                yield Prediction(*each, tuple(guesses))
 
 
 def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
@@ -147,7 +162,8 @@ def _open_onnx(path: Path) -> Network:
         about = session.get_modelmeta().custom_metadata_map
         size = json.loads(about["input"])
         config = InputConfig(resize=size["resize"], how=size["how"], crop=size["crop"], mean=(0.0, 0.0, 0.0))
-        classes = tuple(json.loads(about["classes"]))
+        keys = json.loads(about["keys"]) if "keys" in about else None
+        classes = Classes.stored(json.loads(about["classes"]), keys, numbered=False)
         name = session.get_inputs()[0].name
     except InputError:
         raise

@@ -46,7 +46,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
     rates = {key: error_rates(values, labels) for key, values in scores.items()}
     together = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
     text = [
-        f"# {folder.images.title}: {len(labels):,} images, {len(folder.images.classes)} classes\n",
+        f"# {folder.images.title}: {len(labels):,} images, {_class_count(folder)}\n",
         "Error rates in per cent. In brackets, 95 % intervals over images (bootstrap).\n",
         *markdown_lines(_table(folder, rates, scores, against)),
     ]
@@ -61,6 +61,11 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
     write_text(folder.path / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_text(folder.path / TABLE, "\n".join(text) + "\n")
     return "\n".join(text) + f"\n\n{(folder.path / TABLE).resolve()}"
+
+
+def _class_count(folder: ScoreFolder) -> str:
+    count, present = len(folder.images.classes), len(folder.images.labels.unique())
+    return f"{count} classes" if present == count else f"{present} of {count} classes"
 
 
 def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Combine, *, held_out: bool) -> Ensemble:

@@ -1,7 +1,7 @@
 """Class scores on disk: a network's output for every image, from which all results are computed.
 
 FOLDER/images.txt                     names of the images, in order
-FOLDER/labels.safetensors             their labels; title, fingerprint and classes in the header
+FOLDER/labels.safetensors             their labels; title, fingerprint, and names and keys of the classes in the header
 FOLDER/scores/NAME/model.json         description of a network
 FOLDER/scores/NAME/PASS/000000.safetensors   log-probabilities, float16 (images, classes), CHUNK images each
 
@@ -14,8 +14,8 @@ Note [Scores]
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relaylab.data.sources.classes import Classes, classes_of
 from relaylab.data.sources.source import UNLABELLED, Source
+from relaylab.data.sources.stamps import sample
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
 from relaylab.files import write_text
@@ -44,6 +46,10 @@ class ImageList:
         classes: names, in the order of the labels.
         labels: int64 (n,).
         names: of the images.
+        keys: the classes' keys; None in folders of earlier versions. See Note [Classes] in
+            `relaylab.data.sources.classes`.
+        numbered: whether the labels are those of a list.
+        contents: a hash of the images' sizes in bytes, which a copy of the data set shares; empty where unknown.
     """
 
     title: str
@@ -51,6 +57,20 @@ class ImageList:
     classes: tuple[str, ...]
     labels: Tensor
     names: tuple[str, ...]
+    keys: tuple[str, ...] | None = None
+    numbered: bool = False
+    contents: str = ""
+
+    @property
+    def identity(self) -> Classes:
+        """The classes by key."""
+        return Classes.stored(self.classes, self.keys, numbered=self.numbered)
+
+    def is_same(self, other: "ImageList") -> bool:
+        """Return whether these are another list's images and classes; earlier versions told classes apart by name."""
+        if (self.keys is None) != (other.keys is None):
+            return _fingerprint(self, self.classes) == _fingerprint(other, other.classes)
+        return self.fingerprint == other.fingerprint
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -65,12 +85,26 @@ class ImageList:
 def describe_images(source: Source) -> ImageList:
     """Describe a data set. Image names are kept without the folder that all of them share."""
     labels = torch.as_tensor(source.labels[:].astype("int64"))
-    names, classes = [source.name(number) for number in range(len(source))], tuple(source.classes)
+    names, classes = [source.name(number) for number in range(len(source))], classes_of(source)
     shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
     names = tuple(name[shared:].removeprefix("/") for name in names)
-    # Not the source's own fingerprint: the same images in another folder have the same one here.
-    text = json.dumps([names, classes, labels.tolist()])
-    return ImageList(source.title, sha256(text.encode()).hexdigest(), classes, labels, names)
+    images = ImageList(source.title, "", classes.names, labels, names, classes.keys, classes.numbered)
+    return replace(images, fingerprint=_fingerprint(images, classes.keys), contents=_contents(source))
+
+
+def _contents(source: Source) -> str:
+    size: Callable[[int], int] | None = getattr(source, "size", None)  # sources of other kinds may not know it
+    try:
+        sizes = [size(number) for number in sample(len(source))] if size else []
+    except (OSError, AttributeError):  # an absent image, an error where it is read; a subset of another kind of source
+        return ""
+    return sha256(json.dumps(sizes).encode()).hexdigest()[:32] if sizes else ""
+
+
+def _fingerprint(images: ImageList, classes: Sequence[str]) -> str:
+    """Return a hash of images and classes: not the source's own, so the same images in another folder have the same."""
+    text = json.dumps([images.names, classes, images.labels.tolist()])
+    return sha256(text.encode()).hexdigest()
 
 
 class ScoreFolder:
@@ -86,16 +120,24 @@ class ScoreFolder:
         found = present or images
         if found is None:
             raise InputError(f"{path} holds no scores: expected a folder that `relaylab eval` has written")
-        if images is not None and images.fingerprint != found.fingerprint:
+        if images is not None and not images.is_same(found):
             raise InputError(
                 f"{path} holds scores of {len(found)} images of {found.title}, and these are {len(images)} images of "
                 f"{images.title}, or others: take another folder with --out"
+            )
+        if images is not None and images.contents and found.contents not in ("", images.contents):
+            raise InputError(
+                f"{path} holds scores of {found.title} as it was: images have been written over since, for their sizes "
+                "in bytes are others; take another folder with --out"
             )
         self.images = found
         if present is None:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / IMAGES, "".join(f"{name}\n" for name in found.names))
             header = {"title": found.title, "fingerprint": found.fingerprint, "classes": json.dumps(found.classes)}
+            header |= {"contents": found.contents}
+            if found.keys is not None:
+                header |= {"keys": json.dumps(found.keys), "numbered": json.dumps(found.numbered)}
             save_tensors({"labels": found.labels}, path / LABELS, header)
 
     @property
@@ -219,11 +261,13 @@ def check_alike(folders: Sequence[ScoreFolder]) -> None:
     first, one = folders[0], folders[0].images
     for other in folders[1:]:
         two = other.images
-        if one.classes != two.classes:
-            pairs = zip(one.classes, two.classes, strict=False)
-            detail = next((f"{a} where the other has {b}" for a, b in pairs if a != b), "more")
-            what = f"different classes ({len(one.classes)} and {len(two.classes)}; {detail})"
-        elif one.fingerprint != two.fingerprint:
+        ours, theirs = one.identity.keys, two.identity.keys
+        if ours != theirs and not one.is_same(two):
+            detail = next(
+                (f"{a} where the other has {b}" for a, b in zip(ours, theirs, strict=False) if a != b), "more"
+            )
+            what = f"different classes ({len(ours)} and {len(theirs)}; {detail})"
+        elif not one.is_same(two):
             what = f"different images ({len(one)} of {one.title}, {len(two)} of {two.title})"
         else:
             continue
@@ -235,7 +279,11 @@ def _read_images(path: Path) -> ImageList:
     try:
         names = tuple((path / IMAGES).read_text(encoding="utf-8").splitlines())
         labels, classes = tensors["labels"], tuple(json.loads(header["classes"]))
-        images = ImageList(header["title"], header["fingerprint"], classes, labels, names)
+        keys = tuple(json.loads(header["keys"])) if "keys" in header else None
+        numbered = json.loads(header.get("numbered", "false")) is True
+        contents = header.get("contents", "")
+        images = ImageList(header["title"], header["fingerprint"], classes, labels, names, keys, numbered, contents)
+        _ = images.identity  # raises an InputError for keys that do not fit
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a complete folder of scores: {error}") from None
     if len(images.names) != len(images.labels):

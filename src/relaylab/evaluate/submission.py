@@ -2,19 +2,25 @@
 
 Note [Formats]
 1. ILSVRC's classification task: a line for each test image, in the order of their names; labels from 1 to 1000, as the
-   development kits of 2012 to 2015 say it (that of localisation has boxes between the labels).
+   development kits of 2012 to 2015 say it (that of localisation has boxes between the labels). A kit numbers the
+   synsets in an order of its own, which is not that of the sorted synsets.
 2. The development kits of Places365's challenge and of MiniPlaces: the image's name as it is listed, then exactly five
    labels, from 0. The format of 2015's 401 classes, the paper's, refers to a kit that we have not seen; it is assumed
    to be the same.
 """
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
 from torch import Tensor
 
+from relaylab.data.sources.class_names import synset_numbers
+from relaylab.data.sources.classes import Classes
+from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 
 LABELS, NAMED = 5, 5
@@ -51,8 +57,56 @@ def read_test_list(path: Path) -> list[str]:
     return list(names)
 
 
-def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[str], form: Form) -> list[str]:
+def official_labels(classes: Classes, form: Form, kit: Mapping[str, int] | None = None) -> list[int]:
+    """Return the challenge's label of each class: by the kit's numbers, or in the order of numbers that classes have.
+
+    Args:
+        classes: of the scores.
+        form: the format.
+        kit: the number of each class by key; see `read_kit`.
+
+    Raises:
+        InputError: classes that the kit does not have, or synsets without a kit.
+    """
+    if kit is not None:
+        strange = [key for key in classes.keys if key not in kit]
+        if strange:
+            raise InputError(f"the kit has no classes {few(strange)}; it has {few(sorted(kit))}")
+        return [kit[key] for key in classes.keys]
+    if form.first_label == 1 and all(re.fullmatch(r"n\d{8}", key) for key in classes.keys):
+        raise InputError(
+            "--format ilsvrc: the challenge numbers synsets in an order of its own: give the development kit's "
+            "meta.mat or map_clsloc.txt with --kit"
+        )
+    numbers = classes.numbers or range(len(classes.keys))
+    rank = {number: place for place, number in enumerate(sorted(numbers))}
+    return [form.first_label + rank[number] for number in numbers]
+
+
+def read_kit(path: Path) -> dict[str, int]:
+    """Read the number of each synset from a development kit's meta.mat, or map_clsloc.txt with SYNSET NUMBER lines.
+
+    Raises:
+        InputError: another kind of file.
+    """
+    if path.suffix == ".mat":
+        return {synset: number for number, synset in synset_numbers(path)[0].items()}
+    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not lines or not all(len(line) > 1 and line[1].isdecimal() for line in lines):
+        raise InputError(f"{path}: expected a line SYNSET NUMBER for each class, as map_clsloc.txt has, or meta.mat")
+    return {line[0]: int(line[1]) for line in lines}
+
+
+def submission_lines(
+    names: Sequence[str],
+    scores: Tensor,
+    expected: Sequence[str],
+    form: Form,
+    labels: Sequence[int] | None = None,
+) -> list[str]:
     """Format the scores of named images, (images, classes), as a submission for the expected images in their order.
+
+    `labels` are those of the classes; see `official_labels`. None numbers the classes in their order.
 
     Raises:
         InputError: missing, extra or repeated images; scores that are not numbers or of fewer than five classes.
@@ -78,11 +132,12 @@ def submission_lines(names: Sequence[str], scores: Tensor, expected: Sequence[st
     ]
     if problems:
         raise InputError("; ".join(problems))
-    best: list[list[int]] = (scores.topk(LABELS, dim=1).indices + form.first_label).tolist()
+    chosen = range(form.first_label, form.first_label + scores.shape[1]) if labels is None else labels
+    best: list[list[int]] = torch.tensor(list(chosen))[scores.topk(LABELS, dim=1).indices].tolist()
     lines: list[str] = []
     for name, short in zip(expected, wanted, strict=True):
-        labels = " ".join(map(str, best[rows[short]]))
-        lines.append(f"{name} {labels}" if form.with_names else labels)
+        text = " ".join(map(str, best[rows[short]]))
+        lines.append(f"{name} {text}" if form.with_names else text)
     return lines
 
 

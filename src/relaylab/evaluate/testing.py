@@ -97,6 +97,7 @@ def evaluate(
     workers: int,
     task: Task,
     batch_size: int = 32,
+    order: Sequence[int] | None = None,
     stopped: Callable[[], object] = bool,
 ) -> bool:
     """Write the missing scores of a network by some passes, chunk by chunk.
@@ -110,6 +111,7 @@ def evaluate(
         workers: processes that decode.
         task: counts images times passes.
         batch_size: of crops; whole images are batched to at most the same number of pixels.
+        order: the network's output for each of the folder's classes; None where both have one order.
         stopped: whether to stop after the current chunk.
 
     Returns:
@@ -132,7 +134,7 @@ def evaluate(
                     found[each][[n - chunk.start for n in numbers]] = scorer(each, images)
                     task.advance(len(numbers), note=f"{name} {each.name}")
         for each, scores in found.items():
-            folder.write(name, each.name, number, scores)
+            folder.write(name, each.name, number, scores if order is None else scores[:, order])
     return True
 
 

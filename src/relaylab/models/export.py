@@ -71,6 +71,7 @@ def about(model: ModelFile) -> dict[str, str]:
     sizes = {"resize": config.resize, "how": config.how, "crop": config.crop}
     return {
         "classes": json.dumps(model.classes),
+        "keys": json.dumps(model.identity.keys),
         "input": json.dumps({**sizes, "channels": "RGB", "values": "0 to 255"}),
         "network": json.dumps(network_values(model.network)),
         "about": model.about,

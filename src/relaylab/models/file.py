@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 from relaylab.files import replacing
@@ -78,6 +79,9 @@ class ModelFile:
     Attributes:
         network: architecture and sizes.
         classes: names, in the order of the output.
+        keys: the classes' keys; None in files of earlier versions. See Note [Classes] in
+            `relaylab.data.sources.classes`.
+        numbered: whether the outputs are the labels of a list.
         input: preprocessing of images.
         state: the plain model's state dict.
         mean_image: (crop, crop, 3), subtracted instead of `input.mean` if there is one.
@@ -93,19 +97,27 @@ class ModelFile:
     state: Mapping[str, Tensor]
     mean_image: Tensor | None = None
     about: str = ""
+    keys: tuple[str, ...] | None = None
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         network, size = self.network, self.input.crop
-        if not all(isinstance(name, str) for name in self.classes):
-            raise InputError("expected the classes' names as text")
+        if not all(isinstance(name, str) for name in (*self.classes, *(self.keys or ()))):
+            raise InputError("expected the classes' names and keys as text")
         if len(self.classes) != network.num_classes:
             raise InputError(f"{len(self.classes)} class names for a network of {network.num_classes} classes")
+        _ = self.identity  # raises an InputError for keys that do not fit
         if size != network.image_size:
             raise InputError(f"crops of {size} pixels for a network that sees {network.image_size}")
         if self.mean_image is not None and tuple(self.mean_image.shape) != (size, size, 3):
             raise InputError(
                 f"a mean image of shape {tuple(self.mean_image.shape)} for crops of {size}: expected {(size, size, 3)}"
             )
+
+    @property
+    def identity(self) -> Classes:
+        """The classes by key, to label images by."""
+        return Classes.stored(self.classes, self.keys, numbered=self.numbered)
 
     def model(self) -> nn.Module:
         """Build the network with its weights, in evaluation mode.
@@ -157,6 +169,8 @@ def save_model(path: Path, model: ModelFile) -> None:
         "format": FORMAT,
         "network": network_values(model.network),
         "classes": model.classes,
+        "keys": model.identity.keys,
+        "numbered": model.identity.numbered,
         "input": dataclasses.asdict(model.input),
         "has_mean_image": model.mean_image is not None,
         "about": model.about,
@@ -207,6 +221,8 @@ def read_model(path: Path) -> ModelFile:
             state=tensors,
             mean_image=mean_image,
             about=header["about"],
+            keys=tuple(header["keys"]) if "keys" in header else None,
+            numbered=header.get("numbered") is True,
         )
     except InputError:
         raise

@@ -21,8 +21,9 @@ from relaylab.data.mixing import MIXES, Mixing
 from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
+from relaylab.data.sources.classes import Classes, classes_of, look_alikes
 from relaylab.data.sources.index import IndexedImages
-from relaylab.data.sources.listing import NoSplitError
+from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Source
 from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
@@ -39,6 +40,7 @@ MEMORY_SHARE = 0.5  # of the free memory may hold images; beyond that they are d
 IMAGES_PER_PROCESS = 2000  # fewer images are decoded before another process has started
 DEATHS = 3  # of worker processes without a batch in between
 LEAST_STD = 1.0  # of a channel that hardly varies
+SHOWN = 3  # pairs of names that are nearly alike
 CHOICE_SEED = 0  # which images are held out, and which classes are rare: the same for runs of all seeds
 
 
@@ -47,17 +49,22 @@ class RunImages:
     """The training and validation images of a run.
 
     Attributes:
-        classes: names, in the order of the labels.
+        identity: the classes, in the order of the labels.
         statistics: of the training images.
         in_memory: whether all are decoded once; crops are then cut from images already resized.
     """
 
-    classes: tuple[str, ...]
     train: Part
     val: Part
     view: View
     statistics: ImageStatistics
     in_memory: bool
+    identity: Classes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names for people, in the order of the labels."""
+        return self.identity.names
 
     def sampler(self, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1) -> KeyedSampler:
         """Return the sampler of one process: all iterations of the recipe as one epoch."""
@@ -109,6 +116,9 @@ def open_images(
     with first:
         train, val = open_sources(config, recipe.images)
         check_images(recipe, train, val)
+        for source in dict.fromkeys((train, val)):
+            if source.skipped:
+                log.info("%s: folders passed over: %s", source.title, few(list(source.skipped)))
         chosen, held = chosen_numbers(recipe.images, train.labels)
         val = val if held is None else Thinned(train, held)
         train = train if chosen is None else Thinned(train, chosen)
@@ -116,9 +126,9 @@ def open_images(
         if not in_memory:
             pin = device.type == "cuda"
             parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
-            return RunImages(tuple(train.classes), parts[0], parts[1], view, parts[0].statistics(), in_memory)
+            return RunImages(parts[0], parts[1], view, parts[0].statistics(), in_memory, classes_of(train))
     parts = list(_decoded(train, val, view, workers, fault_file))
-    return RunImages(tuple(train.classes), parts[0], parts[1], view, parts[0].statistics(), in_memory)
+    return RunImages(parts[0], parts[1], view, parts[0].statistics(), in_memory, classes_of(train))
 
 
 def view_of(recipe: Recipe) -> View:
@@ -205,11 +215,11 @@ def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[In
         return train, train
     if config.val_data:
         train = open_source(config.data, split=None, watch=progress)
-        return train, open_source(config.val_data, split=None, classes=train.folders, watch=progress)
+        return train, open_source(config.val_data, split=None, classes=train.identity, watch=progress)
     try:
         train = open_source(config.data, split="train", watch=progress)
         split = (images and images.val_split) or "val"
-        return train, open_source(config.data, split=split, classes=train.folders, watch=progress)
+        return train, open_source(config.data, split=split, classes=train.identity, watch=progress)
     except NoSplitError as error:
         raise InputError(f"{error}; {ADVICE}") from None
 
@@ -229,33 +239,57 @@ def open_training(config: Engine) -> IndexedImages:
 
 
 def check_classes(train: Source, val: Source) -> None:
-    """Raise an InputError unless there are two classes, all of which have training and validation images."""
-    if len(train.classes) < 2:
-        raise InputError(f"one class only ({train.classes[0]}) in {train.title}: expected at least 2")
+    """Check that there are two classes, and that each class of one part has images in the other.
+
+    Raises:
+        InputError: classes that only one part has, by name.
+    """
+    classes = classes_of(train)
+    if len(classes.keys) < 2:
+        found = f"one class only ({classes.keys[0]})" if classes.keys else "no classes"
+        raise InputError(f"{found} in {train.title}: expected at least 2")
     in_train, in_val = (np.unique(np.asarray(each.labels)) for each in (train, val))
-    for split, own, other, others in (("train", in_train, "val", in_val), ("val", in_val, "train", in_train)):
-        alone = [train.classes[int(label)] for label in np.setdiff1d(own, others) if label >= 0]
-        if alone:
-            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-            raise InputError(f"classes with {split} images but no {other} images: {', '.join(alone[:3])}{more}")
+    alone = {
+        "train": [classes.keys[label] for label in np.setdiff1d(in_train, in_val) if label != UNLABELLED],
+        "val": [classes.keys[label] for label in np.setdiff1d(in_val, in_train) if label != UNLABELLED],
+    }
+    problems = [
+        f"classes with {split} images but no {other} images: {few(alone[split])}"
+        for split, other in (("train", "val"), ("val", "train"))
+        if alone[split]
+    ]
+    if problems:
+        alike = look_alikes(alone["train"], alone["val"])
+        advice = "rename the folders of one part" if alike else "add their images, or remove their folders"
+        raise InputError("; ".join([*problems, *alike[:SHOWN], advice]))
+    for text in look_alikes(classes.keys, classes.keys[::-1])[:SHOWN]:
+        log.warning("%s: two classes, %s", train.title, text)
 
 
 def check_images(recipe: Recipe, train: Source, val: Source) -> None:
-    """Check that the images are labelled, with as many classes as the recipe's network.
+    """Check that the images are labelled, with the same classes in both parts, as many as the recipe's network.
 
     Raises:
         InputError: they are not.
     """
+    for source, split in ((train, "training"), (val, "validation")):
+        if (np.asarray(source.labels) == UNLABELLED).any():
+            raise InputError(f"{source.title}: {split} images without labels cannot be used")
+    check_classes(train, val)
     there, expected = len(train.classes), recipe.network.num_classes
     if there != expected:
         raise InputError(
-            f"{train.title} has {there} classes, and the recipe's network {expected}: "
-            f"take other images, or --set network.num_classes={there}"
+            f"{train.title} has {there} classes, and the recipe's network {expected}: take other images, or "
+            f"{_without_images(train) or f'--set network.num_classes={there}'}"
         )
-    for source, split in ((train, "training"), (val, "validation")):
-        labels = np.asarray(source.labels)
-        if (labels == UNLABELLED).any():
-            raise InputError(f"{source.title}: {split} images without labels cannot be used")
+
+
+def _without_images(train: Source) -> str:
+    """Return what to do about classes without images, which a network could not learn; empty if there are none."""
+    keys = classes_of(train).keys
+    empty = [keys[label] for label in np.setdiff1d(np.arange(len(keys)), np.asarray(train.labels))]
+    where = "empty folders, further lines of the categories, or gaps between a list's labels"
+    return f"remove the {len(empty):,} classes without images ({where}): {few(empty)}" if empty else ""
 
 
 def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:

@@ -175,19 +175,26 @@ def _allow(recipe: Recipe) -> None:
 
 
 def batch_problems(recipe: Recipe, config: TrainConfig, devices: int) -> list[str]:
-    """Return an error message if the recipe's batch cannot be divided evenly, or into parts that can be mixed."""
-    size, parts = recipe.optimizer.batch_size, config.accumulate
-    is_even = size % max(1, devices * parts) == 0
-    divisor = f"devices x accumulate ({devices} x {parts})"
-    if not is_even:
+    """Return an error message if the recipe's batch cannot be divided evenly, or into parts that can be used."""
+    size, parts = recipe.optimizer.batch_size, max(1, devices * config.accumulate)
+    divisor = f"devices x accumulate ({devices} x {config.accumulate})"
+    if size % parts:
         return [f"optimizer.batch_size is {size}: it must be divisible by {divisor}"]
+    if size != parts:
+        return []
+    problems: list[str] = []
     mixes = [name for name in ("mixup", "cutmix") if getattr(recipe.augmentation, name)]
-    if mixes and size // max(1, devices * parts) == 1:
-        return [
+    if mixes:
+        problems.append(
             f"augmentation.{mixes[0]} mixes images of one batch, and optimizer.batch_size {size} leaves one image to "
             f"each part of it: take at least 2 x {divisor}, or --set augmentation.{mixes[0]}=0"
-        ]
-    return []
+        )
+    if config.batch_norm == "local" or devices == 1:
+        from relaylab.train.normalisation import single_image_problem  # imports torch
+
+        problem = single_image_problem(recipe)
+        problems += [problem] if problem else []
+    return problems
 
 
 def _checked(recipe: Recipe | None, problems: list[str]) -> Recipe:

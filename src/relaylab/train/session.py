@@ -26,6 +26,7 @@ from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
+from relaylab.train.normalisation import REMEDY, has_local_batch_norm
 from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, logging_to
@@ -159,7 +160,12 @@ def _train(
     )
     if is_first and not (folder / runs.CONFIG).exists():
         kept = replace(config, images="memory" if images.in_memory else "disk")
-        about = {"classes": images.classes, "counts": images.counts(), "view": asdict(images.view)}
+        about = {
+            "classes": images.classes,
+            "keys": images.identity.keys,
+            "counts": images.counts(),
+            "view": asdict(images.view),
+        }
         about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
         runs.describe(folder, kept, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
@@ -264,6 +270,11 @@ def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
 
 def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any]) -> None:
     recipe = trainer.recipe
+    parts = trainer.fabric.world_size * trainer.config.accumulate
+    if parts == recipe.optimizer.batch_size and has_local_batch_norm(trainer.relay):
+        log.warning(
+            "each part of a batch is one image, over which batch normalisation takes its statistics; %s", REMEDY
+        )
     if UNTRAINED in segments.losses:
         log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
     if state:
@@ -322,6 +333,8 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
     model = ModelFile(
         network=recipe.network,
         classes=images.classes,
+        keys=images.identity.keys,
+        numbered=images.identity.numbered,
         input=InputConfig(
             resize=recipe.images.short_side,
             crop=recipe.network.image_size,

@@ -32,6 +32,7 @@ from relaylab.data.sources.listing import (
     SplitNeededError,
     Watch,
     is_image,
+    is_system_folder,
     printable,
 )
 from relaylab.data.sources.source import UNLABELLED
@@ -136,7 +137,11 @@ def members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int |
                     raise InputError(f"{title} is damaged or cut short at {printable(one.name)}")
                 end = archive.offset
                 path = _path(one, title)
-                if one.isdir():
+                skipped = _system_folder(path if one.isdir() else path.rpartition("/")[0])
+                if skipped:
+                    rows.skip(skipped)
+                    rows.ignore(*([] if one.isdir() else [path]))
+                elif one.isdir():
                     yield Member(path, 0, 0, True)
                 elif not _plain(one, path, title):
                     rows.ignore(path)
@@ -233,13 +238,17 @@ def _path(member: tarfile.TarInfo, title: str) -> str:
 
 def _plain(member: tarfile.TarInfo, path: str, title: str) -> bool:
     """Return whether a member is a regular file; an image that is not is refused."""
-    if path.startswith("__MACOSX/"):
-        return False
     whole = member.isreg() and not member.issparse()
     if not whole and is_image(path):
         kind = "a link" if member.issym() or member.islnk() else "sparse" if member.issparse() else "no regular file"
         raise InputError(f"{title}: {printable(path)} is {kind}; make the tar anew with whole files")
     return whole
+
+
+def _system_folder(folder: str) -> str:
+    """Return the path of the first system folder on the way to a folder; empty if there is none."""
+    parts = folder.split("/")
+    return next(("/".join(parts[: place + 1]) for place, part in enumerate(parts) if is_system_folder(part)), "")
 
 
 def _where(member: Member) -> tuple[str, str | None]:

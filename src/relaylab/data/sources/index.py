@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from relaylab.data.sources.cache import written
+from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import Listing, Place, printable
 from relaylab.data.sources.source import UNLABELLED, Labels
-from relaylab.data.sources.stamps import Stamp, stale, unsettled
+from relaylab.data.sources.stamps import Stamp, image_state, is_recent, stale, unsettled
 from relaylab.errors import InputError
 
-FORMAT = "relaylab image index 1"
+FORMAT = "relaylab image index 2"
 LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 TYPES = {"I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 TYPES |= {"U64": np.uint64}
@@ -39,14 +40,23 @@ class UnusableIndexError(InputError):
 
 def write_index(path: Path, listing: Listing) -> None:
     """Write an index atomically; raises InputError if that fails."""
+    state, latest = "", 0
+    if listing.spans is None:
+        state, latest = image_state(
+            len(listing.labels), lambda n: _path(listing.places[listing.place[n]], listing.name(n))
+        )
     about = {
         "title": printable(listing.title),
         "classes": [printable(name) for name in listing.classes],
         "folders": listing.folders,
+        "numbered": listing.numbered,
+        "remark": printable(listing.remark),
         "places": listing.places,
         "ignored": listing.ignored,
+        "skipped": {printable(name): count for name, count in listing.skipped.items()},
+        "images": state,
         "stamps": listing.stamps,
-        "settled": not unsettled(listing.stamps),
+        "settled": not unsettled(listing.stamps) and not is_recent(latest),
     }
     fields = ("labels", "bounds", "names", "place", *(["spans"] if listing.spans is not None else []))
     tensors: dict[str, NDArray[Any]] = {name: getattr(listing, name) for name in fields}
@@ -71,11 +81,14 @@ class IndexedImages:
     Attributes:
         title: display name, without folders.
         classes: display names, in the order of the labels.
-        folders: the classes' folders or other keys in the same order, as `open_source(classes=...)` takes them.
+        folders: the classes' keys in the same order: folders, categories or labels of a list.
+        identity: both, as `open_source(classes=...)` takes them.
+        remark: for the user, on how the classes were matched; empty if there is none.
         labels: (n,) class indices, mapped from the file and read-only; UNLABELLED in a test set.
         places: folders or archives that hold the images.
         fingerprint: changes with anything that was listed.
         ignored: number of files that are not images, by extension.
+        skipped: number of folders that were passed over, by name.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
@@ -97,19 +110,22 @@ class IndexedImages:
         self._stamp = _state(descriptor)
         self._tensors, about = _header(descriptor)
         self._stamps = {one[0]: Stamp(*one) for one in about["stamps"]}
+        self.places = tuple(Place(*place) for place in about["places"])
+        changed = f"the index {self._path} is of data that have changed since"
         if fresh and (not about["settled"] or stale(list(self._stamps.values()))):
-            raise UnusableIndexError(f"the index {self._path} is of data that have changed since")
+            raise UnusableIndexError(changed)
         self.title: str = about["title"]
         self.classes: Sequence[str] = tuple(about["classes"])
         self.folders: Sequence[str] = tuple(about["folders"])
-        self.places = tuple(Place(*place) for place in about["places"])
+        self.identity = Classes(tuple(about["folders"]), tuple(about["classes"]), about["numbered"] is True)
+        self.remark: str = str(about["remark"])
         self.ignored: Mapping[str, int] = about["ignored"]
+        self.skipped: Mapping[str, int] = about["skipped"]
         self.fingerprint = sha256(json.dumps(about).encode()).hexdigest()[:32]
-        dtype, shape, offset = self._tensors["labels"]
-        with open(descriptor, "rb", closefd=False) as file:
-            mapped = np.memmap(file, dtype, "r", offset, shape)
-        self.labels: Labels = mapped.view(np.ndarray)
+        self.labels: Labels = self._mapped("labels")
         self._check()
+        if fresh and self._are_changed(about["images"]):
+            raise UnusableIndexError(changed)
 
     def _check(self) -> None:
         """Detect a damaged file at little cost: the bytes of names are not read."""
@@ -142,6 +158,33 @@ class IndexedImages:
         for path in list(self.__dict__.get("_descriptors", ())):
             os.close(self._descriptors.pop(path))
 
+    def size(self, number: int) -> int:
+        """Return the size of an encoded image in bytes, without reading it; raises OSError if it is not there."""
+        if "spans" in self._tensors:
+            return int(self._rows("spans", number)[0][1])
+        return os.stat(self._image_path(number)).st_size  # noqa: PTH116 (thousands of them)
+
+    def _are_changed(self, state: str) -> bool:
+        """Return whether image files have been written over."""
+        if "spans" in self._tensors:
+            return False
+        places, names = self._mapped("place"), self._mapped("names")
+        bounds = self._mapped("bounds")
+
+        def path_of(number: int) -> str:
+            return _path(self.places[places[number]], names[bounds[number] : bounds[number + 1]].tobytes())
+
+        return image_state(len(places), path_of)[0] != state
+
+    def _mapped(self, tensor: str) -> NDArray[Any]:
+        """Map a tensor of the file."""
+        dtype, shape, offset = self._tensors[tensor]
+        with open(self._descriptor(str(self._path)), "rb", closefd=False) as file:
+            return np.memmap(file, dtype, "r", offset, shape).view(np.ndarray)
+
+    def _image_path(self, number: int) -> str:
+        return _path(self.places[int(self._rows("place", number)[0])], self.relative_name(number))
+
     def relative_name(self, number: int) -> bytes:
         """Return the name of an image below its place, as in lists; raises IndexError if there is no such image."""
         start, stop = self._rows("bounds", number, 2).tolist()
@@ -161,7 +204,7 @@ class IndexedImages:
         """
         place = self.places[int(self._rows("place", number)[0])]
         if "spans" not in self._tensors:
-            path = f"{place.path}/{os.fsdecode(self.relative_name(number))}"
+            path = _path(place, self.relative_name(number))
             with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb", buffering=0) as file:
                 return file.readall()
         offset, size = self._rows("spans", number)[0].tolist()
@@ -199,6 +242,10 @@ class IndexedImages:
         if kept != opened:
             os.close(opened)
         return kept
+
+
+def _path(place: Place, name: bytes) -> str:
+    return f"{place.path}/{os.fsdecode(name)}"
 
 
 def _state(descriptor: int) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,24 @@ from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 
-# Those of torchvision's ImageFolder, and GIF.
+# Those of torchvision's ImageFolder, GIF, AVIF, and further ones of JPEG.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+IMAGE_EXTENSIONS += (".avif", ".jfif", ".jpe")
 SPLITS = ("train", "val", "test")
 LARGEST_INT16 = 32_767
-EXTENSIONS_TOLD_APART = 20
+EXTENSIONS_TOLD_APART = FOLDERS_NAMED = 20
+# Of network drives, operating systems and archives: waste baskets, thumbnails, snapshots. In lower case.
+SYSTEM_FOLDERS = frozenset(
+    (
+        "__macosx",
+        "@eadir", "@tmp", "@sharebin", "@sharesnap", "#recycle", "#snapshot",  # Synology
+        "@recycle", "@recently-snapshot", "@__thumb", "@transcode", "network recycle bin",  # QNAP
+        "~snapshot", "_snapshot",  # NetApp
+        "$recycle.bin", "recycler", "recycled", "system volume information", "$windows.~bt", "found.000",
+        "lost+found",
+        "network trash folder", "temporary items", "thevolumesettingsfolder",  # macOS on shared drives
+    )
+)  # fmt: skip
 
 Watch = Callable[[str, int], AbstractContextManager[Task]]
 """A display of progress: `relaylab.progress.progress`, or `unwatched`."""
@@ -68,7 +81,7 @@ class Listing:
     Attributes:
         title: display name, without folders.
         classes: display names, in the order of the labels.
-        folders: the classes' folders or other keys, in the same order.
+        folders: the classes' keys in the same order: folders, categories or labels; see Note [Classes].
         places: folders or archives that hold the images.
         labels: (n,) class indices or UNLABELLED.
         names: (bytes,) uint8, the names below their places, end to end.
@@ -76,7 +89,10 @@ class Listing:
         place: (n,) uint16, index of each image's place.
         spans: (n, 2) int64, offset and size in the archive; None for folders.
         ignored: number of ignored files, by extension.
+        skipped: number of ignored folders, by name; see `is_system_folder`.
         stamps: fingerprints of everything that was read.
+        numbered: whether the labels are those of a list.
+        remark: for the user, on how the classes were matched; empty if there is none.
     """
 
     title: str
@@ -90,6 +106,9 @@ class Listing:
     spans: NDArray[np.int64] | None
     ignored: Mapping[str, int]
     stamps: tuple[Stamp, ...]
+    numbered: bool = False
+    remark: str = ""
+    skipped: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def name(self, number: int) -> bytes:
         """Return the name of an image below its place."""
@@ -103,6 +122,7 @@ class Rows:
         self.found = 0
         self.keys: dict[str, int] = {}  # by class folder, in the order in which they are found
         self.ignored: Counter[str] = Counter()
+        self.skipped: set[str] = set()  # paths of folders
         self.stamps: list[Stamp] = []
         self._names = bytearray()
         self._bounds = array("Q", [0])
@@ -133,6 +153,10 @@ class Rows:
             if extension not in self.ignored and len(self.ignored) >= EXTENSIONS_TOLD_APART:
                 extension = "others"
             self.ignored[extension] += 1
+
+    def skip(self, folder: str) -> None:
+        """Note a folder that is neither a class nor searched."""
+        self.skipped.add(folder)
 
     def refuse_repeats(self, title: str) -> None:
         """Raise InputError if two images have the same name."""
@@ -169,13 +193,15 @@ class Rows:
         folders: tuple[str, ...],
         places: Sequence[Place],
         labels: NDArray[np.integer] | None = None,
+        *,
+        numbered: bool = False,
     ) -> Listing:
         """Return all images in the order in which they were added, with `labels` or those that were added."""
         bound_type: Any = np.uint32 if len(self._names) < 2**32 else np.uint64
         labels = np.frombuffer(self._labels, np.int32) if labels is None else labels
         return Listing(
             title=title,
-            classes=classes,
+            classes=told_apart(classes, folders),
             folders=folders,
             places=tuple(places),
             labels=labels.astype(label_type(len(classes))),
@@ -185,6 +211,8 @@ class Rows:
             spans=np.frombuffer(self._spans, np.int64).reshape(-1, 2) if self._spans else None,
             ignored=dict(self.ignored),
             stamps=tuple(self.stamps),
+            numbered=numbered,
+            skipped=dict(Counter(path.rpartition("/")[2] for path in self.skipped).most_common(FOLDERS_NAMED)),
         )
 
     def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
@@ -221,31 +249,10 @@ def _sorted(listing: Listing) -> Listing:
     )
 
 
-def relabelled(listing: Listing, wanted: Sequence[str]) -> Listing:
-    """Relabel images by the order of other classes, such as the folders or names of the training set's.
-
-    Raises:
-        InputError: a class that is not wanted, or one that is wanted twice.
-    """
-    if len(set(wanted)) < len(wanted):
-        raise InputError("classes: the same one more than once; give their folders where names are not unique")
-    if set(listing.folders) <= set(wanted):
-        keys = listing.folders
-    elif set(listing.classes) <= set(wanted) and len(set(listing.classes)) == len(listing.classes):
-        keys = listing.classes
-    else:
-        strange = sorted(set(listing.folders) - set(wanted))
-        raise InputError(f"{listing.title} has classes that were not asked for: {few(strange)}")
-    label = {name: number for number, name in enumerate(wanted)}
-    ranks = np.array([*(label[key] for key in keys), UNLABELLED])
-    shown = dict(zip(keys, listing.classes, strict=True))
-    folder = dict(zip(keys, listing.folders, strict=True))
-    return replace(
-        listing,
-        labels=ranks[listing.labels].astype(label_type(len(wanted))),
-        classes=tuple(shown.get(name, name) for name in wanted),
-        folders=tuple(folder.get(name, name) for name in wanted),
-    )
+def told_apart(names: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:
+    """Return display names in which each that occurs more than once has its class's key behind it."""
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else f"{name} ({key})" for name, key in zip(names, keys, strict=False))
 
 
 def label_type(num_classes: int) -> Any:
@@ -263,6 +270,11 @@ def printable(name: str | bytes) -> str:
     """Return a name on one line, with unprintable characters escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_system_folder(name: str) -> bool:
+    """Return whether a folder's name is that of a hidden folder or of a system's own: neither a class nor images."""
+    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:

@@ -6,6 +6,8 @@ The order of the list is kept: challenges expect results in it.
 import os
 import posixpath
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +36,17 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     rows = Rows()
     rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
     classes = read_categories(categories) if categories else None
+    keys = _unique(classes or ())
     folder_of = _read(file, root, rows, classes, watch)
     if not rows.found:
         raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
     rows.refuse_repeats(file.name)
     _check_files(file, root, rows, watch)
+    labelled = set(folder_of) != {UNLABELLED}
     if classes is None:
-        classes = _names(folder_of, named, rows)
-    return rows.listed(file.name, classes, classes, [Place(str(root), str(root))])
+        keys, classes = _names(folder_of, named, rows) if labelled else ((), ())
+    places = [Place(str(root), str(root))]
+    return rows.listed(file.name, classes, keys, places, numbered=labelled)
 
 
 def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, watch: Watch) -> dict[int, bytes | None]:
@@ -138,14 +143,25 @@ def _kinds(folder: bytes, root: bytes) -> dict[bytes, str]:
     return kinds
 
 
-def _names(folder_of: dict[int, bytes | None], named: list[Path], rows: Rows) -> tuple[str, ...]:
-    """Name the classes of a list without categories: by their folders, or by ImageNet's sorted synsets."""
-    if set(folder_of) == {UNLABELLED}:
-        return ()
+def _names(
+    folder_of: dict[int, bytes | None], named: list[Path], rows: Rows
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return keys and names of the classes of a list without categories: their folders or ImageNet's sorted synsets.
+
+    Where folders do not tell classes apart, and for labels that the list leaves out, the key is the label.
+    """
     folders = {label: os.fsdecode(folder) for label, folder in folder_of.items() if folder}
-    count = max(folder_of) + 1
-    if len(folders) == len(folder_of) == len(set(folders.values())):
-        names = {label: without_letter(folder) for label, folder in folders.items()}
-        shown = names_beside(named, names.values(), rows.stamps)
-        return tuple(shown.get(names.get(label, ""), names.get(label, f"class {label}")) for label in range(count))
-    return tuple(f"class {label}" for label in range(count))
+    labels = range(max(folder_of) + 1)
+    if not len(folders) == len(folder_of) == len(set(folders.values())):
+        folders = {}
+    keys = {label: without_letter(folder) for label, folder in folders.items()}
+    shown = names_beside(named, keys.values(), rows.stamps) if keys else {}
+    names = {label: shown.get(key, key) for label, key in keys.items()}
+    unique = _unique([keys.get(label, str(label)) for label in labels])
+    return unique, tuple(names.get(label, f"class {label}") for label in labels)
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys of a list's classes: their names, or the labels of those that have the same name."""
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else str(label) for label, name in enumerate(names))

@@ -1,6 +1,7 @@
 """Open any kind of data set: listed once, and read from its index from then on."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ import numpy as np
 from relaylab.data.sources.archives import list_tars
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
+from relaylab.data.sources.classes import Classes, relabelled
 from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
 from relaylab.data.sources.listing import (
     SPLITS,
@@ -19,15 +21,16 @@ from relaylab.data.sources.listing import (
     NoSplitError,
     Watch,
     few,
-    label_type,
     printable,
-    relabelled,
+    told_apart,
     unwatched,
 )
 from relaylab.data.sources.lists import list_file
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import list_trees
 from relaylab.errors import InputError
+
+log = logging.getLogger("relaylab.data")
 
 TARS = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tar.zst", ".txz", ".tgz", ".tbz2", ".tzst")
 LISTS = (".txt", ".csv")
@@ -48,7 +51,7 @@ class _Request:
     categories: Path | None = None
     named: tuple[Path, ...] = ()
     split: str | None = None
-    classes: tuple[str, ...] | None = None
+    classes: Classes | None = None
 
     def file(self, cache: Path) -> Path:
         text = json.dumps(asdict(self), default=str)
@@ -59,7 +62,7 @@ def open_source(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     split: str | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Classes | None = None,
     root: Path | None = None,
     categories: Path | None = None,
     cache: Path | None = None,
@@ -73,8 +76,8 @@ def open_source(
             validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and meta.mat, the latter two
             also as the folder of the development kit.
         split: train, val or test where the tree or tar has them. A test split may be without classes.
-        classes: folders or names of classes in the order that labels shall have, such as `folders` of the training set;
-            for a list, the names of its labels.
+        classes: classes in the order that labels shall have, such as `identity` of the training set; or their folders
+            or names. Images are labelled by these, matched by key: see Note [Classes].
         root: folder that a list is about; by default the folder among `paths`, else the list's own.
         categories: file with `NAME LABEL` for each class of a list; by default a categories*.txt beside it.
         cache: folder for indexes and decompressed tars; by default the environment's RELAYLAB_CACHE, else the user's.
@@ -89,17 +92,23 @@ def open_source(
     file = request.file(folder)
     if file.exists():
         try:
-            return IndexedImages(file, fresh=True)
+            return _told(IndexedImages(file, fresh=True))
         except UnusableIndexError:
             pass  # it is made anew
     write_index(file, _list(request, folder, watch))
-    return IndexedImages(file)
+    return _told(IndexedImages(file))
+
+
+def _told(source: IndexedImages) -> IndexedImages:
+    if source.remark:
+        log.warning("%s", source.remark)
+    return source
 
 
 def _request(
     paths: Sequence[Path],
     split: str | None,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | Classes | None,
     root: Path | None,
     categories: Path | None,
 ) -> _Request:
@@ -128,7 +137,7 @@ def _request(
         truth=truth,
         meta=meta,
         split=split,
-        classes=None if classes is None else tuple(classes),
+        classes=classes if classes is None or isinstance(classes, Classes) else Classes.of(classes),
         named=tuple(dict.fromkeys(files_beside(_around((*folders, *files), split)))),
     )
     if lists:
@@ -189,8 +198,7 @@ def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
         if request.list is not None:
             assert request.root is not None, "a list has a root"
             listing = list_file(request.list, request.root, request.categories, list(request.named), watch)
-            return _renamed(listing, request.classes)
-        if request.tars:
+        elif request.tars:
             listing = list_tars(request.tars, title, request.split, request.named, watch, cache=cache, flat=flat)
         else:
             listing = list_trees(request.folders, title, request.split, request.named, watch, flat=flat)
@@ -199,20 +207,6 @@ def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
     if request.truth is not None and request.meta is not None:
         listing = _with_truth(listing, request.truth, request.meta)
     return listing if request.classes is None else relabelled(listing, request.classes)
-
-
-def _renamed(listing: Listing, classes: tuple[str, ...] | None) -> Listing:
-    """Name the classes of a list, whose labels are numbers: other classes cannot change them."""
-    if classes is None:
-        return listing
-    if len(listing.labels) and int(listing.labels.max()) >= len(classes):
-        raise InputError(f"{listing.title} has label {listing.labels.max()}, but there are {len(classes)} classes")
-    named = [name for name in listing.classes if not name.startswith("class ")]
-    for label, (name, wanted) in enumerate(zip(listing.classes, classes, strict=False)):
-        if named and name != wanted and name != f"class {label}":
-            raise InputError(f"{listing.title}: class {label} is {name!r}, expected {wanted!r}")
-    labels = listing.labels.astype(label_type(len(classes)))
-    return replace(listing, classes=classes, folders=classes, labels=labels)
 
 
 def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
@@ -233,5 +227,5 @@ def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
         labels[number] = rank[synset[lines[int(image) - 1]]]
     if len(labels) != len(lines):
         raise InputError(f"{listing.title} has {len(labels):,} images, {truth.name} {len(lines):,} lines")
-    classes = tuple(shown[name] for name in folders)
+    classes = told_apart([shown[name] for name in folders], folders)
     return replace(listing, labels=labels, classes=classes, folders=folders, stamps=stamps)

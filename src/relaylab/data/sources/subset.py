@@ -6,6 +6,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from relaylab.data.sources.classes import classes_of
 from relaylab.data.sources.source import Labels, Source
 from relaylab.errors import InputError
 
@@ -33,6 +34,7 @@ class Thinned:
         self.numbers: Numbers = numbers.astype(np.int64)
         self.title: str = source.title
         self.classes: Sequence[str] = source.classes
+        self.identity = classes_of(source)
         self.labels: Labels = source.labels[self.numbers]
         self.fingerprint = sha256(source.fingerprint.encode() + self.numbers.tobytes()).hexdigest()[:32]
 
@@ -42,6 +44,10 @@ class Thinned:
     def read(self, number: int) -> bytes:
         """Return the encoded bytes of an image; raises OSError if it cannot be read."""
         return self.source.read(int(self.numbers[number]))
+
+    def size(self, number: int) -> int:
+        """Return the size of an encoded image in bytes, where the source knows it."""
+        return self.source.size(int(self.numbers[number]))  # pyright: ignore[reportAttributeAccessIssue]
 
     def name(self, number: int) -> str:
         """Return the path of an image, for messages and lists."""

@@ -14,13 +14,12 @@ from relaylab.data.sources.listing import (
     SplitNeededError,
     Watch,
     is_image,
+    is_system_folder,
     printable,
 )
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
-
-NO_CLASS = "__MACOSX"
 
 
 def list_trees(
@@ -119,7 +118,9 @@ def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[li
                 if entry.is_symlink() and (image or entry.is_dir()):
                     refuse_to_leave(entry.path, root)
                 if entry.is_dir():
-                    if not name.startswith(".") and name != NO_CLASS:
+                    if is_system_folder(name):
+                        rows.skip(entry.path)
+                    else:
                         folders.append(name)
                 elif image and entry.is_file():
                     images.append(name)

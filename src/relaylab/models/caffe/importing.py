@@ -57,6 +57,7 @@ def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) 
     return ModelFile(
         network=network,
         classes=names,
+        numbered=True,
         input=_input_config(prototxt, source, network.image_size),
         state=_state(caffemodel, layers, weights, model),
         about=f"imported from Caffe: {prototxt.name} and {caffemodel.name} of SHA-256 {_sha256(caffemodel)}",

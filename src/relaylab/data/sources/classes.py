@@ -1,0 +1,239 @@
+"""The identity of classes, and how those of one data set match those of another set or of a network.
+
+Note [Classes]
+1. A class is known by its key: its folder's name, the synset, or the category that a list gives; where a list gives
+   nothing else, its label. Keys are unique. Names are for people.
+2. Two sets match by the first of these that covers all classes with images: the keys of both; the keys of one and the
+   names of the other, or the names of both, as far as they are unique.
+3. A list without names has only numbers. It matches another list by label, and folders by the numbers that they are
+   called, if all of them are called by numbers.
+4. A list without names and folders called by words match by rank: label 3 is the fourth folder, as in ImageNet's lists.
+   Nothing can confirm that, so the user is told.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from relaylab.data.sources.listing import Listing, few, label_type, told_apart
+from relaylab.data.sources.source import UNLABELLED, Source
+from relaylab.errors import InputError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set or of a network, in the order of their labels.
+
+    Attributes:
+        keys: unique; see Note [Classes] 1.
+        names: display names.
+        numbered: whether the labels are those of a list, so that they mean the same in other lists of its kind.
+
+    Raises:
+        InputError: a key twice, or not as many names.
+    """
+
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    numbered: bool = False
+
+    def __post_init__(self) -> None:
+        if len(set(self.keys)) < len(self.keys):
+            repeated = sorted({key for key in self.keys if self.keys.count(key) > 1})
+            raise InputError(f"classes: {few(repeated)} more than once; give the classes' folders or other unique keys")
+        if len(self.names) != len(self.keys):
+            raise InputError(f"{len(self.names)} class names for {len(self.keys)} classes")
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Classes":
+        """Return the classes that are known by name only; "class 0", "class 1", ... are numbers."""
+        names = tuple(names)
+        if names == tuple(f"class {number}" for number in range(len(names))):
+            return cls(tuple(map(str, range(len(names)))), names, numbered=True)
+        return cls(names, names)
+
+    @classmethod
+    def stored(cls, names: Sequence[str], keys: Sequence[str] | None, *, numbered: bool) -> "Classes":
+        """Return the classes of a file; those of earlier versions have no keys, and perhaps the same name twice."""
+        if keys is None and len(set(names)) < len(names):
+            keys = [f"{name} (output {number})" for number, name in enumerate(names)]
+        if keys is None:
+            known = cls.of(names)
+            return replace(known, numbered=known.numbered or numbered)
+        return cls(tuple(keys), tuple(names), numbered)
+
+    @property
+    def has_only_numbers(self) -> bool:
+        """Whether these are the classes of a list that gives them no names."""
+        return self.numbered and all(key == str(label) for label, key in enumerate(self.keys))
+
+    @property
+    def numbers(self) -> tuple[int, ...] | None:
+        """The number of each class: its label in a list, else its folder's name; None if these are not all numbers."""
+        if self.numbered:
+            return tuple(range(len(self.keys)))
+        if not all(key.isdecimal() and len(key) < 10 for key in self.keys):
+            return None
+        numbers = tuple(map(int, self.keys))
+        return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def classes_of(source: Source) -> Classes:
+    """Return the classes of a data set; a source of another kind may know them by name only."""
+    found = getattr(source, "identity", None)
+    return found if isinstance(found, Classes) else Classes.of(source.classes)
+
+
+def match(
+    own: Classes, wanted: Classes, *, title: str, used: Iterable[int] | None = None
+) -> tuple[tuple[int, ...], str]:
+    """Find each class of a data set among other classes. See Note [Classes].
+
+    Args:
+        own: of the data set.
+        wanted: those to find them among, in the order that labels shall have.
+        title: of the data set, for messages.
+        used: labels that have images; None for all. Other classes need not be found.
+
+    Returns:
+        The index among `wanted` of each class, or UNLABELLED; and a remark for the user, empty if there is none.
+
+    Raises:
+        InputError: a class that is not among them; both sides are named.
+    """
+    needed = range(len(own.keys)) if used is None else sorted(set(used))
+    if own.has_only_numbers or wanted.has_only_numbers:
+        return _match_numbers(own, wanted, needed, title)
+    for theirs, ours in (
+        (own.keys, wanted.keys),
+        (own.keys, wanted.names),
+        (own.names, wanted.keys),
+        (own.names, wanted.names),
+    ):
+        found = _places(theirs, ours, needed)
+        if found is not None:
+            return found, ""
+    if told_apart(wanted.names, own.keys) == own.names:  # of a file without keys, where two classes have one name
+        return tuple(range(len(own.keys))), ""
+    raise _unknown(own, wanted, [label for label in needed if own.keys[label] not in wanted.keys], title)
+
+
+def _places(theirs: Sequence[str], ours: Sequence[str], needed: Iterable[int]) -> tuple[int, ...] | None:
+    """Return the place of each text among others; None if one that is needed is absent, or not unique."""
+    counts = dict.fromkeys((*theirs, *ours), 0)
+    for text in ours:
+        counts[text] += 1
+    places = {text: place for place, text in enumerate(ours) if counts[text] == 1}
+    chosen = [theirs[label] for label in needed]
+    if len(set(chosen)) < len(chosen) or not set(chosen) <= places.keys():
+        return None
+    return tuple(places.get(text, UNLABELLED) for text in theirs)
+
+
+def _match_numbers(own: Classes, wanted: Classes, needed: Sequence[int], title: str) -> tuple[tuple[int, ...], str]:
+    """See Note [Classes] 3 and 4."""
+    theirs, ours, remark = own.numbers, wanted.numbers, ""
+    if theirs is None:
+        raise _unknown(own, wanted, needed, title)
+    if ours is None and not any(key.isdecimal() for key in wanted.keys):
+        ours = tuple(range(len(wanted.keys)))
+        remark = (
+            f"{title} gives its classes no names: label 0 is taken for {few(wanted.keys[:1])}, and so on by the order "
+            "of the names; a categories.txt with a line NAME LABEL for each class, beside the list, confirms that"
+        )
+    places = {number: place for place, number in enumerate(ours or ())}
+    strange = [label for label in needed if theirs[label] not in places]
+    if strange or ours is None:
+        raise _unknown(own, wanted, strange or needed, title)
+    return tuple(places.get(number, UNLABELLED) for number in theirs), remark
+
+
+def _unknown(own: Classes, wanted: Classes, labels: Sequence[int], title: str) -> InputError:
+    """Return the error for classes that are not among others."""
+    labels = labels or range(len(own.keys))
+    strange, expected = [own.keys[label] for label in labels], list(wanted.keys)
+    what = "labels" if own.has_only_numbers else "classes"
+    return InputError(
+        f"{title} has {what} that were not asked for: {few(strange)}; expected are the {len(expected):,} classes "
+        f"{few(expected)}{_advice(own, wanted, strange)}"
+    )
+
+
+def _advice(own: Classes, wanted: Classes, strange: Sequence[str]) -> str:
+    """Return what to do about classes that are not among others; empty if there is nothing particular."""
+    alike = look_alikes(strange, wanted.keys)
+    if alike:
+        return f"; {alike[0]}"
+    # Names that occur twice have their keys behind them; see `told_apart`.
+    plain = [name.removesuffix(f" ({key})") for key, name in _pairs(wanted)]
+    ambiguous = [name for name in strange if plain.count(name) > 1]
+    if ambiguous:
+        return f"; several classes are called {few(ambiguous)}: name the folders by their keys"
+    if wanted.keys == wanted.names and not own.has_only_numbers:
+        names = "(classes.txt, synset_words.txt)"
+        return f"; if they are the same classes by other names, put the file with the names {names} beside the folders"
+    return ""
+
+
+def relabelled(listing: Listing, wanted: Classes) -> Listing:
+    """Relabel images by the order of other classes, such as those of the training set.
+
+    Raises:
+        InputError: a class with images that is not among them.
+    """
+    own = Classes(listing.folders, listing.classes, listing.numbered)
+    present = np.unique(listing.labels)
+    used = present[present != UNLABELLED].tolist()
+    places, remark = match(own, wanted, title=listing.title, used=used)
+    shown = {} if own.has_only_numbers else dict(zip(places, own.names, strict=True))
+    names = (name if name != key else shown.get(place, name) for place, (key, name) in enumerate(_pairs(wanted)))
+    return replace(
+        listing,
+        labels=np.array([*places, UNLABELLED])[listing.labels].astype(label_type(len(wanted.keys))),
+        classes=tuple(names),
+        folders=wanted.keys,
+        numbered=wanted.numbered,
+        remark=remark,
+    )
+
+
+def _pairs(classes: Classes) -> Iterable[tuple[str, str]]:
+    return zip(classes.keys, classes.names, strict=True)
+
+
+def look_alikes(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return a sentence for each name that differs from one of others in spelling only."""
+    by_form: dict[str, str] = {}
+    for other in others:
+        by_form.setdefault(_plainest(other), other)
+    pairs = [(name, by_form[_plainest(name)]) for name in names if _plainest(name) in by_form]
+    return [
+        f"{name!a} and {other!a} differ only in {_difference(name, other)}" for name, other in pairs if name != other
+    ]
+
+
+def _squeezed(name: str) -> str:
+    """Remove what does not show: white space at the ends, repeated, or of other widths; formatting characters."""
+    return " ".join("".join(c for c in name if unicodedata.category(c) != "Cf").split())
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFKC", name)
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "white space": _squeezed,
+    "Unicode form (NFC and NFD)": _composed,
+    "case": str.casefold,
+}
+
+
+def _plainest(name: str) -> str:
+    return _composed(_composed(_squeezed(name)).casefold())
+
+
+def _difference(one: str, other: str) -> str:
+    single = (what for what, change in SPELLINGS.items() if change(one) == change(other))
+    return next(single, "case, Unicode form and white space")
