@@ -230,7 +230,7 @@ def test_mixed_images_are_trained_on_soft_targets_and_counted_by_their_own_label
     original, top_errors = RelayLoss.term, loop.top_errors
     monkeypatch.setattr(loop, "top_errors", noting)
     monkeypatch.setattr(RelayLoss, "term", term)
-    train(tiny_images, tmp_path / "run", changes=("augmentation.mixup=1", "optimizer.label_smoothing=0.1"))
+    train(tiny_images, tmp_path / "run", changes=("augmentation.mixup=1", "loss.label_smoothing=0.1"))
     assert all(target.shape == (4, 5) for target in targets)
     torch.testing.assert_close(torch.cat(targets).sum(1), torch.ones(4 * len(targets)))
     assert any(((target > 0.1) & (target < 0.9)).any() for target in targets)
