@@ -23,8 +23,9 @@ class DataOptions:
     """Images on disk."""
 
     paths: Sources
-    """Folders or tar files with CLASS/IMAGE, perhaps below train/, val/ and test/; or a list file with NAME LABEL lines
-    and the folder that it is about; or ImageNet's validation images with their development kit."""
+    """Folders or tar files with CLASS/IMAGE, perhaps below train/, val/ and test/; or a list of images (NAME LABEL
+    lines or a CSV file with a header) and the folder that it is about; or ImageNet's validation images with their
+    development kit."""
 
     split: Split = None
     """One of train, val and test, where the data has them (default: all, one after another)."""
@@ -113,6 +114,9 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     names = [name for name, _ in facts["classes"]]
     sizes = np.array([count for _, count in facts["classes"]])
     lines = [f"{facts['title']}{f', {split}' if split else ''}: {facts['images']:,} images in {len(names):,} classes"]
+    lines += [f"  list                {note}" for note in facts["notes"]]
+    if facts["several_labels"] is not None:
+        lines.append(f"  several labels      {facts['several_labels']:,}")
     if facts["unlabelled"]:
         lines.append(f"  without a label     {facts['unlabelled']:,}")
     if facts["unlabelled"] < facts["images"]:

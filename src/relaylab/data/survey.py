@@ -15,7 +15,7 @@ from relaylab.data.batches import OrderedBatches, spread
 from relaylab.data.decode import FORMATS, decode_checked, without_notes
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.loader import Workers
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import Source, class_counts, targets_of
 from relaylab.files import available_cores
 from relaylab.progress import Task
 
@@ -135,14 +135,17 @@ def survey(
 
 def summary(source: Source, findings: Survey) -> dict[str, Any]:
     """Return the findings on a source as plain values, for JSON and tables."""
-    labels = np.asarray(source.labels)
-    counts = np.bincount(labels[labels >= 0], minlength=len(source.classes))
+    targets = targets_of(source)
+    counts = class_counts(source)
+    unlabelled = source.labels < 0 if targets is None else ~targets.any(axis=1)
     sides = np.minimum(findings.widths, findings.heights)
     return {
         "title": source.title,
         "images": len(source),
-        "unlabelled": int((labels < 0).sum()),
+        "unlabelled": int(unlabelled.sum()),
+        "several_labels": None if targets is None else int((targets.sum(axis=1) > 1).sum()),
         "classes": [[name, count] for name, count in zip(source.classes, counts.tolist(), strict=True)],
+        "notes": list(getattr(source, "notes", ())),
         "ignored_files": dict(getattr(source, "ignored", {})),
         "ignored_folders": dict(getattr(source, "skipped", {})),
         "examined": findings.examined,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from relaylab.data.sources.listing import Listing, few, label_type, told_apart
-from relaylab.data.sources.source import UNLABELLED, Source
+from relaylab.data.sources.source import UNLABELLED, Source, Targets, images_by_class
 from relaylab.errors import InputError
 
 
@@ -184,19 +184,28 @@ def relabelled(listing: Listing, wanted: Classes) -> Listing:
         InputError: a class with images that is not among them.
     """
     own = Classes(listing.folders, listing.classes, listing.numbered)
-    present = np.unique(listing.labels)
-    used = present[present != UNLABELLED].tolist()
-    places, remark = match(own, wanted, title=listing.title, used=used)
+    count = len(own.keys)
+    used = np.flatnonzero(images_by_class(listing.labels if listing.targets is None else listing.targets, count))
+    places, remark = match(own, wanted, title=listing.title, used=used.tolist())
     shown = {} if own.has_only_numbers else dict(zip(places, own.names, strict=True))
     names = (name if name != key else shown.get(place, name) for place, (key, name) in enumerate(_pairs(wanted)))
     return replace(
         listing,
         labels=np.array([*places, UNLABELLED])[listing.labels].astype(label_type(len(wanted.keys))),
+        targets=None if listing.targets is None else _moved(listing.targets, places, len(wanted.keys)),
         classes=tuple(names),
         folders=wanted.keys,
         numbered=wanted.numbered,
         remark=remark,
     )
+
+
+def _moved(targets: Targets, places: Sequence[int], count: int) -> Targets:
+    """Move the columns of targets to their places among `count` classes; those without a place have no 1."""
+    moved = np.zeros((len(targets), count), np.uint8)
+    kept = [label for label, place in enumerate(places) if place != UNLABELLED]
+    moved[:, [places[label] for label in kept]] = targets[:, kept]
+    return moved
 
 
 def _pairs(classes: Classes) -> Iterable[tuple[str, str]]:

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import Listing, Place, printable
-from relaylab.data.sources.source import UNLABELLED, Labels
+from relaylab.data.sources.source import UNLABELLED, Labels, Targets
 from relaylab.data.sources.stamps import Stamp, image_state, is_recent, stale, unsettled
 from relaylab.errors import InputError
 
@@ -58,7 +58,10 @@ def write_index(path: Path, listing: Listing) -> None:
         "stamps": listing.stamps,
         "settled": not unsettled(listing.stamps) and not is_recent(latest),
     }
-    fields = ("labels", "bounds", "names", "place", *(["spans"] if listing.spans is not None else []))
+    if listing.notes:
+        about["notes"] = listing.notes
+    optional = (name for name in ("spans", "targets") if getattr(listing, name) is not None)
+    fields = ("labels", "bounds", "names", "place", *optional)
     tensors: dict[str, NDArray[Any]] = {name: getattr(listing, name) for name in fields}
     content = sha256()
     for tensor in tensors.values():
@@ -85,6 +88,8 @@ class IndexedImages:
         identity: both, as `open_source(classes=...)` takes them.
         remark: for the user, on how the classes were matched; empty if there is none.
         labels: (n,) class indices, mapped from the file and read-only; UNLABELLED in a test set.
+        targets: (n, classes) 1 for each label, likewise, where images may have several; else None.
+        notes: for the user, on how a list was read.
         places: folders or archives that hold the images.
         fingerprint: changes with anything that was listed.
         ignored: number of files that are not images, by extension.
@@ -122,7 +127,9 @@ class IndexedImages:
         self.ignored: Mapping[str, int] = about["ignored"]
         self.skipped: Mapping[str, int] = about["skipped"]
         self.fingerprint = sha256(json.dumps(about).encode()).hexdigest()[:32]
+        self.notes: Sequence[str] = tuple(about.get("notes", ()))
         self.labels: Labels = self._mapped("labels")
+        self.targets: Targets | None = self._mapped("targets") if "targets" in self._tensors else None
         self._check()
         if fresh and self._are_changed(about["images"]):
             raise UnusableIndexError(changed)
@@ -133,7 +140,8 @@ class IndexedImages:
         if not count or self.labels.min() < UNLABELLED or self.labels.max() >= max(1, len(self.classes)):
             raise ValueError("labels out of range")
         spans = {"spans": (count, 2)} if "spans" in self._tensors else {}
-        for name, shape in {"bounds": (count + 1,), "place": (count,), **spans}.items():
+        targets = {"targets": (count, len(self.classes))} if "targets" in self._tensors else {}
+        for name, shape in {"bounds": (count + 1,), "place": (count,), **spans, **targets}.items():
             if self._tensors[name][1] != shape:
                 raise ValueError(f"{name} of shape {self._tensors[name][1]}")
         if int(self._rows("bounds", count)[0]) != self._tensors["names"][1][0]:
@@ -176,7 +184,7 @@ class IndexedImages:
 
         return image_state(len(places), path_of)[0] != state
 
-    def _mapped(self, tensor: str) -> NDArray[Any]:
+    def _mapped(self, tensor: str) -> Any:
         """Map a tensor of the file."""
         dtype, shape, offset = self._tensors[tensor]
         with open(self._descriptor(str(self._path)), "rb", closefd=False) as file:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relaylab.data.sources.source import UNLABELLED, Labels
+from relaylab.data.sources.source import UNLABELLED, Labels, Targets
 from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
@@ -93,6 +93,9 @@ class Listing:
         stamps: fingerprints of everything that was read.
         numbered: whether the labels are those of a list.
         remark: for the user, on how the classes were matched; empty if there is none.
+        targets: (n, classes) uint8, 1 for each of an image's labels, where an image may have several or none; `labels`
+            are then UNLABELLED. Otherwise None.
+        notes: for the user, on how a list was read.
     """
 
     title: str
@@ -109,6 +112,8 @@ class Listing:
     numbered: bool = False
     remark: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict[str, int])
+    targets: Targets | None = None
+    notes: tuple[str, ...] = ()
 
     def name(self, number: int) -> bytes:
         """Return the name of an image below its place."""

@@ -36,7 +36,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     rows = Rows()
     rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
     classes = read_categories(categories) if categories else None
-    keys = _unique(classes or ())
+    keys = unique_keys(classes or ())
     folder_of = _read(file, root, rows, classes, watch)
     if not rows.found:
         raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
@@ -70,17 +70,27 @@ def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, w
                 labelled = label != UNLABELLED
             elif labelled != (label != UNLABELLED):
                 raise InputError(f"{file.name}, line {number}: lines with and without a label; expected one kind only")
-            name = name.lstrip(b"/").removeprefix(inside)  # a name may also be a full path
-            if b"./" in name or b"//" in name or b"\0" in name:
-                if b".." in name.split(b"/") or b"\0" in name:
-                    raise InputError(f"{file.name}, line {number}: {printable(name)} leads out of {root}")
-                name = os.fsencode(posixpath.normpath(os.fsdecode(name)))
+            name = tidy_name(name, root, inside, f"{file.name}, line {number}")
             rows.add(name, label)
             folder = name.rpartition(b"/")[0]
             if folder_of.setdefault(label, folder) != folder:
                 folder_of[label] = None
         task.advance(unseen, f"{rows.found:,} images")
     return folder_of
+
+
+def tidy_name(name: bytes, root: Path, inside: bytes, where: str) -> bytes:
+    """Return a name relative to the root, whose path without the first slash is `inside`; it may be a full path.
+
+    Raises:
+        InputError: a name that leads out of the root.
+    """
+    name = name.lstrip(b"/").removeprefix(inside)
+    if b"./" in name or b"//" in name or b"\0" in name:
+        if b".." in name.split(b"/") or b"\0" in name:
+            raise InputError(f"{where}: {printable(name)} leads out of {root}")
+        name = os.fsencode(posixpath.normpath(os.fsdecode(name)))
+    return name
 
 
 def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
@@ -110,7 +120,7 @@ def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
     with watch("looking for the files", len(folders)) as task:
         for name, members in zip(folders, np.split(order, np.cumsum(np.bincount(folder))[:-1]), strict=True):
             numbers = members.tolist()
-            kinds = _kinds(os.fsencode(root) + b"/" + name, os.fsencode(root))
+            kinds = kinds_in(os.fsencode(root) + b"/" + name, os.fsencode(root))
             for number in numbers:
                 kind = kinds.get(rows.name(number).rpartition(b"/")[2], "")
                 if kind != "file":
@@ -125,8 +135,12 @@ def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
         )
 
 
-def _kinds(folder: bytes, root: bytes) -> dict[bytes, str]:
-    """Return `file`, `folder` or `other` by name in a folder; nothing if there is no such folder."""
+def kinds_in(folder: bytes, root: bytes) -> dict[bytes, str]:
+    """Return `file`, `folder` or `other` by name in a folder; nothing if there is no such folder.
+
+    Raises:
+        InputError: a folder that cannot be read, or a link that leads out of the root.
+    """
     kinds: dict[bytes, str] = {}
     try:
         if os.path.realpath(folder) != folder:  # a link, or a folder below one
@@ -157,11 +171,11 @@ def _names(
     keys = {label: without_letter(folder) for label, folder in folders.items()}
     shown = names_beside(named, keys.values(), rows.stamps) if keys else {}
     names = {label: shown.get(key, key) for label, key in keys.items()}
-    unique = _unique([keys.get(label, str(label)) for label in labels])
+    unique = unique_keys([keys.get(label, str(label)) for label in labels])
     return unique, tuple(names.get(label, f"class {label}") for label in labels)
 
 
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
+def unique_keys(names: Sequence[str]) -> tuple[str, ...]:
     """Return the keys of a list's classes: their names, or the labels of those that have the same name."""
     counts = Counter(names)
     return tuple(name if counts[name] == 1 else str(label) for label, name in enumerate(names))

@@ -14,6 +14,7 @@ from relaylab.data.sources.archives import list_tars
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
 from relaylab.data.sources.classes import Classes, relabelled
+from relaylab.data.sources.csv_files import CSV, has_header, list_csv
 from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
 from relaylab.data.sources.listing import (
     SPLITS,
@@ -33,7 +34,7 @@ from relaylab.errors import InputError
 log = logging.getLogger("relaylab.data")
 
 TARS = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tar.zst", ".txz", ".tgz", ".tbz2", ".tzst")
-LISTS = (".txt", ".csv")
+LISTS = (".txt", *CSV)
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 VALIDATION_IMAGE = "ILSVRC2012_val_"
 
@@ -72,9 +73,9 @@ def open_source(
 
     Args:
         paths: of the data set. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
-            above. Or a list file, `NAME LABEL` per line, with the folder that it is about. Or, for ImageNet's
-            validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and meta.mat, the latter two
-            also as the folder of the development kit.
+            above. Or a list file, `NAME LABEL` per line or a CSV file with a header, with the folder that it is about.
+            Or, for ImageNet's validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and
+            meta.mat, the latter two also as the folder of the development kit.
         split: train, val or test where the tree or tar has them. A test split may be without classes.
         classes: classes in the order that labels shall have, such as `identity` of the training set; or their folders
             or names. Images are labelled by these, matched by key: see Note [Classes].
@@ -130,7 +131,8 @@ def _request(
     strange = [path for path in files if path not in (*tars, *lists, truth, meta)]
     if not given or strange:
         came = f"{strange[0]}" if strange else "nothing"
-        raise InputError(f"{came}: expected folders, tar files ({' '.join(TARS)}) or a list of images (.txt, .csv)")
+        kinds = f"folders, tar files ({' '.join(TARS)}) or a list of images ({', '.join(LISTS)})"
+        raise InputError(f"{came}: expected {kinds}")
     request = _Request(
         folders=folders,
         tars=tars,
@@ -197,7 +199,11 @@ def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
     try:
         if request.list is not None:
             assert request.root is not None, "a list has a root"
-            listing = list_file(request.list, request.root, request.categories, list(request.named), watch)
+            if has_header(request.list):
+                known = (*request.classes.keys, *request.classes.names) if request.classes else ()
+                listing = list_csv(request.list, request.root, request.categories, request.named, known, watch)
+            else:
+                listing = list_file(request.list, request.root, request.categories, list(request.named), watch)
         elif request.tars:
             listing = list_tars(request.tars, title, request.split, request.named, watch, cache=cache, flat=flat)
         else:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from relaylab.data.sources.classes import classes_of
-from relaylab.data.sources.source import Labels, Source
+from relaylab.data.sources.source import Labels, Source, targets_of
 from relaylab.errors import InputError
 
 Numbers = NDArray[np.int64]
@@ -36,6 +36,8 @@ class Thinned:
         self.classes: Sequence[str] = source.classes
         self.identity = classes_of(source)
         self.labels: Labels = source.labels[self.numbers]
+        targets = targets_of(source)
+        self.targets = None if targets is None else targets[self.numbers]
         self.fingerprint = sha256(source.fingerprint.encode() + self.numbers.tobytes()).hexdigest()[:32]
 
     def __len__(self) -> int:
