@@ -27,6 +27,7 @@ SCENARIOS: dict[str, dict[str, object]] = {
     "fsdp, adamw": {"changes": (*PLAIN, *ADAMW), "strategy": "fsdp"},
     "augmentation": {"changes": (*PLAIN, *AUGMENTED)},
     "mixing": {"changes": (*PLAIN, *AUGMENTED, "augmentation.mixup=1", "augmentation.cutmix=1")},
+    "several labels": {"changes": (*PLAIN, "loss.function=binary", "images.sampling=shuffled")},
     "dropout": {"changes": STEPS},
     "dropout, from disk": {"changes": STEPS, "images": "disk", "workers": 1},
 }
@@ -37,7 +38,18 @@ STOP_AT = 4
 def config_of(name: str, tree: Path, out: Path, **more: object) -> TrainConfig:
     """A scenario's options."""
     options = {"recipe": "table3-model-a-relay", "scale": "tiny", "data": (tree,), "workers": 0, **SCENARIOS[name]}
+    if name == "several labels":
+        options |= {"data": (tree, tree.parent / "train.csv"), "val_data": (tree, tree.parent / "val.csv")}
     return TrainConfig(**{**options, "out": out, "accelerator": "cpu", "diagnose_every": 2, "keep": 9, **more})
+
+
+def write_lists(tree: Path) -> None:
+    """Write lists of the tree's images with several labels beside it; one process has a validation image more."""
+    for part in ("train", "val"):
+        names = sorted(path.relative_to(tree) for path in (tree / part).rglob("*.png"))[part == "val" :]
+        labels = [f"{name.parts[1]};class{number % 3}" for number, name in enumerate(names)]
+        lines = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
+        (tree.parent / f"{part}.csv").write_text("\n".join(["image,labels", *lines]))
 
 
 def without_dropout() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relaylab.commands.compare import CompareOptions, compare, print_results
-from relaylab.errors import FAILED, INTERRUPTED, raise_all
+from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder, write_text
 from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems, too_small
 from relaylab.recipes.scales import stored_side
@@ -114,9 +114,13 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
     import numpy as np
 
     from relaylab.data.sources.digits import digits_tar
+    from relaylab.data.sources.source import targets_of
     from relaylab.train.images import check_classes, chosen_numbers, open_sources
 
     train, val = open_sources(Engine(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images)
+    if targets_of(train) is not None:
+        advice = "relaylab recipes new writes a recipe for several labels, which relaylab compare trains"
+        raise InputError(f"{train.title}: the demo is for images of one class each; {advice}")
     check_classes(train, val)
     labels = np.asarray(train.labels)
     chosen, _ = chosen_numbers(recipe.images, labels)

@@ -162,6 +162,12 @@ def main(options: EvaluateOptions) -> int:
         raise InputError("an ensemble needs at least two networks")
     device = device_of(options.accelerator)
     models = {each.name: read_model(each.file) for each in networks}
+    if several := [name for name, model in models.items() if model.has_several_labels]:
+        raise InputError(
+            f"{several[0]} was trained on images with several labels, which relaylab eval does not score: the "
+            "validation's mean average precision is in its metrics.jsonl and in relaylab report; for single images, "
+            "relaylab predict"
+        )
     passes: dict[str, list[Pass]] = {}
     for each in networks:
         taken, sides = models[each.name].input, scales or each.scales
@@ -232,6 +238,8 @@ def predict(options: PredictOptions) -> int:
             print(result.name)
             for best in result.guesses:
                 print(f"  {100 * best.probability:5.1f} %  {best.name}")
+            if not result.guesses:
+                print("  no class has a probability of 50 % or more")
     if options.format == "json":
         print(json.dumps(printed, indent=1))
     if path is not None and drawn:

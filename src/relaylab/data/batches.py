@@ -26,7 +26,7 @@ from relaylab.data.decode import decode
 from relaylab.data.faults import Fault, ImageFault
 from relaylab.data.geometry import View, centre_box, cut_box, cut_window
 from relaylab.data.keyed import uniforms
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import UNLABELLED, Source, targets_of
 from relaylab.errors import InputError, LabError
 
 ATTEMPTS = 8  # at replacing an unreadable image
@@ -40,7 +40,8 @@ class Batch:
 
     Attributes:
         images: uint8 (n, size, size, 3), RGB, cropped, but neither flipped nor shifted.
-        labels: int64 (n,); `UNLABELLED` in a test set. On the images' device.
+        labels: int64 (n,); `UNLABELLED` in a test set. Where images may have several labels, float32 (n, classes) of 0
+            and 1. On the images' device.
         draws: int64 (n,), on the CPU: the draws that chose the images; in evaluation the images' indices.
         numbers: int64 (n,), on the CPU: indices of the images in their source, after replacements.
         faults: images that could not be read.
@@ -69,7 +70,7 @@ class Batch:
 class Columns:
     """A batch without its images; see `Batch`. Arrays: between processes a tensor costs a file."""
 
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | NDArray[np.float32]
     draws: NDArray[np.int64]
     numbers: NDArray[np.int64]
     faults: tuple[Fault, ...]
@@ -162,7 +163,9 @@ class ImageBatches(Dataset[Batch]):
                     faults.append(fault)
         if self.training:
             self.crops.finish(images, self.seed, draws)
-        return Columns(labels, draws, numbers, tuple(faults))
+        targets = targets_of(self.source)
+        truth = labels if targets is None else targets[numbers].astype(np.float32)  # of the images in their stead
+        return Columns(truth, draws, numbers, tuple(faults))
 
     def _read(self, number: int) -> bytes | OSError:
         try:
@@ -186,7 +189,10 @@ class ImageBatches(Dataset[Batch]):
         return None
 
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
-        """Cut another image of the class; return its index, and the faults found on the way to it."""
+        """Cut another image of the class; return its index, and the faults found on the way to it.
+
+        Images that may have several labels are of no class, and any other one takes their place.
+        """
         label = self.source.labels[fault.number]
         others = np.flatnonzero(self.source.labels == label)
         others = others[others != fault.number]
@@ -201,8 +207,9 @@ class ImageBatches(Dataset[Batch]):
                 return number, [replace(fault, draw=draw, replacement=number) for fault in faults]
             faults.append(another)
             others = np.delete(others, at)
+        of_class = "" if label == UNLABELLED else f"class {self.source.classes[label]}: "
         raise InputError(
-            f"class {self.source.classes[label]}: {fault.name} cannot be read ({fault.reason}), nor can any of "
+            f"{of_class}{fault.name} cannot be read ({fault.reason}), nor can any of "
             f"{len(faults) - 1} others that were tried in its stead; repair the images or leave the class out"
         )
 

@@ -15,7 +15,7 @@ from relaylab.data.faults import Fault, FaultLog
 from relaylab.data.geometry import View, centre_box, cut_window
 from relaylab.data.loader import EvaluationLoader, TrainingLoader, Workers
 from relaylab.data.sampling import DrawBatches, KeyedSampler
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import Source, targets_of
 from relaylab.data.statistics import ImageStatistics, sum_batch
 from relaylab.errors import InputError
 from relaylab.progress import Task
@@ -29,7 +29,7 @@ class DecodedImages:
 
     Attributes:
         images: uint8 (n, side, side, 3), RGB: the shorter side resized to `side`, the centre cut out.
-        labels: int64 (n,), on the same device.
+        labels: int64 (n,), or float32 (n, classes) of 0 and 1; on the same device.
         classes: names in the order of the labels.
     """
 
@@ -72,7 +72,10 @@ def decode_all(
             f"free on {device}: read them from disk as they are needed, or take fewer or smaller images"
         )
     images = torch.empty(len(source), side, side, 3, dtype=torch.uint8, device=device)
+    targets = targets_of(source)
     labels = torch.empty(len(source), dtype=torch.int64, device=device)
+    if targets is not None:
+        labels = torch.empty(targets.shape, dtype=torch.float32, device=device)
     dataset = ImageBatches(source, replace(view, size=side), training=False)
     found: list[Fault] = []
     done = 0

@@ -44,7 +44,7 @@ class Mixing:
 
         Args:
             images: (n, c, h, w), floating-point.
-            labels: int64 (n,), on the images' device.
+            labels: int64 (n,), or (n, classes) where images may have several; on the images' device.
             draws: int64 (n,), on the CPU.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from relaylab.data.loader import EvaluationLoader, TrainingLoader, evaluation_lo
 from relaylab.data.memory import DecodedImages, decoded_statistics, memory_evaluation_loader, memory_training_loader
 from relaylab.data.sampling import KeyedSampler
 from relaylab.data.sources.cache import cache_folder
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import Source, targets_of
 from relaylab.data.sources.subset import Thinned
 from relaylab.data.statistics import ImageStatistics, image_statistics
 from relaylab.progress import progress
@@ -27,8 +28,8 @@ class InMemory:
     view: View
 
     @property
-    def labels(self) -> NDArray[np.integer]:
-        """Class indices, (n,)."""
+    def labels(self) -> NDArray[Any]:
+        """Class indices, (n,); where images may have several labels, (n, classes) of 0 and 1."""
         return self.decoded.labels.cpu().numpy()
 
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
@@ -69,9 +70,10 @@ class OnDisk:
     fault_file: Path | None = None
 
     @property
-    def labels(self) -> NDArray[np.integer]:
-        """Class indices, (n,)."""
-        return self.source.labels
+    def labels(self) -> NDArray[Any]:
+        """Class indices, (n,); where images may have several labels, (n, classes) of 0 and 1."""
+        targets = targets_of(self.source)
+        return self.source.labels if targets is None else targets
 
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
         """Return a loader of random crops of the images that the sampler chooses."""

@@ -91,6 +91,8 @@ def _model_of(each: Run) -> Path:
 
 def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
     """Open the validation images, and choose as many of each class."""
+    if model.has_several_labels:
+        raise InputError(f"{first.folder}: its images have several labels; the probe reads the class of an image")
     source = open_split(data, first.about, None, model.identity)
     labels = np.asarray(source.labels)
     classes = np.unique(labels)

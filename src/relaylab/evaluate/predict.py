@@ -21,6 +21,7 @@ from relaylab.models.export import Classifier
 from relaylab.models.file import InputConfig, ModelFile, read_model
 
 TOP, BATCH = 5, 32
+LEAST = 0.5  # probability of a class of several
 STDIN = "-"
 
 
@@ -40,12 +41,14 @@ class Network:
     Attributes:
         classes: in the order of its output.
         input: the size of its images.
+        has_several_labels: whether each class has a probability of its own.
         scores: maps RGB crops (batch, 3, crop, crop), float32 from 0 to 255, to class scores (batch, classes).
     """
 
     classes: Classes
     input: InputConfig
     scores: Callable[[Tensor], Tensor]
+    has_several_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network's prediction for one image: its pixels, uint8 (h, w, 3), and at most five classes, likeliest first."""
+    """A network's prediction for one image: its pixels, uint8 (h, w, 3), and the likeliest classes, likeliest first.
+
+    They are at most five; of a network for several labels, all with a probability of at least `LEAST`, perhaps none.
+    """
 
     name: str
     pixels: Pixels
@@ -85,7 +91,7 @@ def network_of(model: ModelFile) -> Network:
     Raises:
         InputError: the weights belong to another network.
     """
-    return Network(model.identity, model.input, Classifier(model).eval())
+    return Network(model.identity, model.input, Classifier(model).eval(), model.has_several_labels)
 
 
 def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Picture]:
@@ -127,12 +133,14 @@ def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Predictio
         read = [_read(picture) for picture in pictures[start : start + BATCH]]
         crops = [crop_of(each[1], network.input) for each in read if not isinstance(each, InputError)]
         with torch.inference_mode():
-            shares = iter(network.scores(torch.stack(crops)).softmax(dim=1) if crops else ())
+            scores = network.scores(torch.stack(crops)) if crops else torch.empty(0, 1)
+            shares = iter(scores.sigmoid() if network.has_several_labels else scores.softmax(dim=1))
         for each in read:
             if isinstance(each, InputError):
                 yield each
             else:
-                best = next(shares).topk(min(TOP, len(names)))
+                own = next(shares)
+                best = own.topk(int((own >= LEAST).sum()) if network.has_several_labels else min(TOP, len(own)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 guesses = (Guess(names[index], share, network.classes.keys[index]) for index, share in pairs)
                 yield Prediction(*each, tuple(guesses))
@@ -173,4 +181,4 @@ def _open_onnx(path: Path) -> Network:
     def scores(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
-    return Network(classes, config, scores)
+    return Network(classes, config, scores, about.get("has_several_labels") == "true")

@@ -75,6 +75,7 @@ def about(model: ModelFile) -> dict[str, str]:
         "input": json.dumps({**sizes, "channels": "RGB", "values": "0 to 255"}),
         "network": json.dumps(network_values(model.network)),
         "about": model.about,
+        **({"has_several_labels": "true"} if model.has_several_labels else {}),
     }
 
 

@@ -86,6 +86,7 @@ class ModelFile:
         state: the plain model's state dict.
         mean_image: (crop, crop, 3), subtracted instead of `input.mean` if there is one.
         about: origin, in a sentence.
+        has_several_labels: whether each class has a probability of its own, the sigmoid of its score.
 
     Raises:
         InputError: a number of classes, a crop or a mean image that do not fit the network.
@@ -99,6 +100,7 @@ class ModelFile:
     about: str = ""
     keys: tuple[str, ...] | None = None
     numbered: bool = False
+    has_several_labels: bool = False
 
     def __post_init__(self) -> None:
         network, size = self.network, self.input.crop
@@ -175,6 +177,8 @@ def save_model(path: Path, model: ModelFile) -> None:
         "has_mean_image": model.mean_image is not None,
         "about": model.about,
     }
+    if model.has_several_labels:
+        header["has_several_labels"] = True
     if model.mean_image is not None:
         save_tensors({"mean_image": model.mean_image}, mean_path(path), {})
     save_tensors(model.state, path, {KEY: json.dumps(header)})
@@ -223,6 +227,7 @@ def read_model(path: Path) -> ModelFile:
             about=header["about"],
             keys=tuple(header["keys"]) if "keys" in header else None,
             numbered=header.get("numbered") is True,
+            has_several_labels=header.get("has_several_labels") is True,
         )
     except InputError:
         raise

@@ -9,9 +9,10 @@ from typing import Any
 from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
 from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
-from relaylab.report.verdict import chance_error
+from relaylab.report.verdict import chance_error, guessed_precision_error
 from relaylab.train import runs
 from relaylab.train.failures import FILE, Failure, read_failure
+from relaylab.train.metrics import MEASURES, TOP, Measure, measures_of
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import Tuning, read_tuning
 
@@ -31,6 +32,8 @@ class Run:
     classes: tuple[str, ...]
     counts: Mapping[str, Sequence[int]]
     """Images of each class, by split; empty for runs of earlier versions."""
+    sizes: Mapping[str, int]
+    """Images by split; empty likewise."""
     metrics: Sequence[Mapping[str, Any]]
     starts: Sequence[Mapping[str, Any]]
     """The environment of each start."""
@@ -51,9 +54,23 @@ class Comparison:
     """The trials by which each scheme's own values were chosen."""
 
     @property
-    def guess(self) -> float:
-        """The top-1 error of guessing, in per cent."""
-        return chance_error(len(self.runs[0].classes), 1)
+    def measures(self) -> list[Measure]:
+        """The errors that runs are compared by; with five classes or fewer the top-5 error says nothing."""
+        is_few = len(self.runs[0].classes) <= 5
+        found = [each for each in measures_of(self.runs[0].last) if not (is_few and TOP.get(each.base, 1) > 1)]
+        return [each for each in found if all(each.name in run.last for run in self.runs)]
+
+    @property
+    def measure(self) -> Measure:
+        """The error that decides."""
+        return self.measures[0]
+
+    def guess(self, measure: Measure | None = None) -> float:
+        """Return an error of guessing, in per cent; by default of the error that decides."""
+        first, measure = self.runs[0], measure or self.measure
+        if measure.base in TOP:
+            return chance_error(len(first.classes), TOP[measure.base])
+        return guessed_precision_error(first.counts["val"], first.sizes["val"])
 
     @property
     def by_scheme(self) -> dict[str, list[Run]]:
@@ -72,11 +89,12 @@ class Comparison:
         failures = self.failures.items()
         return [f"{SCHEMES[scheme]}, seed {seed}: {failure.text}" for (scheme, seed), failure in failures]
 
-    def errors(self, top: str) -> dict[str, dict[int, float | None]]:
-        """Return an error by scheme and seed; None for failed runs."""
+    def errors(self, measure: Measure | None = None) -> dict[str, dict[int, float | None]]:
+        """Return an error, by default the one that decides, by scheme and seed; None for failed runs."""
+        measure = measure or (self.measure if self.runs else MEASURES[0])
         found: dict[str, dict[int, float | None]] = {scheme: {} for scheme in SCHEMES}
         for run in self.runs:
-            found[run.recipe.scheme][run.about["seed"]] = run.last[top]
+            found[run.recipe.scheme][run.about["seed"]] = run.last[measure.name]
         for scheme, seed in self.failures:
             found[scheme].setdefault(seed, None)
         return {scheme: own for scheme, own in found.items() if own}
@@ -153,8 +171,9 @@ def _open(folder: Path) -> Run:
         raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
     with runs.reading(folder) as config:
         classes, counts = tuple(config["classes"]), config.get("counts", {})
+        sizes = config.get("images") or {split: sum(each) for split, each in counts.items()}
     tuning = read_tuning(folder.parent)
-    return Run(folder, recipe, about, classes, counts, metrics, runs.starts_of(folder) or [{}], {}, tuning)
+    return Run(folder, recipe, about, classes, counts, sizes, metrics, runs.starts_of(folder) or [{}], {}, tuning)
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], tuned: Collection[str]) -> str | None:

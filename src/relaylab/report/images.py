@@ -8,6 +8,7 @@ from PIL import Image
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.sources import digits
+from relaylab.data.sources.source import targets_of
 from relaylab.errors import InputError
 from relaylab.report.balance import balance_picture, draws_per_epoch
 from relaylab.report.comparison import Run
@@ -30,9 +31,10 @@ def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
     data, val_data = (tuple(map(Path, run.about[name])) for name in ("data", "val_data"))
     try:
         source = open_training(TrainConfig(data=data, val_data=val_data))
-        labels, strips = np.asarray(source.labels), list[tuple[str, str]]()
+        labels, targets, strips = np.asarray(source.labels), targets_of(source), list[tuple[str, str]]()
         for label, name in enumerate(run.classes[:CLASSES]):
-            tiles = [_tile(decode(source.read(int(n)))) for n in np.flatnonzero(labels == label)[:EACH]]
+            has_label = labels == label if targets is None else targets[:, label]
+            tiles = [_tile(decode(source.read(int(n)))) for n in np.flatnonzero(has_label)[:EACH]]
             if tiles:
                 strips.append((plain(name), image_uri(np.concatenate(tiles, axis=1)[:, :-GAP], "png")))
     except (InputError, ImageFault, OSError) as error:

@@ -14,20 +14,19 @@ from relaylab.report.paper_figures import gradient_figure, window_figure
 from relaylab.report.paper_tables import NAMES
 from relaylab.report.scored import scored
 from relaylab.report.summary import (
-    TITLES,
     code_of,
+    curve_title,
     failure_table,
-    guess_of,
     papers_table,
     recipe_table,
     run_table,
     summary,
-    tops,
     verdict_of,
 )
 from relaylab.report.tuned import tuning_pictures, tuning_table
 from relaylab.report.verdict import in_question
 from relaylab.tables import Table, render
+from relaylab.train.metrics import TOP, Measure
 
 DIGITS = "scikit-learn's handwritten digits"
 
@@ -42,7 +41,7 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
     """
     by_scheme, first, metrics = comparison.by_scheme, comparison.runs[0], comparison.metrics
     classes = len(first.classes)
-    curve, *more = (_error_curve(comparison, top) for top in tops(comparison))
+    curve, *more = (_error_curve(comparison, measure) for measure in comparison.measures)
     if all(any(line["kind"] == "train" for line in each.metrics) for each in comparison.runs):
         title = "Training loss, primary"
         more.append((title, svg_uri(curve_picture(metrics, "train", "loss.primary", title, "nats"))))
@@ -59,7 +58,9 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
         recipe=first.recipe,
         network=_network(comparison),
         images=DIGITS if is_embedded(first) else " and ".join(Path(path).name for path in first.about["data"]),
-        counts={part: sum(counts) for part, counts in first.counts.items()},
+        counts=first.sizes,
+        measure=comparison.measure,
+        is_share=comparison.measure.name in TOP,
         classes=classes,
         verdict=verdict_of(comparison),
         tuning=_tuning(comparison),
@@ -95,20 +96,22 @@ def _tuning(comparison: Comparison) -> tuple[dict[str, str], str] | None:
     """Return the pictures of the tuning as data URIs by the tuned value, and the table of its trials."""
     if comparison.tuning is None:
         return None
-    pictures = {key: svg_uri(picture) for key, picture in tuning_pictures(comparison.tuning).items()}
-    return pictures, _html(tuning_table(comparison.tuning, comparison.guess))
+    pictures = {
+        key: svg_uri(picture) for key, picture in tuning_pictures(comparison.tuning, comparison.measure).items()
+    }
+    return pictures, _html(tuning_table(comparison.tuning, comparison.guess(), comparison.measure))
 
 
-def _error_curve(comparison: Comparison, top: str) -> tuple[str, str]:
+def _error_curve(comparison: Comparison, measure: Measure) -> tuple[str, str]:
     """Return the title of an error's curve, and its picture as a data URI."""
-    title, guess = f"Validation error, {TITLES[top]}", guess_of(comparison, top)
-    picture = curve_picture(comparison.metrics, "val", top, title, "per cent", guess=guess, size=(5.6, 3.3))
+    title, guess = curve_title(measure), comparison.guess(measure)
+    picture = curve_picture(comparison.metrics, "val", measure.name, title, "per cent", guess=guess, size=(5.6, 3.3))
     return title, svg_uri(picture)
 
 
 def question(comparison: Comparison) -> str:
     """Return the question that a comparison answers: the page's title."""
-    schemes, network = comparison.errors("top1"), _network(comparison)
+    schemes, network = comparison.errors(), _network(comparison)
     ours = in_question(schemes)
     if ours is None:
         return f"{network[0].upper()}{network[1:]} trained by {SCHEME_NAMES[next(iter(schemes))]}"

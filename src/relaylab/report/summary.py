@@ -22,7 +22,6 @@ from relaylab.report.snippet import CODE, snippet
 from relaylab.report.tuned import tuning_pictures, tuning_table
 from relaylab.report.verdict import (
     Cost,
-    chance_error,
     difference_text,
     differences,
     in_question,
@@ -32,16 +31,11 @@ from relaylab.report.verdict import (
     verdict,
 )
 from relaylab.tables import Table, markdown_lines
+from relaylab.train.metrics import TOP, Measure
 
 RATE = "optimizer.lr"
 TUNED = "chosen by trials on images that were set aside (--tune)"
 TABLE, RESULTS, CURVES = "comparison.md", "comparison.json", "curves.svg"
-TITLES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "ema_top1": "averaged weights, top-1",
-    "ema_top5": "averaged weights, top-5",
-}
 TASK = ("network.", "images.")  # values that make it the paper's task
 PAPER_TABLE = {architecture: number for number in ("3", "6") for architecture in COLUMNS[number]}
 
@@ -55,14 +49,15 @@ def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str
         changes: of the recipe's values, as the user typed them.
     """
     shown, recipe, said = summary(comparison), comparison.runs[0].recipe, verdict_of(comparison)
-    pictures = {CURVES: curve_picture(comparison.metrics, "val", "top1", "Validation error, top-1", "per cent")}
+    measure = comparison.measure
+    pictures = {CURVES: curve_picture(comparison.metrics, "val", measure.name, curve_title(measure), "per cent")}
     notes = [*([f"Changed: {', '.join(changes)}."] if changes else []), *comparison.failure_texts, *shown.notes]
     text = [f"# {recipe.name}\n", *(f"- {line}" for line in said), "", *markdown_lines(shown), ""]
     text += [*(f"{note}\n" for note in notes), f"![Validation error]({CURVES})\n"]
     if comparison.tuning is not None:
-        trials = tuning_table(comparison.tuning, comparison.guess)
+        trials = tuning_table(comparison.tuning, comparison.guess(), measure)
         text += [f"## {trials.title}\n", *markdown_lines(trials), "", *(f"{note}\n" for note in trials.notes)]
-        for number, (key, picture) in enumerate(tuning_pictures(comparison.tuning).items(), 1):
+        for number, (key, picture) in enumerate(tuning_pictures(comparison.tuning, measure).items(), 1):
             pictures[f"tuning-{number}.svg"] = picture
             text.append(f"![Error of the trials against {key}](tuning-{number}.svg)\n")
     code = code_of(comparison)
@@ -91,14 +86,14 @@ def _results(comparison: Comparison, changes: Sequence[str], said: Sequence[str]
             "decision": each.decision,
             "text": each.text,
         }
-        for each in differences(comparison.errors("top1"))
+        for each in differences(comparison.errors())
     ]
     return {
         "recipe": comparison.runs[0].recipe.name,
         "changes": list(changes),
         "verdict": list(said),
         "differences": pairs,
-        "guessing": comparison.guess,
+        "guessing": comparison.guess(),
         "costs": {scheme: asdict(cost) for scheme, cost in method_costs(comparison).items()},
         "tuning": comparison.tuning and asdict(comparison.tuning),
         "runs": runs,
@@ -108,7 +103,14 @@ def _results(comparison: Comparison, changes: Sequence[str], said: Sequence[str]
 
 def verdict_of(comparison: Comparison) -> list[str]:
     """Return the sentences that a comparison leads to."""
-    return verdict(comparison.errors("top1"), comparison.guess, method_costs(comparison))
+    measure, costs = comparison.measure, method_costs(comparison)
+    points = f"per cent of {measure.title}" if measure.name in TOP else f"{measure.title}, in per cent"
+    return verdict(comparison.errors(), comparison.guess(), costs, error=points)
+
+
+def curve_title(measure: Measure) -> str:
+    """Return the title of the curve of an error."""
+    return f"Validation error, {measure.short}"
 
 
 def code_of(comparison: Comparison) -> str | None:
@@ -117,26 +119,14 @@ def code_of(comparison: Comparison) -> str | None:
     return None if ours is None else snippet(comparison.by_scheme[ours][0].recipe)
 
 
-def tops(comparison: Comparison) -> dict[str, str]:
-    """Return the error rates that say something: with five classes or fewer, the top-5 error is always 0."""
-    is_few = len(comparison.runs[0].classes) <= 5
-    shown = {top: title for top, title in TITLES.items() if top.endswith("top1") or not is_few}
-    return {top: title for top, title in shown.items() if all(top in run.last for run in comparison.runs)}
-
-
-def guess_of(comparison: Comparison, top: str) -> float:
-    """Return the error of guessing that belongs to an error rate, in per cent."""
-    return chance_error(len(comparison.runs[0].classes), int(top.rpartition("top")[2]))
-
-
 def summary(comparison: Comparison) -> Table:
     """Return the page's first table: errors as the runs measured them, and what each method costs."""
-    by_scheme, shown, first = comparison.by_scheme, tops(comparison), comparison.runs[0]
-    errors = {top: comparison.errors(top) for top in shown}
+    by_scheme, shown, first = comparison.by_scheme, comparison.measures, comparison.runs[0]
+    errors = {each.name: comparison.errors(each) for each in shown}
     ours, costs = in_question(by_scheme), method_costs(comparison)
     paper = reported("3", [first.recipe.network.architecture]) if _has_papers_rows(first) else {}
-    header = ["method", "runs", *(f"{title} error, %" for title in shown.values())]
-    header += [f"{SCHEME_NAMES[ours]} minus this, {title}" for title in shown.values()] if ours else []
+    header = ["method", "runs", *(f"{each.title}, %" for each in shown)]
+    header += [f"{SCHEME_NAMES[ours]} minus this, {each.short}" for each in shown] if ours else []
     own_values = _tuned_values(comparison)
     header += [
         "learning rate",
@@ -150,10 +140,10 @@ def summary(comparison: Comparison) -> Table:
         return (name, runs, *cells, *[""] * (len(header) - 2 - len(cells)))
 
     rows: list[tuple[str, ...]] = []
-    for scheme in errors["top1"]:
+    for scheme in errors[comparison.measure.name]:
         own = by_scheme.get(scheme, [])
-        cells = [mean_text([each.last[top] for each in own]) if own else "" for top in shown]
-        for top in shown if ours else ():
+        cells = [mean_text([each.last[top] for each in own]) if own else "" for top in errors]
+        for top in errors if ours else ():
             pairs = paired_differences(errors[top][str(ours)], errors[top][scheme])
             cells.append(difference_text(pairs) if own and scheme != ours else "")
         cost = costs.get(scheme, Cost())
@@ -163,7 +153,7 @@ def summary(comparison: Comparison) -> Table:
         rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
         if scheme in paper:
             rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme][: len(shown)]))
-    rows.append(row("guessing", "", [f"{guess_of(comparison, top):.2f}" for top in shown]))
+    rows.append(row("guessing", "", [f"{comparison.guess(each):.2f}" for each in shown]))
     return Table("Errors on the validation images", tuple(header), tuple(rows), _notes(comparison, ours))
 
 

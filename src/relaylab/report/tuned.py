@@ -8,20 +8,21 @@ from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
 from relaylab.report.verdict import LEARNT
 from relaylab.tables import Table
+from relaylab.train.metrics import Measure
 from relaylab.train.tuning import Axis, Choice, Trial, Tuning
 
 
-def tuning_table(tuning: Tuning, guess: float) -> Table:
+def tuning_table(tuning: Tuning, guess: float, measure: Measure) -> Table:
     """Return all trials with their errors, those of each scheme's choice marked; `guess` is the error of guessing."""
     keys = list(dict.fromkeys(axis.key for choice in tuning.choices.values() for axis in choice.axes))
     rows: list[tuple[str, ...]] = []
     for scheme, choice in tuning.choices.items():
         for trial in choice.trials:
             values = dict(zip((axis.key for axis in choice.axes), trial.point, strict=True))
-            error = "" if trial.top1 is None else f"{trial.top1:.2f}"
+            error = "" if trial.error is None else f"{trial.error:.2f}"
             cells = (*(values.get(key, "") for key in keys), error, _outcome(choice, trial, guess))
             rows.append((SCHEME_NAMES[scheme], *cells))
-    header = ("method", *keys, "top-1 error, %", "outcome")
+    header = ("method", *keys, f"{measure.title}, %", "outcome")
     share = "" if tuning.share == 1 else f", each {tuning.share:g} of the recipe's iterations long"
     unit = "of each class" if tuning.images >= 1 else "of the training images of each class"
     aside = f"{int(tuning.images)}" if tuning.images >= 1 else f"{100 * tuning.images:g} %"
@@ -30,22 +31,24 @@ def tuning_table(tuning: Tuning, guess: float) -> Table:
 
 
 def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
-    if trial.top1 is None:
+    if trial.error is None:
         return "diverged"
-    said = "no better than guessing" if trial.top1 >= LEARNT * guess else ""
+    said = "no better than guessing" if trial.error >= LEARNT * guess else ""
     if trial.point == choice.point:
         said = "chosen" if choice.enclosed else "chosen, at the end of what was tried"
     added = any(text not in axis.values for axis, text in zip(choice.axes, trial.point, strict=True))
     return f"{said}; beyond the grid".lstrip("; ") if added else said
 
 
-def tuning_pictures(tuning: Tuning) -> dict[str, str]:
+def tuning_pictures(tuning: Tuning, measure: Measure) -> dict[str, str]:
     """Return a plot as SVG text for each axis of numbers on which several values were tried, by its key."""
     axes = {axis.key: axis for choice in tuning.choices.values() for axis in choice.axes}
-    return {key: _picture(tuning, axis) for key, axis in axes.items() if axis.kind != "choice" and axis.values[1:]}
+    return {
+        key: _picture(tuning, axis, measure) for key, axis in axes.items() if axis.kind != "choice" and axis.values[1:]
+    }
 
 
-def _picture(tuning: Tuning, axis: Axis) -> str:
+def _picture(tuning: Tuning, axis: Axis, measure: Measure) -> str:
     curves = {scheme: own for scheme, choice in tuning.choices.items() if (own := _curve(choice, axis.key))}
     values = {value for own in curves.values() for value in own}
     is_log = min(values) > 0
@@ -70,7 +73,7 @@ def _picture(tuning: Tuning, axis: Axis) -> str:
         axes.set_xlabel(f"{axis.key} (ring: chosen; cross: diverged)")
 
     return plot(
-        draw, f"Error of the trials against {axis.title}", "top-1 error, per cent", size=(5.6, 3.6), legend=True
+        draw, f"Error of the trials against {axis.title}", f"{measure.title}, per cent", size=(5.6, 3.6), legend=True
     )
 
 
@@ -82,5 +85,5 @@ def _curve(choice: Choice, key: str) -> Mapping[float, float | None]:
     found: dict[float, float | None] = {}
     for trial in choice.trials:
         value, before = float(trial.point[index]), found.get(float(trial.point[index]))
-        found[value] = trial.top1 if before is None else min(before, before if trial.top1 is None else trial.top1)
+        found[value] = trial.error if before is None else min(before, before if trial.error is None else trial.error)
     return dict(sorted(found.items()))

@@ -139,13 +139,23 @@ def chance_error(classes: int, top: int) -> float:
     return 100 * (1 - min(top, classes) / classes)
 
 
+def guessed_precision_error(positives: Sequence[int], images: int) -> float:
+    """Return 100 minus the mean average precision of guessing, in per cent: the mean share of positives.
+
+    Args:
+        positives: images of each class; classes without any do not count.
+        images: their number.
+    """
+    return 100 - 100 * statistics.fmean(count / images for count in positives if count)
+
+
 def in_question(schemes: Collection[str]) -> str | None:
     """Return the scheme that a comparison is about: the others are what it is compared with."""
     return next((scheme for scheme in IN_QUESTION if scheme in schemes and len(schemes) > 1), None)
 
 
 def differences(results: Mapping[str, Errors]) -> list[Difference]:
-    """Return the differences of all pairs of methods that share a seed, from the top-1 error by scheme and seed.
+    """Return the differences of all pairs of methods that share a seed, from the error by scheme and seed.
 
     Isolated windows are compared with relay; with the others only where there is no relay.
     """
@@ -158,13 +168,20 @@ def differences(results: Mapping[str, Errors]) -> list[Difference]:
     return found
 
 
-def verdict(results: Mapping[str, Errors], guess: float, costs: Mapping[str, Cost] | None = None) -> list[str]:
+def verdict(
+    results: Mapping[str, Errors],
+    guess: float,
+    costs: Mapping[str, Cost] | None = None,
+    *,
+    error: str = "per cent of top-1 error",
+) -> list[str]:
     """Summarise a comparison in sentences.
 
     Args:
-        results: the top-1 error by scheme and seed, in per cent.
+        results: the error by scheme and seed, in per cent.
         guess: the error of guessing.
         costs: by scheme.
+        error: what its points are.
     """
     found = differences(results)
     if not found:
@@ -176,7 +193,7 @@ def verdict(results: Mapping[str, Errors], guess: float, costs: Mapping[str, Cos
     basis = (
         [f"{100 * CONFIDENCE:.0f} % intervals over {' and '.join(map(str, counts))} paired seeds (t)"] if counts else []
     )
-    lines.append(f"Points are per cent of top-1 error; {'; '.join([*basis, f'guessing has {guess:.2f} %'])}.")
+    lines.append(f"Points are {error}; {'; '.join([*basis, f'guessing has {guess:.2f} %'])}.")
     return [*lines, *_not_learnt(results, guess), *_failed(results)]
 
 

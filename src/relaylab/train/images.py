@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
@@ -25,13 +26,13 @@ from relaylab.data.sources.classes import Classes, classes_of, look_alikes
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
-from relaylab.data.sources.source import UNLABELLED, Source
+from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
 from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
-from relaylab.errors import InputError, LabError
+from relaylab.errors import InputError, LabError, raise_all
 from relaylab.files import available_cores
 from relaylab.progress import progress
-from relaylab.recipes.schema import ImagesConfig, Recipe
+from relaylab.recipes.schema import ImagesConfig, Recipe, value_text
 from relaylab.train.options import Engine, TrainConfig
 
 log = logging.getLogger("relaylab.train")
@@ -70,13 +71,27 @@ class RunImages:
         """Return the sampler of one process: all iterations of the recipe as one epoch."""
         draws = recipe.optimizer.iterations * recipe.optimizer.batch_size // ranks
         make = SAMPLERS[recipe.images.sampling]
-        labels = self.train.labels
-        return make(labels, seed=seed, rank=rank, num_replicas=ranks, num_samples=draws, classes=self.classes)
+        labels, classes = self.train.labels, self.classes
+        if labels.ndim == 2:  # images with several labels are drawn alike
+            labels, classes = np.zeros(len(labels), np.int64), None
+        return make(labels, seed=seed, rank=rank, num_replicas=ranks, num_samples=draws, classes=classes)
 
     def counts(self) -> dict[str, list[int]]:
         """Return the number of images of each class, for training and validation."""
-        parts = {"train": self.train, "val": self.val}
-        return {name: np.bincount(p.labels, minlength=len(self.classes)).tolist() for name, p in parts.items()}
+        return {name: images_by_class(labels, len(self.classes)).tolist() for name, labels in self._labels.items()}
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of training and of validation images."""
+        return {name: len(labels) for name, labels in self._labels.items()}
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.train.labels.ndim == 2
+
+    @property
+    def _labels(self) -> dict[str, NDArray[Any]]:
+        return {"train": self.train.labels, "val": self.val.labels}
 
     def augmentation(self, recipe: Recipe, seed: int) -> Augmentation:
         """Return the recipe's augmentation, which in evaluation mode only normalises."""
@@ -119,7 +134,7 @@ def open_images(
         for source in dict.fromkeys((train, val)):
             if source.skipped:
                 log.info("%s: folders passed over: %s", source.title, few(list(source.skipped)))
-        chosen, held = chosen_numbers(recipe.images, train.labels)
+        chosen, held = chosen_numbers(recipe.images, groups_of(train))
         val = val if held is None else Thinned(train, held)
         train = train if chosen is None else Thinned(train, chosen)
         in_memory = fits_memory(config, (train, val), view, devices_here)
@@ -272,7 +287,10 @@ def check_images(recipe: Recipe, train: Source, val: Source) -> None:
     Raises:
         InputError: they are not.
     """
-    for source, split in ((train, "training"), (val, "validation")):
+    has_several = targets_of(train) is not None or targets_of(val) is not None
+    if has_several:
+        _check_several(recipe, train, val)
+    for source, split in () if has_several else ((train, "training"), (val, "validation")):
         if (np.asarray(source.labels) == UNLABELLED).any():
             raise InputError(f"{source.title}: {split} images without labels cannot be used")
     check_classes(train, val)
@@ -287,9 +305,39 @@ def check_images(recipe: Recipe, train: Source, val: Source) -> None:
 def _without_images(train: Source) -> str:
     """Return what to do about classes without images, which a network could not learn; empty if there are none."""
     keys = classes_of(train).keys
-    empty = [keys[label] for label in np.setdiff1d(np.arange(len(keys)), np.asarray(train.labels))]
+    empty = [keys[label] for label in np.flatnonzero(class_counts(train) == 0)]
     where = "empty folders, further lines of the categories, or gaps between a list's labels"
     return f"remove the {len(empty):,} classes without images ({where}): {few(empty)}" if empty else ""
+
+
+def _check_several(recipe: Recipe, train: Source, val: Source) -> None:
+    """Check that a recipe suits images of which some have several labels.
+
+    Raises:
+        InputError: all reasons why it does not.
+    """
+    problems: list[str] = []
+    with_several, other = (train, val) if targets_of(train) is not None else (val, train)
+    targets = targets_of(val)
+    if targets_of(other) is None:
+        problems.append(f"images of {with_several.title} have several labels, those of {other.title} one each")
+    elif targets is not None and not targets.any():
+        problems.append(f"{val.title}: no validation image has a label")
+    wanted = {"loss.function": "binary", "loss.class_weights": None, "images.sampling": "shuffled"}
+    wanted |= {"images.long_tail": None}
+    values = {name: value for name, value, _ in recipe.fields()}
+    problems += [
+        f"{name} is {value_text(value)}, which is for images of one class each; {with_several.title} has images with "
+        f"several labels, or none: --set {name}={value_text(allowed)}"
+        for name, allowed in wanted.items()
+        if (value := values.get(name)) != allowed
+    ]
+    raise_all(problems)
+
+
+def groups_of(source: Source) -> Labels:
+    """Return the groups that images are set aside from alike: classes, or a single one for several labels."""
+    return source.labels if targets_of(source) is None else np.zeros(len(source), np.int16)
 
 
 def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:

@@ -192,6 +192,14 @@ class _Reporter(io.TextIOBase):
                 self.stop.receive(signal.SIGTERM)
 
 
+def _last_text(last: Mapping[str, float]) -> str:
+    """Format the error of the last validation by which runs are compared."""
+    from relaylab.train.metrics import deciding
+
+    measure = deciding(last)
+    return f"{measure.title} {last[measure.name]:.2f} %"
+
+
 def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]) -> None:
     """Train one run: the main function of its process."""
     import torch
@@ -214,6 +222,6 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
                 end = "refused" if isinstance(error, InputError) and not reporter.has_begun else "failed"
                 reporter.send(_Report(reporter.step, end=end, error=str(error) or type(error).__name__))
             else:
-                last = f"top-1 error {outcome.last['top1']:.2f} %" if outcome.last else f"step {outcome.step}"
+                last = _last_text(outcome.last) if outcome.last else f"step {outcome.step}"
                 end = "finished" if outcome.finished else "stopped"
                 reporter.send(_Report(outcome.step, last, end=end))

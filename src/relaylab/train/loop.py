@@ -36,7 +36,7 @@ from relaylab.train.averaging import Average
 from relaylab.train.engine import scaler_of, whole
 from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
-from relaylab.train.metrics import top_errors
+from relaylab.train.metrics import deciding, result_text, top_errors
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, Values
 from relaylab.train.runs import values_of
@@ -170,7 +170,7 @@ class Trainer:
                 result = self.relay.forward_backward(
                     images, target=targets, loss=self.criterion, scale=self.scaled, sync=is_last
                 )
-            return {**result.terms, **top_errors(result.output.primary, batch.labels)}, {}
+            return {**result.terms, **self.errors(result.output.primary, batch.labels)}, {}
         output = self.module(images)
         losses = self.criterion.terms(output, targets)
         weights = self.relay.plan.weights
@@ -182,7 +182,12 @@ class Trainer:
             angles = diagnosis.overlap_cosines(self.relay, scaled, self.segments)
         self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.config.accumulate)
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return {**detached, **top_errors(output.primary, batch.labels)}, angles
+        return {**detached, **self.errors(output.primary, batch.labels)}, angles
+
+    @staticmethod
+    def errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the errors of a batch (0 to 1) by name; none for several labels: precision takes many images."""
+        return {} if labels.ndim == 2 else top_errors(scores, labels)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Scale the loss of one part of a batch for its backward pass."""
@@ -193,7 +198,7 @@ class Trainer:
         """All-reduce this step's metrics and check them before the update. See Note [Loop] 2.
 
         Args:
-            metrics: of this process: losses by name, "top1" and "top5".
+            metrics: of this process: losses and errors by name.
 
         Returns:
             The norm of the gradient, infinite where fp16 has overflowed and the scaler skips the update; and whether
@@ -249,16 +254,16 @@ class Trainer:
             what = f"the loss on the validation images is {found['loss']}"
             raise NonFiniteLossError(f"step {progress.step}: {what}; {REMEDY}")
         progress.last, progress.validated = {"step": progress.step, **found}, progress.step
-        if not progress.best or found["top1"] < progress.best["top1"]:
+        error = deciding(found).name
+        if not progress.best or found[error] < progress.best[error]:
             progress.best = progress.last
         drops = progress.plateau.drops
         if isinstance(schedule, PlateauConfig):
-            progress.plateau = progress.plateau.after(found["top1"], schedule.patience)
+            progress.plateau = progress.plateau.after(found[error], schedule.patience)
         self.record("val", progress.step, {**found, "seconds": round(progress.seconds, 3)})
-        log.info("step %d: val. error top-1 %.2f %%, top-5 %.2f %%", progress.step, found["top1"], found["top5"])
+        log.info("step %d: val. %s", progress.step, result_text(found))
         if self.average is not None:
-            errors = found["ema_top1"], found["ema_top5"]
-            log.info("step %d: with averaged weights: top-1 %.2f %%, top-5 %.2f %%", progress.step, *errors)
+            log.info("step %d: with averaged weights: val. %s", progress.step, result_text(found, "ema_"))
         if progress.plateau.drops > drops:
             rate = learning_rate(self.recipe.optimizer, progress.step, progress.plateau.drops)
             log.info("step %d: the error has stopped falling; learning rate %g", progress.step, rate)

@@ -2,17 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from relaylab.train.metrics import TOP
 
 AVERAGED = 0.9  # weight of the past in the running mean
 
 
 class Meter:
-    """Means over the steps since the last line of metrics, and a running mean for the progress bar."""
+    """Means over the steps since the last line of metrics, and a running mean for the progress bar.
 
-    def __init__(self) -> None:
+    `errors` are the names of those metrics that are errors, not losses.
+    """
+
+    def __init__(self, errors: Sequence[str] = tuple(TOP)) -> None:
+        self._errors = tuple(errors)
         self._seen: dict[str, float] = {}
         self.reset()
 
@@ -34,7 +40,7 @@ class Meter:
         self._began += time.perf_counter() - began
 
     def count(self, metrics: Mapping[str, float], norm: float) -> None:
-        """Add one step: its losses by name, "top1" and "top5" (0 to 1); an infinite gradient norm does not count."""
+        """Add one step: its losses and errors (0 to 1) by name; an infinite gradient norm does not count."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._seen[name] = AVERAGED * self._seen.get(name, value) + (1 - AVERAGED) * value
@@ -47,12 +53,11 @@ class Meter:
     def values(self, batch_size: int) -> dict[str, Any]:
         """Return the means since the last line."""
         means = {name: total / self._steps for name, total in self._sums.items()}
-        losses = {name: value for name, value in means.items() if name not in ("top1", "top5")}
+        losses = {name: value for name, value in means.items() if name not in self._errors}
         rate, wait = self._speed(batch_size)
         return {
             "loss": losses,
-            "top1": 100 * means["top1"],
-            "top5": 100 * means["top5"],
+            **{name: 100 * means[name] for name in self._errors},
             "gradient_norm": self._norms / self._finite if self._finite else None,
             "images_per_s": round(rate, 2),
             "data_wait": round(wait, 4),
@@ -60,10 +65,11 @@ class Meter:
 
     def text(self, batch_size: int) -> str:
         """Format the running means for the 50 columns that a progress bar leaves of 80."""
-        losses = [f"{name} {value:.2f}" for name, value in self._seen.items() if name not in ("top1", "top5")]
+        losses = [f"{name} {value:.2f}" for name, value in self._seen.items() if name not in self._errors]
         rate, wait = self._speed(batch_size)
-        errors = f"top-1/5 {100 * self._seen['top1']:.0f}/{100 * self._seen['top5']:.0f}"
-        return f"{' '.join(losses)} {errors} {rate:.0f} img/s wait {100 * wait:.0f}%"
+        errors = "/".join(f"{100 * self._seen[name]:.0f}" for name in self._errors)
+        errors = f" top-1/5 {errors}" if errors else ""
+        return f"{' '.join(losses)}{errors} {rate:.0f} img/s wait {100 * wait:.0f}%"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, so that the line in progress is the same after a stop. Times are not included."""

@@ -1,9 +1,71 @@
-"""Top-k errors: one definition for training, validation and the evaluation of trained networks."""
+"""The errors of runs, in one place: top-k errors for images of one class, average precision for several labels.
+
+Note [Measures]
+1. A measure is an error in per cent: tables, verdicts, schedules and the choice of checkpoints take less for better.
+   Mean average precision is therefore 100 minus its error; records have both.
+2. What a line of records has tells what its run is measured by: `measures_of`. The first measure decides.
+3. To add one: a `Measure` in `MEASURES`, and its value in `Validation` (`relaylab.train.validation`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+
+@dataclass(frozen=True)
+class Measure:
+    """An error by which runs are compared, in per cent.
+
+    Attributes:
+        name: in records.
+        short: for headers beside others of its kind.
+        title: its whole name.
+    """
+
+    name: str
+    short: str
+    title: str
+
+    @property
+    def base(self) -> str:
+        """The name of the same measure without averaged weights."""
+        return self.name.removeprefix(AVERAGED)
+
+
 TOP = {"top1": 1, "top5": 5}
+MAP, MAP_ERROR = "map", "map_error"
+AVERAGED = "ema_"  # before the names of what averaged weights reach
+_OWN = (
+    Measure("top1", "top-1", "top-1 error"),
+    Measure("top5", "top-5", "top-5 error"),
+    Measure(MAP_ERROR, "100 - mAP", "100 - mean average precision"),
+)
+MEASURES = (
+    *_OWN,
+    *(Measure(f"{AVERAGED}{m.name}", f"averaged weights, {m.short}", f"averaged weights, {m.title}") for m in _OWN),
+)
+
+
+def measures_of(line: Mapping[str, Any]) -> list[Measure]:
+    """Return the measures that a line of validation has. See Note [Measures] 2."""
+    return [measure for measure in MEASURES if measure.name in line]
+
+
+def deciding(line: Mapping[str, Any]) -> Measure:
+    """Return the measure of a line of validation by which runs are compared and checkpoints are chosen."""
+    return measures_of(line)[0]
+
+
+def result_text(line: Mapping[str, Any], prefix: str = "") -> str:
+    """Format what a validation has found; `prefix` is that of the names in the line."""
+    if f"{prefix}{MAP}" in line:
+        return f"mean average precision {line[f'{prefix}{MAP}']:.2f} %"
+    top1, top5 = (line[f"{prefix}{name}"] for name in TOP)
+    return f"error top-1 {top1:.2f} %, top-5 {top5:.2f} %"
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -31,3 +93,25 @@ def top_errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return the top-1 and top-5 errors of a batch as scalars, 0 to 1."""
     ranks = label_ranks(scores.detach(), labels)
     return {name: (ranks >= top).float().mean() for name, top in TOP.items()}
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> float:
+    """Return the mean average precision, 0 to 1: scikit-learn's, a mean over the classes that have positives.
+
+    Args:
+        scores: (n, classes); probabilities or what rises with them.
+        targets: (n, classes), 0 and 1, with a 1 at least.
+
+    Returns:
+        NaN if a score is not finite.
+
+    Example:
+        >>> average_precision(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([[1], [0], [1]]))  # (1/1 + 2/3) / 2
+        0.8333333333333333
+    """
+    from sklearn.metrics import average_precision_score  # takes a while to import
+
+    if not bool(scores.isfinite().all()):
+        return math.nan
+    found = (targets > 0).any(dim=0)
+    return float(average_precision_score(targets[:, found].cpu().numpy(), scores[:, found].float().cpu().numpy()))

@@ -13,7 +13,7 @@ from torch import nn
 from relaybackprop import RelayError, cost, head_for, suggest_plan
 from relaybackprop.plan import Plan, Window
 from relaybackprop.planning.cost import EARLY_RELEASE
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import Source, class_counts, targets_of
 from relaylab.data.survey import Survey
 from relaylab.errors import InputError
 from relaylab.models.building import build_shadow
@@ -143,12 +143,16 @@ def _crops(size: int) -> dict[str, Value]:
 
 
 def _images(train: Source, images: ImagesConfig) -> dict[str, Value]:
-    counts = np.bincount(np.asarray(train.labels), minlength=len(train.classes))
+    counts, has_several = class_counts(train), targets_of(train) is not None
     ratio = counts.max() / max(1, counts.min())
-    sampling = "class-aware" if ratio >= IMBALANCE else "shuffled"
+    sampling = "class-aware" if ratio >= IMBALANCE and not has_several else "shuffled"
+    why = f"the largest class has {ratio:.3g} times as many images as the smallest"
+    several = "images have several labels, or none"
+    function: Value = ("cross-entropy", "usual where each image is of one class")
     values: dict[str, Value] = {
         "images.data_set": ("any", "the command line, --data"),
-        "images.sampling": (sampling, f"the largest class has {ratio:.3g} times as many images as the smallest"),
+        "images.sampling": (sampling, several if has_several else why),
+        "loss.function": ("binary", several) if has_several else function,
         "augmentation.flip": (True, "usual for photographs; false where a mirror image is of another class"),
         "augmentation.colour_shift": (0.0, "none; the paper's is 0.1"),
         "augmentation.mean": ("channel", "usual; the paper's is the mean image"),
@@ -180,7 +184,6 @@ def _optimizer(model: nn.Module, count: int, batch: int, wishes: Wishes) -> dict
         "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
         "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
         "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
-        "loss.function": ("cross-entropy", "usual where each image is of one class"),
     }
 
 
@@ -292,12 +295,13 @@ def _costs(model: nn.Module, plan: Plan, example: torch.Tensor, heads: Mapping[s
 
 
 def _about(network: str, train: Source, chosen: int, findings: Survey) -> str:
-    counts = np.bincount(np.asarray(train.labels), minlength=len(train.classes))
+    counts = class_counts(train)
     sides = np.minimum(findings.widths, findings.heights)
     bad = len(findings.unreadable) + len(findings.damaged)
     faults = f" {bad} of {findings.examined:,} decoded images are damaged: relaylab data check." if bad else ""
+    within = "in" if targets_of(train) is None else "with several labels, from"
     return (
-        f"{network} on {train.title}: {chosen:,} images to train on, in {len(train.classes)} classes of "
+        f"{network} on {train.title}: {chosen:,} images to train on, {within} {len(train.classes)} classes of "
         f"{counts.min():,} to {counts.max():,}; shorter sides from {sides.min()} to {sides.max()} pixels.{faults}"
     )
 

@@ -18,6 +18,7 @@ from relaybackprop import Relay
 from relaylab.errors import InputError, LabError, NonFiniteLossError, raise_all
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.models.file import InputConfig, ModelFile, save_model
+from relaylab.models.losses import BinaryCrossEntropy
 from relaylab.models.pretrained import load_pretrained
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
@@ -26,6 +27,8 @@ from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
+from relaylab.train.meter import Meter
+from relaylab.train.metrics import TOP, result_text
 from relaylab.train.normalisation import REMEDY, has_local_batch_norm
 from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainConfig
@@ -50,8 +53,8 @@ class Outcome:
         finished: whether the recipe's last iteration was reached.
         interrupted: whether a stop was requested, even during the last validation.
         step: updates made.
-        last: step, top1, top5 and loss of the last validation.
-        best: the same of the validation with the lowest top-1 error.
+        last: step, errors and loss of the last validation.
+        best: the same of the validation with the lowest error.
     """
 
     folder: Path
@@ -166,6 +169,8 @@ def _train(
             "counts": images.counts(),
             "view": asdict(images.view),
         }
+        if images.has_several_labels:  # counts are then of labels
+            about["images"] = images.sizes()
         about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
         runs.describe(folder, kept, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
@@ -233,7 +238,8 @@ def assemble(
     sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
     raise_all(runs.batch_problems(recipe, config, fabric.world_size))
     parts = fabric.world_size * config.accumulate
-    decay = recipe.optimizer.ema_decay
+    decay, has_several = recipe.optimizer.ema_decay, images.has_several_labels
+    validation = Validation(images.val, augment, BinaryCrossEntropy() if has_several else nn.CrossEntropyLoss(), fabric)
     return Trainer(
         fabric=fabric,
         relay=relay,
@@ -246,9 +252,10 @@ def assemble(
         stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed, crops_of(recipe)),
         augment=augment,
         mixing=mixing_of(recipe, config.seed),
-        validation=Validation(images.val, augment, nn.CrossEntropyLoss(), fabric),
+        validation=validation,
         checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
         stop=stop,
+        meter=Meter(() if has_several else tuple(TOP)),
         average=None if decay is None else averaging.Average(relay, decay),
     )
 
@@ -343,6 +350,7 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
         ),
         state=state,
         mean_image=augment.mean if augment.mean.ndim == 3 else None,
-        about=f"{about}: val. error top-1 {last[f'{prefix}top1']:.2f} %, top-5 {last[f'{prefix}top5']:.2f} %",
+        about=f"{about}: val. {result_text(last, prefix)}",
+        has_several_labels=images.has_several_labels,
     )
     save_model(path, model)

@@ -22,7 +22,7 @@ class Progress:
     Attributes:
         step: updates made.
         validated: the step of the last validation; -1 before the first.
-        best: step, top1, top5 and loss of the validation with the lowest top-1 error; empty before the first.
+        best: step, errors and loss of the validation with the lowest error; empty before the first.
         last: the same of the last validation.
         seconds: spent on updates, over all starts; validation and saving do not count.
     """

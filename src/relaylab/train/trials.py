@@ -11,6 +11,7 @@ from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.train import runs
 from relaylab.train.failures import read_failure
 from relaylab.train.many import is_missing
+from relaylab.train.metrics import deciding
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import (
@@ -147,7 +148,7 @@ def _trial(search: Search, scheme: str, point: Point) -> Trial:
     if not (folder / runs.MODEL).is_file():
         return Trial(point)
     last = [line for line in metrics_of(folder) if line["kind"] == "val"][-1]
-    return Trial(point, last["top1"], last["loss"])
+    return Trial(point, last[deciding(last).name], last["loss"])
 
 
 def _title(search: Search, scheme: str, point: Point) -> str:

@@ -61,18 +61,18 @@ class Trial:
 
     Attributes:
         point: its values.
-        top1: top-1 error on the images set aside at the end of training, in per cent; None if training diverged.
+        error: on the images set aside at the end of training, in per cent; None if training diverged.
         loss: on the same images; None if training diverged.
     """
 
     point: Point
-    top1: float | None = None
+    error: float | None = None
     loss: float | None = None
 
     @property
     def order(self) -> tuple[float, float]:
         """Sort key: smaller is better."""
-        return tuple(math.inf if value is None else value for value in (self.top1, self.loss))  # pyright: ignore
+        return tuple(math.inf if value is None else value for value in (self.error, self.loss))  # pyright: ignore
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,7 @@ def read_tuning(folder: Path) -> Tuning | None:
         choices = {
             scheme: Choice(
                 tuple(Axis(a["key"], tuple(a["names"]), tuple(a["values"]), a["kind"]) for a in one["axes"]),
-                tuple(Trial(tuple(t["point"]), t["top1"], t["loss"]) for t in one["trials"]),
+                tuple(Trial(tuple(t["point"]), t["error"], t["loss"]) for t in one["trials"]),
                 tuple(one["point"]),
                 bool(one["enclosed"]),
             )
