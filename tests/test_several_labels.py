@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from relaylab.train import runs, session
 from relaylab.train.metrics import average_precision, deciding
 from relaylab.train.options import TrainConfig
 from relaylab.train.records import read_metrics
+from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after
 from test_train_distributed import assert_close
 
@@ -136,6 +138,19 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
     loader = training_loader(only, ShuffledSampler([0], seed=0), View(size=8, short_side=10), batch_size=1)
     with pytest.raises(InputError, match=r"^\S*bad.png cannot be read"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_scores_of_all_processes_come_in_the_images_order(ranks: int, images: Path) -> None:
+    """Some processes have an image more than others, which evaluate the first one in its place."""
+    part, scores = parts(images)[0], torch.arange(69.0).view(23, 3)
+    shares = [[*range(rank, 23, ranks)] for rank in range(ranks)]
+    every = torch.stack([scores[share + [0] * (len(shares[0]) - len(share))] for share in shares])
+    for rank in range(ranks):
+        fabric: Any = SimpleNamespace(world_size=ranks, global_rank=rank, all_gather=lambda _own: every)
+        validation = Validation(part, torch.nn.Identity(), torch.nn.Identity(), fabric)  # pyright: ignore
+        kept = [every[rank, :2], every[rank, 2:]]  # of two batches
+        assert torch.equal(validation._gathered(kept), scores)  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.fixture(scope="module")

@@ -207,10 +207,10 @@ class ImageBatches(Dataset[Batch]):
                 return number, [replace(fault, draw=draw, replacement=number) for fault in faults]
             faults.append(another)
             others = np.delete(others, at)
-        of_class = "" if label == UNLABELLED else f"class {self.source.classes[label]}: "
+        of_class, what = ("", "them") if label == UNLABELLED else (f"class {self.source.classes[label]}: ", "the class")
         raise InputError(
             f"{of_class}{fault.name} cannot be read ({fault.reason}), nor can any of "
-            f"{len(faults) - 1} others that were tried in its stead; repair the images or leave the class out"
+            f"{len(faults) - 1} others that were tried in its stead; repair the images or leave {what} out"
         )
 
 
