@@ -1,5 +1,6 @@
 """The example of a network of one's own: its recipe, and the commands of its README."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,8 +13,11 @@ from relaylab import cli
 from relaylab.models.building import build_relay
 from relaylab.models.named import allow
 from relaylab.recipes.files import read_recipe
+from relaylab.recipes.schema import SCHEME_NAMES
+from relaylab.report.verdict import Difference, mean_text, paired_differences
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "your_model"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "your_model"
 SHORTER = (  # of the README's commands
     ("--epochs 20", "--epochs 1 --batch-size 20"),
     ("--epochs 5", "--epochs 1 --batch-size 20"),
@@ -39,6 +43,24 @@ def test_the_recipe_is_what_recipes_new_writes(tiny_images: Path, tmp_path: Path
     assert committed.optimizer.iterations == 20 * (5000 // 128)
     allow(committed.network)
     assert list(build_relay(committed).heads) == ["aux"]
+
+
+def test_the_results_are_those_of_the_record() -> None:
+    found = json.loads((ROOT / "results" / "your-model.json").read_text())
+    page = (ROOT / "results" / "your-model.md").read_text()
+    assert all(f"- {line}\n" in page for line in found["verdict"])
+    errors = {
+        scheme: {run["seed"]: run["validations"][-1]["top1"] for run in found["runs"] if run["scheme"] == scheme}
+        for scheme in SCHEME_NAMES
+    }
+    for scheme, own in errors.items():
+        assert f"| {SCHEME_NAMES[scheme]} | 3 seeds | {mean_text(list(own.values()))} |" in page
+    for pair in found["differences"]:
+        values = paired_differences(errors[pair["ours"]], errors[pair["base"]])
+        assert Difference(pair["ours"], pair["base"], tuple(values)).text == pair["text"]
+    lines = {trial["point"][0]: trial["error"] for trial in found["tuning"]["choices"]["relay"]["trials"]}
+    assert all(f"| Relay BP | {rate} | {error:.2f} |" in page for rate, error in lines.items())
+    assert "4.44 [3.18, 5.71] points worse than" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -102,6 +102,8 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     requests = {key: runs.understand(member) for key, member in members.items()}
     folders = {key: folder / runs.member_name(*key) for key in members}
     missing = {folders[key].name: request.config for key, request in requests.items() if is_missing(folders[key])}
+    if not missing:
+        print("All runs have ended already.", file=sys.stderr)
     if missing and not train(missing, next(iter(requests.values())).recipe.optimizer.iterations):
         done = sum((path / runs.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")

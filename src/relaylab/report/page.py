@@ -131,7 +131,7 @@ def _commands(comparison: Comparison) -> dict[str, list[str]]:
 
 def _network(comparison: Comparison) -> str:
     architecture = comparison.runs[0].recipe.network.architecture
-    return NAMES.get(architecture, architecture)
+    return NAMES.get(architecture, architecture.rpartition("/")[2])  # of a file, its name without folders
 
 
 def _html(table: Table) -> str:

@@ -27,12 +27,13 @@ def snippet(recipe: Recipe) -> str:
     method = {"multi_loss": ".multi_loss()", "isolated": ".isolated()"}.get(recipe.scheme, "")
     names = sorted({"Plan", "Relay", "RelayLoss", "Window", *head_imports})
     lines = [
+        *(["import sys", ""] if "" in imports else []),
         "import torch",
-        "from torch import nn",
-        *imports,
-        *(["from torchvision.models.inception import InceptionAux"] if "InceptionAux" in "".join(heads) else []),
         f"from relaybackprop import {', '.join(names)}",
+        "from torch import nn",
+        *(["from torchvision.models.inception import InceptionAux"] if "InceptionAux" in "".join(heads) else []),
         *loss_imports,
+        *imports,
         "",
         *network,
         f"example = torch.randn(2, 3, {size}, {size})  # a batch of your images",
@@ -72,12 +73,7 @@ def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
             return ["from relaylab.models.building import NETWORKS"], [f"model = {call}"]
         case _ if place.endswith(".py"):
             path = Path(place)
-            lines = [
-                "import sys",
-                "",
-                f"sys.path.insert(0, {_text(str(path.parent))})",
-                f"from {path.stem} import {name}",
-            ]
+            lines = ["", f"sys.path.insert(0, {_text(str(path.parent))})", f"from {path.stem} import {name}"]
         case _:
             lines = [f"from {place} import {name}"]
     return lines, [f"model = {name}(num_classes={config.num_classes}{options})"]
