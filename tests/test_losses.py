@@ -43,6 +43,13 @@ def loss_of(config: LossConfig, target: Tensor, scores: Tensor = SCORES) -> Tens
     return build_criterion(config, COUNTS)(scores, target)
 
 
+def test_class_weights_are_exact_in_half_precision() -> None:
+    config = LossConfig(function="binary", class_weights="square-root")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_of(config, LABELS)
+    torch.testing.assert_close(found, loss_of(config, LABELS), rtol=1e-6, atol=0)
+
+
 def test_balanced_weights_are_scikit_learns() -> None:
     labels = np.repeat(np.arange(4), COUNTS)
     expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)

@@ -68,4 +68,4 @@ class BinaryCrossEntropy(nn.Module):
         soft = soft.to(scores.dtype)
         smooth = soft * (1 - self.label_smoothing) + self.label_smoothing / count
         losses = F.binary_cross_entropy_with_logits(scores, smooth, reduction="none").mean(-1)
-        return losses.mean() if self.weights is None else (losses * (soft @ self.weights)).mean()
+        return losses.mean() if self.weights is None else (losses * (soft * self.weights).sum(-1)).mean()
