@@ -17,17 +17,22 @@ CODE = "relay.py"  # in the folder of a comparison
 def snippet(recipe: Recipe) -> str:
     """Return a program that builds the network, plan, heads and optimizer of a recipe, and makes one update.
 
-    It runs as it is, on random images. Augmentation, schedule, class weights and averages are not in it, nor are
-    learning rates and weight decays of single parameters.
+    It runs as it is, on random images. Augmentation, schedule, clipping, class weights and averages are not in it, nor
+    are learning rates and weight decays of single parameters.
     """
     config, size = recipe.network, recipe.network.image_size
     imports, network = _network(config)
+    if config.pretrained:
+        imports = ["from relaylab.models.pretrained import load_pretrained", *imports]
+        network.append(f"load_pretrained(model, Path({_text(config.pretrained)}))")
     head_imports, heads = _heads(recipe)
     loss_imports, loss = _loss(recipe.loss)
     method = {"multi_loss": ".multi_loss()", "isolated": ".isolated()"}.get(recipe.scheme, "")
     names = sorted({"Plan", "Relay", "RelayLoss", "Window", *head_imports})
     lines = [
-        *(["import sys", ""] if "" in imports else []),
+        *(["import sys"] if "" in imports else []),
+        *(["from pathlib import Path"] if config.pretrained else []),
+        *([""] if "" in imports or config.pretrained else []),
         "import torch",
         f"from relaybackprop import {', '.join(names)}",
         "from torch import nn",
@@ -74,6 +79,9 @@ def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
         case _ if place.endswith(".py"):
             path = Path(place)
             lines = ["", f"sys.path.insert(0, {_text(str(path.parent))})", f"from {path.stem} import {name}"]
+            if not path.stem.isidentifier():
+                lines[-1] = f"{name} = import_module({_text(path.stem)}).{name}"
+                lines.insert(0, "from importlib import import_module")
         case _:
             lines = [f"from {place} import {name}"]
     return lines, [f"model = {name}(num_classes={config.num_classes}{options})"]
@@ -135,7 +143,8 @@ def _loss(config: LossConfig) -> tuple[list[str], str]:
 def _optimizer(config: OptimizerConfig) -> str:
     values = f"lr={config.lr:g}, weight_decay={config.weight_decay:g}"
     if config.algorithm == "adamw":
-        return f"torch.optim.AdamW(relay.parameters(), {values}, betas={config.betas})"
+        eps = f", eps={config.eps:g}" if config.eps != 1e-8 else ""
+        return f"torch.optim.AdamW(relay.parameters(), {values}, betas={config.betas}{eps})"
     return f"torch.optim.SGD(relay.parameters(), {values}, momentum={config.momentum:g})"
 
 
