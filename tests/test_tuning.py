@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,13 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 from relaylab import cli
 from relaylab.errors import InputError
 from relaylab.recipes import find_recipe
+from relaylab.recipes.changes import with_changes
+from relaylab.report.comparison import open_runs
+from relaylab.report.summary import summary
 from relaylab.train import jobs, runs
 from relaylab.train.failures import Failure
+from relaylab.train.options import TrainConfig
+from relaylab.train.trials import Search
 from relaylab.train.tuning import (
     FILE,
     FOLDER,
@@ -117,6 +123,9 @@ def search_texts(grid: tuple[Axis, ...], errors: dict[Point, float]) -> tuple[Ch
         ("optimizer.lr=0,1", "optimizer.lr is 0.0: expected a finite number, above 0"),
         ("plan.*.wait=1,2", "no value of the recipe has such a name"),
         ("images.held_out=1,2", "all schemes have the same images"),
+        ("image*.short_side=40,50", "all schemes have the same images"),
+        ("optimizer.iterations=8,16", "all schemes have the same images, classes and iterations"),
+        ("optimizer.lr=0.001,1e-3,0.01", "0.001 and 1e-3 are the same value"),
         ("scheme=relay,standard", "name schemes with --schemes"),
     ],
 )
@@ -126,8 +135,82 @@ def test_wrong_grids_are_errors(text: str, message: str) -> None:
     assert message in "; ".join(problems)
 
 
-def words_of(out: Path, *more: str) -> list[str]:
-    return ["compare", "digits", "--out", str(out), "--schemes", "standard,relay", "--seeds", "0,1", *more]
+def test_the_axes_of_a_scheme_follow_from_their_names() -> None:
+    (weights,) = axes("*.weight=0.3,1")
+    assert weights.names == ("plan.auxiliary.aux.weight",)
+    assert of_scheme((weights,), "standard") == ()
+
+
+def test_names_of_folders_hold_no_slashes() -> None:
+    (files,) = axes("network.pretrained=/some where/a.pth,/some where/../b.pth")
+    assert files.values == ("/some where/a.pth", "/b.pth")
+    assert name_of((files,), (files.values[0],)) == "pretrained=%2Fsome where%2Fa.pth"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], {"iterations": 100, "warmup": 10, "evaluate_every": 50}),
+        (
+            ["optimizer.schedule.kind=decay", "optimizer.schedule.factor=0.5", "optimizer.schedule.every=40"],
+            {"every": 10},
+        ),
+        (["optimizer.schedule.kind=plateau", "optimizer.schedule.patience=3"], {"evaluate_every": 12, "patience": 3}),
+        (["optimizer.schedule.kind=steps"], {"at": (0.7, 0.9)}),
+    ],
+)
+def test_short_trials_have_a_short_schedule(tmp_path: Path, changes: list[str], expected: dict[str, object]) -> None:
+    changes = ["optimizer.iterations=400", "optimizer.evaluate_every=50", *changes]
+    recipe, problems = with_changes(DIGITS, changes)
+    assert not problems
+    grid = axes("optimizer.warmup=20,40")
+    search = Search(tmp_path, recipe, TrainConfig(recipe="digits", changes=tuple(changes)), grid, 0.2, 0.25)
+    trained = runs.understand(search.options("relay", ("40",))).recipe
+    values = {name.rpartition(".")[2]: value for name, value, _ in trained.fields() if name.startswith("optimizer.")}
+    assert {**values, **expected} == values
+    assert values["warmup"] == 10
+
+
+def test_trials_of_other_options_do_not_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = words_of(tmp_path, "--tune", "augmentation.flip=true,false", schemes="standard", seeds="0")
+    assert cli.main([*words, "--set", *SHORT]) == 0
+    for path in tmp_path.glob("standard-s*"):
+        shutil.rmtree(path)
+    before = (tmp_path / FILE).read_bytes()
+    for more in (
+        ["--tune-share", "0.5", "--set", *SHORT],
+        ["--tune-hold-out", "5", "--set", *SHORT],
+        ["--set", *SHORT, "optimizer.momentum=0.5"],
+    ):
+        capsys.readouterr()
+        assert cli.main([*words, *more]) == 2
+        assert "give another --out, or remove that folder" in capsys.readouterr().err
+        assert (tmp_path / FILE).read_bytes() == before
+        assert not list(tmp_path.glob("standard-s*"))
+
+
+def test_the_report_names_only_values_that_were_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune = ("--tune", "optimizer.lr=0.03", "plan.auxiliary.*.weight=0.5")
+    assert cli.main(words_of(tmp_path, *tune, "--set", *SHORT, seeds="0")) == 0
+    assert cli.main(words_of(tmp_path, "--set", *SHORT, schemes="multi-loss", seeds="0")) == 0
+    table = summary(open_runs([tmp_path]))
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert [rows[name]["weight"] for name in ("standard BP", "multi-loss", "Relay BP")] == ["", "", "0.5"]
+    assert all(rows[name]["training time"].endswith(" s") for name in ("standard BP", "multi-loss", "Relay BP"))
+    assert "Not tuned: multi-loss" in " ".join(table.notes)
+    capsys.readouterr()
+    assert cli.main(words_of(tmp_path, "--set", *SHORT, schemes="relay", seeds="1")) == 0, "without --tune"
+    assert "weight" not in capsys.readouterr().out
+    assert open_runs([tmp_path / "relay-s1"]).tuning is None
+    # The choices of schemes that a later command does not name are kept.
+    assert cli.main(words_of(tmp_path, *tune, "--set", *SHORT, schemes="relay", seeds="0")) == 0
+    tuning = read_tuning(tmp_path)
+    assert tuning is not None
+    assert tuning.choices.keys() == {"standard", "relay"}
+
+
+def words_of(out: Path, *more: str, schemes: str = "standard,relay", seeds: str = "0,1") -> list[str]:
+    return ["compare", "digits", "--out", str(out), "--schemes", schemes, "--seeds", seeds, *more]
 
 
 def stopping_after(count: int) -> Callable[..., bool]:
@@ -205,6 +288,7 @@ def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(
         (["--tune", "optimizer.lr=0.1,0.2", "--tune-share", "2"], "--tune-share 2: expected a share"),
         (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "0"], "--tune-hold-out 0: expected"),
         (["--tune", "optimizer.lr=a,0.2"], "optimizer.lr=a: expected a number"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--set", "images.set_aside=0.1"], "images.set_aside is set, and --tune"),
     ]:
         assert cli.main(words_of(tmp_path / "out", *more)) == 2
         assert message in capsys.readouterr().err

@@ -126,6 +126,11 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
     problems += [
         f"--tune {axis.key} and --set {name}: give one of them" for axis in axes for name in axis.names if name in given
     ]
+    if axes and recipe.images.set_aside is not None:
+        problems.append(
+            "images.set_aside is set, and --tune sets images aside for its trials: choose values by images that no "
+            "reported error is measured on; for validation images out of the training images, set images.held_out"
+        )
     if not 0 < options.tune_share <= 1:
         problems.append(f"--tune-share {options.tune_share:g}: expected a share above 0, at most 1")
     if options.tune_hold_out <= 0:

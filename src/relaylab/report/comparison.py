@@ -40,7 +40,7 @@ class Run:
     last: Mapping[str, Any]
     """The validation to report: the last one that all runs have."""
     tuning: Tuning | None = None
-    """The tuning of the comparison that the run belongs to."""
+    """The trials that its values were chosen by."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,18 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
     places = {scheme: place for place, scheme in enumerate(SCHEMES)}
     found.sort(key=lambda each: (places[each.recipe.scheme], each.about["seed"]))
     members = sorted(failed, key=lambda member: (places[member[0]], member[1]))
-    tuning = next((each.tuning for each in found if each.tuning), None)
-    return Comparison(found, {member: failed[member] for member in members}, tuning)
+    return Comparison(found, {member: failed[member] for member in members}, _tuning_of(found, failed))
+
+
+def _tuning_of(found: Sequence[Run], failed: Collection[Member]) -> Tuning | None:
+    """Return the trials that the runs' values were chosen by, of those schemes that have runs; None if they differ."""
+    tunings = [each.tuning for each in found if each.tuning is not None]
+    if not tunings or any(each != tunings[0] for each in tunings):
+        return None
+    untuned = {each.recipe.scheme for each in found if each.tuning is None}
+    schemes = {each.recipe.scheme for each in found} | {scheme for scheme, _ in failed}
+    choices = {name: own for name, own in tunings[0].choices.items() if name in schemes - untuned}
+    return replace(tunings[0], choices=choices)
 
 
 def _is_run(path: Path) -> bool:
@@ -173,6 +183,7 @@ def _open(folder: Path) -> Run:
         classes, counts = tuple(config["classes"]), config.get("counts", {})
         sizes = config.get("images") or {split: sum(each) for split, each in counts.items()}
     tuning = read_tuning(folder.parent)
+    tuning = tuning if tuning and tuning.is_of(recipe) else None  # which other runs in the folder may have
     return Run(folder, recipe, about, classes, counts, sizes, metrics, runs.starts_of(folder) or [{}], {}, tuning)
 
 
@@ -190,7 +201,8 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], tuned: Collect
 
 
 def _check_alike(one: Run, other: Run) -> None:
-    problem = _difference(one.about, other.about, one.tuning.names if one.tuning else ())
+    tuned = {name for each in (one, other) if each.tuning for name in each.tuning.names}
+    problem = _difference(one.about, other.about, tuned)
     if one.classes != other.classes:
         problem = f"different classes ({len(one.classes)} and {len(other.classes)})"
     if problem is None and (one.recipe.scheme, one.about["seed"]) == (other.recipe.scheme, other.about["seed"]):

@@ -128,9 +128,10 @@ def summary(comparison: Comparison) -> Table:
     header = ["method", "runs", *(f"{each.title}, %" for each in shown)]
     header += [f"{SCHEME_NAMES[ours]} minus this, {each.short}" for each in shown] if ours else []
     own_values = _tuned_values(comparison)
+    tuned = list(next(iter(own_values.values()), {}))
     header += [
         "learning rate",
-        *(key.rpartition(".")[2] for key in next(iter(own_values.values()), {})),
+        *(key.rpartition(".")[2] for key in tuned),
         "training time",
         "FLOPs of a step",
         "peak memory",
@@ -147,7 +148,8 @@ def summary(comparison: Comparison) -> Table:
             pairs = paired_differences(errors[top][str(ours)], errors[top][scheme])
             cells.append(difference_text(pairs) if own and scheme != ours else "")
         cost = costs.get(scheme, Cost())
-        cells += [f"{own[0].recipe.optimizer.lr:g}" if own else "", *own_values.get(scheme, {}).values()]
+        cells.append(f"{own[0].recipe.optimizer.lr:g}" if own else "")
+        cells += [own_values.get(scheme, {}).get(key, "") for key in tuned]
         cells.append(_seconds_text(cost.seconds))
         cells += ["" if ratio is None else f"{100 * ratio:.0f} %" for ratio in (cost.flops, cost.memory)]
         rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
@@ -161,7 +163,8 @@ def method_costs(comparison: Comparison) -> dict[str, Cost]:
     """Return the cost of each method, for the windows of its own recipe."""
     found: dict[str, Cost] = {}
     known: dict[str, StepCost | None] = {}
-    for scheme, own in comparison.by_scheme.items():
+    base: StepCost | None = None  # of standard BP, whose network may have other values of its own
+    for scheme, own in comparison.by_scheme.items():  # standard BP first
         seconds = [each.last["seconds"] for each in own if "seconds" in each.last]
         found[scheme] = Cost(statistics.fmean(seconds) if seconds else None)
         plan = repr((own[0].recipe.network, own[0].recipe.plan))
@@ -172,11 +175,13 @@ def method_costs(comparison: Comparison) -> dict[str, Cost]:
                 known[plan] = None
         if (step := known[plan]) is None:
             continue
+        base = base if base is not None and "standard" in found else step
         is_early = scheme == "relay" and own[0].starts[-1].get("options", {}).get("early_release")
         kind = EARLY_RELEASE if is_early and EARLY_RELEASE in step.peaks else scheme
         if kind in step.peaks:
-            peak = step.peaks[kind] / max(1, step.peaks["standard"])
-            found[scheme] = replace(found[scheme], flops=step.ratios[kind], memory=peak)
+            flops = step.totals[kind].flops / max(1, base.totals["standard"].flops)
+            peak = step.peaks[kind] / max(1, base.peaks["standard"])
+            found[scheme] = replace(found[scheme], flops=flops, memory=peak)
     return found
 
 
@@ -192,7 +197,10 @@ def _notes(comparison: Comparison, ours: str | None) -> tuple[str, ...]:
     device = str(first.starts[-1].get("device")).replace("cpu", "CPU")
     seconds = f"Training time is the time spent on updates ({device}), mean over seeds"
     memory = "the predicted peak memory of a step's activations"
-    return (f"{text}. {seconds}; FLOPs and {memory} are relative to standard BP.",)
+    notes = (f"{text}. {seconds}; FLOPs and {memory} are relative to standard BP.",)
+    choices = comparison.tuning.choices if comparison.tuning else {}
+    untuned = [SCHEME_NAMES[scheme] for scheme in comparison.by_scheme if scheme not in choices]
+    return (*notes, f"Not tuned: {', '.join(untuned)}.") if choices and untuned else notes
 
 
 def _runs_text(comparison: Comparison, scheme: str) -> str:

@@ -32,7 +32,7 @@ def tuning_table(tuning: Tuning, guess: float, measure: Measure) -> Table:
 
 def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
     if trial.error is None:
-        return "diverged"
+        return "diverged; chosen, since all trials diverged" if trial.point == choice.point else "diverged"
     said = "no better than guessing" if trial.error >= LEARNT * guess else ""
     if trial.point == choice.point:
         said = "chosen" if choice.enclosed else "chosen, at the end of what was tried"

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from relaylab.errors import LabError
+from relaylab.errors import InputError, LabError
+from relaylab.recipes.changes import with_changes
 from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.train import runs
 from relaylab.train.failures import read_failure
@@ -28,6 +30,7 @@ from relaylab.train.tuning import (
     name_of,
     next_points,
     of_scheme,
+    read_tuning,
     shortened,
     write_tuning,
 )
@@ -62,9 +65,11 @@ class Search:
 
     def options(self, scheme: str, point: Point) -> TrainConfig:
         """Return the options of a trial."""
-        values = {"scheme": scheme, "images.set_aside": f"{self.images:g}"} | shortened(self.recipe, self.share)
+        own = changes_of(of_scheme(self.axes, scheme), point)
+        values = {"scheme": scheme, "images.set_aside": f"{self.images:g}"}
+        values |= shortened(with_changes(self.recipe, own)[0], self.share)
         more = [f"{name}={value}" for name, value in values.items()]
-        more += changes_of(of_scheme(self.axes, scheme), point)
+        more += [text for text in own if text.partition("=")[0] not in values]
         replaced = {text.partition("=")[0] for text in more}
         kept = [text for text in self.config.changes if text.partition("=")[0].strip() not in replaced]
         return replace(
@@ -88,22 +93,33 @@ def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | N
     A scheme with nothing to choose is not tuned.
 
     Raises:
-        InputError: a trial could not begin.
+        InputError: a trial could not begin, or the folder has one of other images, options or values.
         LabError: a trial failed other than by divergence.
     """
     points = {scheme: list[Point]() for scheme in schemes}
     while due := {scheme: found for scheme in schemes if (found := _due(search, scheme, points[scheme]))}:
         pairs = [(scheme, point) for scheme, found in due.items() for point in found]
+        # Those that have ended, too: a trial of other images, options or values must not decide.
+        recipes = [runs.understand(search.options(*pair)).recipe for pair in pairs]
         missing = [pair for pair in pairs if is_missing(search.path(*pair))]
         configs = {_title(search, *pair): search.options(*pair) for pair in missing}
-        if configs and not train(configs, runs.understand(next(iter(configs.values()))).recipe.optimizer.iterations):
+        if configs and not train(configs, recipes[0].optimizer.iterations):
             return None
         for scheme, found in due.items():
             points[scheme] += found
     choices = {scheme: _choice(search, scheme, points[scheme]) for scheme in schemes}
-    tuning = Tuning(SEED, search.images, search.share, choices)
+    tuning = Tuning(SEED, search.images, search.share, _earlier(search) | choices)
     write_tuning(search.folder, tuning)
     return tuning
+
+
+def _earlier(search: Search) -> dict[str, Choice]:
+    """Return the choices of earlier commands, by trials of the same length and images."""
+    with suppress(InputError):  # a damaged file, which is written anew
+        found = read_tuning(search.folder)
+        if found is not None and (found.seed, found.images, found.share) == (SEED, search.images, search.share):
+            return dict(found.choices)
+    return {}
 
 
 def _due(search: Search, scheme: str, points: Sequence[Point]) -> list[Point]:

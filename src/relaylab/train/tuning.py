@@ -18,16 +18,20 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import quote
 
 from relaylab.errors import InputError, nearest
 from relaylab.files import write_text
-from relaylab.recipes.changes import recipe_problems, with_changes
-from relaylab.recipes.schema import Recipe, value_text
+from relaylab.recipes.changes import located, recipe_problems, with_changes
+from relaylab.recipes.schema import DecayConfig, PlateauConfig, Recipe, value_text
 
 FILE, FOLDER = "tuning.json", "tuning"  # in the folder of a comparison
 SEED = 1000  # of all trials: not one of the seeds that people compare by
 MOST_ADDED = 6
 PLAN = "plan."  # values that standard BP does not use
+SAME = ("scheme", "network.num_classes", "images.", "evaluation.", "optimizer.iterations")  # for all schemes
+
+SAFE = " :+"  # characters of values that names of folders keep, beside letters, digits and "_.-~"
 
 Point = tuple[str, ...]
 """A value for each axis, as text."""
@@ -105,16 +109,18 @@ def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], lis
     axes: list[Axis] = []
     problems: list[str] = []
     for text in texts:
-        key, _, rest = text.replace(" ", "").partition("=")
-        values = [value for value in rest.split(",") if value]
+        key, _, rest = text.partition("=")
+        key, values = key.strip(), [value.strip() for value in rest.split(",") if value.strip()]
         present = [name for name, _, _ in recipe.fields()]
         names = [name for name in present if fnmatchcase(name, key)] if "*" in key else [key]
         if not key or not values or len(set(values)) < len(values):
             problems.append(f"--tune {text}: expected KEY=VALUE,VALUE,... with different values")
         elif any(key == axis.key for axis in axes):
             problems.append(f"--tune {key} is given twice")
-        elif key == "scheme" or key.startswith(("network.num_classes", "images.", "evaluation.")):
-            problems.append(f"--tune {key}: all schemes have the same images and classes; name schemes with --schemes")
+        elif any(name.startswith(SAME) for name in names):
+            problems.append(
+                f"--tune {key}: all schemes have the same images, classes and iterations; name schemes with --schemes"
+            )
         elif not names:
             problems.append(f"--tune {key}: no value of the recipe has such a name{nearest(key, present)}")
         else:
@@ -127,10 +133,15 @@ def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], lis
 def _axis(key: str, names: Sequence[str], texts: Sequence[str], recipe: Recipe) -> tuple[Axis, list[str]]:
     problems: list[str] = []
     values: list[object] = []
+    texts = [located(key, text) for text in texts]
+    of_text: dict[tuple[object, ...], str] = {}
     for text in texts:
         changed, wrong = with_changes(recipe, [f"{name}={text}" for name in names])
         problems += (problem.replace("--set", "--tune") for problem in wrong or recipe_problems(changed))
-        values += [value for name, value, _ in changed.fields() if name in names]
+        own = tuple(value for name, value, _ in changed.fields() if name in names)
+        same = of_text.setdefault(own, text)
+        problems += [f"--tune {key}: {same} and {text} are the same value"] if own and same != text else []
+        values += own
     kind = _kind_of(values)
     ordered = texts if problems or kind == "choice" else sorted(texts, key=float)
     return Axis(key, tuple(names), tuple(ordered), kind), list(dict.fromkeys(problems))
@@ -143,7 +154,7 @@ def _kind_of(values: Iterable[object]) -> str:
 
 def of_scheme(axes: Iterable[Axis], scheme: str) -> tuple[Axis, ...]:
     """Return the axes that a scheme depends on: standard BP has no auxiliary losses."""
-    return tuple(axis for axis in axes if scheme != "standard" or not axis.key.startswith(PLAN))
+    return tuple(axis for axis in axes if scheme != "standard" or not all(name.startswith(PLAN) for name in axis.names))
 
 
 def changes_of(axes: Sequence[Axis], point: Point) -> list[str]:
@@ -155,7 +166,8 @@ def name_of(axes: Sequence[Axis], point: Point) -> str:
     """Return a name for a point's folder, such as "lr=0.01,weight=0.3"."""
     titles = [axis.title for axis in axes]
     keys = titles if len(set(titles)) == len(titles) else [axis.key.replace("*", "all") for axis in axes]
-    return ",".join(f"{key}={text}" for key, text in zip(keys, point, strict=True)) or "recipe"
+    named = (f"{key}={quote(text, safe=SAFE)}" for key, text in zip(keys, point, strict=True))
+    return ",".join(named) or "recipe"
 
 
 def is_allowed(recipe: Recipe, changes: Sequence[str]) -> bool:
@@ -251,6 +263,16 @@ class Tuning:
         """The names of the recipe's values that are tuned."""
         return {name for choice in self.choices.values() for axis in choice.axes for name in axis.names}
 
+    def is_of(self, recipe: Recipe) -> bool:
+        """Return whether a recipe has the values that were chosen for its scheme."""
+        choice = self.choices.get(recipe.scheme)
+        if choice is None:
+            return False
+        chosen, problems = with_changes(recipe, choice.changes)
+        own, wanted = ({name: value for name, value, _ in each.fields()} for each in (recipe, chosen))
+        names = [name for axis in choice.axes for name in axis.names]
+        return not problems and all(own.get(name) == wanted.get(name) for name in names)
+
 
 def write_tuning(folder: Path, tuning: Tuning) -> None:
     """Write the tuning of the comparison in a folder."""
@@ -284,9 +306,17 @@ def read_tuning(folder: Path) -> Tuning | None:
 
 
 def shortened(recipe: Recipe, share: float) -> dict[str, str]:
-    """Return the values of a recipe that is trained for a share of its iterations, by name."""
+    """Return the values of a recipe that is trained for a share of its iterations, by name.
+
+    The schedule is shortened, too: a plateau is as many evaluations long as before.
+    """
     if share == 1:
         return {}
-    iterations = max(1, round(recipe.optimizer.iterations * share))
-    values = {"optimizer.iterations": iterations, "optimizer.warmup": round(recipe.optimizer.warmup * share)}
+    optimizer, schedule = recipe.optimizer, recipe.optimizer.schedule
+    values = {"optimizer.iterations": max(1, round(optimizer.iterations * share))}
+    values["optimizer.warmup"] = round(optimizer.warmup * share)
+    if isinstance(schedule, DecayConfig):
+        values["optimizer.schedule.every"] = max(1, round(schedule.every * share))
+    if isinstance(schedule, PlateauConfig):
+        values["optimizer.evaluate_every"] = max(1, round(optimizer.evaluate_every * share))
     return {name: value_text(value) for name, value in values.items()}
