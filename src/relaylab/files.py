@@ -1,14 +1,17 @@
 """Atomic file writes, new folders for results with their time stamps, and the cores of this machine."""
 
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from glob import glob, has_magic
 from pathlib import Path
 
 from relaylab.errors import InputError
 
+MOST_SHARDS = 100_000
 ROOT = Path("runs")  # default folder of everything that commands write
 
 
@@ -69,3 +72,37 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def expanded(paths: Iterable[Path]) -> list[Path]:
+    """Return the paths that patterns such as `shard-{000..003}.tar` and `*.tar` stand for.
+
+    A path that exists, and a pattern that nothing matches, are returned as they are.
+
+    Raises:
+        InputError: a range of too many numbers.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.exists():
+            found.append(path)
+            continue
+        for text in _braces(str(path)):
+            matches = sorted(glob(text)) if has_magic(text) else []  # noqa: PTH207 (a pattern that may be absolute)
+            found += map(Path, matches or [text])
+    return found
+
+
+def _braces(text: str) -> Iterator[str]:
+    """Iterate over the texts that `{000..123}` and `{a,b}` stand for, as in a shell."""
+    match = re.search(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}", text)
+    if match is None:
+        yield text
+        return
+    first, last, words = match.groups()
+    if words is None and not 0 <= int(last) - int(first) < MOST_SHARDS:
+        raise InputError(f"{match[0]} in {text}: expected 1 to {MOST_SHARDS:,} numbers, such as {{000..123}}")
+    numbers = () if words is not None else range(int(first), int(last) + 1)
+    width = len(first) if first and first.startswith("0") else 0
+    for one in words.split(",") if words is not None else (f"{number:0{width}}" for number in numbers):
+        yield from _braces(text[: match.start()] + one + text[match.end() :])

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional
 
 from relaylab.errors import InputError, nearest
+from relaylab.files import expanded
 
 PICTURES = (".svg", ".png")
 
@@ -77,9 +78,9 @@ def check_paths(options: object) -> None:
 
 
 def path_problems(paths: Sequence[Path]) -> list[str]:
-    """Return an error message for each path that does not exist or cannot be read."""
+    """Return an error message for each path that does not exist or cannot be read; patterns are expanded."""
     problems: list[str] = []
-    for path in paths:
+    for path in expanded(paths):
         try:
             path.stat()
         except FileNotFoundError:

@@ -23,9 +23,10 @@ class DataOptions:
     """Images on disk."""
 
     paths: Sources
-    """Folders or tar files with CLASS/IMAGE, perhaps below train/, val/ and test/; or a list of images (NAME LABEL
-    lines or a CSV file with a header) and the folder that it is about; or ImageNet's validation images with their
-    development kit."""
+    """Folders, tar or zip files with CLASS/IMAGE, perhaps below train/, val/ and test/; WebDataset shards or Parquet
+    files, or a folder of them; a list of images (NAME LABEL lines, a CSV file with a header, COCO's JSON) and the
+    folder that it is about; Places365, iNaturalist or Tiny ImageNet as they come; or ImageNet's validation images with
+    their development kit."""
 
     split: Split = None
     """One of train, val and test, where the data has them (default: all, one after another)."""
@@ -71,7 +72,7 @@ def check(options: CheckOptions) -> int:
 def _survey(options: DataOptions, limit: int | None) -> int:
     """Survey one split after another, into summary.json, balance.svg and bad-images.txt; return the bad images."""
     if not options.paths:
-        raise InputError("no images given: name a folder, tar files or a list")
+        raise InputError("no images given: name a folder, tar, zip or Parquet files, or a list")
     raise_all(too_small(options, workers=0))
     bad = 0
     with new_folder(options.out, ROOT / "data" / timestamp()) as folder:
@@ -114,7 +115,7 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     names = [name for name, _ in facts["classes"]]
     sizes = np.array([count for _, count in facts["classes"]])
     lines = [f"{facts['title']}{f', {split}' if split else ''}: {facts['images']:,} images in {len(names):,} classes"]
-    lines += [f"  list                {note}" for note in facts["notes"]]
+    lines += [f"  found               {note}" for note in facts["notes"]]
     if facts["several_labels"] is not None:
         lines.append(f"  several labels      {facts['several_labels']:,}")
     if facts["unlabelled"]:

@@ -116,12 +116,14 @@ def open_images(
     devices_here: int = 1,
     fault_file: Path | None = None,
     first: AbstractContextManager[object],
+    sources: tuple[Source, Source] | None = None,
 ) -> RunImages:
     """Open and check the images that the options name, and decode them if they fit into memory.
 
     Each of `devices_here` processes on this machine holds its own images. One process can go `first`: the context is
     entered while images are listed and counted, and the others find the results in the cache. `fault_file` is for the
-    list of unreadable images, if there are too many.
+    list of unreadable images, if there are too many. `sources` are training and validation images, in place of those
+    that the options name.
 
     Raises:
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
@@ -129,11 +131,12 @@ def open_images(
     view = view_of(recipe)
     workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
     with first:
-        train, val = open_sources(config, recipe.images)
+        train, val = open_sources(config, recipe.images) if sources is None else _checked_sources(*sources)
         check_images(recipe, train, val)
         for source in dict.fromkeys((train, val)):
-            if source.skipped:
-                log.info("%s: folders passed over: %s", source.title, few(list(source.skipped)))
+            skipped = getattr(source, "skipped", ())
+            if skipped:
+                log.info("%s: folders passed over: %s", source.title, few(list(skipped)))
         chosen, held = chosen_numbers(recipe.images, groups_of(train))
         val = val if held is None else Thinned(train, held)
         train = train if chosen is None else Thinned(train, chosen)
@@ -237,6 +240,12 @@ def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[In
         return train, open_source(config.data, split=split, classes=train.identity, watch=progress)
     except NoSplitError as error:
         raise InputError(f"{error}; {ADVICE}") from None
+
+
+def _checked_sources(train: Source, val: Source) -> tuple[Source, Source]:
+    """Check sources of the caller's own, and label the validation images by the classes of the training images."""
+    train = open_source(train)
+    return train, train if val is train else open_source(val, classes=classes_of(train))
 
 
 def open_training(config: Engine) -> IndexedImages:

@@ -25,8 +25,9 @@ class Subject:
     """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
 
     data: Images = ()
-    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
-    that docs/data.md describes."""
+    """Images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset shards, Parquet files,
+    or Places365, iNaturalist and Tiny ImageNet as they come; or, together with --val-data, anything that docs/data.md
+    describes. A pattern such as 'shard-{000..146}.tar' stands for several files."""
 
     val_data: Images = ()
     """Validation images, where --data has training images only, as with lists."""

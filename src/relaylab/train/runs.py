@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from relaylab.data.sources import digits
+from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, raise_all
 from relaylab.files import ROOT, timestamp, write_text
 from relaylab.options import path_problems
@@ -52,22 +53,28 @@ FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "image
 class Request:
     """A training: complete options, the recipe with its changes, and the run and checkpoint to resume.
 
-    The folder is None for a new run, and the checkpoint is None for the newest valid one.
+    The folder is None for a new run, and the checkpoint is None for the newest valid one. Training and validation
+    `images` of the caller's own take the place of paths.
     """
 
     config: TrainConfig
     recipe: Recipe
     folder: Path | None = None
     checkpoint: Path | None = None
+    images: tuple[Source, Source] | None = None
 
 
-def understand(config: TrainConfig, given: Collection[str] | None = None) -> Request:
+def understand(
+    config: TrainConfig, given: Collection[str] | None = None, *, images: tuple[Source, Source] | None = None
+) -> Request:
     """Derive the recipe and the run from the options. Reads files, but writes none.
 
     Args:
         config: options.
         given: names of the options that the user set, which override those of a run that resumes; None for all that
             differ from their defaults.
+        images: training and validation images, in place of paths in the options. A run does not record them: give them
+            again to resume it.
 
     Raises:
         InputError: all problems with the options, at once.
@@ -77,20 +84,22 @@ def understand(config: TrainConfig, given: Collection[str] | None = None) -> Req
         fields = dataclasses.fields(TrainConfig)
         given = {entry.name for entry in fields if getattr(config, entry.name) != entry.default}
     if config.resume is not None and config.resume != "auto":
-        return _resumed(config, Path(config.resume), given)
+        return _resumed(config, Path(config.resume), given, images)
     recipe, problems = _recipe_of(config)
-    config = _with_digits(config, recipe)
-    if not config.data and recipe is not None:
+    config = config if images is not None else _with_digits(config, recipe)
+    if images is not None and (config.data or config.val_data):
+        problems.append("images are given as sources and as paths: expected one of both")
+    elif not config.data and recipe is not None and images is None:
         problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
     recipe = _checked(recipe, problems + path_problems((*config.data, *config.val_data)))
     if config.resume == "auto":
         folder = _newest_alike(config, recipe)
         if folder is not None:
-            return Request(_merged(config, folder, given), recipe, folder)
+            return Request(_merged(config, folder, given), recipe, folder, images=images)
     elif config.out is not None and (config.out / CONFIG).exists() and not restart_count():
         resume = f"resume it with --resume {config.out}, or take another --out"
         raise InputError(f"{config.out} already contains a run; {resume}")
-    return Request(config, recipe)
+    return Request(config, recipe, images=images)
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -211,7 +220,7 @@ def _with_digits(config: TrainConfig, recipe: Recipe | None) -> TrainConfig:
     return dataclasses.replace(config, data=(digits.digits_tar(),)) if is_lost or not config.data else config
 
 
-def _resumed(config: TrainConfig, path: Path, given: Collection[str]) -> Request:
+def _resumed(config: TrainConfig, path: Path, given: Collection[str], images: tuple[Source, Source] | None) -> Request:
     checkpoint, folder = None, path
     if path.parent.name == CHECKPOINTS and not (path / CONFIG).exists():
         checkpoint, folder = path, path.parent.parent
@@ -221,12 +230,12 @@ def _resumed(config: TrainConfig, path: Path, given: Collection[str]) -> Request
         raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
     merged = _merged(config, folder, given)
     recipe, problems = _recipe_of(merged, folder)
-    merged = _with_digits(merged, recipe)
+    merged = merged if images is not None else _with_digits(merged, recipe)
     moved = path_problems((*merged.data, *merged.val_data))
     problems += [f"{problem}; if the images have moved, say where to with --data" for problem in moved]
     recipe = _checked(recipe, problems)
     _check_recipe(recipe, folder)
-    return Request(merged, recipe, folder, checkpoint)
+    return Request(merged, recipe, folder, checkpoint, images)
 
 
 def _merged(config: TrainConfig, folder: Path, given: Collection[str]) -> TrainConfig:

@@ -160,6 +160,7 @@ def _train(
         devices_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         fault_file=folder / "unreadable-images.txt",
         first=first or fabric.rank_zero_first(local=True),
+        sources=request.images,
     )
     if is_first and not (folder / runs.CONFIG).exists():
         kept = replace(config, images="memory" if images.in_memory else "disk")

@@ -1,4 +1,4 @@
-"""Tar files, read in place: each image's offset is listed once, and nothing is ever unpacked by name.
+"""Tar and zip files, read in place: each image's offset is listed once, and nothing is ever unpacked by name.
 
 Note [Archives]
 1. A plain tar is read by random access. A compressed one cannot be: it is decompressed once, to a plain tar in the
@@ -16,7 +16,7 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,11 +31,13 @@ from relaylab.data.sources.listing import (
     Rows,
     SplitNeededError,
     Watch,
+    inflate,
     is_image,
     is_system_folder,
     printable,
 )
 from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.splits import note_on, only_one, split_of
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
@@ -47,29 +49,43 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, IndexE
 
 
 class Member(NamedTuple):
-    """A file or folder in a tar file: its normalised path, offset and size."""
+    """A file or folder in a tar or zip file: its normalised path, offset, size, and size after decompression or 0."""
 
     path: str
     offset: int
     size: int
     folder: bool
+    inflated: int = 0
 
 
-def list_tars(
-    tars: Sequence[Path], title: str, split: str | None, named: Iterable[Path], watch: Watch, *, cache: Path, flat: bool
+Members = Callable[[IO[bytes], str, Rows], Iterator[Member]]
+"""Iterates over the members of an archive: `tar_members`, `relaylab.data.sources.zips.zip_members`."""
+
+
+def list_archives(
+    archives: Sequence[Path],
+    members: Members,
+    title: str,
+    split: str | None,
+    named: Iterable[Path],
+    watch: Watch,
+    *,
+    cache: Path,
+    flat: bool,
 ) -> Listing:
-    """List the images of tar files with members CLASS/**/IMAGE or {train,val,test}/CLASS/**/IMAGE.
+    """List the images of archives with members CLASS/**/IMAGE or {train,val,test}/CLASS/**/IMAGE.
 
     Files in `named` give classes names; `flat` takes all images, without classes. Decompressed tars go to `cache`.
 
     Raises:
-        InputError: a file that is not a tar or is damaged, a member that is refused, a name twice, or no images.
+        InputError: a file that is not an archive or is damaged, a member that is refused, a name twice, or no images.
     """
     rows, shown = Rows(), dict[str, str]()
     keys: dict[str, set[str]] = {}  # class folders by split; "" where there are no splits
+    spellings: dict[str, set[str]] = {}  # folders by split
     outside = False  # images outside class folders
     places: list[Place] = []
-    for number, tar in enumerate(tars):
+    for number, tar in enumerate(archives):
         rows.stamps.append(stamp(tar))
         plain = unpacked(tar, cache, watch)
         if plain != tar:
@@ -81,7 +97,8 @@ def list_tars(
                 if count % MEMBERS_AT_ONCE == 0:
                     task.advance(member.offset - seen, f"{rows.found:,} images")
                     seen = member.offset
-                part, key = _where(member)
+                part, key, spelling = _where(member)
+                spellings.setdefault(part, set()).add(spelling)
                 if (part, key) == ("", "test") and split == "test":
                     part, key = "test", None  # test/1.jpg: not a class called test
                 if flat and not member.folder:
@@ -91,7 +108,7 @@ def list_tars(
                 if member.folder:
                     continue
                 if member.path.rpartition("/")[2] == "classes.txt" and member.path.count("/") <= 1:
-                    shown |= named_classes(_text(file, member))
+                    shown |= named_classes(member_bytes(file, member).decode(errors="replace"))
                 elif not is_image(member.path):
                     rows.ignore(member.path)
                 elif part != (split or "") and not (split == "test" and key is None):
@@ -102,9 +119,11 @@ def list_tars(
                     outside = True
                 else:
                     label = UNLABELLED if key is None else rows.key(key)
-                    rows.add(os.fsencode(member.path), label, number, (member.offset, member.size))
+                    rows.add(os.fsencode(member.path), label, number, (member.offset, member.size), member.inflated)
             task.advance(plain.stat().st_size - seen, f"{rows.found:,} images")
     _check(rows, title, split, keys, outside)
+    if split in spellings:
+        rows.notes += note_on(only_one(sorted(spellings[split]), split, title), split)
     chosen = keys.get("", set()) if split is None else keys.get(split, set())
     if split is not None and chosen:
         chosen = chosen.union(keys.get("train", ()), keys.get("val", ()))
@@ -115,7 +134,7 @@ def list_tars(
     return listing
 
 
-def members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+def tar_members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[Member]:
     """Iterate over the files and folders of a plain tar, and of plain tars in it, in their order.
 
     The tar lies between the bytes `start` and `stop` of the file, None for its end. Files that are not images are
@@ -136,8 +155,8 @@ def members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int |
                 if one.size < 0 or one.offset_data + one.size > stop or archive.offset <= end:
                     raise InputError(f"{title} is damaged or cut short at {printable(one.name)}")
                 end = archive.offset
-                path = _path(one, title)
-                skipped = _system_folder(path if one.isdir() else path.rpartition("/")[0])
+                path = inside_path(one.name, title)
+                skipped = system_folder(path if one.isdir() else path.rpartition("/")[0])
                 if skipped:
                     rows.skip(skipped)
                     rows.ignore(*([] if one.isdir() else [path]))
@@ -148,7 +167,7 @@ def members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: int |
                 elif path.endswith(".tar"):
                     if nested:
                         raise InputError(f"{title}: {printable(path)} is a tar in a tar in a tar; expected one level")
-                    inner = members(file, f"{title}/{path}", rows, one.offset_data, one.offset_data + one.size)
+                    inner = tar_members(file, f"{title}/{path}", rows, one.offset_data, one.offset_data + one.size)
                     yield from (each._replace(path=f"{path[:-4]}/{each.path}") for each in inner)
                 else:
                     yield Member(path, one.offset_data, one.size, False)
@@ -228,11 +247,11 @@ def _decompressed(packed: IO[bytes], kind: str, title: str) -> Iterator[bytes]:
         raise InputError(f"{title} is damaged or cut short: {error}") from None
 
 
-def _path(member: tarfile.TarInfo, title: str) -> str:
-    """Return the normalised path of a member; refuse one outside the tar."""
-    parts = [part for part in member.name.split("/") if part not in ("", ".")]
-    if member.name.startswith("/") or ".." in parts or "\0" in member.name:
-        raise InputError(f"{title} has a member that leads out of it, {printable(member.name)}: refused")
+def inside_path(name: str, title: str) -> str:
+    """Return the normalised path of a member; refuse one outside the archive."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        raise InputError(f"{title} has a member that leads out of it, {printable(name)}: refused")
     return "/".join(parts)
 
 
@@ -245,27 +264,31 @@ def _plain(member: tarfile.TarInfo, path: str, title: str) -> bool:
     return whole
 
 
-def _system_folder(folder: str) -> str:
+def system_folder(folder: str) -> str:
     """Return the path of the first system folder on the way to a folder; empty if there is none."""
     parts = folder.split("/")
     return next(("/".join(parts[: place + 1]) for place, part in enumerate(parts) if is_system_folder(part)), "")
 
 
-def _where(member: Member) -> tuple[str, str | None]:
-    """Return split and class folder of a member's path; a folder around the splits is skipped."""
+def _where(member: Member) -> tuple[str, str | None, str]:
+    """Return split, class folder and the split's folder in a member's path; a folder around the splits is skipped."""
     parts = member.path.split("/")
     folders = parts if member.folder else parts[:-1]
-    if len(folders) >= 2 and folders[0] not in SPLITS and folders[1] in SPLITS:
+    if len(folders) >= 2 and not split_of(folders[0]) and split_of(folders[1]):
         folders = folders[1:]
-    if folders and folders[0] in SPLITS and (len(folders) > 1 or member.folder):
-        return folders[0], folders[1] if len(folders) > 1 else None
+    split = split_of(folders[0]) if folders and (len(folders) > 1 or member.folder) else None
+    if split:
+        return split, folders[1] if len(folders) > 1 else None, folders[0]
     # train/1.jpg: a class called train, or a split without classes
-    return ("", folders[0]) if folders else ("", None)
+    return ("", folders[0], "") if folders else ("", None, "")
 
 
-def _text(file: IO[bytes], member: Member) -> str:
-    content = os.pread(file.fileno(), min(member.size, LARGEST_TEXT), member.offset)
-    return content.decode(errors="replace")
+def member_bytes(file: IO[bytes], member: Member, most: int = LARGEST_TEXT) -> bytes:
+    """Return the content of a member; of one that is larger, the first bytes, or nothing if it is compressed."""
+    content = os.pread(file.fileno(), min(member.size, most), member.offset)
+    if member.inflated:
+        return inflate(content, member.inflated, member.path) if member.inflated <= most else b""
+    return content
 
 
 def _check_end(file: IO[bytes], title: str, end: int, stop: int, nested: bool) -> None:

@@ -8,12 +8,26 @@ from relaylab.data.sources.listing import few, printable
 from relaylab.data.sources.stamps import Stamp, stamp
 from relaylab.errors import InputError
 
-BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt")
+BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
+NUMBERED = ("classnames.txt", "class_names.txt", "labels.txt", "classes.txt")
 
 
 def files_beside(folders: Iterable[Path]) -> list[Path]:
     """Return the files in some folders that give classes names, the more particular first."""
     return [folder / name for name in BESIDE for folder in folders if (folder / name).is_file()]
+
+
+def numbered_names(files: Iterable[Path], stamps: list[Stamp]) -> tuple[str, ...]:
+    """Return the names of numbered classes from the first file beside some files that has one on each line, or ().
+
+    The file that was read is added to `stamps`.
+    """
+    folders = dict.fromkeys(file.parent for file in files)
+    found = next((folder / name for folder in folders for name in NUMBERED if (folder / name).is_file()), None)
+    if found is None:
+        return ()
+    stamps.append(stamp(found))
+    return tuple(line.strip() for line in _text(found).splitlines() if line.strip())
 
 
 def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]) -> dict[str, str]:

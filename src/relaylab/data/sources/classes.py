@@ -192,7 +192,7 @@ def relabelled(listing: Listing, wanted: Classes) -> Listing:
     return replace(
         listing,
         labels=np.array([*places, UNLABELLED])[listing.labels].astype(label_type(len(wanted.keys))),
-        targets=None if listing.targets is None else _moved(listing.targets, places, len(wanted.keys)),
+        targets=None if listing.targets is None else moved(listing.targets, places, len(wanted.keys)),
         classes=tuple(names),
         folders=wanted.keys,
         numbered=wanted.numbered,
@@ -200,12 +200,12 @@ def relabelled(listing: Listing, wanted: Classes) -> Listing:
     )
 
 
-def _moved(targets: Targets, places: Sequence[int], count: int) -> Targets:
+def moved(targets: Targets, places: Sequence[int], count: int) -> Targets:
     """Move the columns of targets to their places among `count` classes; those without a place have no 1."""
-    moved = np.zeros((len(targets), count), np.uint8)
+    result = np.zeros((len(targets), count), np.uint8)
     kept = [label for label, place in enumerate(places) if place != UNLABELLED]
-    moved[:, [places[label] for label in kept]] = targets[:, kept]
-    return moved
+    result[:, [places[label] for label in kept]] = targets[:, kept]
+    return result
 
 
 def _pairs(classes: Classes) -> Iterable[tuple[str, str]]:

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from relaylab.data.sources.class_names import names_beside, read_categories
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image, printable
-from relaylab.data.sources.lists import kinds_in, tidy_name, unique_keys
+from relaylab.data.sources.lists import kinds_in, tidy_name
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
+from relaylab.data.sources.valued import in_order, unique_keys
 from relaylab.errors import InputError
 from relaylab.progress import Task
 
@@ -143,7 +144,7 @@ def list_csv(
     known = unique_keys(read_categories(categories)) if categories else None
     own, divider = _labels(columns, list(values), {*wanted, *(known or ())})
     by_column = tuple(columns.header[place] for place in columns.flags)
-    keys = known or by_column or _in_order({label for one in own for label in one})
+    keys = known or by_column or in_order({label for one in own for label in one})
     places = _places(keys, own, columns, is_known=known is not None, title=file.name)
     classes = _display_names(keys, named, rows)
     has_several = any(len(one) != 1 for one in places)
@@ -316,12 +317,6 @@ def _labels(
         if several and (is_plural or alone.issuperset(part for own in several for part in own)):
             return parts, title
     return [(text,) for text in texts], ""
-
-
-def _in_order(keys: Collection[str]) -> tuple[str, ...]:
-    """Sort keys as numbers if all are numbers, else as text."""
-    are_numbers = all(key.isdecimal() for key in keys)
-    return tuple(sorted(keys, key=int) if are_numbers else sorted(keys))
 
 
 def _places(

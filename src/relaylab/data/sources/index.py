@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.classes import Classes
-from relaylab.data.sources.listing import Listing, Place, printable
+from relaylab.data.sources.listing import Listing, Place, inflate, printable
 from relaylab.data.sources.source import UNLABELLED, Labels, Targets
 from relaylab.data.sources.stamps import Stamp, image_state, is_recent, stale, unsettled
 from relaylab.errors import InputError
@@ -60,7 +60,7 @@ def write_index(path: Path, listing: Listing) -> None:
     }
     if listing.notes:
         about["notes"] = listing.notes
-    optional = (name for name in ("spans", "targets") if getattr(listing, name) is not None)
+    optional = (name for name in ("spans", "inflated", "targets") if getattr(listing, name) is not None)
     fields = ("labels", "bounds", "names", "place", *optional)
     tensors: dict[str, NDArray[Any]] = {name: getattr(listing, name) for name in fields}
     content = sha256()
@@ -89,7 +89,7 @@ class IndexedImages:
         remark: for the user, on how the classes were matched; empty if there is none.
         labels: (n,) class indices, mapped from the file and read-only; UNLABELLED in a test set.
         targets: (n, classes) 1 for each label, likewise, where images may have several; else None.
-        notes: for the user, on how a list was read.
+        notes: for the user, on how the images were found.
         places: folders or archives that hold the images.
         fingerprint: changes with anything that was listed.
         ignored: number of files that are not images, by extension.
@@ -141,7 +141,8 @@ class IndexedImages:
             raise ValueError("labels out of range")
         spans = {"spans": (count, 2)} if "spans" in self._tensors else {}
         targets = {"targets": (count, len(self.classes))} if "targets" in self._tensors else {}
-        for name, shape in {"bounds": (count + 1,), "place": (count,), **spans, **targets}.items():
+        inflated = {"inflated": (count,)} if "inflated" in self._tensors else {}
+        for name, shape in {"bounds": (count + 1,), "place": (count,), **spans, **inflated, **targets}.items():
             if self._tensors[name][1] != shape:
                 raise ValueError(f"{name} of shape {self._tensors[name][1]}")
         if int(self._rows("bounds", count)[0]) != self._tensors["names"][1][0]:
@@ -169,7 +170,7 @@ class IndexedImages:
     def size(self, number: int) -> int:
         """Return the size of an encoded image in bytes, without reading it; raises OSError if it is not there."""
         if "spans" in self._tensors:
-            return int(self._rows("spans", number)[0][1])
+            return self._inflated(number) or int(self._rows("spans", number)[0][1])
         return os.stat(self._image_path(number)).st_size  # noqa: PTH116 (thousands of them)
 
     def _are_changed(self, state: str) -> bool:
@@ -219,7 +220,11 @@ class IndexedImages:
         descriptor = self._descriptor(place.path)
         data = _pread(descriptor, size, offset, place.path)
         self._check_unchanged(descriptor, place.path)  # after it: what has been read is from before a change
-        return data
+        inflated = self._inflated(number)
+        return inflate(data, inflated, place.shown) if inflated else data
+
+    def _inflated(self, number: int) -> int:
+        return int(self._rows("inflated", number)[0]) if "inflated" in self._tensors else 0
 
     def _rows(self, tensor: str, number: int, count: int = 1) -> NDArray[Any]:
         """Read `count` rows of a tensor from the file."""

@@ -8,6 +8,7 @@ Note [Listing]
 """
 
 import os
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -88,6 +89,8 @@ class Listing:
         bounds: (n + 1,) start of each name, and end of the last one.
         place: (n,) uint16, index of each image's place.
         spans: (n, 2) int64, offset and size in the archive; None for folders.
+        inflated: (n,) int64, size of each image after decompression by zlib, 0 for those that are stored as they are;
+            None if all are.
         ignored: number of ignored files, by extension.
         skipped: number of ignored folders, by name; see `is_system_folder`.
         stamps: fingerprints of everything that was read.
@@ -95,7 +98,7 @@ class Listing:
         remark: for the user, on how the classes were matched; empty if there is none.
         targets: (n, classes) uint8, 1 for each of an image's labels, where an image may have several or none; `labels`
             are then UNLABELLED. Otherwise None.
-        notes: for the user, on how a list was read.
+        notes: for the user, on how the images were found.
     """
 
     title: str
@@ -114,6 +117,7 @@ class Listing:
     skipped: Mapping[str, int] = field(default_factory=dict[str, int])
     targets: Targets | None = None
     notes: tuple[str, ...] = ()
+    inflated: NDArray[np.int64] | None = None
 
     def name(self, number: int) -> bytes:
         """Return the name of an image below its place."""
@@ -129,19 +133,23 @@ class Rows:
         self.ignored: Counter[str] = Counter()
         self.skipped: set[str] = set()  # paths of folders
         self.stamps: list[Stamp] = []
+        self.notes: list[str] = []  # for the user
         self._names = bytearray()
         self._bounds = array("Q", [0])
         self._labels = array("i")
         self._place = array("H")
         self._spans = array("q")
+        self._inflated = array("q")
         self._hashes = array("q")
 
     def key(self, folder: str) -> int:
         """Return the number of a class folder, which is added if it is new."""
         return self.keys.setdefault(folder, len(self.keys))
 
-    def add(self, name: bytes, label: int, place: int = 0, span: tuple[int, int] | None = None) -> None:
-        """Add an image by its name below its place, and in an archive its offset and size."""
+    def add(
+        self, name: bytes, label: int, place: int = 0, span: tuple[int, int] | None = None, inflated: int = 0
+    ) -> None:
+        """Add an image by its name below its place, and in an archive its offset and size; see `Listing.inflated`."""
         self.found += 1
         self._names += name
         self._bounds.append(len(self._names))
@@ -150,6 +158,7 @@ class Rows:
         self._hashes.append(hash(name))
         if span is not None:
             self._spans.extend(span)
+            self._inflated.append(inflated)
 
     def ignore(self, *names: str) -> None:
         """Count files that are not images."""
@@ -214,10 +223,12 @@ class Rows:
             bounds=np.frombuffer(self._bounds, np.uint64).astype(bound_type),
             place=np.frombuffer(self._place, np.uint16),
             spans=np.frombuffer(self._spans, np.int64).reshape(-1, 2) if self._spans else None,
+            inflated=np.frombuffer(self._inflated, np.int64) if any(self._inflated) else None,
             ignored=dict(self.ignored),
             stamps=tuple(self.stamps),
             numbered=numbered,
             skipped=dict(Counter(path.rpartition("/")[2] for path in self.skipped).most_common(FOLDERS_NAMED)),
+            notes=tuple(self.notes),
         )
 
     def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
@@ -251,6 +262,7 @@ def _sorted(listing: Listing) -> Listing:
         bounds=np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype(listing.bounds.dtype),
         place=listing.place[order],
         spans=None if listing.spans is None else listing.spans[order],
+        inflated=None if listing.inflated is None else listing.inflated[order],
     )
 
 
@@ -275,6 +287,17 @@ def printable(name: str | bytes) -> str:
     """Return a name on one line, with unprintable characters escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def inflate(data: bytes, size: int, title: str) -> bytes:
+    """Decompress a member of a zip file to the size that it shall have; raises OSError if it is damaged."""
+    try:
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    except zlib.error as error:
+        raise OSError(5, f"damaged in the zip file: {error}", title) from None
+    if len(inflated) != size:
+        raise OSError(5, "damaged in the zip file: of another size", title)
+    return inflated
 
 
 def is_system_folder(name: str) -> bool:

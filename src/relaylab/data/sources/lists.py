@@ -6,8 +6,6 @@ The order of the list is kept: challenges expect results in it.
 import os
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_i
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import refuse_to_leave
+from relaylab.data.sources.valued import unique_keys
 from relaylab.errors import InputError
 
 LARGEST_LABEL = 999_999
@@ -41,7 +40,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     if not rows.found:
         raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
     rows.refuse_repeats(file.name)
-    _check_files(file, root, rows, watch)
+    check_files(file, root, rows, watch)
     labelled = set(folder_of) != {UNLABELLED}
     if classes is None:
         keys, classes = _names(folder_of, named, rows) if labelled else ((), ())
@@ -109,7 +108,7 @@ def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
     return name, number
 
 
-def _check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
+def check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
     """Check that all files exist, one folder at a time: millions of single checks take far longer."""
     folders: dict[bytes, int] = {}
     folder = np.fromiter(
@@ -173,9 +172,3 @@ def _names(
     names = {label: shown.get(key, key) for label, key in keys.items()}
     unique = unique_keys([keys.get(label, str(label)) for label in labels])
     return unique, tuple(names.get(label, f"class {label}") for label in labels)
-
-
-def unique_keys(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys of a list's classes: their names, or the labels of those that have the same name."""
-    counts = Counter(names)
-    return tuple(name if counts[name] == 1 else str(label) for label, name in enumerate(names))

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar, cast, overload
 
 import numpy as np
 
-from relaylab.data.sources.archives import list_tars
+from relaylab.data.sources.archives import list_archives, tar_members
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
 from relaylab.data.sources.classes import Classes, relabelled
+from relaylab.data.sources.coco import list_coco
 from relaylab.data.sources.csv_files import CSV, has_header, list_csv
 from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
+from relaylab.data.sources.layouts import PARQUET, Part, recognised
 from relaylab.data.sources.listing import (
     SPLITS,
     Listing,
@@ -27,15 +30,27 @@ from relaylab.data.sources.listing import (
     unwatched,
 )
 from relaylab.data.sources.lists import list_file
+from relaylab.data.sources.parquet import list_parquet
+from relaylab.data.sources.shards import are_shards, list_shards
+from relaylab.data.sources.source import Source, check_source, is_source
+from relaylab.data.sources.splits import chosen, split_of_file
 from relaylab.data.sources.stamps import stamp
+from relaylab.data.sources.subset import Relabelled
+from relaylab.data.sources.tabbed import is_tabbed, list_tabbed
 from relaylab.data.sources.trees import list_trees
+from relaylab.data.sources.zips import zip_members
 from relaylab.errors import InputError
+from relaylab.files import expanded
 
 log = logging.getLogger("relaylab.data")
 
 TARS = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".tar.zst", ".txz", ".tgz", ".tbz2", ".tzst")
-LISTS = (".txt", *CSV)
+ZIP = ".zip"
+JSON = ".json"
+LISTS = (".txt", *CSV, JSON)
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+Told = TypeVar("Told", IndexedImages, Relabelled)
+ARCHIVES = (*TARS, ZIP, PARQUET)
 VALIDATION_IMAGE = "ILSVRC2012_val_"
 
 
@@ -44,7 +59,7 @@ class _Request:
     """A request for a data set, with all paths resolved; equal requests have the same index."""
 
     folders: tuple[Path, ...] = ()
-    tars: tuple[Path, ...] = ()
+    archives: tuple[Path, ...] = ()  # tar files, zip files or Parquet files
     list: Path | None = None
     truth: Path | None = None
     meta: Path | None = None
@@ -59,8 +74,12 @@ class _Request:
         return cache / "index" / f"{sha256(text.encode(errors='surrogateescape')).hexdigest()[:32]}.safetensors"
 
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@overload
 def open_source(
-    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    paths: Paths,
     *,
     split: str | None = None,
     classes: Sequence[str] | Classes | None = None,
@@ -68,14 +87,32 @@ def open_source(
     categories: Path | None = None,
     cache: Path | None = None,
     watch: Watch = unwatched,
-) -> IndexedImages:
+) -> IndexedImages: ...
+
+
+@overload
+def open_source(paths: Source, *, classes: Sequence[str] | Classes | None = None) -> Source: ...
+
+
+def open_source(
+    paths: Paths | Source,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] | Classes | None = None,
+    root: Path | None = None,
+    categories: Path | None = None,
+    cache: Path | None = None,
+    watch: Watch = unwatched,
+) -> IndexedImages | Source:
     """Open a data set: from its index if there is one that still fits, else by listing it once.
 
     Args:
         paths: of the data set. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
             above. Or a list file, `NAME LABEL` per line or a CSV file with a header, with the folder that it is about.
             Or, for ImageNet's validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and
-            meta.mat, the latter two also as the folder of the development kit.
+            meta.mat, the latter two also as the folder of the development kit. docs/data.md has all formats. Patterns
+            such as `shard-{000..003}.tar` stand for several files. A `Source` is checked and returned; with `classes`,
+            labelled by these.
         split: train, val or test where the tree or tar has them. A test split may be without classes.
         classes: classes in the order that labels shall have, such as `identity` of the training set; or their folders
             or names. Images are labelled by these, matched by key: see Note [Classes].
@@ -87,8 +124,14 @@ def open_source(
     Raises:
         InputError: anything wrong with the paths or with what they hold.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    request = _request(paths, split, classes, root, categories)
+    wanted = classes if classes is None or isinstance(classes, Classes) else Classes.of(classes)
+    if is_source(paths):
+        check_source(paths)
+        if (split, root, categories) != (None, None, None):
+            raise InputError(f"{paths.title} is a Source: split, root and categories are for paths")
+        return paths if wanted is None else _told(Relabelled(paths, wanted))
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else cast("Sequence[str]", paths)
+    request = _request(expanded(map(Path, several)), split, wanted, root, categories)
     folder = cache_folder(cache)
     file = request.file(folder)
     if file.exists():
@@ -100,7 +143,7 @@ def open_source(
     return _told(IndexedImages(file))
 
 
-def _told(source: IndexedImages) -> IndexedImages:
+def _told(source: Told) -> Told:
     if source.remark:
         log.warning("%s", source.remark)
     return source
@@ -109,7 +152,7 @@ def _told(source: IndexedImages) -> IndexedImages:
 def _request(
     paths: Sequence[Path],
     split: str | None,
-    classes: Sequence[str] | Classes | None,
+    classes: Classes | None,
     root: Path | None,
     categories: Path | None,
 ) -> _Request:
@@ -124,37 +167,39 @@ def _request(
             raise InputError(f"{path} holds another folder that is given too: give one of them")
     folders = tuple(path for path in given if path.is_dir())
     files = [path for path in given if not path.is_dir()]
-    tars = tuple(path for path in files if path.name.lower().endswith(TARS))
+    archives = tuple(path for path in files if path.name.lower().endswith(ARCHIVES))
     truth = next((path for path in files if path.name == TRUTH), None)
     meta = next((path for path in files if path.name == META), None)
     lists = [path for path in files if path.suffix.lower() in LISTS and path != truth]
-    strange = [path for path in files if path not in (*tars, *lists, truth, meta)]
+    strange = [path for path in files if path not in (*archives, *lists, truth, meta)]
     if not given or strange:
         came = f"{strange[0]}" if strange else "nothing"
-        kinds = f"folders, tar files ({' '.join(TARS)}) or a list of images ({', '.join(LISTS)})"
+        kinds = f"folders, tar files ({' '.join(TARS)}), zip or Parquet files, or a list of images ({', '.join(LISTS)})"
         raise InputError(f"{came}: expected {kinds}")
     request = _Request(
         folders=folders,
-        tars=tars,
+        archives=archives,
         truth=truth,
         meta=meta,
         split=split,
-        classes=classes if classes is None or isinstance(classes, Classes) else Classes.of(classes),
+        classes=classes,
         named=tuple(dict.fromkeys(files_beside(_around((*folders, *files), split)))),
     )
     if lists:
         return _list_request(request, lists, root, categories)
     if root is not None or categories is not None:
         raise InputError("root and categories go with a list of images (.txt): none is given")
-    if (truth is None) != (meta is None) or (truth and (len(folders) + len(tars) != 1 or split)):
+    if (truth is None) != (meta is None) or (truth and (len(folders) + len(archives) != 1 or split)):
         raise InputError(f"expected ImageNet's validation images (a folder or tar), {TRUTH} and {META}, and no split")
-    if folders and tars:
-        raise InputError("folders and tar files together: expected one kind")
+    if len({PARQUET if (kind := path.suffix.lower()) == PARQUET else kind == ZIP for path in archives}) > 1:
+        raise InputError("tar, zip and Parquet files together: expected one kind")
+    if folders and archives:
+        raise InputError("folders and tar, zip or Parquet files together: expected one kind")
     return request
 
 
 def _list_request(request: _Request, lists: list[Path], root: Path | None, categories: Path | None) -> _Request:
-    if len(lists) > 1 or request.tars or request.truth or len(request.folders) + (root is not None) > 1:
+    if len(lists) > 1 or request.archives or request.truth or len(request.folders) + (root is not None) > 1:
         raise InputError(f"{lists[0].name} is a list of images: expected it and the one folder that it is about")
     if request.split is not None:
         message = f"{lists[0].name} is a list of images, which has no parts train and val"
@@ -194,25 +239,67 @@ def _around(paths: Sequence[Path], split: str | None) -> list[Path]:
 
 
 def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
-    flat = request.truth is not None
-    title = " + ".join(printable(path.name) for path in request.folders or request.tars)
+    title = " + ".join(printable(path.name) for path in request.folders or request.archives)
     try:
-        if request.list is not None:
-            assert request.root is not None, "a list has a root"
-            if has_header(request.list):
-                known = (*request.classes.keys, *request.classes.names) if request.classes else ()
-                listing = list_csv(request.list, request.root, request.categories, request.named, known, watch)
-            else:
-                listing = list_file(request.list, request.root, request.categories, list(request.named), watch)
-        elif request.tars:
-            listing = list_tars(request.tars, title, request.split, request.named, watch, cache=cache, flat=flat)
-        else:
-            listing = list_trees(request.folders, title, request.split, request.named, watch, flat=flat)
+        listing = _list_files(request, title, cache, watch)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or title}: {error.strerror or error}") from None
     if request.truth is not None and request.meta is not None:
         listing = _with_truth(listing, request.truth, request.meta)
     return listing if request.classes is None else relabelled(listing, request.classes)
+
+
+def _list_files(request: _Request, title: str, cache: Path, watch: Watch) -> Listing:
+    """List a data set of any kind."""
+    flat = request.truth is not None
+    if request.list is not None and request.root is not None:
+        return _list_named(request.list, request.root, request.categories, request, watch)
+    if request.archives:
+        return _list_archives(request.archives, title, request, cache, watch)
+    layout = recognised(request.folders[0]) if len(request.folders) == 1 and not flat else {}
+    if not layout:
+        return list_trees(request.folders, title, request.split, request.named, watch, flat=flat)
+    part = chosen(layout, request.split, request.folders[0])
+    part = part if isinstance(part, Part) else part()
+    if part.files and part.folder is not None:
+        listing = _list_named(part.files[0], part.folder, part.categories, request, watch)
+    elif part.folder is not None:
+        listing = list_trees([part.folder], title, None, request.named, watch, flat=part.flat)
+    else:
+        listing = _list_shards(part.files, title, request, cache, watch)
+    folders = dict.fromkeys((request.folders[0], *(file.parent for file in part.files)))
+    return replace(listing, stamps=(*listing.stamps, *map(stamp, folders)))
+
+
+def _list_named(file: Path, root: Path, categories: Path | None, request: _Request, watch: Watch) -> Listing:
+    """List the images that a file names."""
+    if file.suffix.lower() == JSON:
+        return list_coco(file, root, watch)
+    if has_header(file):
+        known = (*request.classes.keys, *request.classes.names) if request.classes else ()
+        return list_csv(file, root, categories, request.named, known, watch)
+    if is_tabbed(file):
+        return list_tabbed(file, root, request.named, watch)
+    return list_file(file, root, categories, list(request.named), watch)
+
+
+def _list_archives(archives: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
+    """List tar, zip or Parquet files."""
+    kind = archives[0].suffix.lower()
+    if kind == PARQUET or (request.truth is None and kind != ZIP and are_shards(archives[0])):
+        parts: dict[str, list[Path]] = {}
+        for path in archives:
+            parts.setdefault(split_of_file(path.name) or "", []).append(path)
+        return _list_shards(chosen(parts, request.split, title), title, request, cache, watch)
+    members = zip_members if kind == ZIP else tar_members
+    flat = request.truth is not None
+    return list_archives(archives, members, title, request.split, request.named, watch, cache=cache, flat=flat)
+
+
+def _list_shards(files: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
+    """List Parquet files or WebDataset shards."""
+    lister = list_parquet if files[0].suffix.lower() == PARQUET else list_shards
+    return lister(files, title, request.named, watch, cache=cache)
 
 
 def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:

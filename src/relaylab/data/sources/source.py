@@ -1,10 +1,12 @@
 """The interface of a data set: its images' labels, names and bytes."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
+
+from relaylab.errors import InputError
 
 Labels = NDArray[np.int16] | NDArray[np.int32]
 Targets = NDArray[np.uint8]
@@ -37,6 +39,29 @@ class Source(Protocol):
     def name(self, number: int) -> str:
         """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
         ...
+
+
+def is_source(value: object) -> TypeGuard[Source]:
+    """Return whether a value is a `Source`, and not a path."""
+    return hasattr(value, "read") and hasattr(value, "labels")
+
+
+def check_source(source: Source) -> None:
+    """Check what a source says of itself.
+
+    Raises:
+        InputError: an attribute that is absent or of another kind, or labels that do not fit the images or the classes.
+    """
+    lacking = [name for name in ("title", "classes", "fingerprint", "name", "__len__") if not hasattr(source, name)]
+    if lacking:
+        raise InputError(f"{type(source).__name__} is not a Source: it has no {', '.join(lacking)}")
+    labels, count = source.labels, len(source.classes)
+    if not isinstance(labels, np.ndarray) or labels.dtype not in (np.int16, np.int32) or labels.shape != (len(source),):
+        found = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise InputError(f"{source.title}: labels are {found}; expected an array of int16 or int32, ({len(source)},)")
+    if not len(source) or labels.min() < UNLABELLED or labels.max() >= max(1, count):
+        found = f"{labels.min()} .. {labels.max()}" if len(source) else "of no images"
+        raise InputError(f"{source.title}: labels {found}; expected {UNLABELLED} .. {count - 1}, for {count} classes")
 
 
 def targets_of(source: Source) -> Targets | None:

@@ -1,4 +1,4 @@
-"""Subsets of a data set: chosen images, an artificial long tail, images set aside."""
+"""Data sets made from others: chosen images, an artificial long tail, images set aside, labels of other classes."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -6,8 +6,9 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from relaylab.data.sources.classes import classes_of
-from relaylab.data.sources.source import Labels, Source, targets_of
+from relaylab.data.sources.classes import Classes, classes_of, match, moved
+from relaylab.data.sources.listing import label_type
+from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, targets_of
 from relaylab.errors import InputError
 
 Numbers = NDArray[np.int64]
@@ -54,6 +55,41 @@ class Thinned:
     def name(self, number: int) -> str:
         """Return the path of an image, for messages and lists."""
         return self.source.name(int(self.numbers[number]))
+
+
+class Relabelled:
+    """A source with labels in the order of other classes, as a `Source` of its own.
+
+    Args:
+        source: contains the images.
+        wanted: classes, such as those of the training images.
+
+    Raises:
+        InputError: a class with images that is not among them.
+    """
+
+    def __init__(self, source: Source, wanted: Classes) -> None:
+        used = np.flatnonzero(class_counts(source)).tolist()
+        places, self.remark = match(classes_of(source), wanted, title=source.title, used=used)
+        self.source = source
+        self.title: str = source.title
+        self.identity = wanted
+        self.classes: Sequence[str] = wanted.names
+        self.labels: Labels = np.array([*places, UNLABELLED])[source.labels].astype(label_type(len(wanted.keys)))
+        targets = targets_of(source)
+        self.targets = None if targets is None else moved(targets, places, len(wanted.keys))
+        self.fingerprint = sha256(f"{source.fingerprint} {wanted}".encode(errors="backslashreplace")).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, number: int) -> bytes:
+        """Return the encoded bytes of an image; raises OSError if it cannot be read."""
+        return self.source.read(number)
+
+    def name(self, number: int) -> str:
+        """Return the path of an image, for messages and lists."""
+        return self.source.name(number)
 
 
 def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:

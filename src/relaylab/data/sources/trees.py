@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relaylab.data.sources.class_names import names_beside
+from relaylab.data.sources.hints import no_images
 from relaylab.data.sources.listing import (
-    SPLITS,
     Listing,
     NoSplitError,
     Place,
@@ -18,6 +18,7 @@ from relaylab.data.sources.listing import (
     printable,
 )
 from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.splits import by_split, note_on, only_one
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
@@ -50,7 +51,7 @@ def list_trees(
                     rows.add(os.fsencode(inside + file), label, number)
             task.advance(note=f"{rows.found:,} images")
     if not rows.found:
-        raise InputError(f"no images in {title}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")
+        raise InputError(no_images(title, roots))
     shown = names_beside(named, keys, rows.stamps)
     return rows.listing(title, keys, shown, [Place(str(root), str(root)) for root in roots])
 
@@ -60,11 +61,11 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
     tops, images = _scan(str(root), str(root), rows, count=False)
     if flat:
         return root, [], set()
-    splits = [name for name in SPLITS if name in tops]
+    splits = by_split(tops)
     if split is None:
-        below = [name for name in splits if _scan(str(root / name), str(root), rows, count=False)[0]]
+        below = [name for names in splits.values() for name in names if _has_folders(root / name, root, rows)]
         if below:
-            raise SplitNeededError(root, splits)
+            raise SplitNeededError(root, list(splits))
         if images and not tops:
             raise InputError(f"{root} has images but no class folders: expected CLASS/IMAGE, or split test")
         rows.ignore(*images)  # beside class folders, without a class
@@ -75,14 +76,20 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
         found = f"only {', '.join(splits)}" if splits else "nor any other split"
         message = f"{root} has no {split} folder, {found}: expected {split}/CLASS/IMAGE"
         raise NoSplitError(message, has_others=bool(splits))
-    classes, images = _scan(str(root / split), str(root), rows, count=False)
+    base = root / only_one(splits[split], split, root)
+    rows.notes += note_on(base.name, split)
+    classes, images = _scan(str(base), str(root), rows, count=False)
     if images and not classes and split != "test":
-        raise InputError(f"{root / split} has images but no class folders: expected {split}/CLASS/IMAGE")
+        raise InputError(f"{base} has images but no class folders: expected {base.name}/CLASS/IMAGE")
     rows.ignore(*(images if classes else ()))
-    others = [name for name in ("train", "val") if name in splits and name != split and classes]
+    others = [name for other in ("train", "val") if other != split and classes for name in splits.get(other, ())]
     # A class that only the training part has still has its number in the validation part.
     siblings = {name for other in others for name in _scan(str(root / other), str(root), rows, count=False)[0]}
-    return root / split, classes, siblings
+    return base, classes, siblings
+
+
+def _has_folders(folder: Path, root: Path, rows: Rows) -> bool:
+    return bool(_scan(str(folder), str(root), rows, count=False)[0])
 
 
 def _walk(start: str, root: str, rows: Rows, *, deep: bool) -> list[tuple[str, list[str]]]:

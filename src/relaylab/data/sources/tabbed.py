@@ -1,0 +1,48 @@
+"""Lists with tabs, an image and its class's name on each line, such as Tiny ImageNet's `val_annotations.txt`.
+
+Further columns are ignored. Lists with numbers, and other separators, are those of `relaylab.data.sources.lists`.
+"""
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image, printable
+from relaylab.data.sources.lists import check_files, tidy_name
+from relaylab.data.sources.stamps import stamp
+from relaylab.data.sources.valued import Values
+from relaylab.errors import InputError
+
+LONGEST = 1 << 16  # bytes of a line
+
+
+def is_tabbed(file: Path) -> bool:
+    """Return whether the first line has tabs, an image and a word behind it, or more columns than these two."""
+    with file.open("rb") as lines:
+        first = next(islice((line for line in iter(lambda: lines.readline(LONGEST), b"") if line.strip()), 1), b"")
+    name, *rest = first.decode(errors="replace").strip().split("\t")
+    return bool(rest) and is_image(name) and (len(rest) > 1 or not rest[0].strip().isdecimal())
+
+
+def list_tabbed(file: Path, root: Path, named: Sequence[Path], watch: Watch) -> Listing:
+    """List the images of a list with tabs; names are relative to the resolved folder `root`.
+
+    Raises:
+        InputError: a line of another form, a name that leads out of the root or occurs twice, or missing files.
+    """
+    rows, values = Rows(), Values()
+    rows.stamps.append(stamp(file))
+    inside = os.fsencode(root).lstrip(b"/") + b"/"
+    for number, line in enumerate(file.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, rest = line.partition("\t")
+        label = rest.partition("\t")[0].strip()
+        if not label or not is_image(name):
+            raise InputError(f"{file.name}, line {number}: {printable(line[:100])!r}; expected NAME, a tab and a class")
+        rows.add(tidy_name(os.fsencode(name), root, inside, f"{file.name}, line {number}"), 0)
+        values.add(int(label) if label.isdecimal() and len(label) < 10 else label)
+    rows.refuse_repeats(file.name)
+    check_files(file, root, rows, watch)
+    return values.listing(rows, file.name, [Place(str(root), str(root))], named=named)
