@@ -30,6 +30,7 @@ from relaylab.data.sources.lists import list_file
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import list_trees
 from relaylab.errors import InputError
+from relaylab.outside.folders import is_our_own
 
 log = logging.getLogger("relaylab.data")
 
@@ -91,7 +92,7 @@ def open_source(
     request = _request(paths, split, classes, root, categories)
     folder = cache_folder(cache)
     file = request.file(folder)
-    if file.exists():
+    if is_our_own(file):
         try:
             return _told(IndexedImages(file, fresh=True))
         except UnusableIndexError:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Labels = NDArray[np.int16] | NDArray[np.int32]
 Targets = NDArray[np.uint8]
+LARGEST_FILE = 512 << 20  # bytes of an encoded image
 UNLABELLED = -1
 
 
