@@ -171,6 +171,22 @@ def test_long_lines_take_linear_time(line: str, tmp_path: Path) -> None:
     assert timed(read) < 0.5
 
 
+def test_lists_that_are_no_files_or_have_endless_lines_are_refused(tmp_path: Path) -> None:
+    for name in ("list.txt", "list.csv", "data.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match="FIFO"):
+            open_source(tmp_path / name, cache=tmp_path / "cache")
+        (tmp_path / name).unlink()
+    for name in ("list.txt", "list.csv"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(8 << 30)
+        with pytest.raises(InputError):
+            open_source(tmp_path / name, cache=tmp_path / "cache")
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(InputError):
+            open_source(tmp_path / name, cache=tmp_path / "cache")
+
+
 def test_names_are_read_as_before() -> None:
     text = "4 004_market /m/market/outdoor\n n01440764  tench, Tinca tinca \n\nx y z\n5 alone\n"
     assert named_classes(text) == {"004_market": "market/outdoor", "n01440764": "tench, Tinca tinca"}

@@ -14,9 +14,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, AnyStr, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ from relaylab.errors import InputError
 from relaylab.outside.showing import printable
 
 LARGEST = 256 << 20  # bytes of a JSON file
+LONGEST_LINE = 1 << 20  # characters
 LONGEST = 20  # digits of a whole number
 SHOWN = 300  # characters of a reason
 
@@ -94,6 +95,16 @@ def open_regular(path: Path | str) -> int:
         what = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
         raise OSError(errno.EINVAL, f"it is {what}, not a regular file", str(path))
     return descriptor
+
+
+def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
+    """Iterate over the lines of an open file; raise a DamagedFileError for one of more than `LONGEST_LINE`."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise DamagedFileError(f"{name}, line {number} has {LONGEST_LINE:,} characters or more: is it text?")
+        yield line
 
 
 def check_keys(values: dict[str, Any], names: Sequence[str], where: str) -> None:

@@ -41,6 +41,7 @@ from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 from relaylab.outside.folders import is_our_own
+from relaylab.outside.reading import open_regular
 from relaylab.outside.showing import brief
 
 CHUNK = 1 << 20
@@ -223,7 +224,7 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     Raises:
         InputError: a compression that this Python lacks, a damaged file, no space, or a cache that cannot be written.
     """
-    with tar.open("rb") as file:
+    with os.fdopen(open_regular(tar), "rb") as file:
         start = file.read(6)
     kind = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
     if kind is None:

@@ -18,6 +18,7 @@ from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import refuse_to_leave
 from relaylab.errors import InputError
+from relaylab.outside.reading import bounded_lines, open_regular
 from relaylab.outside.showing import brief
 
 LARGEST_LABEL = 999_999
@@ -56,9 +57,9 @@ def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, w
     inside = os.fsencode(root).lstrip(b"/") + b"/"
     largest = LARGEST_LABEL if classes is None else len(classes) - 1
     labelled: bool | None = None
-    with file.open("rb") as lines, watch("reading the list", file.stat().st_size) as task:
+    with os.fdopen(open_regular(file), "rb") as lines, watch("reading the list", file.stat().st_size) as task:
         unseen = 0
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(bounded_lines(lines, file.name), 1):
             unseen += len(line)
             if number % LINES_AT_ONCE == 0:
                 task.advance(unseen, f"{rows.found:,} images")
