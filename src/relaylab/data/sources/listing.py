@@ -266,7 +266,7 @@ def label_type(num_classes: int) -> Any:
     return np.int16 if num_classes <= LARGEST_INT16 else np.int32
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def few(names: Sequence[str | bytes], most: int = 3) -> str:
     """Join the first names, and say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(brief(name) for name in names[:most]) + more
