@@ -225,7 +225,7 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
 def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
     folder = ScoreFolder(tmp_path, images_of(20))
     folder.add("net", {"sha256": "s"})
-    folder.write("net", "single-crop", 0, torch.zeros(20, 4))
+    folder.write("net", "single-crop", 0, torch.zeros(20, 4).log_softmax(1))
     file = tmp_path / "scores" / "net" / "single-crop" / "000000.safetensors"
     content, whole = load_file(file), file.read_bytes()
     header = {"model": "s", "images": "f", "pass": "single-crop"}

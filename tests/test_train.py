@@ -459,7 +459,7 @@ def test_what_a_run_is_cannot_change_when_it_goes_on(tiny_images: Path, tmp_path
     with pytest.raises(InputError, match=r"optimizer.momentum was 0.5 and is 0.9"):
         go_on(tmp_path / "run")
     (tmp_path / "run" / runs.CONFIG).write_text("{")
-    with pytest.raises(InputError, match=r"config.json cannot be read"):
+    with pytest.raises(InputError, match=r"config.json is damaged"):
         go_on(tmp_path / "run")
 
 

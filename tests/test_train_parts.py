@@ -273,7 +273,7 @@ def test_sizes_are_mean_magnitudes_by_layer_and_segment() -> None:
 def test_metrics_of_steps_without_a_checkpoint_are_dropped(tmp_path: Path) -> None:
     records = Records(tmp_path, 0)
     for step in (2, 4, 6):
-        records.write("train", step, {"loss": {"primary": 1.0 / step}})
+        records.write("train", step, {"loss": {"primary": 1.0 / step}, "top1": 50.0, "top5": 10.0})
     records.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # as after a kill

@@ -238,8 +238,7 @@ def test_each_scheme_is_compared_at_its_own_values(
     assert "beside it" in err, "an extension is logged"
     for scheme, choice in tuning.choices.items():
         run = whole / f"{scheme}-s1"
-        with runs.reading(run) as config:
-            values = config["recipe"]["values"]
+        values = runs.read_run(run).recipe.values
         assert {key: f"{values[key.replace('*', 'aux')]:g}" for key in choice.values} == choice.values
         assert values["optimizer.iterations"] == 8
         assert "images.set_aside" not in values
@@ -247,7 +246,7 @@ def test_each_scheme_is_compared_at_its_own_values(
         stored = json.loads(trial.read_text())
         assert stored["recipe"]["values"]["images.set_aside"] == 0.2
         assert stored["recipe"]["values"]["optimizer.iterations"] == 4
-        assert sum(stored["counts"]["train"]) + sum(stored["counts"]["val"]) == sum(config["counts"]["train"])
+        assert sum(stored["counts"]["train"]) + sum(stored["counts"]["val"]) == sum(runs.read_run(run).counts["train"])
     results = json.loads((whole / "comparison.json").read_text())
     assert results["tuning"]["choices"].keys() == {"standard", "relay"}
     assert results["differences"][0]["ours"] == "relay"
@@ -276,8 +275,7 @@ def test_each_scheme_is_compared_at_its_own_values(
 def test_a_grid_of_one_value_needs_no_trials(tmp_path: Path) -> None:
     assert cli.main(words_of(tmp_path, "--tune", "optimizer.lr=0.03", "--set", *SHORT)) == 0
     assert not (tmp_path / FOLDER).exists()
-    with runs.reading(tmp_path / "relay-s0") as config:
-        assert config["recipe"]["values"]["optimizer.lr"] == 0.03
+    assert runs.read_run(tmp_path / "relay-s0").recipe.values["optimizer.lr"] == 0.03
 
 
 def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(

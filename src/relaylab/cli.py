@@ -9,10 +9,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from typing import Any, get_type_hints
 
-from relaylab.errors import BROKEN_PIPE, INTERRUPTED, WRONG_INPUT, InputError, LabError, nearest
+from relaylab.errors import BROKEN_PIPE, INTERRUPTED, WRONG_INPUT, InputError, nearest
 
 COMMANDS = {  # module of relaylab.commands : function
     "demo": "demo:main",
@@ -39,6 +40,7 @@ COMMANDS = {  # module of relaylab.commands : function
 }
 EXPORT_PACKAGES = frozenset({"onnx", "onnxscript"})
 METHOD_PACKAGES = frozenset({"relaybackprop", "relaylab", "torch"})
+DEBUG = "--debug"
 USAGE = "usage: relaylab COMMAND [OPTIONS]\n\nRelay backpropagation on real images.\n"
 
 
@@ -46,9 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, that of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a failed run, 2 for invalid input, 130 for Ctrl-C.
+        The exit code: 0, 1 for a failed run, 2 for invalid input, 70 for an error of this program, 130 for Ctrl-C.
+
+    With --debug anywhere among the arguments, errors leave with their traceback.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_debugged = DEBUG in arguments
+    arguments = [argument for argument in arguments if argument != DEBUG]
     if arguments == ["--version"]:
         print(f"relaylab {metadata.version('relaybackprop')}")
         return 0
@@ -61,26 +67,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run, options = parse(arguments)
         from relaylab.options import check_paths
+        from relaylab.outside.showing import Escaping
 
-        check_paths(options)
-        return run(options)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in METHOD_PACKAGES:
-            raise
-        extra = "lab,export" if package in EXPORT_PACKAGES else "lab"
-        return _fail(f'{error.name} is not installed; run: pip install "relaybackprop[{extra}]"', WRONG_INPUT)
-    except LabError as error:
-        return _fail(str(error), error.exit_code)
+        with redirect_stdout(Escaping(sys.stdout)), redirect_stderr(Escaping(sys.stderr)):
+            check_paths(options)
+            return run(options)
     except BrokenPipeError:  # the reader closed the pipe, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         return BROKEN_PIPE
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(f"cannot read or write {error.filename2 or error.filename}: {error.strerror}", WRONG_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if is_debugged:
+            raise
+        return _fail(*_line_of(error))
+
+
+def _line_of(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit code of an error."""
+    from relaylab.outside.translating import line_of
+
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package and package not in METHOD_PACKAGES:
+        assert isinstance(error, ModuleNotFoundError)
+        extra = "lab,export" if package in EXPORT_PACKAGES else "lab"
+        return f'{error.name} is not installed; run: pip install "relaybackprop[{extra}]"', WRONG_INPUT
+    return line_of(error)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
@@ -124,7 +136,10 @@ def overview(start: str = "") -> str:
     """Return the list of the commands that begin with a text, a line for each."""
     width, names = max(map(len, COMMANDS)), _listed(start)
     lines = [f"  {name:<{width}}  {(_function(name)[1].__doc__ or '').splitlines()[0]}" for name in names]
-    footer = "'relaylab COMMAND --help' lists the options of a command, 'relaylab --version' prints the version."
+    footer = (
+        "'relaylab COMMAND --help' lists the options of a command, 'relaylab --version' prints the version.\n"
+        "--debug, with any command, shows where an error is from."
+    )
     return "\n".join([USAGE, "commands:", *lines, "", footer])
 
 
@@ -136,7 +151,11 @@ def _function(name: str) -> tuple[Callable[[Any], int], type[Any]]:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"relaylab: {message}", file=sys.stderr)
+    from relaylab.outside.showing import Escaping
+
+    first, *more = message.splitlines() or [""]  # further lines are indented: names cannot forge a line
+    lines = [f"relaylab: {first}", *(line if line.startswith("  ") else f"  {line}" for line in more)]
+    print("\n".join(lines), file=Escaping(sys.stderr))
     return exit_code
 
 

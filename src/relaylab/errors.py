@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-FAILED, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # exit codes; 128 + the signal's number
+FAILED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141  # exit codes; 128 + the signal's number
 MOST_NAMES = 12  # all of them are listed where none is near
 
 

@@ -1,5 +1,6 @@
 """Atomic file writes, new folders for results with their time stamps, and the cores of this machine."""
 
+import errno
 import os
 import re
 import tempfile
@@ -12,27 +13,40 @@ from pathlib import Path
 from relaylab.errors import InputError
 
 MOST_SHARDS = 100_000
+PART = ".part"  # suffix of files that are being written
+NAME = 100  # characters of a file's name in that of its temporary file
 ROOT = Path("runs")  # default folder of everything that commands write
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file and rename it into place, so that an interrupted write leaves the old file intact."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:NAME]}.", suffix=PART)
+    os.fchmod(descriptor, 0o666 & ~_umask())  # such a file is readable by its owner only
     os.close(descriptor)
     try:
         yield Path(name)
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if type(error).__name__ == "SafetensorError":  # which hides the system's error and the file
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number) if found else str(error), str(path)) from None
         raise
+
+
+def _umask() -> int:
+    """Return the process's umask, which cannot be read without setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8; bytes of file names that are not Unicode get a backslash."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.chmod(0o644)  # a temporary file is readable by its owner only
 
 
 def timestamp() -> str:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from relaylab.outside.showing import direct, printable
+
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_WITHOUT_LINES = 1.0  # shorter work leaves no line in a log
 
@@ -32,10 +34,10 @@ class Silent:
 class _Bar:
     def __init__(self, progress: Progress, what: str, total: int, done: int) -> None:
         self.progress = progress
-        self.task = progress.add_task(what, total=total, completed=done, note="")
+        self.task = progress.add_task(printable(what), total=total, completed=done, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        fields: dict[str, Any] = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": printable(note)}
         self.progress.update(self.task, advance=count, **fields)
 
 
@@ -53,7 +55,8 @@ class _Lines:
         is_end = bool(count) and self.done >= self.total and now - self.began_at >= SECONDS_WITHOUT_LINES
         if is_end or now - self.last_line_at >= self.every_s:
             self.last_line_at = now
-            print(f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+            line = printable(f"{self.what}: {self.done}/{self.total}  {self.note}".rstrip())
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -66,16 +69,18 @@ def progress(what: str, total: int, *, done: int = 0, every_s: float = SECONDS_B
         done: units done before.
         every_s: seconds between two lines in a log.
     """
-    console = Console(stderr=True)
+    console = Console(file=direct(sys.stderr), stderr=True)
     if not console.is_terminal:
         yield _Lines(what, total, done, every_s)
         return
     columns = (  # where the terminal is narrow, the note gives way first
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=8),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn(
+            "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
     )
     with Progress(*columns, console=console, expand=True) as bar:
         yield _Bar(bar, what, total, done)

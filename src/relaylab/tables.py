@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Literal
 
+from relaylab.outside.showing import html, latex, markdown
+
 Format = Literal["markdown", "latex", "html"]
-_LATEX = str.maketrans({**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "±": r"$\pm$"})
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def markdown_lines(table: Table) -> list[str]:
     """Return the lines of a table in Markdown, its header and a rule first, without title and notes."""
     rule = ["---:" if _is_numeric(column) else "---" for column in zip(*table.rows, strict=True)]
     lines = [table.header, rule or ["---"] * len(table.header), *table.rows]
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return [f"| {' | '.join(map(markdown, line))} |" for line in lines]
 
 
 def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:
@@ -57,16 +57,16 @@ def _is_numeric(cells: Sequence[str]) -> bool:
 
 
 def _markdown(table: Table) -> str:
-    notes = [f"\n{note}" for note in table.notes]
-    return "\n".join([f"**{table.title}**\n", *markdown_lines(table), *notes]) + "\n"
+    notes = [f"\n{markdown(note)}" for note in table.notes]
+    return "\n".join([f"**{markdown(table.title)}**\n", *markdown_lines(table), *notes]) + "\n"
 
 
 def _latex(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+        return " & ".join(map(latex, cells)) + r" \\"
 
-    notes = [rf"\\ \footnotesize {note.translate(_LATEX)}" for note in table.notes]
-    caption, columns = table.title.translate(_LATEX), "l" + "r" * (len(table.header) - 1)
+    notes = [rf"\\ \footnotesize {latex(note)}" for note in table.notes]
+    caption, columns = latex(table.title), "l" + "r" * (len(table.header) - 1)
     head = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}"]
     body = [r"\toprule", line(table.header), r"\midrule", *map(line, table.rows), r"\bottomrule", r"\end{tabular}"]
     return "\n".join([*head, *body, *notes, r"\end{table}", ""])
@@ -80,16 +80,16 @@ def _unbroken(cell: str) -> str:
 
 
 def _html(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    labels = [escape(cell) for cell in table.header[1:]]  # for narrow screens, where each cell has its own line
+    head = "".join(f'<th scope="col">{html(cell)}</th>' for cell in table.header)
+    labels = [html(cell) for cell in table.header[1:]]  # for narrow screens, where each cell has its own line
 
     def row_text(row: Sequence[str]) -> str:
         cells = zip(labels, map(_unbroken, row[1:]), strict=True)
-        text = "".join(f'<td data-label="{label}">{escape(cell)}</td>' for label, cell in cells)
-        return f'<tr><th scope="row">{escape(row[0])}</th>{text}</tr>'
+        text = "".join(f'<td data-label="{label}">{html(cell)}</td>' for label, cell in cells)
+        return f'<tr><th scope="row">{html(row[0])}</th>{text}</tr>'
 
-    notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in table.notes)
-    top = [f"<table><caption>{escape(table.title)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    notes = "".join(f'<p class="quiet">{html(note)}</p>' for note in table.notes)
+    top = [f"<table><caption>{html(table.title)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
     return "\n".join([*top, *map(row_text, table.rows), f"</tbody></table>{notes}", ""])
 
 

@@ -28,6 +28,7 @@ from relaylab.options import (
     too_small,
     writable,
 )
+from relaylab.outside.showing import printable
 
 if TYPE_CHECKING:
     from relaylab.evaluate.ensembles import Combine
@@ -227,7 +228,7 @@ def predict(options: PredictOptions) -> int:
     failed = 0
     for picture, result in zip(pictures, predictions(network, pictures), strict=True):
         if isinstance(result, InputError):
-            print(f"relaylab: {result}", file=sys.stderr)
+            print(f"relaylab: {printable(str(result))}", file=sys.stderr)
             printed.append({"image": picture.name, "error": str(result)})
             failed = WRONG_INPUT
             continue
@@ -235,13 +236,13 @@ def predict(options: PredictOptions) -> int:
         if path is not None:
             drawn.append(result)
         if options.format == "text":
-            print(result.name)
+            print(printable(result.name))
             for best in result.guesses:
-                print(f"  {100 * best.probability:5.1f} %  {best.name}")
+                print(f"  {100 * best.probability:5.1f} %  {printable(best.name)}")
             if not result.guesses:
                 print("  no class has a probability of 50 % or more")
     if options.format == "json":
-        print(json.dumps(printed, indent=1))
+        print(json.dumps(printed, indent=1, allow_nan=False))
     if path is not None and drawn:
         write_figure(prediction_figure(drawn), path)
     return failed

@@ -1,5 +1,6 @@
 """`relaylab recipes list`, `show` and `allow`: the rows of the paper's tables, recipe files, and networks' code."""
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -139,7 +140,10 @@ def _errors(errors: Errors | None) -> tuple[str, str]:
 def _print(table: "Table") -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    from relaylab.outside.showing import direct
+
+    console = Console(file=direct(sys.stdout), highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(WIDTH_UNKNOWN, console.measure(table).maximum))
+        width = max(WIDTH_UNKNOWN, console.measure(table).maximum)
+        console = Console(file=direct(sys.stdout), highlight=False, width=width)
     console.print(table)

@@ -20,6 +20,8 @@ Note [Decoding]
    and takes 16-bit samples for black-is-zero where white is. The last are inverted, the others refused, as are signed
    samples of 16 bits: like floating-point ones, they do not say what is white.
 9. Pillow reads BMPs of several bits with a palette of black and white as if they had one bit. They are refused.
+10. A small file can claim much: pixels, and scans of a progressive JPEG, each of which costs a pass over all pixels.
+    Both are limited, and large images are converted a few rows at a time.
 """
 
 import io
@@ -36,6 +38,9 @@ from relaylab.data.faults import ImageFault
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # ImageNet's largest photograph has 61 million
+MOST_PIXELS_OF = {"WEBP": 40_000_000, "AVIF": 40_000_000}  # whose decoders take 26 bytes for each
+MAX_SCANS, MAX_SCANNED = 100, 2_000_000_000  # of a JPEG, 10 or so in practice; and times its pixels
+ROWS_AT_ONCE, LARGE = 256, 4_000_000  # pixels
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of Pillow's; others may run other programs
 FORMATS += ("AVIF",) if features.check("avif") else ()
 SIGNATURES = (  # of contents that Pillow has refused or is not asked to read: start, a part at byte 4, name
@@ -57,7 +62,7 @@ _ORIENTATION = 0x0112
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _SEQUENTIAL, _OTHER_FRAMES = (0xC0, 0xC1), (*range(0xC2, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC))
-_END_OF_IMAGE = b"\xff\xd9"
+_END_OF_IMAGE, _SCAN = b"\xff\xd9", b"\xff\xda"
 _PLANES, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 284, 258, 259, 262, 339  # tags of TIFF
 _SIGNED = 2
 _EXIF = b"Exif\x00\x00"
@@ -90,6 +95,7 @@ def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixel
         *shape, colours, _ = simplejpeg.decode_jpeg_header(data)
         height, width = map(int, shape)
         _check_size(height, width)
+        _check_scans(data, height * width)
         if colours in ("CMYK", "YCCK"):
             return _decode_by_pillow(data, short_side), None
         scale = reduction(min(height, width), short_side)
@@ -139,9 +145,20 @@ def reduction(short: int, short_side: int | None) -> int:
     return next((scale for scale in (8, 4, 2) if short_side is not None and short >= scale * short_side), 1)
 
 
-def _check_size(height: int, width: int) -> None:
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ImageFault(f"{width} x {height} pixels, where 1 to {MAX_PIXELS} are taken")
+def _check_size(height: int, width: int, kind: str | None = None) -> None:
+    most = min(MAX_PIXELS, MOST_PIXELS_OF.get(kind or "", MAX_PIXELS))
+    if not 0 < height * width <= most:
+        raise ImageFault(f"{width} x {height} pixels, where 1 to {most} are taken")
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    """See Note [Decoding] 10. In a scan's data, 0xFF is followed by zero or by a restart marker."""
+    if _has_one_scan(data):  # a decoder then stops after it
+        return
+    scans = data.count(_SCAN)
+    if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
+        most = min(MAX_SCANS, MAX_SCANNED // pixels)
+        raise ImageFault(f"{scans} scans of {pixels} pixels, where at most {most} are taken")
 
 
 def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
@@ -175,7 +192,9 @@ def _pillow_pixels(data: bytes, short_side: int | None) -> Pixels:
             Image.init()  # the formats named are not all among those that Pillow loads by itself
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
-                _check_size(height, width)
+                _check_size(height, width, image.format)
+                if image.format == "JPEG":  # a JPEG that simplejpeg has refused, or one in a TIFF's clothes
+                    _check_scans(data, height * width)
                 if reduction(min(width, height), short_side) > 1:
                     image.draft(None, (short_side or 1, short_side or 1))  # of JPEG only; chooses as `reduction` does
                 _check_tiff(image)
@@ -224,16 +243,31 @@ def _check_bmp(image: Image.Image, data: bytes) -> None:
 
 def _to_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
-        samples = np.asarray(image).astype(np.int64)
+        samples = np.asarray(image)
         largest = 4095 if _tiff_tag(image, _BITS, 16) == 12 else 65535
         if samples.min() < 0 or samples.max() > largest:
             raise ImageFault(f"samples from {samples.min()} to {samples.max()}, where 0 to {largest} are taken")
-        samples = largest - samples if _tiff_tag(image, _PHOTOMETRIC, 1) == 0 else samples
-        grey = ((samples * 255 + largest // 2) // largest).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        is_inverted = _tiff_tag(image, _PHOTOMETRIC, 1) == 0
+        grey = np.empty((*samples.shape, 3), np.uint8)
+        for rows in _blocks(len(samples)):
+            block = samples[rows].astype(np.int64)
+            block = largest - block if is_inverted else block
+            grey[rows] = ((block * 255 + largest // 2) // largest)[:, :, None]
+        return grey
     if image.mode == "F":
         raise ImageFault("floating-point samples, which do not say what is white")
-    return np.array(image.convert("RGB"))  # a copy: what Pillow lends cannot be written to
+    width, height = image.size
+    if width * height <= LARGE:
+        return np.array(image.convert("RGB"))  # a copy: what Pillow lends cannot be written to
+    pixels = np.empty((height, width, 3), np.uint8)
+    for rows in _blocks(height):
+        pixels[rows] = np.asarray(image.crop((0, rows.start, width, rows.stop)).convert("RGB"))
+    return pixels
+
+
+def _blocks(height: int) -> Iterator[slice]:
+    """Iterate over an image's rows, `ROWS_AT_ONCE` at a time."""
+    return (slice(top, min(top + ROWS_AT_ONCE, height)) for top in range(0, height, ROWS_AT_ONCE))
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

@@ -121,7 +121,10 @@ class KeyedSampler(Sampler[int]):
         for key, here in self._identity().items():
             if state.get(key) != here:
                 raise InputError(f"the sampler's state has {key} {state.get(key)!r}; this sampler has {here!r}")
-        position, remainder = divmod(int(state["draw"]), self.num_replicas)
+        draw = state.get("draw")
+        if type(draw) is not int or not 0 <= draw < 2**62:
+            raise InputError(f"the sampler's state has draw {draw!r}: expected a whole number of at least 0")
+        position, remainder = divmod(draw, self.num_replicas)
         if remainder:
             raise InputError(
                 f"draw {state['draw']} is not a multiple of {self.num_replicas} ranks: stop at a global batch"

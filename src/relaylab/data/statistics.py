@@ -28,9 +28,11 @@ from relaylab.data.loader import Workers
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
+from relaylab.outside.folders import is_our_own
+from relaylab.outside.reading import parse
 from relaylab.progress import Task
 
-FORMAT = "relaylab image statistics 1"
+FORMAT = "relaylab image statistics 2"
 IMAGES_AT_ONCE = 16  # in float64, within the processor's caches
 
 Sums = NDArray[np.int64]
@@ -123,7 +125,9 @@ def image_statistics(
         with written(file) as temporary:
             count = np.array([statistics.count])
             tensors = {"sums": statistics.sums, "products": statistics.products, "count": count}
-            save_file(tensors, temporary, metadata=about | {"unreadable": json.dumps(statistics.unreadable)})
+            unreadable = json.dumps(statistics.unreadable)
+            digest = _digest(statistics.sums, statistics.products, count, unreadable)
+            save_file(tensors, temporary, metadata=about | {"unreadable": unreadable, "digest": digest})
     return statistics
 
 
@@ -194,14 +198,24 @@ def _sum_on_device(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
 
 def _read(file: Path, about: dict[str, str], size: int) -> ImageStatistics | None:
     """Read the result of an earlier run, unless the file is absent, damaged or of other data."""
-    if not file.is_file():
+    if not is_our_own(file):
         return None
     try:
         with safe_open(file, framework="numpy") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
             sums, products, count = (stored.get_tensor(name) for name in ("sums", "products", "count"))
-        unreadable = tuple(json.loads(metadata.pop("unreadable")))
+        unreadable, digest = metadata.pop("unreadable"), metadata.pop("digest")
         fits = metadata == about and sums.shape == (size, size, 3) and products.shape == (3, 3)
-        return ImageStatistics(sums, products, int(count[0]), unreadable) if fits else None
-    except (SafetensorError, OSError, KeyError, ValueError):
+        if not fits or digest != _digest(sums, products, count, unreadable):
+            return None
+        return ImageStatistics(sums, products, int(count[0]), parse(unreadable, tuple[str, ...], str(file)))
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, OverflowError, MemoryError):
         return None
+
+
+def _digest(sums: NDArray[Any], products: NDArray[Any], count: NDArray[Any], unreadable: str) -> str:
+    """Return a hash of what a file of statistics holds."""
+    content = hashlib.sha256(unreadable.encode())
+    for tensor in (sums, products, count):
+        content.update(f"{tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
+    return content.hexdigest()

@@ -89,7 +89,7 @@ def kind(data: bytes) -> str:
             with Image.open(io.BytesIO(without_notes(data)), formats=FORMATS) as image:
                 text = f"{image.format} {image.mode}"
                 progressive = bool(image.info.get("progressive"))
-                animated = image.format in ("GIF", "WEBP") and _frames(image) > 1
+                animated = image.format in ("GIF", "WEBP") and _is_animated(image)
     except MemoryError:
         raise
     except Exception:  # Pillow's readers let through whatever odd bytes bring about in them
@@ -97,14 +97,14 @@ def kind(data: bytes) -> str:
     return text + ", progressive" * progressive + ", animated" * animated
 
 
-def _frames(image: Image.Image) -> int:
-    """Count frames; that reads all of them, of which only the first needs to be sound."""
+def _is_animated(image: Image.Image) -> bool:
+    """Return whether there is a second frame; to count all of them would be to read them."""
     try:
-        return getattr(image, "n_frames", 1)
+        return bool(getattr(image, "is_animated", False))
     except MemoryError:
         raise
     except Exception:
-        return 1
+        return False
 
 
 def survey(

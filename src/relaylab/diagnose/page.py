@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from relaylab.diagnose.information import ACTIVATIONS, Reading
 from relaylab.files import write_text
+from relaylab.outside.showing import picture
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.html import render_template, svg_uri
 from relaylab.report.style import BELOW_AXIS, SCHEME_COLOURS, STYLE, figure_text, layer_name
@@ -71,11 +72,11 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
             colour, method = SCHEME_COLOURS[schemes[name]], SCHEME_NAMES[schemes[name]]
             for marker, loss in zip(MARKERS, losses, strict=False):
                 parts = [each for each in own if each.source == loss]
-                label = f"{method}: {loss} ({name})"
+                label = picture(f"{method}: {loss} ({name})")
                 _line(above, [e for e in parts if not e.trained], place, color=colour, marker=marker, alpha=0.3, lw=0.8)
                 _line(above, [e for e in parts if e.trained], place, color=colour, marker=marker, label=label)
             activations = [each for each in own if each.source == ACTIVATIONS]
-            _line(below, activations, place, color=colour, marker="o", label=f"{method} ({name})")
+            _line(below, activations, place, color=colour, marker="o", label=picture(f"{method} ({name})"))
         for panel, title in ((above, "Gradients of single images, by loss"), (below, "Activations")):
             panel.set_title(title)
             panel.set_ylabel("bits about the class")
@@ -83,7 +84,7 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
                 panel.axhline(level, color="#777777", linewidth=0.9, linestyle=":")
             panel.text(0, entropy, "entropy of the class", fontsize=9, va="bottom", color="#555555")
             panel.legend(fontsize=9, loc="best")
-        below.set_xticks(range(len(layers)), [layer_name(layer) for layer in layers], **BELOW_AXIS)
+        below.set_xticks(range(len(layers)), [picture(layer_name(layer)) for layer in layers], **BELOW_AXIS)
         below.set_xlabel("weight layer, lowest on the left")
     return figure
 

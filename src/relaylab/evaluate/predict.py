@@ -1,12 +1,15 @@
 """Prediction: the likeliest classes of images, from their centre crops."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from relaylab.data.decode import decode
@@ -14,14 +17,18 @@ from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
 from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import is_image, is_system_folder, told_apart
+from relaylab.data.sources.source import LARGEST_FILE
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, cut
 from relaylab.evaluate.trained import find_trained
 from relaylab.models.export import Classifier
 from relaylab.models.file import InputConfig, ModelFile, read_model
+from relaylab.outside.reading import check_keys, parse, read_bytes
+from relaylab.outside.showing import reason
 
 TOP, BATCH = 5, 32
 LEAST = 0.5  # probability of a class of several
+LARGEST_SHOWN = 1024  # pixels a side
 STDIN = "-"
 
 
@@ -61,9 +68,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network's prediction for one image: its pixels, uint8 (h, w, 3), and the likeliest classes, likeliest first.
+    """A network's prediction for one image.
 
-    They are at most five; of a network for several labels, all with a probability of at least `LEAST`, perhaps none.
+    Attributes:
+        name: of the image.
+        pixels: uint8 (h, w, 3), of a large image a small one.
+        guesses: the likeliest classes, likeliest first: at most five; of a network for several labels, all with a
+            probability of at least `LEAST`, perhaps none.
     """
 
     name: str
@@ -108,9 +119,9 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
             inside = _images_below(path)
             if not inside:
                 raise InputError(f"{path} holds no images")
-            pictures += [Picture(str(file), file.read_bytes) for file in inside]
+            pictures += [Picture(str(file), partial(read_bytes, file, LARGEST_FILE)) for file in inside]
         else:
-            pictures.append(Picture(str(path), path.read_bytes))
+            pictures.append(Picture(str(path), partial(read_bytes, path, LARGEST_FILE)))
     if not pictures:
         raise InputError("no images are given: name files or folders, or - for one from stdin")
     return pictures
@@ -126,24 +137,41 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+@dataclass(frozen=True)
+class _Read:
+    name: str
+    crop: Tensor
+    pixels: Pixels
+
+
 def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Prediction | InputError]:
-    """Return the likeliest classes of each image, in order; an error for an image that cannot be read."""
+    """Return the likeliest classes of each image, in order; an error for an image that cannot be read.
+
+    One image at a time is in memory in its full size.
+
+    Raises:
+        InputError: the network does not run, or its scores are not numbers.
+    """
     names = told_apart(network.classes.names, network.classes.keys)
     for start in range(0, len(pictures), BATCH):
-        read = [_read(picture) for picture in pictures[start : start + BATCH]]
-        crops = [crop_of(each[1], network.input) for each in read if not isinstance(each, InputError)]
+        read = [_read(picture, network.input) for picture in pictures[start : start + BATCH]]
+        crops = [each.crop for each in read if not isinstance(each, InputError)]
         with torch.inference_mode():
-            scores = network.scores(torch.stack(crops)) if crops else torch.empty(0, 1)
-            shares = iter(scores.sigmoid() if network.has_several_labels else scores.softmax(dim=1))
+            scores = network.scores(torch.stack(crops)) if crops else torch.empty(0, len(names))
+        if scores.shape != (len(crops), len(names)):
+            raise InputError(f"scores of shape {tuple(scores.shape)} for {len(crops)} images in {len(names)} classes")
+        shares = iter(scores.sigmoid() if network.has_several_labels else scores.softmax(dim=1))
         for each in read:
             if isinstance(each, InputError):
                 yield each
-            else:
-                own = next(shares)
-                best = own.topk(int((own >= LEAST).sum()) if network.has_several_labels else min(TOP, len(own)))
-                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                guesses = (Guess(names[index], share, network.classes.keys[index]) for index, share in pairs)
-                yield Prediction(*each, tuple(guesses))
+                continue
+            own = next(shares)
+            if not bool(own.isfinite().all()):
+                raise InputError(f"{each.name}: the network's scores are not numbers: is the model file damaged?")
+            best = own.topk(int((own >= LEAST).sum()) if network.has_several_labels else min(TOP, len(own)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            guesses = (Guess(names[index], share, network.classes.keys[index]) for index, share in pairs)
+            yield Prediction(each.name, each.pixels, tuple(guesses))
 
 
 def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
@@ -151,13 +179,22 @@ def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
     return cut(pixels, Pass("single-crop"), config)[0].permute(2, 0, 1).float()
 
 
-def _read(picture: Picture) -> tuple[str, Pixels] | InputError:
+def _read(picture: Picture, config: InputConfig) -> _Read | InputError:
     try:
-        return picture.name, decode(picture.read())
+        pixels = decode(picture.read())
+        return _Read(picture.name, crop_of(pixels, config), _small(pixels))
     except OSError as error:
         return InputError(f"cannot read {picture.name}: {error.strerror}")
     except ImageFault as fault:
         return InputError(f"cannot decode {picture.name}: {fault}")
+
+
+def _small(pixels: Pixels) -> Pixels:
+    if max(pixels.shape) <= LARGEST_SHOWN:
+        return pixels
+    image = Image.fromarray(pixels)
+    image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
+    return np.asarray(image)
 
 
 def _open_onnx(path: Path) -> Network:
@@ -168,17 +205,29 @@ def _open_onnx(path: Path) -> Network:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
-        size = json.loads(about["input"])
-        config = InputConfig(resize=size["resize"], how=size["how"], crop=size["crop"], mean=(0.0, 0.0, 0.0))
-        keys = json.loads(about["keys"]) if "keys" in about else None
-        classes = Classes.stored(json.loads(about["classes"]), keys, numbered=False)
-        name = session.get_inputs()[0].name
-    except InputError:
-        raise
+        name, outputs = session.get_inputs()[0].name, session.get_outputs()[0].shape
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise InputError(f"{path} is not a program that `relaylab export` has written: {error}") from None
+        raise InputError(f"{path} is not a program that `relaylab export` has written: {reason(error)}") from None
+    check_keys(about, ("input", "classes"), str(path))
+    size = parse(about["input"], _OnnxInput, f"{path}, input,")
+    config = InputConfig(resize=size.resize, how=size.how, crop=size.crop, mean=(0.0, 0.0, 0.0))
+    keys = parse(about["keys"], tuple[str, ...], f"{path}, keys,") if "keys" in about else None
+    names = parse(about["classes"], tuple[str, ...], f"{path}, classes,")
+    if not names or len(outputs) != 2 or outputs[1] != len(names):
+        raise InputError(f"{path} names {len(names)} classes, and its output has the shape {outputs}: is it damaged?")
 
     def scores(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        try:
+            return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        except Exception as error:
+            raise InputError(f"{path} does not run on crops of {config.crop} pixels: {reason(error)}") from None
 
-    return Network(classes, config, scores, about.get("has_several_labels") == "true")
+    has_several = about.get("has_several_labels") == "true"
+    return Network(Classes.stored(names, keys, numbered=False), config, scores, has_several)
+
+
+@dataclass(frozen=True)
+class _OnnxInput:
+    resize: int
+    how: Literal["shorter side", "both sides"]
+    crop: int

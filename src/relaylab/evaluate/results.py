@@ -1,6 +1,7 @@
 """Error rates, comparisons and ensembles from stored scores: evaluation.md and evaluation.json."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from relaylab.evaluate.ensembles import Combine, combined, fit_weights, halves
-from relaylab.evaluate.error_rates import ErrorRates, Interval, difference, error_rates, misses
+from relaylab.evaluate.error_rates import ErrorRates, difference, error_rates, misses
 from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder
 from relaylab.files import write_text
+from relaylab.outside.reading import DamagedFileError, read_json
+from relaylab.outside.showing import markdown
 from relaylab.recipes.schema import SCHEMES
 from relaylab.tables import Table, markdown_lines
+
+log = logging.getLogger("relaylab.evaluate")
 
 TABLE, RESULTS = "evaluation.md", "evaluation.json"
 Scored = tuple[str, Kind]  # a network and a protocol
@@ -46,7 +51,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
     rates = {key: error_rates(values, labels) for key, values in scores.items()}
     together = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
     text = [
-        f"# {folder.images.title}: {len(labels):,} images, {_class_count(folder)}\n",
+        f"# {markdown(folder.images.title)}: {len(labels):,} images, {_class_count(folder)}\n",
         "Error rates in per cent. In brackets, 95 % intervals over images (bootstrap).\n",
         *markdown_lines(_table(folder, rates, scores, against)),
     ]
@@ -126,15 +131,26 @@ def _ensemble_table(ensembles: Sequence[Ensemble]) -> Table:
     return Table("Ensembles", header, tuple(rows))
 
 
-def _kept(folder: ScoreFolder) -> list[Ensemble]:
-    """Read the ensembles of earlier commands."""
+@dataclass(frozen=True)
+class _Results:
+    """The part of evaluation.json that is read again."""
+
+    ensembles: tuple[Ensemble, ...]
+
+
+def read_ensembles(folder: ScoreFolder) -> list[Ensemble]:
+    """Read the ensembles of earlier commands; none if there were none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     file = folder.path / RESULTS
-    if not file.is_file():
+    return list(read_json(file, _Results).ensembles) if file.is_file() else []
+
+
+def _kept(folder: ScoreFolder) -> list[Ensemble]:
+    try:
+        return read_ensembles(folder)
+    except DamagedFileError as error:
+        log.warning("%s; it is written anew, without earlier ensembles", error)
         return []
-    found: list[Ensemble] = []
-    for entry in json.loads(file.read_text(encoding="utf-8"))["ensembles"]:
-        errors: dict[str, Any] = entry["errors"]
-        rates = ErrorRates(Interval(**errors["top1"]), Interval(**errors["top5"]), errors["mean_per_class"])
-        tuples = {name: tuple(entry[name]) for name in ("members", "weights")}
-        found.append(Ensemble(**entry | tuples | {"errors": rates}))
-    return found

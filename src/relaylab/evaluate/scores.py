@@ -10,12 +10,13 @@ Note [Scores]
    chunks of others are refused.
 2. Half precision keeps log-probabilities to a thousandth: enough for all results, which are computed from the stored
    values and are therefore reproducible. Two classes closer than that change places in few images.
+3. Nothing impossible is read: scores are logarithms of shares of one, and every file has its sum.
 """
 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
 from relaylab.files import write_text
 from relaylab.models.file import read_tensors, save_tensors
+from relaylab.outside.folders import refuse_links
+from relaylab.outside.reading import LARGEST, DamagedFileError, check_keys, parse, read_bytes, read_json, typed
 
 CHUNK = 1024
 LEAST = -60000.0  # the smallest number of float16, roughly
+NAMES_HASH = "names"
+ROUNDING = 0.02  # of a sum of shares, by half precision
 IMAGES, LABELS, SCORES, MODEL = "images.txt", "labels.safetensors", "scores", "model.json"
 
 
@@ -131,11 +136,13 @@ class ScoreFolder:
                 "in bytes are others; take another folder with --out"
             )
         self.images = found
+        if images is not None and path.is_dir():  # it will be written to
+            refuse_links(path)
         if present is None:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / IMAGES, "".join(f"{name}\n" for name in found.names))
             header = {"title": found.title, "fingerprint": found.fingerprint, "classes": json.dumps(found.classes)}
-            header |= {"contents": found.contents}
+            header |= {"contents": found.contents, NAMES_HASH: _names_hash(found.names)}
             if found.keys is not None:
                 header |= {"keys": json.dumps(found.keys), "numbered": json.dumps(found.numbered)}
             save_tensors({"labels": found.labels}, path / LABELS, header)
@@ -157,10 +164,12 @@ class ScoreFolder:
         Raises:
             InputError: there is none of this name.
         """
-        try:
-            return json.loads((self.path / SCORES / name / MODEL).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: no scores of {name}: {error}") from None
+        path = self.path / SCORES / name / MODEL
+        if not path.is_file():
+            raise InputError(f"{self.path}: no scores of {name}: there is no {path}")
+        about = read_json(path, dict[str, Any])
+        typed(about, _About, str(path))
+        return about
 
     def add(self, name: str, about: dict[str, Any]) -> None:
         """Add a network, unless it is there already.
@@ -214,6 +223,8 @@ class ScoreFolder:
                 raise InputError(f"{file} holds scores of another shape than {shape}")
             if part.isnan().any():
                 raise InputError(f"{file} holds scores that are not numbers: delete it and evaluate again")
+            if part.dtype != torch.float16 or not _are_log_probabilities(part.float()):
+                raise InputError(f"{file} holds no log-probabilities: delete it and evaluate again")
             parts.append(part.float())
         return torch.cat(parts)
 
@@ -276,16 +287,60 @@ def check_alike(folders: Sequence[ScoreFolder]) -> None:
 
 def _read_images(path: Path) -> ImageList:
     tensors, header = read_tensors(path / LABELS)
+    where = str(path / LABELS)
     try:
-        names = tuple((path / IMAGES).read_text(encoding="utf-8").splitlines())
-        labels, classes = tensors["labels"], tuple(json.loads(header["classes"]))
-        keys = tuple(json.loads(header["keys"])) if "keys" in header else None
-        numbered = json.loads(header.get("numbered", "false")) is True
-        contents = header.get("contents", "")
-        images = ImageList(header["title"], header["fingerprint"], classes, labels, names, keys, numbered, contents)
-        _ = images.identity  # raises an InputError for keys that do not fit
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a complete folder of scores: {error}") from None
+        names = tuple(read_bytes(path / IMAGES, LARGEST).decode().splitlines())
+    except (OSError, UnicodeError) as error:
+        raise DamagedFileError(f"{path} is not a complete folder of scores: {error}") from None
+    check_keys(header, ("title", "fingerprint", "classes"), where)
+    check_keys(tensors, ("labels",), where)
+    keys = parse(header["keys"], tuple[str, ...], f"{where}, keys") if "keys" in header else None
+    images = ImageList(
+        header["title"],
+        header["fingerprint"],
+        parse(header["classes"], tuple[str, ...], f"{where}, classes"),
+        tensors["labels"],
+        names,
+        keys,
+        parse(header.get("numbered", "false"), bool, f"{where}, numbered"),
+        header.get("contents", ""),
+    )
+    _ = images.identity  # raises an InputError for keys that do not fit
     if len(images.names) != len(images.labels):
         raise InputError(f"{path / IMAGES} names {len(images.names)} images, and there are {len(images.labels)} labels")
+    _check_labels(images, where, header.get(NAMES_HASH))
     return images
+
+
+def _check_labels(images: ImageList, where: str, names: str | None) -> None:
+    labels = images.labels
+    whole = labels.ndim == 1 and labels.dtype == torch.int64 and len(labels) > 0
+    if not whole or int(labels.min()) < UNLABELLED or int(labels.max()) >= len(images.classes):
+        raise DamagedFileError(f"{where} is damaged: expected labels from 0 to {len(images.classes) - 1}, int64")
+    if names not in (None, _names_hash(images.names)):
+        raise DamagedFileError(f"{IMAGES} beside {where} is damaged, or was changed: evaluate again with another --out")
+
+
+@dataclass(frozen=True)
+class _About:
+    """The types of a network's description; see `relaylab.evaluate.trained.describe_run`."""
+
+    sha256: str
+    file: str = ""
+    recipe: str = ""
+    row: str = ""
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    seed: int = 0
+    scale: str = ""
+    changes: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    val_data: tuple[str, ...] = ()
+
+
+def _names_hash(names: Sequence[str]) -> str:
+    return sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _are_log_probabilities(values: Tensor) -> bool:
+    """Return whether scores (images, classes) are logarithms of shares of one, up to half precision."""
+    return bool((values <= ROUNDING).all()) and bool(((values.exp().sum(dim=1) - 1).abs() <= ROUNDING).all())

@@ -22,6 +22,7 @@ from relaylab.data.sources.class_names import synset_numbers
 from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
+from relaylab.outside.reading import LARGEST, read_bytes
 
 LABELS, NAMED = 5, 5
 
@@ -44,7 +45,7 @@ def read_test_list(path: Path) -> list[str]:
         InputError: it cannot be read, is empty, or names an image twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path, LARGEST).decode().splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     names: dict[str, int] = {}
@@ -91,8 +92,14 @@ def read_kit(path: Path) -> dict[str, int]:
     """
     if path.suffix == ".mat":
         return {synset: number for number, synset in synset_numbers(path)[0].items()}
-    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if not lines or not all(len(line) > 1 and line[1].isdecimal() for line in lines):
+    try:
+        text = read_bytes(path, LARGEST).decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if not lines or not all(
+        len(line) > 1 and line[1].isascii() and line[1].isdecimal() and len(line[1]) < 10 for line in lines
+    ):
         raise InputError(f"{path}: expected a line SYNSET NUMBER for each class, as map_clsloc.txt has, or meta.mat")
     return {line[0]: int(line[1]) for line in lines}
 

@@ -99,8 +99,9 @@ def describe_run(folder: Path) -> dict[str, Any]:
     """
     recipe = runs.kept_recipe(folder)
     about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": runs.values_of(recipe)}
-    with runs.reading(folder) as config:
-        return about | {name: config["options"][name] for name in ("seed", "scale", "changes", "data", "val_data")}
+    options = runs.read_run(folder).options
+    about |= {"seed": options.seed, "scale": options.scale, "changes": list(options.changes)}
+    return about | {"data": list(map(str, options.data)), "val_data": list(map(str, options.val_data))}
 
 
 def _distinct(trained: Trained) -> Trained:

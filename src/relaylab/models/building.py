@@ -19,6 +19,7 @@ from relaylab.models.losses import BinaryCrossEntropy, WeightedCrossEntropy, cla
 from relaylab.models.named import build_named
 from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, LossConfig, NetworkConfig, PlanConfig, Recipe
 
+LARGEST = {"num_classes": 10_000_000, "image_size": 16_384, "width": 65_536, "convs": 1000}
 INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
 
 
@@ -67,7 +68,13 @@ def build_network(config: NetworkConfig) -> nn.Module:
         return build_named(config)
     if config.options:
         raise InputError(f"{name} takes no network.options, but {', '.join(own) or 'nothing'}")
-    return NETWORKS[name].build(num_classes=config.num_classes, image_size=config.image_size, **options)
+    try:
+        return NETWORKS[name].build(num_classes=config.num_classes, image_size=config.image_size, **options)
+    except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:  # of torch
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be built with {config.num_classes} classes and {options}: {reason}") from None
 
 
 def _check_sizes(config: NetworkConfig) -> None:
@@ -75,9 +82,11 @@ def _check_sizes(config: NetworkConfig) -> None:
         value = getattr(config, name)
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"network.{name} is {value!r}: expected a whole number of at least 1")
-    is_grids = isinstance(config.pyramid, tuple) and all(type(b) is int and b > 0 for b in config.pyramid)
-    if config.pyramid is not None and not is_grids:
-        raise InputError(f"network.pyramid is {config.pyramid!r}: expected whole numbers of at least 1")
+        if value is not None and value > LARGEST[name]:
+            raise InputError(f"network.{name} is {value}: expected at most {LARGEST[name]}")
+    is_grids = isinstance(config.pyramid, tuple) and all(type(b) is int and 0 < b <= 1000 for b in config.pyramid)
+    if config.pyramid is not None and (not is_grids or not 1 <= len(config.pyramid) <= 100):
+        raise InputError(f"network.pyramid is {config.pyramid!r}: expected whole numbers of at least 1, one or more")
     if config.num_classes < 2:
         raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
 

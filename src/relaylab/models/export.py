@@ -45,7 +45,7 @@ def mean_of(model: ModelFile) -> Tensor:
 
 
 def _planes(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
 
 def export(model: ModelFile, folder: Path, formats: Sequence[Format]) -> list[Path]:
@@ -85,7 +85,6 @@ def _write_program(path: Path, model: ModelFile) -> None:
     with replacing(path) as temporary:
         with temporary.open("wb") as file:
             torch.export.save(program, file, extra_files=about(model))
-        temporary.chmod(0o644)
 
 
 def _write_onnx(path: Path, model: ModelFile) -> None:
@@ -105,7 +104,6 @@ def _write_onnx(path: Path, model: ModelFile) -> None:
     onnx.model.metadata_props.update(about(model))
     with replacing(path) as temporary:
         onnx.save(temporary, external_data=False)  # the paper's networks stay below ONNX's 2 GB
-        temporary.chmod(0o644)
 
 
 def _module_and_example(model: ModelFile) -> tuple[nn.Module, Tensor]:

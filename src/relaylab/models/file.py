@@ -5,6 +5,8 @@ Note [Model files]
    not in it.
 2. The header's entry `relaylab` is JSON text: network, classes, and how an image becomes the network's input.
 3. A mean image is not part of a state dict. It lies beside the file, as FILE.mean.safetensors.
+4. The header's entry `relaylab.sha256` is a hash of everything else, which is compared when the file is read. Who
+   changes the weights and keeps the header leaves this entry out.
 """
 
 import dataclasses
@@ -12,7 +14,8 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +29,14 @@ from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 from relaylab.files import replacing
 from relaylab.models.building import build_network, build_shadow
+from relaylab.outside.reading import DamagedFileError, parse, typed
+from relaylab.outside.showing import reason
 from relaylab.recipes.schema import NetworkConfig
 
 log = logging.getLogger("relaylab.models")
 
-KEY, FORMAT = "relaylab", "relaylab model 1"
+KEY, HASH, FORMAT = "relaylab", "relaylab.sha256", "relaylab model 1"
+LARGEST_SIDE = 16_384  # pixels
 NAMED = 5  # keys that an error names, at most
 
 
@@ -59,8 +65,10 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         sizes, colours = (self.resize, self.crop), (self.mean, self.std or (1.0, 1.0, 1.0))
-        if any(type(size) is not int for size in sizes) or not 1 <= self.crop <= self.resize:
-            raise InputError(f"resize {self.resize!r}, crop {self.crop!r}: expected pixels, 1 <= crop <= resize")
+        if any(type(size) is not int for size in sizes) or not 1 <= self.crop <= self.resize <= LARGEST_SIDE:
+            raise InputError(
+                f"resize {self.resize!r}, crop {self.crop!r}: expected pixels, 1 <= crop <= resize <= {LARGEST_SIDE}"
+            )
         if self.how not in ("shorter side", "both sides") or self.channels not in ("RGB", "BGR"):
             raise InputError(
                 f"how {self.how!r}, channels {self.channels!r}: expected 'shorter side' or 'both sides', RGB or BGR"
@@ -131,6 +139,11 @@ class ModelFile:
         with torch.device("cpu" if self.network.is_named else "meta"), torch.random.fork_rng(devices=[]):
             model = build_network(self.network)
         load_state(model, self.state)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise InputError(
+                    f"the weights {name} are not all finite numbers: the file is damaged, or training failed"
+                )
         return model.eval()
 
 
@@ -149,6 +162,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             for key in own
             if key in state and state[key].shape != own[key].shape
         ],
+        "has another type for": [
+            f"{key} {state[key].dtype}, not {own[key].dtype}"
+            for key in own
+            if key in state and _kind(state[key]) != _kind(own[key])
+        ],
     }
     if any(problems.values()):
         complaints = [f"{problem} {few(keys, NAMED)}" for problem, keys in problems.items() if keys]
@@ -156,6 +174,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     # Copies, since tensors from a file may be mapped to it. Half precision becomes single.
     copies = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}
     model.load_state_dict(copies, assign=True)
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return the kind of a tensor's numbers: half precision becomes single, and whole numbers others."""
+    return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
 
 
 def save_model(path: Path, model: ModelFile) -> None:
@@ -191,10 +214,18 @@ def network_values(network: NetworkConfig) -> dict[str, Any]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically, with a hash of its content in its header."""
+    kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary, header)
-        temporary.chmod(0o644)
+        save_file(kept, temporary, header | {HASH: _hash(kept, header)})
+
+
+def _hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    content = sha256(json.dumps(sorted(header.items())).encode())
+    for key, tensor in sorted(tensors.items()):
+        content.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def mean_path(path: Path) -> Path:
@@ -209,33 +240,60 @@ def read_model(path: Path) -> ModelFile:
         InputError: no such file, not a safetensors file, or not one that `save_model` wrote.
     """
     tensors, metadata = read_tensors(path)
+    if KEY not in metadata:
+        raise InputError(
+            f"{path} does not say which network it holds: expected a file of relaylab's own, with its header"
+        )
+    where = f"{path}, its header,"
+    values = parse(metadata[KEY], dict[str, Any], where)
+    if values.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{path} is of the format {values['format']!r}; this version reads {FORMAT!r}")
+    header = typed(values, _Header, where)
+    for part in ("network", "input"):  # what this version does not know may change the numbers
+        unknown = values[part].keys() - {entry.name for entry in dataclasses.fields(getattr(header, part))}
+        if unknown:
+            raise DamagedFileError(f"{where} has {part}.{few(sorted(unknown))}, which this version does not know")
+    network = replace(header.network, options=_tuples(header.network.options))
+    if network.is_code:
+        log.warning("%s: its network is %s, which is imported", path, network.architecture)
     try:
-        header: dict[str, Any] = json.loads(metadata[KEY])
-        if header["format"] != FORMAT:
-            raise InputError(f"{path} is of the format {header['format']!r}; this version reads {FORMAT!r}")
-        network = _tuples(header["network"])
-        network = NetworkConfig(**{**network, "options": _tuples(network.get("options", {}))})
-        if network.is_code:
-            log.warning("%s: its network is %s, which is imported", path, network.architecture)
-        mean_image = read_tensors(mean_path(path))[0]["mean_image"] if header["has_mean_image"] else None
         return ModelFile(
             network=network,
-            classes=tuple(header["classes"]),
-            input=InputConfig(**_tuples(header["input"])),
+            classes=header.classes,
+            input=header.input,
             state=tensors,
-            mean_image=mean_image,
-            about=header["about"],
-            keys=tuple(header["keys"]) if "keys" in header else None,
-            numbered=header.get("numbered") is True,
-            has_several_labels=header.get("has_several_labels") is True,
+            mean_image=_read_mean(mean_path(path)) if header.has_mean_image else None,
+            about=header.about,
+            keys=header.keys,
+            numbered=header.numbered,
+            has_several_labels=header.has_several_labels,
         )
-    except InputError:
+    except DamagedFileError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} does not say which network it holds ({type(error).__name__}: {error}): expected a file that "
-            "relaylab has written, with its own header"
-        ) from None
+    except InputError as error:
+        raise DamagedFileError(f"{path} is damaged, or not what relaylab writes: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The entry `relaylab` of a model file's header."""
+
+    format: str
+    network: NetworkConfig
+    classes: tuple[str, ...]
+    input: InputConfig
+    has_mean_image: bool
+    about: str
+    keys: tuple[str, ...] | None = None
+    numbered: bool = False
+    has_several_labels: bool = False
+
+
+def _read_mean(path: Path) -> Tensor:
+    mean = read_tensors(path)[0].get("mean_image")
+    if mean is None or mean.dtype != torch.float32 or not bool(mean.isfinite().all()):
+        raise DamagedFileError(f"{path} is damaged: expected a mean image of finite numbers, float32")
+    return mean
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -244,15 +302,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InputError: the file is absent, or is not a valid safetensors file.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: expected a safetensors file")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a FIFO or a device"
+        raise InputError(f"{path} is {what}: expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        stored = header.pop(HASH, None)
+        if stored is not None and stored != _hash(tensors, header):
+            raise DamagedFileError(f"{path} is damaged or was changed: its content does not fit the sum in its header")
+        return tensors, header
+    except DamagedFileError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a valid safetensors file (truncated or corrupt?): {error}") from None
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise DamagedFileError(
+            f"{path} is not a valid safetensors file (truncated or corrupt?): {reason(error)}"
+        ) from None
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

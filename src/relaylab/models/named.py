@@ -23,6 +23,8 @@ from torch import nn
 
 from relaylab.data.sources.cache import cache_folder, written
 from relaylab.errors import InputError, nearest
+from relaylab.outside.folders import is_our_own
+from relaylab.outside.reading import LARGEST, read_bytes
 from relaylab.recipes.schema import NetworkConfig
 
 Builder = Callable[..., Any]
@@ -39,8 +41,9 @@ def allow(network: NetworkConfig) -> None:
 
 
 def _allowed() -> list[str]:
+    path = cache_folder() / ALLOWED
     try:
-        return (cache_folder() / ALLOWED).read_text(encoding="utf-8").splitlines()
+        return read_bytes(path, LARGEST).decode(errors="replace").splitlines() if is_our_own(path) else []
     except OSError:
         return []
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from relaylab.errors import nearest
+from relaylab.outside.showing import brief
 from relaylab.recipes.schema import (
     GROUPS,
     CosineConfig,
@@ -21,6 +22,7 @@ from relaylab.recipes.schema import (
 SCHEDULES = {"plateau": PlateauConfig, "steps": StepsConfig, "decay": DecayConfig, "cosine": CosineConfig}
 RENAMED = {"above": "after"}  # fields of any group
 MOVED = {"optimizer.label_smoothing": "loss.label_smoothing"}
+MOST_SHOWN = 500  # characters of a problem
 DEFAULT = "the recipe's default"  # source of values that are not given
 
 
@@ -50,7 +52,7 @@ def decode(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
             raise Problem(f"{key} is a table, not one value")
         return parse(value_text(tuple(value) if isinstance(value, list) else value), hint, key)
     except Problem as error:
-        problems.append(str(error))
+        problems.append(brief(str(error), MOST_SHOWN))
         return None
 
 
@@ -87,7 +89,9 @@ def _dataclass(kind: Any, value: Mapping[str, Any], key: str, problems: list[str
 def no_value(key: str, names: Sequence[str]) -> str:
     """Return the error message for an unknown name, with its new name or the nearest ones."""
     name = current_name(key)
-    return f"no value {key}; it is named {name} now" if name != key else f"no value {key}{nearest(key, names)}"
+    if name != key:
+        return f"no value {brief(key)}; it is named {brief(name)} now"
+    return f"no value {brief(key)}{nearest(key[:MOST_SHOWN], names)}"
 
 
 def current_name(key: str) -> str:

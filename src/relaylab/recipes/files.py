@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from relaylab.errors import InputError
+from relaylab.outside.reading import read_bytes
 from relaylab.recipes.changes import ARCHITECTURE, PRETRAINED, located
 from relaylab.recipes.decoding import DEFAULT, decode_recipe, flat
 from relaylab.recipes.schema import GROUPS, Errors, Recipe
 
 SUFFIX = ".toml"
+LARGEST_FILE = 1 << 20  # bytes
 BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key that needs no quotes
 COLUMN = 44  # of the comments, at most
 
@@ -30,12 +32,13 @@ def read_recipe(path: Path) -> Recipe:
         InputError: no such file, no TOML, or values that are not a recipe's: all of them, by their names.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, LARGEST_FILE).decode()
         values = tomllib.loads(text)
     except FileNotFoundError:
         raise InputError(f"no such recipe file: {path}") from None
-    except ValueError as error:  # of TOML, or of UTF-8
-        raise InputError(f"{path}: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:  # of TOML, of UTF-8, or of the file
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: {reason}") from None
     name, problems = path.stem, list[str]()
     comments = dict(_comments(text))
     sources = {key: _source(key, comments) or path.name for key, _ in flat(values) if key.partition(".")[0] in GROUPS}

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
 from relaylab.data.sampling import SAMPLERS
+from relaylab.outside.showing import picture
 from relaylab.report.style import BELOW_AXIS, plot
 
 NAMED_CLASSES = 40  # more names than these cannot be read
@@ -52,9 +53,9 @@ def balance_picture(
         axes.grid(visible=False, axis="x")
         axes.set_axisbelow(True)
         if is_named:
-            names = [classes[int(label)][:24].replace("$", r"\$") for label in order]
+            names = [picture(classes[int(label)][:24]) for label in order]
             axes.set_xticks(places, names, **BELOW_AXIS)
         else:
             axes.set_xlabel(f"{len(classes)} classes, the largest first")
 
-    return plot(draw, title.replace("$", r"\$"), unit, size=size, legend=bool(lines))
+    return plot(draw, title, unit, size=size, legend=bool(lines))

@@ -179,12 +179,11 @@ def _open(folder: Path) -> Run:
     recipe, about, metrics = runs.recipe_of(folder), describe_run(folder), metrics_of(folder)
     if not any(line["kind"] == "val" for line in metrics):
         raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
-    with runs.reading(folder) as config:
-        classes, counts = tuple(config["classes"]), config.get("counts", {})
-        sizes = config.get("images") or {split: sum(each) for split, each in counts.items()}
-    tuning = read_tuning(folder.parent)
+    stored, tuning = runs.read_run(folder), read_tuning(folder.parent)
     tuning = tuning if tuning and tuning.is_of(recipe) else None  # which other runs in the folder may have
-    return Run(folder, recipe, about, classes, counts, sizes, metrics, runs.starts_of(folder) or [{}], {}, tuning)
+    sizes = stored.images or {split: sum(each) for split, each in stored.counts.items()}
+    starts = runs.starts_of(folder) or [{}]
+    return Run(folder, recipe, about, stored.classes, stored.counts, sizes, metrics, starts, {}, tuning)
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], tuned: Collection[str]) -> str | None:

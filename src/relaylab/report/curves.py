@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from relaylab.outside.showing import picture
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.paper_figures import plain
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
@@ -106,7 +107,7 @@ def confusion_picture(counts: NDArray[np.int64], classes: Sequence[str]) -> str:
         assert figure is not None
         figure.colorbar(image, ax=axes, label="per cent of the class's images", shrink=0.8)
         if not many:
-            names = [plain(name) for name in classes]
+            names = [picture(plain(name)) for name in classes]
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
             axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_xlabel("predicted class")
@@ -122,7 +123,7 @@ def gain_picture(gains: NDArray[np.float64], classes: Sequence[str], most: int =
     def draw(axes: Axes) -> None:
         colours = [GAIN if gains[i] >= 0 else LOSS for i in shown]
         axes.barh(range(len(shown)), [gains[i] for i in shown], color=colours)
-        axes.set_yticks(range(len(shown)), [plain(classes[i]) for i in shown], fontsize=9)
+        axes.set_yticks(range(len(shown)), [picture(plain(classes[i])) for i in shown], fontsize=9)
         axes.axvline(0, color="#444444", linewidth=0.8)
         axes.set_xlabel("points of top-1 error below standard BP")
         axes.margins(y=0.01)

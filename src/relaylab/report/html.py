@@ -5,10 +5,12 @@ from io import BytesIO
 from typing import Any, Literal
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from relaylab.data.geometry import Pixels
+from relaylab.outside.showing import html
 from relaylab.report.style import SCHEME_COLOURS, figure_text
 
 
@@ -16,9 +18,18 @@ def render_template(package: str, name: str, **values: Any) -> str:
     """Render a template of a package with values; "base.html.j2", which it extends, is in `relaylab.report`."""
     loader = ChoiceLoader([PackageLoader(package, "."), PackageLoader("relaylab.report", ".")])
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        finalize=_escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(name).render(colours=SCHEME_COLOURS, **values)
+
+
+def _escaped(value: Any) -> Any:
+    return value if isinstance(value, Markup) or not isinstance(value, str) else Markup(html(value))
 
 
 def svg_uri(picture: str | Figure) -> str:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from relaylab.outside.showing import picture
 from relaylab.report.stages import Loss, Stage
 from relaylab.report.style import INK, STYLE
 
@@ -50,7 +51,7 @@ def draw_network(
         axes.set_axis_off()
         middle = (left + right) / 2
         if title:
-            axes.text(MARGIN, height - 10, title, fontsize=12, fontweight="bold", va="top", color=INK)
+            axes.text(MARGIN, height - 10, picture(title), fontsize=12, fontweight="bold", va="top", color=INK)
         axes.text(middle, 8, "image", ha="center", va="bottom", fontsize=10, color=INK)
         for number, stage in enumerate(stages):
             _stage(axes, stage, left, right - left, _floor(number), [colours[loss] for loss in stage.losses])
@@ -85,9 +86,11 @@ def _stage(
         axes.add_patch(Rectangle((left + stripe * number, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
     axes.add_patch(Rectangle((left, floor), width, HEIGHT, facecolor="none", edgecolor=INK, linewidth=1))
     middle, words = left + width / 2, _words(stage)
-    axes.text(middle, floor + 28, stage.name, ha="center", va="center", fontsize=10.5, fontweight="bold", color=INK)
+    axes.text(
+        middle, floor + 28, picture(stage.name), ha="center", va="center", fontsize=10.5, fontweight="bold", color=INK
+    )
     size = 9.5 * min(1, (width - 12) / (LETTER * len(words)))
-    axes.text(middle, floor + 13, words, ha="center", va="center", fontsize=size, color=INK)
+    axes.text(middle, floor + 13, picture(words), ha="center", va="center", fontsize=size, color=INK)
     _arrow(axes, (middle, floor - GAP), (middle, floor), INK, 1.4)
     if stage.input_size is not None:
         side = stage.input_size
@@ -112,4 +115,13 @@ def _box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], lin
     shape = "round,pad=0,rounding_size=5"
     axes.add_patch(FancyBboxPatch(corner, *size, boxstyle=shape, facecolor="white", edgecolor=colour, zorder=3))
     middle = corner[0] + size[0] / 2, corner[1] + size[1] / 2
-    axes.text(*middle, "\n".join(lines), ha="center", va="center", fontsize=10, color=colour, linespacing=1.3, zorder=4)
+    axes.text(
+        *middle,
+        "\n".join(map(picture, lines)),
+        ha="center",
+        va="center",
+        fontsize=10,
+        color=colour,
+        linespacing=1.3,
+        zorder=4,
+    )

@@ -22,6 +22,7 @@ from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.predict import Prediction
 from relaylab.models.building import build_plan, build_shadow
+from relaylab.outside.showing import picture
 from relaylab.recipes.schema import Recipe
 from relaylab.report.network import draw_network
 from relaylab.report.stages import stages_of
@@ -78,9 +79,9 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str |
                 panel.set_ylim(0.8 * np.nanmin(every), 1.25 * np.nanmax(every))
                 panel.set_yscale("log")
                 panel.yaxis.set_minor_formatter(NullFormatter())
-                panel.set_title(title)
+                panel.set_title(picture(title))
                 panel.set_ylabel(unit)
-                names = [layer_name(name) for name in probes[title][-1]["layers"]]
+                names = [picture(layer_name(name)) for name in probes[title][-1]["layers"]]
                 step = -(-len(names) // MOST_TICKS)
                 panel.set_xticks(range(0, len(names), step), names[::step], **BELOW_AXIS)
                 panel.tick_params(labelbottom=True)
@@ -154,7 +155,7 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
     rows = -(-len(photos) // columns)
     with rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(2.7 * columns, 4.1 * rows + 0.5), layout="constrained")
-        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+        figure.suptitle(picture(title), fontsize=12, x=0.01, ha="left")
         panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.9, 1.5] * rows)
         for panel in panels.flat:
             panel.set_axis_off()
@@ -163,10 +164,10 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
             panels[2 * row][column].imshow(photo.pixels, interpolation="lanczos")
             panels[2 * row][column].set_anchor("W")
             text = panels[2 * row + 1][column]
-            text.text(0, 1.0, plain(photo.truth), fontsize=10.5, fontweight="bold", va="top")
+            text.text(0, 1.0, picture(plain(photo.truth)), fontsize=10.5, fontweight="bold", va="top")
             for place, (name, share) in enumerate(photo.guesses, 1):
                 is_right = name == photo.truth
-                words = f"{100 * share:3.0f} %  {plain(name)}" + ("  ✓" if is_right else "")
+                words = f"{100 * share:3.0f} %  {picture(plain(name))}" + ("  ✓" if is_right else "")
                 colour, weight = (RIGHT, "bold") if is_right else ("#333333", "normal")
                 text.text(0, 1.0 - 0.16 * place, words, fontsize=9.5, va="top", color=colour, fontweight=weight)
     return figure

@@ -10,7 +10,6 @@ Note [Tables]
 """
 
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 from relaylab.errors import InputError
 from relaylab.evaluate.error_rates import difference, misses, per_class_errors
 from relaylab.evaluate.protocols import Kind
-from relaylab.evaluate.results import RESULTS
+from relaylab.evaluate.results import read_ensembles
 from relaylab.evaluate.scores import ScoreFolder, check_alike
+from relaylab.outside.reading import check_keys
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.report.comparison import different_values
@@ -46,6 +46,7 @@ DEPTHS = ("vgg19", "vgg22", "vgg25")
 TEAMS = {"Ntu_rose": 19.33, "Trimps-Soushen": 17.98, "Qualcomm Research": 17.59, "SIAT_MMLAB": 17.36}
 WM = {"WM (model A)": 17.35, "WM (model B)": 17.28, "WM (model ensemble)": 16.87}
 SAMPLERS = {"shuffled": "plain sampling", "square-root": "square-root sampling", "class-aware": "class-aware sampling"}
+VALUES = ("scheme", "network.architecture", "images.sampling")  # that tables look at
 FREE = ("scheme", "plan", "evaluation")  # values in which the cells of a column may differ
 Values = NDArray[np.float64]
 
@@ -104,8 +105,10 @@ def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
     for folder in folders:
         for name in folder.names():
             about = folder.about(name)
-            if "values" not in about or kind not in folder.protocols(name):
+            if not about.get("values") or kind not in folder.protocols(name):
                 continue
+            check_keys(about, ("seed",), f"the description of {name}")
+            check_keys(about["values"], VALUES, f"the description of {name}")
             scores, labels = folder.protocol(name, kind), folder.images.labels
             per_class = float(np.nanmean(per_class_errors(scores, labels)))
             top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
@@ -200,11 +203,9 @@ def _sampling(title: str, found: Sequence[Entry]) -> Table:
 def _ensembles(folders: Sequence[ScoreFolder]) -> Table:
     rows: list[tuple[str, ...]] = []
     for folder in folders:
-        file = folder.path / RESULTS
-        found = json.loads(file.read_text(encoding="utf-8"))["ensembles"] if file.is_file() else []
-        for entry in found:
-            what = f"{', '.join(entry['members'])} by {entry['how']}, {entry['protocol']}, {entry['images']:,} images"
-            rows.append((what, *(f"{entry['errors'][top]['value']:.2f}" for top in TOPS)))
+        for entry in read_ensembles(folder):
+            what = f"{', '.join(entry.members)} by {entry.how}, {entry.protocol}, {entry.images:,} images"
+            rows.append((what, *(f"{getattr(entry.errors, top).value:.2f}" for top in TOPS)))
         for kind in ("single-crop", "dense"):
             rows += [(f"{e.name}, {kind}", *(_cell([e], [], top) for top in TOPS)) for e in _entries([folder], kind)]
     if not any("by" in row[0] for row in rows):

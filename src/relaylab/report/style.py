@@ -2,15 +2,19 @@
 
 import io
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from relaylab.files import replacing
+from relaylab.outside.showing import picture
 
 INK = "#1c1c1c"
 # Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
@@ -18,10 +22,21 @@ SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009
 SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-", "isolated": ":"}
 
 BELOW_AXIS: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}  # long names
+OTHER_SCRIPTS = (  # fonts, taken where they are installed
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Noto Sans Thai",
+    "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Bengali", "Noto Sans Tamil",
+)  # fmt: skip
+
+
+def _fonts_of_other_scripts() -> list[str]:
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in OTHER_SCRIPTS if name in installed]
+
+
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "relaylab",
     "font.size": 11,
-    "font.family": "DejaVu Sans",
+    "font.family": ["DejaVu Sans", *_fonts_of_other_scripts()],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
@@ -58,8 +73,8 @@ def plot(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_title(title)
-        axes.set_ylabel(unit)
+        axes.set_title(picture(title))
+        axes.set_ylabel(picture(unit))
         if legend:
             columns = min(3, len(axes.get_legend_handles_labels()[1]))
             figure.legend(loc="outside lower center", ncols=columns, fontsize=10)
@@ -69,7 +84,7 @@ def plot(
 def figure_text(figure: Figure) -> str:
     """Return a figure as SVG text, the same text each time."""
     file = io.StringIO()
-    with rc_context(STYLE):
+    with rc_context(STYLE), _without_warnings():
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
@@ -77,9 +92,16 @@ def figure_text(figure: Figure) -> str:
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, as SVG or PNG by the path's suffix, the same bytes each time."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    with rc_context(STYLE), replacing(path) as temporary:
+    with rc_context(STYLE), _without_warnings(), replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
-        temporary.chmod(0o644)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Draw a box for a character that no font has, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def layer_name(name: str) -> str:

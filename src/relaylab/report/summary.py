@@ -12,6 +12,7 @@ from relaybackprop.planning.cost import EARLY_RELEASE
 from relaybackprop.planning.cost import Cost as StepCost
 from relaylab.errors import InputError
 from relaylab.files import write_text
+from relaylab.outside.showing import markdown
 from relaylab.recipes import RECIPES
 from relaylab.recipes.schema import SCHEME_NAMES, value_text
 from relaylab.report.comparison import Comparison, Run, joined
@@ -51,12 +52,13 @@ def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str
     shown, recipe, said = summary(comparison), comparison.runs[0].recipe, verdict_of(comparison)
     measure = comparison.measure
     pictures = {CURVES: curve_picture(comparison.metrics, "val", measure.name, curve_title(measure), "per cent")}
-    notes = [*([f"Changed: {', '.join(changes)}."] if changes else []), *comparison.failure_texts, *shown.notes]
-    text = [f"# {recipe.name}\n", *(f"- {line}" for line in said), "", *markdown_lines(shown), ""]
+    notes = [*([f"Changed: {markdown(', '.join(changes))}."] if changes else [])]
+    notes += [*map(markdown, comparison.failure_texts), *shown.notes]
+    text = [f"# {recipe.name}\n", *(f"- {markdown(line)}" for line in said), "", *markdown_lines(shown), ""]
     text += [*(f"{note}\n" for note in notes), f"![Validation error]({CURVES})\n"]
     if comparison.tuning is not None:
         trials = tuning_table(comparison.tuning, comparison.guess(), measure)
-        text += [f"## {trials.title}\n", *markdown_lines(trials), "", *(f"{note}\n" for note in trials.notes)]
+        text += [f"## {trials.title}\n", *markdown_lines(trials), "", *(f"{markdown(note)}\n" for note in trials.notes)]
         for number, (key, picture) in enumerate(tuning_pictures(comparison.tuning, measure).items(), 1):
             pictures[f"tuning-{number}.svg"] = picture
             text.append(f"![Error of the trials against {key}](tuning-{number}.svg)\n")

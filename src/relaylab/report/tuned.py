@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
+from relaylab.outside.showing import picture
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
 from relaylab.report.verdict import LEARNT
@@ -70,7 +71,7 @@ def _picture(tuning: Tuning, axis: Axis, measure: Measure) -> str:
             axes.set_xscale("log")
             axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=9)
             axes.minorticks_off()
-        axes.set_xlabel(f"{axis.key} (ring: chosen; cross: diverged)")
+        axes.set_xlabel(f"{picture(axis.key)} (ring: chosen; cross: diverged)")
 
     return plot(
         draw, f"Error of the trials against {axis.title}", f"{measure.title}, per cent", size=(5.6, 3.6), legend=True

@@ -30,12 +30,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relaylab.errors import LabError
+from relaylab.outside.reading import DamagedFileError, check_keys, open_regular, read_bytes, read_json
+from relaylab.outside.showing import reason
 
 log = logging.getLogger("relaylab.train")
 
 FORMAT = "relaylab checkpoint 1"
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 PREFIX = "step-"
+LARGEST_SUMS = 1 << 16  # bytes
 LEFT_OVER = ".unfinished-"
 
 
@@ -116,8 +119,8 @@ def read(path: Path) -> Checkpoint:
     state = read_state(path)
     try:
         return Checkpoint(load_file(path / MODEL), load_file(path / OPTIMIZER), state)
-    except (OSError, SafetensorError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from None
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def read_state(path: Path) -> Mapping[str, Any]:
@@ -128,13 +131,14 @@ def read_state(path: Path) -> Mapping[str, Any]:
     """
     check(path)
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
+        state = read_json(path / STATE, dict[str, Any])
+        if state.get("format", FORMAT) != FORMAT:
             raise DamagedCheckpointError(f"{path} is of the format {state['format']!r}, not {FORMAT!r}")
-        if state["step"] != step_of(path):
-            raise DamagedCheckpointError(f"{path} holds step {state['step']!r}: it was renamed")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path / STATE} is not what relaylab writes: {error}") from None
+        check_keys(state, ("format", "step"), str(path / STATE))
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(str(error)) from None
+    if state["step"] != step_of(path):
+        raise DamagedCheckpointError(f"{path} holds step {state['step']!r}: it was renamed")
     return state
 
 
@@ -145,7 +149,7 @@ def check(path: Path) -> None:
         DamagedCheckpointError: a file is missing or was changed; it is named.
     """
     try:
-        pairs = [line.split("  ", 1) for line in (path / SUMS).read_text(encoding="ascii").splitlines()]
+        pairs = [line.split("  ", 1) for line in read_bytes(path / SUMS, LARGEST_SUMS).decode("ascii").splitlines()]
         sums = {name: digest for digest, name in pairs}
     except (OSError, ValueError):
         raise DamagedCheckpointError(f"{path} is not a complete checkpoint: it has no readable {SUMS}") from None
@@ -194,7 +198,7 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sum(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from relaybackprop import Relay
 from relaylab.errors import FAILED, INTERRUPTED, InputError
 from relaylab.train.options import Engine
-from relaylab.train.torchrun import FAILURE, is_launched, noted_failure
+from relaylab.train.torchrun import FAILURE, environment_number, is_launched, noted_failure
 
 
 def launch(config: Engine, arguments: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def make_fabric(config: Engine) -> Fabric:
     if config.accelerator == "cuda" and not has_gpu:
         raise InputError("--accelerator cuda: there is no GPU that PyTorch can use here")
     device = "cuda" if has_gpu and config.accelerator != "cpu" else "cpu"
-    world, here = (int(os.environ[name]) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world, here = (environment_number(name, 1) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():
         raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs here")
     if config.batch_norm == "synchronised" and device == "cpu":

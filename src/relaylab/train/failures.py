@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from relaylab.files import write_text
+from relaylab.outside.reading import DamagedFileError, read_json
 
 FILE = "failure.json"
 
@@ -36,9 +37,6 @@ def write_failure(folder: Path, failure: Failure) -> None:
 def read_failure(folder: Path) -> Failure | None:
     """Read the failure of a run; None if it has not failed, or the file is damaged."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        failure = Failure(found["kind"], found["step"], found["error"])
-    except (OSError, ValueError, TypeError, LookupError):
+        return read_json(folder / FILE, Failure)
+    except DamagedFileError:
         return None
-    has_types = type(failure.step) is int and isinstance(failure.error, str)
-    return failure if has_types and failure.kind in ("diverged", "failed") else None

@@ -53,8 +53,7 @@ def shared_by(folder: Path, config: TrainConfig, recipe: Recipe, count: int) -> 
     train, val = images.open_sources(config, recipe.images)
     images.check_images(recipe, train, val)
     if begun is not None:
-        with runs.reading(begun) as stored:
-            config = dataclasses.replace(config, images=stored["options"]["images"])
+        config = dataclasses.replace(config, images=runs.read_run(begun).options.images)
     in_memory = images.fits_memory(config, (train, val), images.view_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
     if config.accelerator != "cpu" and torch.cuda.is_available():

@@ -5,16 +5,65 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.tensorboard import SummaryWriter
 
 from relaylab.errors import InputError
 from relaylab.files import write_text
+from relaylab.outside.folders import open_for_writing
+from relaylab.outside.reading import LARGEST, DamagedFileError, parse, read_bytes, typed
+from relaylab.outside.showing import terminal
 from relaylab.train.runs import LOG, METRICS, TENSORBOARD
 
 Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of metrics: its kind, and the updates made."""
+
+    kind: Literal["train", "val", "gradients"]
+    step: int
+
+    def __post_init__(self) -> None:
+        """Check the step."""
+        if not 0 <= self.step < 2**63:
+            raise ValueError(f"step {self.step}")
+
+
+@dataclass(frozen=True)
+class _Training(Line):
+    loss: dict[str, float]
+    top1: float | None = None  # with several labels there are none
+    top5: float | None = None
+
+
+@dataclass(frozen=True)
+class _Validation(Line):
+    loss: float
+    top1: float | None = None
+    top5: float | None = None
+    map: float | None = None
+    map_error: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is a measure."""
+        Line.__post_init__(self)
+        if None in (self.top1, self.top5) and None in (self.map, self.map_error):
+            raise ValueError("neither top1 and top5 nor map and map_error")
+
+
+@dataclass(frozen=True)
+class _Gradients(Line):
+    layers: dict[str, dict[str, float]]
+    segments: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+
+
+KINDS = {"train": _Training, "val": _Validation, "gradients": _Gradients}
 
 
 class Records:
@@ -33,7 +82,7 @@ class Records:
             lines = [line for line in read_metrics(file) if line["step"] <= step]
             kept = [line for line in lines if (line["step"], line["kind"]) != again]
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
-        self._file = file.open("a", encoding="utf-8")
+        self._file = open_for_writing(file, "a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: Values) -> None:
@@ -56,13 +105,15 @@ class Records:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, up to the first that is truncated."""
+    """Return the lines of a metrics file, up to the first that is truncated or damaged."""
     lines: list[dict[str, Any]] = []
-    for text in file.read_text(encoding="utf-8").splitlines():
+    for text in read_bytes(file, LARGEST).splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = parse(text, dict[str, Any], str(file))
+            typed(line, KINDS[typed(line, Line, str(file)).kind], str(file))
+        except (DamagedFileError, RecursionError):
             break
+        lines.append(line)
     return lines
 
 
@@ -95,6 +146,20 @@ class _Stderr(logging.Handler):
             print(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that is not written through a link."""
+
+    def _open(self) -> Any:
+        return open_for_writing(Path(self.baseFilename), "a", encoding="utf-8")
+
+
+class _Escaping(logging.Formatter):
+    """Formats a record with names from outside escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
+
+
 @contextmanager
 def logging_to(folder: Path | None, shown: int = logging.INFO) -> Iterator[None]:
     """Send the lab's log to stderr and to a run's log file.
@@ -105,9 +170,10 @@ def logging_to(folder: Path | None, shown: int = logging.INFO) -> Iterator[None]
     """
     logger = logging.getLogger("relaylab")
     handlers: list[logging.Handler] = [_Stderr(shown)]
+    handlers[0].setFormatter(_Escaping())
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / LOG, encoding="utf-8"))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(_LogFile(folder / LOG, encoding="utf-8"))
+        handlers[1].setFormatter(_Escaping("%(asctime)s %(levelname)s %(message)s"))
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO if folder is not None else logging.WARNING)
     logger.propagate = False

@@ -28,6 +28,8 @@ from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, raise_all
 from relaylab.files import ROOT, timestamp, write_text
 from relaylab.options import path_problems
+from relaylab.outside.folders import open_for_writing
+from relaylab.outside.reading import DamagedFileError, read_json, typed
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_absolute_paths, with_changes
 from relaylab.recipes.decoding import current_name, decode_recipe, nested
@@ -140,10 +142,8 @@ def kept_recipe(folder: Path) -> Recipe:
     Raises:
         InputError: the run cannot be read.
     """
-    with reading(folder) as config:
-        about = config["recipe"]
-        name, row, values, sources = (about[key] for key in ("name", "row", "values", "sources"))
-    return _decoded({"name": name, "row": row, **values}, sources, folder / CONFIG)
+    stored = read_run(folder).recipe
+    return _decoded({"name": stored.name, "row": stored.row, **stored.values}, stored.sources, folder / CONFIG)
 
 
 def _decoded(values: Mapping[str, Any], sources: Mapping[str, str], path: Path) -> Recipe:
@@ -291,36 +291,61 @@ def title_of(folder: Path) -> str:
     return f"{SCHEMES[recipe_of(folder).scheme]} ({folder.resolve().name})"
 
 
-@contextmanager
-def reading(folder: Path) -> Iterator[dict[str, Any]]:
-    """Read a run's configuration; in the block, a missing or malformed entry is an error of the file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRecipe:
+    """A run's recipe as it was when the run began: values by dotted name, and their sources."""
+
+    name: str
+    row: str
+    values: dict[str, Any]
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRun:
+    """A run's configuration, as `describe` writes it.
+
+    Attributes:
+        options: with the names that values of earlier versions have now.
+        recipe: that it trains.
+        classes: display names.
+        keys: the classes' keys; None in runs of earlier versions.
+        counts: images of each class by split.
+        images: their number by split, where it is not the sum of those.
+    """
+
+    options: TrainConfig
+    recipe: StoredRecipe
+    classes: tuple[str, ...] = ()
+    keys: tuple[str, ...] | None = None
+    counts: dict[str, list[int]] = dataclasses.field(default_factory=dict[str, list[int]])
+    images: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
+
+
+def read_run(folder: Path) -> StoredRun:
+    """Read a run's configuration.
 
     Raises:
-        InputError: the folder holds no run, or the file or an entry cannot be read.
+        InputError: the folder holds no run, or the file is damaged.
     """
-    if not (folder / CONFIG).is_file():
+    path = folder / CONFIG
+    if not path.is_file():
         raise InputError(f"{folder} holds no run: expected {CONFIG}, as `relaylab train` writes it")
-    try:
-        yield json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} cannot be read: {type(error).__name__}: {error}") from None
+    run = read_json(path, StoredRun)
+    if problems := engine_problems(run.options):
+        raise DamagedFileError(f"{path} is damaged, or not what relaylab writes: {'; '.join(problems)}")
+    pairs = [text.partition("=") for text in run.options.changes]
+    changes = tuple(f"{current_name(key)}{equals}{value}" for key, equals, value in pairs)
+    return dataclasses.replace(run, options=dataclasses.replace(run.options, changes=changes))
 
 
 def _stored_options(folder: Path) -> TrainConfig:
-    with reading(folder) as config:
-        names = {entry.name for entry in dataclasses.fields(TrainConfig)}
-        options = {name: value for name, value in config["options"].items() if name in names}
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-        values |= {name: tuple(map(Path, values[name])) for name in ("data", "val_data")}
-        pairs = [text.partition("=") for text in values.get("changes", ())]
-        values["changes"] = tuple(f"{current_name(key)}{equals}{value}" for key, equals, value in pairs)
-        return TrainConfig(**values)
+    return read_run(folder).options
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse a recipe whose code has changed since the run began."""
-    with reading(folder) as config:
-        stored = dict(config["recipe"]["values"])
+    stored = read_run(folder).recipe.values
     if changes := value_changes(stored, recipe, folder / CONFIG):
         raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {'; '.join(changes[:5])}")
 
@@ -449,11 +474,36 @@ def forget(folder: Path) -> None:
         folder.rmdir()
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The entries of a start that are used; others are for people."""
+
+    versions: dict[str, str]
+    threads: int
+    launch: str = ""
+    started_at: str = ""
+    device: str = ""
+    processes: int = 1
+    commit: str | None = None
+    python: str = ""
+    system: str = ""
+    processor: str = ""
+    cores: int | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class _Starts:
+    starts: tuple[_Start, ...]
+
+
 def starts_of(folder: Path) -> list[dict[str, Any]]:
     """Return the environments that a run was started in, the first one first."""
     try:
-        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):
+        found = read_json(folder / ENVIRONMENT, dict[str, Any])
+        typed(found, _Starts, str(folder / ENVIRONMENT))
+        return found["starts"]
+    except DamagedFileError:  # no numbers depend on it
         return []
 
 
@@ -466,7 +516,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         InputError: another process holds the lock, and `wait` is false.
     """
-    with (folder / LOCK).open("w") as file:
+    with open_for_writing(folder / LOCK, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

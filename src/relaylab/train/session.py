@@ -1,7 +1,6 @@
 """A training from its options to its model file: checks before the first step, the loop, and how it ended."""
 
 import logging
-import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,8 @@ from relaylab.models.building import build_criterion, build_relay
 from relaylab.models.file import InputConfig, ModelFile, save_model
 from relaylab.models.losses import BinaryCrossEntropy
 from relaylab.models.pretrained import load_pretrained
+from relaylab.outside.folders import refuse_links
+from relaylab.outside.reading import typed
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import averaging, checkpoint, failures, runs
@@ -35,8 +36,8 @@ from relaylab.train.options import TrainConfig
 from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
-from relaylab.train.state import load_tensors
-from relaylab.train.torchrun import launch_id, restart_count
+from relaylab.train.state import State, load_tensors
+from relaylab.train.torchrun import environment_number, launch_id, restart_count
 from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
@@ -100,6 +101,7 @@ def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) 
         if folder is None and restart_count():
             folder = runs.find_launch(request.config, launch_id())
         folder = folder or runs.new_folder(request.config)
+        refuse_links(folder)
         stack.enter_context(runs.locked(folder))
         stack.enter_context(logging_to(folder, level))
         (folder / failures.FILE).unlink(missing_ok=True)
@@ -131,6 +133,9 @@ def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
         if fabric.is_global_zero:
             runs.forget(folder)
         raise failure from None
+    except Exception:
+        log.exception("an unexpected error")  # in the log alone: the command line shows one line
+        raise
 
 
 def _as_lab_error(folder: Path, error: OSError | LabError) -> LabError:
@@ -157,7 +162,7 @@ def _train(
         recipe,
         config,
         device=fabric.device,
-        devices_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        devices_here=environment_number("LOCAL_WORLD_SIZE", 1),
         fault_file=folder / "unreadable-images.txt",
         first=first or fabric.rank_zero_first(local=True),
         sources=request.images,
@@ -266,13 +271,19 @@ def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
     if path is None:
         return {}
     found = checkpoint.read(path)
+    typed(found.state, State, str(path / checkpoint.STATE))
     if changes := runs.value_changes(found.state["recipe"], trainer.recipe, path):
         raise InputError(f"{path} is of another recipe than {trainer.recipe.name}: {'; '.join(changes[:5])}")
     moments = {name: tensor for name, tensor in found.optimizer.items() if not name.endswith(averaging.SUFFIX)}
     load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, moments)
     if trainer.average is not None:
         trainer.average.load(found.optimizer)
-    trainer.load_state_dict(found.state)
+    try:
+        trainer.load_state_dict(found.state)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        if isinstance(error, LabError):
+            raise
+        raise InputError(f"{path}: its state does not fit this training: {type(error).__name__}: {error}") from None
     return found.state
 
 

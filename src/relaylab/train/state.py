@@ -41,6 +41,33 @@ class Progress:
         return Progress(**{**values, "plateau": Plateau(**state["plateau"])})
 
 
+@dataclass(frozen=True)
+class _Sums:
+    sums: dict[str, float]
+    seen: dict[str, float]
+    norms: float
+    finite: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class State:
+    """The types of what a checkpoint's state holds."""
+
+    format: str
+    step: int
+    recipe: dict[str, Any]
+    processes: int
+    plateau: Plateau
+    stream: dict[str, Any]
+    meter: _Sums
+    validated: int = -1
+    seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict[str, float])
+    last: dict[str, float] = field(default_factory=dict[str, float])
+    scaler: dict[str, float] | None = None
+
+
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's tensors by parameter and name, such as "NAME/momentum_buffer"."""
     return {
@@ -70,6 +97,12 @@ def load_tensors(
         name, _, what = key.rpartition("/")
         if name not in parameters:
             raise InputError(f"the checkpoint is of another network: it has {what} of {name}, which is not there")
+        wanted = parameters[name].shape
+        if (what != STEP and tensor.shape != wanted) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
+            raise InputError(
+                f"the checkpoint's {what} of {name} has the shape {tuple(tensor.shape)} and the type {tensor.dtype}: "
+                f"expected {tuple(wanted)}, floating-point"
+            )
         is_count = what == STEP  # not divided with the parameter, nor moved to its device, as in torch's own loading
         optimizer.state[parameters[name]][what] = tensor.clone() if is_count else like(tensor, parameters[name])
 

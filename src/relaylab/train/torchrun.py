@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from relaylab.errors import LabError
+from relaylab.errors import InputError, LabError
 
 FAILURE = "RELAYLAB_FAILURE"  # environment variable: the file for the exit code of the first process that fails
 
@@ -15,7 +15,19 @@ def is_launched() -> bool:
 
 def restart_count() -> int:
     """Return how often torchrun has restarted the processes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return environment_number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def environment_number(name: str, default: int) -> int:
+    """Return the whole number that an environment variable holds.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(f"the environment variable {name} is {text!r}: expected a whole number, as torchrun sets it")
+    return int(text)
 
 
 def launch_id() -> str:

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,8 +21,9 @@ from urllib.parse import quote
 
 from relaylab.errors import InputError, nearest
 from relaylab.files import write_text
+from relaylab.outside.reading import DamagedFileError, read_json
 from relaylab.recipes.changes import located, recipe_problems, with_changes
-from relaylab.recipes.schema import DecayConfig, PlateauConfig, Recipe, value_text
+from relaylab.recipes.schema import SCHEMES, DecayConfig, PlateauConfig, Recipe, value_text
 
 FILE, FOLDER = "tuning.json", "tuning"  # in the folder of a comparison
 SEED = 1000  # of all trials: not one of the seeds that people compare by
@@ -285,24 +285,34 @@ def read_tuning(folder: Path) -> Tuning | None:
     Raises:
         InputError: the file is damaged.
     """
-    try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / FILE
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / FILE} cannot be read: {error}; the same relaylab compare writes it anew") from None
-    with suppress(KeyError, TypeError, ValueError, AttributeError):
-        choices = {
-            scheme: Choice(
-                tuple(Axis(a["key"], tuple(a["names"]), tuple(a["values"]), a["kind"]) for a in one["axes"]),
-                tuple(Trial(tuple(t["point"]), t["error"], t["loss"]) for t in one["trials"]),
-                tuple(one["point"]),
-                bool(one["enclosed"]),
-            )
-            for scheme, one in found["choices"].items()
-        }
-        return Tuning(int(found["seed"]), float(found["images"]), float(found["share"]), choices)
-    raise InputError(f"{folder / FILE} is not what relaylab compare --tune writes; the same command writes it anew")
+    try:
+        tuning = read_json(path, Tuning)
+        for scheme, choice in tuning.choices.items():
+            _check_choice(scheme, choice, str(path))
+    except DamagedFileError as error:
+        raise InputError(f"{error}; the same relaylab compare writes it anew") from None
+    return tuning
+
+
+def _check_choice(scheme: str, choice: Choice, where: str) -> None:
+    """Raise a DamagedFileError for points that do not fit their axes, or text where an axis has numbers."""
+    points = [choice.point, *(trial.point for trial in choice.trials)]
+    fits = scheme in SCHEMES and all(len(point) == len(choice.axes) for point in points)
+    for number, axis in enumerate(choice.axes if fits else ()):
+        texts = [*axis.values, *(point[number] for point in points)]
+        fits = fits and bool(axis.values) and (axis.kind == "choice" or all(map(_is_number, texts)))
+    if not fits:
+        raise DamagedFileError(f"{where} is damaged, or not what relaylab writes: choices.{scheme}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def shortened(recipe: Recipe, share: float) -> dict[str, str]:

@@ -7,6 +7,9 @@ Note [Archives]
    inside them have a place in the outer file like any other.
 3. Python's tarfile takes a damaged header in the middle for the end. The end is therefore checked: it must be zeros,
    and nothing but zeros may follow.
+4. What a tar claims is not believed: the records that hold long names and further headers are read into memory by
+   tarfile, so their sizes are limited, as is their number in a row; so is what a small compressed file unpacks to. What
+   was unpacked before an error is removed.
 """
 
 import bz2
@@ -34,18 +37,25 @@ from relaylab.data.sources.listing import (
     inflate,
     is_image,
     is_system_folder,
-    printable,
 )
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.splits import note_on, only_one, split_of
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
+from relaylab.outside.folders import is_our_own
+from relaylab.outside.reading import open_regular
+from relaylab.outside.showing import brief
 
 CHUNK = 1 << 20
 LARGEST_TEXT = 1 << 22  # of classes.txt, bytes
 MEMBERS_AT_ONCE = 1000
 MAGIC = {b"\xfd7zXZ\x00": "xz", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst"}
-DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, IndexError, RecursionError)
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
+LARGEST_RECORD = 1 << 20  # bytes of a long name or a further header
+LARGEST_PADDING = 256 << 20  # bytes of zeros
+MOST_RECORDS = 8  # of them before one member
+LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # unpacked bytes to each packed one; and as many whatever the ratio
+RECORDS = (b"x", b"g", b"X", b"L", b"K")  # types, of POSIX, Solaris and GNU
 
 
 class Member(NamedTuple):
@@ -80,6 +90,30 @@ def list_archives(
     Raises:
         InputError: a file that is not an archive or is damaged, a member that is refused, a name twice, or no images.
     """
+    unpacked_here: list[Path] = []
+    try:
+        return _listed(archives, members, title, split, named, watch, unpacked_here, cache=cache, flat=flat)
+    except (SplitNeededError, NoSplitError):
+        raise
+    except InputError:
+        for plain in unpacked_here:
+            plain.unlink(missing_ok=True)
+        raise
+
+
+def _listed(
+    archives: Sequence[Path],
+    members: Members,
+    title: str,
+    split: str | None,
+    named: Iterable[Path],
+    watch: Watch,
+    unpacked_here: list[Path],
+    *,
+    cache: Path,
+    flat: bool,
+) -> Listing:
+    """List archives; paths of decompressed ones are added to `unpacked_here`."""
     rows, shown = Rows(), dict[str, str]()
     keys: dict[str, set[str]] = {}  # class folders by split; "" where there are no splits
     spellings: dict[str, set[str]] = {}  # folders by split
@@ -89,6 +123,7 @@ def list_archives(
         rows.stamps.append(stamp(tar))
         plain = unpacked(tar, cache, watch)
         if plain != tar:
+            unpacked_here.append(plain)
             rows.stamps.append(stamp(plain))
         places.append(Place(str(plain), str(tar)))
         with plain.open("rb") as file, watch(f"listing {tar.name}", plain.stat().st_size) as task:
@@ -148,12 +183,12 @@ def tar_members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: i
     end = start
     try:
         file.seek(start)
-        opened: Any = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
+        opened: Any = _Tar(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", tarinfo=_Record)
         with opened as archive:  # Any: its list of members and its offset are not in the type stubs
             while (one := archive.next()) is not None:
                 archive.members.clear()  # else all of them stay in memory
                 if one.size < 0 or one.offset_data + one.size > stop or archive.offset <= end:
-                    raise InputError(f"{title} is damaged or cut short at {printable(one.name)}")
+                    raise InputError(f"{title} is damaged or cut short at {brief(one.name)}")
                 end = archive.offset
                 path = inside_path(one.name, title)
                 skipped = system_folder(path if one.isdir() else path.rpartition("/")[0])
@@ -166,7 +201,7 @@ def tar_members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: i
                     rows.ignore(path)
                 elif path.endswith(".tar"):
                     if nested:
-                        raise InputError(f"{title}: {printable(path)} is a tar in a tar in a tar; expected one level")
+                        raise InputError(f"{title}: {brief(path)} is a tar in a tar in a tar; expected one level")
                     inner = tar_members(file, f"{title}/{path}", rows, one.offset_data, one.offset_data + one.size)
                     yield from (each._replace(path=f"{path[:-4]}/{each.path}") for each in inner)
                 else:
@@ -179,13 +214,37 @@ def tar_members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: i
     _check_end(file, title, end, stop, nested)
 
 
+class _Record(tarfile.TarInfo):
+    """A header whose further records are limited, see Note [Archives] 4."""
+
+    depth = 0
+
+    def _proc_member(self, archive: Any) -> tarfile.TarInfo:
+        if self.type in RECORDS:
+            if not 0 <= self.size <= LARGEST_RECORD:
+                raise ValueError(f"a name or header of {self.size:,} bytes, where at most {LARGEST_RECORD:,} are read")
+            archive.records += 1
+            if archive.records > MOST_RECORDS:
+                raise ValueError(f"more than {MOST_RECORDS} names and headers in a row")
+            found: tarfile.TarInfo = super()._proc_member(archive)  # pyright: ignore[reportAttributeAccessIssue]
+            return found
+        archive.records = 0
+        return super()._proc_member(archive)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Tar(tarfile.TarFile):
+    """A tar whose headers are `_Record`s."""
+
+    records = 0
+
+
 def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     """Return a plain tar with the same content: the tar itself, or if it is compressed one in the cache.
 
     Raises:
         InputError: a compression that this Python lacks, a damaged file, no space, or a cache that cannot be written.
     """
-    with tar.open("rb") as file:
+    with os.fdopen(open_regular(tar), "rb") as file:
         start = file.read(6)
     kind = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
     if kind is None:
@@ -193,15 +252,21 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     source = stamp(tar)
     same, state = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (source.path, str(source[1:])))
     plain = cache / "tars" / f"{same}-{state}.tar"
-    if plain.exists():
+    if is_our_own(plain):
         return plain
     with written(plain) as file, tar.open("rb") as packed, watch(f"unpacking {tar.name}", source.size) as task:
         free = shutil.disk_usage(file.parent).free
         if free < source.size:  # the least it can need
             raise InputError(f"{tar.name} needs more than {source.size:,} bytes in {file.parent}: {free:,} are free")
         with file.open("wb") as target:
-            seen = 0
+            seen = size = 0
             for content in _decompressed(packed, kind, tar.name):
+                size += len(content)
+                if size > max(ALWAYS_UNPACKED, LARGEST_RATIO * packed.tell()):
+                    raise InputError(
+                        f"{tar.name} unpacks to more than {LARGEST_RATIO} times its size, as no images do; if that is "
+                        "right, unpack it to .tar"
+                    )
                 target.write(content)
                 task.advance(packed.tell() - seen)
                 seen = packed.tell()
@@ -251,7 +316,7 @@ def inside_path(name: str, title: str) -> str:
     """Return the normalised path of a member; refuse one outside the archive."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\0" in name:
-        raise InputError(f"{title} has a member that leads out of it, {printable(name)}: refused")
+        raise InputError(f"{title} has a member that leads out of it, {brief(name)}: refused")
     return "/".join(parts)
 
 
@@ -260,7 +325,7 @@ def _plain(member: tarfile.TarInfo, path: str, title: str) -> bool:
     whole = member.isreg() and not member.issparse()
     if not whole and is_image(path):
         kind = "a link" if member.issym() or member.islnk() else "sparse" if member.issparse() else "no regular file"
-        raise InputError(f"{title}: {printable(path)} is {kind}; make the tar anew with whole files")
+        raise InputError(f"{title}: {brief(path)} is {kind}; make the tar anew with whole files")
     return whole
 
 
@@ -295,6 +360,8 @@ def _check_end(file: IO[bytes], title: str, end: int, stop: int, nested: bool) -
     """See Note [Archives] 3."""
     if end >= stop and not nested:
         raise InputError(f"{title} is cut short: it has no end mark")
+    if stop - end > LARGEST_PADDING:
+        raise InputError(f"{title} has {stop - end:,} bytes after its end at byte {end:,}: it is no whole tar")
     file.seek(end)
     while end < stop:
         content = file.read(min(CHUNK, stop - end))

@@ -1,13 +1,16 @@
 """The cache of indexes and unpacked archives, and atomic writes to it."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from relaylab.errors import InputError
-from relaylab.files import replacing
+from relaylab.files import PART, replacing
+from relaylab.outside.folders import sweep
 
+ABANDONED_S = 24 * 3600  # a file that is being written for so long has been left by a process that was killed
 VARIABLE = "RELAYLAB_CACHE"
 
 
@@ -26,6 +29,7 @@ def written(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, f".*{PART}", ABANDONED_S, time.time())
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:

@@ -1,15 +1,24 @@
 """Files with the names of classes: MiniPlaces' classes.txt, ImageNet's synsets, Places' categories."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from relaylab.data.sources.listing import few, printable
+from relaylab.data.sources.listing import few
 from relaylab.data.sources.stamps import Stamp, stamp
 from relaylab.errors import InputError
+from relaylab.outside.reading import parse, read_bytes
+from relaylab.outside.showing import brief
 
 BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 NUMBERED = ("classnames.txt", "class_names.txt", "labels.txt", "classes.txt")
+NO_META = "is not the meta.mat of ImageNet's development kit of 2012"
+LARGEST_MAT, MAT_SECONDS = 16 << 20, 60  # bytes
+LARGEST_TEXT = 64 << 20  # bytes
+DIGITS = 6  # of a class's number
 
 
 def files_beside(folders: Iterable[Path]) -> list[Path]:
@@ -38,7 +47,7 @@ def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]
     wanted = set(keys)
     for file in files:
         stamps.append(stamp(file))
-        names = named_classes(file.read_text(encoding="utf-8", errors="replace"))
+        names = named_classes(read_bytes(file, LARGEST_TEXT).decode(errors="replace"))
         if wanted and wanted <= names.keys():
             return names
     return {}
@@ -48,10 +57,12 @@ def named_classes(text: str) -> dict[str, str]:
     """Parse names by folder from lines such as `4 004_market /m/market/outdoor` and `n01440764 tench, Tinca tinca`."""
     names = dict[str, str]()
     for line in text.splitlines():
-        if match := re.fullmatch(r"\s*\d+\s+(\S+)\s+(\S.*?)\s*", line):
-            names[match[1]] = without_letter(match[2])
-        elif match := re.fullmatch(r"\s*(n\d{8})\s+(\S.*?)\s*", line):
-            names[match[1]] = match[2]
+        first, *rest = line.strip().split(maxsplit=1)[:2] or [""]
+        folder, *name = rest[0].split(maxsplit=1) if rest else [""]
+        if first.isdecimal() and name:
+            names[folder] = without_letter(name[0])
+        elif re.fullmatch(r"n\d{8}", first) and rest:
+            names[first] = rest[0]
     return names
 
 
@@ -65,16 +76,26 @@ def read_categories(file: Path) -> tuple[str, ...]:
     for number, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"\s*(\S.*?)[\s,]+(\d{1,6})\s*", line)
-        if match is None:
-            raise InputError(f"{file.name}, line {number}: {printable(line)!r}; expected NAME NUMBER")
-        if int(match[2]) in names:
-            raise InputError(f"{file.name}, line {number}: class {match[2]} for the second time")
-        names[int(match[2])] = without_letter(match[1])
-    absent = [str(number) for number in range(max(names, default=0) + 1) if number not in names]
+        name, label = name_and_number(line)
+        if not name:
+            raise InputError(f"{file.name}, line {number}: {brief(line)!r}; expected NAME NUMBER")
+        if int(label) in names:
+            raise InputError(f"{file.name}, line {number}: class {label} for the second time")
+        names[int(label)] = without_letter(name)
+    absent = [str(number) for number in range(min(max(names, default=0), len(names)) + 1) if number not in names]
     if absent:
         raise InputError(f"{file.name} leaves out class {few(absent)}; expected all numbers from 0")
     return tuple(names[number] for number in range(len(names)))
+
+
+def name_and_number(line: str) -> tuple[str, str]:
+    """Split a line NAME NUMBER or NAME,NUMBER with up to six digits; return two empty texts for any other."""
+    text = line.strip()
+    name = text.rstrip("0123456789")
+    label = text[len(name) :]
+    bare = name.rstrip(" \t\f\v\r\n,")
+    is_one = 1 <= len(label) <= DIGITS and bare and len(bare) < len(name)
+    return (bare, label) if is_one else ("", "")
 
 
 def without_letter(name: str) -> str:
@@ -90,16 +111,18 @@ def synset_numbers(meta: Path) -> tuple[dict[int, str], dict[str, str]]:
     Raises:
         InputError: another kind of file.
     """
-    from scipy.io import loadmat  # takes a while to import
-
-    try:
-        synsets = loadmat(meta, squeeze_me=True)["synsets"]
-        leaves = [one for one in synsets.flat if int(one["num_children"]) == 0]
-        numbers = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in leaves}
-        names = {str(one["WNID"]): str(one["words"]) for one in leaves}
-    except Exception as error:  # loadmat raises whatever the damage leads to
-        raise InputError(f"{meta} is not the meta.mat of ImageNet's development kit of 2012: {error}") from None
-    return numbers, names
+    read_bytes(meta, LARGEST_MAT)  # a regular file of a bounded size
+    command = [sys.executable, "-m", "relaylab.data.sources.synsets", str(meta)]
+    try:  # its reader is C code that damaged files can crash
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        run = subprocess.run(command, capture_output=True, timeout=MAT_SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{meta} {NO_META}: it takes more than {MAT_SECONDS} seconds to read") from None
+    if run.returncode:
+        lines = run.stderr.decode(errors="replace").strip().splitlines() or [f"its reader ended with {run.returncode}"]
+        raise InputError(f"{meta} {NO_META}: {brief(lines[-1])}")
+    rows = parse(run.stdout, list[tuple[int, str, str]], str(meta))
+    return {number: synset for number, synset, _ in rows}, {synset: words for _, synset, words in rows}
 
 
 def read_truth(file: Path) -> Sequence[int]:
@@ -110,13 +133,13 @@ def read_truth(file: Path) -> Sequence[int]:
     """
     lines = _text(file).split()
     for number, line in enumerate(lines, 1):
-        if not line.isdecimal():
-            raise InputError(f"{file.name}, line {number}: {printable(line)!r}; expected a class number")
+        if not (line.isascii() and line.isdecimal() and len(line) <= DIGITS):
+            raise InputError(f"{file.name}, line {number}: {brief(line)!r}; expected a class number")
     return [int(line) for line in lines]
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        return read_bytes(file, LARGEST_TEXT).decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from None

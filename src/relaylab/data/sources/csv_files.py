@@ -26,12 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relaylab.data.sources.class_names import names_beside, read_categories
-from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image, printable
+from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image
 from relaylab.data.sources.lists import kinds_in, tidy_name
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import in_order, unique_keys
 from relaylab.errors import InputError
+from relaylab.outside.reading import bounded_lines, open_regular
+from relaylab.outside.showing import brief
 from relaylab.progress import Task
 
 CSV = (".csv", ".tsv")
@@ -68,8 +70,8 @@ class _Columns:
         used = {self.image, *self.flags, *([] if self.label is None else [self.label])}
         names = [f"{len(self.flags)} columns of 0 and 1"] if self.label is None else [self.header[self.label]]
         rest = [name for place, name in enumerate(self.header) if place not in used]
-        ignored = f"; ignored: {', '.join(map(printable, rest))}" if rest else ""
-        return f"images by {printable(self.header[self.image])}, classes by {printable(names[0])}{ignored}"
+        ignored = f"; ignored: {', '.join(map(brief, rest))}" if rest else ""
+        return f"images by {brief(self.header[self.image])}, classes by {brief(names[0])}{ignored}"
 
 
 @dataclass
@@ -93,8 +95,8 @@ class _Files:
         folder, slash, base = name.rpartition(b"/")
         found = self._names(folder).get(base, [])
         if len(found) > 1:
-            names = few([printable(each) for each in found])
-            raise InputError(f"{where}: {printable(name)} may be {names}; give names with their extensions")
+            names = few(found)
+            raise InputError(f"{where}: {brief(name)} may be {names}; give names with their extensions")
         return folder + slash + found[0] if found else None
 
     def _names(self, folder: bytes) -> dict[bytes, list[bytes]]:
@@ -161,9 +163,9 @@ def list_csv(
 
 def _lines(file: Path, task: Task | None = None) -> Generator[str]:
     """Iterate over the lines of a file, without a byte order mark."""
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with os.fdopen(open_regular(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         unseen = 0
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(bounded_lines(lines, file.name), 1):
             unseen += len(line)
             if task is not None and number % LINES_AT_ONCE == 0:
                 task.advance(unseen, f"{number:,} lines")
@@ -194,7 +196,7 @@ def _records(file: Path, delimiter: str, columns: int, task: Task | None = None)
 def _header(file: Path) -> tuple[str, list[str]]:
     """Return the delimiter and the names of the columns. See Note [CSV] 1."""
     with closing(_lines(file)) as lines:
-        first = next(line for line in lines if line.strip())
+        first = next((line for line in lines if line.strip()), "")
     try:
         split = {each: next(csv.reader([first], delimiter=each, strict=True)) for each in DELIMITERS}
     except csv.Error as error:
@@ -214,7 +216,7 @@ def _columns(file: Path, files: _Files) -> _Columns:
     with closing(records):
         next(records)  # the header
         sample = list(islice(records, SAMPLE))
-    named = f"its columns are {', '.join(map(printable, header))}"
+    named = f"its columns are {', '.join(map(brief, header))}"
     if not sample:
         raise InputError(f"no images in {file}: there are no lines behind the header; {named}")
     kinds = [re.sub(r"[\s-]+", "_", name.lower()) for name in header]
@@ -295,7 +297,7 @@ def _read(
 def _flag(text: str, name: str, where: str) -> str:
     flag = FLAGS.get(text.strip())
     if flag is None:
-        raise InputError(f"{where}, column {printable(name)}: {printable(text)!r}; expected 0 or 1, as above it")
+        raise InputError(f"{where}, column {brief(name)}: {brief(text)!r}; expected 0 or 1, as above it")
     return flag
 
 

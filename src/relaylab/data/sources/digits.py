@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from relaylab.data.sources.cache import cache_folder, written
+from relaylab.outside.folders import is_our_own
 
 NAME = "digits-1.tar"  # a change of the contents needs another name: a cached file is never rewritten
 TRAINING = 1000  # images of 1,797; the others are the validation images
@@ -29,7 +30,7 @@ def digits_tar(cache: Path | None = None) -> Path:
         InputError: the cache cannot be written.
     """
     path = cache_folder(cache) / "digits" / NAME
-    if not path.exists():
+    if not is_our_own(path):
         with written(path) as temporary:
             _write(temporary)
     return path

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from relaylab.data.sources.source import UNLABELLED, Labels, Targets
 from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
+from relaylab.outside.showing import brief, printable
 from relaylab.progress import Silent, Task
 
 # Those of torchvision's ImageFolder, GIF, AVIF, and further ones of JPEG.
@@ -277,16 +278,10 @@ def label_type(num_classes: int) -> Any:
     return np.int16 if num_classes <= LARGEST_INT16 else np.int32
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def few(names: Sequence[str | bytes], most: int = 3) -> str:
     """Join the first names, and say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(printable(name) for name in names[:most]) + more
-
-
-def printable(name: str | bytes) -> str:
-    """Return a name on one line, with unprintable characters escaped."""
-    text = os.fsencode(name).decode(errors="backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return ", ".join(brief(name) for name in names[:most]) + more
 
 
 def inflate(data: bytes, size: int, title: str) -> bytes:

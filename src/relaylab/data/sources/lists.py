@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from relaylab.data.sources.class_names import names_beside, read_categories, without_letter
-from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image, printable
+from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import refuse_to_leave
 from relaylab.data.sources.valued import unique_keys
 from relaylab.errors import InputError
+from relaylab.outside.reading import bounded_lines, open_regular
+from relaylab.outside.showing import brief
 
 LARGEST_LABEL = 999_999
 LINES_AT_ONCE = 10_000
@@ -54,9 +56,9 @@ def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, w
     inside = os.fsencode(root).lstrip(b"/") + b"/"
     largest = LARGEST_LABEL if classes is None else len(classes) - 1
     labelled: bool | None = None
-    with file.open("rb") as lines, watch("reading the list", file.stat().st_size) as task:
+    with os.fdopen(open_regular(file), "rb") as lines, watch("reading the list", file.stat().st_size) as task:
         unseen = 0
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(bounded_lines(lines, file.name), 1):
             unseen += len(line)
             if number % LINES_AT_ONCE == 0:
                 task.advance(unseen, f"{rows.found:,} images")
@@ -87,7 +89,7 @@ def tidy_name(name: bytes, root: Path, inside: bytes, where: str) -> bytes:
     name = name.lstrip(b"/").removeprefix(inside)
     if b"./" in name or b"//" in name or b"\0" in name:
         if b".." in name.split(b"/") or b"\0" in name:
-            raise InputError(f"{where}: {printable(name)} leads out of {root}")
+            raise InputError(f"{where}: {brief(name)} leads out of {root}")
         name = os.fsencode(posixpath.normpath(os.fsdecode(name)))
     return name
 
@@ -99,12 +101,12 @@ def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
     label = re.split(rb"[ \t,]", text)[-1]
     name = text[: len(text) - len(label)].rstrip(b" \t").removesuffix(b",").rstrip(b" \t")
     if not name or not label or not is_image(os.fsdecode(name)):
-        raise InputError(f"{where}: {printable(text)!r}; expected NAME LABEL, an image and its class number")
+        raise InputError(f"{where}: {brief(text)!r}; expected NAME LABEL, an image and its class number")
     if not label.removeprefix(b"-").isdigit():
-        raise InputError(f"{where}: label {printable(label)!r}; expected a whole number")
+        raise InputError(f"{where}: label {brief(label)!r}; expected a whole number")
     number = int(label) if len(label) < 12 else LARGEST_LABEL + 1
     if not 0 <= number <= largest:
-        raise InputError(f"{where}: label {printable(label)}; expected 0 .. {largest}")
+        raise InputError(f"{where}: label {brief(label)}; expected 0 .. {largest}")
     return name, number
 
 
@@ -127,7 +129,7 @@ def check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
             task.advance()
     if missing:
         missing.sort()
-        names = [printable(rows.name(number)) + what for number, what in missing[:3]] + [""] * (len(missing) - 3)
+        names = [brief(rows.name(number)) + what for number, what in missing[:3]] + [""] * (len(missing) - 3)
         raise InputError(
             f"{len(missing):,} of the {rows.found:,} images of {file.name} are not in {root}: {few(names)};"
             " name the folder that the list is about"
@@ -152,7 +154,7 @@ def kinds_in(folder: bytes, root: bytes) -> dict[bytes, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
+        raise InputError(f"cannot read the folder {brief(folder)}: {error.strerror}") from None
     return kinds
 
 

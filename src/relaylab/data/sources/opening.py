@@ -41,6 +41,7 @@ from relaylab.data.sources.trees import list_trees
 from relaylab.data.sources.zips import zip_members
 from relaylab.errors import InputError
 from relaylab.files import expanded
+from relaylab.outside.folders import is_our_own
 
 log = logging.getLogger("relaylab.data")
 
@@ -134,7 +135,7 @@ def open_source(
     request = _request(expanded(map(Path, several)), split, wanted, root, categories)
     folder = cache_folder(cache)
     file = request.file(folder)
-    if file.exists():
+    if is_our_own(file):
         try:
             return _told(IndexedImages(file, fresh=True))
         except UnusableIndexError:

@@ -10,6 +10,7 @@ from relaylab.errors import InputError
 
 Labels = NDArray[np.int16] | NDArray[np.int32]
 Targets = NDArray[np.uint8]
+LARGEST_FILE = 512 << 20  # bytes of an encoded image
 UNLABELLED = -1
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from relaylab.data.sources.class_names import read_categories, without_letter
+from relaylab.data.sources.class_names import name_and_number, read_categories, without_letter
 from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
 from relaylab.models import pyramid
@@ -26,7 +26,6 @@ MEAN = (105.448, 113.768, 116.052)  # the authors', of blue, green and red, 0 to
 RESIZE, CROP = 256, 224  # the authors', in pixels
 MOST_CLASSES, MOST_FILTERS, MOST_PIXELS = 1_000_000, 2048, 8192  # beyond them a file is damaged
 LARGEST_LIST = 16 << 20  # bytes of a file with classes
-NUMBERED = re.compile(r"\S.*[\s,]\d{1,6}")
 WEIGHTS = ("weight", "bias")  # in the order of a layer's blobs
 
 
@@ -172,7 +171,7 @@ def _class_names(path: Path | None, count: int) -> tuple[str, ...]:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text: expected a class's name on each line") from None
-    numbered = bool(lines) and all(NUMBERED.fullmatch(line) for line in lines)
+    numbered = bool(lines) and all(name_and_number(line)[0] for line in lines)
     names = read_categories(path) if numbered else tuple(without_letter(line) for line in lines)
     if len(names) != count:
         raise InputError(f"{path} has {len(names)} class names: expected {count}, as the network has outputs")

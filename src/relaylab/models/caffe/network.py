@@ -10,6 +10,7 @@ from relaylab.errors import InputError
 from relaylab.models.caffe.reading import read_prototxt
 from relaylab.models.caffe.schema import PHASE_TEST, V1_TYPES
 
+MOST_TOPS = 100  # of a layer that reads images
 RENAMED = {"Relu": "ReLU"}  # of the types that the old form has in capitals
 
 
@@ -86,13 +87,16 @@ def read_network(path: Path) -> Network:
             if name not in current:
                 raise InputError(f"{where} reads {printable(name)!r}, which no layer before it makes")
         bottoms = tuple(current[name] for name in each.bottom)
+        below = set(each.bottom)
         for name in each.top:
-            if name in current and name not in each.bottom:
+            if name in current and name not in below:
                 raise InputError(f"{where} makes {printable(name)!r}, as another layer before it does")
             current[name] = count
             count += 1
         tops = tuple(current[name] for name in each.top)
         if not bottoms:
+            if len(each.top) > MOST_TOPS:
+                raise InputError(f"{where} makes {len(each.top):,} blobs: expected images and labels")
             sources |= {top: _source(each, name, where) for top, name in zip(tops, each.top, strict=True)}
         elif not _only_measures(layer):
             layers.append(Layer(each.name, layer, bottoms, tops, each))

@@ -17,6 +17,7 @@ from relaylab.models.caffe.schema import NetParameter
 LARGEST_TEXT = 4 << 20  # bytes; the authors' prototxt has 20,952
 LARGEST_BINARY = (1 << 31) - 1  # bytes; protobuf reads no more
 AUTHORS_SIZE = 685_025_107  # bytes of the caffemodel that the authors released
+MOST_SIDES = 8  # of a blob; Caffe's have up to four
 SHOWN = 200  # characters of a library's error
 
 Blobs = tuple[NDArray[np.float32], ...]
@@ -128,7 +129,8 @@ def _array(blob: Any, where: str) -> NDArray[np.float32]:
             "program's?"
         )
     numbers, rest = divmod(len(data), np.dtype(kind).itemsize)
-    if rest or min(shape, default=0) < 1 or numbers != math.prod(shape):
+    if rest or not 1 <= len(shape) <= MOST_SIDES or min(shape) < 1 or numbers != math.prod(shape):
+        shape = shape[:MOST_SIDES]
         raise InputError(f"{where} has the shape {shape} and {len(data):,} bytes, which do not agree; is it damaged?")
     with np.errstate(over="ignore"):  # infinite numbers are refused later
         return np.frombuffer(data, kind).reshape(shape).astype(np.float32, copy=False)

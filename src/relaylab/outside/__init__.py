@@ -1,0 +1,1 @@
+"""Everything that others may have written: bounded reading of files, folders without links, names shown escaped."""
