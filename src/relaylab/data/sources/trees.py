@@ -21,6 +21,9 @@ from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
+OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "dev"), "test": ("testing",)}
+"""Names of a split's folder that other projects use."""
+
 
 def list_trees(
     roots: Sequence[Path], title: str, split: str | None, named: Iterable[Path], watch: Watch, *, flat: bool = False
@@ -74,7 +77,9 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
             return root, [], set()
         found = f"only {', '.join(splits)}" if splits else "nor any other split"
         message = f"{root} has no {split} folder, {found}: expected {split}/CLASS/IMAGE"
-        raise NoSplitError(message, has_others=bool(splits))
+        alike = [name for name in OTHER_NAMES.get(split, ()) if name in tops]
+        advice = f"; rename {alike[0]} to {split}" if alike else ""
+        raise NoSplitError(f"{message}{advice}", others=splits)
     classes, images = _scan(str(root / split), str(root), rows, count=False)
     if images and not classes and split != "test":
         raise InputError(f"{root / split} has images but no class folders: expected {split}/CLASS/IMAGE")
