@@ -122,7 +122,11 @@ def test_options_out_of_range(
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"train__a": 2, "train__b": 2}, "has no val folder, only train"),
+        (
+            {"train__a": 2, "train__b": 2},
+            "has no val folder, only train: expected val/CLASS/IMAGE; to validate on a fifth of the training",
+        ),
+        ({"train__a": 2, "train__b": 2, "test__a": 2}, "; to validate on the test split, set images.val_split=test"),
         ({"val__a": 2, "val__b": 2}, "has no train folder, only val"),
         ({"a": 2, "b": 2}, "has no train folder, nor any other split: expected train/CLASS/IMAGE"),
         ({"train__a": 0, "val__a": 0}, "no images in"),

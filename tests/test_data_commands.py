@@ -54,7 +54,7 @@ def test_inspect_says_what_there_is(tree: Path, tmp_path: Path, capsys: pytest.C
     assert "data, train: 6 images in 3 classes" in said
     assert "data, val: 3 images in 3 classes" in said
     assert "1 (quay) to 3 (bus)" in said
-    assert "shorter side        40 to 40" in said
+    assert "shorter side        40 pixels\n" in said
     assert "1 .md" in said
     assert "folders passed over " in said
     assert {"@eaDir", "#recycle"} == set(said.partition("folders passed over ")[2].splitlines()[0].split(", "))

@@ -35,6 +35,9 @@ NETWORK = """
     def no_module(num_classes):
         return "a network"
 
+    def fails(num_classes):
+        return num_classes / 0
+
     def no_scores(num_classes):
         return nn.Conv2d(3, num_classes, 3)
 
@@ -95,6 +98,7 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
         ("torchvision:resnet81", {}, r"torchvision has no classifier 'resnet81'; nearest: resnet18"),
         ("FILE:smal", {}, r"net.py has no function 'smal'; nearest: small"),
         ("FILE:small", {"widht": 4}, r"small with num_classes=5, widht=4: TypeError: .*; nearest: width"),
+        ("FILE:fails", {}, r"fails with num_classes=5: ZeroDivisionError: .* \(.*net.py, line 14\)"),
         ("timm:test_resnet", {"pretrained": True}, r"network.options.pretrained: .* give network.pretrained=FILE"),
         ("FILE:no_module", {}, "no_module returned str: expected a torch.nn.Module"),
         ("FILE:no_scores", {}, r"shape \(2, 5, 30, 30\) for two images: expected class scores of shape \(2, 5\)"),

@@ -54,7 +54,7 @@ def test_the_file_says_what_the_images_and_the_network_tell(
     assert "Next:   relaylab compare chain.toml --data" in capsys.readouterr().out
     text = (place / "chain.toml").read_text()
     assert '"net.py:chain"' in text
-    about = "60 images to train on, in 5 classes of 12 to 12; shorter sides from 40 to 40 pixels"
+    about = "60 images to train on, in 5 classes of 12 images; shorter sides of 40 pixels"
     assert about in text.replace("\n# ", " ")
     assert "# The windows are those of relaybackprop.suggest_plan:" in text
     for scheme in ("standard BP", "multi-loss", "Relay BP", "Relay BP, --early-release"):

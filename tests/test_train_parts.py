@@ -142,6 +142,7 @@ def test_a_schedule_of_another_kind_takes_its_values_from_the_other_changes() ->
         ("optimizer.lr", "expected KEY=VALUE"),
         ("optimizer.lrr=1", "no value optimizer.lrr; nearest: optimizer.lr"),
         ("optimiser.lr=1", "nearest: optimizer.lr"),
+        ("images.heldout=1", "no value images.heldout; nearest: images.held_out"),
         ("optimizer.lr=fast", "expected a number"),
         ("optimizer.iterations=1.5", "expected a whole number"),
         ("augmentation.flip=perhaps", "expected true or false"),

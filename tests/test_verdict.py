@@ -54,6 +54,14 @@ def test_every_pair_of_methods_has_a_sentence_and_the_costs_follow() -> None:
     assert basis == BASIS
 
 
+def test_times_that_other_work_has_disturbed_are_left_out() -> None:
+    results = {"standard": STANDARD, "relay": shifted(-2.0, -2.1, -1.9)}
+    costs = {"standard": Cost(10.0, 1.0, 1.0), "relay": Cost(60.0, 1.1, 1.2)}
+    assert verdict(results, 90, costs)[0].endswith(
+        "points. Relay BP takes 1.10 x the FLOPs and 1.20 x the peak memory."
+    )
+
+
 def test_a_difference_that_is_certainly_small_is_no_difference() -> None:
     small = verdict({"standard": STANDARD, "relay": shifted(0.1, -0.1, 0.2)}, 90)[0]
     assert small == "Relay BP and standard BP: no difference larger than 0.45 points (+0.07 [-0.31, +0.45])."
@@ -73,7 +81,7 @@ def test_the_seeds_that_would_tell_are_those_of_the_t_interval() -> None:
     assert f"); {needed} seeds would tell" in pair.text
     hopeless = Difference("relay", "standard", (60.0, -60.0))
     assert hopeless.seeds_needed is None
-    assert hopeless.text.endswith("more than 1,000 seeds would tell")
+    assert hopeless.text.endswith("more than 100 seeds would tell")
 
 
 def test_one_seed_and_nothing_to_compare_are_said() -> None:

@@ -123,7 +123,8 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     if facts["unlabelled"] < facts["images"]:
         least, most = int(sizes.argmin()), int(sizes.argmax())
         ends = f"{sizes[least]:,} ({names[least]}) to {sizes[most]:,} ({names[most]})"
-        lines.append(f"  images per class    {ends}, median {np.median(sizes):,.0f}")
+        each = f"{sizes[most]:,}" if sizes[least] == sizes[most] else f"{ends}, median {np.median(sizes):,.0f}"
+        lines.append(f"  images per class    {each}")
         empty = [names[label] for label in np.flatnonzero(sizes == 0)]
         if empty:
             more = "..." if len(empty) > SHOWN else ""
@@ -146,7 +147,8 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     }.items():
         if values := facts[key]:
             unit = "bytes" if key == "file_bytes" else "pixels"
-            lines.append(f"  {name:<19} {values['least']:,} to {values['most']:,}, median {values['median']:,} {unit}")
+            low, high, median = (f"{values[bound]:,}" for bound in ("least", "most", "median"))
+            lines.append(f"  {name:<19} {low if low == high else f'{low} to {high}, median {median}'} {unit}")
     kinds = ", ".join(f"{name} {100 * count / facts['examined']:.4g} %" for name, count in facts["kinds"].items())
     lines.append(f"  formats             {kinds or 'none'}")
     for key, what in (("unreadable", "unreadable"), ("damaged", "damaged (readable)")):

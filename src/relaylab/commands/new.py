@@ -34,15 +34,15 @@ class NewOptions:
     val_data: Annotated[Images, MustExist] = ()
     """Validation images, where --data has training images only."""
 
-    val_split: Literal["val", "test"] | None = None
-    """Part of the data to validate on (default: val)."""
+    val_split: Annotated[Literal["val", "test"] | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """Split to validate on (default: val)."""
 
     hold_out: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Validate on training images that are set aside: a share of each class, such as 0.2, or a number."""
 
     pretrained: Annotated[File, MustExist] = None
-    """Weights to start from, safetensors or a state dict of PyTorch's. What does not fit, such as the last layer for
-    other classes, keeps fresh weights. (default: fresh weights)."""
+    """Weights to start from, safetensors or a PyTorch state dict. What does not fit, such as the last layer for
+    other classes, keeps fresh weights (default: fresh weights)."""
 
     epochs: int = 30
     """Passes over the training images."""
@@ -53,7 +53,7 @@ class NewOptions:
     batch_size: Number = None
     """Images of an update (default: from their number, at most 128)."""
 
-    optimizer: Literal["sgd", "adamw"] | None = None
+    optimizer: Annotated[Literal["sgd", "adamw"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Optimizer (default: adamw for networks with layer normalisation and no batch normalisation, else sgd)."""
 
     options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="")] = ()

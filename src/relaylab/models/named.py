@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from functools import cache, partial
 from hashlib import sha256
@@ -68,7 +69,8 @@ def build_named(config: NetworkConfig) -> nn.Module:
         raise
     except Exception as error:  # of code that the lab does not know
         given = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": config.num_classes, **options}.items())
-        raise InputError(f"{name} with {given}: {type(error).__name__}: {error}{_arguments(build, options)}") from error
+        what = f"{type(error).__name__}: {error}{'' if name.partition(':')[0] in FINDERS else _place(error)}"
+        raise InputError(f"{name} with {given}: {what}{_arguments(build, options)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} returned {type(model).__name__}: expected a torch.nn.Module")
     return model
@@ -151,6 +153,12 @@ def _torchvision(name: str) -> Builder:
 
 
 FINDERS: dict[str, Callable[[str], Builder]] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def _place(error: Exception) -> str:
+    """Return the line that raised an error of a network's code; empty for the call of the function itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
 
 
 def _arguments(build: Builder, options: dict[str, Any]) -> str:

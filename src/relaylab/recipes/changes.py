@@ -10,6 +10,7 @@ from relaylab.errors import nearest
 from relaylab.recipes.decoding import Problem, decode, no_value, parse
 from relaylab.recipes.schema import (
     GROUPS,
+    LACKING,
     AugmentationConfig,
     Recipe,
     ScheduleConfig,
@@ -91,9 +92,16 @@ def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -
     return recipe if found else changed(recipe, SOURCE, {group: schedule})
 
 
+def _unset(recipe: Recipe) -> list[str]:
+    """Return the names of the values that a recipe may have and leaves out."""
+    values = {group: getattr(recipe, group) for group in LACKING}
+    entries = [(group, entry.name) for group, value in values.items() for entry in dataclasses.fields(value)]
+    return [f"{group}.{name}" for group, name in entries if getattr(values[group], name) is None]
+
+
 def _hint(recipe: Recipe, key: str) -> Any:
     """Return the type of a recipe's value, by its dotted name."""
-    names = [name for name, _, _ in recipe.fields()]
+    names = [*(name for name, _, _ in recipe.fields()), *_unset(recipe)]
     value: Any = recipe
     hint: Any = None
     for depth, name in enumerate(key.split(".")):

@@ -46,6 +46,7 @@ def snippet(recipe: Recipe) -> str:
         *heads,
         "relay = Relay(model, plan, heads)",
         f"criterion = RelayLoss({loss})",
+        *([] if recipe.optimizer.decay_norms_and_biases else ["# The run spared norms and biases the weight decay."]),
         f"optimizer = {_optimizer(recipe.optimizer)}",
         "",
         f"images, labels = example, torch.randint({config.num_classes}, (2,))  # in your loop: each batch",

@@ -11,7 +11,8 @@ from relaylab.recipes.schema import SCHEME_NAMES
 
 CONFIDENCE = 0.95
 RELEVANT = 1.0  # points of error: methods whose difference is certainly smaller than that count as equally good
-MOST_SEEDS = 1000
+MOST_SEEDS = 100
+DISTURBED = 1.5  # ratio of times to FLOPs, beyond which times are not reported
 LEARNT = 0.98  # of the error of guessing; a run that does not fall below it has learnt nothing
 PAIRS = (
     ("relay", "standard"),
@@ -200,13 +201,23 @@ def verdict(
 def _cost_text(pair: Difference, costs: Mapping[str, Cost]) -> str:
     """Format the cost of one method relative to that of the other."""
     parts: list[str] = []
+    ours, base = (costs.get(scheme, Cost()) for scheme in (pair.ours, pair.base))
     for name, unit in (("seconds", "training time"), ("flops", "FLOPs"), ("memory", "peak memory")):
-        own, base = (getattr(costs.get(scheme, Cost()), name) for scheme in (pair.ours, pair.base))
-        parts += [f"{own / base:.2f} x the {unit}"] if own and base else []
+        own, other = getattr(ours, name), getattr(base, name)
+        if own and other and not (name == "seconds" and _is_disturbed(ours, base)):
+            parts.append(f"{own / other:.2f} x the {unit}")
     if not parts:
         return ""
     listed = f"{', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}"
     return f" {_capital(SCHEME_NAMES[pair.ours])} take{'' if pair.ours in PLURAL else 's'} {listed}."
+
+
+def _is_disturbed(one: Cost, other: Cost) -> bool:
+    """Return whether times differ so much more than FLOPs that other work must have slowed some runs down."""
+    if not (one.seconds and other.seconds and one.flops and other.flops):
+        return False
+    ratio = one.seconds / other.seconds / (one.flops / other.flops)
+    return not 1 / DISTURBED < ratio < DISTURBED
 
 
 def _capital(text: str) -> str:

@@ -211,12 +211,6 @@ class Stream:
         self._loader.load_state_dict(state)
 
 
-ADVICE = (
-    "to validate on the part test: images.val_split=test (recipes new --val-split test); to set a fifth of the "
-    "training images aside: images.held_out=0.2 (recipes new --hold-out 0.2)"
-)
-
-
 def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
     """Open the training and validation images, with the same labels for the same classes.
 
@@ -239,7 +233,14 @@ def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[In
         split = (images and images.val_split) or "val"
         return train, open_source(config.data, split=split, classes=train.identity, watch=progress)
     except NoSplitError as error:
-        raise InputError(f"{error}; {ADVICE}") from None
+        raise InputError(f"{error}; {_advice(error.others)}") from None
+
+
+def _advice(splits: Sequence[str]) -> str:
+    """Return what to validate on where the data have only these splits, none of them val."""
+    test = "to validate on the test split, set images.val_split=test (recipes new --val-split test); "
+    own = "to validate on a fifth of the training images, set images.held_out=0.2 (recipes new --hold-out 0.2)"
+    return f"{test if 'test' in splits else ''}{own}"
 
 
 def _checked_sources(train: Source, val: Source) -> tuple[Source, Source]:
@@ -257,7 +258,7 @@ def open_training(config: Engine) -> IndexedImages:
     try:
         return open_source(config.data, split=None if config.val_data else "train", watch=progress)
     except NoSplitError as error:
-        if error.has_others:
+        if error.others:
             raise
         return open_source(config.data, split=None, watch=progress)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from relaybackprop import RelayError, cost, head_for, suggest_plan
@@ -146,7 +147,8 @@ def _images(train: Source, images: ImagesConfig) -> dict[str, Value]:
     counts, has_several = class_counts(train), targets_of(train) is not None
     ratio = counts.max() / max(1, counts.min())
     sampling = "class-aware" if ratio >= IMBALANCE and not has_several else "shuffled"
-    why = f"the largest class has {ratio:.3g} times as many images as the smallest"
+    unequal = f"the largest class has {ratio:.3g} times as many images as the smallest"
+    why = "all classes have the same number of images" if ratio == 1 else unequal
     several = "images have several labels, or none"
     function: Value = ("cross-entropy", "usual where each image is of one class")
     values: dict[str, Value] = {
@@ -214,7 +216,8 @@ def _adamw(batch: int, has_layer_norm: bool) -> dict[str, Value]:
     deit = "DeiT (Touvron et al., 2021)"
     rate: Value = (0.001, "torch.optim.AdamW's own")
     if has_layer_norm:
-        rate = (0.001 * batch / 1024, f"0.001 for batches of 1,024, in proportion: {deit}, Table 9")
+        by = "by the square root of the batch (Malladi et al., 2022)"
+        rate = (float(f"{0.001 * (batch / 1024) ** 0.5:.2g}"), f"0.001 for batches of 1,024 in {deit}, Table 9, {by}")
     return {
         "optimizer.lr": rate,
         "optimizer.betas": ((0.9, 0.999), "AdamW's own, as in DeiT"),
@@ -302,8 +305,13 @@ def _about(network: str, train: Source, chosen: int, findings: Survey) -> str:
     within = "in" if targets_of(train) is None else "with several labels, from"
     return (
         f"{network} on {train.title}: {chosen:,} images to train on, {within} {len(train.classes)} classes of "
-        f"{counts.min():,} to {counts.max():,}; shorter sides from {sides.min()} to {sides.max()} pixels.{faults}"
+        f"{_range(counts)} images; shorter sides of {_range(sides)} pixels.{faults}"
     )
+
+
+def _range(values: NDArray[Any]) -> str:
+    least, most = values.min(), values.max()
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -283,7 +283,7 @@ def _check(rows: Rows, title: str, split: str | None, keys: dict[str, set[str]],
         raise SplitNeededError(title, splits)
     if not rows.found and split is not None:
         found = f"only {', '.join(splits)}" if splits else "nor any other split"
-        raise NoSplitError(f"{title} has no images in {split}/CLASS/IMAGE, {found}", has_others=bool(splits))
+        raise NoSplitError(f"{title} has no images in {split}/CLASS/IMAGE, {found}", others=splits)
     if not rows.found:
         what = "images but no class folders" if outside else "no images"
         raise InputError(f"{title} has {what}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")

@@ -69,10 +69,10 @@ class SplitNeededError(InputError):
 
 
 class NoSplitError(InputError):
-    """The data do not have the split that was asked for; `has_others` says whether they have other ones."""
+    """The data do not have the split that was asked for; `others` are the splits that they have."""
 
-    def __init__(self, message: str, *, has_others: bool) -> None:
-        self.has_others = has_others
+    def __init__(self, message: str, *, others: Sequence[str]) -> None:
+        self.others = others
         super().__init__(message)
 
 

@@ -204,7 +204,7 @@ def _list_request(request: _Request, lists: list[Path], root: Path | None, categ
         raise InputError(f"{lists[0].name} is a list of images: expected it and the one folder that it is about")
     if request.split is not None:
         message = f"{lists[0].name} is a list of images, which has no parts train and val"
-        raise NoSplitError(message, has_others=False)
+        raise NoSplitError(message, others=())
     beside = sorted(lists[0].parent.glob("categories*.txt"))
     if categories is None and len(beside) > 1:
         raise InputError(f"{few([path.name for path in beside])} beside {lists[0].name}: say which are its categories")

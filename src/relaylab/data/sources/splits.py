@@ -80,5 +80,5 @@ def chosen(parts: Mapping[str, T], split: str | None, title: object) -> T:
         raise SplitNeededError(title, named)
     if split not in parts:
         found = f"only {', '.join(named)}" if named else "nor any other split"
-        raise NoSplitError(f"{title} has no images of the split {split}, {found}", has_others=bool(named))
+        raise NoSplitError(f"{title} has no images of the split {split}, {found}", others=named)
     return parts[split]

@@ -22,6 +22,8 @@ from relaylab.data.sources.splits import by_split, note_on, only_one
 from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
+"""Names of a split's folder that other projects use."""
+
 
 def list_trees(
     roots: Sequence[Path], title: str, split: str | None, named: Iterable[Path], watch: Watch, *, flat: bool = False
@@ -75,7 +77,7 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
             return root, [], set()
         found = f"only {', '.join(splits)}" if splits else "nor any other split"
         message = f"{root} has no {split} folder, {found}: expected {split}/CLASS/IMAGE"
-        raise NoSplitError(message, has_others=bool(splits))
+        raise NoSplitError(message, others=list(splits))
     base = root / only_one(splits[split], split, root)
     rows.notes += note_on(base.name, split)
     classes, images = _scan(str(base), str(root), rows, count=False)
