@@ -52,7 +52,7 @@ def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
         tables[kind] = lambda name=name: fields(PAPER[name])
     tables["cost"] = lambda: cost_table(recipes)
     tables["cost-small"] = lambda: cost_table([at_scale(recipe, "small") for recipe in recipes])
-    return {name: lambda make=make: markdown_lines(make()) for name, make in tables.items()}
+    return {name: lambda make=make: markdown_lines(make(), is_marked=True) for name, make in tables.items()}
 
 
 if __name__ == "__main__":

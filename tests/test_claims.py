@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from relaylab.data import decode as decoding
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
-from relaylab.data.sources.archives import LARGEST_RECORD, members
+from relaylab.data.sources.archives import LARGEST_RECORD, tar_members
 from relaylab.data.sources.class_names import (
     name_and_number,
     named_classes,
@@ -106,14 +106,14 @@ def test_the_size_of_a_tar_record_is_not_believed(kind: bytes, tmp_path: Path) -
             file.write(raw_header(kind, size))
             file.truncate(512 + size + 1024)  # sparse
         with (tmp_path / "a.tar").open("rb") as file, pytest.raises(InputError, match="a name or header of"):
-            list(members(file, "a.tar", Rows()))
+            list(tar_members(file, "a.tar", Rows()))
 
 
 def test_many_records_in_a_row_are_refused(tmp_path: Path) -> None:
     block = raw_header(b"L", 4) + b"abc\0".ljust(512, b"\0")
     (tmp_path / "a.tar").write_bytes(block * 5000 + bytes(1024))
     with (tmp_path / "a.tar").open("rb") as file, pytest.raises(InputError, match="in a row"):
-        list(members(file, "a.tar", Rows()))
+        list(tar_members(file, "a.tar", Rows()))
 
 
 def test_long_names_are_still_read(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_long_names_are_still_read(tmp_path: Path) -> None:
             for number in range(20):
                 archive.addfile(tarfile.TarInfo(f"{number}{name}"), io.BytesIO())
         with (tmp_path / "a.tar").open("rb") as file:
-            assert [one.path for one in members(file, "a.tar", Rows())] == [f"{n}{name}" for n in range(20)]
+            assert [one.path for one in tar_members(file, "a.tar", Rows())] == [f"{n}{name}" for n in range(20)]
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("bz2", bz2.compress), ("gz", gzip.compress)])

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_the_demo_of_the_digits_names_and_shows_them(tmp_path: Path, capsys: pyt
     words = ["demo", "--out", str(out), "--epochs", "1", "--seeds", "0", "--schemes", "standard,relay"]
     assert cli.main([*words, "--set", "network.width=2", "network.convs=1", "optimizer.batch_size=250"]) == 0
     html = (out / "report.html").read_text()
-    assert "scikit-learn&#39;s handwritten digits" in html
+    assert "scikit-learn's handwritten digits" in unescape(html)
     assert "digits-1.tar</em>" not in html
     assert html.count("data:image/png") >= 10, "a strip of each class"
     assert "Relay BP" in capsys.readouterr().out

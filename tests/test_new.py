@@ -148,7 +148,7 @@ def optimizer_of(place: Path, *arguments: str | Path) -> OptimizerConfig:
 def test_the_optimizer_is_the_usual_one_of_the_networks_normalisation(place: Path, tiny_images: Path) -> None:
     images = ("--data", tiny_images)
     vit = optimizer_of(place, "timm:test_vit", *images)
-    assert (vit.algorithm, vit.lr, vit.weight_decay, vit.clip_norm) == ("adamw", 0.001 * 8 / 1024, 0.05, 1.0)
+    assert (vit.algorithm, vit.lr, vit.weight_decay, vit.clip_norm) == ("adamw", 8.8e-05, 0.05, 1.0)
     assert not vit.decay_norms_and_biases
     resnet = optimizer_of(place, "timm:test_resnet", *images)
     assert (resnet.algorithm, resnet.lr, resnet.decay_norms_and_biases) == ("sgd", 0.1 * 8 / 256, False)

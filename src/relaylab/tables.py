@@ -29,11 +29,19 @@ def render(table: Table, form: Format) -> str:
     return _RENDERERS[form](table)
 
 
-def markdown_lines(table: Table) -> list[str]:
-    """Return the lines of a table in Markdown, its header and a rule first, without title and notes."""
+def markdown_lines(table: Table, *, is_marked: bool = False) -> list[str]:
+    """Return the lines of a table in Markdown, its header and a rule first, without title and notes.
+
+    `is_marked` says that the cells are Markdown already; otherwise they are escaped.
+    """
     rule = ["---:" if _is_numeric(column) else "---" for column in zip(*table.rows, strict=True)]
     lines = [table.header, rule or ["---"] * len(table.header), *table.rows]
-    return [f"| {' | '.join(map(markdown, line))} |" for line in lines]
+    cell = _kept if is_marked else markdown
+    return [f"| {' | '.join(map(cell, line))} |" for line in lines]
+
+
+def _kept(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:

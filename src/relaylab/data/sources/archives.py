@@ -20,7 +20,9 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -275,6 +277,20 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
         if older != plain:
             older.unlink(missing_ok=True)  # of the same tar before it was changed
     return plain
+
+
+def beginning(tar: Path, size: int) -> bytes:
+    """Return about the first `size` bytes of a tar, uncompressed; fewer where it is damaged."""
+    with os.fdopen(open_regular(tar), "rb") as file:
+        start = file.read(6)
+        kind = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
+        file.seek(0)
+        if kind is None:
+            return file.read(size)
+        found: list[bytes] = []
+        with suppress(InputError):  # which listing the tar raises
+            found.extend(islice(_decompressed(file, kind, tar.name), max(1, size // CHUNK)))
+        return b"".join(found)
 
 
 def _check(rows: Rows, title: str, split: str | None, keys: dict[str, set[str]], outside: bool) -> None:

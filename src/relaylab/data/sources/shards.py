@@ -11,11 +11,12 @@ import os
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from relaylab.data.sources.archives import DAMAGE, Member, member_bytes, tar_members, unpacked
+from relaylab.data.sources.archives import DAMAGE, Member, beginning, member_bytes, tar_members, unpacked
 from relaylab.data.sources.class_names import numbered_names
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image, printable
 from relaylab.data.sources.stamps import stamp
@@ -35,14 +36,15 @@ FIELDS = (
     "labels",
 )
 LARGEST_LABEL_FILE = 1 << 20  # bytes
-PEEKED = 64  # members by which shards are told from other tars
+PEEKED, PEEKED_BYTES = 64, 1 << 24  # members, and bytes of a tar, by which shards are told from other tars
 MEMBERS_AT_ONCE = 1000
 
 
 def are_shards(tar: Path) -> bool:
     """Return whether a tar file is a WebDataset shard. See Note [Shards] 2."""
     images, labels = set[str](), set[str]()
-    with suppress(*DAMAGE), tarfile.open(tar, "r:*", errors="surrogateescape") as archive:  # damage is told later
+    start = BytesIO(beginning(tar, PEEKED_BYTES))
+    with suppress(*DAMAGE), tarfile.open(fileobj=start, mode="r:", errors="surrogateescape") as archive:
         for member in islice(archive, PEEKED):
             key, extension = _split(member.name)
             if is_image(member.name):

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from relaylab.data.sources.listing import printable
 from relaylab.models.caffe.network import Layer
+from relaylab.outside.showing import brief
 
 PLAIN = {  # layers without parameters
     "ReLU": "ReLU",
@@ -40,7 +40,7 @@ def describe(layer: Layer) -> str:
         case "Softmax":
             return f"softmax along axis {message.softmax_param.axis}"
         case _:
-            return f"a layer of type {printable(layer.type)}"
+            return f"a layer of type {brief(layer.type)}"
 
 
 def describe_module(module: nn.Module) -> str:

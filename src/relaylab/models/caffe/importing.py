@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from relaylab.data.sources.class_names import name_and_number, read_categories, without_letter
-from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
 from relaylab.models import pyramid
 from relaylab.models.building import build_network
@@ -20,6 +19,7 @@ from relaylab.models.caffe.matching import ADVICE, GRIDS, follow
 from relaylab.models.caffe.network import Layer, Source, read_network
 from relaylab.models.caffe.reading import Blobs, read_limited, read_weights
 from relaylab.models.file import InputConfig, ModelFile
+from relaylab.outside.showing import brief
 from relaylab.recipes.schema import NetworkConfig
 
 MEAN = (105.448, 113.768, 116.052)  # the authors', of blue, green and red, 0 to 255
@@ -66,7 +66,7 @@ def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) 
 def _network_config(path: Path, layers: Mapping[str, Layer], source: Source) -> NetworkConfig:
     if len(source.size) != 3 or source.size[0] != 3 or source.size[1] != source.size[2] or source.size[1] < 1:
         raise InputError(
-            f"{path}: {printable(source.name)!r} has the size {source.size}: expected 3 channels and a square, from "
+            f"{path}: {brief(source.name)!r} has the size {source.size}: expected 3 channels and a square, from "
             "input_dim, input_shape, an Input layer, or transform_param { crop_size }"
         )
     size, first = source.size[1], layers["segment1.conv1"].message.convolution_param.num_output
@@ -94,12 +94,12 @@ def _bins(path: Path, layers: Mapping[str, Layer], side: int) -> tuple[int, ...]
     for b, grid in zip(bins, grids, strict=True):
         if not b or describe(grid) != max_pooling(pyramid.window(b, side)):
             raise InputError(
-                f"{path}: layer {printable(grid.name)!r} is {describe(grid)}, where Model B has max pooling of a "
+                f"{path}: layer {brief(grid.name)!r} is {describe(grid)}, where Model B has max pooling of a "
                 f"{side}x{side} map into a grid, with windows side by side; {ADVICE}"
             )
     if bins != sorted(set(bins)):
         raise InputError(
-            f"{path}: layer {printable(layers[GRIDS].name)!r} joins grids of {bins} bins a side: expected the coarsest "
+            f"{path}: layer {brief(layers[GRIDS].name)!r} joins grids of {bins} bins a side: expected the coarsest "
             f"first, each once; {ADVICE}"
         )
     return tuple(reversed(bins))
@@ -116,7 +116,7 @@ def _compare(path: Path, layers: dict[str, Layer], model: nn.Module) -> None:
             expected = PLAIN.get(layer.type, describe(layer))
         if describe(layer) != expected:
             raise InputError(
-                f"{path}: layer {printable(layer.name)!r} is {describe(layer)}, where Model B has {expected} "
+                f"{path}: layer {brief(layer.name)!r} is {describe(layer)}, where Model B has {expected} "
                 f"({place}); {ADVICE}"
             )
 
@@ -138,7 +138,7 @@ def _state(path: Path, layers: Mapping[str, Layer], weights: dict[str, Blobs], m
     own, state = model.state_dict(), dict[str, Tensor]()
     for place in dict.fromkeys(key.rpartition(".")[0] for key in own):
         name = layers[place].name
-        where = f"{path}: layer {printable(name)!r}"
+        where = f"{path}: layer {brief(name)!r}"
         if name not in weights:
             raise InputError(f"{where} is missing: expected its weights; is the file cut off, or another network's?")
         blobs = weights.pop(name)

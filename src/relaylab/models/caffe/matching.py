@@ -3,10 +3,11 @@
 Backwards, since every blob has one maker while several layers may read it. Names of layers do not matter.
 """
 
-from relaylab.data.sources.listing import few, printable
+from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 from relaylab.models.caffe.describing import describe
 from relaylab.models.caffe.network import Layer, Network
+from relaylab.outside.showing import brief
 
 ADVICE = "expected Model B, as in the authors' Places2-401-CNN.prototxt"
 GRIDS = "segment4.spp"
@@ -32,7 +33,7 @@ class Trail:
 
     def where(self, layer: Layer) -> str:
         """Return the beginning of an error about a layer."""
-        return f"{self.network.path}: layer {printable(layer.name)!r}"
+        return f"{self.network.path}: layer {brief(layer.name)!r}"
 
     def kind(self, blob: int) -> str:
         """Return the type of the layer that makes a blob; empty for images."""
@@ -46,7 +47,7 @@ class Trail:
         layer = self._makers.get(blob)
         if layer is None:
             raise InputError(
-                f"{self.network.path}: {printable(self.network.sources[blob].name)!r} is an input, where Model B has "
+                f"{self.network.path}: {brief(self.network.sources[blob].name)!r} is an input, where Model B has "
                 f"{kind} ({place}); {ADVICE}"
             )
         if layer.type != kind:

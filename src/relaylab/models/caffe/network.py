@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
 from relaylab.models.caffe.reading import read_prototxt
 from relaylab.models.caffe.schema import PHASE_TEST, V1_TYPES
+from relaylab.outside.showing import brief
 
 MOST_TOPS = 100  # of a layer that reads images
 RENAMED = {"Relu": "ReLU"}  # of the types that the old form has in capitals
@@ -82,15 +82,15 @@ def read_network(path: Path) -> Network:
     for each in (*message.layers, *message.layer):
         if not _in_test_phase(each):
             continue
-        layer, where = _type(each), f"{path}: layer {printable(each.name)!r}"
+        layer, where = _type(each), f"{path}: layer {brief(each.name)!r}"
         for name in each.bottom:
             if name not in current:
-                raise InputError(f"{where} reads {printable(name)!r}, which no layer before it makes")
+                raise InputError(f"{where} reads {brief(name)!r}, which no layer before it makes")
         bottoms = tuple(current[name] for name in each.bottom)
         below = set(each.bottom)
         for name in each.top:
             if name in current and name not in below:
-                raise InputError(f"{where} makes {printable(name)!r}, as another layer before it does")
+                raise InputError(f"{where} makes {brief(name)!r}, as another layer before it does")
             current[name] = count
             count += 1
         tops = tuple(current[name] for name in each.top)
@@ -111,7 +111,7 @@ def _inputs(message: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         elif 4 * number + 4 <= len(message.input_dim):
             yield name, tuple(message.input_dim[4 * number + 1 : 4 * number + 4])
         else:
-            raise InputError(f"{path}: input {printable(name)!r} has no size: expected input_shape or four input_dim")
+            raise InputError(f"{path}: input {brief(name)!r} has no size: expected input_shape or four input_dim")
 
 
 def _in_test_phase(layer: Any) -> bool:

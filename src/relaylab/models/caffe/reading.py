@@ -10,9 +10,9 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from relaylab.data.sources.listing import printable
 from relaylab.errors import InputError
 from relaylab.models.caffe.schema import NetParameter
+from relaylab.outside.showing import brief
 
 LARGEST_TEXT = 4 << 20  # bytes; the authors' prototxt has 20,952
 LARGEST_BINARY = (1 << 31) - 1  # bytes; protobuf reads no more
@@ -62,7 +62,7 @@ def read_weights(path: Path, names: Container[str]) -> dict[str, Blobs]:
         for layer in layers:
             if layer.name not in names:
                 continue
-            where = f"{path}: layer {printable(layer.name)!r}"
+            where = f"{path}: layer {brief(layer.name)!r}"
             if layer.name in weights:
                 raise InputError(f"{where} is there twice: expected weights once for each layer")
             weights[layer.name] = tuple(_array(blob, f"{where}, blob {i}") for i, blob in enumerate(layer.blobs))
@@ -137,4 +137,4 @@ def _array(blob: Any, where: str) -> NDArray[np.float32]:
 
 
 def _line(error: Exception) -> str:
-    return printable(" ".join(str(error).split())[:SHOWN])
+    return brief(" ".join(str(error).split())[:SHOWN])
