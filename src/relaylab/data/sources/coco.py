@@ -17,6 +17,7 @@ from relaylab.data.sources.lists import check_files, tidy_name
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
+from relaylab.outside.reading import open_regular
 
 HEAD = 1 << 16  # bytes by which such files are told from other JSON
 LARGEST = 4 << 30
@@ -46,7 +47,7 @@ class _Content(msgspec.Struct):
 
 def is_coco(file: Path) -> bool:
     """Return whether a JSON file begins as COCO's do: an object with images, annotations, categories or info."""
-    with file.open("rb") as content:
+    with os.fdopen(open_regular(file), "rb") as content:
         return bool(re.match(rb'\s*\{\s*"(images|annotations|categories|info|licenses|type)"\s*:', content.read(HEAD)))
 
 

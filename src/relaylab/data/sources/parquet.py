@@ -28,6 +28,7 @@ from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, prin
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
+from relaylab.outside.reading import open_regular
 from relaylab.progress import Task
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "pixel_values")
@@ -173,7 +174,10 @@ def _in_place(path: Path) -> Iterator[_OffsetOf]:
     other columns, a little later. One that is not, as a repeated image in a dictionary, makes the file one to copy.
     """
     end = 0
-    with path.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with (
+        os.fdopen(open_regular(path), "rb") as content,
+        mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
 
         def offset_of(data: bytes) -> int:
             nonlocal end

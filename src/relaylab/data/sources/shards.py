@@ -22,6 +22,7 @@ from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image,
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
+from relaylab.outside.reading import open_regular
 
 FIELDS = (
     "label",
@@ -79,7 +80,7 @@ def list_shards(tars: Sequence[Path], title: str, named: Sequence[Path], watch: 
 
 
 def _list_shard(plain: Path, title: str, number: int, rows: Rows, values: Values, watch: Watch) -> None:
-    with plain.open("rb") as file, watch(f"listing {title}", plain.stat().st_size) as task:
+    with os.fdopen(open_regular(plain), "rb") as file, watch(f"listing {title}", plain.stat().st_size) as task:
         seen, current = 0, ""
         image: Member | None = None
         found: dict[str, Value] = {}

@@ -13,14 +13,19 @@ from relaylab.data.sources.lists import check_files, tidy_name
 from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Values
 from relaylab.errors import InputError
+from relaylab.outside.reading import open_regular, read_bytes
 
 LONGEST = 1 << 16  # bytes of a line
+LARGEST = 1 << 30  # bytes of a list
 
 
 def is_tabbed(file: Path) -> bool:
     """Return whether the first line has tabs, an image and a word behind it, or more columns than these two."""
-    with file.open("rb") as lines:
-        first = next(islice((line for line in iter(lambda: lines.readline(LONGEST), b"") if line.strip()), 1), b"")
+    try:
+        with os.fdopen(open_regular(file), "rb") as lines:
+            first = next(islice((line for line in iter(lambda: lines.readline(LONGEST), b"") if line.strip()), 1), b"")
+    except OSError:  # which listing the file raises
+        return False
     name, *rest = first.decode(errors="replace").strip().split("\t")
     return bool(rest) and is_image(name) and (len(rest) > 1 or not rest[0].strip().isdecimal())
 
@@ -34,7 +39,7 @@ def list_tabbed(file: Path, root: Path, named: Sequence[Path], watch: Watch) -> 
     rows, values = Rows(), Values()
     rows.stamps.append(stamp(file))
     inside = os.fsencode(root).lstrip(b"/") + b"/"
-    for number, line in enumerate(file.read_bytes().decode("utf-8-sig", "surrogateescape").splitlines(), 1):
+    for number, line in enumerate(read_bytes(file, LARGEST).decode("utf-8-sig", "surrogateescape").splitlines(), 1):
         if not line.strip():
             continue
         name, _, rest = line.partition("\t")
