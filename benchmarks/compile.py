@@ -27,7 +27,7 @@ import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from benchmarks.measure import (
 )
 from benchmarks.networks import Subject, vgg22, without_dropout
 from relaybackprop import Plan, Relay, RelayLoss, Window
+
+M = TypeVar("M", bound=nn.Module)
 
 SEED = 20160916
 TOLERANCE = 1e-9  # of a gradient's largest element, in double precision; in single, rounding turns ReLUs over
@@ -168,13 +170,18 @@ def contenders(subject: Subject) -> dict[str, Step]:
 def _compiled_outside(relay: Relay, overlap: nn.Module) -> Relay:
     """The same weights in a copy of the modules, of which those outside of the overlap are compiled."""
     inside = set(overlap.modules())
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in relay.parameters()}
-    memo |= {id(buffer): buffer for buffer in relay.buffers()}
     names = [name for name, child in relay.model.named_children() if child not in inside]
-    copied = copy.deepcopy(relay, memo)
+    copied = twin(relay)
     for name in names:
         copied.model.get_submodule(name).compile()
     return copied
+
+
+def twin(module: M) -> M:
+    """Return a copy of the modules with the same parameters and buffers, to be compiled in place."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    memo |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def check_gradients(subject: Subject) -> None:

@@ -169,14 +169,14 @@ def check_gradients(subject: Subject, contenders_of: Callable[[Subject], dict[st
     gradients = {name: _gradients(exact, steps[name]) for name in {name for pair in pairs for name in pair}}
     for name, peer in pairs:
         for parameter in gradients[peer]:
-            difference = _difference(gradients[name][parameter], gradients[peer][parameter])
-            if not difference <= GRADIENT_TOLERANCE:
+            found = difference(gradients[name][parameter], gradients[peer][parameter])
+            if not found <= GRADIENT_TOLERANCE:
                 raise WrongGradientsError(
                     f"expected the gradient of {parameter} to be the same by {name} and by {peer}; received a relative "
-                    f"difference of {difference:.2g}. Repair the contender: a wrong step's time means nothing."
+                    f"difference of {found:.2g}. Repair the contender: a wrong step's time means nothing."
                 )
     first = next(iter(gradients["relay"]))
-    if _difference(gradients["relay"][first], gradients["multi_loss"][first]) <= GRADIENT_TOLERANCE:
+    if difference(gradients["relay"][first], gradients["multi_loss"][first]) <= GRADIENT_TOLERANCE:
         raise WrongGradientsError(
             f"expected the gradient of {first}, below the primary window, to be the auxiliary loss's alone; received "
             "that of both losses. The plan has no effect."
@@ -193,8 +193,8 @@ def _gradients(subject: Subject, step: Step) -> dict[str, Tensor | None]:
     return gradients
 
 
-def _difference(one: Tensor | None, other: Tensor | None) -> float:
-    """The largest difference relative to the largest element; infinite if only one of them is there."""
+def difference(one: Tensor | None, other: Tensor | None) -> float:
+    """Return the largest difference relative to the largest element; infinite if only one of them exists."""
     if one is None or other is None:
         return 0.0 if one is other else math.inf
     return ((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)).item()

@@ -123,11 +123,16 @@ class _FirstToken(nn.Module):
 
 def vit_b(pixels: int, batch: int, _width: int, device: str) -> Subject:
     """ViT-B/16; both losses train its sixth and seventh blocks."""
-    from torchvision.models import vit_b_16
+    return transformer(12, 768, 16, pixels, batch, device)
+
+
+def transformer(heads: int, width: int, patch: int, pixels: int, batch: int, device: str) -> Subject:
+    """A vision transformer of twelve blocks; both losses train the sixth and the seventh."""
+    from torchvision.models import VisionTransformer
 
     with torch.device(device):
-        model = vit_b_16(image_size=pixels, num_classes=1000)
-        head = nn.Sequential(_FirstToken(), nn.LayerNorm(768), nn.Linear(768, 1000))
+        model = VisionTransformer(pixels, patch, 12, heads, width, 4 * width, num_classes=1000)
+        head = nn.Sequential(_FirstToken(), nn.LayerNorm(width), nn.Linear(width, 1000))
         images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(1000, (batch,))
     nn.init.normal_(cast(Any, model.heads.head).weight, std=0.02)  # torchvision's zeros would let no gradient through
     layers = list(model.encoder.layers)

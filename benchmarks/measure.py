@@ -121,6 +121,28 @@ def keep_memory() -> bool:
     return mallopt(trim_threshold, 2**31 - 1) == 1 and mallopt(mmap_threshold, 2**25) == 1
 
 
+def event_clock() -> Callable[[], float]:
+    """Return a clock of the current CUDA device, in seconds: each reading waits for the work issued before it."""
+    last, seconds = torch.cuda.Event(enable_timing=True), 0.0
+    last.record()
+
+    def now() -> float:
+        nonlocal last, seconds
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        seconds += last.elapsed_time(event) / 1000  # in single precision: so only from one reading to the next
+        last = event
+        return seconds
+
+    return now
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Return CUDA's clock by events for a GPU, else the processor's."""
+    return event_clock() if torch.device(device).type == "cuda" else time.perf_counter
+
+
 def interleave(
     contenders: Mapping[str, Step],
     *,

@@ -1,11 +1,16 @@
 """The networks that the benchmarks measure, each with a head, the paper's windows and a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from relaybackprop import AuxiliaryHead, Plan, Window
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 
 class VGG22(nn.Module):
@@ -106,6 +111,13 @@ def resnet50(pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu
     """ResNet-50, torchvision's, with the paper's windows: both losses train conv4.1 to conv4.4 (section 5.2)."""
     from torchvision.models import resnet50 as build  # a second to import; VGG-22 does without
 
+    return residual(build, pixels, batch, classes=classes, device=device)
+
+
+def residual(
+    build: "Callable[..., ResNet]", pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu"
+) -> Subject:
+    """Return a network of torchvision's bottleneck blocks; both losses train the first four of the third stage."""
     with torch.device(device):
         model = build(num_classes=classes)
         head = AuxiliaryHead(1024, classes)

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ from relaylab.train.signals import StopRequest
 
 SEED = 0
 VIEW = View(size=64, short_side=72)
+GPU_TOLERANCE = 0.05  # of the way that the parameters have moved: there sums are added in any order
 LOOP_LIMIT, LOOKS_LIMIT, STALL_LIMIT = 0.97, 0.02, 0.01
 STALL_STEPS = 1000
 
@@ -67,6 +68,8 @@ class Settings:
     """How much to run.
 
     Attributes:
+        device: of both loops; "cpu" or "cuda".
+        precision: of both loops; "32" or "bf16".
         recipe: what is trained, with the network as it is for large images.
         view: crops of the images in memory. The network takes any size.
         images: in memory.
@@ -78,6 +81,8 @@ class Settings:
         saves: checkpoints to write.
     """
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["32", "bf16"] = "32"
     recipe: Recipe
     view: View = VIEW
     images: int = 512
@@ -97,45 +102,38 @@ def settings_of(*, quick: bool) -> Settings:
 
 
 class Bare:
-    """The loop that everybody writes, on the trainer's images.
+    """The loop that everybody writes, on the trainer's images."""
 
-    Args:
-        recipe: what is trained.
-        images: on what.
-    """
-
-    def __init__(self, recipe: Recipe, images: RunImages) -> None:
+    def __init__(self, settings: Settings, images: RunImages) -> None:
+        recipe, self.device = settings.recipe, settings.device
+        self.autocast = torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16")
         torch.manual_seed(SEED)
-        self.relay: Relay = build_relay(recipe).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.relay: Relay = build_relay(recipe).to(settings.device, memory_format=torch.channels_last)  # pyright: ignore
         self.criterion = build_criterion(recipe.loss)
         config = recipe.optimizer
         self.optimizer = torch.optim.SGD(
             self.relay.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        self.augment = images.augmentation(recipe, SEED)
+        self.augment = images.augmentation(recipe, SEED).to(settings.device)
         sampler = images.sampler(recipe, SEED)
         self.batches = iter(images.train.training(sampler, config.batch_size, SEED))
 
     def step(self) -> None:
         """One update."""
-        batch = next(self.batches)
-        loss = self.criterion(self.relay(self.augment(batch.images, batch.draws)), batch.labels)
+        batch = next(self.batches).to(self.device)
+        with self.autocast:
+            loss = self.criterion(self.relay(self.augment(batch.images, batch.draws)), batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
 
 class Ours:
-    """Our trainer, step by step.
+    """Our trainer, step by step; its records and checkpoints are in `folder`."""
 
-    Args:
-        recipe: what is trained.
-        images: on what.
-        folder: of its records and checkpoints.
-    """
-
-    def __init__(self, recipe: Recipe, images: RunImages, folder: Path) -> None:
-        config = TrainConfig(accelerator="cpu", seed=SEED)
+    def __init__(self, settings: Settings, images: RunImages, folder: Path) -> None:
+        recipe = settings.recipe
+        config = TrainConfig(accelerator=settings.device, precision=settings.precision, seed=SEED)
         request = runs.Request(config, recipe, folder)
         fabric = make_fabric(config)
         self.trainer: Trainer = assemble(fabric, request, images, segments_of(recipe), StopRequest())
@@ -167,7 +165,7 @@ def random_images(recipe: Recipe, view: View, count: int) -> RunImages:
 
 
 def check(ours: Ours, bare: Bare, steps: int) -> None:
-    """Train both for some steps and compare all parameters.
+    """Train both for some steps and compare all parameters: bit by bit on a CPU; see `GPU_TOLERANCE`.
 
     Raises:
         DifferentTrainingError: one differs, or has not moved: two loops that do nothing would be alike too.
@@ -180,10 +178,17 @@ def check(ours: Ours, bare: Bare, steps: int) -> None:
         bare.step()
     found: dict[str, Tensor] = dict(ours.trainer.relay.named_parameters())
     for name, parameter in bare.relay.named_parameters():
-        if not torch.equal(parameter, found[name]):
+        if bare.device == "cpu" and not torch.equal(parameter, found[name]):
             raise DifferentTrainingError(f"{name} differs between the loops after {steps} steps")
         if steps and torch.equal(parameter, start[name]):
             raise DifferentTrainingError(f"{name} has not moved in {steps} steps: neither loop trains it")
+    other = {name: p.detach() for name, p in bare.relay.named_parameters()}
+    pairs = [(found[name].detach() - p, p - start[name]) for name, p in other.items()]
+    apart, moved = (torch.nn.utils.get_total_norm(list(each)).item() for each in zip(*pairs, strict=True))
+    if not apart <= GPU_TOLERANCE * moved:
+        raise DifferentTrainingError(
+            f"after {steps} steps the loops are {apart / moved:.2g} of their way apart, more than {GPU_TOLERANCE}"
+        )
 
 
 @contextmanager
@@ -191,7 +196,7 @@ def loops(settings: Settings) -> Iterator[tuple[Ours, Bare]]:
     """Both loops, checked, with a folder for ours while they are needed."""
     with tempfile.TemporaryDirectory(prefix="relaylab-train-") as folder:
         images = random_images(settings.recipe, settings.view, settings.images)
-        ours, bare = Ours(settings.recipe, images, Path(folder)), Bare(settings.recipe, images)
+        ours, bare = Ours(settings, images, Path(folder)), Bare(settings, images)
         try:
             check(ours, bare, settings.check_steps)
             yield ours, bare

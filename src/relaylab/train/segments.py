@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from relaybackprop import RelayError, reach
+from relaybackprop import Relay, RelayError, reach
 from relaylab.errors import InputError
 from relaylab.models.building import build_relay
 from relaylab.recipes.schema import OptimizerConfig, Recipe
@@ -45,9 +45,18 @@ def segments_of(recipe: Recipe) -> Segments:
     size = recipe.network.image_size
     relay = build_relay(recipe, shadow=True)
     try:
-        found = reach(relay, torch.empty(2, 3, size, size, device="meta"))
+        return segments_from(relay, torch.empty(2, 3, size, size, device="meta"))
     except RelayError as error:
         raise InputError(f"recipe {recipe.name}: {error}") from error
+
+
+def segments_from(relay: Relay, images: torch.Tensor) -> Segments:
+    """Derive the segments of a relay from the graph of one forward pass on these images.
+
+    Raises:
+        RelayError: the images, the heads or the windows do not fit the model.
+    """
+    found = reach(relay, images)
     order = [*relay.plan.auxiliary, "primary"]
     of: dict[str, str] = {}
     losses: dict[str, tuple[str, ...]] = {}

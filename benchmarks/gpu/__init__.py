@@ -1,0 +1,20 @@
+"""All measurements that need a GPU, in one script with a time limit.
+
+    python -m benchmarks.gpu --out DIR [--minutes 8] [--tiny] [--only ENTRY ...] [--cifar DATA] [--places DATA]
+
+| entry | measurement                                                                                  | module     |
+| ----- | -------------------------------------------------------------------------------------------- | ---------- |
+| A1    | time and memory of one training step by every method, at 224 pixels, on a third of the card  | `steps`    |
+| A2    | the largest batch that fits: standard BP, checkpointing, early release with 2 and 4 branches | `largest`  |
+| A3    | the trainer against a bare loop on images in memory; decoding workers against it             | `training` |
+| A1c   | the step of A1 with `torch.compile`, in a child process with a time limit                    | `compiled` |
+| A4    | the tests marked `gpu`                                                                       | `commands` |
+| B1    | windows of ResNet-32 on CIFAR-10: `relaylab compare` on the recipes of `resnet32`            | `commands` |
+| B2    | models A and B at 64 pixels: `relaylab compare` on the recipes of `experiments`              | `commands` |
+
+Entries run in this order. None starts when the minutes are over, and DIR/results.json is rewritten after every result,
+so an interrupted run keeps what it has measured; DIR/log.txt has the output of child processes. A contender that runs
+out of memory, fails, or computes other gradients than it claims is recorded with the reason, and the others continue.
+
+Without a GPU only `--tiny` runs: every entry with small networks on small images, to test the script.
+"""

@@ -1,0 +1,130 @@
+"""A3: the trainer against a bare loop on images in memory, and on images that workers decode."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from benchmarks import train
+from benchmarks.gpu.session import Session, WrongGradientsError
+from benchmarks.gpu.settings import Settings
+from benchmarks.measure import Figures, interleave, ratio
+from relaylab.data.geometry import View
+from relaylab.data.parts import OnDisk
+from relaylab.data.sources.classes import classes_of
+from relaylab.data.sources.opening import open_source
+from relaylab.train.images import RunImages
+from relaylab.train.records import Records
+
+NAMES = ("memory", "disk")
+CHECK_STEPS = 3
+ROUNDS = 5
+PHOTOGRAPH = (500, 375)  # pixels
+
+
+def measure(session: Session, settings: Settings) -> None:
+    """Measure and record both sources of images."""
+    for name, work in zip(NAMES, (from_memory, from_disk), strict=True):
+        found = session.attempt("A3", name, lambda work=work: work(session, settings))
+        if found is not None:
+            session.measured("A3", name, found)
+
+
+def sized(session: Session, settings: Settings) -> train.Settings:
+    """Return the settings of `benchmarks.train` for this device."""
+    device = cast(Literal["cpu", "cuda"], session.device)
+    return train.Settings(
+        device=device,
+        precision="bf16" if device == "cuda" else "32",
+        recipe=settings.recipe,
+        view=View(size=settings.recipe.network.image_size, short_side=settings.side),
+        images=settings.images,
+        check_steps=CHECK_STEPS,
+        steps=settings.steps,
+    )
+
+
+def from_memory(session: Session, settings: Settings) -> Figures:
+    """Time the trainer and the bare loop in turns, after both have trained alike.
+
+    Raises:
+        WrongGradientsError: they have not.
+    """
+    own = sized(session, settings)
+    try:
+        with train.loops(own) as (ours, bare):
+            sides = {"bare": bare.step, "ours": ours.step}
+            contenders = {
+                name: lambda step=step: _several(step, own.steps, session.device) for name, step in sides.items()
+            }
+            times = interleave(
+                contenders, rounds=ROUNDS, budget_s=min(settings.budget_s, session.left_s), warmup=1, min_rounds=2
+            )
+            found = ratio(times["bare"], times["ours"])
+            figures: Figures = {"loop_over_bare": found.median, "loop_over_bare_error": found.error}
+            batch = own.recipe.optimizer.batch_size
+            for name, seconds in times.items():
+                figures[f"images_per_s_{name}"] = batch * own.steps / float(np.median(seconds))
+            return figures | waiting(ours, own.steps, session.device)
+    except train.DifferentTrainingError as error:
+        raise WrongGradientsError(str(error)) from error
+
+
+def from_disk(session: Session, settings: Settings) -> Figures:
+    """Time the trainer on JPEG files that workers decode."""
+    own = sized(session, settings)
+    with images_on_disk(session, settings) as (images, folder):
+        ours = train.Ours(own, images, folder)
+        ours.trainer.records = Records(folder, 0)
+        try:
+            _several(ours.step, own.steps, session.device)
+            return {"workers": settings.workers, **waiting(ours, own.steps, session.device)}
+        finally:
+            ours.trainer.records.close()
+
+
+def waiting(ours: train.Ours, steps: int, device: str) -> Figures:
+    """Return the trainer's speed, and the share of the time in which it waits for images."""
+    ours.trainer.meter.reset()
+    _several(ours.step, steps, device)
+    values = ours.trainer.meter.values(ours.trainer.recipe.optimizer.batch_size)
+    return {"images_per_s": values["images_per_s"], "share_waiting": values["data_wait"]}
+
+
+def _several(step: Callable[[], None], steps: int, device: str) -> None:
+    for _ in range(steps):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def images_on_disk(session: Session, settings: Settings) -> Iterator[tuple[RunImages, Path]]:
+    """Write photographs, and open them as a training does; both are deleted afterwards."""
+    own = sized(session, settings)
+    with tempfile.TemporaryDirectory(prefix="relaylab-gpu-") as name:
+        folder = Path(name)
+        write_photographs(folder / "images", settings.files, min(settings.files // 2, own.recipe.network.num_classes))
+        source = open_source((folder / "images",), split=None)
+        part = OnDisk(source, own.view, settings.workers, pin_memory=session.device == "cuda")
+        identity = classes_of(source)
+        (folder / "run").mkdir()
+        yield RunImages(part, part, own.view, part.statistics(), in_memory=False, identity=identity), folder / "run"
+
+
+def write_photographs(folder: Path, count: int, classes: int) -> None:
+    """Write JPEGs cut from the two photographs of scikit-learn, in class folders."""
+    originals = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    rng = np.random.default_rng(train.SEED)
+    for number in range(count):
+        image, (width, height) = originals[number % 2], PHOTOGRAPH
+        left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+        place = folder / f"class{number % classes:03}"
+        place.mkdir(parents=True, exist_ok=True)
+        image.crop((left, top, left + width, top + height)).save(place / f"{number:06}.jpg", quality=90)
