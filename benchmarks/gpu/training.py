@@ -20,7 +20,6 @@ from relaylab.data.parts import OnDisk
 from relaylab.data.sources.classes import classes_of
 from relaylab.data.sources.opening import open_source
 from relaylab.train.images import RunImages
-from relaylab.train.records import Records
 
 NAMES = ("memory", "disk")
 CHECK_STEPS = 3
@@ -81,12 +80,12 @@ def from_disk(session: Session, settings: Settings) -> Figures:
     own = sized(session, settings)
     with images_on_disk(session, settings) as (images, folder):
         ours = train.Ours(own, images, folder)
-        ours.trainer.records = Records(folder, 0)
         try:
             _several(ours.step, own.steps, session.device)
             return {"workers": settings.workers, **waiting(ours, own.steps, session.device)}
         finally:
-            ours.trainer.records.close()
+            if ours.trainer.records is not None:
+                ours.trainer.records.close()
 
 
 def waiting(ours: train.Ours, steps: int, device: str) -> Figures:
