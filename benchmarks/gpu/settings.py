@@ -1,4 +1,4 @@
-"""How much to run: on a GPU, and on a CPU to test the script."""
+"""Sizes and repetitions: on a GPU, and on a CPU to test the script."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -19,7 +19,6 @@ from relaylab.train.options import Engine, TrainConfig, name_of
 if TYPE_CHECKING:
     from relaylab.recipes.schema import Recipe
     from relaylab.report.comparison import Comparison, Member
-    from relaylab.train.trials import TrainMany
     from relaylab.train.tuning import Axis
 
 Tune = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=A,B,... [KEY=A,B,... ...]", help_behavior_hint="")]
@@ -79,6 +78,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     """
     from relaylab.train import failures, runs
     from relaylab.train.many import is_missing, shared_by, train_many
+    from relaylab.train.trials import Search, tune
 
     _check_folder(folder)
     members = _members(options, folder)
@@ -91,12 +91,13 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
         return train_many(configs, shared, at_once=options.jobs, iterations=iterations)
 
     if axes:
-        tuned = _tuned(options, folder, request.recipe, axes, train)
-        if tuned is None:
+        search = Search(folder, request.recipe, first, axes, options.tune_hold_out, options.tune_share)
+        tuning = tune(search, list(dict.fromkeys(scheme for scheme, _ in members)), train)
+        if tuning is None:
             print("Stopped while tuning. The same command resumes.")
             return None
         members = {
-            (scheme, seed): dataclasses.replace(config, changes=(*config.changes, *tuned[scheme]))
+            (scheme, seed): dataclasses.replace(config, changes=(*config.changes, *tuning.choices[scheme].changes))
             for (scheme, seed), config in members.items()
         }
     requests = {key: runs.understand(member) for key, member in members.items()}
@@ -137,18 +138,6 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
         problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a share or a number above 0")
     raise_all(problems)
     return axes
-
-
-def _tuned(
-    options: CompareOptions, folder: Path, recipe: "Recipe", axes: "tuple[Axis, ...]", train: "TrainMany"
-) -> dict[str, list[str]] | None:
-    """Return each scheme's own values as changes of the recipe; None after SIGINT or SIGTERM."""
-    from relaylab.train.trials import Search, tune
-
-    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(Engine)}
-    search = Search(folder, recipe, TrainConfig(**shared), axes, options.tune_hold_out, options.tune_share)
-    found = tune(search, listed_schemes(options.schemes)[0], train)
-    return None if found is None else {scheme: choice.changes for scheme, choice in found.choices.items()}
 
 
 def _check_folder(folder: Path) -> None:

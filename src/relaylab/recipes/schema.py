@@ -209,13 +209,13 @@ class OptimizerConfig:
     """A name in `relaylab.train.optimizers.OPTIMIZERS`."""
     lr: float
     momentum: float = 0.9
-    """Of SGD."""
+    """SGD only."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW: decay rates of the averages of gradients and of their squares."""
+    """AdamW only: decay rates of the averages of gradients and of their squares."""
     eps: float = 1e-8
-    """Of AdamW: added to the denominator."""
+    """AdamW only: added to the denominator."""
     weight_decay: float
-    """Of SGD: added to the gradient, times the weight; of AdamW: decoupled from the gradient."""
+    """SGD adds it to the gradient, times the weight; with AdamW it is decoupled from the gradient."""
     decay_norms_and_biases: bool = True
     """Weight decay on all parameters, as in Caffe; False: not on those with at most one dimension, nor on those that
     the network names by `no_weight_decay()`, as timm's networks do."""

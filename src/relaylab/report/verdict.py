@@ -58,7 +58,7 @@ class Difference:
 
     @property
     def decision(self) -> Decision:
-        """What the interval allows to say; "equal" if it holds no difference of `RELEVANT` points or more."""
+        """The conclusion from the interval: "equal" if it contains no difference of `RELEVANT` points or more."""
         ends = interval(self.values)
         if ends is None:
             return "one seed"

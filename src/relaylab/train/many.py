@@ -20,7 +20,7 @@ from relaylab.train.tuning import FOLDER
 
 @dataclass(frozen=True)
 class Shared:
-    """What must be the same for all runs of a comparison, so that no result depends on the number of jobs.
+    """Settings that all runs of a comparison share, so that no result depends on the number of jobs.
 
     Attributes:
         images: "memory" or "disk".

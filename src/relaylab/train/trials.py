@@ -46,7 +46,7 @@ class Search:
     Attributes:
         folder: of the comparison.
         recipe: with the user's changes.
-        config: options of a run; its seed, scheme and folder are replaced.
+        config: options of one of the comparison's runs; its seed, scheme and folder are replaced.
         axes: of the grid.
         images: of each class to set aside, their share or number.
         share: length of the trials, as a share of the recipe's iterations.
@@ -96,18 +96,17 @@ def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | N
         InputError: a trial could not begin, or the folder has one of other images, options or values.
         LabError: a trial failed other than by divergence.
     """
-    points = {scheme: list[Point]() for scheme in schemes}
-    while due := {scheme: found for scheme in schemes if (found := _due(search, scheme, points[scheme]))}:
-        pairs = [(scheme, point) for scheme, found in due.items() for point in found]
+    trials = {scheme: list[Trial]() for scheme in schemes}
+    while due := [(scheme, point) for scheme in schemes for point in _due(search, scheme, trials[scheme])]:
+        options = {pair: search.options(*pair) for pair in due}
         # Those that have ended, too: a trial of other images, options or values must not decide.
-        recipes = [runs.understand(search.options(*pair)).recipe for pair in pairs]
-        missing = [pair for pair in pairs if is_missing(search.path(*pair))]
-        configs = {_title(search, *pair): search.options(*pair) for pair in missing}
+        recipes = [runs.understand(config).recipe for config in options.values()]
+        configs = {_title(search, *pair): options[pair] for pair in due if is_missing(search.path(*pair))}
         if configs and not train(configs, recipes[0].optimizer.iterations):
             return None
-        for scheme, found in due.items():
-            points[scheme] += found
-    choices = {scheme: _choice(search, scheme, points[scheme]) for scheme in schemes}
+        for scheme, point in due:
+            trials[scheme].append(_trial(search, scheme, point))
+    choices = {scheme: _choice(search, scheme, trials[scheme]) for scheme in schemes}
     tuning = Tuning(SEED, search.images, search.share, _earlier(search) | choices)
     write_tuning(search.folder, tuning)
     return tuning
@@ -122,12 +121,11 @@ def _earlier(search: Search) -> dict[str, Choice]:
     return {}
 
 
-def _due(search: Search, scheme: str, points: Sequence[Point]) -> list[Point]:
+def _due(search: Search, scheme: str, trials: Sequence[Trial]) -> list[Point]:
     """Return the points to train next; none where there is nothing to choose. What is beyond the grid is logged."""
     axes = of_scheme(search.axes, scheme)
     if not any(len(axis.values) > 1 for axis in axes):
         return []
-    trials = [_trial(search, scheme, point) for point in points]
     found = next_points(axes, trials, partial(search.allows, scheme))
     new = [name_of(axes, point) for point in found if is_missing(search.path(scheme, point))]
     if trials and new:
@@ -138,11 +136,11 @@ def _due(search: Search, scheme: str, points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def _choice(search: Search, scheme: str, points: Sequence[Point]) -> Choice:
+def _choice(search: Search, scheme: str, trials: Sequence[Trial]) -> Choice:
     axes = of_scheme(search.axes, scheme)
-    if not points:  # nothing to choose: the only value of each axis
+    if not trials:  # nothing to choose: the only value of each axis
         return Choice(axes, (), tuple(axis.values[0] for axis in axes), True)
-    choice = choice_of(axes, [_trial(search, scheme, point) for point in points])
+    choice = choice_of(axes, trials)
     if not choice.enclosed:
         print(
             f"{SCHEME_NAMES[scheme]}: the best point is at the end of what was tried: {choice.values}", file=sys.stderr
