@@ -42,7 +42,7 @@ from relaylab.data.sources.listing import (
 )
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.splits import note_on, only_one, split_of
-from relaylab.data.sources.stamps import stamp
+from relaylab.data.sources.stamps import Stamp, stamp
 from relaylab.errors import InputError
 from relaylab.outside.folders import is_our_own
 from relaylab.outside.reading import open_regular
@@ -92,30 +92,6 @@ def list_archives(
     Raises:
         InputError: a file that is not an archive or is damaged, a member that is refused, a name twice, or no images.
     """
-    unpacked_here: list[Path] = []
-    try:
-        return _listed(archives, members, title, split, named, watch, unpacked_here, cache=cache, flat=flat)
-    except (SplitNeededError, NoSplitError):
-        raise
-    except InputError:
-        for plain in unpacked_here:
-            plain.unlink(missing_ok=True)
-        raise
-
-
-def _listed(
-    archives: Sequence[Path],
-    members: Members,
-    title: str,
-    split: str | None,
-    named: Iterable[Path],
-    watch: Watch,
-    unpacked_here: list[Path],
-    *,
-    cache: Path,
-    flat: bool,
-) -> Listing:
-    """List archives; paths of decompressed ones are added to `unpacked_here`."""
     rows, shown = Rows(), dict[str, str]()
     keys: dict[str, set[str]] = {}  # class folders by split; "" where there are no splits
     spellings: dict[str, set[str]] = {}  # folders by split
@@ -125,7 +101,6 @@ def _listed(
         rows.stamps.append(stamp(tar))
         plain = unpacked(tar, cache, watch)
         if plain != tar:
-            unpacked_here.append(plain)
             rows.stamps.append(stamp(plain))
         places.append(Place(str(plain), str(tar)))
         with plain.open("rb") as file, watch(f"listing {tar.name}", plain.stat().st_size) as task:
@@ -252,8 +227,7 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     if kind is None:
         return tar
     source = stamp(tar)
-    same, state = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (source.path, str(source[1:])))
-    plain = cache / "tars" / f"{same}-{state}.tar"
+    plain = _plain_of(source, cache)
     if is_our_own(plain):
         return plain
     with written(plain) as file, tar.open("rb") as packed, watch(f"unpacking {tar.name}", source.size) as task:
@@ -273,10 +247,23 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
                 task.advance(packed.tell() - seen)
                 seen = packed.tell()
         os.utime(file, ns=(source.mtime_ns, source.mtime_ns))  # as old as its content
-    for older in plain.parent.glob(f"{same}-*.tar"):
+    for older in plain.parent.glob(f"{plain.name.partition('-')[0]}-*.tar"):
         if older != plain:
             older.unlink(missing_ok=True)  # of the same tar before it was changed
     return plain
+
+
+def _plain_of(source: Stamp, cache: Path) -> Path:
+    """Return the place of an unpacked tar in the cache: one name for the tar, and one for its state."""
+    same, state = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (source.path, str(source[1:])))
+    return cache / "tars" / f"{same}-{state}.tar"
+
+
+def forget_unpacked(tars: Iterable[Path], cache: Path) -> None:
+    """Remove what `unpacked` has left of tars that turned out to be of no use."""
+    for tar in tars:
+        with suppress(OSError):
+            _plain_of(stamp(tar), cache).unlink(missing_ok=True)
 
 
 def beginning(tar: Path, size: int) -> bytes:

@@ -11,7 +11,7 @@ from typing import TypeVar, cast, overload
 
 import numpy as np
 
-from relaylab.data.sources.archives import list_archives, tar_members
+from relaylab.data.sources.archives import forget_unpacked, list_archives, tar_members
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
 from relaylab.data.sources.classes import Classes, relabelled
@@ -23,6 +23,7 @@ from relaylab.data.sources.listing import (
     SPLITS,
     Listing,
     NoSplitError,
+    SplitNeededError,
     Watch,
     few,
     printable,
@@ -285,7 +286,17 @@ def _list_named(file: Path, root: Path, categories: Path | None, request: _Reque
 
 
 def _list_archives(archives: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
-    """List tar, zip or Parquet files."""
+    """List tar, zip or Parquet files; what was unpacked of files that cannot be used is removed."""
+    try:
+        return _list_packed(archives, title, request, cache, watch)
+    except (SplitNeededError, NoSplitError):
+        raise
+    except InputError:
+        forget_unpacked(archives, cache)
+        raise
+
+
+def _list_packed(archives: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
     kind = archives[0].suffix.lower()
     if kind == PARQUET or (request.truth is None and kind != ZIP and are_shards(archives[0])):
         parts: dict[str, list[Path]] = {}
