@@ -271,6 +271,16 @@ def test_shards_that_are_wrong(members: dict[str, bytes], message: str, tmp_path
         opened(tar(tmp_path / "a.tar", members))
 
 
+def test_what_was_unpacked_of_refused_shards_is_removed(tmp_path: Path) -> None:
+    file, cache = tmp_path / "train-00.tar.gz", tmp_path / "cache"
+    open_source(tar(file, shard(("1", 0), ("2", 1)), "w:gz"), split="train", cache=cache)
+    assert len(list((cache / "tars").iterdir())) == 1
+    members = {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b"-3"}
+    with pytest.raises(InputError, match="has the label -3"):
+        open_source(tar(file, members, "w:gz"), split="train", cache=cache)
+    assert list((cache / "tars").iterdir()) == []
+
+
 def test_names_that_are_too_few(tmp_path: Path, opened: Open) -> None:
     write(tmp_path, {"labels.txt": "arch\nbus\n"})
     with pytest.raises(InputError, match=r"has the label 2; expected 0 .. 1"):

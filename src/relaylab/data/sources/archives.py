@@ -20,7 +20,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -259,11 +259,18 @@ def _plain_of(source: Stamp, cache: Path) -> Path:
     return cache / "tars" / f"{same}-{state}.tar"
 
 
-def forget_unpacked(tars: Iterable[Path], cache: Path) -> None:
-    """Remove what `unpacked` has left of tars that turned out to be of no use."""
-    for tar in tars:
-        with suppress(OSError):
-            _plain_of(stamp(tar), cache).unlink(missing_ok=True)
+@contextmanager
+def removing_refused(tars: Iterable[Path], cache: Path) -> Iterator[None]:
+    """Remove what `unpacked` has made of tars if the block refuses them, except for the sake of their splits."""
+    try:
+        yield
+    except (SplitNeededError, NoSplitError):
+        raise
+    except InputError:
+        for tar in tars:
+            with suppress(OSError):
+                _plain_of(stamp(tar), cache).unlink(missing_ok=True)
+        raise
 
 
 def beginning(tar: Path, size: int) -> bytes:

@@ -11,7 +11,7 @@ from typing import TypeVar, cast, overload
 
 import numpy as np
 
-from relaylab.data.sources.archives import forget_unpacked, list_archives, tar_members
+from relaylab.data.sources.archives import list_archives, removing_refused, tar_members
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.class_names import files_beside, read_truth, synset_numbers
 from relaylab.data.sources.classes import Classes, relabelled
@@ -23,7 +23,6 @@ from relaylab.data.sources.listing import (
     SPLITS,
     Listing,
     NoSplitError,
-    SplitNeededError,
     Watch,
     few,
     printable,
@@ -286,17 +285,7 @@ def _list_named(file: Path, root: Path, categories: Path | None, request: _Reque
 
 
 def _list_archives(archives: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
-    """List tar, zip or Parquet files; what was unpacked of files that cannot be used is removed."""
-    try:
-        return _list_packed(archives, title, request, cache, watch)
-    except (SplitNeededError, NoSplitError):
-        raise
-    except InputError:
-        forget_unpacked(archives, cache)
-        raise
-
-
-def _list_packed(archives: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
+    """List tar, zip or Parquet files."""
     kind = archives[0].suffix.lower()
     if kind == PARQUET or (request.truth is None and kind != ZIP and are_shards(archives[0])):
         parts: dict[str, list[Path]] = {}
@@ -305,13 +294,15 @@ def _list_packed(archives: Sequence[Path], title: str, request: _Request, cache:
         return _list_shards(chosen(parts, request.split, title), title, request, cache, watch)
     members = zip_members if kind == ZIP else tar_members
     flat = request.truth is not None
-    return list_archives(archives, members, title, request.split, request.named, watch, cache=cache, flat=flat)
+    with removing_refused(archives, cache):
+        return list_archives(archives, members, title, request.split, request.named, watch, cache=cache, flat=flat)
 
 
 def _list_shards(files: Sequence[Path], title: str, request: _Request, cache: Path, watch: Watch) -> Listing:
     """List Parquet files or WebDataset shards."""
     lister = list_parquet if files[0].suffix.lower() == PARQUET else list_shards
-    return lister(files, title, request.named, watch, cache=cache)
+    with removing_refused(files, cache):
+        return lister(files, title, request.named, watch, cache=cache)
 
 
 def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
