@@ -67,7 +67,7 @@ def contenders(subject: Subject, shadow: Subject, backend: str) -> dict[str, Ste
     whole.compile(backend=backend)
     with torch.random.fork_rng(devices=[]):
         segments = segments_from(Relay(shadow.model, s.plan, {"aux": shadow.head}), shadow.images)
-    compile_outside_overlaps(outside, segments, backend)
+    compile_outside_overlaps(outside, segments, backend=backend)
 
     def standard(model: nn.Module) -> Step:
         return lambda: criterion(model(s.images), s.labels).backward()

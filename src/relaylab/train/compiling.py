@@ -1,15 +1,17 @@
 """torch.compile outside overlaps and away from the boundaries of windows (docs/decisions/003)."""
 
+from typing import Any
+
 import torch
 
 from relaybackprop import Relay
 from relaylab.train.segments import Segments
 
 
-def compile_outside_overlaps(relay: Relay, segments: Segments, backend: str = "inductor") -> list[str]:
+def compile_outside_overlaps(relay: Relay, segments: Segments, **options: Any) -> list[str]:
     """Compile in place the largest modules that hold no boundary and that one loss trains.
 
-    Single layers are skipped: compiling them gains nothing. `backend` is that of torch.compile.
+    Single layers are skipped: compiling them gains nothing. `options` are those of torch.compile.
 
     Returns:
         The names of the compiled modules.
@@ -24,7 +26,7 @@ def compile_outside_overlaps(relay: Relay, segments: Segments, backend: str = "i
         is_layer = not any(True for _ in module.children())
         if is_layer or has_boundary or not inside or any(segments.of[own] in segments.overlaps for own in inside):
             continue
-        module.compile(backend=backend)
+        module.compile(**options)
         compiled.append(name)
     # All of them share the code of nn.Module's call, and the compiler gives up on code that it compiles too often.
     config = torch._dynamo.config
