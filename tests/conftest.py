@@ -1,6 +1,7 @@
 """Setup of every test: one thread, fixed seeds, single precision, a cache of its own; and the number of processes."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def _steady() -> None:
     torch.set_num_threads(1)  # a test may have changed it; at these sizes, threads slow everything down
     torch.manual_seed(0)
     assert torch.get_default_dtype() == torch.float32, "a test has changed the default dtype"
+
+
+@pytest.fixture
+def own_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget the modules that a test imports from its folder: other tests import files of the same name."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session", autouse=True)

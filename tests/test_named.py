@@ -84,6 +84,7 @@ def test_the_shadow_of_a_network_that_needs_values_leaves_the_random_numbers_alo
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.usefixtures("own_imports")
 def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     monkeypatch.syspath_prepend(str(file.parent))
     network = config("net:small")

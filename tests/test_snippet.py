@@ -59,6 +59,7 @@ def test_the_program_starts_from_the_recipes_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5))
 
 
+@pytest.mark.usefixtures("own_imports")
 @pytest.mark.parametrize("name", ["net.py", "my-net.py"])
 def test_networks_of_files_are_imported_from_them(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(NETWORK)
