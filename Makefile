@@ -16,9 +16,10 @@ test: $(STAMP)  ## the test suite on all cores, except the slow tests
 check: $(STAMP)  ## the tests of the method only
 	$(BIN)/python -m pytest -n auto --dist loadfile $(METHOD) $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff, and Markdown at 100 columns
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m docs.wrap --check  # python -m docs.wrap wraps them
 
 types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python

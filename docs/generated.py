@@ -88,7 +88,7 @@ def _type(hint: Any) -> str:
         return " or ".join("`none`" if part is type(None) else _type(part) for part in arguments)
     if origin is tuple:
         parts = [part for part in arguments if part is not Ellipsis]
-        return f"list of {_type(parts[0])}" if Ellipsis in arguments else f"{len(parts)} numbers"
+        return f"{_type(parts[0])}s, separated by commas" if Ellipsis in arguments else f"{len(parts)} numbers"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _type(arguments[1])
     names = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", Any: "any value"}

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,8 +22,11 @@ import pytest
 
 pytest.importorskip("torchvision", reason="needs the lab extra")
 
+import browser
+import relaybackprop
+from docs import generated, wrap
 from relaylab import cli
-from relaylab.recipes import find_recipe
+from relaylab.recipes import RECIPES, find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.files import to_toml
 
@@ -194,3 +198,74 @@ def world(tmp_path: Path, tiny_images: Path) -> Path:
     assert not problems
     (tmp_path / "my.toml").write_text(to_toml(recipe))
     return tmp_path
+
+
+# The site
+
+
+def test_the_reference_is_complete() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    named = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
+    for name in relaybackprop.__all__:
+        assert {f"relaybackprop.{name}", f"relaybackprop.{name}.{name}"} & set(named), name
+
+
+def test_options_of_all_commands_are_generated() -> None:
+    text = generated.commands()
+    for name in cli.COMMANDS.keys() - {"recipes list"}:
+        assert f"## relaylab {name}\n" in text
+    for option in ("`--early-release`", "`--tune KEY=A,B,... [KEY=A,B,... ...]`", "`--hold-out N`"):
+        assert option in text
+
+
+def test_keys_of_recipes_are_generated() -> None:
+    """Every value that a recipe has, with its default and meaning."""
+    text = generated.recipe_keys()
+    for recipe in RECIPES.values():
+        for name, *_ in recipe.fields():
+            key = re.sub(r"^(plan\.auxiliary|optimizer\.segment_lr|network\.options)\.[^.]+", r"\1.NAME", name)
+            assert f"`{key}`" in text or f"### {key}" in text or key.endswith(".kind"), name
+    assert "`optimizer.momentum`\n:   number; default `0.9`. SGD only." in text
+
+
+def test_pages_are_wrapped() -> None:
+    assert not [path for path in wrap.pages() if wrap.wrapped(path.read_text()) != path.read_text()], (
+        "run: python -m docs.wrap"
+    )
+
+
+def test_wrapping_keeps_what_a_page_says() -> None:
+    text = (
+        f"# A title\n\nWords {'word ' * 30}`code with spaces` - 1. and\n\n- an item {'item ' * 30}\n    - one inside\n"
+    )
+    new = wrap.wrapped(text)
+    assert new.split() == text.split()
+    assert wrap.wrapped(new) == new
+    assert max(map(len, new.splitlines())) <= wrap.WIDTH
+    assert [line[:6] for line in new.splitlines() if line.startswith(("-", " "))] == ["- an i", "  item", "    - "]
+    assert wrap.wrapped("| a | b |\n```\n" + "x " * 90 + "\n```\n").splitlines()[2] == "x " * 90
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_can_be_searched_from_files(tmp_path: Path) -> None:
+    """--strict checks links and anchors, and docs/hooks.py that pages load nothing from elsewhere."""
+    pytest.importorskip("mkdocstrings", reason="needs the docs extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (
+        "index",
+        "reference/commands",
+        "results/engine",
+        "source/examples/plain_loop.py",
+        "contributing/index",
+    ):
+        assert (tmp_path / "site" / f"{page}.html").is_file(), page
+    if browser.chromium() is None:
+        pytest.skip("no Chromium")
+    url = f"{(tmp_path / 'site' / 'index.html').as_uri()}?q=suggest_plan"
+    command = [browser.chromium() or "", "--headless", "--no-sandbox", "--virtual-time-budget=20000", "--dump-dom", url]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    count = re.search(r'md-search-result__meta">(\d+) matching', shown)
+    assert count is not None
+    assert int(count[1]) >= 5
