@@ -46,7 +46,7 @@ from benchmarks.measure import (
 from benchmarks.plain_crops import plain_training_crop
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import OrderedBatches
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import Workers, training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.index import IndexedImages, write_index
@@ -200,7 +200,7 @@ def torchvision_loader(folder: Path, settings: Settings, workers: int) -> "DataL
 def our_loader(source: IndexedImages, settings: Settings, workers: int) -> Any:
     """Ours, as a training would make it."""
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=settings.images)
-    return training_loader(source, sampler, View(), batch_size=settings.batch, workers=workers, seed=SEED)
+    return training_loader(source, sampler, CropSpec(), batch_size=settings.batch, workers=workers, seed=SEED)
 
 
 def check_pixels(source: IndexedImages) -> float:
@@ -213,10 +213,10 @@ def check_pixels(source: IndexedImages) -> float:
         WrongPixelsError: too low.
     """
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=32)
-    batch = next(iter(training_loader(source, sampler, View(), batch_size=32, seed=SEED)))
+    batch = next(iter(training_loader(source, sampler, CropSpec(), batch_size=32, seed=SEED)))
     worst = np.inf
     for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
-        expected = plain_training_crop(source.read(number), View(), seed=SEED, draw=draw)
+        expected = plain_training_crop(source.read(number), CropSpec(), seed=SEED, draw=draw)
         error = np.mean((image.numpy().astype(float) - expected) ** 2)
         worst = min(worst, 10 * np.log10(255**2 / max(error, 1e-12)))
     if worst < LEAST_PSNR:

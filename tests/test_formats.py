@@ -677,11 +677,11 @@ def test_a_source_of_ones_own(tmp_path: Path, own_source: Any) -> None:
 
 
 def test_a_source_is_loaded_by_workers(tmp_path: Path, own_source: Any) -> None:
-    from relaylab.data.geometry import View
+    from relaylab.data.geometry import CropSpec
     from relaylab.data.loader import evaluation_loader
 
     source = arrays(tmp_path / "a", [0, 1, 1, 0], own_source, ["cat", "dog"])
-    batches = list(evaluation_loader(source, View(size=8, short_side=10), batch_size=2, workers=1))
+    batches = list(evaluation_loader(source, CropSpec(size=8, short_side=10), batch_size=2, workers=1))
     assert [batch.labels.tolist() for batch in batches] == [[0, 1], [1, 0]]
 
 

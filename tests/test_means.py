@@ -18,7 +18,7 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaybackprop import Plan, Relay
 from relaylab.data.augment import Augmentation
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import DecodedImages, decoded_statistics
 from relaylab.data.parts import InMemory
 from relaylab.evaluate.ensembles import combined
@@ -41,7 +41,7 @@ def network() -> Relay:
 
 
 def validated(fabric: Any, count: int = COUNT) -> dict[str, float]:
-    part = InMemory(images(count), View(size=4, short_side=4))
+    part = InMemory(images(count), CropSpec(size=4, short_side=4))
     augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
     return Validation(part, augment, nn.CrossEntropyLoss(), fabric)(network())
 
@@ -121,7 +121,7 @@ def test_error_rates_and_ensembles() -> None:
 
 
 def test_statistics_of_images() -> None:
-    found = decoded_statistics(images(), View(size=4, short_side=4))
+    found = decoded_statistics(images(), CropSpec(size=4, short_side=4))
     pixels = images().images.double().reshape(-1, 3)
     np.testing.assert_allclose(found.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.std(0, correction=0), rtol=1e-12)

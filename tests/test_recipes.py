@@ -11,7 +11,7 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 
 from relaybackprop import Relay, reach
 from relaylab.data.augment import Augmentation
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.opening import open_source
@@ -194,8 +194,8 @@ def test_two_steps_on_real_scenes_at_small_size(architecture: str, shared_data: 
     relay = build_relay(recipe)
     criterion, optimizer = build_criterion(recipe.loss), sgd(recipe, relay)
     sampler = ClassAwareSampler(np.asarray(source.labels), seed=0)
-    view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
-    loader = training_loader(source, sampler, view, batch_size=4, seed=0)
+    crop_spec = CropSpec(size=recipe.network.image_size, short_side=recipe.images.short_side)
+    loader = training_loader(source, sampler, crop_spec, batch_size=4, seed=0)
     augment = Augmentation(torch.full((3,), 112.0), torch.full((3,), 66.0), seed=0, flip=recipe.augmentation.flip)
     losses = []
     for batch, _ in zip(loader, range(2), strict=False):

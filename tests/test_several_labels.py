@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from relaylab import cli
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import evaluation_loader, training_loader
 from relaylab.data.memory import decode_all
 from relaylab.data.parts import InMemory, OnDisk, Part
@@ -96,8 +96,8 @@ def test_average_precision_is_scikit_learns() -> None:
 
 def parts(images: Path) -> tuple[Part, Part]:
     source = open_source([images / "images", images / "val.csv"])
-    view = View(size=8, short_side=10)
-    return InMemory(decode_all(source, view), view), OnDisk(source, view, workers=0)
+    crop_spec = CropSpec(size=8, short_side=10)
+    return InMemory(decode_all(source, crop_spec), crop_spec), OnDisk(source, crop_spec, workers=0)
 
 
 def test_batches_carry_the_targets_of_their_images(images: Path) -> None:
@@ -114,8 +114,8 @@ def test_batches_carry_the_targets_of_their_images(images: Path) -> None:
 
 def test_workers_send_targets(images: Path) -> None:
     source = open_source([images / "images", images / "val.csv"])
-    view = View(size=8, short_side=10)
-    here, there = (evaluation_loader(source, view, batch_size=12, workers=workers) for workers in (0, 1))
+    crop_spec = CropSpec(size=8, short_side=10)
+    here, there = (evaluation_loader(source, crop_spec, batch_size=12, workers=workers) for workers in (0, 1))
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one.labels, other.labels)
 
@@ -128,14 +128,14 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
     (tmp_path / "list.csv").write_text("image,a,b\nbad,1,1\n0,0,1\n1,0,0\n")
     source = open_source([tmp_path / "images", tmp_path / "list.csv"])
     sampler = ShuffledSampler(np.zeros(3, np.int64), seed=0)
-    batch = next(iter(training_loader(source, sampler, View(size=8, short_side=10), batch_size=3)))
+    batch = next(iter(training_loader(source, sampler, CropSpec(size=8, short_side=10), batch_size=3)))
     assert [fault.number for fault in batch.faults] == [0]
     assert source.targets is not None
     assert torch.equal(batch.labels, torch.from_numpy(source.targets[batch.numbers.numpy()]).float())
     assert 0 not in batch.numbers.tolist()
     (tmp_path / "only.csv").write_text("image,labels\nbad,a;b\n")
     only = open_source([tmp_path / "images", tmp_path / "only.csv"])
-    loader = training_loader(only, ShuffledSampler([0], seed=0), View(size=8, short_side=10), batch_size=1)
+    loader = training_loader(only, ShuffledSampler([0], seed=0), CropSpec(size=8, short_side=10), batch_size=1)
     with pytest.raises(InputError, match=r"^\S*bad.png cannot be read"):
         next(iter(loader))
 
@@ -184,7 +184,7 @@ def test_the_records_of_a_run(images: Path, reference: Path) -> None:
     assert model.has_several_labels
     assert model.about.endswith(f"val. mean average precision {kinds['val']['map']:.2f} %")
     source = open_source([images / "images", images / "val.csv"], classes=CLASSES)
-    batch = next(iter(evaluation_loader(source, View(size=8, short_side=10), batch_size=23)))
+    batch = next(iter(evaluation_loader(source, CropSpec(size=8, short_side=10), batch_size=23)))
     scores = model.model()(Scorer(model).normalised(batch.images))
     assert source.targets is not None
     expected = 100 * average_precision_score(source.targets, scores.detach().numpy())

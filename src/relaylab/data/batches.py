@@ -24,7 +24,7 @@ from relaylab.data.buffers import BufferPool
 from relaylab.data.crops import Crops
 from relaylab.data.decode import decode
 from relaylab.data.faults import Fault, ImageFault
-from relaylab.data.geometry import View, centre_box, cut_box, cut_window
+from relaylab.data.geometry import CropSpec, centre_box, cut_box, cut_window
 from relaylab.data.keyed import uniforms
 from relaylab.data.sources.source import UNLABELLED, Source, targets_of
 from relaylab.errors import InputError, LabError
@@ -104,7 +104,7 @@ class ImageBatches(Dataset[Batch]):
 
     Args:
         source: encoded images.
-        view: size of the crops.
+        crop_spec: size of the crops.
         training: random windows, and other images in place of unreadable ones; otherwise centre crops, with rows of
             zeros for unreadable images.
         seed: of the training crops.
@@ -115,9 +115,9 @@ class ImageBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: Source, view: View, *, training: bool, seed: int = 0, crops: Crops | None = None
+        self, source: Source, crop_spec: CropSpec, *, training: bool, seed: int = 0, crops: Crops | None = None
     ) -> None:
-        self.source, self.view, self.training, self.seed = source, view, training, seed
+        self.source, self.crop_spec, self.training, self.seed = source, crop_spec, training, seed
         self.crops = crops or Crops()
         self.pool: BufferPool | None = None
 
@@ -128,7 +128,7 @@ class ImageBatches(Dataset[Batch]):
                 assert self.pool is not None, "a request for a slot needs a pool"
                 slot, pairs = request
                 return Delivery(self.pool.key, slot, self.fill(pairs, self.pool.images[slot]))
-            images = torch.empty(len(request), self.view.size, self.view.size, 3, dtype=torch.uint8)
+            images = torch.empty(len(request), self.crop_spec.size, self.crop_spec.size, 3, dtype=torch.uint8)
             return self.fill(request, images).batch(images)
         except LabError as error:
             return error
@@ -178,14 +178,14 @@ class ImageBatches(Dataset[Batch]):
         if isinstance(data, OSError):
             return Fault(number, self.source.name(number), data.strerror or str(data))
         try:
-            pixels = decode(data, short_side=self.view.short_side if self.view.reduced_decoding else None)
+            pixels = decode(data, short_side=self.crop_spec.short_side if self.crop_spec.reduced_decoding else None)
         except ImageFault as error:
             return Fault(number, self.source.name(number), str(error))
         height, width, _ = pixels.shape
         if self.training:
-            cut_window(pixels, self.crops.window(self.view, height, width, place), out)
+            cut_window(pixels, self.crops.window(self.crop_spec, height, width, place), out)
         else:
-            cut_box(pixels, centre_box(self.view, height, width), out)
+            cut_box(pixels, centre_box(self.crop_spec, height, width), out)
         return None
 
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:

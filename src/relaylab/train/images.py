@@ -16,7 +16,7 @@ from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.crops import Crops
 from relaylab.data.faults import FaultLog
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import decode_all, free_memory
 from relaylab.data.mixing import MIXES, Mixing
 from relaylab.data.parts import InMemory, OnDisk, Part
@@ -57,7 +57,7 @@ class RunImages:
 
     train: Part
     val: Part
-    view: View
+    crop_spec: CropSpec
     statistics: ImageStatistics
     in_memory: bool
     identity: Classes
@@ -128,7 +128,7 @@ def open_images(
     Raises:
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
     """
-    view = view_of(recipe)
+    crop_spec = crop_spec_of(recipe)
     workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
     with first:
         train, val = open_sources(config, recipe.images) if sources is None else _checked_sources(*sources)
@@ -140,18 +140,18 @@ def open_images(
         chosen, held = chosen_numbers(recipe.images, groups_of(train))
         val = val if held is None else Thinned(train, held)
         train = train if chosen is None else Thinned(train, chosen)
-        in_memory = fits_memory(config, (train, val), view, devices_here)
+        in_memory = fits_memory(config, (train, val), crop_spec, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
-            parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
-            return RunImages(parts[0], parts[1], view, parts[0].statistics(), in_memory, classes_of(train))
-    parts = list(_decoded(train, val, view, workers, fault_file))
-    return RunImages(parts[0], parts[1], view, parts[0].statistics(), in_memory, classes_of(train))
+            parts: list[Part] = [OnDisk(source, crop_spec, workers, pin, fault_file) for source in (train, val)]
+            return RunImages(parts[0], parts[1], crop_spec, parts[0].statistics(), in_memory, classes_of(train))
+    parts = list(_decoded(train, val, crop_spec, workers, fault_file))
+    return RunImages(parts[0], parts[1], crop_spec, parts[0].statistics(), in_memory, classes_of(train))
 
 
-def view_of(recipe: Recipe) -> View:
+def crop_spec_of(recipe: Recipe) -> CropSpec:
     """Return the sizes of a recipe's images and crops."""
-    return View(size=recipe.network.image_size, short_side=recipe.images.short_side)
+    return CropSpec(size=recipe.network.image_size, short_side=recipe.images.short_side)
 
 
 def crops_of(recipe: Recipe) -> Crops:
@@ -370,19 +370,21 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
     return chosen, held
 
 
-def fits_memory(config: Engine, sources: Sequence[Source], view: View, copies: int) -> bool:
+def fits_memory(config: Engine, sources: Sequence[Source], crop_spec: CropSpec, copies: int) -> bool:
     """Return whether all images are decoded once and kept in memory: as `--images` says, or if they fit.
 
     Each of `copies` processes on this machine holds all of them.
     """
     if config.images != "auto":
         return config.images == "memory"
-    needed = sum(len(source) for source in sources) * 3 * view.short_side**2
+    needed = sum(len(source) for source in sources) * 3 * crop_spec.short_side**2
     return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 
 
-def _decoded(train: Source, val: Source, view: View, workers: int, fault_file: Path | None) -> Iterator[InMemory]:
+def _decoded(
+    train: Source, val: Source, crop_spec: CropSpec, workers: int, fault_file: Path | None
+) -> Iterator[InMemory]:
     with progress("decoding", len(train) + len(val)) as task:
         for source, faults in ((train, FaultLog(len(train), file=fault_file)), (val, None)):
             enough = min(workers, len(source) // IMAGES_PER_PROCESS)
-            yield InMemory(decode_all(source, view, workers=enough, faults=faults, task=task), view)
+            yield InMemory(decode_all(source, crop_spec, workers=enough, faults=faults, task=task), crop_spec)

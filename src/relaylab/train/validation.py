@@ -22,7 +22,7 @@ def batch_size(part: Part, device: torch.device) -> int:
     """Return the batch size for validation: small where workers decode, with several batches for each in memory."""
     if device.type == "cpu" or not isinstance(part, InMemory):
         return CPU_BATCH
-    return max(CPU_BATCH, GPU_PIXELS // part.view.size**2)
+    return max(CPU_BATCH, GPU_PIXELS // part.crop_spec.size**2)
 
 
 class Validation:
