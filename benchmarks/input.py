@@ -152,7 +152,7 @@ def indexed(folder: Path, names: Sequence[str], entries: int, index: Path) -> In
         place=np.zeros(entries, np.uint16),
         spans=None,
         ignored={},
-        stamps=(),
+        file_states=(),
     )
     write_index(index, listing)
     return IndexedImages(index)

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from benchmarks.measure import Figures, Target, environment, interleave, keep_memory, parse_arguments, publish, ratio
 from relaybackprop import Relay
+from relaylab.data.datasets import InMemoryDataset
 from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import DecodedImages, decoded_statistics
-from relaylab.data.parts import InMemory
 from relaylab.data.sources.classes import Classes
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
@@ -160,11 +160,11 @@ def random_images(recipe: Recipe, crop_spec: CropSpec, count: int) -> RunImages:
     pixels = torch.randint(
         0, 256, (count, crop_spec.short_side, crop_spec.short_side, 3), dtype=torch.uint8, generator=generator
     )
-    part = InMemory(DecodedImages(pixels, torch.arange(count) % len(classes), classes), crop_spec)
-    val = part.some(np.arange(len(classes), dtype=np.int64))
+    dataset = InMemoryDataset(DecodedImages(pixels, torch.arange(count) % len(classes), classes), crop_spec)
+    val = dataset.subset(np.arange(len(classes), dtype=np.int64))
     identity = Classes.of(classes)
     return RunImages(
-        part, val, crop_spec, decoded_statistics(part.decoded, crop_spec), in_memory=True, identity=identity
+        dataset, val, crop_spec, decoded_statistics(dataset.decoded, crop_spec), in_memory=True, identity=identity
     )
 
 

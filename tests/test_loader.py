@@ -22,12 +22,12 @@ from relaylab.data import loader as loading
 from relaylab.data import memory
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
 from relaylab.data.crops import Crops
+from relaylab.data.datasets import OnDiskDataset
 from relaylab.data.decode import decode_checked
 from relaylab.data.faults import Fault, FaultLog, TooManyFaultsError
 from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import decode_all, memory_evaluation_loader, memory_training_loader
-from relaylab.data.parts import OnDisk
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.opening import open_source
@@ -516,8 +516,8 @@ def test_statistics_notice_images_that_are_written_over(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (30, 30, 30)).save(path)
 
     def mean() -> float:
-        part = OnDisk(open_source(tmp_path / "data"), CropSpec(size=8, short_side=8), workers=0)
-        return float(part.statistics().mean.mean())
+        dataset = OnDiskDataset(open_source(tmp_path / "data"), CropSpec(size=8, short_side=8), workers=0)
+        return float(dataset.statistics().mean.mean())
 
     assert mean() == 30
     for path in (tmp_path / "data").rglob("*.png"):

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relaylab.data.sources import stamps
+from relaylab.data.sources import file_states
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import IMAGE_EXTENSIONS, is_image
 from relaylab.data.sources.opening import META, TRUTH, open_source
 from relaylab.data.sources.source import UNLABELLED
-from relaylab.data.sources.subset import Thinned, held_out, long_tail
+from relaylab.data.sources.subset import Subset, held_out, long_tail
 from relaylab.errors import InputError
 from relaylab.progress import Silent, Task
 
@@ -323,15 +323,15 @@ def test_images_that_are_written_over_are_noticed(tmp_path: Path, opened: Open) 
         assert watched.shown, "made anew"
         assert after.fingerprint != before
         assert content(after)[1] == (1, b"y")
-        assert Thinned(after, [0]).size(0) == 1
+        assert Subset(after, [0]).size(0) == 1
 
 
 def test_of_many_images_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stamps.sample(10) == range(10)
-    assert len(stamps.sample(8_100_000)) <= stamps.MOST_IMAGES
-    assert stamps.sample(8_100_000)[-1] > 8_000_000
-    monkeypatch.setattr(stamps, "MOST_IMAGES", 3)
-    assert list(stamps.sample(7)) == [0, 3, 6]
+    assert file_states.sample(10) == range(10)
+    assert len(file_states.sample(8_100_000)) <= file_states.MOST_IMAGES
+    assert file_states.sample(8_100_000)[-1] > 8_000_000
+    monkeypatch.setattr(file_states, "MOST_IMAGES", 3)
+    assert list(file_states.sample(7)) == [0, 3, 6]
 
 
 def test_an_unwritable_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,7 +662,7 @@ def test_splits_of_one_tar_have_their_own_fingerprints(tmp_path: Path, opened: O
     packed = tar(tmp_path / "a.tar", files)
     train, val = (opened(packed, split=split) for split in ("train", "val"))
     assert train.fingerprint != val.fingerprint
-    assert Thinned(train, [0]).fingerprint != Thinned(val, [0]).fingerprint
+    assert Subset(train, [0]).fingerprint != Subset(val, [0]).fingerprint
 
 
 def test_paths_may_be_strings(tmp_path: Path, opened: Open) -> None:
@@ -701,7 +701,7 @@ def test_fingerprints_tell_data_apart(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"", "zoo/1.jpg": b"", "zoo/2.jpg": b""})
     source = opened(root)
     assert opened(root).fingerprint == source.fingerprint
-    parts = [Thinned(source, numbers).fingerprint for numbers in ([0, 1], [0, 2], [0, 1])]
+    parts = [Subset(source, numbers).fingerprint for numbers in ([0, 1], [0, 2], [0, 1])]
     assert parts[0] == parts[2]
     assert len({source.fingerprint, *parts}) == 3
     write(root, {"bus/2.jpg": b""})
@@ -712,14 +712,14 @@ def test_fingerprints_tell_data_apart(tmp_path: Path, opened: Open) -> None:
 
 def test_a_part_of_a_source(tmp_path: Path, opened: Open) -> None:
     source = opened(write(tmp_path / "data", {f"bus/{number}.jpg": str(number) for number in range(5)}))
-    part = Thinned(source, np.array([4, 1]))
+    part = Subset(source, np.array([4, 1]))
     assert [part.read(0), part.read(1)] == [b"4", b"1"]
     assert part.name(0) == source.name(4)
     assert len(part) == len(part.labels) == 2
     assert pickle.loads(pickle.dumps(part)).read(0) == b"4"
     for numbers in ([], [5], [-1], [0.5], [[1]]):
         with pytest.raises(InputError, match="image numbers"):
-            Thinned(source, np.array(numbers))
+            Subset(source, np.array(numbers))
 
 
 def test_a_long_tail() -> None:

@@ -15,8 +15,8 @@ from benchmarks import train
 from benchmarks.gpu.session import Session, WrongGradientsError
 from benchmarks.gpu.settings import Settings
 from benchmarks.measure import Figures, interleave, ratio
+from relaylab.data.datasets import OnDiskDataset
 from relaylab.data.geometry import CropSpec
-from relaylab.data.parts import OnDisk
 from relaylab.data.sources.classes import classes_of
 from relaylab.data.sources.opening import open_source
 from relaylab.train.images import RunImages
@@ -111,11 +111,11 @@ def images_on_disk(session: Session, settings: Settings) -> Iterator[tuple[RunIm
         folder = Path(name)
         write_photographs(folder / "images", settings.files, min(settings.files // 2, own.recipe.network.num_classes))
         source = open_source((folder / "images",), split=None)
-        part = OnDisk(source, own.crop_spec, settings.workers, pin_memory=session.device == "cuda")
+        dataset = OnDiskDataset(source, own.crop_spec, settings.workers, pin_memory=session.device == "cuda")
         identity = classes_of(source)
         (folder / "run").mkdir()
         yield (
-            RunImages(part, part, own.crop_spec, part.statistics(), in_memory=False, identity=identity),
+            RunImages(dataset, dataset, own.crop_spec, dataset.statistics(), in_memory=False, identity=identity),
             folder / "run",
         )
 

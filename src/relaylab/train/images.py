@@ -15,11 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.crops import Crops
+from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.faults import FaultLog
 from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import decode_all, free_memory
 from relaylab.data.mixing import MIXES, Mixing
-from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.sources.classes import Classes, classes_of, look_alikes
@@ -27,7 +27,7 @@ from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
-from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
+from relaylab.data.sources.subset import Numbers, Subset, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
 from relaylab.errors import InputError, LabError, raise_all
 from relaylab.files import available_cores
@@ -55,8 +55,8 @@ class RunImages:
         in_memory: whether all are decoded once; crops are then cut from images already resized.
     """
 
-    train: Part
-    val: Part
+    train: ImageDataset
+    val: ImageDataset
     crop_spec: CropSpec
     statistics: ImageStatistics
     in_memory: bool
@@ -138,15 +138,16 @@ def open_images(
             if skipped:
                 log.info("%s: folders passed over: %s", source.title, few(list(skipped)))
         chosen, held = chosen_numbers(recipe.images, groups_of(train))
-        val = val if held is None else Thinned(train, held)
-        train = train if chosen is None else Thinned(train, chosen)
+        val = val if held is None else Subset(train, held)
+        train = train if chosen is None else Subset(train, chosen)
         in_memory = fits_memory(config, (train, val), crop_spec, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
-            parts: list[Part] = [OnDisk(source, crop_spec, workers, pin, fault_file) for source in (train, val)]
-            return RunImages(parts[0], parts[1], crop_spec, parts[0].statistics(), in_memory, classes_of(train))
-    parts = list(_decoded(train, val, crop_spec, workers, fault_file))
-    return RunImages(parts[0], parts[1], crop_spec, parts[0].statistics(), in_memory, classes_of(train))
+            datasets = [OnDiskDataset(source, crop_spec, workers, pin, fault_file) for source in (train, val)]
+            statistics = datasets[0].statistics()
+            return RunImages(datasets[0], datasets[1], crop_spec, statistics, in_memory, classes_of(train))
+    decoded = list(_decoded(train, val, crop_spec, workers, fault_file))
+    return RunImages(decoded[0], decoded[1], crop_spec, decoded[0].statistics(), in_memory, classes_of(train))
 
 
 def crop_spec_of(recipe: Recipe) -> CropSpec:
@@ -174,8 +175,8 @@ def mixing_of(recipe: Recipe, seed: int) -> Mixing:
 class Stream:
     """Training batches, to the end of the sampler's draws; worker processes that die are replaced."""
 
-    def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
-        self._make = partial(part.training, sampler, batch_size, seed, crops)
+    def __init__(self, dataset: ImageDataset, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
+        self._make = partial(dataset.training, sampler, batch_size, seed, crops)
         self._loader = self._make()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -383,8 +384,8 @@ def fits_memory(config: Engine, sources: Sequence[Source], crop_spec: CropSpec, 
 
 def _decoded(
     train: Source, val: Source, crop_spec: CropSpec, workers: int, fault_file: Path | None
-) -> Iterator[InMemory]:
+) -> Iterator[InMemoryDataset]:
     with progress("decoding", len(train) + len(val)) as task:
         for source, faults in ((train, FaultLog(len(train), file=fault_file)), (val, None)):
             enough = min(workers, len(source) // IMAGES_PER_PROCESS)
-            yield InMemory(decode_all(source, crop_spec, workers=enough, faults=faults, task=task), crop_spec)
+            yield InMemoryDataset(decode_all(source, crop_spec, workers=enough, faults=faults, task=task), crop_spec)

@@ -28,6 +28,7 @@ from typing import IO, Any, NamedTuple
 
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.class_names import named_classes, names_beside
+from relaylab.data.sources.file_states import FileState, file_state
 from relaylab.data.sources.listing import (
     SPLITS,
     Listing,
@@ -42,7 +43,6 @@ from relaylab.data.sources.listing import (
 )
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.splits import note_on, only_one, split_of
-from relaylab.data.sources.stamps import Stamp, stamp
 from relaylab.errors import InputError
 from relaylab.outside.folders import is_our_own
 from relaylab.outside.reading import open_regular
@@ -98,10 +98,10 @@ def list_archives(
     outside = False  # images outside class folders
     places: list[Place] = []
     for number, tar in enumerate(archives):
-        rows.stamps.append(stamp(tar))
+        rows.file_states.append(file_state(tar))
         plain = unpacked(tar, cache, watch)
         if plain != tar:
-            rows.stamps.append(stamp(plain))
+            rows.file_states.append(file_state(plain))
         places.append(Place(str(plain), str(tar)))
         with plain.open("rb") as file, watch(f"listing {tar.name}", plain.stat().st_size) as task:
             seen = 0
@@ -109,22 +109,22 @@ def list_archives(
                 if count % MEMBERS_AT_ONCE == 0:
                     task.advance(member.offset - seen, f"{rows.found:,} images")
                     seen = member.offset
-                part, key, spelling = _where(member)
-                spellings.setdefault(part, set()).add(spelling)
-                if (part, key) == ("", "test") and split == "test":
-                    part, key = "test", None  # test/1.jpg: not a class called test
+                member_split, key, spelling = _where(member)
+                spellings.setdefault(member_split, set()).add(spelling)
+                if (member_split, key) == ("", "test") and split == "test":
+                    member_split, key = "test", None  # test/1.jpg: not a class called test
                 if flat and not member.folder:
-                    part, key = "", None
+                    member_split, key = "", None
                 if key is not None:
-                    keys.setdefault(part, set()).add(key)
+                    keys.setdefault(member_split, set()).add(key)
                 if member.folder:
                     continue
                 if member.path.rpartition("/")[2] == "classes.txt" and member.path.count("/") <= 1:
                     shown |= named_classes(member_bytes(file, member).decode(errors="replace"))
                 elif not is_image(member.path):
                     rows.ignore(member.path)
-                elif part != (split or "") and not (split == "test" and key is None):
-                    if part not in SPLITS:  # images of the other splits are not counted as ignored
+                elif member_split != (split or "") and not (split == "test" and key is None):
+                    if member_split not in SPLITS:  # images of the other splits are not counted as ignored
                         rows.ignore(member.path)
                 elif key is None and split != "test" and not flat:
                     rows.ignore(member.path)
@@ -139,7 +139,7 @@ def list_archives(
     chosen = keys.get("", set()) if split is None else keys.get(split, set())
     if split is not None and chosen:
         chosen = chosen.union(keys.get("train", ()), keys.get("val", ()))
-    shown = names_beside(named, chosen, rows.stamps) | {key: name for key, name in shown.items() if key in chosen}
+    shown = names_beside(named, chosen, rows.file_states) | {key: name for key, name in shown.items() if key in chosen}
     listing = rows.listing(title, chosen, shown, places)
     if listing.classes and (listing.labels == UNLABELLED).any():
         raise InputError(f"{title} has images with and without class folders in {split}: expected one kind only")
@@ -226,7 +226,7 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     kind = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
     if kind is None:
         return tar
-    source = stamp(tar)
+    source = file_state(tar)
     plain = _plain_of(source, cache)
     if is_our_own(plain):
         return plain
@@ -253,7 +253,7 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     return plain
 
 
-def _plain_of(source: Stamp, cache: Path) -> Path:
+def _plain_of(source: FileState, cache: Path) -> Path:
     """Return the place of an unpacked tar in the cache: one name for the tar, and one for its state."""
     same, state = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (source.path, str(source[1:])))
     return cache / "tars" / f"{same}-{state}.tar"
@@ -269,7 +269,7 @@ def removing_refused(tars: Iterable[Path], cache: Path) -> Iterator[None]:
     except InputError:
         for tar in tars:
             with suppress(OSError):
-                _plain_of(stamp(tar), cache).unlink(missing_ok=True)
+                _plain_of(file_state(tar), cache).unlink(missing_ok=True)
         raise
 
 

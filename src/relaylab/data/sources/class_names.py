@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from relaylab.data.sources.file_states import FileState, file_state
 from relaylab.data.sources.listing import few
-from relaylab.data.sources.stamps import Stamp, stamp
 from relaylab.errors import InputError
 from relaylab.outside.reading import parse, read_bytes
 from relaylab.outside.showing import brief
@@ -26,27 +26,27 @@ def files_beside(folders: Iterable[Path]) -> list[Path]:
     return [folder / name for name in BESIDE for folder in folders if (folder / name).is_file()]
 
 
-def numbered_names(files: Iterable[Path], stamps: list[Stamp]) -> tuple[str, ...]:
+def numbered_names(files: Iterable[Path], file_states: list[FileState]) -> tuple[str, ...]:
     """Return the names of numbered classes from the first file beside some files that has one on each line, or ().
 
-    The file that was read is added to `stamps`.
+    The file that was read is added to `file_states`.
     """
     folders = dict.fromkeys(file.parent for file in files)
     found = next((folder / name for folder in folders for name in NUMBERED if (folder / name).is_file()), None)
     if found is None:
         return ()
-    stamps.append(stamp(found))
+    file_states.append(file_state(found))
     return tuple(line.strip() for line in _text(found).splitlines() if line.strip())
 
 
-def names_beside(files: Iterable[Path], keys: Iterable[str], stamps: list[Stamp]) -> dict[str, str]:
+def names_beside(files: Iterable[Path], keys: Iterable[str], file_states: list[FileState]) -> dict[str, str]:
     """Return display names by class folder from the first file that names every folder.
 
-    The files that were read are added to `stamps`.
+    The files that were read are added to `file_states`.
     """
     wanted = set(keys)
     for file in files:
-        stamps.append(stamp(file))
+        file_states.append(file_state(file))
         names = named_classes(read_bytes(file, LARGEST_TEXT).decode(errors="replace"))
         if wanted and wanted <= names.keys():
             return names

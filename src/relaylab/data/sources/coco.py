@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, printable, told_apart
 from relaylab.data.sources.lists import check_files, tidy_name
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
@@ -62,7 +62,7 @@ def list_coco(file: Path, root: Path, watch: Watch) -> Listing:
     """
     content = _read(file)
     rows, values = Rows(), Values()
-    rows.stamps.append(stamp(file))
+    rows.file_states.append(file_state(file))
     categories = sorted(content.categories, key=lambda one: one.id)
     number_of = {one.id: number for number, one in enumerate(categories)}
     labels: dict[int | str, set[int]] = {}

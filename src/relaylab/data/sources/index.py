@@ -26,9 +26,9 @@ from safetensors.numpy import save_file
 
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.classes import Classes
+from relaylab.data.sources.file_states import FileState, image_state, is_recent, stale, unsettled
 from relaylab.data.sources.listing import Listing, Place, inflate, printable
 from relaylab.data.sources.source import LARGEST_FILE, UNLABELLED, Labels, Targets
-from relaylab.data.sources.stamps import Stamp, image_state, is_recent, stale, unsettled
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular, parse, read_bytes, typed
 
@@ -53,7 +53,7 @@ class _About:
     ignored: dict[str, int]
     skipped: dict[str, int]
     images: str
-    stamps: tuple[Stamp, ...]
+    stamps: tuple[FileState, ...]  # `Listing.file_states`, under the key of indexes on disk
     settled: bool
     content: str
     notes: tuple[str, ...] = ()
@@ -87,8 +87,8 @@ def write_index(path: Path, listing: Listing) -> None:
         "ignored": listing.ignored,
         "skipped": {printable(name): count for name, count in listing.skipped.items()},
         "images": state,
-        "stamps": listing.stamps,
-        "settled": not unsettled(listing.stamps) and not is_recent(latest),
+        "stamps": listing.file_states,
+        "settled": not unsettled(listing.file_states) and not is_recent(latest),
     }
     if listing.notes:
         about["notes"] = listing.notes
@@ -149,10 +149,10 @@ class IndexedImages:
 
     def _open(self, fresh: bool) -> None:
         descriptor = self._descriptor(str(self._path))
-        self._stamp = _state(descriptor)
+        self._index_state = _state(descriptor)
         self._tensors, text, crc = _header(descriptor, str(self._path))
         about = parse(text, _About, str(self._path))
-        self._stamps = {one.path: one for one in about.stamps}
+        self._file_states = {one.path: one for one in about.stamps}
         self.places = about.places
         changed = f"the index {self._path} is of data that have changed since"
         if fresh:
@@ -205,11 +205,11 @@ class IndexedImages:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._path, "stamp": self._stamp}
+        return {"path": self._path, "state": self._index_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
-        if self._stamp != state["stamp"]:  # image 7 may be another image now
+        if self._index_state != state["state"]:  # image 7 may be another image now
             raise UnusableIndexError(f"the index {self._path} was made anew while it was in use; start again")
 
     def __del__(self) -> None:
@@ -289,7 +289,7 @@ class IndexedImages:
         return np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
     def _check_unchanged(self, descriptor: int, path: str) -> None:
-        known = self.__dict__.get("_stamps", {}).get(path)
+        known = self.__dict__.get("_file_states", {}).get(path)
         if known is not None and _state(descriptor)[:2] != (known.size, known.mtime_ns):
             raise OSError(5, "the file has changed since it was indexed", path)
 

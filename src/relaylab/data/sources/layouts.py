@@ -34,7 +34,7 @@ MOST_FOLDERS, DEEPEST = 20, 3  # that are searched for shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class SplitFiles:
     """A split of a layout: a list and the folder that it is about, a tree, or shards.
 
     Attributes:
@@ -50,16 +50,16 @@ class Part:
     flat: bool = False
 
 
-Parts = Mapping[str, Part | Callable[[], Part]]
-Layout = Callable[[Path], Parts]
+Splits = Mapping[str, SplitFiles | Callable[[], SplitFiles]]
+Layout = Callable[[Path], Splits]
 
 
-def places365(folder: Path) -> Parts:
+def places365(folder: Path) -> Splits:
     """Recognise Places365: lists beside data_large_standard/, val_large/ and the like."""
     lists = {split: _there(folder, names) for split, names in PLACES_LISTS.items()}
     categories = folder / PLACES_CATEGORIES
 
-    def part(split: str) -> Part:
+    def files_of(split: str) -> SplitFiles:
         path = _only(lists[split], folder, split)
         roots = _there(folder, PLACES_FOLDERS[split])
         if not roots:
@@ -68,25 +68,25 @@ def places365(folder: Path) -> Parts:
                 "give the list and the folder that it is about"
             )
         root = _only(roots, folder, split)
-        return Part(files=(path,), folder=root, categories=categories if categories.is_file() else None)
+        return SplitFiles(files=(path,), folder=root, categories=categories if categories.is_file() else None)
 
-    return {split: lambda split=split: part(split) for split, found in lists.items() if found}
+    return {split: lambda split=split: files_of(split) for split, found in lists.items() if found}
 
 
-def tiny_imagenet(folder: Path) -> Parts:
+def tiny_imagenet(folder: Path) -> Splits:
     """Recognise Tiny ImageNet, whose validation images lie in one folder beside their list."""
     if not (folder / "val" / TINY).is_file():
         return {}
-    parts: dict[str, Part | Callable[[], Part]] = {}
+    splits: dict[str, SplitFiles | Callable[[], SplitFiles]] = {}
     if (folder / "train").is_dir():
-        parts["train"] = Part(folder=folder / "train")
-    parts["val"] = Part(files=(folder / "val" / TINY,), folder=folder / "val" / "images")
+        splits["train"] = SplitFiles(folder=folder / "train")
+    splits["val"] = SplitFiles(files=(folder / "val" / TINY,), folder=folder / "val" / "images")
     if (folder / "test" / "images").is_dir():
-        parts["test"] = Part(folder=folder / "test" / "images", flat=True)
-    return parts
+        splits["test"] = SplitFiles(folder=folder / "test" / "images", flat=True)
+    return splits
 
 
-def annotated(folder: Path) -> Parts:
+def annotated(folder: Path) -> Splits:
     """Recognise COCO's JSON files for splits, as of iNaturalist: train2017.json, train_mini.json and the like."""
     found: dict[str, list[Path]] = {}
     for file in (file for place in ANNOTATIONS for file in sorted((folder / place).glob("*.json"))):
@@ -94,15 +94,15 @@ def annotated(folder: Path) -> Parts:
         if split and is_coco(file):
             found.setdefault(split, []).append(file)
 
-    def part(split: str) -> Part:
+    def files_of(split: str) -> SplitFiles:
         files = found[split]
         present = [file for file in files if (folder / file.stem.removeprefix("instances_")).is_dir()]
-        return Part(files=(_only(present or files, folder, split),), folder=folder)
+        return SplitFiles(files=(_only(present or files, folder, split),), folder=folder)
 
-    return {split: lambda split=split: part(split) for split in found}
+    return {split: lambda split=split: files_of(split) for split in found}
 
 
-def packed(folder: Path) -> Parts:
+def packed(folder: Path) -> Splits:
     """Recognise a folder of Parquet files or of WebDataset shards, with splits in the names of files or folders.
 
     The split "" has the files whose names say nothing.
@@ -117,15 +117,15 @@ def packed(folder: Path) -> Parts:
     sets = {_set(file.relative_to(folder)) for file in chosen}
     if len(sets) > 1:
         raise InputError(f"{folder} has several data sets: {few(sorted(sets))}; give the folder of one")
-    return {split: Part(files=tuple(group)) for split, group in groups.items()}
+    return {split: SplitFiles(files=tuple(group)) for split, group in groups.items()}
 
 
 LAYOUTS: Sequence[Layout] = (places365, tiny_imagenet, annotated, packed)
 
 
-def recognised(folder: Path) -> Parts:
+def recognised(folder: Path) -> Splits:
     """Return the splits of a folder that has one of the layouts; nothing for others."""
-    return next((parts for layout in LAYOUTS if (parts := layout(folder))), {})
+    return next((splits for layout in LAYOUTS if (splits := layout(folder))), {})
 
 
 def _there(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from relaylab.data.sources.file_states import FileState
 from relaylab.data.sources.source import UNLABELLED, Labels, Targets
-from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
 from relaylab.outside.showing import brief, printable
 from relaylab.progress import Silent, Task
@@ -94,7 +94,7 @@ class Listing:
             None if all are.
         ignored: number of ignored files, by extension.
         skipped: number of ignored folders, by name; see `is_system_folder`.
-        stamps: fingerprints of everything that was read.
+        file_states: fingerprints of everything that was read.
         numbered: whether the labels are those of a list.
         remark: for the user, on how the classes were matched; empty if there is none.
         targets: (n, classes) uint8, 1 for each of an image's labels, where an image may have several or none; `labels`
@@ -112,7 +112,7 @@ class Listing:
     place: NDArray[np.uint16]
     spans: NDArray[np.int64] | None
     ignored: Mapping[str, int]
-    stamps: tuple[Stamp, ...]
+    file_states: tuple[FileState, ...]
     numbered: bool = False
     remark: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -133,7 +133,7 @@ class Rows:
         self.keys: dict[str, int] = {}  # by class folder, in the order in which they are found
         self.ignored: Counter[str] = Counter()
         self.skipped: set[str] = set()  # paths of folders
-        self.stamps: list[Stamp] = []
+        self.file_states: list[FileState] = []
         self.notes: list[str] = []  # for the user
         self._names = bytearray()
         self._bounds = array("Q", [0])
@@ -226,7 +226,7 @@ class Rows:
             spans=np.frombuffer(self._spans, np.int64).reshape(-1, 2) if self._spans else None,
             inflated=np.frombuffer(self._inflated, np.int64) if any(self._inflated) else None,
             ignored=dict(self.ignored),
-            stamps=tuple(self.stamps),
+            file_states=tuple(self.file_states),
             numbered=numbered,
             skipped=dict(Counter(path.rpartition("/")[2] for path in self.skipped).most_common(FOLDERS_NAMED)),
             notes=tuple(self.notes),

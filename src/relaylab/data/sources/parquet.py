@@ -24,8 +24,8 @@ from typing import IO, Any
 
 from relaylab.data.sources.cache import written
 from relaylab.data.sources.class_names import numbered_names
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, printable
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
@@ -68,7 +68,7 @@ def list_parquet(files: Sequence[Path], title: str, named: Sequence[Path], watch
     rows, values, places = Rows(), Values(), list[Place]()
     columns: _Columns | None = None
     for number, path in enumerate(files):
-        rows.stamps.append(stamp(path))
+        rows.file_states.append(file_state(path))
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
                 own = _columns(file)
@@ -82,7 +82,7 @@ def list_parquet(files: Sequence[Path], title: str, named: Sequence[Path], watch
             reason = printable(str(error).partition("\n")[0])
             raise InputError(f"cannot read {path.name} as a Parquet file: {reason}") from None
     assert columns is not None, "there is a file"
-    names = columns.names or numbered_names(files, rows.stamps)
+    names = columns.names or numbered_names(files, rows.file_states)
     return replace(values.listing(rows, title, places, names=names, named=named), notes=(columns.note,))
 
 
@@ -138,7 +138,7 @@ def _list_file(
         rows.add(os.fsencode(f"{row}/{name.rpartition('/')[2]}" if name else f"{row}"), 0, number, (offset, size))
         values.add(value)
     if plain != path:
-        rows.stamps.append(stamp(plain))
+        rows.file_states.append(file_state(plain))
     return Place(str(plain), str(path))
 
 
@@ -250,7 +250,7 @@ def _value(label: Any, column: str | None) -> Value:
 
 def _copy_of(path: Path, cache: Path) -> Path:
     """Return the place in the cache for the images of a file in its present state, and remove older ones."""
-    state = stamp(path)
+    state = file_state(path)
     same, now = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (state.path, str(state[1:])))
     plain = cache / "parquet" / f"{same}-{now}.images"
     for older in plain.parent.glob(f"{same}-*.images"):

@@ -18,8 +18,8 @@ from typing import Any
 
 from relaylab.data.sources.archives import DAMAGE, Member, beginning, member_bytes, tar_members, unpacked
 from relaylab.data.sources.class_names import numbered_names
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image, printable
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
@@ -70,13 +70,13 @@ def list_shards(tars: Sequence[Path], title: str, named: Sequence[Path], watch: 
     """
     rows, values, places = Rows(), Values(), list[Place]()
     for number, tar in enumerate(tars):
-        rows.stamps.append(stamp(tar))
+        rows.file_states.append(file_state(tar))
         plain = unpacked(tar, cache, watch)
         if plain != tar:
-            rows.stamps.append(stamp(plain))
+            rows.file_states.append(file_state(plain))
         places.append(Place(str(plain), str(tar)))
         _list_shard(plain, tar.name, number, rows, values, watch)
-    return values.listing(rows, title, places, names=numbered_names(tars, rows.stamps), named=named)
+    return values.listing(rows, title, places, names=numbered_names(tars, rows.file_states), named=named)
 
 
 def _list_shard(plain: Path, title: str, number: int, rows: Rows, values: Values, watch: Watch) -> None:

@@ -61,24 +61,24 @@ def note_on(folder: str, split: str) -> list[str]:
     return [] if folder == split else [f"the split {split} is the folder {folder}"]
 
 
-def chosen(parts: Mapping[str, T], split: str | None, title: object) -> T:
-    """Return the part of a split; `split` may be None where there is one part only.
+def chosen(splits: Mapping[str, T], split: str | None, title: object) -> T:
+    """Return the entry of one split. `split` may be None if there is only one.
 
     Args:
-        parts: by split; "" has what does not say its split.
-        split: one of `SPLITS` or None.
+        splits: entries by split; "" has the files whose names do not give a split.
+        split: one of `SPLITS`, or None.
         title: of the data set, for messages.
 
     Raises:
-        SplitNeededError: no split is asked for, and there are several.
-        NoSplitError: there is no such part.
+        SplitNeededError: there are several splits and `split` is None.
+        NoSplitError: there is no such split.
     """
-    if split is None and len(parts) == 1:
-        return next(iter(parts.values()))
-    named = [name for name in SPLITS if name in parts]
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    named = [name for name in SPLITS if name in splits]
     if split is None:
         raise SplitNeededError(title, named)
-    if split not in parts:
+    if split not in splits:
         found = f"only {', '.join(named)}" if named else "nor any other split"
         raise NoSplitError(f"{title} has no images of the split {split}, {found}", others=named)
-    return parts[split]
+    return splits[split]

@@ -14,7 +14,7 @@ from relaylab.errors import InputError
 Numbers = NDArray[np.int64]
 
 
-class Thinned:
+class Subset:
     """A subset of a source, as a `Source` of its own.
 
     Args:

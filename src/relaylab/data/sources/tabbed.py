@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image, printable
 from relaylab.data.sources.lists import check_files, tidy_name
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular, read_bytes
@@ -37,7 +37,7 @@ def list_tabbed(file: Path, root: Path, named: Sequence[Path], watch: Watch) -> 
         InputError: a line of another form, a name that leads out of the root or occurs twice, or missing files.
     """
     rows, values = Rows(), Values()
-    rows.stamps.append(stamp(file))
+    rows.file_states.append(file_state(file))
     inside = os.fsencode(root).lstrip(b"/") + b"/"
     for number, line in enumerate(read_bytes(file, LARGEST).decode("utf-8-sig", "surrogateescape").splitlines(), 1):
         if not line.strip():

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relaylab.data.sources.class_names import names_beside
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.hints import no_images
 from relaylab.data.sources.listing import (
     Listing,
@@ -19,7 +20,6 @@ from relaylab.data.sources.listing import (
 )
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.splits import by_split, note_on, only_one
-from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
 
 """Names of a split's folder that other projects use."""
@@ -54,7 +54,7 @@ def list_trees(
             task.advance(note=f"{rows.found:,} images")
     if not rows.found:
         raise InputError(no_images(title, roots))
-    shown = names_beside(named, keys, rows.stamps)
+    shown = names_beside(named, keys, rows.file_states)
     return rows.listing(title, keys, shown, [Place(str(root), str(root)) for root in roots])
 
 
@@ -119,7 +119,7 @@ def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[li
     folders: list[str] = []
     images: list[str] = []
     try:
-        seen = stamp(folder)  # before it is read: what changes meanwhile makes the index out of date
+        seen = file_state(folder)  # before it is read: what changes meanwhile makes the index out of date
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
@@ -137,7 +137,7 @@ def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[li
                     rows.ignore(name)
     except OSError as error:
         raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
-    rows.stamps.append(seen)
+    rows.file_states.append(seen)
     folders.sort()
     images.sort()
     return folders, images

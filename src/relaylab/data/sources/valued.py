@@ -62,7 +62,7 @@ class Values:
         keys = _number_keys(labels, names, title) if are_numbers else _text_keys(labels, names)
         place_of = {key: place for place, key in enumerate(keys)}
         own = [[label if isinstance(label, int) else place_of[f"{label}"] for label in each] for each in labels]
-        shown = names_beside(named, keys, rows.stamps)
+        shown = names_beside(named, keys, rows.file_states)
         default = (name or f"class {key}" for name, key in zip(names or [""] * len(keys), keys, strict=True))
         classes = tuple(shown.get(key, name) for key, name in zip(keys, default if are_numbers else keys, strict=True))
         is_single = not several or all(len(each) == 1 for each in own)

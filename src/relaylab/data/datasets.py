@@ -15,13 +15,13 @@ from relaylab.data.memory import DecodedImages, decoded_statistics, memory_evalu
 from relaylab.data.sampling import KeyedSampler
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.source import Source, targets_of
-from relaylab.data.sources.subset import Thinned
+from relaylab.data.sources.subset import Subset
 from relaylab.data.statistics import ImageStatistics, image_statistics
 from relaylab.progress import progress
 
 
 @dataclass(frozen=True)
-class InMemory:
+class InMemoryDataset:
     """Labelled images that are decoded already."""
 
     decoded: DecodedImages
@@ -42,11 +42,11 @@ class InMemory:
         """Return a loader of all centre crops in order."""
         return memory_evaluation_loader(self.decoded, self.crop_spec, batch_size=batch_size)
 
-    def some(self, numbers: NDArray[np.int64]) -> "InMemory":
+    def subset(self, numbers: NDArray[np.int64]) -> "InMemoryDataset":
         """Return the images with these indices as a part of their own."""
         rows = torch.from_numpy(numbers).to(self.decoded.labels.device)
         decoded = DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes)
-        return InMemory(decoded, self.crop_spec)
+        return InMemoryDataset(decoded, self.crop_spec)
 
     def statistics(self) -> ImageStatistics:
         """Return the statistics of the centre crops."""
@@ -54,8 +54,8 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class OnDisk:
-    """Labelled images that worker processes decode as they are needed; the methods are those of `InMemory`.
+class OnDiskDataset:
+    """Labelled images that worker processes decode as they are needed; the methods are those of `InMemoryDataset`.
 
     Attributes:
         source: encoded images.
@@ -97,9 +97,9 @@ class OnDisk:
             self.source, self.crop_spec, batch_size=batch_size, workers=self.workers, pin_memory=self.pin_memory
         )
 
-    def some(self, numbers: NDArray[np.int64]) -> "OnDisk":
+    def subset(self, numbers: NDArray[np.int64]) -> "OnDiskDataset":
         """Return the images with these indices as a part of their own."""
-        return replace(self, source=Thinned(self.source, numbers))
+        return replace(self, source=Subset(self.source, numbers))
 
     def statistics(self) -> ImageStatistics:
         """Return the statistics of the centre crops, computed once and kept in the cache."""
@@ -110,4 +110,4 @@ class OnDisk:
             )
 
 
-Part = InMemory | OnDisk
+ImageDataset = InMemoryDataset | OnDiskDataset

@@ -16,7 +16,7 @@ MOST_IMAGES = 10_000  # 0.1 s on a local disk
 SETTLED_NS = 2_000_000_000  # two changes closer than this may leave the same time on some file systems
 
 
-class Stamp(NamedTuple):
+class FileState(NamedTuple):
     """The state of a file or folder: size in bytes (-1 for a folder), time of its last change."""
 
     path: str
@@ -24,11 +24,11 @@ class Stamp(NamedTuple):
     mtime_ns: int
 
 
-def stamp(path: Path | str) -> Stamp:
+def file_state(path: Path | str) -> FileState:
     """Return the present state of a file or folder; raises OSError if there is none."""
     path = Path(path)
     state = path.stat()
-    return Stamp(str(path), -1 if path.is_dir() else state.st_size, state.st_mtime_ns)
+    return FileState(str(path), -1 if path.is_dir() else state.st_size, state.st_mtime_ns)
 
 
 def image_state(count: int, path_of: Callable[[int], str]) -> tuple[str, int]:
@@ -55,9 +55,9 @@ def sample(count: int) -> range:
     return range(0, count, max(1, -(-count // MOST_IMAGES)))
 
 
-def unsettled(stamps: Sequence[Stamp]) -> bool:
+def unsettled(file_states: Sequence[FileState]) -> bool:
     """Return whether something changed so recently that a further change might not show in its time."""
-    return any(is_recent(one.mtime_ns) for one in stamps)
+    return any(is_recent(one.mtime_ns) for one in file_states)
 
 
 def is_recent(time_ns: int) -> bool:
@@ -65,9 +65,9 @@ def is_recent(time_ns: int) -> bool:
     return abs(time.time_ns() - time_ns) < SETTLED_NS
 
 
-def stale(stamps: Sequence[Stamp]) -> bool:
+def stale(file_states: Sequence[FileState]) -> bool:
     """Return whether anything has changed since."""
     try:
-        return any(stamp(one.path) != one for one in stamps)
+        return any(file_state(one.path) != one for one in file_states)
     except OSError:
         return True
