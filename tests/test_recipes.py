@@ -18,7 +18,7 @@ from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
 from relaylab.models.building import NETWORKS, build_criterion, build_relay
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
-from relaylab.recipes.scales import DIALS, at_scale
+from relaylab.recipes.scales import SCALES, at_scale
 from relaylab.recipes.schema import Recipe, changed
 
 # Top-1 and top-5 errors of the trained rows, typed from the paper's tables once more.
@@ -66,10 +66,10 @@ def test_margins_over_standard_bp_are_the_papers() -> None:
         assert got == pytest.approx(expected, abs=0.021)  # the paper's own brackets are off by up to 0.02
 
 
-@pytest.mark.parametrize("dial", DIALS)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_value_has_a_source_and_every_source_a_value(name: str, dial: str) -> None:
-    recipe = at_scale(RECIPES[name], dial)  # type: ignore[arg-type]
+def test_every_value_has_a_source_and_every_source_a_value(name: str, scale: str) -> None:
+    recipe = at_scale(RECIPES[name], scale)  # type: ignore[arg-type]
     fields = list(recipe.fields())
     assert len(fields) > 25
     for field, _, source in fields:

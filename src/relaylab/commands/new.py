@@ -81,7 +81,7 @@ def main(options: NewOptions) -> int:
     out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
     if out.exists():
         raise InputError(f"{out} exists; give another name with --out, or remove it")
-    from relaylab.data.survey import Survey, survey
+    from relaylab.data.scan import ScanResults, scan
     from relaylab.models.named import allow
     from relaylab.progress import progress
     from relaylab.recipes.files import to_toml
@@ -97,11 +97,11 @@ def main(options: NewOptions) -> int:
     train, val = open_sources(Engine(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
     chosen, _ = chosen_numbers(images, groups_of(train))
-    findings = Survey()
+    results = ScanResults()
     with progress("decoding", min(SAMPLE, len(train))) as task:
-        survey(train, findings, limit=SAMPLE, task=task)
-    if not findings.widths:
-        raise InputError(f"{train.title}: none of {findings.examined} images can be read; see relaylab data check")
+        scan(train, results, limit=SAMPLE, task=task)
+    if not results.widths:
+        raise InputError(f"{train.title}: none of {results.examined} images can be read; see relaylab data check")
     wishes = Wishes(
         name=out.stem,
         epochs=options.epochs,
@@ -113,7 +113,7 @@ def main(options: NewOptions) -> int:
         pretrained=options.pretrained and os.path.relpath(options.pretrained.resolve(), out.absolute().parent),
         options={key: plain_value(value) for key, _, value in pairs},
     )
-    found = propose(network, train, images, len(train) if chosen is None else len(chosen), findings, wishes)
+    found = propose(network, train, images, len(train) if chosen is None else len(chosen), results, wishes)
     write_text(out, to_toml(found.recipe, found.notes))
     data = " ".join(map(str, options.data))
     more = f" --val-data {' '.join(map(str, options.val_data))}" if options.val_data else ""

@@ -112,7 +112,7 @@ def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
     if all(own.head == AUTO for own in auxiliary.values()) and len(set(gains)) == 1:
         gain = f', gain="{gains[0]}"' if gains[0] else ""
         return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes}{gain})"]
-    heads = {name: _call(head, classes) for name, head in build_relay(recipe, shadow=True).heads.items()}
+    heads = {name: _call(head, classes) for name, head in build_relay(recipe, on_meta=True).heads.items()}
     imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}
     pairs = (f'"{name}": {call}' for name, call in heads.items())
     return imports, [f"heads = {{{', '.join(pairs)}}}"]
