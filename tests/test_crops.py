@@ -29,7 +29,7 @@ SPEC = CropSpec(size=56, short_side=64)
 
 def crop_of(crops: Crops, draw: int, pixels: np.ndarray = FLOWER, spec: CropSpec = SPEC) -> torch.Tensor:
     out = torch.empty(spec.size, spec.size, 3, dtype=torch.uint8)
-    numbers = crops.numbers(3, [draw])[0].tolist()
+    numbers = crops.random_numbers(3, [draw])[0].tolist()
     cut_window(pixels, crops.window(spec, *pixels.shape[:2], numbers), out)
     return out
 
@@ -54,7 +54,7 @@ def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray, least: float 
 def test_resized_crops_have_torchvisions_distribution(height: int, width: int) -> None:
     """Of left, top, width, height, area and aspect ratio; in the long image most attempts fail."""
     crops = Crops(kind="resized")
-    ours = np.array([crops.window(SPEC, height, width, row) for row in crops.numbers(0, DRAWS[:6000]).tolist()])
+    ours = np.array([crops.window(SPEC, height, width, row) for row in crops.random_numbers(0, DRAWS[:6000]).tolist()])
     found = torchvisions(v2.RandomResizedCrop(56), height, width, 6000)
     theirs = np.array([[each[name] for name in ("left", "top", "width", "height")] for each in found])
 
@@ -66,7 +66,7 @@ def test_resized_crops_have_torchvisions_distribution(height: int, width: int) -
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= [width, height]).all()
     other = Crops(kind="resized", areas=(0.3, 1.0))
-    wrong = np.array([other.window(SPEC, height, width, row) for row in other.numbers(0, DRAWS[:6000]).tolist()])
+    wrong = np.array([other.window(SPEC, height, width, row) for row in other.random_numbers(0, DRAWS[:6000]).tolist()])
     with pytest.raises(AssertionError, match="p ="):  # negative control
         assert_same_distribution(columns(wrong), columns(theirs))
 
@@ -76,7 +76,7 @@ def test_where_no_attempt_fits_the_central_box_is_torchvisions(height: int, widt
     transform = v2.RandomResizedCrop(56, scale=(1.0, 1.0))
     (found,) = torchvisions(transform, height, width, 1)
     crops = Crops(kind="resized", areas=(1.0, 1.0))
-    left, top, across, down = crops.window(SPEC, height, width, crops.numbers(0, [5])[0].tolist())
+    left, top, across, down = crops.window(SPEC, height, width, crops.random_numbers(0, [5])[0].tolist())
     assert (left, top, across, down) == (found["left"], found["top"], found["width"], found["height"])
     assert (left, top, across, down) == central_box(height, width, (3 / 4, 4 / 3))
 
@@ -84,7 +84,7 @@ def test_where_no_attempt_fits_the_central_box_is_torchvisions(height: int, widt
 def test_a_resized_crop_has_torchvisions_pixels() -> None:
     crops, image = Crops(kind="resized"), torch.from_numpy(FLOWER).permute(2, 0, 1)
     for draw in range(20):
-        left, top, width, height = crops.window(SPEC, 427, 640, crops.numbers(3, [draw])[0].tolist())
+        left, top, width, height = crops.window(SPEC, 427, 640, crops.random_numbers(3, [draw])[0].tolist())
         expected = functional.resized_crop(image, top, left, height, width, [56, 56]).permute(1, 2, 0)
         assert (crop_of(crops, draw).int() - expected.int()).abs().max() <= 1
         moved = functional.resized_crop(image, top, left, height - 9, width, [56, 56]).permute(1, 2, 0)
@@ -99,7 +99,7 @@ def test_padding_is_torchvisions_pad(kind: str) -> None:
     image = functional.pad(torch.from_numpy(small).permute(2, 0, 1), [4])
     corners = set()
     for draw in range(400):
-        left, top, width, height = padded.window(spec, 32, 32, padded.numbers(3, [draw])[0].tolist())
+        left, top, width, height = padded.window(spec, 32, 32, padded.random_numbers(3, [draw])[0].tolist())
         corners.add((left, top))
         expected = functional.resized_crop(image, top + 4, left + 4, height, width, [32, 32]).permute(1, 2, 0)
         assert (crop_of(padded, draw, small, spec).int() - expected.int()).abs().max() <= 1

@@ -705,7 +705,7 @@ def test_what_is_no_source() -> None:
     class Half:
         labels = np.zeros(1, np.int16)
 
-        def read(self, number: int) -> bytes:
+        def read(self, index: int) -> bytes:
             return b""
 
     with pytest.raises(InputError, match="Half is not a Source: it has no title, classes, fingerprint, name, __len__"):

@@ -50,19 +50,19 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         self.reads += 1
-        data = self.files[number]
+        data = self.files[index]
         if isinstance(data, str):
             raise OSError(2, data)
         return data
 
-    def name(self, number: int) -> str:
-        return f"{self.classes[self.labels[number]]}/{number}.jpg"
+    def name(self, index: int) -> str:
+        return f"{self.classes[self.labels[index]]}/{index}.jpg"
 
 
-def picture(number: int, width: int, height: int) -> bytes:
-    rng = np.random.default_rng(number)
+def picture(index: int, width: int, height: int) -> bytes:
+    rng = np.random.default_rng(index)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
     file = io.BytesIO()
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -84,7 +84,7 @@ def loader(source: InMemory, workers: int = 0, **options: Any) -> TrainingLoader
 
 def assert_same(one: Iterable[Batch], other: Iterable[Batch]) -> None:
     for a, b in zip(one, other, strict=True):
-        for field in ("images", "labels", "draws", "numbers"):
+        for field in ("images", "labels", "draws", "indices"):
             assert torch.equal(getattr(a, field), getattr(b, field)), field
         assert a.faults == b.faults
 
@@ -102,14 +102,14 @@ def batches(source: InMemory) -> list[Batch]:
 def test_batches_are_what_the_draws_say(source: InMemory, batches: list[Batch]) -> None:
     assert [len(batch) for batch in batches] == [8] * 5
     draws = torch.cat([batch.draws for batch in batches])
-    numbers = torch.cat([batch.numbers for batch in batches])
+    numbers = torch.cat([batch.indices for batch in batches])
     assert draws.tolist() == list(range(40))
     assert numbers.tolist() == sampler(source).draw(np.arange(40)).tolist()
     moved = 0
     for batch in batches:
         assert batch.images.dtype == torch.uint8
-        assert batch.labels.tolist() == source.labels[batch.numbers.numpy()].tolist()
-        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
+        assert batch.labels.tolist() == source.labels[batch.indices.numpy()].tolist()
+        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
             expected = plain_training_crop(source.read(number), SPEC, seed=9, draw=draw).astype(int)
             assert np.abs(image.numpy() - expected)[1:-1, 1:-1].max() <= 1  # see Note [Windows] 3
             other = plain_training_crop(source.read(number), SPEC, seed=9, draw=draw + 1).astype(int)
@@ -150,7 +150,7 @@ def test_a_stream_that_is_broken_off_goes_on(source: InMemory, batches: list[Bat
 def test_seeds_differ(source: InMemory, batches: list[Batch]) -> None:
     other = training_loader(source, sampler(source), SPEC, batch_size=8, seed=10)
     for a, b in zip(other, batches, strict=True):
-        assert torch.equal(a.numbers, b.numbers)
+        assert torch.equal(a.indices, b.indices)
         assert not torch.equal(a.images, b.images)
 
 
@@ -161,7 +161,7 @@ def test_evaluation_goes_through_all_images_in_order(source: InMemory, workers: 
     for _ in range(2):
         found = list(made)
         assert [len(batch) for batch in found] == [8, 8, 8, 6]
-        assert torch.cat([batch.numbers for batch in found]).tolist() == list(range(30))
+        assert torch.cat([batch.indices for batch in found]).tolist() == list(range(30))
         for number, image in enumerate(torch.cat([batch.images for batch in found])):
             expected = plain_centre_crop(source.read(number), SPEC).astype(int)
             assert np.abs(image.numpy() - expected).max() <= 2  # see Note [Windows] 4
@@ -191,21 +191,21 @@ def test_unreadable_images_are_replaced_by_the_draw(damaged: InMemory, batches: 
     made = list(loader(damaged))
     assert_same(loader(damaged, 2), made)
     faults = [fault for batch in made for fault in batch.faults]
-    assert {fault.number for fault in faults} == {4, 7, 10, 12}
-    assert {fault.reason for fault in faults if fault.number == 12} == {"No such file or directory"}
+    assert {fault.index for fault in faults} == {4, 7, 10, 12}
+    assert {fault.reason for fault in faults if fault.index == 12} == {"No such file or directory"}
     replaced = {fault.draw: fault for fault in faults}
     for batch, whole in zip(made, batches, strict=True):
         assert torch.equal(batch.labels, whole.labels)  # the class stays
         for row, draw in enumerate(batch.draws.tolist()):
-            number = int(batch.numbers[row])
+            number = int(batch.indices[row])
             if draw in replaced:
-                assert replaced[draw].replacement == number != int(whole.numbers[row])
+                assert replaced[draw].replacement == number != int(whole.indices[row])
                 assert damaged.labels[number] == batch.labels[row]
                 expected = plain_training_crop(damaged.read(number), SPEC, seed=9, draw=draw).astype(int)
                 assert np.abs(batch.images[row].numpy() - expected)[1:-1, 1:-1].max() <= 1
             else:
                 assert torch.equal(batch.images[row], whole.images[row])
-    assert len({replaced[draw].replacement for draw in replaced if replaced[draw].number == 4}) > 1
+    assert len({replaced[draw].replacement for draw in replaced if replaced[draw].index == 4}) > 1
 
 
 def test_faults_are_counted_once_and_logged_by_name(damaged: InMemory, caplog: pytest.LogCaptureFixture) -> None:
@@ -478,7 +478,7 @@ def test_real_scenes(shared_data: Path) -> None:
     kept = memory_training_loader(decoded, sampler(source, 60), crop_spec, batch_size=20, seed=2)
     for batch, other in zip(streamed, kept, strict=True):
         assert torch.equal(batch.images, other.images)
-        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
+        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
             expected = plain_training_crop(files[number], crop_spec, seed=2, draw=draw)
             np.testing.assert_array_equal(image.numpy(), expected)
 

@@ -107,7 +107,7 @@ def test_batches_carry_the_targets_of_their_images(images: Path) -> None:
             assert (batch.labels.dtype, batch.labels.shape) == (torch.float32, (9, 3))
             bright = batch.images.float().mean(dim=(1, 2)) > 120
             assert torch.equal(batch.labels > 0, bright)
-            assert torch.equal(batch.labels, torch.from_numpy(dataset.labels[batch.numbers.numpy()]).float())
+            assert torch.equal(batch.labels, torch.from_numpy(dataset.labels[batch.indices.numpy()]).float())
         subset = dataset.subset(np.array([4, 2]))
         assert np.array_equal(subset.labels, dataset.labels[[4, 2]])
 
@@ -129,10 +129,10 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
     source = open_source([tmp_path / "images", tmp_path / "list.csv"])
     sampler = ShuffledSampler(np.zeros(3, np.int64), seed=0)
     batch = next(iter(training_loader(source, sampler, CropSpec(size=8, short_side=10), batch_size=3)))
-    assert [fault.number for fault in batch.faults] == [0]
+    assert [fault.index for fault in batch.faults] == [0]
     assert source.targets is not None
-    assert torch.equal(batch.labels, torch.from_numpy(source.targets[batch.numbers.numpy()]).float())
-    assert 0 not in batch.numbers.tolist()
+    assert torch.equal(batch.labels, torch.from_numpy(source.targets[batch.indices.numpy()]).float())
+    assert 0 not in batch.indices.tolist()
     (tmp_path / "only.csv").write_text("image,labels\nbad,a;b\n")
     only = open_source([tmp_path / "images", tmp_path / "only.csv"])
     loader = training_loader(only, ShuffledSampler([0], seed=0), CropSpec(size=8, short_side=10), batch_size=1)

@@ -56,7 +56,7 @@ class Crops:
         """Whether windows of an image whose shorter side is `short_side` have another size than the crop."""
         return self.kind != "window"
 
-    def numbers(self, seed: int, draws: ArrayLike) -> NDArray[np.float64]:
+    def random_numbers(self, seed: int, draws: ArrayLike) -> NDArray[np.float64]:
         """Return the random numbers (n, ...) of n draws that choose their windows."""
         columns = WINDOWS[self.kind].columns
         return uniforms(seed, draws, columns.stop)[:, columns.start :]
@@ -68,7 +68,7 @@ class Crops:
             spec: sizes.
             height: of the image.
             width: of the image.
-            numbers: a row of `numbers`.
+            numbers: a row of `random_numbers`.
         """
         return WINDOWS[self.kind].choose(self, spec, height, width, numbers)
 

@@ -42,9 +42,9 @@ class InMemoryDataset:
         """Return a loader of all centre crops in order."""
         return memory_evaluation_loader(self.decoded, self.crop_spec, batch_size=batch_size)
 
-    def subset(self, numbers: NDArray[np.int64]) -> "InMemoryDataset":
+    def subset(self, indices: NDArray[np.int64]) -> "InMemoryDataset":
         """Return the images with these indices as a part of their own."""
-        rows = torch.from_numpy(numbers).to(self.decoded.labels.device)
+        rows = torch.from_numpy(indices).to(self.decoded.labels.device)
         decoded = DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes)
         return InMemoryDataset(decoded, self.crop_spec)
 
@@ -97,9 +97,9 @@ class OnDiskDataset:
             self.source, self.crop_spec, batch_size=batch_size, workers=self.workers, pin_memory=self.pin_memory
         )
 
-    def subset(self, numbers: NDArray[np.int64]) -> "OnDiskDataset":
+    def subset(self, indices: NDArray[np.int64]) -> "OnDiskDataset":
         """Return the images with these indices as a part of their own."""
-        return replace(self, source=Subset(self.source, numbers))
+        return replace(self, source=Subset(self.source, indices))
 
     def statistics(self) -> ImageStatistics:
         """Return the statistics of the centre crops, computed once and kept in the cache."""

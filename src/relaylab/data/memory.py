@@ -94,7 +94,7 @@ def decode_all(
             )
         faults.record(found)
         good = torch.ones(len(source), dtype=torch.bool, device=device)
-        good[[fault.number for fault in found]] = False
+        good[[fault.index for fault in found]] = False
         images, labels = images[good], labels[good]
     return DecodedImages(images, labels, tuple(source.classes))
 
@@ -128,14 +128,14 @@ def memory_training_loader(
 
     def batches() -> Iterator[Batch]:
         for pairs in draws:
-            chosen, numbers = torch.from_numpy(pairs.T.copy())
-            places = crops.numbers(seed, pairs[:, 0])
+            chosen, indices = torch.from_numpy(pairs.T.copy())
+            places = crops.random_numbers(seed, pairs[:, 0])
             if crops.are_resized:
-                batch = _cut(decoded, crop_spec, chosen, numbers, crops, places)
+                batch = _cut(decoded, crop_spec, chosen, indices, crops, places)
             else:
                 spare = crop_spec.short_side + 2 * crops.padding - crop_spec.size + 1
                 corners = torch.from_numpy((places * spare).astype(np.int64) - crops.padding)
-                batch = _gather(decoded, crop_spec.size, chosen, numbers, corners, is_padded=crops.padding > 0)
+                batch = _gather(decoded, crop_spec.size, chosen, indices, corners, is_padded=crops.padding > 0)
             if crops.policy is not None:
                 images = batch.images.cpu()
                 crops.finish(images, seed, pairs[:, 0])
@@ -159,9 +159,9 @@ def memory_evaluation_loader(decoded: DecodedImages, crop_spec: CropSpec, *, bat
         offset = int(centre_box(crop_spec, side, side)[0])
         images = decoded.images[:, offset : offset + size, offset : offset + size]
         for pairs in ordered:
-            numbers = torch.from_numpy(pairs[:, 0].copy())
-            rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
-            yield Batch(images[rows].contiguous(), decoded.labels[rows], numbers, numbers)
+            indices = torch.from_numpy(pairs[:, 0].copy())
+            rows = slice(int(indices[0]), int(indices[-1]) + 1)
+            yield Batch(images[rows].contiguous(), decoded.labels[rows], indices, indices)
 
     return EvaluationLoader(batches, len(ordered))
 
@@ -188,28 +188,28 @@ def _cut(
     decoded: DecodedImages,
     crop_spec: CropSpec,
     draws: Tensor,
-    numbers: Tensor,
+    indices: Tensor,
     crops: Crops,
     places: NDArray[np.float64],
 ) -> Batch:
     """Cut and resize windows one by one, on the CPU."""
-    rows = numbers.to(decoded.images.device)
+    rows = indices.to(decoded.images.device)
     squares, images = (
         decoded.images[rows].cpu().numpy(),
         torch.empty(len(rows), crop_spec.size, crop_spec.size, 3).byte(),
     )
     for square, place, out in zip(squares, places.tolist(), images, strict=True):
         cut_window(square, crops.window(crop_spec, crop_spec.short_side, crop_spec.short_side, place), out)
-    return Batch(images.to(decoded.images.device), decoded.labels[rows], draws, numbers)
+    return Batch(images.to(decoded.images.device), decoded.labels[rows], draws, indices)
 
 
 def _gather(
-    decoded: DecodedImages, size: int, draws: Tensor, numbers: Tensor, corners: Tensor, *, is_padded: bool
+    decoded: DecodedImages, size: int, draws: Tensor, indices: Tensor, corners: Tensor, *, is_padded: bool
 ) -> Batch:
     """Cut windows out of images by one gather on their device; what is outside of a padded image is black."""
     device, side = decoded.images.device, decoded.images.shape[1]
     # One copy to the device, from pinned memory: the host does not wait for it.
-    where = torch.cat([numbers[:, None], corners], dim=1)
+    where = torch.cat([indices[:, None], corners], dim=1)
     if device.type == "cuda":
         where = where.pin_memory()
     rows, left, top = where.to(device, non_blocking=True).unbind(1)
@@ -217,8 +217,8 @@ def _gather(
     across, down = left[:, None] + pixels, top[:, None] + pixels
     if not is_padded:
         images = decoded.images[rows[:, None, None], down[:, :, None], across[:, None, :]]
-        return Batch(images, decoded.labels[rows], draws, numbers)
+        return Batch(images, decoded.labels[rows], draws, indices)
     nearest = across.clamp(0, side - 1), down.clamp(0, side - 1)
     images = decoded.images[rows[:, None, None], nearest[1][:, :, None], nearest[0][:, None, :]]
     inside = (down == nearest[1])[:, :, None] & (across == nearest[0])[:, None, :]
-    return Batch(images * inside[..., None], decoded.labels[rows], draws, numbers)
+    return Batch(images * inside[..., None], decoded.labels[rows], draws, indices)

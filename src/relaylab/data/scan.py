@@ -63,16 +63,16 @@ class ScanDataset(Dataset[ScanResults]):
     def __getitems__(self, pairs: NDArray[np.int64]) -> ScanResults:
         """Scan the images whose indices are in the second column."""
         results = ScanResults()
-        for number in pairs[:, 1].tolist():
+        for index in pairs[:, 1].tolist():
             try:
-                data = self.source.read(number)
+                data = self.source.read(index)
                 pixels, complaint = decode_checked(data)
             except (ImageFault, OSError) as error:
                 reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-                results.unreadable.append(Fault(number, self.source.name(number), reason))
+                results.unreadable.append(Fault(index, self.source.name(index), reason))
                 continue
             if complaint is not None:
-                results.damaged.append(Fault(number, self.source.name(number), complaint))
+                results.damaged.append(Fault(index, self.source.name(index), complaint))
             results.heights.append(pixels.shape[0])
             results.widths.append(pixels.shape[1])
             results.file_sizes.append(len(data))
@@ -124,9 +124,9 @@ def scan(
         workers: processes that decode; None for one on each core.
         task: counts images and notes the bad ones.
     """
-    numbers = spread(len(source), limit)
-    workers = min(available_cores() if workers is None else workers, len(numbers) // BATCH)
-    for part in Workers(count=workers).loader(ScanDataset(source), OrderedBatches(numbers, BATCH)):
+    indices = spread(len(source), limit)
+    workers = min(available_cores() if workers is None else workers, len(indices) // BATCH)
+    for part in Workers(count=workers).loader(ScanDataset(source), OrderedBatches(indices, BATCH)):
         results.add(part)
         bad = len(results.unreadable) + len(results.damaged)
         if task is not None:

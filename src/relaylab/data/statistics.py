@@ -141,21 +141,21 @@ def compute(
     task: Task | None = None,
 ) -> ImageStatistics:
     """Compute the statistics as `image_statistics` does, without a cache; raises InputError if no image can be read."""
-    numbers = spread(len(source), limit)
+    indices = spread(len(source), limit)
     sums, products = np.zeros((crop_spec.size, crop_spec.size, 3), np.int64), np.zeros((3, 3), np.int64)
     faults: list[Fault] = []
     dataset = _BatchSums(ImageBatches(source, crop_spec, training=False))
-    batches = OrderedBatches(numbers, batch_size)
+    batches = OrderedBatches(indices, batch_size)
     for count, batch_sums, batch_products, batch_faults in Workers(count=workers).loader(dataset, batches):
         sums += batch_sums
         products += batch_products
         faults += batch_faults
         if task is not None:
             task.advance(count)
-    if len(faults) == len(numbers):
+    if len(faults) == len(indices):
         first = f": {faults[0].name}: {faults[0].reason}" if faults else ""
-        raise InputError(f"none of {len(numbers)} images can be read{first}")
-    return ImageStatistics(sums, products, len(numbers) - len(faults), tuple(fault.name for fault in faults))
+        raise InputError(f"none of {len(indices)} images can be read{first}")
+    return ImageStatistics(sums, products, len(indices) - len(faults), tuple(fault.name for fault in faults))
 
 
 class _BatchSums(Dataset[Any]):

@@ -27,7 +27,7 @@ from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
-from relaylab.data.sources.subset import Numbers, Subset, held_out, long_tail
+from relaylab.data.sources.subset import Indices, Subset, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
 from relaylab.errors import InputError, LabError, raise_all
 from relaylab.files import available_cores
@@ -137,7 +137,7 @@ def open_images(
             skipped = getattr(source, "skipped", ())
             if skipped:
                 log.info("%s: folders passed over: %s", source.title, few(list(skipped)))
-        chosen, held = chosen_numbers(recipe.images, groups_of(train))
+        chosen, held = chosen_indices(recipe.images, groups_of(train))
         val = val if held is None else Subset(train, held)
         train = train if chosen is None else Subset(train, chosen)
         in_memory = fits_memory(config, (train, val), crop_spec, devices_here)
@@ -218,7 +218,7 @@ def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[In
     Args:
         config: paths.
         images: of the recipe, which says what to validate on. Where it holds training images out, those are the
-            second ones, too: `chosen_numbers` chooses among them.
+            second ones, too: `chosen_indices` chooses among them.
 
     Raises:
         InputError: a path or its contents that cannot be used.
@@ -351,7 +351,7 @@ def groups_of(source: Source) -> Labels:
     return source.labels if targets_of(source) is None else np.zeros(len(source), np.int16)
 
 
-def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:
+def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | None, Indices | None]:
     """Return the indices of the training images that a recipe trains on, and of those it validates with instead.
 
     The labels, (n,), are those of all training images. Indices are sorted; None stands for all training images, and

@@ -39,9 +39,9 @@ def image_state(count: int, path_of: Callable[[int], str]) -> tuple[str, int]:
         path_of: returns the path of an image. A file that is absent has a state of its own.
     """
     content, latest = sha256(), 0
-    for number in sample(count):
+    for index in sample(count):
         try:
-            state = os.stat(path_of(number))  # noqa: PTH116 (thousands of them)
+            state = os.stat(path_of(index))  # noqa: PTH116 (thousands of them)
         except OSError:
             content.update(b"absent")
             continue

@@ -220,11 +220,11 @@ class IndexedImages:
         for path in list(self.__dict__.get("_descriptors", ())):
             os.close(self._descriptors.pop(path))
 
-    def size(self, number: int) -> int:
+    def size(self, index: int) -> int:
         """Return the size of an encoded image in bytes, without reading it; raises OSError if it is not there."""
         if "spans" in self._tensors:
-            return self._inflated(number) or int(self._rows("spans", number)[0][1])
-        return os.stat(self._image_path(number)).st_size  # noqa: PTH116 (thousands of them)
+            return self._inflated(index) or int(self._rows("spans", index)[0][1])
+        return os.stat(self._image_path(index)).st_size  # noqa: PTH116 (thousands of them)
 
     def _are_changed(self, state: str) -> bool:
         """Return whether image files have been written over."""
@@ -233,8 +233,8 @@ class IndexedImages:
         places, names = self._mapped("place"), self._mapped("names")
         bounds = self._mapped("bounds")
 
-        def path_of(number: int) -> str:
-            return _path(self.places[places[number]], names[bounds[number] : bounds[number + 1]].tobytes())
+        def path_of(index: int) -> str:
+            return _path(self.places[places[index]], names[bounds[index] : bounds[index + 1]].tobytes())
 
         return image_state(len(places), path_of)[0] != state
 
@@ -244,48 +244,48 @@ class IndexedImages:
         with open(self._descriptor(str(self._path)), "rb", closefd=False) as file:
             return np.memmap(file, dtype, "r", offset, shape).view(np.ndarray)
 
-    def _image_path(self, number: int) -> str:
-        return _path(self.places[int(self._rows("place", number)[0])], self.relative_name(number))
+    def _image_path(self, index: int) -> str:
+        return _path(self.places[int(self._rows("place", index)[0])], self.relative_name(index))
 
-    def relative_name(self, number: int) -> bytes:
+    def relative_name(self, index: int) -> bytes:
         """Return the name of an image below its place, as in lists; raises IndexError if there is no such image."""
-        start, stop = self._rows("bounds", number, 2).tolist()
+        start, stop = self._rows("bounds", index, 2).tolist()
         return _pread(self._descriptor(str(self._path)), stop - start, self._tensors["names"][2] + start, self._path)
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
-        place = self.places[int(self._rows("place", number)[0])]
-        return printable(os.fsencode(place.shown) + b"/" + self.relative_name(number))
+        place = self.places[int(self._rows("place", index)[0])]
+        return printable(os.fsencode(place.shown) + b"/" + self.relative_name(index))
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Return the encoded bytes of an image.
 
         Raises:
             IndexError: there is no such image.
             OSError: it cannot be read, or has changed since it was indexed.
         """
-        place = self.places[int(self._rows("place", number)[0])]
+        place = self.places[int(self._rows("place", index)[0])]
         if "spans" not in self._tensors:
-            return read_bytes(_path(place, self.relative_name(number)), LARGEST_FILE)
-        offset, size = self._rows("spans", number)[0].tolist()
+            return read_bytes(_path(place, self.relative_name(index)), LARGEST_FILE)
+        offset, size = self._rows("spans", index)[0].tolist()
         if size > LARGEST_FILE:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {LARGEST_FILE:,} are read", place.path)
         descriptor = self._descriptor(place.path)
         data = _pread(descriptor, size, offset, place.path)
         self._check_unchanged(descriptor, place.path)  # after it: what has been read is from before a change
-        inflated = self._inflated(number)
+        inflated = self._inflated(index)
         return inflate(data, inflated, place.shown) if inflated else data
 
-    def _inflated(self, number: int) -> int:
-        return int(self._rows("inflated", number)[0]) if "inflated" in self._tensors else 0
+    def _inflated(self, index: int) -> int:
+        return int(self._rows("inflated", index)[0]) if "inflated" in self._tensors else 0
 
-    def _rows(self, tensor: str, number: int, count: int = 1) -> NDArray[Any]:
+    def _rows(self, tensor: str, index: int, count: int = 1) -> NDArray[Any]:
         """Read `count` rows of a tensor from the file."""
         dtype, shape, offset = self._tensors[tensor]
-        if not 0 <= number <= shape[0] - count:
-            raise IndexError(f"image {number}: expected 0 .. {len(self) - 1}")
+        if not 0 <= index <= shape[0] - count:
+            raise IndexError(f"image {index}: expected 0 .. {len(self) - 1}")
         row = dtype.itemsize * math.prod(shape[1:])
-        data = _pread(self._descriptor(str(self._path)), count * row, offset + int(number) * row, self._path)
+        data = _pread(self._descriptor(str(self._path)), count * row, offset + int(index) * row, self._path)
         return np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
     def _check_unchanged(self, descriptor: int, path: str) -> None:

@@ -120,9 +120,9 @@ class Listing:
     notes: tuple[str, ...] = ()
     inflated: NDArray[np.int64] | None = None
 
-    def name(self, number: int) -> bytes:
+    def name(self, index: int) -> bytes:
         """Return the name of an image below its place."""
-        return self.names[int(self.bounds[number]) : int(self.bounds[number + 1])].tobytes()
+        return self.names[int(self.bounds[index]) : int(self.bounds[index + 1])].tobytes()
 
 
 class Rows:
@@ -182,9 +182,9 @@ class Rows:
             if self.name(first) == self.name(second):
                 raise InputError(f"{title} has {printable(self.name(first))} more than once")
 
-    def name(self, number: int) -> bytes:
+    def name(self, index: int) -> bytes:
         """Return the name of an image that was added."""
-        return bytes(self._names[self._bounds[number] : self._bounds[number + 1]])
+        return bytes(self._names[self._bounds[index] : self._bounds[index + 1]])
 
     def listing(self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place]) -> Listing:
         """Return all images in order, with labels by the rank of the classes' keys. See Note [Listing] 2.
@@ -236,7 +236,7 @@ class Rows:
         """Refuse a tree such as Places' a/abbey, b/bakery, whose letters would be read as classes."""
         if self.found and folders and all(len(folder) == 1 and folder.isalpha() for folder in folders):
             some = range(0, self.found, max(1, self.found // 100))
-            if all(len(self.name(number).split(b"/")[-2]) > 1 for number in some):
+            if all(len(self.name(index).split(b"/")[-2]) > 1 for index in some):
                 raise InputError(
                     f"{title} is sorted by letters ({folders[0]}/CLASS/IMAGE), as Places is: give its list too"
                 )
@@ -250,9 +250,9 @@ def _sorted(listing: Listing) -> Listing:
     order = np.empty(len(by_class), np.int64)
     position = 0
     for members in np.split(by_class, edges):
-        named = [(*listing.name(number).rpartition(b"/")[::2], number) for number in members.tolist()]
+        named = [(*listing.name(index).rpartition(b"/")[::2], index) for index in members.tolist()]
         named.sort()
-        order[position : position + len(named)] = [number for _, _, number in named]
+        order[position : position + len(named)] = [index for _, _, index in named]
         position += len(named)
         blob += b"".join(folder + b"/" + file if folder else file for folder, file, _ in named)
     lengths = np.diff(listing.bounds)[order]

@@ -120,16 +120,16 @@ def check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
     missing: list[tuple[int, str]] = []
     with watch("looking for the files", len(folders)) as task:
         for name, members in zip(folders, np.split(order, np.cumsum(np.bincount(folder))[:-1]), strict=True):
-            numbers = members.tolist()
+            indices = members.tolist()
             kinds = kinds_in(os.fsencode(root) + b"/" + name, os.fsencode(root))
-            for number in numbers:
-                kind = kinds.get(rows.name(number).rpartition(b"/")[2], "")
+            for index in indices:
+                kind = kinds.get(rows.name(index).rpartition(b"/")[2], "")
                 if kind != "file":
-                    missing.append((number, " (is a folder)" if kind == "folder" else ""))
+                    missing.append((index, " (is a folder)" if kind == "folder" else ""))
             task.advance()
     if missing:
         missing.sort()
-        names = [brief(rows.name(number)) + what for number, what in missing[:3]] + [""] * (len(missing) - 3)
+        names = [brief(rows.name(index)) + what for index, what in missing[:3]] + [""] * (len(missing) - 3)
         raise InputError(
             f"{len(missing):,} of the {rows.found:,} images of {file.name} are not in {root}: {few(names)};"
             " name the folder that the list is about"

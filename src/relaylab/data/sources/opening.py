@@ -313,14 +313,14 @@ def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
     folders = tuple(sorted(shown))
     rank = {name: label for label, name in enumerate(folders)}
     labels = np.full(len(listing.labels), -1, np.int16)
-    for number in range(len(labels)):
-        stem = os.fsdecode(listing.name(number)).rpartition("/")[2].rpartition(".")[0]
+    for index in range(len(labels)):
+        stem = os.fsdecode(listing.name(index)).rpartition("/")[2].rpartition(".")[0]
         image = stem.removeprefix(VALIDATION_IMAGE)
         if image == stem or not image.isdecimal() or not 1 <= int(image) <= len(lines):
             raise InputError(f"{printable(stem)}: expected {VALIDATION_IMAGE}1 .. {len(lines)}, as {truth.name} has")
         if lines[int(image) - 1] not in synset:
             raise InputError(f"{truth.name}, line {int(image)}: {meta.name} has no class {lines[int(image) - 1]}")
-        labels[number] = rank[synset[lines[int(image) - 1]]]
+        labels[index] = rank[synset[lines[int(image) - 1]]]
     if len(labels) != len(lines):
         raise InputError(f"{listing.title} has {len(labels):,} images, {truth.name} {len(lines):,} lines")
     classes = told_apart([shown[name] for name in folders], folders)

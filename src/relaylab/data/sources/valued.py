@@ -80,7 +80,7 @@ class Values:
         if len(without) < rows.found:
             raise InputError(
                 f"{title}: {len(without):,} of {rows.found:,} images have no label, such as "
-                f"{few([rows.name(number).decode(errors='backslashreplace') for number in without[:1]])}"
+                f"{few([rows.name(index).decode(errors='backslashreplace') for index in without[:1]])}"
             )
         labels = np.full(rows.found, UNLABELLED)
         return rows.listed(title, tuple(names), unique_keys(names), places, labels, numbered=bool(names))
