@@ -25,7 +25,7 @@ from relaylab.data.batches import ImageBatches, OrderedBatches, Pairs, spread
 from relaylab.data.faults import Fault
 from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import Workers
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.outside.folders import is_our_own
@@ -122,7 +122,7 @@ def image_statistics(
     statistics = _read(file, about, crop_spec.size)
     if statistics is None:
         statistics = compute(source, crop_spec, limit=limit, workers=workers, batch_size=batch_size, task=task)
-        with written(file) as temporary:
+        with atomic_cache_write(file) as temporary:
             count = np.array([statistics.count])
             tensors = {"sums": statistics.sums, "products": statistics.products, "count": count}
             unreadable = json.dumps(statistics.unreadable)

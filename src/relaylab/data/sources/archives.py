@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write
 from relaylab.data.sources.class_names import named_classes, names_beside
 from relaylab.data.sources.file_states import FileState, file_state
 from relaylab.data.sources.listing import (
@@ -230,7 +230,11 @@ def unpacked(tar: Path, cache: Path, watch: Watch) -> Path:
     plain = _plain_of(source, cache)
     if is_our_own(plain):
         return plain
-    with written(plain) as file, tar.open("rb") as packed, watch(f"unpacking {tar.name}", source.size) as task:
+    with (
+        atomic_cache_write(plain) as file,
+        tar.open("rb") as packed,
+        watch(f"unpacking {tar.name}", source.size) as task,
+    ):
         free = shutil.disk_usage(file.parent).free
         if free < source.size:  # the least it can need
             raise InputError(f"{tar.name} needs more than {source.size:,} bytes in {file.parent}: {free:,} are free")

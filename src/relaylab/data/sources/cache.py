@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from relaylab.errors import InputError
-from relaylab.files import PART, replacing
+from relaylab.files import PART, atomic_write
 from relaylab.outside.folders import sweep
 
 ABANDONED_S = 24 * 3600  # a file that is being written for so long has been left by a process that was killed
@@ -21,7 +21,7 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_cache_write(path: Path) -> Iterator[Path]:
     """Write a file of the cache atomically: yields the temporary file; folders above `path` are made.
 
     Raises:
@@ -30,7 +30,7 @@ def written(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, f".*{PART}", ABANDONED_S, time.time())
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             yield temporary
     except OSError as error:
         raise InputError(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from relaylab.data.sources.cache import cache_folder, written
+from relaylab.data.sources.cache import atomic_cache_write, cache_folder
 from relaylab.outside.folders import is_our_own
 
 NAME = "digits-1.tar"  # a change of the contents needs another name: a cached file is never rewritten
@@ -31,7 +31,7 @@ def digits_tar(cache: Path | None = None) -> Path:
     """
     path = cache_folder(cache) / "digits" / NAME
     if not is_our_own(path):
-        with written(path) as temporary:
+        with atomic_cache_write(path) as temporary:
             _write(temporary)
     return path
 

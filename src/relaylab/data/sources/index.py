@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write
 from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.file_states import FileState, image_state, is_recent, stale, unsettled
 from relaylab.data.sources.listing import Listing, Place, inflate, printable
@@ -104,7 +104,7 @@ def write_index(path: Path, listing: Listing) -> None:
     for name in CHECKED:
         if name in tensors:
             total = zlib.crc32(np.ascontiguousarray(tensors[name]).data.cast("B"), total)
-    with written(path) as file:
+    with atomic_cache_write(path) as file:
         save_file(tensors, file, metadata={"format": FORMAT, "about": text, "crc32": str(total)})
 
 

@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write
 from relaylab.data.sources.class_names import numbered_names
 from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, printable
@@ -200,7 +200,7 @@ def _copied(path: Path, plain: Path) -> Iterator[_OffsetOf]:
     with ExitStack() as stack:
         target: IO[bytes] | None = None
         if not plain.exists():
-            temporary = stack.enter_context(written(plain))
+            temporary = stack.enter_context(atomic_cache_write(plain))
             free = shutil.disk_usage(temporary.parent).free
             if free < state.st_size:
                 raise InputError(f"it needs {state.st_size:,} bytes in {plain.parent}: {free:,} are free")
