@@ -624,7 +624,7 @@ def test_json_that_is_wrong(text: str, message: str, tmp_path: Path, opened: Ope
         (["a/1.mp4"], "For videos: take frames"),
         (["a/1.dcm", "b/2.dcm", "notes.txt"], "For DICOM files: convert them to PNG"),
         (["x.tar", "y.tar"], "it has 2 .tar. For tar or zip files: give these files instead of the folder"),
-        (["x.npy", "y.h5"], r"write a Source \(docs/data.md"),
+        (["x.npy", "y.h5"], r"write a Source \(docs/how-to/data.md"),
         (["a/list.csv"], "For lists: give the list"),
         (["a/README"], "it has 1 without extension"),
         (["a/.hidden"], "it has no files"),
@@ -641,8 +641,8 @@ def test_what_a_folder_without_images_has(files: list[str], message: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def own_source() -> Any:
-    """The class of docs/data.md."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    """The class of docs/how-to/data.md."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "data.md").read_text(), re.DOTALL)
     code = next(block for block in blocks if "class ArrayImages" in block)
     assert len(code.splitlines()) <= 42
     module = types.ModuleType("array_images")

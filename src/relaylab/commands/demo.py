@@ -27,7 +27,7 @@ class DemoOptions:
 
     data: Images = ()
     """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
-    that docs/data.md describes. (default: the handwritten digits)."""
+    that docs/how-to/data.md describes. (default: the handwritten digits)."""
 
     val_data: Images = ()
     """Validation images, where --data has training images only."""

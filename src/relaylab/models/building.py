@@ -14,7 +14,7 @@ from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayError, Re
 from relaybackprop.engine.hooks import find_module
 from relaylab import models
 from relaylab.errors import InputError, nearest
-from relaylab.models.layers import initialise
+from relaylab.models.layers import initialise, set_gain
 from relaylab.models.losses import BinaryCrossEntropy, WeightedCrossEntropy, class_weights
 from relaylab.models.named import build_named
 from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, LossConfig, NetworkConfig, PlanConfig, Recipe
@@ -50,9 +50,16 @@ def build_network(config: NetworkConfig) -> nn.Module:
     """Build a network with fresh weights.
 
     Raises:
-        InputError: an unknown architecture, an option that it lacks, fewer than two classes, or images that are too
-            small.
+        InputError: an unknown architecture, an option that it lacks, fewer than two classes, images that are too
+            small, or a gain for a network without a last layer that computes the class scores.
     """
+    model = _build_network(config)
+    if config.gain is not None:
+        set_gain(model, config.gain, config.num_classes)
+    return model
+
+
+def _build_network(config: NetworkConfig) -> nn.Module:
     name = config.architecture
     if not config.is_named and name not in NETWORKS:
         others = f"{', '.join(f'{place}:NAME' for place in LIBRARIES)}, package.module:function, file.py:function"
@@ -162,19 +169,22 @@ def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     shaped = {name: window for name, window in plan.auxiliary.items() if window.head != AUTO}
     shapes = head_inputs(replace(plan, auxiliary=shaped), network, model) if shaped else {}
-    return {
-        name: _fitting_head(window, network, model)
-        if window.head == AUTO
-        else build_head(window.head, shapes[name], network.num_classes, batch_norm)
-        for name, window in plan.auxiliary.items()
-    }
+    heads: dict[str, nn.Module] = {}
+    for name, window in plan.auxiliary.items():
+        if window.head == AUTO:
+            heads[name] = _fitting_head(window, network, model)
+        else:
+            heads[name] = build_head(window.head, shapes[name], network.num_classes, batch_norm)
+        if window.gain is not None:
+            set_gain(heads[name], window.gain, network.num_classes)
+    return heads
 
 
 def _fitting_head(window: AuxiliaryConfig, network: NetworkConfig, model: nn.Module) -> nn.Module:
     """Build the head that `relaybackprop.head_for` chooses."""
     images = torch.empty(2, 3, network.image_size, network.image_size, device="meta")
     plan = Plan(auxiliary={AUTO: Window(top=window.top)})
-    return head_for(model, plan, images, network.num_classes, gain=window.gain or "default")[AUTO]
+    return head_for(model, plan, images, network.num_classes)[AUTO]
 
 
 def _googlenet(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:

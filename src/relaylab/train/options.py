@@ -26,8 +26,8 @@ class Subject:
 
     data: Images = ()
     """Images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset shards, Parquet files,
-    or Places365, iNaturalist and Tiny ImageNet as they come; or, together with --val-data, anything that docs/data.md
-    describes. A pattern such as 'shard-{000..146}.tar' stands for several files."""
+    or Places365, iNaturalist and Tiny ImageNet as they come; or, together with --val-data, anything that
+    docs/how-to/data.md describes. A pattern such as 'shard-{000..146}.tar' stands for several files."""
 
     val_data: Images = ()
     """Validation images, where --data has training images only, as with lists."""

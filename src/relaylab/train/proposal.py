@@ -262,7 +262,7 @@ def _windows(
         costs = _costs(model, suggested.plan, example, chosen)
     except RelayError as error:
         said = f"No windows: relaybackprop finds none for this network: {error} Only standard backpropagation is left; "
-        said += "docs/method.md says how to write windows by hand."
+        said += "docs/method/windows.md says how to write windows by hand."
         return {"scheme": ("standard", "no windows were found")}, {"": _wrapped(said)}
     values: dict[str, Value] = {"scheme": ("relay", "the paper's method; relaylab compare trains the others, too")}
     for name, window in {"primary": suggested.plan.primary, **suggested.plan.auxiliary}.items():

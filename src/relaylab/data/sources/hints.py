@@ -8,7 +8,7 @@ from pathlib import Path
 
 MOST_FILES = 20_000  # that are looked at
 MOST_KINDS = 5
-OWN_SOURCE = "write a Source (docs/data.md#a-source-of-your-own)"
+OWN_SOURCE = "write a Source (docs/how-to/data.md#a-source-of-your-own)"
 ADVICE = {
     "HEIC and camera raw files": (
         ".heic .heif .jxl .dng .cr2 .cr3 .nef .arw",

@@ -111,7 +111,8 @@ def open_source(
         paths: of the data set. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
             above. Or a list file, `NAME LABEL` per line or a CSV file with a header, with the folder that it is about.
             Or, for ImageNet's validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and
-            meta.mat, the latter two also as the folder of the development kit. docs/data.md has all formats. Patterns
+            meta.mat, the latter two also as the folder of the development kit. docs/how-to/data.md has all formats.
+            Patterns
             such as `shard-{000..003}.tar` stand for several files. A `Source` is checked and returned; with `classes`,
             labelled by these.
         split: train, val or test where the tree or tar has them. A test split may be without classes.
