@@ -1,7 +1,8 @@
-"""Fingerprints of the files and folders that an index was made from: size and time of change, not content.
+"""States of the files and folders that an index was made from: size and modification time, not content.
 
-Adding, removing or renaming a file changes the time of its folder. Writing over a file changes its own only, so those
-of images count too: of all of them in sets of up to `MOST_IMAGES`, and of as many, evenly spread, in larger ones.
+Adding, removing or renaming a file changes the time of its folder. Overwriting a file changes only the file's own
+time, so the times of images are checked as well: of all images in sets of up to `MOST_IMAGES`, and of at most that
+many, evenly spread, in larger sets.
 """
 
 import os
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 MOST_IMAGES = 10_000  # 0.1 s on a local disk
-SETTLED_NS = 2_000_000_000  # two changes closer than this may leave the same time on some file systems
+SETTLED_NS = 2_000_000_000  # on some file systems, two changes closer than this can have the same time
 
 
 class FileState(NamedTuple):
-    """The state of a file or folder: size in bytes (-1 for a folder), time of its last change."""
+    """The state of a file or folder: its size in bytes (-1 for a folder) and its modification time."""
 
     path: str
     size: int
@@ -25,18 +26,18 @@ class FileState(NamedTuple):
 
 
 def file_state(path: Path | str) -> FileState:
-    """Return the present state of a file or folder; raises OSError if there is none."""
+    """Return the current state of a file or folder; raises OSError if it does not exist."""
     path = Path(path)
     state = path.stat()
     return FileState(str(path), -1 if path.is_dir() else state.st_size, state.st_mtime_ns)
 
 
 def image_state(count: int, path_of: Callable[[int], str]) -> tuple[str, int]:
-    """Return a fingerprint of image files' sizes and times, and the latest time of change, in ns.
+    """Return a hash of the sizes and times of image files, and the latest modification time in nanoseconds.
 
     Args:
-        count: of images.
-        path_of: returns the path of an image. A file that is absent has a state of its own.
+        count: number of images.
+        path_of: returns the path of an image by index. A missing file changes the hash too.
     """
     content, latest = sha256(), 0
     for index in sample(count):
@@ -51,22 +52,22 @@ def image_state(count: int, path_of: Callable[[int], str]) -> tuple[str, int]:
 
 
 def sample(count: int) -> range:
-    """Return the indices of the images that are looked at, evenly spread."""
+    """Return the indices of the images that are checked, evenly spread."""
     return range(0, count, max(1, -(-count // MOST_IMAGES)))
 
 
 def unsettled(file_states: Sequence[FileState]) -> bool:
-    """Return whether something changed so recently that a further change might not show in its time."""
+    """Return whether a file changed so recently that another change could leave the same time."""
     return any(is_recent(one.mtime_ns) for one in file_states)
 
 
 def is_recent(time_ns: int) -> bool:
-    """Return whether a time is so close to now that a further change might have the same one."""
+    """Return whether a time is so close to now that another change could have the same time."""
     return abs(time.time_ns() - time_ns) < SETTLED_NS
 
 
 def stale(file_states: Sequence[FileState]) -> bool:
-    """Return whether anything has changed since."""
+    """Return whether any of the files or folders has changed or disappeared."""
     try:
         return any(file_state(one.path) != one for one in file_states)
     except OSError:
