@@ -21,7 +21,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
