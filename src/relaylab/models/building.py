@@ -1,5 +1,6 @@
 """From a recipe's plain values to networks, plans, heads and losses."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -209,8 +210,20 @@ def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn
     return InceptionAux(channels, num_classes)
 
 
+def _conv(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
+    channels, hidden = shape[0], 128
+    layers = OrderedDict[str, nn.Module](conv=nn.Conv2d(channels, channels, 3, padding=1, bias=not batch_norm))
+    layers["norm"] = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
+    layers |= {"relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    layers |= {"fc1": nn.Linear(channels, hidden), "relu1": nn.ReLU(), "fc2": nn.Linear(hidden, num_classes)}
+    head = nn.Sequential(layers)
+    initialise(head)
+    return head
+
+
 AUTO = "auto"  # the head that fits: `relaybackprop.head_for`
 HEADS: Mapping[str, Callable[[tuple[int, ...], int, bool], nn.Module]] = {
+    "conv": _conv,  # a 3x3 convolution and two linear layers, "1c2f" in papers on local learning (Wang et al., 2021)
     "googlenet": _googlenet,  # `relaybackprop.AuxiliaryHead`, our default
     "inception": _inception,  # torchvision's of Inception-v3, always with batch normalisation
     "linear": _linear,  # `relaybackprop.LinearHead`
