@@ -99,7 +99,7 @@ def _check_sizes(config: NetworkConfig) -> None:
         raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
 
 
-def build_shadow(config: NetworkConfig) -> nn.Module:
+def build_meta_network(config: NetworkConfig) -> nn.Module:
     """Build a network on the meta device, where it has shapes only, and check a network of other code by its output.
 
     Raises:
@@ -251,7 +251,7 @@ def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: 
 
 def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape (c, h, w) of the map that each auxiliary head reads, by loss, without computing anything."""
-    twin = build_shadow(network) if any(p.device.type != "meta" for p in model.parameters()) else model
+    twin = build_meta_network(network) if any(p.device.type != "meta" for p in model.parameters()) else model
     shapes: dict[str, tuple[int, ...]] = {}
     for name, window in plan.auxiliary.items():
 
@@ -264,17 +264,17 @@ def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
     return shapes
 
 
-def build_relay(recipe: Recipe, *, shadow: bool = False) -> Relay:
+def build_relay(recipe: Recipe, *, on_meta: bool = False) -> Relay:
     """Build a recipe's network and heads under its plan, with fresh weights from the default random generator.
 
-    With `shadow` they are on the meta device; see `build_shadow`.
+    With `on_meta` they are on the meta device; see `build_meta_network`.
 
     Raises:
         InputError: values that are inconsistent.
     """
-    model = build_shadow(recipe.network) if shadow else build_network(recipe.network)
+    model = build_meta_network(recipe.network) if on_meta else build_network(recipe.network)
     try:
-        with torch.device("meta") if shadow else nullcontext():
+        with torch.device("meta") if on_meta else nullcontext():
             plan = build_plan(recipe.plan, recipe.scheme)
             return Relay(model, plan, build_heads(recipe.plan, recipe.network, model) if plan.auxiliary else None)
     except RelayError as error:

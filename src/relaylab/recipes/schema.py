@@ -28,7 +28,7 @@ SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for
 GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "loss", "evaluation")  # of values
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Gain = Literal["default", "he", "quiet"]  # as in relaybackprop.heads; a test compares the two
-Dial = Literal["paper", "small", "tiny"]
+Scale = Literal["paper", "small", "tiny"]
 LIBRARIES = ("timm", "torchvision")  # whose networks have names
 UNMENTIONED = (  # values that no paper of the tables mentions, of methods that came later
     "augmentation.crop_scale", "augmentation.crop_ratio", "augmentation.padding", "augmentation.policy",
@@ -266,7 +266,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errors:
+class ReportedErrors:
     """Error rates in per cent."""
 
     top1: float | None = None
@@ -289,7 +289,7 @@ class Recipe:
     optimizer: OptimizerConfig
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig
-    reported: Errors | None = None
+    reported: ReportedErrors | None = None
     """The paper's errors."""
     trained_as: str | None = None
     """The recipe whose trained network this one tests; None if it trains its own."""
@@ -322,9 +322,9 @@ class Ensemble:
     members: tuple[Recipe, ...]
     combine: Literal["average", "product", "learnt weights"]
     """Weights are learnt on the validation images."""
-    reported: Errors
+    reported: ReportedErrors
     """The paper's error on the test images."""
-    validation: Errors
+    validation: ReportedErrors
     """The paper's error on the validation images (section 5.1)."""
     sources: Mapping[str, str]
 

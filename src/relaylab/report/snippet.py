@@ -115,7 +115,7 @@ def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
     classes, auxiliary = recipe.network.num_classes, recipe.plan.auxiliary
     if all(own.head == AUTO for own in auxiliary.values()):
         return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes})"]
-    heads = {name: _call(head, classes) for name, head in build_relay(recipe, shadow=True).heads.items()}
+    heads = {name: _call(head, classes) for name, head in build_relay(recipe, on_meta=True).heads.items()}
     imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}
     pairs = (f'"{name}": {call}' for name, call in heads.items())
     return imports, [f"heads = {{{', '.join(pairs)}}}"]

@@ -8,7 +8,7 @@ import tyro
 
 from relaylab.options import Folder, Images, Number, Switch, too_small
 from relaylab.recipes.files import is_file
-from relaylab.recipes.schema import Dial
+from relaylab.recipes.schema import Scale
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Changes = Annotated[
@@ -32,7 +32,7 @@ class Subject:
     val_data: Images = ()
     """Validation images, where --data has training images only, as with lists."""
 
-    scale: Dial = "paper"
+    scale: Scale = "paper"
     """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
 
     changes: Changes = ()
