@@ -289,3 +289,12 @@ def test_pages_can_be_read_on_a_phone(site: Path, dark: bool) -> None:
         assert found["wide"] == found["width"] == 390, found
         assert found["missing"] == 0, found
         assert found["contrast"] >= 4.5, found
+
+
+def test_ci_runs_the_documented_commands() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"run: \.ci/run$", workflow, re.MULTILINE)
+    commands = (ROOT / ".ci" / "run").read_text()
+    for target in ("lint", "types", "docs", "test"):
+        assert f"\nmake {target}" in commands, target
+        assert re.search(rf"^{target}: ", (ROOT / "Makefile").read_text(), re.MULTILINE), target
