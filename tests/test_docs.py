@@ -200,7 +200,22 @@ def world(tmp_path: Path, tiny_images: Path) -> Path:
     return tmp_path
 
 
-# The site
+# Links and the site
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.replace("`", "")).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_anchors_of_links_exist(page: str) -> None:
+    """Also on code hosts; files are checked in tests/test_house.py."""
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", (ROOT / page).read_text()):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.suffix != ".md" or anchor in headings(path), f"{page}: {target}#{anchor}"
 
 
 def test_the_reference_is_complete() -> None:
