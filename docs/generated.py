@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import types
@@ -12,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from relaylab.cli import COMMANDS, _function
+from relaylab.cli import COMMANDS
 from relaylab.recipes import schema
 
 
@@ -26,7 +27,9 @@ def commands() -> str:
 
 
 def _command(name: str) -> Iterator[str]:
-    kind = _function(name)[1]
+    module, _, function = COMMANDS[name].partition(":")
+    run = getattr(importlib.import_module(f"relaylab.commands.{module}"), function)
+    kind = get_type_hints(run)["options"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other description of the options
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
