@@ -313,3 +313,12 @@ def test_ci_runs_the_documented_commands() -> None:
     for target in ("lint", "types", "docs", "test"):
         assert f"\nmake {target}" in commands, target
         assert re.search(rf"^{target}: ", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_notes_that_pages_name_exist() -> None:
+    folders = ("src", "benchmarks", "experiments")
+    code = "\n".join(path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    notes = set(re.findall(r"^(Note \[[^\]]+\])$", code, re.MULTILINE))
+    for page in PAGES:
+        for name in re.findall(r"Note\s\[[A-Z][^\].]+\]", (ROOT / page).read_text()):
+            assert " ".join(name.split()) in notes, f"{page} names {name}"
