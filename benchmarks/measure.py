@@ -61,12 +61,12 @@ def count_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
     alive = Storages(owned)
 
     class Counter(FlopCounter):
-        def see(self, operation: Any, result: Any) -> None:  # noqa: ARG002
-            alive.note(result)
+        def on_operation(self, operation: Any, result: Any) -> None:  # noqa: ARG002
+            alive.add(result)
 
     with Counter():
         step()
-    return alive.most
+    return alive.peak
 
 
 def peak_bytes(step: Step) -> int:
@@ -99,12 +99,12 @@ def kept_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
     kept = Storages(owned)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.note(tensor)
+        kept.add(tensor)
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
-    return kept.most
+    return kept.peak
 
 
 def keep_memory() -> bool:

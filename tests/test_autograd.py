@@ -110,7 +110,7 @@ def test_a_backward_that_breaks_off_leaves_nothing_for_the_next() -> None:
 
 def test_create_graph_is_refused() -> None:
     relay, x = chain_relay()
-    with pytest.raises(DoubleBackwardError, match=r"create_graph=False.*received create_graph=True"):
+    with pytest.raises(DoubleBackwardError, match=r"\(create_graph=True\).*Set create_graph=False"):
         torch.autograd.grad(loss_of(relay, x), relay.model[0][0].weight, create_graph=True)
     assert x.grad is None
 
@@ -175,7 +175,7 @@ def test_no_grad_inside_of_the_model_is_refused_at_a_boundary() -> None:
             return self.high(x)
 
     relay = Relay(Half(), Plan(auxiliary={"aux": Window(top="low")}), {"aux": nn.Linear(3, 2)})
-    with pytest.raises(BoundaryError, match="output of low to run while gradients are recorded"):
+    with pytest.raises(BoundaryError, match="gradients are not recorded at the output of low"):
         relay(torch.randn(2, 3))
 
 
@@ -299,7 +299,9 @@ class UNet(nn.Module):
 def test_a_leak_around_a_window_is_named() -> None:
     plan = Plan(primary=Window(bottom="decoder2"), auxiliary={"aux": Window(top="decoder2")})
     relay = Relay(UNet(), plan, {"aux": nn.Linear(3, 3)})
-    with pytest.raises(LeakError, match=r"'primary'.*input of decoder2.*from encoder1 \(below\) to decoder1 \(above\)"):
+    with pytest.raises(
+        LeakError, match=r"from encoder1 \(below\) to decoder1 \(above\) bypasses .*'primary'.*input of decoder2"
+    ):
         relay(torch.randn(2, 3))
 
 
@@ -344,7 +346,9 @@ def test_tensors_that_cannot_be_found_are_no_silent_leak(plan: str, beside: bool
     if plan == "output":
         model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Hides(beside=False))
     relay = Relay(model, plans[plan], {name: Finds() for name in plans[plan].auxiliary})
-    kind, text = (LeakError, "path around|nothing else") if beside and plan != "output" else (BoundaryError, "Opaque")
+    kind, text = (
+        (LeakError, "bypasses the end|nothing else") if beside and plan != "output" else (BoundaryError, "Opaque")
+    )
     with pytest.raises(kind, match=text):
         relay(torch.randn(2, 3))
 
@@ -466,7 +470,7 @@ def test_memory_changed_by_another_name_is_no_silent_error(how: str) -> None:
             return value[0] if isinstance(value, tuple) else value
 
     relay = Relay(Aliased(how), ALIASED[how], {"aux": First()}).double()
-    with pytest.raises(BoundaryError, match=r"changed in place by no other name.*inplace=False"):
+    with pytest.raises(BoundaryError, match=r"modified in place through another tensor.*inplace=False"):
         relay(torch.randn(2, 3, dtype=torch.float64))
 
 

@@ -17,9 +17,9 @@ from nets import make_case
 from relaybackprop import LinearHead, Plan, Relay, Window, cost
 from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import BoundaryError, HeadError, LeakError, ModuleNameError, PlanError
-from relaybackprop.planning.chain import StandIn, total
+from relaybackprop.planning.chain import DummyHead, sum_elements
 from relaybackprop.planning.cost import Cost
-from relaybackprop.planning.profile import Spent
+from relaybackprop.planning.profile import PartCost
 
 SCHEMES = ["standard", "multi_loss", "isolated", "relay", "early_release"]
 
@@ -34,7 +34,7 @@ PLAN = Plan(Window(after="1"), {"aux": Window(top="3")})
 ROWS = torch.zeros(2, 4)
 
 
-def spent(found: Cost, scheme: str) -> list[Spent]:
+def spent(found: Cost, scheme: str) -> list[PartCost]:
     return [part.schemes[scheme] for part in found.parts]
 
 
@@ -50,16 +50,16 @@ def test_an_mlp_by_hand() -> None:
     assert list(found.totals) == SCHEMES
     # Saved, in float32: the rows (2 x 4) and what the first ReLU gives (2 x 6), which the next layer saves as well;
     # the second ReLU's output (2 x 5), which the last layer and the head save as well.
-    low, top = Spent(96, 96, 4 * (2 * 4 + 2 * 6)), Spent(60, 120, 0)  # nobody asks for the rows' gradient
-    middle = Spent(120, 2 * 120, 4 * 2 * 5)
-    assert spent(found, "standard") == [low, middle, top, Spent()]
-    head = Spent(60, 120, 4 * 2 * 5)  # its input is a copy
+    low, top = PartCost(96, 96, 4 * (2 * 4 + 2 * 6)), PartCost(60, 120, 0)  # nobody asks for the rows' gradient
+    middle = PartCost(120, 2 * 120, 4 * 2 * 5)
+    assert spent(found, "standard") == [low, middle, top, PartCost()]
+    head = PartCost(60, 120, 4 * 2 * 5)  # its input is a copy
     assert spent(found, "multi_loss") == [low, middle, top, head]
     assert spent(found, "isolated") == [low, middle, top, head]
     # The auxiliary loss's gradient goes through the overlap in a lane, one more input-gradient pass ...
-    assert spent(found, "relay") == [low, Spent(120, 3 * 120, 4 * 2 * 5), top, head]
+    assert spent(found, "relay") == [low, PartCost(120, 3 * 120, 4 * 2 * 5), top, head]
     # With early release the graph ends there, so that nothing is computed to be dropped ...
-    assert spent(found, "early_release") == [low, Spent(120, 2 * 120, 4 * 2 * 5), top, Spent(60, 120)]
+    assert spent(found, "early_release") == [low, PartCost(120, 2 * 120, 4 * 2 * 5), top, PartCost(60, 120)]
     # ... and in one pass over everything the sum's own input gradient is dropped there: one layer, so all of it.
     assert [part.lower_bound for part in found.parts] == [192, 120 + 2 * 120, 180, 180]
     assert found.lower_bound == 192 + 360 + 180 + 180
@@ -156,7 +156,7 @@ def test_parts_add_up_to_a_real_step(name: str) -> None:
         relay = Relay(case.model.train(), plan, heads)
 
         def step(relay: Relay = relay) -> None:
-            total(tensors_in(list(relay(*case.inputs)))).backward()
+            sum_elements(tensors_in(list(relay(*case.inputs)))).backward()
 
         step()
         assert found.totals[scheme].flops == count_flops(step) > 0
@@ -203,7 +203,7 @@ def test_a_gap_between_windows_has_no_backward_pass() -> None:
     plan = Plan(Window(after="3"), {"aux": Window(top="1")})
     low, gap, high = cost(mlp(), plan, ROWS).parts
     assert (low.schemes["relay"].backward, high.schemes["relay"].backward) == (96, 2 * 60)  # half of it is dropped
-    assert gap.schemes["relay"] == Spent(120, 0, 4 * 2 * 5)
+    assert gap.schemes["relay"] == PartCost(120, 0, 4 * 2 * 5)
     assert gap.schemes["standard"].backward == gap.schemes["isolated"].backward == 240
     assert (low.lower_bound, gap.lower_bound, high.lower_bound) == (192, 120, 60 + 60)
 
@@ -218,7 +218,7 @@ def test_frozen_layers() -> None:
     model = mlp()
     model[0].requires_grad_(False)
     low, middle, _top = cost(model, PLAN, ROWS).parts
-    assert low == type(low)("up to output of 1", 0, dict.fromkeys(SCHEMES, Spent(96, 0, 0)), 96)
+    assert low == type(low)("up to output of 1", 0, dict.fromkeys(SCHEMES, PartCost(96, 0, 0)), 96)
     assert middle.schemes["relay"].backward == 120, "nothing below wants a gradient, so no lane either"
     assert middle.lower_bound == 240
 
@@ -267,7 +267,7 @@ def test_one_module_as_two_heads() -> None:
 def test_no_auxiliary_loss() -> None:
     found = cost(mlp(), Plan(), ROWS)
     (part,) = found.parts
-    assert part.schemes == {"standard": Spent(96 + 120 + 60, 96 + 240 + 120, 4 * 2 * (4 + 6 + 5))}
+    assert part.schemes == {"standard": PartCost(96 + 120 + 60, 96 + 240 + 120, 4 * 2 * (4 + 6 + 5))}
     assert found.lower_bound == found.totals["standard"].flops == 276 + 456
     assert found.ratios == {"standard": 1.0, "lower_bound": 1.0}
     assert str(found).splitlines()[0].split("  ")[-2:] == ["standard", "lower_bound"]
@@ -310,7 +310,7 @@ def test_wrong_arguments() -> None:
         cost(mlp(), PLAN, ROWS, {})
     with pytest.raises(ModuleNameError, match="'9'"):
         cost(mlp(), Plan(Window(after="9")), ROWS)
-    with pytest.raises(PlanError, match=r"RuntimeError: .*in the head 'aux'"):
+    with pytest.raises(PlanError, match=r"RuntimeError \(.*Raised by the head 'aux'"):
         cost(mlp(), PLAN, ROWS, {"aux": nn.Linear(7, 3)})
     with pytest.raises(PlanError, match="on the meta device"):
         cost(mlp(), PLAN, torch.zeros(2, 3))
@@ -364,4 +364,4 @@ def test_random_generators_are_as_before() -> None:
 
 def test_a_stand_in_reads_everything() -> None:
     state = {"tokens": torch.ones(2, 3, requires_grad=True), "mask": torch.ones(2, dtype=torch.bool)}
-    assert StandIn()(state).item() == 6
+    assert DummyHead()(state).item() == 6

@@ -83,7 +83,7 @@ def test_negative_control_a_wrong_engine_is_found_out(case: Case, monkeypatch: p
 
     def leaky(self: Junction, losses: frozenset[str], arrived: list, heads: dict) -> list:
         assert self.route is not None
-        return whole_sum(self, self.route.arriving | losses, arrived, heads)
+        return whole_sum(self, self.route.incoming | losses, arrived, heads)
 
     monkeypatch.setattr(Junction, "_sum_of", leaky)
     relay = Relay(case.model, case.plan, case.heads)

@@ -240,35 +240,39 @@ def refused(*parts: str) -> Any:
 
 
 REFUSED: dict[str, tuple[nn.Module, Any, tuple[str, ...]]] = {
-    "tokens": (LinearHead(32, 5), (2, 17, 32), ("(N, 32) or (N, 32, H, W)", "(2, 17, 32)", "TokenHead(32, classes)")),
-    "Swin": (LinearHead(96, 5), (2, 4, 4, 96), ("(N, 96, H, W)", "(2, 4, 4, 96)", "TokenHead(96, classes)")),
+    "tokens": (LinearHead(32, 5), (2, 17, 32), ("(2, 17, 32)", "(N, 32) or (N, 32, H, W)", "TokenHead(32, classes)")),
+    "Swin": (LinearHead(96, 5), (2, 4, 4, 96), ("(2, 4, 4, 96)", "(N, 96, H, W)", "TokenHead(96, classes)")),
     "Swin's rows": (
         AuxiliaryHead(14, 5),
         (2, 14, 14, 384),
-        ("(N, 14, H, W)", "(2, 14, 14, 384)", "height read as channels: TokenHead(384, classes)", "channels_first"),
+        ("(2, 14, 14, 384)", "(N, 14, H, W)", "height read as channels: TokenHead(384, classes)", "channels_first"),
     ),
-    "H == C": (LinearHead(8, 5), (2, 8, 6, 8), ("undeclared", "(2, 8, 6, 8)", "Either dimension may be the channels")),
-    "video": (LinearHead(64, 5), (2, 64, 4, 8, 8), ("(N, 64, H, W)", "(2, 64, 4, 8, 8)", "layout='channels_first'")),
-    "audio": (AuxiliaryHead(64, 5), (2, 64, 50), ("(N, 64, H, W)", "(2, 64, 50)", "LinearHead(", "channels_first")),
-    "rows": (AuxiliaryHead(64, 5), (2, 64), ("(N, 64, H, W)", "(2, 64)", "LinearHead(")),
-    "another width": (LinearHead(6, 5), (2, 5, 4, 4), ("(N, 6, H, W)", "(2, 5, 4, 4)", "has 6 channels", "head_for(")),
+    "H == C": (
+        LinearHead(8, 5),
+        (2, 8, 6, 8),
+        ("(2, 8, 6, 8)", "is not declared", "Either dimension may be the channels"),
+    ),
+    "video": (LinearHead(64, 5), (2, 64, 4, 8, 8), ("(2, 64, 4, 8, 8)", "(N, 64, H, W)", "layout='channels_first'")),
+    "audio": (AuxiliaryHead(64, 5), (2, 64, 50), ("(2, 64, 50)", "(N, 64, H, W)", "LinearHead(", "channels_first")),
+    "rows": (AuxiliaryHead(64, 5), (2, 64), ("(2, 64)", "(N, 64, H, W)", "LinearHead(")),
+    "another width": (LinearHead(6, 5), (2, 5, 4, 4), ("(2, 5, 4, 4)", "(N, 6, H, W)", "has 6 channels", "head_for(")),
     "declared": (
         LinearHead(6, 5, layout="channels_first"),
         (2, 4, 4, 6),
-        ("(N, 6, H, W)", "(2, 4, 4, 6)", "TokenHead(6, classes)"),
+        ("(2, 4, 4, 6)", "(N, 6, H, W)", "TokenHead(6, classes)"),
     ),
-    "maps": (TokenHead(6, 5), (2, 6, 4, 4), ("(N, L, 6)", "(2, 6, 4, 4)", "layout='channels_first'")),
-    "maps by one token": (TokenHead(6, 5, pool="first"), (2, 4, 4, 6), ("(N, L, 6)", "(2, 4, 4, 6)", "TokenHead(6")),
-    "dense tokens": (DenseHead(6, 5, size=(8, 8)), (2, 9, 6), ("(N, 6, H, W)", "(2, 9, 6)", "TokenHead(6")),
+    "maps": (TokenHead(6, 5), (2, 6, 4, 4), ("(2, 6, 4, 4)", "(N, L, 6)", "layout='channels_first'")),
+    "maps by one token": (TokenHead(6, 5, pool="first"), (2, 4, 4, 6), ("(2, 4, 4, 6)", "(N, L, 6)", "TokenHead(6")),
+    "dense tokens": (DenseHead(6, 5, size=(8, 8)), (2, 9, 6), ("(2, 9, 6)", "(N, 6, H, W)", "TokenHead(6")),
     "volumes": (
         DenseHead(6, 5, size=(8, 8, 8)),
         (2, 6, 4, 4, 4),
-        ("DenseHead", "declared", "(2, 6, 4, 4, 4)", "channels_"),
+        ("DenseHead", "(2, 6, 4, 4, 4)", "must be declared", "channels_"),
     ),
-    "a scalar": (LinearHead(6, 5), (), ("(N, 6)", "a tensor of shape ()", "has 6 channels")),
-    "a dict": (LinearHead(6, 5), {"out": torch.ones(2, 6)}, ("(N, 6)", "dict with items ['out']", "Select(key")),
-    "another key": (Select("x", LinearHead(6, 5)), [torch.ones(2, 6)], ("item 'x'", "list with items [0]", "[0]")),
-    "one tensor": (Select(0, LinearHead(6, 5)), (2, 6), ("item 0", "(2, 6)", "without Select")),
+    "a scalar": (LinearHead(6, 5), (), ("a tensor of shape ()", "(N, 6)", "has 6 channels")),
+    "a dict": (LinearHead(6, 5), {"out": torch.ones(2, 6)}, ("dict with items ['out']", "(N, 6)", "Select(key")),
+    "another key": (Select("x", LinearHead(6, 5)), [torch.ones(2, 6)], ("list with items [0]", "item 'x'", "[0]")),
+    "one tensor": (Select(0, LinearHead(6, 5)), (2, 6), ("(2, 6)", "item 0", "without Select")),
 }
 
 
@@ -362,11 +366,11 @@ def test_he_is_louder_than_quiet() -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    with refused("'quiet'", "gain='loud'", "Choose"):
+    with refused("gain='loud'", "'quiet'", "Choose"):
         LinearHead(6, 5, gain="loud")  # pyright: ignore[reportArgumentType]
-    with refused("('mean', 'first', 'last', None)", "pool='max'", "Choose"):
+    with refused("pool='max'", "('mean', 'first', 'last', None)", "Choose"):
         TokenHead(6, 5, pool="max")  # pyright: ignore[reportArgumentType]
-    with refused("'channels_first', 'channels_last'", "layout='NCHW'", "Choose"):
+    with refused("layout='NCHW'", "'channels_first', 'channels_last'", "Choose"):
         LinearHead(6, 5, layout="NCHW")  # pyright: ignore[reportArgumentType]
 
 
@@ -406,7 +410,7 @@ def test_the_model_tells_channels_from_rows_where_shapes_cannot() -> None:
 )
 def test_where_the_model_does_not_tell_head_for_asks(model: nn.Module) -> None:
     x = torch.randn(2, 8, 8, 8, requires_grad=True)
-    with refused("output of 1, the top of 'aux'", "(2, 8, 8, 8)", "layout='channels_first'", "'channels_last'"):
+    with refused("(2, 8, 8, 8), the output of 1, the top of 'aux'", "layout='channels_first'", "'channels_last'"):
         head_for(model, AUX, x, 3)
     assert type(head_for(model, AUX, x, 3, layout="channels_first")["aux"]) is AuxiliaryHead
     assert type(head_for(model, AUX, x, 3, layout="channels_last")["aux"]) is TokenHead
@@ -439,17 +443,17 @@ def test_head_for_leaves_the_model_alone() -> None:
 def test_head_for_says_what_does_not_fit() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(0, 1), nn.Unflatten(0, (2, 6)), nn.Conv2d(6, 5, 1))
     x = torch.randn(2, 3, 8, 8)
-    with refused("N = 2", "[(12, 8, 8)]", "Move the top"):
+    with refused("[(12, 8, 8)]", "N = 2", "Move the top"):
         head_for(conv, AUX, x, 3)
     flat = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Conv2d(6, 5, 1))
-    with refused("a map", "(2, 5, 8, 8)", "(2, 6, 64)", "Move the top"):
+    with refused("(2, 6, 64)", "is not a map", "(2, 5, 8, 8)", "Move the top"):
         head_for(flat, AUX, x, 5, layout="channels_first")
     assert "no output of the model has 4 classes" in str(head_for(conv, Plan(auxiliary={"a": Window(top="0")}), x, 4))
     with pytest.raises(ModuleNameError):
         head_for(conv, Plan(auxiliary={"aux": Window(top="9")}), x, 3)
     uncalled = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     uncalled.forward = uncalled[0].forward
-    with refused("to call 1", "no call"):
+    with refused("does not call 1", "a module that runs", "Name a module"):
         head_for(uncalled, AUX, torch.randn(2, 3), 3)
 
 

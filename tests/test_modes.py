@@ -167,7 +167,7 @@ def test_a_step_with_non_reentrant_checkpointing_of_every_block() -> None:
 
 def test_reentrant_checkpointing_around_a_boundary_is_refused() -> None:
     relay = Relay(Checkpointed(conv_net(), reentrant=True), under(OVERLAP, "blocks"), {"aux": LinearHead(4, 5)})
-    with pytest.raises(BoundaryError, match=r"reentrant checkpointing.*use_reentrant=False"):
+    with pytest.raises(BoundaryError, match=r"reentrant checkpoint:.*use_reentrant=False"):
         relay(X.clone().requires_grad_())
 
 
@@ -211,7 +211,7 @@ def test_early_release_refuses_reentrant_checkpointing() -> None:
     plan = Plan(primary=Window(bottom="layers.1"), auxiliary={"aux": Window(top="layers.2")})
     relay = Relay(ReentrantAbove(reentrant=True), plan, {"aux": nn.Linear(3, 3)}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
-    with pytest.raises(EarlyReleaseError, match=r"(?s)layers above the .*without reentrant.*use_reentrant=False"):
+    with pytest.raises(EarlyReleaseError, match=r"(?s)a reentrant checkpoint above the .*use_reentrant=False"):
         step_gradients(relay, x)
     got = relay_gradients(relay, x)
     relay.model.reentrant = False
@@ -227,11 +227,13 @@ scripts = pytest.mark.filterwarnings("ignore:`torch.jit")  # it is deprecated, w
 def test_models_and_boundaries_compiled_by_jit_are_refused() -> None:
     """Calls of scripted modules run no hooks, so a boundary there would be passed over in silence."""
     heads = {"aux": LinearHead(4, 5)}
-    with pytest.raises(TransformError, match=r"(?s)'[23]'.* as an ordinary nn.Module; .*script relay.model afterwards"):
+    with pytest.raises(
+        TransformError, match=r"(?s)'[23]'.* must be an ordinary nn.Module, .*script relay.model afterwards"
+    ):
         Relay(torch.jit.script(conv_net()), OVERLAP, heads)
     model = conv_net()
     model[3] = torch.jit.script(model[3])
-    with pytest.raises(TransformError, match=r"'3', a boundary of the plan, as an ordinary nn.Module"):
+    with pytest.raises(TransformError, match=r"'3', a boundary of the plan, is a torch.jit.ScriptModule"):
         Relay(model, OVERLAP, heads)
 
 
@@ -254,7 +256,9 @@ def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
         output = torch.func.functional_call(relay, parameters, (X.double(),))
         return sum(losses_of(by_loss(output) if relay.training else {"primary": output}).values())
 
-    with pytest.raises(TransformError, match=r"a training forward pass of Relay outside torch.func.*backward\(\)"):
+    with pytest.raises(
+        TransformError, match=r"a training forward pass of Relay runs inside a torch.func.*backward\(\)"
+    ):
         transform(loss)(parameters)
     relay.eval()
     assert transform(loss)(parameters)["model.0.0.weight"].any()
@@ -270,7 +274,7 @@ def test_a_transform_inside_of_the_model_around_a_boundary_is_refused() -> None:
             return self.b(torch.func.vmap(self.a)(x))
 
     relay = Relay(Mapped(), Plan(auxiliary={"aux": Window(top="a")}), {"aux": nn.Linear(3, 3)})
-    with pytest.raises(TransformError, match=r"the output of a outside torch.func transforms"):
+    with pytest.raises(TransformError, match=r"the output of a runs inside a torch.func transform"):
         relay(torch.randn(2, 3))
 
 
@@ -403,9 +407,9 @@ def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bo
     relay = conv_relay()
     relay(X)
     compiled(relay, ["3"], in_place)  # after a first, eager forward pass: it is looked for in every pass
-    with pytest.raises(CompiledOverlapError, match=r"eager layers below the output of 3.*outside the overlap"):
+    with pytest.raises(CompiledOverlapError, match=r"not supported below the output of 3.*outside the overlap"):
         relay(X)
-    with pytest.raises(CompiledOverlapError, match=r"eager layers above the input of 2.*outside the overlap"):
+    with pytest.raises(CompiledOverlapError, match=r"not supported above the input of 2.*outside the overlap"):
         step_gradients(relay, X)
     relay = conv_relay(OVERLAP.multi_loss())  # no overlap, no lanes: compile as you like
     compiled(relay, ["2", "3"], in_place)
@@ -440,11 +444,11 @@ def test_boundaries_inside_of_compiled_code_are_refused() -> None:
     model = conv_net()
     model[3].compile(backend="aot_eager")
     plan = Plan(auxiliary={"aux": Window(top="3.0")})
-    with pytest.raises(CompiledOverlapError, match=r"boundary '3.0' outside compiled code.*'3' compiled as one"):
+    with pytest.raises(CompiledOverlapError, match=r"boundary '3.0' is inside '3', which is compiled as one"):
         Relay(model, plan, {"aux": LinearHead(4, 5)})
     relay = conv_relay()
     relay.model.compile(backend="aot_eager")
-    with pytest.raises(CompiledOverlapError, match="'the whole model' compiled as one"):
+    with pytest.raises(CompiledOverlapError, match="'the whole model', which is compiled as one"):
         relay(X)
 
 
@@ -456,7 +460,7 @@ def test_a_compiled_relay_is_refused_in_training_and_works_in_evaluation() -> No
     whole = torch.compile(relay, backend="aot_eager")
     torch.testing.assert_close(whole(X), right)
     relay.train()
-    with pytest.raises(CompiledOverlapError, match=r"a training forward pass of Relay.*traces through it"):
+    with pytest.raises(CompiledOverlapError, match=r"traces through a training forward pass of Relay"):
         whole(X)
 
 
@@ -472,5 +476,5 @@ def test_a_compiler_that_traces_through_a_boundary_is_refused() -> None:
             return torch.compile(lambda x: self.b(torch.tanh(self.a(x))), backend="aot_eager")(x)
 
     relay = Relay(Traced(), Plan(auxiliary={"aux": Window(top="a")}), {"aux": nn.Linear(3, 3)})
-    with pytest.raises(CompiledOverlapError, match=r"the output of a to run eagerly"):
+    with pytest.raises(CompiledOverlapError, match=r"traces through the output of a: it must run eagerly"):
         relay(torch.randn(2, 3))

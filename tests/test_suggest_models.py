@@ -16,7 +16,7 @@ from oracle import assert_same, expected_gradients, relay_gradients, seed_each_m
 from relaybackprop import Plan, Relay, Window, cost, head_for, suggest_plan
 from relaybackprop.engine.pytree import map_tensors, tensors_in
 from relaybackprop.errors import LeakError, PlanError, WindowError
-from relaybackprop.planning.arrange import MOST, Arrangement, arrange, places_of, without_insides
+from relaybackprop.planning.arrange import MAX_SHARE, Arrangement, arrange, outside_blocks, places_of
 from relaybackprop.planning.chain import chain
 from relaybackprop.planning.suggest import Suggestion
 
@@ -181,7 +181,7 @@ def test_heads_and_windows_sit_at_ends_of_blocks_and_stages(name: str) -> None:
     assert (windows["aux"].top, windows["primary"].after) == (top, end)
     assert windows["aux"].after is None
     total = _total(suggestion)
-    assert max(suggestion.depths.values()) <= MOST * total
+    assert max(suggestion.depths.values()) <= MAX_SHARE * total
 
 
 def _total(suggestion: Suggestion) -> int:
@@ -359,9 +359,9 @@ def test_without_values_a_model_that_looks_at_them_is_refused() -> None:
     model, x = LooksAtValues(network("convolutional")), torch.rand(2, 3, 8, 8)
     plan = suggest_plan(model, x).plan
     for call in (lambda: suggest_plan(model, x.to("meta")), lambda: cost(model, plan, x.to("meta"))):
-        with pytest.raises(PlanError, match=r"shapes but no values.*item\(\).*off the meta device"):
+        with pytest.raises(PlanError, match=r"item\(\).*shapes but no values.*off the meta device"):
             call()
-    with pytest.raises(PlanError, match=r"on the meta device or on its values; received RuntimeError: .*channels"):
+    with pytest.raises(PlanError, match=r"raised RuntimeError \(.*channels.*on the meta device or on its values"):
         suggest_plan(model, torch.rand(2, 4, 8, 8))
 
 
@@ -483,7 +483,7 @@ class Tokens(nn.Module):
 
 def test_the_size_of_tokens_is_their_number() -> None:
     x = torch.rand(2, 32, 8)
-    assert {link.name: link.sides for link in chain(Tokens(), x)}["stages.1"] == (16,)
+    assert {link.name: link.spatial_shape for link in chain(Tokens(), x)}["stages.1"] == (16,)
     suggestion = suggest_plan(Tokens(), x)
     assert (suggestion.plan.auxiliary["aux"].top, suggestion.plan.primary.after) == ("stages.2", "stages.1")
 
@@ -493,7 +493,7 @@ def test_the_size_of_tokens_is_their_number() -> None:
 
 def test_a_unet_has_no_suggestion_but_a_plan() -> None:
     model, x = UNet().double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    with pytest.raises(WindowError, match=r"at most 88% .*UNet each; received 9 of 10 ") as caught:
+    with pytest.raises(WindowError, match=r"has 9 of the 10 weight layers of UNet.*at most 88% ") as caught:
         suggest_plan(model, x)
     assert "Window(after=(" in str(caught.value)
     plan = Plan(Window(after=("middle", "down.3", "down.2", "down.1", "down.0")), {"aux": Window(top="up.1")})
@@ -508,7 +508,7 @@ def test_more_heads_are_advised_where_they_help() -> None:
     """One head leaves a window of 18 of 20 layers, behind the second block or the third; two heads one of 16."""
     blocks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in (2, 8, 8, 2)]
     model = nn.Sequential(*(_Skip(block) for block in blocks))
-    with pytest.raises(WindowError, match=r"received 18 of 20 .*Ask for num_auxiliary=2"):
+    with pytest.raises(WindowError, match=r"has 18 of the 20 .*Ask for num_auxiliary=2"):
         suggest_plan(model, torch.rand(2, 4))
     assert sorted(suggest_plan(model, torch.rand(2, 4), 2).depths.values()) == [10, 10, 16]
 
@@ -527,7 +527,7 @@ def test_the_least_that_places_allow_is_the_least(heads: int) -> None:
     """Against all ways to put heads on the places."""
     sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     model = nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in sizes))
-    links = without_insides(model, chain(model, torch.rand(2, 4)))
+    links = outside_blocks(model, chain(model, torch.rand(2, 4)))
     found = arrange(links, heads)
     assert found is not None
     every = [Arrangement(found.segments, each) for each in combinations(places_of(found.segments), heads)]
