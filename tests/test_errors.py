@@ -64,7 +64,7 @@ BAD_WINDOWS = {
 
 
 @pytest.mark.parametrize("name", BAD_WINDOWS)
-def test_windows(name: str) -> None:
+def test_invalid_windows(name: str) -> None:
     arguments, *parts = BAD_WINDOWS[name]
     with raises(PlanError, *parts):
         Window(**arguments)
@@ -99,7 +99,7 @@ BAD_PLANS = {
 
 
 @pytest.mark.parametrize("name", BAD_PLANS)
-def test_plans(name: str) -> None:
+def test_invalid_plans(name: str) -> None:
     arguments, *parts = BAD_PLANS[name]
     with raises(PlanError, *parts):
         Plan(**arguments)
@@ -144,7 +144,7 @@ def test_criteria_and_windows_must_agree() -> None:
             call()
 
 
-def test_spellings_before_0_2_name_the_new_ones() -> None:
+def test_names_from_before_0_2_raise_with_the_new_name() -> None:
     relay = relay_of(Plan(auxiliary=AUX))
     with raises(PlanError, "a MSELoss and a Plan", "carries the plan's weights", "Write RelayLoss("):
         RelayLoss(nn.MSELoss(), relay.plan)
@@ -168,7 +168,7 @@ def test_head_output_must_fit_the_target() -> None:
         RelayLoss(criteria)(output, labels)
 
 
-def test_errors_of_the_machine_are_handed_through() -> None:
+def test_out_of_memory_is_not_wrapped() -> None:
     def fails(_output: Tensor, _target: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -192,7 +192,7 @@ def test_arguments_in_the_wrong_order() -> None:
         reach(net(), torch.randn(2, 3))  # type: ignore[arg-type]
 
 
-def test_a_head_that_fails_is_named() -> None:
+def test_errors_in_a_head_name_the_head() -> None:
     relay = Relay(net(), Plan(auxiliary=AUX), {"aux": nn.Linear(7, 3)})
     with pytest.raises(RuntimeError) as caught:
         relay(torch.randn(2, 3))
@@ -207,7 +207,7 @@ def test_plan_applied_twice() -> None:
 
 
 class Odd(nn.Module):
-    """One layer never runs, one runs twice."""
+    """A model with a layer that never runs and one that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,14 +217,16 @@ class Odd(nn.Module):
         return self.once(self.twice(self.twice(x)))
 
 
-def test_module_never_run_or_run_twice() -> None:
+def test_boundary_module_never_runs_or_runs_twice() -> None:
     with raises(BoundaryError, "never called 'never'", "must run", "nn.ModuleList"):
         relay_of(Plan(auxiliary={"aux": Window(top="never")}), Odd())(torch.randn(2, 3))
     with raises(BoundaryError, "output of twice a second time", "once per forward pass", "runs once"):
         relay_of(Plan(auxiliary={"aux": Window(top="twice")}), Odd())(torch.randn(2, 3))
     with raises(BoundaryError, "input of twice a second time", "once per forward pass", "runs once"):
         relay_of(Plan(primary=Window(bottom="twice")), Odd())(torch.randn(2, 3))
-    relay_of(Plan(auxiliary={"aux": Window(top="once")}), Odd())(torch.randn(2, 3))  # inside a window it may
+    relay_of(Plan(auxiliary={"aux": Window(top="once")}), Odd())(
+        torch.randn(2, 3)
+    )  # inside a window a module may run twice
 
 
 def test_leak_around_a_residual_branch() -> None:
@@ -237,7 +239,7 @@ def test_leak_around_a_residual_branch() -> None:
         relay(torch.randn(2, 3, 32, 32))
 
 
-def test_errors_survive_pickling_and_are_builtin_kinds() -> None:
+def test_errors_can_be_pickled_and_derive_from_builtins() -> None:
     error = pickle.loads(pickle.dumps(HeadError("one", "two", "Three.")))
     assert str(error) == "one: two. Three."
     assert (error.problem, error.requirement, error.remedy) == ("one", "two", "Three.")
@@ -246,7 +248,7 @@ def test_errors_survive_pickling_and_are_builtin_kinds() -> None:
     assert all(issubclass(kind, RelayError) for kind in (PlanError, LeakError, HeadError))
 
 
-def test_mistakes_of_new_users_are_named() -> None:
+def test_common_mistakes_have_specific_messages() -> None:
     plan, x = Plan(auxiliary=AUX), torch.randn(2, 3)
     suggestion = suggest_plan(nn.Sequential(*(nn.Linear(3, 3) for _ in range(8))), x)
     with raises(PlanError, "a Sequential and a Suggestion", "a model and a plan", "suggestion.plan"):
@@ -269,9 +271,9 @@ def test_mistakes_of_new_users_are_named() -> None:
     assert "a dict with items ['logits', 'hidden']" in caught.value.__notes__[0]
 
 
-def test_a_relay_around_distributed_data_parallel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relay_around_distributed_data_parallel_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     class Parallel(nn.Module):
-        """Stands for DistributedDataParallel, which asks for a process group."""
+        """Replaces DistributedDataParallel, which requires a process group."""
 
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Parallel)
     with raises(PlanError, "is a DistributedDataParallel", "gradients of heads", "Wrap the relay instead"):

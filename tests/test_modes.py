@@ -1,4 +1,4 @@
-"""Autocast, gradient scaling, checkpointing, channels_last, compilation, and what each costs: exact in all of them."""
+"""Autocast, gradient scaling, checkpointing, channels_last and compilation: exact gradients, and the expected cost."""
 
 import copy
 from collections import Counter
@@ -27,7 +27,7 @@ from relaybackprop.errors import BoundaryError, CompiledOverlapError, EarlyRelea
 
 
 class Segment(nn.Sequential):
-    """With a forward of its own, since some versions of the compiler pass over those of torch.nn's containers."""
+    """A chain with its own forward, since some versions of the compiler skip those of torch.nn's containers."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -59,12 +59,12 @@ def test_bf16_autocast() -> None:
         expected = expected_gradients(relay, X)
     assert_same(got, expected, tolerance=2e-2)  # bf16 has 8 bits: 2**-8 is 4e-3, a few roundings deep
     assert all(gradient.dtype == torch.float32 for gradient in got.values())
-    with pytest.raises(AssertionError):  # negative control: the tolerance tells windows apart
+    with pytest.raises(AssertionError):  # negative control: the tolerance distinguishes the windows
         assert_same(got, expected_gradients(relay, X, plan=relay.plan.multi_loss()), tolerance=2e-2)
 
 
-def test_bf16_autocast_one_loss_bit_for_bit() -> None:
-    """A sum of one term is rounded nowhere: in each window alone bf16 is exact too."""
+def test_bf16_autocast_of_one_loss_is_bitwise_equal() -> None:
+    """A sum of one term is not rounded, so one loss alone is exact in bf16, too."""
     relay = conv_relay()
     for loss in relay.plan.windows:
         relay.zero_grad()
@@ -143,7 +143,7 @@ def under(plan: Plan, parent: str) -> Plan:
 
 
 def test_non_reentrant_checkpointing_of_every_block() -> None:
-    """Boundaries inside of checkpointed parts: the recomputation must not run heads or junctions again."""
+    """Boundaries inside checkpointed parts: the recomputation must not run heads or junctions again."""
     plan = under(OVERLAP, "blocks")
     model = Checkpointed(conv_net(), reentrant=False)
     relay = Relay(model, plan, {"aux": LinearHead(4, 5)}).double()
@@ -152,7 +152,7 @@ def test_non_reentrant_checkpointing_of_every_block() -> None:
 
 
 def test_a_step_with_non_reentrant_checkpointing_of_every_block() -> None:
-    """Heads run inside of checkpointed parts then, and recomputation comes while the forward pass is under way."""
+    """Heads run inside checkpointed parts, and recomputation runs during the forward pass."""
     model = Checkpointed(conv_net(), reentrant=False)
     plan = under(OVERLAP, "blocks")
     relay = Relay(model, plan, {"aux": LinearHead(4, 5)}).double()
@@ -165,7 +165,7 @@ def test_a_step_with_non_reentrant_checkpointing_of_every_block() -> None:
         assert model.runs[2] == model.runs[3] == 3, "recomputed for each gradient in the overlap"
 
 
-def test_reentrant_checkpointing_around_a_boundary_is_refused() -> None:
+def test_reentrant_checkpointing_around_a_boundary_raises() -> None:
     relay = Relay(Checkpointed(conv_net(), reentrant=True), under(OVERLAP, "blocks"), {"aux": LinearHead(4, 5)})
     with pytest.raises(BoundaryError, match=r"reentrant checkpoint:.*use_reentrant=False"):
         relay(X.clone().requires_grad_())
@@ -206,8 +206,8 @@ class ReentrantAbove(nn.Module):
         return checkpoint(last, x, use_reentrant=self.reentrant)
 
 
-def test_early_release_refuses_reentrant_checkpointing() -> None:
-    """An ordinary forward and backward pass is exact there, and so is early release with the other kind."""
+def test_early_release_with_reentrant_checkpointing_raises() -> None:
+    """An ordinary pass is exact with reentrant checkpointing, and early release with the non-reentrant one."""
     plan = Plan(primary=Window(bottom="layers.1"), auxiliary={"aux": Window(top="layers.2")})
     relay = Relay(ReentrantAbove(reentrant=True), plan, {"aux": nn.Linear(3, 3)}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -220,12 +220,12 @@ def test_early_release_refuses_reentrant_checkpointing() -> None:
     assert_same(step_gradients(relay, x), expected)
 
 
-scripts = pytest.mark.filterwarnings("ignore:`torch.jit")  # it is deprecated, which not all versions say
+scripts = pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, but not all versions warn
 
 
 @scripts
-def test_models_and_boundaries_compiled_by_jit_are_refused() -> None:
-    """Calls of scripted modules run no hooks, so a boundary there would be passed over in silence."""
+def test_jit_compiled_boundaries_raise() -> None:
+    """Calls of scripted modules run no hooks, so a boundary there would be silently ignored."""
     heads = {"aux": LinearHead(4, 5)}
     with pytest.raises(
         TransformError, match=r"(?s)'[23]'.* must be an ordinary nn.Module, .*script relay.model afterwards"
@@ -247,8 +247,8 @@ def test_a_scripted_module_between_boundaries_works() -> None:
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
-def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
-    """In training; in evaluation mode there are no windows, and they work as without a relay."""
+def test_torch_func_transforms_raise(transform: Any) -> None:
+    """Transforms raise in training. In evaluation mode there are no windows, and they work as without a relay."""
     relay = conv_relay().double()
     parameters = {name: parameter.detach() for name, parameter in relay.named_parameters()}
 
@@ -264,7 +264,7 @@ def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
     assert transform(loss)(parameters)["model.0.0.weight"].any()
 
 
-def test_a_transform_inside_of_the_model_around_a_boundary_is_refused() -> None:
+def test_transform_around_a_boundary_raises() -> None:
     class Mapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -312,11 +312,11 @@ class CountBackward(TorchDispatchMode):
 COSTS = {
     # Six convolutions, 0 to 5. Every one has one weight-gradient pass; the first needs no input gradient.
     "overlap of 2, 3": (OVERLAP, 5 + 2),
-    "no overlap": (OVERLAP.isolated(), 5),  # with the one into block 3's output, which is dropped there
+    "no overlap": (OVERLAP.isolated(), 5),  # including the gradient of block 3's output, which is dropped
     "multi-loss": (OVERLAP.multi_loss(), 5),
     "three losses on 2": (
         Plan(Window(bottom="2"), {"a": Window(top="2"), "b": Window(top="3", bottom="1")}),
-        # 5: 1 pass; 4: 1; 3 carries primary + b, b goes on: 2; 2 carries primary + a + b, then a + b, then a: 3;
+        # 5: 1 pass; 4: 1; 3 carries primary + b, b continues: 2; 2 carries primary + a + b, then a + b, then a: 3;
         # 1 carries a + b, then a: 2; 0 needs none.
         1 + 1 + 2 + 3 + 2,
     ),
@@ -351,8 +351,8 @@ def test_parameter_hooks_fire_once() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_extra_hooks_of_users_see_the_same_values(name: str) -> None:
-    """Forward hooks of the user's own keep working beside the boundaries."""
+def test_user_hooks_see_the_same_values(name: str) -> None:
+    """The user's own forward hooks work together with the boundaries."""
     case = make_case(name)
     relay = Relay(case.model, case.plan, case.heads)
     seen = Counter[str]()
@@ -371,7 +371,7 @@ def compiled(relay: Relay, names: list[str], in_place: bool) -> None:
             relay.model.set_submodule(name, torch.compile(module, backend="aot_eager"))
 
 
-# The compiler reads .grad of intermediate tensors while it traces, and warns itself of that.
+# The compiler reads .grad of intermediate tensors while tracing, and warns about it.
 compiles = pytest.mark.filterwarnings("default")
 
 
@@ -386,7 +386,7 @@ def _fresh_compiler() -> Any:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("names", [["0", "1"], ["4", "5", "6"], ["0", "1", "4", "5", "6"]])
-def test_compiled_segments_outside_of_the_overlap(names: list[str], in_place: bool) -> None:
+def test_compiled_segments_outside_the_overlap(names: list[str], in_place: bool) -> None:
     relay = conv_relay().double()
     x = X.double()
     expected = expected_gradients(relay, x)
@@ -403,10 +403,10 @@ def test_compiled_segments_outside_of_the_overlap(names: list[str], in_place: bo
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("in_place", [True, False])
-def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bool) -> None:
+def test_compiled_overlap_raises_before_backward(in_place: bool) -> None:
     relay = conv_relay()
     relay(X)
-    compiled(relay, ["3"], in_place)  # after a first, eager forward pass: it is looked for in every pass
+    compiled(relay, ["3"], in_place)  # after an eager forward pass: compiled code is searched for in every pass
     with pytest.raises(CompiledOverlapError, match=r"not supported below the output of 3.*outside the overlap"):
         relay(X)
     with pytest.raises(CompiledOverlapError, match=r"not supported above the input of 2.*outside the overlap"):
@@ -422,9 +422,7 @@ def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bo
 @compiles
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_code_in_an_overlap_is_refused_with_a_cache_made_without_lanes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_overlap_raises_with_a_warm_compiler_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Artefacts on disk, compiled with donated buffers by plain training, must not slip in and be silently wrong."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     relay = conv_relay(OVERLAP.multi_loss())
@@ -440,7 +438,7 @@ def test_compiled_code_in_an_overlap_is_refused_with_a_cache_made_without_lanes(
 
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_boundaries_inside_of_compiled_code_are_refused() -> None:
+def test_boundaries_inside_compiled_code_raise() -> None:
     model = conv_net()
     model[3].compile(backend="aot_eager")
     plan = Plan(auxiliary={"aux": Window(top="3.0")})
@@ -454,7 +452,7 @@ def test_boundaries_inside_of_compiled_code_are_refused() -> None:
 
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_relay_is_refused_in_training_and_works_in_evaluation() -> None:
+def test_compiled_relay_raises_in_training_and_works_in_evaluation() -> None:
     relay = conv_relay()
     right = relay.eval()(X)
     whole = torch.compile(relay, backend="aot_eager")
@@ -466,7 +464,7 @@ def test_a_compiled_relay_is_refused_in_training_and_works_in_evaluation() -> No
 
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiler_that_traces_through_a_boundary_is_refused() -> None:
+def test_tracing_through_a_boundary_raises() -> None:
     class Traced(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -167,7 +167,7 @@ class _Average:
 
     def __post_init__(self) -> None:
         self._buckets = self._in_buckets(self.forecast) or [[]]
-        self._bucket_of = {index: number for number, bucket in enumerate(self._buckets) for index in bucket}
+        self._bucket_of = {index: position for position, bucket in enumerate(self._buckets) for index in bucket}
         self._remaining = {index: final.additions for index, final in self.forecast.items()}
         self._remaining_in_bucket = [sum(self._remaining[index] for index in bucket) for bucket in self._buckets]
         self._lock = threading.Lock()  # autograd runs one thread per device

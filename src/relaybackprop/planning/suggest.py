@@ -183,7 +183,7 @@ def _no_relay_error(model: nn.Module, links: Sequence[Link], arrangement: Arrang
     windows = dict(zip([*arrangement.plan.auxiliary, PRIMARY], arrangement.windows, strict=True))
     deepest, heads = max(windows, key=lambda name: windows[name]), len(arrangement.heads)
     candidates = (arrange(links, count) for count in range(heads + 1, min(heads + 3, len(links))))
-    sufficient = next((found for found in candidates if found is not None and not found.is_too_deep), None)
+    sufficient = next((a for a in candidates if a is not None and not a.is_too_deep), None)
     remedy = (
         "Write a plan by hand that ends a window on every path, such as Window(after=('middle', 'encoder.2', "
         "'encoder.1')) for a U-Net, or train by standard backpropagation."
@@ -246,8 +246,8 @@ def _reasons(links: Sequence[Link], arrangement: Arrangement, max_layers: int | 
     return tuple(reasons)
 
 
-def _pluralized(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _pluralized(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _enumerate(parts: Sequence[object]) -> str:
