@@ -135,7 +135,7 @@ def resnet50(pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu
 
 
 def vit_b(pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu") -> Workload:
-    """Return ViT-B/16 with heads behind the fifth and the eighth of its twelve blocks."""
+    """Return ViT-B/16 with heads after the fifth and the eighth of its twelve blocks."""
     from torchvision.models import vit_b_16 as build
 
     with torch.device(device):

@@ -150,7 +150,7 @@ def test_names_from_before_0_2_raise_with_the_new_name() -> None:
         RelayLoss(nn.MSELoss(), relay.plan)
     with raises(PlanError, "a MSELoss and a Plan", "carries the plan's weights", "Write RelayLoss("):
         RelayLoss(nn.MSELoss(), plan=relay.plan)
-    with raises(PlanError, "above='0'", "`after` replaces it", "Rename it"):
+    with raises(PlanError, "above='0'", "`after` replaces it", "Rename the argument"):
         Window(above="0")
     with raises(PlanError, "relay.step", "forward_backward", "Rename the call"):
         relay.step(torch.randn(2, 3), target=None, loss=RelayLoss(nn.MSELoss()))

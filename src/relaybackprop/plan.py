@@ -80,7 +80,9 @@ class Window:
 
     def __post_init__(self, above: Any) -> None:
         if above is not None:
-            raise PlanError(f"above={above!r} is not supported since 0.2", "`after` replaces it", "Rename it.")
+            raise PlanError(
+                f"above={above!r} is not supported since 0.2", "`after` replaces it", "Rename the argument."
+            )
         if isinstance(self.after, (tuple, list)):  # one form, so that equal windows compare equal
             after = tuple(self.after)
             object.__setattr__(self, "after", after[0] if len(after) == 1 else after)
@@ -169,8 +171,8 @@ class Plan:
             _check_is_window(name, window)
             if window.top is None:
                 raise PlanError(
-                    f"the auxiliary loss {name!r} has no `top`, only {window}",
-                    "a top is required: the module whose output the head reads",
+                    f"the auxiliary loss {name!r} has no `top` ({window})",
+                    "a top is the module whose output the head reads",
                     "Name that module.",
                 )
         # Explicit defaults, so that equal plans compare equal.

@@ -55,8 +55,8 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
 
     Args:
         relay: the model with its plan.
-        inputs: positional arguments of the relay's forward pass: an example batch.
-        named_inputs: keyword arguments of the relay's forward pass.
+        *inputs: positional arguments of the relay's forward pass: an example batch.
+        **named_inputs: keyword arguments of the relay's forward pass.
 
     Returns:
         A table to print. `.losses["aux"]` is the set of parameter names for one loss.
