@@ -46,7 +46,7 @@ from benchmarks.measure import (
 from benchmarks.plain_crops import plain_training_crop
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import OrderedBatches
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import Workers, training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.index import IndexedImages, write_index
@@ -140,7 +140,7 @@ def write_index_of(folder: Path, names: Sequence[str], entries: int, index: Path
     sizes = np.tile(np.array([len(name) for name in encoded]), repeats)[:entries]
     bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32)
     blob = np.tile(np.frombuffer(b"".join(encoded), np.uint8), repeats)[: int(bounds[-1])]
-    classes = tuple(f"class {number}" for number in range(CLASSES))
+    classes = tuple(f"class {label}" for label in range(CLASSES))
     listing = Listing(
         title="photographs",
         classes=classes,
@@ -152,7 +152,7 @@ def write_index_of(folder: Path, names: Sequence[str], entries: int, index: Path
         place=np.zeros(entries, np.uint16),
         spans=None,
         ignored={},
-        stamps=(),
+        file_states=(),
     )
     write_index(index, listing)
     return IndexedImages(index)
@@ -200,7 +200,7 @@ def torchvision_loader(folder: Path, settings: Settings, workers: int) -> "DataL
 def our_loader(source: IndexedImages, settings: Settings, workers: int) -> Any:
     """Return our loader, as training builds it."""
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=settings.images)
-    return training_loader(source, sampler, View(), batch_size=settings.batch, workers=workers, seed=SEED)
+    return training_loader(source, sampler, CropSpec(), batch_size=settings.batch, workers=workers, seed=SEED)
 
 
 def check_pixels(source: IndexedImages) -> float:
@@ -213,10 +213,10 @@ def check_pixels(source: IndexedImages) -> float:
         WrongPixelsError: it is below `MIN_PSNR`.
     """
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=32)
-    batch = next(iter(training_loader(source, sampler, View(), batch_size=32, seed=SEED)))
+    batch = next(iter(training_loader(source, sampler, CropSpec(), batch_size=32, seed=SEED)))
     lowest = np.inf
-    for image, draw, index in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
-        expected = plain_training_crop(source.read(index), View(), seed=SEED, draw=draw)
+    for image, draw, index in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
+        expected = plain_training_crop(source.read(index), CropSpec(), seed=SEED, draw=draw)
         error = np.mean((image.numpy().astype(float) - expected) ** 2)
         lowest = min(lowest, 10 * np.log10(255**2 / max(error, 1e-12)))
     if lowest < MIN_PSNR:

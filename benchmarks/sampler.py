@@ -114,7 +114,7 @@ def measure_batches(labels: NDArray[np.int16]) -> Metrics:
     """Count distinct classes for our sampler and, from the same stream, for contiguous slices per rank."""
     share, whole = BATCH // RANKS, ClassAwareSampler(labels)
     interleaved = [ClassAwareSampler(labels, rank=rank, num_replicas=RANKS) for rank in range(RANKS)]
-    ours = [sampler.draw(sampler.numbers(0, BATCHES * share)) for sampler in interleaved]
+    ours = [sampler.draw(sampler.global_draws(0, BATCHES * share)) for sampler in interleaved]
     slices = [whole.draw(np.arange(BATCHES * share) + rank * (IMAGES // RANKS)) for rank in range(RANKS)]
     return {
         "distinct_classes_per_batch": distinct_classes(labels, ours),

@@ -4,8 +4,8 @@
 
 The model is a schedule of tasks. Each task occupies a device (or a link) for a time and waits for other tasks, in a
 fixed order. Compute times are operations, counted by `relaybackprop.cost`, over a rate. Communication times are bytes
-over a bandwidth, plus a latency. docs/scale.md lists the assumptions. The check uses two processes on this machine: it
-measures their rate, bandwidth and latency separately, then predicts and measures their steps.
+over a bandwidth, plus a latency. docs/method/scale.md lists the assumptions. The check uses two processes on this
+machine: it measures their rate, bandwidth and latency separately, then predicts and measures their steps.
 
 Metrics: `check_*_predicted` is the predicted time of a step over the measured one. `*_n*_efficiency_a` is the number of
 images per second and GPU over that of a single GPU with multi-loss training.

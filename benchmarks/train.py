@@ -33,9 +33,9 @@ from torch import Tensor
 
 from benchmarks.measure import Metrics, Target, environment, interleave, keep_memory, parse_arguments, publish, ratio
 from relaybackprop import Relay
-from relaylab.data.geometry import View
+from relaylab.data.datasets import InMemoryDataset
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import DecodedImages, decoded_statistics
-from relaylab.data.parts import InMemory
 from relaylab.data.sources.classes import Classes
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
@@ -52,7 +52,7 @@ from relaylab.train.session import assemble
 from relaylab.train.signals import StopRequest
 
 SEED = 0
-VIEW = View(size=64, short_side=72)
+SPEC = CropSpec(size=64, short_side=72)
 GPU_TOLERANCE = 0.05  # relative to the change of the parameters, since the order of sums varies on a GPU
 LOOP_LIMIT, STATISTICS_LIMIT, STALL_LIMIT = 0.97, 0.02, 0.01
 STALL_STEPS = 1000
@@ -70,7 +70,7 @@ class Settings:
         device: device of both loops, "cpu" or "cuda".
         precision: precision of both loops, "32" or "bf16".
         recipe: the recipe, with the network for large images.
-        view: crops of the images in memory. The network accepts any size.
+        crop_spec: crops of the images in memory. The network accepts any size.
         images: number of images in memory.
         check_steps: number of steps after which both loops must have the same parameters.
         steps: number of steps in one measurement of a loop.
@@ -83,7 +83,7 @@ class Settings:
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["32", "bf16"] = "32"
     recipe: Recipe
-    view: View = VIEW
+    crop_spec: CropSpec = SPEC
     images: int = 512
     check_steps: int = 3
     steps: int = 3
@@ -152,16 +152,23 @@ class TrainerLoop:
         self.trainer.step(self.batches)
 
 
-def random_images(recipe: Recipe, view: View, count: int) -> RunImages:
+def random_images(recipe: Recipe, crop_spec: CropSpec, count: int) -> RunImages:
     """Return random images, in as many classes as the recipe has or as there are images."""
     classes = tuple(f"class {label}" for label in range(min(count, recipe.network.num_classes)))
     generator = torch.Generator().manual_seed(SEED)
-    pixels = torch.randint(0, 256, (count, view.short_side, view.short_side, 3), dtype=torch.uint8, generator=generator)
-    train_images = InMemory(DecodedImages(pixels, torch.arange(count) % len(classes), classes), view)
-    val = train_images.some(np.arange(len(classes), dtype=np.int64))
+    pixels = torch.randint(
+        0, 256, (count, crop_spec.short_side, crop_spec.short_side, 3), dtype=torch.uint8, generator=generator
+    )
+    train_images = InMemoryDataset(DecodedImages(pixels, torch.arange(count) % len(classes), classes), crop_spec)
+    val = train_images.subset(np.arange(len(classes), dtype=np.int64))
     identity = Classes.of(classes)
     return RunImages(
-        train_images, val, view, decoded_statistics(train_images.decoded, view), in_memory=True, identity=identity
+        train_images,
+        val,
+        crop_spec,
+        decoded_statistics(train_images.decoded, crop_spec),
+        in_memory=True,
+        identity=identity,
     )
 
 
@@ -197,7 +204,7 @@ def check(ours: TrainerLoop, bare: BareLoop, steps: int) -> None:
 def loops(settings: Settings) -> Iterator[tuple[TrainerLoop, BareLoop]]:
     """Yield both loops, after a check that they train alike. A temporary folder has our records."""
     with tempfile.TemporaryDirectory(prefix="relaylab-train-") as folder:
-        images = random_images(settings.recipe, settings.view, settings.images)
+        images = random_images(settings.recipe, settings.crop_spec, settings.images)
         ours, bare = TrainerLoop(settings, images, Path(folder)), BareLoop(settings, images)
         try:
             check(ours, bare, settings.check_steps)
@@ -280,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "train",
         "quick": arguments.quick,
         "seed": SEED,
-        "model": f"{settings.recipe.name}, {settings.view.size} pixels",
+        "model": f"{settings.recipe.name}, {settings.crop_spec.size} pixels",
         "batch": settings.recipe.optimizer.batch_size,
         "looks_every": TrainConfig().diagnose_every,
         "keeps_memory": keeps,

@@ -139,7 +139,7 @@ def test_agrees_with_the_hand_written_benchmark(name: str, counted: Callable[[st
 
 
 def test_resnet50_cost(counted: Callable[[str], tuple[Workload, Cost]]) -> None:
-    """The ratios in docs/method.md: 1.086 and 1.069, at 224 pixels."""
+    """The ratios in docs/method/index.md: 1.086 and 1.069, at 224 pixels."""
     workload, result = counted("resnet50")
     assert result.ratios["relay"] == pytest.approx(1.0859, abs=1e-4)
     assert result.ratios["lower_bound"] == pytest.approx(1.0690, abs=1e-4)

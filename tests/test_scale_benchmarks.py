@@ -1,4 +1,4 @@
-"""The cost model by hand, the simulated link of the overlap benchmark, and the tables of docs/scale.md."""
+"""The cost model by hand, the simulated link of the overlap benchmark, and the tables of docs/method/scale.md."""
 
 import json
 import re
@@ -79,8 +79,8 @@ def test_overlap_benchmark_in_miniature(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Return the cells of the first table after some words in docs/scale.md, without the header."""
-    text = (ROOT / "docs" / "scale.md").read_text()
+    """Return the cells of the first table after some words in docs/method/scale.md, without the header."""
+    text = (ROOT / "docs" / "method" / "scale.md").read_text()
     table = re.search(r"(^\|.*\n)+", text[text.index(heading) :], re.MULTILINE)
     assert table is not None
     lines = table.group().splitlines()[2:]

@@ -210,7 +210,7 @@ def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
 
 
 def _lower_bound(schemes: Mapping[str, PartCost], cut: PartCost) -> int:
-    """Return the minimum operations of a part (see Cost in docs/method.md).
+    """Return the minimum operations of a part (see Cost in docs/method/index.md).
 
     Args:
         schemes: cost of the part, by scheme.

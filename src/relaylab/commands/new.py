@@ -81,12 +81,12 @@ def main(options: NewOptions) -> int:
     out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
     if out.exists():
         raise InputError(f"{out} exists; give another name with --out, or remove it")
-    from relaylab.data.survey import Survey, survey
+    from relaylab.data.scan import ScanResults, scan
     from relaylab.models.named import allow
     from relaylab.progress import progress
     from relaylab.recipes.files import to_toml
     from relaylab.recipes.schema import ImagesConfig, NetworkConfig
-    from relaylab.train.images import check_classes, chosen_numbers, groups_of, open_sources
+    from relaylab.train.images import check_classes, chosen_indices, groups_of, open_sources
     from relaylab.train.options import Engine
     from relaylab.train.proposal import Wishes, propose
 
@@ -96,12 +96,12 @@ def main(options: NewOptions) -> int:
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
     train, val = open_sources(Engine(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
-    chosen, _ = chosen_numbers(images, groups_of(train))
-    findings = Survey()
+    chosen, _ = chosen_indices(images, groups_of(train))
+    results = ScanResults()
     with progress("decoding", min(SAMPLE, len(train))) as task:
-        survey(train, findings, limit=SAMPLE, task=task)
-    if not findings.widths:
-        raise InputError(f"{train.title}: none of {findings.examined} images can be read; see relaylab data check")
+        scan(train, results, limit=SAMPLE, task=task)
+    if not results.widths:
+        raise InputError(f"{train.title}: none of {results.examined} images can be read; see relaylab data check")
     wishes = Wishes(
         name=out.stem,
         epochs=options.epochs,
@@ -113,7 +113,7 @@ def main(options: NewOptions) -> int:
         pretrained=options.pretrained and os.path.relpath(options.pretrained.resolve(), out.absolute().parent),
         options={key: plain_value(value) for key, _, value in pairs},
     )
-    found = propose(network, train, images, len(train) if chosen is None else len(chosen), findings, wishes)
+    found = propose(network, train, images, len(train) if chosen is None else len(chosen), results, wishes)
     write_text(out, to_toml(found.recipe, found.notes))
     data = " ".join(map(str, options.data))
     more = f" --val-data {' '.join(map(str, options.val_data))}" if options.val_data else ""

@@ -54,7 +54,7 @@ def shared_by(folder: Path, config: TrainConfig, recipe: Recipe, count: int) -> 
     images.check_images(recipe, train, val)
     if begun is not None:
         config = dataclasses.replace(config, images=runs.read_run(begun).options.images)
-    in_memory = images.fits_memory(config, (train, val), images.view_of(recipe), min(cores, count))
+    in_memory = images.fits_memory(config, (train, val), images.crop_spec_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
     if config.accelerator != "cpu" and torch.cuda.is_available():
         return Shared(where, None)

@@ -8,7 +8,7 @@ import tyro
 
 from relaylab.options import Folder, Images, Number, Switch, too_small
 from relaylab.recipes.files import is_file
-from relaylab.recipes.schema import Dial
+from relaylab.recipes.schema import Scale
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Changes = Annotated[
@@ -26,13 +26,13 @@ class Subject:
 
     data: Images = ()
     """Images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset shards, Parquet files,
-    or Places365, iNaturalist and Tiny ImageNet as they come; or, together with --val-data, anything that docs/data.md
-    describes. A pattern such as 'shard-{000..146}.tar' stands for several files."""
+    or Places365, iNaturalist and Tiny ImageNet as they come; or, together with --val-data, anything that
+    docs/how-to/data.md describes. A pattern such as 'shard-{000..146}.tar' stands for several files."""
 
     val_data: Images = ()
     """Validation images, where --data has training images only, as with lists."""
 
-    scale: Dial = "paper"
+    scale: Scale = "paper"
     """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
 
     changes: Changes = ()
