@@ -1,6 +1,6 @@
-"""Measurements as ratios within one run, each against a lower bound or a peer.
+"""Benchmarks. Each reports ratios within one run, against a lower bound or a peer.
 
     python -m benchmarks.<name> [--quick] [--json FILE]
 
-They are no tests: what they print depends on the machine, and a missed target does not fail them.
+They are not tests: the results depend on the machine, and a missed target does not make them fail.
 """

@@ -1,26 +1,27 @@
-"""What it costs that layers in overlaps stay eager, and what a compiled overlap would give.
+"""The cost of eager layers in overlaps, and the gain of a compiled overlap.
 
     python -m benchmarks.compile [--quick] [--json FILE]
 
-Networks: the thinned VGG-22 of `benchmarks.networks`, and a vision transformer of twelve blocks of width 192 whose
-sixth and seventh both losses train. Under multi-loss training everything may be compiled, so that the price of an eager
-overlap can be read off there. Contenders first have to give the right gradients; then they take turns.
+Networks: the small VGG-22 of `benchmarks.networks`, and a vision transformer of twelve blocks of width 192. Both losses
+train its sixth and seventh blocks. In multi-loss training everything can be compiled, so it shows the cost of an eager
+overlap. Gradients are checked first; then the contenders take turns.
 
-| contender                | what it is                                                                          |
+| contender                | description                                                                         |
 | ------------------------ | ----------------------------------------------------------------------------------- |
 | multi_loss_eager         | hand-written, nothing compiled                                                      |
 | multi_loss_compiled      | the three parts of the network compiled                                             |
-| multi_loss_eager_overlap | all but the overlap compiled                                                        |
+| multi_loss_eager_overlap | everything except the overlap compiled                                              |
 | relay_eager              | `Relay`, nothing compiled                                                           |
-| relay_compiled           | `Relay`, with the modules outside of the overlap compiled                           |
+| relay_compiled           | `Relay`, with the modules outside the overlap compiled                              |
 | two_streams              | the overlap as one compiled function with two outputs, see Note [Two streams]       |
 
 Note [Two streams]
 A relay gradient in an overlap is one pass for the weights, with the sum of the losses, and one for the input, with the
 lower loss alone. Let f be the overlap. The function (weights, x) -> (f(weights, x.detach()), f(weights.detach(), x))
-has the same value twice; send the sum into the first output's gradient and the lower loss's into the second's, and one
-backward pass gives both, with no graph kept for a second one. Compiled, the common forward pass can be computed once.
-Batch statistics would be taken twice, and dropout drawn twice: it is for networks that have neither in the overlap.
+returns the same value twice. With the sum as the gradient of the first output, and the lower loss's gradient as that of
+the second, one backward pass computes both, without retaining the graph for another pass. Compiled, the common forward
+pass can be computed once. Batch statistics would be updated twice, and dropout drawn twice, so it suits only networks
+without either in the overlap.
 """
 
 import copy
@@ -35,7 +36,7 @@ from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 
 from benchmarks.measure import (
-    Figures,
+    Metrics,
     Step,
     Target,
     begin,
@@ -44,24 +45,24 @@ from benchmarks.measure import (
     publish,
     ratio,
 )
-from benchmarks.networks import Subject, vgg22, without_dropout
+from benchmarks.networks import Workload, vgg22, without_dropout
 from relaybackprop import Plan, Relay, RelayLoss, Window
 
 M = TypeVar("M", bound=nn.Module)
 
 SEED = 20160916
-TOLERANCE = 1e-9  # of a gradient's largest element, in double precision; in single, rounding turns ReLUs over
+TOLERANCE = 1e-9  # of a gradient's largest element, in double precision; in single, rounding flips ReLUs
 EAGER_OVERLAP_LIMIT = 1.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much to run.
+    """The size of a benchmark run.
 
     Args:
-        batch: images.
-        rounds: of every timing, at most.
-        budget_s: stop timing a network after so long.
+        batch: number of images.
+        rounds: maximum number of timing rounds.
+        budget_s: time limit for timing one network, in seconds.
     """
 
     batch: int
@@ -94,8 +95,8 @@ class _Classify(nn.Module):
         return self.fc(self.norm(tokens.mean(1)))
 
 
-def vit(pixels: int, batch: int, *, width: int = 192, classes: int = 100, device: str = "cpu") -> Subject:
-    """Twelve blocks without dropout; both losses train the sixth and the seventh."""
+def vit(pixels: int, batch: int, *, width: int = 192, classes: int = 100, device: str = "cpu") -> Workload:
+    """Return a transformer of twelve blocks without dropout. Both losses train the sixth and the seventh."""
 
     def block() -> nn.Module:
         return nn.TransformerEncoderLayer(width, 3, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -105,11 +106,11 @@ def vit(pixels: int, batch: int, *, width: int = 192, classes: int = 100, device
         model, head = nn.Sequential(*parts), _Classify(width, classes)
         images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(classes, (batch,))
     plan = Plan(Window(bottom="6"), {"aux": Window(top="7")})
-    return Subject(model, model[:6], model[6:8], model[8:], head, plan, images, labels)
+    return Workload(model, model[:6], model[6:8], model[8:], head, plan, images, labels)
 
 
 class _Part(torch.autograd.Function):
-    """From two equal values of an overlap, what the layers above and the head read."""
+    """Maps the two equal values of an overlap to the inputs of the layers above and of the head."""
 
     @staticmethod
     def forward(_ctx: FunctionCtx, for_weights: Tensor, _for_input: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,57 +121,57 @@ class _Part(torch.autograd.Function):
         return above + head, head
 
 
-def contenders(subject: Subject) -> dict[str, Step]:
-    """See the table at the top of this file."""
-    s, criterion, weight = subject, nn.CrossEntropyLoss(), subject.plan.auxiliary["aux"].weight
+def contenders(workload: Workload) -> dict[str, Step]:
+    """Return all contenders by name; see the table at the top of this file."""
+    w, criterion, weight = workload, nn.CrossEntropyLoss(), workload.plan.auxiliary["aux"].weight
     assert weight is not None
-    compiled = {name: cast(nn.Module, torch.compile(getattr(s, name))) for name in ("below", "overlap", "above")}
+    compiled = {name: cast(nn.Module, torch.compile(getattr(w, name))) for name in ("below", "overlap", "above")}
 
     def multi_loss(below: nn.Module, overlap: nn.Module, above: nn.Module) -> Step:
         def step() -> None:
-            middle = overlap(below(s.images))
-            loss = criterion(above(middle), s.labels) + weight * criterion(s.head(middle), s.labels)
+            middle = overlap(below(w.images))
+            loss = criterion(above(middle), w.labels) + weight * criterion(w.head(middle), w.labels)
             loss.backward()
 
         return step
 
-    relay, loss = Relay(s.model, s.plan, {"aux": s.head}), RelayLoss(criterion)
+    relay, loss = Relay(w.model, w.plan, {"aux": w.head}), RelayLoss(criterion)
 
-    def by(relay: Relay) -> Step:
+    def relay_step(relay: Relay) -> Step:
         def step() -> None:
-            loss(relay(s.images), s.labels).backward()
+            loss(relay(w.images), w.labels).backward()
 
         return step
 
-    names = [name for name, _ in s.overlap.named_parameters()]
+    names = [name for name, _ in w.overlap.named_parameters()]
 
-    def twice(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        held = dict(zip(names, parameters, strict=True))
-        fixed = {name: parameter.detach() for name, parameter in held.items()}
-        return functional_call(s.overlap, held, (x.detach(),)), functional_call(s.overlap, fixed, (x,))
+    def two_outputs(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        trained = dict(zip(names, parameters, strict=True))
+        frozen = {name: parameter.detach() for name, parameter in trained.items()}
+        return functional_call(w.overlap, trained, (x.detach(),)), functional_call(w.overlap, frozen, (x,))
 
-    streams: Any = torch.compile(twice)
+    streams: Any = torch.compile(two_outputs)
 
     def two_streams() -> None:
-        pair = streams(compiled["below"](s.images), *s.overlap.parameters())
+        pair = streams(compiled["below"](w.images), *w.overlap.parameters())
         middle, for_head = cast(tuple[Tensor, Tensor], _Part.apply(*pair))  # pyright: ignore
-        primary, auxiliary = compiled["above"](middle), s.head(for_head)
-        (criterion(primary, s.labels) + weight * criterion(auxiliary, s.labels)).backward()
+        primary, auxiliary = compiled["above"](middle), w.head(for_head)
+        (criterion(primary, w.labels) + weight * criterion(auxiliary, w.labels)).backward()
 
     return {
-        "multi_loss_eager": multi_loss(s.below, s.overlap, s.above),
+        "multi_loss_eager": multi_loss(w.below, w.overlap, w.above),
         "multi_loss_compiled": multi_loss(**compiled),
-        "multi_loss_eager_overlap": multi_loss(compiled["below"], s.overlap, compiled["above"]),
-        "relay_eager": by(relay),
-        "relay_compiled": by(_compiled_outside(relay, s.overlap)),
+        "multi_loss_eager_overlap": multi_loss(compiled["below"], w.overlap, compiled["above"]),
+        "relay_eager": relay_step(relay),
+        "relay_compiled": relay_step(_compiled_outside(relay, w.overlap)),
         "two_streams": two_streams,
     }
 
 
 def _compiled_outside(relay: Relay, overlap: nn.Module) -> Relay:
-    """The same weights in a copy of the modules, of which those outside of the overlap are compiled."""
-    inside = set(overlap.modules())
-    names = [name for name, child in relay.model.named_children() if child not in inside]
+    """Return a copy of the modules with the same weights, in which those outside the overlap are compiled."""
+    overlapping = set(overlap.modules())
+    names = [name for name, child in relay.model.named_children() if child not in overlapping]
     copied = twin(relay)
     for name in names:
         copied.model.get_submodule(name).compile()
@@ -184,76 +185,76 @@ def twin(module: M) -> M:
     return copy.deepcopy(module, memo)
 
 
-def check_gradients(subject: Subject) -> None:
-    """Raise unless contenders that claim the same gradients have them, in double precision, on two images.
+def check_gradients(workload: Workload) -> None:
+    """Check that contenders that claim the same gradients compute them, in double precision, on two images.
 
     Raises:
-        RuntimeError: which contender.
+        RuntimeError: the gradients of two contenders differ, or the plan has no effect.
     """
-    exact = copy.deepcopy(replace(subject, images=subject.images[:2].double(), labels=subject.labels[:2]))
+    exact = copy.deepcopy(replace(workload, images=workload.images[:2].double(), labels=workload.labels[:2]))
     exact.model.double()
     exact.head.double()
-    found: dict[str, list[Tensor]] = {}
+    gradients: dict[str, list[Tensor]] = {}
     for name, step in contenders(exact).items():
         exact.clear()
         step()
-        found[name] = [p.grad for p in exact.parameters if p.grad is not None]
+        gradients[name] = [p.grad for p in exact.parameters if p.grad is not None]
     peers = dict.fromkeys(("relay_compiled", "two_streams"), "relay_eager")
     peers |= dict.fromkeys(("multi_loss_compiled", "multi_loss_eager_overlap"), "multi_loss_eager")
     for name, peer in peers.items():
-        if not _alike(found[name], found[peer]):
-            raise RuntimeError(f"{name} and {peer} differ in their gradients: their times mean nothing")
-    if _alike(found["relay_eager"], found["multi_loss_eager"]):
+        if not _all_close(gradients[name], gradients[peer]):
+            raise RuntimeError(f"{name} and {peer} differ in their gradients: their times are meaningless")
+    if _all_close(gradients["relay_eager"], gradients["multi_loss_eager"]):
         raise RuntimeError("relay and multi_loss agree in their gradients: the plan has no effect")
 
 
-def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(bool((a - b).abs().max() <= TOLERANCE * b.abs().max()) for a, b in zip(one, other, strict=True))
+def _all_close(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(bool((a - b).abs().max() <= TOLERANCE * b.abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def measure_network(name: str, subject: Subject, settings: Settings) -> Figures:
-    """Times of all contenders."""
-    check_gradients(subject)
-    steps = contenders(subject)
-    times = interleave(steps, rounds=settings.rounds, budget_s=settings.budget_s, before=subject.clear)
-    figures: Figures = {f"{name}_rounds": len(times["relay_eager"])}
-    figures |= {f"{name}_ms_{contender}": 1000 * statistics.median(seconds) for contender, seconds in times.items()}
+def measure_network(name: str, workload: Workload, settings: Settings) -> Metrics:
+    """Time all contenders."""
+    check_gradients(workload)
+    steps = contenders(workload)
+    times = interleave(steps, rounds=settings.rounds, budget_s=settings.budget_s, before=workload.clear)
+    metrics: Metrics = {f"{name}_rounds": len(times["relay_eager"])}
+    metrics |= {f"{name}_ms_{contender}": 1000 * statistics.median(seconds) for contender, seconds in times.items()}
     pairs = {
         "multi_loss_compiled_over_eager": ("multi_loss_compiled", "multi_loss_eager"),
         "eager_overlap_over_compiled": ("multi_loss_eager_overlap", "multi_loss_compiled"),
         "relay_compiled_over_eager": ("relay_compiled", "relay_eager"),
         "two_streams_over_relay_compiled": ("two_streams", "relay_compiled"),
     }
-    for key, (over, under) in pairs.items():
-        found = ratio(times[over], times[under])
-        figures |= {f"{name}_{key}": found.median, f"{name}_{key}_error": found.error}
-    return figures
+    for key, (numerator, denominator) in pairs.items():
+        result = ratio(times[numerator], times[denominator])
+        metrics |= {f"{name}_{key}": result.median, f"{name}_{key}_error": result.error}
+    return metrics
 
 
-def measure(settings: Settings, device: str = "cpu") -> Figures:
-    """All figures."""
-    subjects = {
+def measure(settings: Settings, device: str = "cpu") -> Metrics:
+    """Return all metrics."""
+    workloads = {
         "vgg22": vgg22(16, 64, settings.batch, device=device),
         "vit": vit(64, settings.batch, device=device),
     }
-    figures: Figures = {}
-    for name, subject in subjects.items():
-        figures |= measure_network(name, without_dropout(subject), settings)
-    return figures
+    metrics: Metrics = {}
+    for name, workload in workloads.items():
+        metrics |= measure_network(name, without_dropout(workload), settings)
+    return metrics
 
 
 def targets() -> dict[str, Target]:
-    """What the figures have to reach."""
+    """Return the targets of the metrics."""
     return {f"{name}_eager_overlap_over_compiled": Target("<=", EAGER_OVERLAP_LIMIT) for name in ("vgg22", "vit")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the figures, and write them to a file if asked to."""
-    arguments = parse_arguments("compile", "Measure what an eager overlap costs.", argv)
+    """Run the benchmark: print the metrics, and write them to a file if --json is given."""
+    arguments = parse_arguments("compile", "Measure the cost of an eager overlap.", argv)
     settings, device, about = begin(arguments, quick=QUICK, full=FULL, gpu=GPU, seed=SEED)
     cast(Any, torch)._dynamo.config.recompile_limit = 64  # blocks of one class share their code; 8 is not enough
-    figures = measure(settings, device)
-    publish(figures, targets(), about | {"batch": settings.batch}, arguments.json)
+    metrics = measure(settings, device)
+    publish(metrics, targets(), about | {"batch": settings.batch}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Dense testing of models A and B against evaluating their windows one by one.
+"""Dense evaluation of models A and B, against the evaluation of their windows one by one.
 
     python -m benchmarks.dense [--quick] [--json FILE]
 
-A 448-pixel image leaves a map of 28 x 28 with 225 windows of 14 x 14. Both contenders take that map, of 512 channels,
-to the class scores of all windows, through the pyramid and the three fully connected layers of the paper's size; batch
-1, float32. The lower bound is the time of the fully connected layers alone, on features that are there already.
+A 448-pixel image gives a map of 28 x 28 with 225 windows of 14 x 14. Both contenders map its 512 channels to the class
+scores of all windows, through the pyramid and three fully connected layers of the paper's size; batch size 1, float32.
+The lower bound is the time of the fully connected layers alone, for given features.
 """
 
 import statistics
@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Figures, Target, environment, interleave, parse_arguments, publish, ratio
+from benchmarks.measure import Metrics, Target, environment, interleave, parse_arguments, publish, ratio
 from relaylab.models.dense import SlidingPyramid
 from relaylab.models.layers import classifier
 from relaylab.models.pyramid import SpatialPyramid, num_features
 
 BINS, WINDOW, MAP, CHANNELS, CLASSES = (7, 3, 2, 1), 14, 28, 512, 401
-TARGETS = {"windows_over_dense": Target(">", 10.0, "two threads or more; a window alone reads all weights")}
+TARGETS = {"windows_over_dense": Target(">", 10.0, "with at least two threads; each single window reads all weights")}
 
 
 def one_by_one(pyramid: nn.Module, last: nn.Module, features: Tensor) -> Tensor:
-    """(windows, classes): each window through pyramid and classifier by itself."""
+    """Return the scores (windows, classes), with each window evaluated separately."""
     offsets = range(features.shape[-1] - WINDOW + 1)
     windows = [features[:, :, i : i + WINDOW, j : j + WINDOW] for i in offsets for j in offsets]
-    return torch.cat([last(pyramid(each)) for each in windows])
+    return torch.cat([last(pyramid(window)) for window in windows])
 
 
-def run(quick: bool) -> Figures:
-    """All figures."""
+def run(quick: bool) -> Metrics:
+    """Return all metrics."""
     torch.manual_seed(0)
     channels, hidden = (64, 512) if quick else (CHANNELS, 4096)
     pyramid = SpatialPyramid(BINS, WINDOW)
@@ -67,17 +67,17 @@ def run(quick: bool) -> Figures:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark: figures and environment to the terminal and, if asked for, to a file."""
-    arguments = parse_arguments("dense", "Dense testing against windows one by one.", argv)
+    """Run the benchmark: print the metrics, and write them to a file if --json is given."""
+    arguments = parse_arguments("dense", "Compare dense evaluation with windows one by one.", argv)
     started = time.perf_counter()
-    figures = run(arguments.quick)
+    metrics = run(arguments.quick)
     about: dict[str, Any] = environment() | {
         "benchmark": "dense",
         "quick": arguments.quick,
         "threads": torch.get_num_threads(),
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    publish(figures, TARGETS, about, arguments.json)
+    publish(metrics, TARGETS, about, arguments.json)
 
 
 if __name__ == "__main__":

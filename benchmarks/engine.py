@@ -1,23 +1,24 @@
-"""What relay backpropagation costs, against standard backpropagation and the other ways to write it.
+"""The cost of relay backpropagation, against standard backpropagation and other formulations of the same gradients.
 
     python -m benchmarks.engine [--quick] [--json FILE]
 
-Networks: the paper's VGG-22, thinned out so that two cores can run it, and torchvision's ResNet-50 with the paper's
-windows. Each contender first has to give the right gradients; then they take turns (`benchmarks.measure`). A step is
-one forward and one backward pass, without the optimizer's, which is the same for all. It runs on one thread: on a
-machine that others use too, two threads wait for each other, and steps were seen to take twenty times as long.
+Networks: the paper's VGG-22, with fewer filters so that two cores can run it, and torchvision's ResNet-50 with the
+paper's windows. The gradients of each contender are checked first; then the contenders take turns
+(`benchmarks.measure`). A step is one forward and one backward pass, without the optimizer step, which is the same for
+all. It runs on one thread: on a shared machine, two threads wait for each other, and steps took up to twenty times as
+long.
 
-| contender        | what it is                                                                             |
+| contender        | description                                                                            |
 | ---------------- | -------------------------------------------------------------------------------------- |
 | standard         | no head, one loss                                                                      |
 | multi_loss       | hand-written: forward with a head, weighted sum of the losses, one backward            |
-| relay_multi_loss | the same by `Relay` with `plan.multi_loss()`: what the junctions alone cost            |
+| relay_multi_loss | the same by `Relay` with `plan.multi_loss()`: the cost of the junctions alone          |
 | relay            | `Relay` with the paper's windows                                                       |
 | two_backward     | the same gradients by two `backward(inputs=...)`, one per window                       |
 | overlap_twice    | the same gradients by running the overlap once more on its detached input              |
 
-Figures: `*_time_a_over_b` is the median over the rounds of one round's ratio, `*_iqr` that ratio's interquartile range,
-`*_error` the median's standard error, `*_ms_a` a contender's median.
+Metrics: `*_time_a_over_b` is the median of the rounds' ratios, `*_iqr` their interquartile range, `*_error` the
+standard error of the median, and `*_ms_a` a contender's median in milliseconds.
 """
 
 import copy
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import (
-    Figures,
+    Metrics,
     Step,
     Target,
     count_flops,
@@ -45,10 +46,10 @@ from benchmarks.measure import (
     publish,
     ratio,
 )
-from benchmarks.networks import Subject, resnet50, vgg22
+from benchmarks.networks import Workload, resnet50, vgg22
 from relaybackprop import Plan, Relay, RelayLoss
 
-SEED = 20160916  # any will do
+SEED = 20160916  # arbitrary
 GRADIENT_TOLERANCE = 1e-9  # float64, relative to a tensor's largest element; rounding alone stays below 1e-12
 
 RESNET50_FLOPS_LIMIT = 1.09
@@ -58,25 +59,25 @@ IMPORT_MS_LIMIT = 50.0
 
 
 class WrongGradientsError(RuntimeError):
-    """A contender whose gradients are not what it claims: its time would mean nothing."""
+    """A contender that does not compute the gradients that it claims, so its time is meaningless."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much to run.
+    """The size of a benchmark run.
 
     Args:
-        width: filters of VGG-22's first segment; 64 in the paper.
-        vgg22_pixels: side of its images.
-        vgg22_batch: how many of them.
-        resnet50_pixels: likewise.
-        resnet50_batch: likewise.
-        threads: of PyTorch.
-        rounds: of every timing, at most.
-        vgg22_budget_s: stop its timing after so long.
-        resnet50_budget_s: likewise.
-        imports: fresh processes to time the import in, at most.
-        import_budget_s: start no further one after so long, but run at least three.
+        width: number of filters of VGG-22's first segment; 64 in the paper.
+        vgg22_pixels: side of VGG-22's images, in pixels.
+        vgg22_batch: batch size of VGG-22.
+        resnet50_pixels: side of ResNet-50's images, in pixels.
+        resnet50_batch: batch size of ResNet-50.
+        threads: number of PyTorch's threads.
+        rounds: maximum number of timing rounds.
+        vgg22_budget_s: time limit for timing VGG-22, in seconds.
+        resnet50_budget_s: time limit for timing ResNet-50, in seconds.
+        imports: maximum number of fresh processes in which the import is timed.
+        import_budget_s: time in seconds after which no further process starts; at least three run.
     """
 
     width: int = 16
@@ -96,132 +97,134 @@ FULL = Settings(rounds=400, vgg22_budget_s=150, resnet50_budget_s=80, imports=15
 QUICK = Settings(rounds=400, vgg22_budget_s=16, resnet50_budget_s=6, imports=5, import_budget_s=6)
 
 
-def contenders(subject: Subject) -> dict[str, Step]:
-    """All ways to compute one step's gradients, on the same weights; see the table at the top of this file."""
-    s, weight = subject, subject.plan.auxiliary["aux"].weight
+def contenders(workload: Workload) -> dict[str, Step]:
+    """Return all contenders by name, on the same weights; see the table at the top of this file."""
+    w, weight = workload, workload.plan.auxiliary["aux"].weight
     assert weight is not None
     criterion = nn.CrossEntropyLoss()
-    # Whoever draws dropout masks does so in this order: above, then the head. Then equal seeds give equal gradients.
-    primary_window = [*s.overlap.parameters(), *s.above.parameters()]
-    auxiliary_window = [*s.below.parameters(), *s.overlap.parameters(), *s.head.parameters()]
+    # All contenders draw dropout masks in the same order, above and then the head, so equal seeds give equal gradients.
+    primary_window = [*w.overlap.parameters(), *w.above.parameters()]
+    auxiliary_window = [*w.below.parameters(), *w.overlap.parameters(), *w.head.parameters()]
 
     def standard() -> None:
-        criterion(s.model(s.images), s.labels).backward()
+        criterion(w.model(w.images), w.labels).backward()
 
     def multi_loss() -> None:
-        middle = s.overlap(s.below(s.images))
-        primary, auxiliary = s.above(middle), s.head(middle)
-        (criterion(primary, s.labels) + weight * criterion(auxiliary, s.labels)).backward()
+        middle = w.overlap(w.below(w.images))
+        primary, auxiliary = w.above(middle), w.head(middle)
+        (criterion(primary, w.labels) + weight * criterion(auxiliary, w.labels)).backward()
 
     def two_backward() -> None:
-        middle = s.overlap(s.below(s.images))
-        primary, auxiliary = s.above(middle), s.head(middle)
-        criterion(primary, s.labels).backward(retain_graph=True, inputs=primary_window)
-        (weight * criterion(auxiliary, s.labels)).backward(inputs=auxiliary_window)
+        middle = w.overlap(w.below(w.images))
+        primary, auxiliary = w.above(middle), w.head(middle)
+        criterion(primary, w.labels).backward(retain_graph=True, inputs=primary_window)
+        (weight * criterion(auxiliary, w.labels)).backward(inputs=auxiliary_window)
 
     def overlap_twice() -> None:
-        bottom = s.below(s.images)
-        primary = s.above(s.overlap(bottom.detach()))
-        auxiliary = s.head(s.overlap(bottom))
-        (criterion(primary, s.labels) + weight * criterion(auxiliary, s.labels)).backward()
+        bottom = w.below(w.images)
+        primary = w.above(w.overlap(bottom.detach()))
+        auxiliary = w.head(w.overlap(bottom))
+        (criterion(primary, w.labels) + weight * criterion(auxiliary, w.labels)).backward()
 
     return {
         "standard": standard,
         "multi_loss": multi_loss,
-        "relay_multi_loss": _by_relay(subject, subject.plan.multi_loss()),
-        "relay": _by_relay(subject, subject.plan),
+        "relay_multi_loss": _relay_step(workload, workload.plan.multi_loss()),
+        "relay": _relay_step(workload, workload.plan),
         "two_backward": two_backward,
         "overlap_twice": overlap_twice,
     }
 
 
-def _by_relay(subject: Subject, plan: Plan) -> Step:
-    relay = Relay(subject.model, plan, {"aux": subject.head})
+def _relay_step(workload: Workload, plan: Plan) -> Step:
+    relay = Relay(workload.model, plan, {"aux": workload.head})
     criterion = RelayLoss(nn.CrossEntropyLoss())
 
     def step() -> None:
-        criterion(relay(subject.images), subject.labels).backward()
+        criterion(relay(workload.images), workload.labels).backward()
 
     return step
 
 
-def check_gradients(subject: Subject, contenders_of: Callable[[Subject], dict[str, Step]] = contenders) -> None:
-    """Raise unless all contenders' gradients are what they claim, in float64, on two images of the batch.
+def check_gradients(workload: Workload, contenders_of: Callable[[Workload], dict[str, Step]] = contenders) -> None:
+    """Check the gradients of all contenders, in float64, on two images of the batch.
 
-    Those of `relay`, `two_backward` and `overlap_twice` have to agree with each other, those of the two multi-loss
-    contenders too, and below the overlap the former have to differ from the latter.
+    `relay`, `two_backward` and `overlap_twice` must agree, and so must the two multi-loss contenders. Below the
+    overlap, the former must differ from the latter.
 
     Args:
-        subject: is not changed.
-        contenders_of: what makes the contenders.
+        workload: the network and its batch; it does not change.
+        contenders_of: function that returns the contenders.
 
     Raises:
-        WrongGradientsError: which contender, and where.
+        WrongGradientsError: a contender computes other gradients than it claims.
     """
     # A copy, since batch statistics change.
-    exact = copy.deepcopy(replace(subject, images=subject.images[:2].double(), labels=subject.labels[:2]))
+    exact = copy.deepcopy(replace(workload, images=workload.images[:2].double(), labels=workload.labels[:2]))
     exact.model.double()
     exact.head.double()
     pairs = [("relay_multi_loss", "multi_loss"), ("relay", "two_backward")]
     if not any(isinstance(module, nn.BatchNorm2d) for module in exact.overlap.modules()):
-        pairs.append(("overlap_twice", "two_backward"))  # on batch normalisation it counts the overlap's batch twice
+        pairs.append(("overlap_twice", "two_backward"))  # batch statistics would be updated twice
     steps = contenders_of(exact)
     gradients = {name: _gradients(exact, steps[name]) for name in {name for pair in pairs for name in pair}}
     for name, peer in pairs:
         for parameter in gradients[peer]:
-            found = difference(gradients[name][parameter], gradients[peer][parameter])
-            if not found <= GRADIENT_TOLERANCE:
+            error = difference(gradients[name][parameter], gradients[peer][parameter])
+            if not error <= GRADIENT_TOLERANCE:
                 raise WrongGradientsError(
-                    f"expected the gradient of {parameter} to be the same by {name} and by {peer}; received a relative "
-                    f"difference of {found:.2g}. Repair the contender: a wrong step's time means nothing."
+                    f"the gradients of {parameter} by {name} and by {peer} have a relative difference of {error:.2g}: "
+                    "they must agree. Repair the contender; the time of a wrong step is meaningless."
                 )
     first = next(iter(gradients["relay"]))
     if difference(gradients["relay"][first], gradients["multi_loss"][first]) <= GRADIENT_TOLERANCE:
         raise WrongGradientsError(
-            f"expected the gradient of {first}, below the primary window, to be the auxiliary loss's alone; received "
-            "that of both losses. The plan has no effect."
+            f"the gradient of {first}, below the primary window, is that of both losses: it must be that of the "
+            "auxiliary loss alone. The plan has no effect."
         )
 
 
-def _gradients(subject: Subject, step: Step) -> dict[str, Tensor | None]:
-    modules = {"model": subject.model, "head": subject.head}
-    subject.clear()
+def _gradients(workload: Workload, step: Step) -> dict[str, Tensor | None]:
+    modules = {"model": workload.model, "head": workload.head}
+    workload.clear()
     torch.manual_seed(SEED)  # the head has dropout
     step()
-    gradients = {f"{at}.{name}": p.grad for at, module in modules.items() for name, p in module.named_parameters()}
-    subject.clear()
+    gradients = {
+        f"{prefix}.{name}": p.grad for prefix, module in modules.items() for name, p in module.named_parameters()
+    }
+    workload.clear()
     return gradients
 
 
-def difference(one: Tensor | None, other: Tensor | None) -> float:
+def difference(first: Tensor | None, second: Tensor | None) -> float:
     """Return the largest difference relative to the largest element; infinite if only one of them exists."""
-    if one is None or other is None:
-        return 0.0 if one is other else math.inf
-    return ((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)).item()
+    if first is None or second is None:
+        return 0.0 if first is second else math.inf
+    return ((first - second).abs().max() / second.abs().max().clamp_min(torch.finfo(second.dtype).tiny)).item()
 
 
-def flops(subject: Subject, names: Sequence[str] = ("multi_loss", "relay")) -> dict[str, int]:
-    """The floating-point operations of a step.
+def flops(workload: Workload, names: Sequence[str] = ("multi_loss", "relay")) -> dict[str, int]:
+    """Count the floating-point operations of a step.
 
     Args:
-        subject: on the meta device this costs next to nothing.
-        names: contenders to count; `multi_loss` among them.
+        workload: the network and its batch; cheapest on the meta device.
+        names: contenders to count, including `multi_loss`.
 
     Returns:
-        By contender, and under "lower_bound" the least that relay can cost.
+        Operations by contender, and the minimum for relay as "lower_bound".
     """
-    every = contenders(subject)
-    counts = {name: count_flops(every[name]) for name in names}
-    # Multi-loss has the head and one gradient of everything. Relay needs the primary loss's own input gradients in the
-    # overlap besides, but not those into its lowest layers, since they would only be thrown away.
+    steps = contenders(workload)
+    counts = {name: count_flops(steps[name]) for name in names}
+    # Multi-loss has the head and one gradient of everything. Relay also needs the primary loss's own input gradients in
+    # the overlap, except those of its lowest layers, which would be discarded.
     with torch.no_grad():
-        bottom = subject.below(subject.images)
-    parameters = list(subject.overlap.parameters())
-    weights = _count_backward(subject.overlap, bottom, parameters)
-    whole = bottom.detach().requires_grad_()
-    everything = _count_backward(subject.overlap, whole, [whole, *parameters])
-    inputs = _count_backward(subject.overlap, whole, [whole])
-    # Input gradients without the lowest layers' = (all that weights need) - (weight gradients alone).
+        bottom = workload.below(workload.images)
+    parameters = list(workload.overlap.parameters())
+    weights = _count_backward(workload.overlap, bottom, parameters)
+    value = bottom.detach().requires_grad_()
+    everything = _count_backward(workload.overlap, value, [value, *parameters])
+    inputs = _count_backward(workload.overlap, value, [value])
+    # Input gradients except the lowest layers' = (all that weight gradients need) - (weight gradients alone).
     counts["lower_bound"] = counts["multi_loss"] + weights - (everything - inputs)
     return counts
 
@@ -231,8 +234,8 @@ def _count_backward(module: nn.Module, value: Tensor, inputs: Sequence[Tensor]) 
     return count_flops(lambda: torch.autograd.grad(output, inputs, torch.ones_like(output)))
 
 
-def measure_flops(settings: Settings) -> Figures:
-    """The figures that count operations: exact, on the meta device."""
+def measure_flops(settings: Settings) -> Metrics:
+    """Return the metrics that count operations. They are exact, on the meta device."""
     names = ["standard", "multi_loss", "relay", "two_backward", "overlap_twice"]
     paper = flops(resnet50(224, 1, device="meta"), names)
     small = flops(resnet50(settings.resnet50_pixels, settings.resnet50_batch, device="meta"))
@@ -249,32 +252,32 @@ def measure_flops(settings: Settings) -> Figures:
     }
 
 
-def measure_vgg22(settings: Settings) -> Figures:
-    """The times of all contenders on VGG-22."""
-    subject = vgg22(settings.width, settings.vgg22_pixels, settings.vgg22_batch)
+def measure_vgg22(settings: Settings) -> Metrics:
+    """Time all contenders on VGG-22."""
+    workload = vgg22(settings.width, settings.vgg22_pixels, settings.vgg22_batch)
     names = ["multi_loss", "relay_multi_loss", "relay", "two_backward", "overlap_twice"]
-    times = _time(subject, names, settings.rounds, settings.vgg22_budget_s)
-    figures = dict(_medians("vgg22", times))
-    figures |= _ratio("vgg22_time_relay_over_multi_loss", times["relay"], times["multi_loss"])
-    figures |= _ratio("vgg22_time_two_backward_over_relay", times["two_backward"], times["relay"])
-    figures |= _ratio("vgg22_time_overlap_twice_over_relay", times["overlap_twice"], times["relay"])
-    return figures | _ratio("junction_overhead", times["relay_multi_loss"], times["multi_loss"], minus=1.0)
+    times = _time(workload, names, settings.rounds, settings.vgg22_budget_s)
+    metrics = dict(_medians("vgg22", times))
+    metrics |= _ratio("vgg22_time_relay_over_multi_loss", times["relay"], times["multi_loss"])
+    metrics |= _ratio("vgg22_time_two_backward_over_relay", times["two_backward"], times["relay"])
+    metrics |= _ratio("vgg22_time_overlap_twice_over_relay", times["overlap_twice"], times["relay"])
+    return metrics | _ratio("junction_overhead", times["relay_multi_loss"], times["multi_loss"], offset=1.0)
 
 
-def measure_resnet50(settings: Settings) -> Figures:
-    """The times of relay and multi-loss on ResNet-50."""
-    subject = resnet50(settings.resnet50_pixels, settings.resnet50_batch)
+def measure_resnet50(settings: Settings) -> Metrics:
+    """Time relay and multi-loss on ResNet-50."""
+    workload = resnet50(settings.resnet50_pixels, settings.resnet50_batch)
     names = ["multi_loss", "relay_multi_loss", "relay"]
-    times = _time(subject, names, settings.rounds, settings.resnet50_budget_s)
-    figures = dict(_medians("resnet50", times))
-    figures |= _ratio("resnet50_time_relay_over_multi_loss", times["relay"], times["multi_loss"])
-    return figures | _ratio("resnet50_junction_overhead", times["relay_multi_loss"], times["multi_loss"], minus=1.0)
+    times = _time(workload, names, settings.rounds, settings.resnet50_budget_s)
+    metrics = dict(_medians("resnet50", times))
+    metrics |= _ratio("resnet50_time_relay_over_multi_loss", times["relay"], times["multi_loss"])
+    return metrics | _ratio("resnet50_junction_overhead", times["relay_multi_loss"], times["multi_loss"], offset=1.0)
 
 
-def _time(subject: Subject, names: Sequence[str], rounds: int, budget_s: float) -> dict[str, list[float]]:
-    check_gradients(subject)
-    every = contenders(subject)
-    return interleave({name: every[name] for name in names}, rounds=rounds, budget_s=budget_s, before=subject.clear)
+def _time(workload: Workload, names: Sequence[str], rounds: int, budget_s: float) -> dict[str, list[float]]:
+    check_gradients(workload)
+    steps = contenders(workload)
+    return interleave({name: steps[name] for name in names}, rounds=rounds, budget_s=budget_s, before=workload.clear)
 
 
 def _medians(network: str, times: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, float]]:
@@ -283,9 +286,9 @@ def _medians(network: str, times: Mapping[str, Sequence[float]]) -> Iterator[tup
     yield f"{network}_rounds", min(len(seconds) for seconds in times.values())
 
 
-def _ratio(key: str, over: Sequence[float], under: Sequence[float], *, minus: float = 0.0) -> Figures:
-    found = ratio(over, under)
-    return {key: found.median - minus, f"{key}_iqr": found.iqr, f"{key}_error": found.error}
+def _ratio(key: str, numerator: Sequence[float], denominator: Sequence[float], *, offset: float = 0.0) -> Metrics:
+    result = ratio(numerator, denominator)
+    return {key: result.median - offset, f"{key}_iqr": result.iqr, f"{key}_error": result.error}
 
 
 _IMPORT = """
@@ -298,34 +301,36 @@ print(between - start, time.perf_counter() - between)
 """
 
 
-def measure_import(settings: Settings) -> Figures:
-    """What `import relaybackprop` adds to `import torch`, both timed in the same fresh process, many times."""
+def measure_import(settings: Settings) -> Metrics:
+    """Time `import relaybackprop` after `import torch`, in fresh processes."""
     runs: list[tuple[float, float]] = []
     started = time.perf_counter()
-    # Caches are full: this very process has imported both.
+    # Bytecode is cached: this process has imported both.
     while len(runs) < settings.imports:
         if len(runs) >= 3 and time.perf_counter() - started > settings.import_budget_s:
             break
-        done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode:
-            raise RuntimeError(f"expected a fresh Python to import relaybackprop; received: {done.stderr.strip()}")
-        torch_s, ours_s = map(float, done.stdout.split())
-        runs.append((torch_s, ours_s))
-    torch_ms, ours_ms = (1000 * statistics.median(column) for column in zip(*runs, strict=True))
-    return {"import_ms": ours_ms, "import_torch_ms": torch_ms, "import_runs": len(runs)}
+        process = subprocess.run(
+            [sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=300, check=False
+        )
+        if process.returncode:
+            raise RuntimeError(f"importing relaybackprop in a fresh process failed: {process.stderr.strip()}")
+        torch_s, package_s = map(float, process.stdout.split())
+        runs.append((torch_s, package_s))
+    torch_ms, package_ms = (1000 * statistics.median(column) for column in zip(*runs, strict=True))
+    return {"import_ms": package_ms, "import_torch_ms": torch_ms, "import_runs": len(runs)}
 
 
-def measure(settings: Settings) -> Figures:
-    """All figures."""
-    figures = measure_flops(settings) | measure_vgg22(settings) | measure_resnet50(settings)
-    return figures | measure_import(settings)
+def measure(settings: Settings) -> Metrics:
+    """Return all metrics."""
+    metrics = measure_flops(settings) | measure_vgg22(settings) | measure_resnet50(settings)
+    return metrics | measure_import(settings)
 
 
-def targets(figures: Figures) -> dict[str, Target]:
-    """What the figures have to reach. Times are held against what the operations alone would cost."""
+def targets(metrics: Metrics) -> dict[str, Target]:
+    """Return the targets of the metrics. Times are compared with what the operations alone would cost."""
 
     def in_time(network: str) -> Target:
-        counted = figures[f"{network}_flops_relay_over_multi_loss"]
+        counted = metrics[f"{network}_flops_relay_over_multi_loss"]
         return Target("<=", TIME_OVER_FLOPS_LIMIT * counted, f"{TIME_OVER_FLOPS_LIMIT} x FLOPs, {counted:.4g}")
 
     return {
@@ -340,8 +345,8 @@ def targets(figures: Figures) -> dict[str, Target]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark: figures and environment to the terminal and, if asked for, to a file."""
-    arguments = parse_arguments("engine", "What relay backpropagation costs.", argv)
+    """Run the benchmark: print the metrics, and write them to a file if --json is given."""
+    arguments = parse_arguments("engine", "Measure the cost of relay backpropagation.", argv)
     settings = QUICK if arguments.quick else FULL
     started = time.perf_counter()
     threads = torch.get_num_threads()
@@ -350,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            figures = measure(settings)
+            metrics = measure(settings)
         about: dict[str, Any] = environment()
     finally:
         torch.set_num_threads(threads)
@@ -363,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "resnet50": f"{settings.resnet50_batch} x 3 x {settings.resnet50_pixels}^2, float32",
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    publish(figures, targets(figures), about, arguments.json)
+    publish(metrics, targets(metrics), about, arguments.json)
 
 
 if __name__ == "__main__":

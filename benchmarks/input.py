@@ -1,20 +1,20 @@
-"""How fast encoded images become batches, against torchvision's own way and against bare libjpeg-turbo.
+"""Throughput from encoded images to batches, against torchvision's loader and bare libjpeg-turbo.
 
     python -m benchmarks.input [--quick] [--json FILE]
 
-Data: JPEGs of 500 x 375 pixels, 4:2:0, quality 75 to 95, cut from the photographs that come with scikit-learn and
-scikit-image, in a temporary folder, read before. All contenders take images in random order in batches of 64, with as
-many worker processes as there are cores, started beforehand; they take turns (`benchmarks.measure`). Figures per core
-are per worker process.
+Data: JPEGs of 500 x 375 pixels, 4:2:0, quality 75 to 95, cut from the photographs in scikit-learn and scikit-image, in
+a temporary folder and in the page cache. All contenders read images in random order in batches of 64. They use one
+worker process per core, started in advance, and take turns (`benchmarks.measure`). Metrics per core are per worker
+process.
 
-| contender   | what it is                                                                                          |
+| contender   | description                                                                                         |
 | ----------- | --------------------------------------------------------------------------------------------------- |
 | torchvision | ImageFolder, RandomResizedCrop(224, antialias), flip, float, Normalize, the DataLoader's own collate |
 | ours        | `training_loader` with class-aware sampling, to the batch of uint8                                  |
-| ours_float  | the same and `Augmentation` on the CPU, which runs in the main process                              |
+| ours_float  | `ours` and `Augmentation` on the CPU, which runs in the main process                                |
 | libjpeg     | libjpeg-turbo by simplejpeg at full scale into one buffer, from bytes in memory; nothing else       |
-| ours_10k    | `ours` with an index of 10,000 entries, over the same files again and again                         |
-| ours_8m     | likewise with 8,000,000 entries in 401 classes                                                      |
+| ours_10k    | `ours` with an index of 10,000 entries, which repeats the same files                                |
+| ours_8m     | `ours` with an index of 8,000,000 entries in 401 classes                                            |
 """
 
 import statistics
@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.measure import (
-    Figures,
+    Metrics,
     Step,
     Target,
     environment,
@@ -52,10 +52,10 @@ from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.index import IndexedImages, write_index
 from relaylab.data.sources.listing import Listing, Place
 
-SEED = 20160916  # any will do
+SEED = 20160916  # arbitrary
 CLASSES = 401
 SMALL, LARGE = 10_000, 8_000_000
-LEAST_PSNR = 55.0  # dB between our crops and Pillow's
+MIN_PSNR = 55.0  # dB between our crops and Pillow's
 
 OVER_TORCHVISION_LIMIT = 2.5
 OVER_LIBJPEG_LIMIT = 0.62
@@ -63,21 +63,21 @@ SLOWDOWN_LIMIT = 1.05
 
 
 class WrongPixelsError(RuntimeError):
-    """Crops that are not what they should be: their time would mean nothing."""
+    """Crops that differ from the reference, so their time is meaningless."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much to run.
+    """The size of a benchmark run.
 
     Args:
-        files: distinct JPEGs.
-        images: in one measurement of one contender.
-        batch: images in a batch.
-        rounds: of every timing, at most.
-        budget_s: stop the comparison of the contenders after so long.
-        slowdown_budget_s: stop that of the two indexes after so long.
-        large: entries of the large index.
+        files: number of distinct JPEGs.
+        images: number of images in one measurement of one contender.
+        batch: batch size.
+        rounds: maximum number of timing rounds.
+        budget_s: time limit for comparing the contenders, in seconds.
+        slowdown_budget_s: time limit for comparing the two indexes, in seconds.
+        large: number of entries of the large index.
     """
 
     files: int = 400
@@ -94,14 +94,14 @@ QUICK = Settings(budget_s=17, slowdown_budget_s=6)
 
 
 def write_photographs(folder: Path, count: int) -> list[str]:
-    """Make the data.
+    """Write the images in class folders, as ImageFolder reads them.
 
     Args:
-        folder: to write to, as ImageFolder reads it: class folders with images.
-        count: of images.
+        folder: folder to write to.
+        count: number of images.
 
     Returns:
-        Their names below the folder.
+        The images' paths, relative to the folder.
     """
     from skimage import data as skimage_data
     from sklearn.datasets import load_sample_image
@@ -113,7 +113,7 @@ def write_photographs(folder: Path, count: int) -> list[str]:
     for index in range(count):
         image = Image.fromarray(originals[index % len(originals)])
         width, height = (500, 375) if rng.random() < 0.75 else (375, 500)
-        # Never blown up by more than a quarter, so that there is detail to decode.
+        # Upscale by a quarter at most, so that there is detail to decode.
         scale = rng.uniform(0.8, 1.0) * min(image.width / width, image.height / height, 1.0)
         across, down = round(width * scale), round(height * scale)
         left = int(rng.integers(image.width - across + 1))
@@ -126,13 +126,13 @@ def write_photographs(folder: Path, count: int) -> list[str]:
     return names
 
 
-def indexed(folder: Path, names: Sequence[str], entries: int, index: Path) -> IndexedImages:
-    """An index of so many entries over the files, again and again, in 401 classes.
+def write_index_of(folder: Path, names: Sequence[str], entries: int, index: Path) -> IndexedImages:
+    """Write an index in 401 classes that repeats the files, and open it.
 
     Args:
-        folder: with the images.
-        names: below it.
-        entries: how many.
+        folder: folder of the images.
+        names: paths of the images, relative to the folder.
+        entries: number of entries.
         index: file to write.
     """
     encoded = [name.encode() for name in names]
@@ -159,10 +159,10 @@ def indexed(folder: Path, names: Sequence[str], entries: int, index: Path) -> In
 
 
 class BareDecoding(Dataset[int]):
-    """The least that anyone can do: decode each image at full scale into one buffer, and return nothing of it.
+    """The minimum of work: decode each image at full scale into one buffer, and discard it.
 
     Args:
-        files: their contents.
+        files: contents of the JPEG files.
     """
 
     def __init__(self, files: Sequence[bytes]) -> None:
@@ -177,7 +177,7 @@ class BareDecoding(Dataset[int]):
 
 
 def torchvision_loader(folder: Path, settings: Settings, workers: int) -> "DataLoader[Any]":
-    """The reference training of torchvision's classification models: its preset, with antialiasing."""
+    """Return the loader of torchvision's reference training for classification, with antialiasing."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -198,7 +198,7 @@ def torchvision_loader(folder: Path, settings: Settings, workers: int) -> "DataL
 
 
 def our_loader(source: IndexedImages, settings: Settings, workers: int) -> Any:
-    """Ours, as a training would make it."""
+    """Return our loader, as training builds it."""
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=settings.images)
     return training_loader(source, sampler, CropSpec(), batch_size=settings.batch, workers=workers, seed=SEED)
 
@@ -207,26 +207,26 @@ def check_pixels(source: IndexedImages) -> float:
     """Compare our crops with Pillow's.
 
     Returns:
-        The worst PSNR of some draws, in dB.
+        The lowest PSNR of some draws, in dB.
 
     Raises:
-        WrongPixelsError: too low.
+        WrongPixelsError: it is below `MIN_PSNR`.
     """
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=32)
     batch = next(iter(training_loader(source, sampler, CropSpec(), batch_size=32, seed=SEED)))
-    worst = np.inf
+    lowest = np.inf
     for image, draw, index in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
         expected = plain_training_crop(source.read(index), CropSpec(), seed=SEED, draw=draw)
         error = np.mean((image.numpy().astype(float) - expected) ** 2)
-        worst = min(worst, 10 * np.log10(255**2 / max(error, 1e-12)))
-    if worst < LEAST_PSNR:
+        lowest = min(lowest, 10 * np.log10(255**2 / max(error, 1e-12)))
+    if lowest < MIN_PSNR:
         raise WrongPixelsError(
-            f"expected at least {LEAST_PSNR} dB between our crops and Pillow's; received {worst:.1f}"
+            f"the PSNR between our crops and Pillow's is {lowest:.1f} dB: it must be at least {MIN_PSNR} dB"
         )
-    return float(worst)
+    return float(lowest)
 
 
-def _drain(loader: Any) -> Step:
+def _consume(loader: Any) -> Step:
     def step() -> None:
         for _ in loader:
             pass
@@ -234,7 +234,7 @@ def _drain(loader: Any) -> Step:
     return step
 
 
-def _drain_through(loader: Any, augmentation: Augmentation) -> Step:
+def _consume_augmented(loader: Any, augmentation: Augmentation) -> Step:
     def step() -> None:
         for batch in loader:
             augmentation(batch.images, batch.draws)
@@ -246,50 +246,50 @@ def _random_batches(files: int, settings: Settings) -> OrderedBatches:
     return OrderedBatches(np.random.default_rng(SEED).integers(files, size=settings.images), settings.batch)
 
 
-def measure_speed(folder: Path, names: Sequence[str], settings: Settings, workers: int) -> Figures:
-    """The figures that compare the contenders."""
-    source = indexed(folder, names, SMALL, folder.parent / "speed.safetensors")
-    figures: Figures = {"least_psnr_db": check_pixels(source)}
+def measure_speed(folder: Path, names: Sequence[str], settings: Settings, workers: int) -> Metrics:
+    """Compare the contenders."""
+    source = write_index_of(folder, names, SMALL, folder.parent / "speed.safetensors")
+    metrics: Metrics = {"least_psnr_db": check_pixels(source)}
     files = [(folder / name).read_bytes() for name in names]
-    figures["kilobytes_per_image"] = statistics.mean(map(len, files)) / 1000
+    metrics["kilobytes_per_image"] = statistics.mean(map(len, files)) / 1000
     augmentation = Augmentation(torch.full((224, 224, 3), 117.0), seed=SEED)
     contenders = {
-        "torchvision": _drain(torchvision_loader(folder, settings, workers)),
-        "ours": _drain(our_loader(source, settings, workers)),
-        "ours_float": _drain_through(our_loader(source, settings, workers), augmentation),
-        "libjpeg": _drain(
+        "torchvision": _consume(torchvision_loader(folder, settings, workers)),
+        "ours": _consume(our_loader(source, settings, workers)),
+        "ours_float": _consume_augmented(our_loader(source, settings, workers), augmentation),
+        "libjpeg": _consume(
             Workers(count=workers).loader(BareDecoding(files), _random_batches(len(files), settings), keep=True)
         ),
     }
     times = interleave(contenders, rounds=settings.rounds, budget_s=settings.budget_s, warmup=1)
-    figures |= _ratio("images_per_core_over_torchvision", times["torchvision"], times["ours"])
-    figures |= _ratio("images_per_core_over_libjpeg", times["libjpeg"], times["ours"])
-    figures |= _ratio("images_over_torchvision_with_float", times["torchvision"], times["ours_float"])
-    figures |= _per_core(times, settings, workers)
-    return figures | {"rounds": len(times["ours"])}
+    metrics |= _ratio("images_per_core_over_torchvision", times["torchvision"], times["ours"])
+    metrics |= _ratio("images_per_core_over_libjpeg", times["libjpeg"], times["ours"])
+    metrics |= _ratio("images_over_torchvision_with_float", times["torchvision"], times["ours_float"])
+    metrics |= _per_core(times, settings, workers)
+    return metrics | {"rounds": len(times["ours"])}
 
 
-def measure_slowdown(folder: Path, names: Sequence[str], settings: Settings, workers: int) -> Figures:
-    """What a large index costs."""
+def measure_slowdown(folder: Path, names: Sequence[str], settings: Settings, workers: int) -> Metrics:
+    """Measure the cost of a large index."""
     contenders: dict[str, Step] = {}
-    figures: Figures = {}
+    metrics: Metrics = {}
     for name, entries in (("10k", SMALL), ("8m", settings.large)):
-        source = indexed(folder, names, entries, folder.parent / f"{name}.safetensors")
+        source = write_index_of(folder, names, entries, folder.parent / f"{name}.safetensors")
         started = time.perf_counter()
         loader = our_loader(source, settings, workers)
-        figures[f"start_s_{name}"] = time.perf_counter() - started
-        contenders[f"ours_{name}"] = _drain(loader)
+        metrics[f"start_s_{name}"] = time.perf_counter() - started
+        contenders[f"ours_{name}"] = _consume(loader)
     times = interleave(contenders, rounds=settings.rounds, budget_s=settings.slowdown_budget_s, warmup=1)
-    figures |= _ratio("slowdown_10k_to_8m", times["ours_8m"], times["ours_10k"])
-    return figures | _per_core(times, settings, workers) | {"slowdown_rounds": len(times["ours_8m"])}
+    metrics |= _ratio("slowdown_10k_to_8m", times["ours_8m"], times["ours_10k"])
+    return metrics | _per_core(times, settings, workers) | {"slowdown_rounds": len(times["ours_8m"])}
 
 
-def _ratio(key: str, over: Sequence[float], under: Sequence[float]) -> Figures:
-    found = ratio(over, under)
-    return {key: found.median, f"{key}_iqr": found.iqr, f"{key}_error": found.error}
+def _ratio(key: str, numerator: Sequence[float], denominator: Sequence[float]) -> Metrics:
+    result = ratio(numerator, denominator)
+    return {key: result.median, f"{key}_iqr": result.iqr, f"{key}_error": result.error}
 
 
-def _per_core(times: Mapping[str, Sequence[float]], settings: Settings, workers: int) -> Figures:
+def _per_core(times: Mapping[str, Sequence[float]], settings: Settings, workers: int) -> Metrics:
     return {
         f"images_per_s_per_core_{name}": settings.images / statistics.median(seconds) / workers
         for name, seconds in times.items()
@@ -298,18 +298,18 @@ def _per_core(times: Mapping[str, Sequence[float]], settings: Settings, workers:
 
 @contextmanager
 def photographs(count: int) -> Iterator[tuple[Path, list[str]]]:
-    """The data in a temporary folder while it is needed, and their names below it."""
+    """Write the images to a temporary folder. Yields the folder and their relative paths."""
     with tempfile.TemporaryDirectory(prefix="relaylab-input-") as temporary:
         folder = Path(temporary) / "images"
         folder.mkdir()
         yield folder, write_photographs(folder, count)
 
 
-def measure(settings: Settings, workers: int) -> Figures:
-    """All figures."""
+def measure(settings: Settings, workers: int) -> Metrics:
+    """Return all metrics."""
     with photographs(settings.files) as (folder, names):
-        figures = measure_speed(folder, names, settings, workers)
-        return figures | measure_slowdown(folder, names, settings, workers)
+        metrics = measure_speed(folder, names, settings, workers)
+        return metrics | measure_slowdown(folder, names, settings, workers)
 
 
 TARGETS = {
@@ -320,8 +320,8 @@ TARGETS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark: figures and environment to the terminal and, if asked for, to a file."""
-    arguments = parse_arguments("input", "How fast encoded images become batches.", argv)
+    """Run the benchmark: print the metrics, and write them to a file if --json is given."""
+    arguments = parse_arguments("input", "Measure the throughput from encoded images to batches.", argv)
     settings = QUICK if arguments.quick else FULL
     started = time.perf_counter()
     threads = torch.get_num_threads()
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         about: dict[str, Any] = environment()
         workers = about["cores"]
-        figures = measure(settings, workers)
+        metrics = measure(settings, workers)
     finally:
         torch.set_num_threads(threads)
     about |= {
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "batch": settings.batch,
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    publish(figures, TARGETS, about, arguments.json)
+    publish(metrics, TARGETS, about, arguments.json)
 
 
 if __name__ == "__main__":

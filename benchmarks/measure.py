@@ -1,14 +1,15 @@
-"""What every benchmark shares: interleaved timing, counted FLOPs, the environment, the command line and the result.
+"""Shared by all benchmarks: interleaved timing, FLOP and memory counts, environment, command line and result file.
 
 Note [Timing]
-1. Contenders take turns in rounds, each round in a new order, so that whatever else the machine does hits all alike.
-2. A ratio is taken within each round and the median taken over the rounds: a slow spell is slow for both sides.
-3. The interquartile range goes with each ratio, and with it the standard error of the median that it implies: a
-   difference smaller than that is no difference.
+1. Contenders take turns in rounds, each round in a new random order, so that other load on the machine affects all
+   contenders equally.
+2. A ratio is computed within each round, and its median over the rounds: a slow phase is slow for both contenders.
+3. Each ratio has its interquartile range and the standard error of the median that follows from it. A smaller
+   difference is not significant.
 4. Garbage is collected before and between the rounds, not within a measurement.
-5. Freed memory stays with the process where the C library can be told so. How much of it goes back to the system and
-   comes again, page by page, depends on the order in which buffers happen to be freed: up to 1 % of a step, seen even
-   between two ways to write the same plain PyTorch.
+5. The process keeps freed memory if the C library supports this. Otherwise the amount that is returned to the system
+   and allocated again, page by page, depends on the order in which buffers are freed. This was up to 1 % of a step,
+   even between two formulations of the same plain PyTorch.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells on stderr that it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler reports its start and stop on stderr
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -40,40 +41,40 @@ from relaybackprop.planning.storages import Storages
 from relaylab.files import write_text
 
 Step = Callable[[], object]
-Figures = dict[str, float]
+Metrics = dict[str, float]
 S = TypeVar("S")
 
 
 def count_flops(step: Step) -> int:
-    """The floating-point operations of one call, forward and backward. Works on the meta device, where it is free."""
+    """Count the floating-point operations of one call, forward and backward. Free on the meta device."""
     with FlopCounter() as counter:
         step()
     return counter.total
 
 
 def count_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
-    """The most bytes that are alive at once during one call. Works on the meta device, where it is free.
+    """Count the peak of live bytes during one call. Free on the meta device.
 
     Args:
-        step: what to call.
+        step: the function to call.
         owned: tensors that do not count: parameters, their gradients, the batch.
     """
-    alive = Storages(owned)
+    storages = Storages(owned)
 
-    class Counter(FlopCounter):
-        def see(self, operation: Any, result: Any) -> None:  # noqa: ARG002
-            alive.note(result)
+    class PeakCounter(FlopCounter):
+        def on_operation(self, operation: Any, result: Any) -> None:  # noqa: ARG002
+            storages.add(result)
 
-    with Counter():
+    with PeakCounter():
         step()
-    return alive.most
+    return storages.peak
 
 
 def peak_bytes(step: Step) -> int:
-    """The most bytes that PyTorch has allocated at once during one call, above what was there before.
+    """Measure the peak of allocated bytes during one call, above the bytes allocated before.
 
-    As the allocator counts: with temporary buffers and workspaces, of all devices that the step uses. On a CPU it is
-    read from the profiler, so the call takes longer than usual.
+    The allocator's count includes temporary buffers and workspaces, on all devices that the step uses. On a CPU it
+    comes from the profiler, so the call takes longer than usual.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -89,40 +90,40 @@ def peak_bytes(step: Step) -> int:
     return max(itertools.accumulate(size for _, size in sorted(events, key=lambda event: event[0])))
 
 
-def kept_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
-    """The most bytes that autograd keeps at once for backward passes during one call.
+def saved_bytes(step: Step, owned: Iterable[torch.Tensor]) -> int:
+    """Count the peak of bytes that autograd saves for backward passes during one call.
 
     Args:
-        step: without checkpointing, which keeps what it keeps by other means.
-        owned: parameters and whatever else is there anyway.
+        step: a step without checkpointing, which saves tensors by other means.
+        owned: tensors that do not count, such as parameters.
     """
-    kept = Storages(owned)
+    storages = Storages(owned)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.note(tensor)
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages.add(tensor)
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    return kept.most
+    return storages.peak
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory that it frees, for good; see Note [Timing] 5.
+    """Make this process keep the memory that it frees (Note [Timing] 5). This cannot be undone.
 
     Returns:
-        Whether the C library, glibc, agreed.
+        Whether the C library, glibc, accepted the settings.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    # The largest values that it takes: never trim, and map a block of its own only from 32 MiB up.
+    # The largest allowed values: never trim, and use a separate mapping only for blocks of at least 32 MiB.
     return mallopt(trim_threshold, 2**31 - 1) == 1 and mallopt(mmap_threshold, 2**25) == 1
 
 
 def event_clock() -> Callable[[], float]:
-    """Return a clock of the current CUDA device, in seconds: each reading waits for the work issued before it."""
+    """Return a clock of the current CUDA device, in seconds. Each reading waits for the work issued before it."""
     last, seconds = torch.cuda.Event(enable_timing=True), 0.0
     last.record()
 
@@ -131,7 +132,7 @@ def event_clock() -> Callable[[], float]:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         event.synchronize()
-        seconds += last.elapsed_time(event) / 1000  # in single precision: so only from one reading to the next
+        seconds += last.elapsed_time(event) / 1000  # single precision, so measure only between two readings
         last = event
         return seconds
 
@@ -139,7 +140,7 @@ def event_clock() -> Callable[[], float]:
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """Return CUDA's clock by events for a GPU, else the processor's."""
+    """Return a clock by CUDA events for a GPU, and the processor's clock otherwise."""
     return event_clock() if torch.device(device).type == "cuda" else time.perf_counter
 
 
@@ -157,39 +158,39 @@ def interleave(
     """Time contenders in turns. See Note [Timing].
 
     Args:
-        contenders: by name, what to call.
-        rounds: at most so many; in each, every contender runs once.
-        budget_s: start no further round after so long, warm-up included, but run at least `min_rounds`.
-        warmup: rounds that are not counted.
-        min_rounds: see `budget_s`.
-        seed: of the order within the rounds.
-        before: called before each measurement, not timed.
-        clock: in seconds.
+        contenders: functions to call, by name.
+        rounds: maximum number of rounds. Every contender runs once per round.
+        budget_s: time in seconds after which no further round starts, warm-up included.
+        warmup: number of rounds that are not counted.
+        min_rounds: minimum number of rounds, also if `budget_s` is exceeded.
+        seed: seed of the order within the rounds.
+        before: function that is called before each measurement, and not timed.
+        clock: returns the time in seconds.
 
     Returns:
-        By contender, seconds by round. All lists have the same length.
+        Seconds by round for each contender. All lists have the same length.
     """
     order = list(contenders)
     shuffle = random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    started, collects = clock(), gc.isenabled()
+    started, gc_enabled = clock(), gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(warmup + rounds):
-            if number >= warmup + min_rounds and clock() - started > budget_s:
+        for round_index in range(warmup + rounds):
+            if round_index >= warmup + min_rounds and clock() - started > budget_s:
                 break
             shuffle(order)
             for name in order:
                 before()
-                begin = clock()
+                start_time = clock()
                 contenders[name]()
-                elapsed = clock() - begin
-                if number >= warmup:
+                elapsed = clock() - start_time
+                if round_index >= warmup:
                     times[name].append(elapsed)
             gc.collect(0)
     finally:
-        if collects:
+        if gc_enabled:
             gc.enable()
     return times
 
@@ -199,10 +200,10 @@ class Ratio:
     """The ratio of two contenders' times over the rounds.
 
     Attributes:
-        median: of the ratios of the rounds.
-        low: their first quartile.
-        high: their third quartile.
-        rounds: how many there were.
+        median: median of the rounds' ratios.
+        low: first quartile.
+        high: third quartile.
+        rounds: number of rounds.
     """
 
     median: float
@@ -223,65 +224,65 @@ class Ratio:
         return math.sqrt(math.pi / 2 / self.rounds) * self.iqr / 1.349
 
 
-def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     """Compare two contenders round by round.
 
     Args:
-        over: seconds by round of the one.
-        under: and of the other, which divides; at least two rounds.
+        numerator: seconds by round of the first contender.
+        denominator: seconds by round of the second contender; at least two rounds.
     """
-    by_round = [a / b for a, b in zip(over, under, strict=True)]
+    by_round = [a / b for a, b in zip(numerator, denominator, strict=True)]
     low, median, high = statistics.quantiles(by_round, n=4, method="inclusive")
     return Ratio(median, low, high, len(by_round))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure has to reach.
+    """The target of a metric.
 
     Attributes:
         relation: "<=", "<" or ">".
-        limit: what it is compared with.
-        note: where the limit comes from, for the table.
+        limit: the value that the metric is compared with.
+        note: origin of the limit, for the table.
     """
 
     relation: str
     limit: float
     note: str = ""
 
-    def is_met(self, figure: float) -> bool:
-        """Whether a figure is on the right side of the limit."""
+    def is_met(self, value: float) -> bool:
+        """Whether a value meets the target."""
         if self.relation == "<=":
-            return figure <= self.limit
-        return figure < self.limit if self.relation == "<" else figure > self.limit
+            return value <= self.limit
+        return value < self.limit if self.relation == "<" else value > self.limit
 
 
-def table(figures: Figures, targets: Mapping[str, Target]) -> str:
-    """The figures as text: those with a target first, then what explains them.
+def table(metrics: Metrics, targets: Mapping[str, Target]) -> str:
+    """Format the metrics as text: those with a target first, then the others.
 
-    A figure's `*_error` goes behind it. A verdict has a question mark where the limit is within two errors.
+    A metric's `*_error` follows its value. A verdict has a question mark if the limit is within two errors.
     """
-    rows = [("figure", "value", "target", "")]
+    rows = [("metric", "value", "target", "")]
     for key, target in targets.items():
-        verdict = "met" if target.is_met(figures[key]) else "MISSED"
-        if abs(figures[key] - target.limit) < 2 * figures.get(f"{key}_error", 0.0):
+        verdict = "met" if target.is_met(metrics[key]) else "MISSED"
+        if abs(metrics[key] - target.limit) < 2 * metrics.get(f"{key}_error", 0.0):
             verdict += "?"
         note = f" ({target.note})" if target.note else ""
-        rows.append((key, _cell(figures, key), f"{target.relation} {target.limit:.4g}{note}", verdict))
-    spreads = {f"{key}_{spread}" for key in figures for spread in ("iqr", "error")}
-    rows += [(key, _cell(figures, key), "", "") for key in figures if key not in targets and key not in spreads]
+        rows.append((key, _cell(metrics, key), f"{target.relation} {target.limit:.4g}{note}", verdict))
+    spreads = {f"{key}_{spread}" for key in metrics for spread in ("iqr", "error")}
+    rows += [(key, _cell(metrics, key), "", "") for key in metrics if key not in targets and key not in spreads]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _cell(figures: Figures, key: str) -> str:
-    error = figures.get(f"{key}_error")
-    return f"{figures[key]:.4g}" if error is None else f"{figures[key]:.4f} +- {error:.4f}"
+def _cell(metrics: Metrics, key: str) -> str:
+    error = metrics.get(f"{key}_error")
+    return f"{metrics[key]:.4g}" if error is None else f"{metrics[key]:.4f} +- {error:.4f}"
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on, without names of machines, users or folders."""
+    """Return what the metrics depend on, without names of machines, users or folders."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -300,8 +301,8 @@ class Arguments:
     """The command line of a benchmark.
 
     Attributes:
-        quick: end within 50 seconds on two cores.
-        json: where the result goes, besides the terminal.
+        quick: run for at most 50 seconds on two cores.
+        json: file for the result, or None.
     """
 
     quick: bool
@@ -309,33 +310,33 @@ class Arguments:
 
 
 def parse_arguments(name: str, description: str, argv: Sequence[str] | None = None) -> Arguments:
-    """Read a benchmark's command line; whatever is wrong with it ends the program before anything is measured.
+    """Parse a benchmark's command line. Errors end the program before anything is measured.
 
     Args:
-        name: of the benchmark's module.
-        description: for `--help`.
-        argv: the arguments; None for the process's own.
+        name: name of the benchmark's module.
+        description: text for `--help`.
+        argv: the arguments; None for those of the process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: ends within 50 s on two cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and the environment here")
-    given = parser.parse_args(argv)
-    file: Path | None = given.json
+    parser.add_argument("--quick", action="store_true", help="run fewer rounds, for at most 50 s on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics and the environment to FILE")
+    parsed = parser.parse_args(argv)
+    file: Path | None = parsed.json
     if file is not None:
         if file.is_dir():
-            parser.error(f"--json: expected a file, received the folder {file}; name a file in it")
+            parser.error(f"--json {file} is a folder: give the path of a file")
         if not file.parent.is_dir():
-            parser.error(f"--json: expected a file in an existing folder; {file.parent} is none; make it first")
+            parser.error(f"--json {file}: the folder {file.parent} does not exist; create it first")
         if not os.access(file.parent, os.W_OK):
-            parser.error(f"--json: expected a folder that can be written to; {file.parent} cannot")
-    return Arguments(given.quick, file)
+            parser.error(f"--json {file}: the folder {file.parent} is not writable; choose another one")
+    return Arguments(parsed.quick, file)
 
 
 def begin(arguments: Arguments, *, quick: S, full: S, gpu: S, seed: int) -> tuple[S, str, dict[str, Any]]:
-    """Choose how much to run, and where: on a GPU if there is one, else on one thread of a CPU. Sets the seed.
+    """Choose the settings and the device: a GPU if there is one, otherwise one thread of a CPU. Sets the seed.
 
     Returns:
-        The settings, the device, and what the figures will depend on.
+        The settings, the device, and the environment of the metrics.
     """
     on_gpu = torch.cuda.is_available()
     torch.set_num_threads(1)
@@ -346,25 +347,25 @@ def begin(arguments: Arguments, *, quick: S, full: S, gpu: S, seed: int) -> tupl
     return quick if arguments.quick else gpu if on_gpu else full, "cuda" if on_gpu else "cpu", about
 
 
-def publish(figures: Figures, goals: Mapping[str, Target], about: Mapping[str, Any], file: Path | None) -> None:
-    """Print the table and what the figures depend on, and write both to a file if there is one.
+def publish(metrics: Metrics, goals: Mapping[str, Target], about: Mapping[str, Any], file: Path | None) -> None:
+    """Print the table and the environment, and write both to a file if one is given.
 
     Raises:
-        ValueError: as `write_result`.
+        ValueError: a metric is not finite.
     """
-    print(table(figures, goals))
+    print(table(metrics, goals))
     print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
     if file is not None:
-        write_result(file, figures, about)
+        write_result(file, metrics, about)
 
 
-def write_result(file: Path, figures: Figures, about: Mapping[str, Any]) -> None:
-    """Write {"figures": {key: number}, "environment": {...}} as JSON. FILE is whole or untouched, whatever happens.
+def write_result(file: Path, metrics: Metrics, about: Mapping[str, Any]) -> None:
+    """Write {"figures": {key: number}, "environment": {...}} as JSON, atomically.
 
     Raises:
-        ValueError: a figure is not finite, which JSON cannot say.
+        ValueError: a metric is not finite, which JSON does not support.
     """
-    text = json.dumps({"figures": figures, "environment": dict(about)}, indent=2, allow_nan=False) + "\n"
+    text = json.dumps({"figures": metrics, "environment": dict(about)}, indent=2, allow_nan=False) + "\n"
     write_text(file, text)
 
 
@@ -378,7 +379,7 @@ def _cpu_model() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says about the checkout that this file is in; nothing if there is none."""
+    """Return the output of git in this file's checkout; empty if there is none."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

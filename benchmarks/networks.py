@@ -1,4 +1,4 @@
-"""The networks that the benchmarks measure, each with a head, the paper's windows and a batch."""
+"""Networks of the benchmarks, each with a head, the paper's windows and a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class VGG22(nn.Module):
     """The paper's 22-layer network (Table 1): VGGNet-19 and one more convolution on each of the three smallest maps.
 
     Five segments of 3x3 convolutions and ReLU, each ending in max pooling, and three fully connected layers. No batch
-    normalisation. No dropout either, which would only add noise.
+    normalisation, and no dropout, which would only add noise.
 
     Args:
-        width: filters of the first segment; 64 in the paper.
+        width: number of filters of the first segment; 64 in the paper.
         pixels: side of the images, a multiple of 32.
         classes: number of classes.
     """
@@ -43,11 +43,11 @@ class VGG22(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # PyTorch's default lets 19 layers without normalisation fade to nothing.
+                # With PyTorch's default, activations vanish over 19 layers without normalisation.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores (batch, classes) from images (batch, 3, pixels, pixels)."""
+        """Return the class scores (batch, classes) of images (batch, 3, pixels, pixels)."""
         x = self.segment3(self.segment2(self.segment1(images)))
         return self.classifier(self.segment5(self.segment4(x)))
 
@@ -61,18 +61,18 @@ def _segment(channels: int, filters: int, convolutions: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A network with one head, its plan, a batch, and the same layers as three runs for those who write by hand.
+class Workload:
+    """A network with one head, its plan and a batch. Hand-written contenders use its layers in three parts.
 
     Args:
-        model: the whole, without the head.
-        below: its layers below the overlap of the two windows.
-        overlap: those in both windows; the head is on its output.
-        above: those above it.
-        head: turns the overlap's output into class scores.
+        model: the whole network, without the head.
+        below: layers below the overlap of the two windows.
+        overlap: layers in both windows. The head reads their output.
+        above: layers above the overlap.
+        head: maps the output of the overlap to class scores.
         plan: the paper's windows.
-        images: a batch.
-        labels: its classes.
+        images: images of a batch.
+        labels: labels of the batch.
     """
 
     model: nn.Module
@@ -86,17 +86,17 @@ class Subject:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Of the model and the head."""
+        """The parameters of the model and of the head."""
         return [*self.model.parameters(), *self.head.parameters()]
 
     def clear(self) -> None:
-        """Drop all gradients."""
+        """Set all gradients to None."""
         for parameter in self.parameters:
             parameter.grad = None
 
 
-def vgg22(width: int, pixels: int, batch: int, *, classes: int = 100, device: str = "cpu") -> Subject:
-    """VGG-22 with the windows of the paper's Table 2: the head behind segment 4, the primary window from it up."""
+def vgg22(width: int, pixels: int, batch: int, *, classes: int = 100, device: str = "cpu") -> Workload:
+    """Return VGG-22 with the windows of the paper's Table 2: both losses train segment 4, which has the head."""
     with torch.device(device):
         model = VGG22(width, pixels, classes)
         head = AuxiliaryHead(8 * width, classes)
@@ -104,20 +104,20 @@ def vgg22(width: int, pixels: int, batch: int, *, classes: int = 100, device: st
     below = nn.Sequential(model.segment1, model.segment2, model.segment3)
     above = nn.Sequential(model.segment5, model.classifier)
     plan = Plan(Window(bottom="segment4"), {"aux": Window(top="segment4")})
-    return Subject(model, below, model.segment4, above, head, plan, images, labels)
+    return Workload(model, below, model.segment4, above, head, plan, images, labels)
 
 
-def resnet50(pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu") -> Subject:
-    """ResNet-50, torchvision's, with the paper's windows: both losses train conv4.1 to conv4.4 (section 5.2)."""
-    from torchvision.models import resnet50 as build  # a second to import; VGG-22 does without
+def resnet50(pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu") -> Workload:
+    """Return torchvision's ResNet-50 with the paper's windows: both losses train conv4.1 to conv4.4 (section 5.2)."""
+    from torchvision.models import resnet50 as build  # lazy: takes a second, and VGG-22 does not need it
 
     return residual(build, pixels, batch, classes=classes, device=device)
 
 
 def residual(
     build: "Callable[..., ResNet]", pixels: int, batch: int, *, classes: int = 1000, device: str = "cpu"
-) -> Subject:
-    """Return a network of torchvision's bottleneck blocks; both losses train the first four of the third stage."""
+) -> Workload:
+    """Return a network of bottleneck blocks. Both losses train the first four blocks of the third stage."""
     with torch.device(device):
         model = build(num_classes=classes)
         head = AuxiliaryHead(1024, classes)
@@ -127,16 +127,16 @@ def residual(
     overlap, rest = model.layer3[:4], model.layer3[4:]
     above = nn.Sequential(*rest, model.layer4, model.avgpool, nn.Flatten(), model.fc)
     plan = Plan(Window(bottom="layer3.0"), {"aux": Window(top="layer3.3")})
-    return Subject(model, below, overlap, above, head, plan, images, labels)
+    return Workload(model, below, overlap, above, head, plan, images, labels)
 
 
-def without_dropout(subject: Subject) -> Subject:
-    """The same subject, whose gradients are no longer a matter of chance."""
-    for module in (subject.model, subject.head):
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
-    return subject
+def without_dropout(workload: Workload) -> Workload:
+    """Disable dropout in place, so that gradients are deterministic, and return the workload."""
+    for module in (workload.model, workload.head):
+        for submodule in module.modules():
+            if isinstance(submodule, nn.Dropout):
+                submodule.p = 0.0
+    return workload
 
 
 def _batch(batch: int, pixels: int, classes: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""The input path written plainly, one image at a time, in Pillow and float64: the reference for the fast path.
+"""A plain input pipeline in Pillow and float64, one image at a time: the reference for the fast pipeline.
 
-Slow; for tests and benchmarks. It shares with the fast path the rule for the position of a window and the draws' random
-numbers; everything that is done to pixels is done here a second time.
+It is slow, for tests and benchmarks only. It shares the rule for the position of a crop and the random numbers of the
+draws with the fast pipeline. All operations on pixels are implemented independently.
 """
 
 import io
@@ -16,18 +16,18 @@ from relaylab.data.keyed import uniforms
 
 
 def plain_image(data: bytes) -> Image.Image:
-    """Decode by Pillow at full scale: upright, RGB."""
+    """Decode an image with Pillow at full scale: upright, RGB."""
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
 
 
 def plain_training_crop(data: bytes, spec: CropSpec, *, seed: int, draw: int) -> NDArray[np.uint8]:
-    """Return a draw's crop before anything is done to its values, (size, size, 3).
+    """Return a draw's crop before its values are augmented, (size, size, 3).
 
     Args:
         data: an encoded image.
-        spec: sizes.
-        seed: of the run.
-        draw: its number.
+        spec: sizes of the crop.
+        seed: seed of the run.
+        draw: index of the draw.
     """
     image = plain_image(data)
     across, down = uniforms(seed, [draw], 2)[0]
@@ -37,7 +37,7 @@ def plain_training_crop(data: bytes, spec: CropSpec, *, seed: int, draw: int) ->
 
 
 def plain_centre_crop(data: bytes, spec: CropSpec) -> NDArray[np.uint8]:
-    """The evaluation's crop as it is usually made, (size, size, 3): the whole image resized, then cropped."""
+    """Return the centre crop for evaluation, (size, size, 3): resize the whole image, then crop."""
     image = plain_image(data)
     short = min(image.size)
     width, height = (int(spec.short_side * side / short) for side in image.size)
@@ -56,19 +56,19 @@ def plain_input(
     components: ColourComponents,
     strength: float = 0.1,
 ) -> NDArray[np.float64]:
-    """One draw's network input: crop, flip, colour shift, minus the mean.
+    """Return one draw's network input: crop, flip and colour shift, minus the mean.
 
     Args:
         data: an encoded image.
-        spec: sizes.
-        mean: (size, size, 3) or (3,), in 0 to 255.
-        seed: of the run.
-        draw: its number.
-        components: of the colour shift.
-        strength: of the colour shift.
+        spec: sizes of the crop.
+        mean: mean image (size, size, 3) or mean colour (3,), from 0 to 255.
+        seed: seed of the run.
+        draw: index of the draw.
+        components: components of the colour shift.
+        strength: strength of the colour shift.
 
     Returns:
-        (3, size, size).
+        The input, (3, size, size).
     """
     values = plain_training_crop(data, spec, seed=seed, draw=draw).astype(np.float64)
     if random_flips(seed, [draw])[0]:

@@ -1,14 +1,15 @@
-"""Class-aware sampling at the size of Places2, against the way it is usually done.
+"""Class-aware sampling at the size of Places2, against the usual algorithm.
 
     python -m benchmarks.sampler [--quick] [--json FILE]
 
 8.1 million synthetic labels in 401 classes of 4,000 to 30,000 images (scaled), as the paper describes Places2. The
-contender is the algorithm of mmdetection's ClassAwareSampler, written anew: each epoch it lays out, on every rank, the
-whole epoch's indices from reshuffled lists, and gives a rank a contiguous slice. The lists start afresh every epoch.
+contender is a reimplementation of the algorithm of mmdetection's ClassAwareSampler. At the start of each epoch, every
+rank builds the indices of the whole epoch from reshuffled lists, and uses a contiguous slice. The lists are rebuilt in
+every epoch.
 
-`draws_per_s` counts draws that come out of the sampler's iterator as Python integers, on one core. Memory is private
-(USS), measured in a process of its own that holds the labels already. Distinct classes are those of a global batch of
-256 over 8 ranks, averaged over 401 consecutive batches.
+`draws_per_s` counts draws from the sampler's iterator, as Python integers, on one core. Memory is private (USS),
+measured in a fresh process that has already created the labels. Distinct classes are those of a global batch of 256
+over 8 ranks, averaged over 401 consecutive batches.
 """
 
 import itertools
@@ -24,7 +25,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from benchmarks.measure import Figures, Target, environment, parse_arguments, publish
+from benchmarks.measure import Metrics, Target, environment, parse_arguments, publish
 from relaylab.data.sampling import ClassAwareSampler, ShuffledSampler, SquareRootSampler
 
 IMAGES, CLASSES = 8_100_000, 401
@@ -38,19 +39,19 @@ TARGETS = {
 
 
 def make_labels() -> NDArray[np.int16]:
-    """Labels sorted by class, the classes' sizes spread evenly from 4 to 30 parts."""
+    """Return labels sorted by class. Class sizes are uniform between 4 and 30 parts."""
     sizes = np.random.default_rng(0).integers(4_000, 30_000, CLASSES)
     ends = np.rint(np.cumsum(sizes) / sizes.sum() * IMAGES).astype(np.int64)
     return np.repeat(np.arange(CLASSES, dtype=np.int16), np.diff(ends, prepend=0))
 
 
 class EpochIndex:
-    """mmdetection's algorithm: an epoch's indices are laid out in advance, and each rank has a contiguous slice.
+    """mmdetection's algorithm: build an epoch's indices in advance, and give each rank a contiguous slice.
 
     Args:
-        labels: of all images.
-        rank: of this process.
-        seed: of the epoch.
+        labels: labels of all images.
+        rank: rank of this process.
+        seed: seed of the epoch.
     """
 
     def __init__(self, labels: NDArray[Any], rank: int, seed: int) -> None:
@@ -58,19 +59,19 @@ class EpochIndex:
         by_class = [np.flatnonzero(labels == label).tolist() for label in range(CLASSES)]
         class_list, lists = _endless(list(range(CLASSES)), random), [_endless(images, random) for images in by_class]
         indices = [next(lists[next(class_list)]) for _ in range(len(labels))]
-        each = len(labels) // RANKS
-        self.indices = indices[rank * each : (rank + 1) * each]
+        share = len(labels) // RANKS
+        self.indices = indices[rank * share : (rank + 1) * share]
 
 
 def _endless(items: list[int], random: np.random.Generator) -> Iterator[int]:
-    """The paper's list: shuffled anew whenever it runs out."""
+    """Yield the items of the paper's list, which is reshuffled when it is exhausted."""
     while True:
-        for place in random.permutation(len(items)):
-            yield items[place]
+        for position in random.permutation(len(items)):
+            yield items[position]
 
 
-def measure_speed(labels: NDArray[np.int16], draws: int, rounds: int) -> Figures:
-    """Draws per second of each sampler, iterated; the kinds take turns."""
+def measure_speed(labels: NDArray[np.int16], draws: int, rounds: int) -> Metrics:
+    """Measure the draws per second of each sampler's iterator; the samplers take turns."""
     samplers = {
         "draws_per_s": ClassAwareSampler(labels),
         "square_root_draws_per_s": SquareRootSampler(labels),
@@ -79,68 +80,68 @@ def measure_speed(labels: NDArray[np.int16], draws: int, rounds: int) -> Figures
     speeds: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(rounds):
         for name, sampler in samplers.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             deque(itertools.islice(sampler, draws), maxlen=0)
-            speeds[name].append(draws / (time.perf_counter() - begun))
+            speeds[name].append(draws / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def measure_resume(labels: NDArray[np.int16], rounds: int = 20) -> Figures:
-    """Milliseconds from a state to the first draw, far into training: draw 800,000 x 256."""
+def measure_resume(labels: NDArray[np.int16], rounds: int = 20) -> Metrics:
+    """Measure the time from a state to the first draw, late in training: draw 800,000 x 256."""
     state = ClassAwareSampler(labels).state_dict() | {"draw": 800_000 * BATCH}
     sampler, times = ClassAwareSampler(labels), list[float]()
-    for number in range(rounds):
-        begun = time.perf_counter()
-        sampler.load_state_dict(state | {"draw": state["draw"] + number})
+    for index in range(rounds):
+        start = time.perf_counter()
+        sampler.load_state_dict(state | {"draw": state["draw"] + index})
         next(iter(sampler))
-        times.append(1e3 * (time.perf_counter() - begun))
+        times.append(1e3 * (time.perf_counter() - start))
     return {"resume_ms": statistics.median(times)}
 
 
 def distinct_classes(labels: NDArray[np.int16], draws_of_rank: list[NDArray[np.int64]]) -> float:
-    """The mean number of distinct classes in a global batch.
+    """Return the mean number of distinct classes in a global batch.
 
     Args:
-        labels: of all images.
-        draws_of_rank: for each rank, the images of its parts of the batches, one after another.
+        labels: labels of all images.
+        draws_of_rank: for each rank, the images of its shares of the batches, concatenated.
     """
-    each = BATCH // RANKS
-    batches = np.concatenate([labels[draws].reshape(-1, each) for draws in draws_of_rank], axis=1)
+    share = BATCH // RANKS
+    batches = np.concatenate([labels[draws].reshape(-1, share) for draws in draws_of_rank], axis=1)
     return float(np.mean([len(np.unique(batch)) for batch in batches]))
 
 
-def measure_batches(labels: NDArray[np.int16]) -> Figures:
-    """Ours and, from the same stream, what contiguous slices of an epoch for each rank would give."""
-    each, whole = BATCH // RANKS, ClassAwareSampler(labels)
+def measure_batches(labels: NDArray[np.int16]) -> Metrics:
+    """Count distinct classes for our sampler and, from the same stream, for contiguous slices per rank."""
+    share, whole = BATCH // RANKS, ClassAwareSampler(labels)
     interleaved = [ClassAwareSampler(labels, rank=rank, num_replicas=RANKS) for rank in range(RANKS)]
-    ours = [sampler.draw(sampler.global_draws(0, BATCHES * each)) for sampler in interleaved]
-    slices = [whole.draw(np.arange(BATCHES * each) + rank * (IMAGES // RANKS)) for rank in range(RANKS)]
+    ours = [sampler.draw(sampler.global_draws(0, BATCHES * share)) for sampler in interleaved]
+    slices = [whole.draw(np.arange(BATCHES * share) + rank * (IMAGES // RANKS)) for rank in range(RANKS)]
     return {
         "distinct_classes_per_batch": distinct_classes(labels, ours),
         "distinct_classes_per_batch_contiguous": distinct_classes(labels, slices),
     }
 
 
-def measure_build(contender: str) -> Figures:
-    """Seconds and private megabytes of one sampler, in this process: run it in a fresh one."""
+def measure_build(contender: str) -> Metrics:
+    """Measure the time and private memory to build one sampler. Run it in a fresh process."""
     labels, process = make_labels(), psutil.Process()
-    before, begun = process.memory_full_info().uss, time.perf_counter()
+    before, start = process.memory_full_info().uss, time.perf_counter()
     built = ClassAwareSampler(labels) if contender == "ours" else EpochIndex(labels, rank=0, seed=0)
-    seconds, after = time.perf_counter() - begun, process.memory_full_info().uss
+    seconds, after = time.perf_counter() - start, process.memory_full_info().uss
     assert built is not None, "alive while its memory is measured"
     return {"s": seconds, "mb": (after - before) / 1e6}
 
 
-def in_fresh_process(contender: str) -> Figures:
-    """`measure_build` where nothing else has left memory behind."""
+def in_fresh_process(contender: str) -> Metrics:
+    """Run `measure_build` in a fresh process, without memory of other objects."""
     code = f"from benchmarks.sampler import measure_build as m; f = m({contender!r}); print(f['s'], f['mb'])"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     seconds, megabytes = map(float, output.split())
     return {"s": seconds, "mb": megabytes}
 
 
-def run(quick: bool) -> Figures:
-    """All figures."""
+def run(quick: bool) -> Metrics:
+    """Return all metrics."""
     labels = make_labels()
     builds = [in_fresh_process("ours") for _ in range(3)]
     theirs = in_fresh_process("theirs")
@@ -156,17 +157,17 @@ def run(quick: bool) -> Figures:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark: figures and environment to the terminal and, if asked for, to a file."""
-    arguments = parse_arguments("sampler", "Class-aware sampling at the size of Places2.", argv)
+    """Run the benchmark: print the metrics, and write them to a file if --json is given."""
+    arguments = parse_arguments("sampler", "Measure class-aware sampling at the size of Places2.", argv)
     started = time.perf_counter()
-    figures = run(arguments.quick)
+    metrics = run(arguments.quick)
     about: dict[str, Any] = environment() | {
         "benchmark": "sampler",
         "quick": arguments.quick,
         "labels": f"{IMAGES:,} images in {CLASSES} classes, sorted by class",
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    publish(figures, TARGETS, about, arguments.json)
+    publish(metrics, TARGETS, about, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""What our training loop costs, against the same model in a bare PyTorch loop on images in memory.
+"""The overhead of our training loop, against a bare PyTorch loop with the same model on images in memory.
 
     python -m benchmarks.train [--quick] [--json FILE]
 
-torchvision's ResNet-50 under the paper's relay plan, batches of 8 crops of 64 pixels, one thread. Both loops have the
-same weights, images, augmentation and optimizer, and first have to come to the same parameters, bit by bit; then they
-take turns (`benchmarks.measure`). The bare loop is augment, forward, loss, zero_grad, backward, step. Ours adds what
-makes a run safe and watched: seeds for each step, losses and gradients looked at before the update, metrics every 20
-steps.
+torchvision's ResNet-50 with the paper's relay plan, batches of 8 crops of 64 pixels, one thread. Both loops have the
+same weights, images, augmentation and optimizer. They are first checked to reach the same parameters, bit for bit;
+then they take turns (`benchmarks.measure`). The bare loop is augment, forward, loss, zero_grad, backward, step. Our
+loop adds seeds for each step, checks of losses and gradients before the update, and metrics every 20 steps.
 
-| figure                 | what it is                                                                               |
+| metric                 | description                                                                              |
 | ---------------------- | ---------------------------------------------------------------------------------------- |
 | `loop_over_bare`       | our images per second over the bare loop's                                               |
-| `look_in_steps`        | what a look at the gradients costs, in steps                                             |
-| `diagnostics_overhead` | that, divided by the default number of steps between two looks                           |
-| `checkpoint_stall`     | seconds in which a save holds the training up, over the seconds of 1,000 steps           |
+| `look_in_steps`        | cost of the gradient statistics of one step, in steps                                    |
+| `diagnostics_overhead` | that cost, divided by the default number of steps between gradient statistics            |
+| `checkpoint_stall`     | seconds that a checkpoint blocks training, over the seconds of 1,000 steps               |
 
-`*_iqr` and `*_error` are as in `benchmarks.engine`. A save is written to the disk and checked in full each time; its
+`*_iqr` and `*_error` are as in `benchmarks.engine`. Each checkpoint is written to disk and verified completely; its
 speed is the disk's.
 """
 
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Figures, Target, environment, interleave, keep_memory, parse_arguments, publish, ratio
+from benchmarks.measure import Metrics, Target, environment, interleave, keep_memory, parse_arguments, publish, ratio
 from relaybackprop import Relay
 from relaylab.data.datasets import InMemoryDataset
 from relaylab.data.geometry import CropSpec
@@ -54,31 +53,31 @@ from relaylab.train.signals import StopRequest
 
 SEED = 0
 SPEC = CropSpec(size=64, short_side=72)
-GPU_TOLERANCE = 0.05  # of the way that the parameters have moved: there sums are added in any order
-LOOP_LIMIT, LOOKS_LIMIT, STALL_LIMIT = 0.97, 0.02, 0.01
+GPU_TOLERANCE = 0.05  # relative to the change of the parameters, since the order of sums varies on a GPU
+LOOP_LIMIT, STATISTICS_LIMIT, STALL_LIMIT = 0.97, 0.02, 0.01
 STALL_STEPS = 1000
 
 
 class DifferentTrainingError(RuntimeError):
-    """Two loops that do not train alike: their times cannot be compared."""
+    """Two loops that train differently, so that their times cannot be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much to run.
+    """The size of a benchmark run.
 
     Attributes:
-        device: of both loops; "cpu" or "cuda".
-        precision: of both loops; "32" or "bf16".
-        recipe: what is trained, with the network as it is for large images.
-        crop_spec: crops of the images in memory. The network takes any size.
-        images: in memory.
-        check_steps: after which both loops have to have the same parameters.
-        steps: in one measurement of a loop.
-        rounds: of every timing, at most.
-        loop_budget_s: stop the comparison of the loops after so long.
-        looks_budget_s: stop that of steps with and without a look after so long.
-        saves: checkpoints to write.
+        device: device of both loops, "cpu" or "cuda".
+        precision: precision of both loops, "32" or "bf16".
+        recipe: the recipe, with the network for large images.
+        crop_spec: crops of the images in memory. The network accepts any size.
+        images: number of images in memory.
+        check_steps: number of steps after which both loops must have the same parameters.
+        steps: number of steps in one measurement of a loop.
+        rounds: maximum number of timing rounds.
+        loop_budget_s: time limit for comparing the loops, in seconds.
+        statistics_budget_s: time limit for comparing steps with and without gradient statistics, in seconds.
+        saves: number of checkpoints to write.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -90,19 +89,19 @@ class Settings:
     steps: int = 3
     rounds: int = 400
     loop_budget_s: float = 220
-    looks_budget_s: float = 80
+    statistics_budget_s: float = 80
     saves: int = 7
 
 
 def settings_of(*, quick: bool) -> Settings:
-    """The full benchmark's, or those of one that ends within 50 seconds."""
+    """Return the settings of the full benchmark, or those of one that ends within 50 seconds."""
     recipe = find_recipe("table6-resnet50-relay")
     full = Settings(recipe=replace(recipe, optimizer=replace(recipe.optimizer, batch_size=8)))
-    return replace(full, loop_budget_s=18, looks_budget_s=8, saves=3) if quick else full
+    return replace(full, loop_budget_s=18, statistics_budget_s=8, saves=3) if quick else full
 
 
-class Bare:
-    """The loop that everybody writes, on the trainer's images."""
+class BareLoop:
+    """A plain PyTorch training loop on the trainer's images."""
 
     def __init__(self, settings: Settings, images: RunImages) -> None:
         recipe, self.device = settings.recipe, settings.device
@@ -119,7 +118,7 @@ class Bare:
         self.batches = iter(images.train.training(sampler, config.batch_size, SEED))
 
     def step(self) -> None:
-        """One update."""
+        """Run one update."""
         batch = next(self.batches).to(self.device)
         with self.autocast:
             loss = self.criterion(self.relay(self.augment(batch.images, batch.draws)), batch.labels)
@@ -128,8 +127,8 @@ class Bare:
         self.optimizer.step()
 
 
-class Ours:
-    """Our trainer, step by step; its records and checkpoints are in `folder`."""
+class TrainerLoop:
+    """Our trainer, step by step. Its records and checkpoints are in `folder`."""
 
     def __init__(self, settings: Settings, images: RunImages, folder: Path) -> None:
         recipe = settings.recipe
@@ -140,39 +139,44 @@ class Ours:
         self.trainer.records = Records(folder, 0)
         self.trainer.module.train()
         self.batches = iter(self.trainer.stream)
-        self.with_looks, self.without = replace(config, diagnose_every=1), replace(config, diagnose_every=0)
+        self.with_statistics, self.without = replace(config, diagnose_every=1), replace(config, diagnose_every=0)
 
     def step(self) -> None:
-        """One update without a look at the gradients."""
+        """Run one update without gradient statistics."""
         self.trainer.config = self.without
         self.trainer.step(self.batches)
 
-    def looking_step(self) -> None:
-        """One update with a look."""
-        self.trainer.config = self.with_looks
+    def step_with_statistics(self) -> None:
+        """Run one update with gradient statistics."""
+        self.trainer.config = self.with_statistics
         self.trainer.step(self.batches)
 
 
 def random_images(recipe: Recipe, crop_spec: CropSpec, count: int) -> RunImages:
-    """Noise in as many classes as the recipe has, as far as there are images."""
+    """Return random images, in as many classes as the recipe has or as there are images."""
     classes = tuple(f"class {label}" for label in range(min(count, recipe.network.num_classes)))
     generator = torch.Generator().manual_seed(SEED)
     pixels = torch.randint(
         0, 256, (count, crop_spec.short_side, crop_spec.short_side, 3), dtype=torch.uint8, generator=generator
     )
-    dataset = InMemoryDataset(DecodedImages(pixels, torch.arange(count) % len(classes), classes), crop_spec)
-    val = dataset.subset(np.arange(len(classes), dtype=np.int64))
+    train_images = InMemoryDataset(DecodedImages(pixels, torch.arange(count) % len(classes), classes), crop_spec)
+    val = train_images.subset(np.arange(len(classes), dtype=np.int64))
     identity = Classes.of(classes)
     return RunImages(
-        dataset, val, crop_spec, decoded_statistics(dataset.decoded, crop_spec), in_memory=True, identity=identity
+        train_images,
+        val,
+        crop_spec,
+        decoded_statistics(train_images.decoded, crop_spec),
+        in_memory=True,
+        identity=identity,
     )
 
 
-def check(ours: Ours, bare: Bare, steps: int) -> None:
-    """Train both for some steps and compare all parameters: bit by bit on a CPU; see `GPU_TOLERANCE`.
+def check(ours: TrainerLoop, bare: BareLoop, steps: int) -> None:
+    """Train both loops and compare all parameters: bit for bit on a CPU, within `GPU_TOLERANCE` on a GPU.
 
     Raises:
-        DifferentTrainingError: one differs, or has not moved: two loops that do nothing would be alike too.
+        DifferentTrainingError: a parameter differs, or did not change: two loops that do nothing would agree, too.
     """
     start = {name: parameter.detach().clone() for name, parameter in bare.relay.named_parameters()}
     for _ in range(steps):
@@ -180,27 +184,28 @@ def check(ours: Ours, bare: Bare, steps: int) -> None:
         ours.step()
         seed_all(SEED, step, 0)  # dropout as in our loop
         bare.step()
-    found: dict[str, Tensor] = dict(ours.trainer.relay.named_parameters())
+    ours_parameters: dict[str, Tensor] = dict(ours.trainer.relay.named_parameters())
     for name, parameter in bare.relay.named_parameters():
-        if bare.device == "cpu" and not torch.equal(parameter, found[name]):
+        if bare.device == "cpu" and not torch.equal(parameter, ours_parameters[name]):
             raise DifferentTrainingError(f"{name} differs between the loops after {steps} steps")
         if steps and torch.equal(parameter, start[name]):
-            raise DifferentTrainingError(f"{name} has not moved in {steps} steps: neither loop trains it")
-    other = {name: p.detach() for name, p in bare.relay.named_parameters()}
-    pairs = [(found[name].detach() - p, p - start[name]) for name, p in other.items()]
-    apart, moved = (torch.nn.utils.get_total_norm(list(each)).item() for each in zip(*pairs, strict=True))
-    if not apart <= GPU_TOLERANCE * moved:
+            raise DifferentTrainingError(f"{name} did not change in {steps} steps: neither loop trains it")
+    bare_parameters = {name: p.detach() for name, p in bare.relay.named_parameters()}
+    pairs = [(ours_parameters[name].detach() - p, p - start[name]) for name, p in bare_parameters.items()]
+    distance, moved = (torch.nn.utils.get_total_norm(list(each)).item() for each in zip(*pairs, strict=True))
+    if not distance <= GPU_TOLERANCE * moved:
         raise DifferentTrainingError(
-            f"after {steps} steps the loops are {apart / moved:.2g} of their way apart, more than {GPU_TOLERANCE}"
+            f"after {steps} steps the parameters of the loops differ by {distance / moved:.2g} of their change: at "
+            f"most {GPU_TOLERANCE} is allowed"
         )
 
 
 @contextmanager
-def loops(settings: Settings) -> Iterator[tuple[Ours, Bare]]:
-    """Both loops, checked, with a folder for ours while they are needed."""
+def loops(settings: Settings) -> Iterator[tuple[TrainerLoop, BareLoop]]:
+    """Yield both loops, after a check that they train alike. A temporary folder has our records."""
     with tempfile.TemporaryDirectory(prefix="relaylab-train-") as folder:
         images = random_images(settings.recipe, settings.crop_spec, settings.images)
-        ours, bare = Ours(settings, images, Path(folder)), Bare(settings, images)
+        ours, bare = TrainerLoop(settings, images, Path(folder)), BareLoop(settings, images)
         try:
             check(ours, bare, settings.check_steps)
             yield ours, bare
@@ -209,8 +214,8 @@ def loops(settings: Settings) -> Iterator[tuple[Ours, Bare]]:
                 ours.trainer.records.close()
 
 
-def measure(settings: Settings) -> Figures:
-    """All figures."""
+def measure(settings: Settings) -> Metrics:
+    """Return all metrics."""
     with loops(settings) as (ours, bare):
         batch, steps = settings.recipe.optimizer.batch_size, settings.steps
         contenders = {
@@ -218,31 +223,31 @@ def measure(settings: Settings) -> Figures:
             "ours": lambda: [ours.step() for _ in range(steps)],
         }
         times = interleave(contenders, rounds=settings.rounds, budget_s=settings.loop_budget_s, warmup=1)
-        found = ratio(times["bare"], times["ours"])
+        result = ratio(times["bare"], times["ours"])
         step_s = statistics.median(times["ours"]) / steps
-        figures: Figures = {
-            "loop_over_bare": found.median,
-            "loop_over_bare_iqr": found.iqr,
-            "loop_over_bare_error": found.error,
+        metrics: Metrics = {
+            "loop_over_bare": result.median,
+            "loop_over_bare_iqr": result.iqr,
+            "loop_over_bare_error": result.error,
             "images_per_s_ours": batch / step_s,
             "images_per_s_bare": batch * steps / statistics.median(times["bare"]),
-            "loop_rounds": found.rounds,
+            "loop_rounds": result.rounds,
         }
-        looks = {"without": ours.step, "with": ours.looking_step}
-        times = interleave(looks, rounds=settings.rounds, budget_s=settings.looks_budget_s, warmup=1)
-        found = ratio(times["with"], times["without"])
-        every = TrainConfig().diagnose_every
-        figures |= {
-            "look_in_steps": found.median - 1,
-            "look_in_steps_error": found.error,
-            "diagnostics_overhead": (found.median - 1) / every,
-            "diagnostics_overhead_error": found.error / every,
-            "look_rounds": found.rounds,
+        variants = {"without": ours.step, "with": ours.step_with_statistics}
+        times = interleave(variants, rounds=settings.rounds, budget_s=settings.statistics_budget_s, warmup=1)
+        result = ratio(times["with"], times["without"])
+        interval = TrainConfig().diagnose_every
+        metrics |= {
+            "look_in_steps": result.median - 1,
+            "look_in_steps_error": result.error,
+            "diagnostics_overhead": (result.median - 1) / interval,
+            "diagnostics_overhead_error": result.error / interval,
+            "look_rounds": result.rounds,
         }
-        return figures | _saves(ours.trainer, settings.saves, step_s)
+        return metrics | _measure_saves(ours.trainer, settings.saves, step_s)
 
 
-def _saves(trainer: Trainer, count: int, step_s: float) -> Figures:
+def _measure_saves(trainer: Trainer, count: int, step_s: float) -> Metrics:
     seconds: list[float] = []
     for _ in range(count):
         began = time.perf_counter()
@@ -261,21 +266,21 @@ def _saves(trainer: Trainer, count: int, step_s: float) -> Figures:
 
 TARGETS = {
     "loop_over_bare": Target(">", LOOP_LIMIT),
-    "diagnostics_overhead": Target("<", LOOKS_LIMIT),
+    "diagnostics_overhead": Target("<", STATISTICS_LIMIT),
     "checkpoint_stall": Target("<", STALL_LIMIT),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark: figures and environment to the terminal and, if asked for, to a file."""
-    arguments = parse_arguments("train", "What our training loop costs over a bare one.", argv)
+    """Run the benchmark: print the metrics, and write them to a file if --json is given."""
+    arguments = parse_arguments("train", "Measure the overhead of our training loop.", argv)
     settings = settings_of(quick=arguments.quick)
     started, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         keeps = keep_memory()
         about: dict[str, Any] = environment()
-        figures = measure(settings)
+        metrics = measure(settings)
     finally:
         torch.set_num_threads(threads)
     about |= {
@@ -288,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "keeps_memory": keeps,
         "elapsed_s": round(time.perf_counter() - started, 1),
     }
-    publish(figures, TARGETS, about, arguments.json)
+    publish(metrics, TARGETS, about, arguments.json)
 
 
 if __name__ == "__main__":

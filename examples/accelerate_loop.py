@@ -1,7 +1,7 @@
 """Relay backpropagation with Hugging Face Accelerate: `python examples/accelerate_loop.py`, or `accelerate launch`.
 
-Handwritten digits in seconds, on one core, with gradients accumulated over two batches. What changes is what Accelerate
-always asks for: it prepares the relay like any model. It needs scikit-learn and `pip install accelerate`.
+Learns handwritten digits in seconds, on one core, with gradients accumulated over two batches. Accelerate prepares the
+relay like any model. Requires scikit-learn and `pip install accelerate`.
 """
 
 import torch
@@ -14,33 +14,33 @@ from relaybackprop import Plan, Relay, RelayLoss, Window
 
 
 def digits() -> list[Subset]:
-    """1797 images of 8x8 pixels in ten classes; a quarter of them for the test."""
+    """Return training and test data: 1797 images of 8x8 pixels in ten classes, a quarter of them for testing."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     return random_split(TensorDataset(images, torch.tensor(labels)), [0.75, 0.25])
 
 
 def make_relay() -> Relay:
-    """A plain network, the windows of its two losses, and the head of the auxiliary one."""
+    """Build a plain network with the windows of its two losses and the head of the auxiliary loss."""
     sizes = [(1, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
     convs = [nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU()) for i, o in sizes]
     for conv, _ in convs:
-        nn.init.kaiming_normal_(conv.weight)  # without batch norm PyTorch's own start is slow to learn
+        nn.init.kaiming_normal_(conv.weight)  # without batch norm, PyTorch's default initialisation learns slowly
     model = nn.Sequential(*convs[:3], nn.MaxPool2d(2), *convs[3:], nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
-    # Layers 0 and 1 learn from the auxiliary loss alone, 5 to 7 from the primary loss alone, 2 to 4 from both.
+    # The auxiliary loss alone trains layers 0 and 1, the primary loss alone 5 to 7, and both train 2 to 4.
     plan = Plan(primary=Window(bottom="2"), auxiliary={"aux": Window(top="4")})
     return Relay(model, plan, heads={"aux": nn.Sequential(nn.Flatten(), nn.Linear(64 * 4 * 4, 10))})
 
 
 def train_epoch(accelerator: Accelerator, relay: nn.Module, criterion: RelayLoss, optimizer, loader) -> float:
-    """One pass over the data; gives the mean loss."""
+    """Train for one epoch, and return the mean loss."""
     relay.train()
     total = 0.0
     for images, labels in loader:
         with accelerator.accumulate(relay):
             loss = criterion(relay(images), labels)  # the weighted sum of both losses
-            accelerator.backward(loss)  # each loss reaches its window, nothing below
-            optimizer.step()  # these two do nothing until enough batches are in
+            accelerator.backward(loss)  # each loss reaches only its own window
+            optimizer.step()  # no-ops until enough batches are accumulated
             optimizer.zero_grad()
         total += loss.item()
     return total / len(loader)
@@ -48,14 +48,14 @@ def train_epoch(accelerator: Accelerator, relay: nn.Module, criterion: RelayLoss
 
 @torch.no_grad()
 def error_of(accelerator: Accelerator, relay: nn.Module, loader: DataLoader) -> float:
-    """In per cent, over all processes."""
-    relay.eval()  # from here on the relay is the plain model
+    """Return the error rate over all processes, in per cent."""
+    relay.eval()  # in evaluation mode the relay is the plain model
     wrong = [accelerator.gather_for_metrics(relay(images).argmax(dim=1) != labels) for images, labels in loader]
     return 100 * torch.cat(wrong).float().mean().item()
 
 
 def main(epochs: int = 6) -> float:
-    """Train and test; gives the test error in per cent."""
+    """Train and test. Returns the test error in per cent."""
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     train, test = digits()

@@ -1,7 +1,8 @@
-"""In the memory of one window: `python examples/early_release.py`, or `torchrun --nproc-per-node 2` before its name.
+"""Early release: `python examples/early_release.py`, or `torchrun --nproc-per-node 2 examples/early_release.py`.
 
-Handwritten digits in seconds, with a deep network, as many branches as a memory budget asks for, and
-`Relay.forward_backward`, which averages gradients over processes by itself. It needs scikit-learn.
+Learns handwritten digits in seconds, with the peak memory of the largest window: a deep network with as many branches
+as a memory budget requires, and `Relay.forward_backward`, which also averages gradients over processes. Requires
+scikit-learn.
 """
 
 import torch
@@ -22,19 +23,19 @@ class Residual(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape as comes in: (batch, channels, h, w)."""
+        """Return features of the same shape, (batch, channels, height, width)."""
         return torch.relu(x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))))
 
 
 def digits() -> list[Subset]:
-    """1797 images of 8x8 pixels in ten classes; a quarter of them for the test."""
+    """Return training and test data: 1797 images of 8x8 pixels in ten classes, a quarter of them for testing."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     return random_split(TensorDataset(images, torch.tensor(labels)), [0.75, 0.25])
 
 
 def make_relay(budget: float = 0.4, batch: int = 32) -> Relay:
-    """Forty layers, and windows that keep a step's peak within a part of standard backpropagation's."""
+    """Build forty layers with windows that keep the peak within `budget` times that of standard backpropagation."""
     blocks = [Residual(16) for _ in range(20)]
     model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.append(nn.Linear(16, 10))
@@ -45,7 +46,7 @@ def make_relay(budget: float = 0.4, batch: int = 32) -> Relay:
 
 
 def main(epochs: int = 6) -> float:
-    """Train, and test the plain model; gives the test error in per cent."""
+    """Train, and test the plain model. Returns the test error in per cent."""
     if dist.is_torchelastic_launched():
         dist.init_process_group()
     torch.manual_seed(0)  # the same network and the same split in all processes

@@ -1,8 +1,8 @@
 """Relay backpropagation in timm: `python examples/timm_task.py train.py --data-dir DATA --model resnet50 ...`.
 
-timm's training script (it is in timm's repository), unmodified, trains a relay: its `ClassificationTask` is replaced
-before it runs. EMA, DDP, AMP, accumulation, mixup, layer decay and checkpoints are timm's. Without a script, a small
-network learns handwritten digits in seconds. It needs scikit-learn and `pip install "timm>=1.0.27"`.
+timm's unmodified training script, from timm's repository, trains a relay: this example replaces its
+`ClassificationTask` before it runs. EMA, DDP, AMP, accumulation, mixup, layer decay and checkpoints are timm's. Without
+a script, a small network learns handwritten digits in seconds. Requires scikit-learn and `pip install "timm>=1.0.27"`.
 """
 
 import runpy
@@ -21,31 +21,31 @@ from relaybackprop import Relay, RelayLoss, head_for, suggest_plan
 
 
 def make_relay(model: nn.Module) -> Relay:
-    """A relay for any classifier of timm: windows as suggested for its input size, and heads that fit."""
+    """Build a relay for any timm classifier, with suggested windows for its input size and matching heads."""
     images = torch.empty(2, *model.pretrained_cfg["input_size"], device=next(model.parameters()).device)
     plan = suggest_plan(model, images).plan
     return Relay(model, plan, head_for(model, plan, images, model.num_classes))
 
 
 class RelayTask(timm.task.ClassificationTask):
-    """Trains the relay; tests and saves the plain model and its moving average, with the heads as the task's state."""
+    """Trains the relay. Tests and saves the plain model and its EMA, with the heads as the task's state."""
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(make_relay(model), *args, **kwargs)
         self.criterion = RelayLoss(self.criterion)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The weighted sum of all losses, and the model's output."""
+        """Return the weighted sum of all losses, and the model's output."""
         output = self.trainable_module(input)
         return {"loss": self.criterion(output, target), "output": output.primary}
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain model."""
+        """Return the plain model."""
         module = module or self.get_trainable_module(ema)
         return module and unwrap_model(module).model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The heads' weights, to resume from."""
+        """Return the heads' weights, for resuming."""
         return {"heads": unwrap_model(module or self.get_trainable_module(ema)).heads.state_dict()}
 
     def load_task_state(self, state: Any, strict: bool = True, module: Any = None, ema: bool = False) -> None:
@@ -55,7 +55,7 @@ class RelayTask(timm.task.ClassificationTask):
 
 
 def main(epochs: int = 4) -> float:
-    """Train on three quarters of 1797 images, and test the plain model; gives the test error in per cent."""
+    """Train on three quarters of 1797 images, and test the plain model. Returns the test error in per cent."""
     torch.manual_seed(0)
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
     images = pixels.float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 16
@@ -65,7 +65,7 @@ def main(epochs: int = 4) -> float:
     for _ in range(epochs):
         task.train()
         for batch in DataLoader(train, batch_size=32, shuffle=True):
-            task(*batch)["loss"].backward()  # each loss reaches its window, nothing below
+            task(*batch)["loss"].backward()  # each loss reaches only its own window
             optimizer.step()
             optimizer.zero_grad()
     images, labels = test[:]

@@ -1,4 +1,4 @@
-"""Small networks of every kind that the method claims to work for, in float64, each with a plan."""
+"""Small networks of every supported kind, in float64, each with a plan."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ CLASSES = 5
 
 @dataclass(frozen=True)
 class Case:
-    """A network, a plan for it, its heads, and by loss the prefixes of the parameters that the loss trains."""
+    """A network, a plan for it, its heads, and the prefixes of the parameters that each loss trains."""
 
     model: nn.Module
     plan: Plan
@@ -24,7 +24,7 @@ class Case:
 
 
 def vgg() -> Case:
-    """The paper's Figure 2 in small: five segments, heads after 3 and 4, windows 1-3, 3-4, 4-5. In-place ReLUs."""
+    """The paper's Figure 2, but small: five segments, heads after 3 and 4, windows 1-3, 3-4, 4-5. In-place ReLUs."""
 
     def segment(channels_in: int, channels: int, pool: bool) -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -86,7 +86,7 @@ class ResNet(nn.Module):
 
 
 def resnet() -> Case:
-    """The paper's ResNet-50 setting in small; three losses share block 2; one head sits inside a residual branch."""
+    """A small version of the paper's ResNet-50. Three losses share block 2; one head is inside a residual branch."""
     plan = Plan(
         primary=Window(bottom="blocks.2", weight=2.0),
         auxiliary={
@@ -139,14 +139,14 @@ def inception() -> Case:
 
 
 class Encoded(NamedTuple):
-    """Two tensors that a transformer block hands on."""
+    """The two tensors that a transformer block returns."""
 
     tokens: Tensor
     bias: Tensor
 
 
 class Block(nn.Module):
-    """A transformer encoder layer that also hands on a running position bias."""
+    """A transformer encoder layer that also returns a running position bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class TokenHead(nn.Module):
 
 
 def transformer() -> Case:
-    """Two tensors cross each boundary; outputs are dictionaries; a gap: no loss trains block 3."""
+    """Two tensors cross each boundary, outputs are dictionaries, and no loss trains block 3."""
     plan = Plan(
         primary=Window(after="blocks.3"),
         auxiliary={"aux": Window(top="blocks.1"), "other": Window(top="blocks.2", bottom="blocks.1")},
@@ -210,7 +210,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def make_case(name: str, seed: int = 0) -> Case:
-    """One of the cases in float64, with weights from a seed."""
+    """Return one of the cases in float64, with seeded weights."""
     torch.manual_seed(seed)
     case = CASES[name]()
     for module in (case.model, *case.heads.values()):

@@ -1,4 +1,4 @@
-"""Comparisons with the reference. They raise; none of them returns a verdict that could be dropped."""
+"""Comparisons with the reference. They raise errors and do not return results that could be ignored."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.loss import RelayOutput
 from relaybackprop.reference import reference_gradients
 
-RELATIVE_ERROR = 1e-12  # float64; the largest norm of a difference over the norm of what is right
+RELATIVE_ERROR = 1e-12  # float64; maximum norm of a difference over the norm of the reference
 
 
 def losses_of(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By loss, a smooth scalar that weighs every output differently."""
+    """Return a smooth scalar for each loss that weights every output differently."""
     losses: dict[str, Tensor] = {}
     for name, value in outputs.items():
         tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
@@ -33,7 +33,7 @@ def weighted_sum(losses: Mapping[str, Tensor], plan: Plan) -> Tensor:
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
-    """What is in `.grad`, by parameter; zeros where there is nothing."""
+    """Return `.grad` of each parameter, with zeros for None."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in module.named_parameters()
@@ -42,7 +42,7 @@ def gradients_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> dict[str, Tensor]:
-    """One ordinary forward and one ordinary backward."""
+    """Return the gradients of one ordinary forward and backward pass."""
     relay.zero_grad(set_to_none=True)
     seed_generators(seed)  # dropout masks as in `expected_gradients`
     output = relay(*inputs, **named)
@@ -51,7 +51,7 @@ def relay_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> 
 
 
 def smooth_loss(plan: Plan) -> RelayLoss:
-    """`losses_of` as a criterion."""
+    """Return `losses_of` as a criterion."""
 
     def of_one(output: Any, _target: Any) -> Tensor:
         return losses_of({"any": output})["any"]
@@ -60,14 +60,14 @@ def smooth_loss(plan: Plan) -> RelayLoss:
 
 
 def seed_generators(seed: int) -> None:
-    """`torch.manual_seed`, which until CUDA is initialised takes up to a millisecond to format its stack."""
+    """Seed all generators. `torch.manual_seed` takes up to a millisecond until CUDA is initialised."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
 def step_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> dict[str, Tensor]:
-    """Forward and backward in one."""
+    """Return the gradients of one `forward_backward`."""
     seed_generators(seed)
     relay.zero_grad(set_to_none=True)
     relay.forward_backward(*inputs, target=None, loss=smooth_loss(relay.plan), **named)
@@ -75,7 +75,7 @@ def step_gradients(relay: Relay, *inputs: Any, seed: int = 7, **named: Any) -> d
 
 
 def seed_each_module(relay: Relay) -> None:
-    """Let chance depend on the module alone: heads run earlier in a step than in an ordinary forward pass."""
+    """Make randomness depend on the module only, since heads run earlier in a step than in an ordinary pass."""
     for number, module in enumerate(relay.modules()):
 
         def seed(_module: nn.Module, _args: Any, number: int = number) -> None:
@@ -93,10 +93,10 @@ def expected_gradients(
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = RELATIVE_ERROR) -> None:
-    """Raise unless each gradient is within `tolerance` of what is expected, relative to its norm.
+    """Check that each gradient is within `tolerance` of the expected one, relative to its norm.
 
-    Where zero is expected, zero must come. The floor for the norm is 1e-6 of the largest gradient's, so that sums
-    that cancel to nothing are not held to a relative error of their rounding.
+    If zero is expected, the gradient must be zero. The norm is at least 1e-6 of the largest gradient's, so that sums
+    that cancel to nearly zero are not compared at the precision of their rounding error.
     """
     assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
     assert got, "nothing to compare"

@@ -1,4 +1,4 @@
-"""What autograd users do besides one forward and one backward: each has a defined behaviour."""
+"""Uses of autograd beyond one forward and one backward pass. Each has a defined behaviour."""
 
 import copy
 import gc
@@ -79,7 +79,7 @@ def test_retain_graph_gives_the_same_gradients_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_one_after_the_other(name: str) -> None:
+def test_separate_backward_passes_of_losses(name: str) -> None:
     relay, inputs = make_relay(name)
     expected = expected_gradients(relay, *inputs)
     torch.manual_seed(7)
@@ -89,7 +89,7 @@ def test_losses_one_after_the_other(name: str) -> None:
     assert_same(gradients_of(relay), expected)
 
 
-def test_a_backward_that_breaks_off_leaves_nothing_for_the_next() -> None:
+def test_interrupted_backward_does_not_affect_the_next() -> None:
     relay, inputs = make_relay("vgg")
     expected = expected_gradients(relay, *inputs)
     loss = loss_of(relay, *inputs)
@@ -97,9 +97,7 @@ def test_a_backward_that_breaks_off_leaves_nothing_for_the_next() -> None:
     def fail(_gradient: Tensor) -> None:
         raise KeyboardInterrupt
 
-    handle = relay.model.segment3[0].weight.register_hook(
-        fail
-    )  # after lanes have been delivered, before they are taken
+    handle = relay.model.segment3[0].weight.register_hook(fail)  # after lanes are delivered and before they are used
     with pytest.raises(KeyboardInterrupt):
         loss.backward(retain_graph=True)
     handle.remove()
@@ -108,9 +106,9 @@ def test_a_backward_that_breaks_off_leaves_nothing_for_the_next() -> None:
     assert_same(gradients_of(relay), expected)
 
 
-def test_create_graph_is_refused() -> None:
+def test_create_graph_raises() -> None:
     relay, x = chain_relay()
-    with pytest.raises(DoubleBackwardError, match=r"create_graph=False.*received create_graph=True"):
+    with pytest.raises(DoubleBackwardError, match=r"\(create_graph=True\).*Set create_graph=False"):
         torch.autograd.grad(loss_of(relay, x), relay.model[0][0].weight, create_graph=True)
     assert x.grad is None
 
@@ -127,8 +125,8 @@ def test_input_gradients_follow_the_windows() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_forward_without_backward_is_freed_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No reference cycle through the graph, as there would be if junctions held their own tensors."""
+def test_forward_without_backward_is_freed_immediately(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no reference cycle through the graph, as there would be if junctions referred to their own tensors."""
     relay, inputs = make_relay(name)
     made: list[weakref.ref[Junction]] = []
     crossed = forward.cross
@@ -163,7 +161,7 @@ def test_no_grad_forward_in_training_mode() -> None:
     assert_same(relay_gradients(relay, *inputs), expected_gradients(relay, *inputs))
 
 
-def test_no_grad_inside_of_the_model_is_refused_at_a_boundary() -> None:
+def test_no_grad_at_a_boundary_raises() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -175,7 +173,7 @@ def test_no_grad_inside_of_the_model_is_refused_at_a_boundary() -> None:
             return self.high(x)
 
     relay = Relay(Half(), Plan(auxiliary={"aux": Window(top="low")}), {"aux": nn.Linear(3, 2)})
-    with pytest.raises(BoundaryError, match="output of low to run while gradients are recorded"):
+    with pytest.raises(BoundaryError, match="gradients are not recorded at the output of low"):
         relay(torch.randn(2, 3))
 
 
@@ -187,13 +185,13 @@ def test_frozen_layers(frozen: list[str]) -> None:
     got = relay_gradients(relay, x)
     assert not any(parameter.split(".")[1] in frozen for parameter in got if parameter.startswith("model."))
     assert_same(got, expected_gradients(relay, x))
-    for name in frozen:  # and thawed again, as in gradual unfreezing
+    for name in frozen:  # then unfrozen, as in gradual unfreezing
         relay.model.get_submodule(name).requires_grad_(True)
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
 
 
 class InPlace(nn.Module):
-    """A boundary at a convolution that an in-place ReLU follows at once."""
+    """A boundary at a convolution that is directly followed by an in-place ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +214,7 @@ def test_in_place_relu_right_after_a_boundary() -> None:
     torch.testing.assert_close(relay(x).auxiliary["aux"], relay.heads["aux"](before_relu))
 
 
-def test_a_trunk_may_begin_to_continue_in_place_at_any_time() -> None:
+def test_trunk_may_start_modifying_in_place_later() -> None:
     model = InPlace()
     relay = Relay(model, Plan(auxiliary={"aux": Window(top="conv3")}), {"aux": LinearHead(2, 2)}).double()
     x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
@@ -242,7 +240,7 @@ class CalledTwice(nn.Module):
         return self.fc(torch.tanh(self.again(torch.tanh(self.c(x)))))
 
 
-def test_a_layer_used_below_and_above_counts_each_use_where_it_happens() -> None:
+def test_layer_used_below_and_above_a_boundary() -> None:
     """The oracle is the same network with two copies of the layer: their gradients add up to the shared one's."""
     plan = Plan(primary=Window(bottom="c"), auxiliary={"aux": Window(top="c")})
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -296,22 +294,24 @@ class UNet(nn.Module):
         return self.decoder1(x + skip)
 
 
-def test_a_leak_around_a_window_is_named() -> None:
+def test_leak_error_names_both_modules() -> None:
     plan = Plan(primary=Window(bottom="decoder2"), auxiliary={"aux": Window(top="decoder2")})
     relay = Relay(UNet(), plan, {"aux": nn.Linear(3, 3)})
-    with pytest.raises(LeakError, match=r"'primary'.*input of decoder2.*from encoder1 \(below\) to decoder1 \(above\)"):
+    with pytest.raises(
+        LeakError, match=r"from encoder1 \(below\) to decoder1 \(above\) bypasses .*'primary'.*input of decoder2"
+    ):
         relay(torch.randn(2, 3))
 
 
 class Opaque:
-    """A value whose tensors nobody can find."""
+    """A value whose tensors cannot be found."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
 
 class Hides(nn.Module):
-    """Hands its result on in an object of its own, beside a tensor or alone."""
+    """Returns its result in an object of an unknown type, beside a tensor or alone."""
 
     def __init__(self, beside: bool) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ class Finds(nn.Module):
 
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("plan", ["head", "end", "output"])
-def test_tensors_that_cannot_be_found_are_no_silent_leak(plan: str, beside: bool) -> None:
+def test_hidden_tensors_raise(plan: str, beside: bool) -> None:
     plans = {
         "head": Plan(auxiliary={"aux": Window(top="1")}),
         "end": Plan(primary=Window(after="1")),
@@ -344,20 +344,22 @@ def test_tensors_that_cannot_be_found_are_no_silent_leak(plan: str, beside: bool
     if plan == "output":
         model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Hides(beside=False))
     relay = Relay(model, plans[plan], {name: Finds() for name in plans[plan].auxiliary})
-    kind, text = (LeakError, "path around|nothing else") if beside and plan != "output" else (BoundaryError, "Opaque")
+    kind, text = (
+        (LeakError, "bypasses the end|nothing else") if beside and plan != "output" else (BoundaryError, "Opaque")
+    )
     with pytest.raises(kind, match=text):
         relay(torch.randn(2, 3))
 
 
-def test_heads_above_a_skip_are_fine_when_no_window_ends_inside_it() -> None:
+def test_head_above_a_skip_without_a_window_end_inside() -> None:
     plan = Plan(auxiliary={"aux": Window(top="decoder2"), "high": Window(top="decoder1", bottom="decoder1")})
     relay = Relay(UNet(), plan, {name: nn.Linear(3, 3) for name in plan.auxiliary}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
 
 
-def test_the_primary_loss_may_go_around_a_head() -> None:
-    """A way around a head's junction straight to a window's end: the lane starts at the model's output."""
+def test_primary_loss_path_may_bypass_a_head() -> None:
+    """A path bypasses a head's junction to a window's end, so the lane starts at the model's output."""
 
     class Around(nn.Module):
         def __init__(self) -> None:
@@ -374,8 +376,8 @@ def test_the_primary_loss_may_go_around_a_head() -> None:
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
 
 
-def test_an_auxiliary_loss_of_the_users_own_is_plain_autograd() -> None:
-    """A term on the trunk that the plan does not know travels with the sum that it joins."""
+def test_custom_loss_on_inner_activations() -> None:
+    """A loss on inner activations outside the plan propagates with the sum that it joins."""
     relay, x = chain_relay()
     kept: list[Tensor] = []
     handle = relay.model[3].register_forward_hook(lambda _m, _a, out: kept.append(out))
@@ -386,7 +388,7 @@ def test_an_auxiliary_loss_of_the_users_own_is_plain_autograd() -> None:
     handle.remove()
     got = gradients_of(relay)
     for name, right in expected.items():
-        inside = name.startswith(("model.2.", "model.3."))  # the primary window, whose sum the term has joined
+        inside = name.startswith(("model.2.", "model.3."))  # the primary window, whose sum includes the term
         assert torch.allclose(got[name], right, rtol=1e-12, atol=0) != inside, name
 
 
@@ -394,10 +396,10 @@ def linears(count: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(3, 3) for _ in range(count))).double()
 
 
-def test_a_head_that_goes_on_in_place_disturbs_nobody() -> None:
+def test_in_place_head_does_not_affect_the_trunk() -> None:
     plan = Plan(Window(bottom="2"), {"a": Window(top="3", bottom="2"), "b": Window(top="3")})
     heads = {"a": nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), "b": nn.Linear(3, 3)}
-    relay = Relay(linears(4), plan, heads).double()  # the top is the model's output, which the head must not change
+    relay = Relay(linears(4), plan, heads).double()  # the top is the model's output, which the head must not modify
     x = torch.randn(2, 3, dtype=torch.float64)
     for _ in range(3):
         assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
@@ -406,7 +408,7 @@ def test_a_head_that_goes_on_in_place_disturbs_nobody() -> None:
         torch.testing.assert_close(output.auxiliary["b"], heads["b"](relay.model(x)))
 
 
-def test_a_head_may_continue_in_place() -> None:
+def test_in_place_heads() -> None:
     relay = Relay(linears(3), Plan(auxiliary={"aux": Window(top="1")}), {"aux": nn.Sequential(nn.ReLU())}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     for inplace in (False, True):
@@ -416,7 +418,7 @@ def test_a_head_may_continue_in_place() -> None:
 
 
 class Aliased(nn.Module):
-    """Memory at a boundary that is changed in place by another name than the boundary's own."""
+    """Memory at a boundary that is modified in place through another tensor."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -439,7 +441,7 @@ class Aliased(nn.Module):
 
 
 class Two(nn.Module):
-    """Two names for the same memory, or for two halves of it."""
+    """Returns two tensors of the same memory, or of two halves of it."""
 
     def __init__(self, overlapping: bool) -> None:
         super().__init__()
@@ -460,19 +462,19 @@ ALIASED = {
 
 
 @pytest.mark.parametrize("how", ALIASED)
-def test_memory_changed_by_another_name_is_no_silent_error(how: str) -> None:
+def test_in_place_change_through_an_alias_raises(how: str) -> None:
     class First(nn.Module):
         def forward(self, value: Any) -> Tensor:
             return value[0] if isinstance(value, tuple) else value
 
     relay = Relay(Aliased(how), ALIASED[how], {"aux": First()}).double()
-    with pytest.raises(BoundaryError, match=r"changed in place by no other name.*inplace=False"):
+    with pytest.raises(BoundaryError, match=r"modified in place through another tensor.*inplace=False"):
         relay(torch.randn(2, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("names", [["output of 0", "input of 1"], ["output of 0"], ["input of 1"]])
-def test_boundaries_in_a_row_before_an_in_place_layer(names: list[str]) -> None:
-    """The upper one's change in place is the lower one's too, and nobody else reads it."""
+def test_consecutive_boundaries_before_an_in_place_layer(names: list[str]) -> None:
+    """The in-place change above the upper boundary also affects the lower one, and no other layer reads it."""
     plan = Plan(
         Window(bottom="1") if "input of 1" in names else Window(),
         {"aux": Window(top="2"), **({"low": Window(top="0")} if "output of 0" in names else {})},
@@ -484,7 +486,7 @@ def test_boundaries_in_a_row_before_an_in_place_layer(names: list[str]) -> None:
         assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
 
 
-def test_neighbours_in_one_storage_may_be_changed_in_place() -> None:
+def test_in_place_change_of_one_chunk_of_a_storage() -> None:
     class Sum(nn.Module):
         def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
             return value[0] + 2 * value[1]
@@ -502,7 +504,7 @@ def test_neighbours_in_one_storage_may_be_changed_in_place() -> None:
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
 
 
-def test_modules_may_write_into_the_containers_that_they_are_given() -> None:
+def test_modules_may_write_into_input_containers() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -530,7 +532,7 @@ def test_modules_may_write_into_the_containers_that_they_are_given() -> None:
         assert torch.equal(Relay(model, Plan(Window(bottom="b")))(x).primary, model(x))
 
 
-def test_a_new_plan_on_the_same_relay_is_obeyed() -> None:
+def test_assigning_a_new_plan() -> None:
     first = Plan(Window(bottom="2"), {"a": Window(top="4", bottom="1")})
     second = Plan(Window(bottom="1"), {"a": Window(top="4", bottom="2")})
     relay = Relay(linears(6), first, {"a": nn.Linear(3, 3)}).double()
@@ -540,8 +542,8 @@ def test_a_new_plan_on_the_same_relay_is_obeyed() -> None:
         assert_same(relay_gradients(relay, x), expected_gradients(relay, x, plan=plan))
 
 
-def test_inference_mode_first() -> None:
-    """Inference tensors have no versions."""
+def test_inference_mode_before_training() -> None:
+    """Inference tensors do not have version counters."""
     plan = Plan(auxiliary={"aux": Window(top="0")})
     relay = Relay(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)), plan, {"aux": nn.Identity()})
     x = torch.randn(2, 3)
@@ -550,7 +552,7 @@ def test_inference_mode_first() -> None:
             assert torch.equal(relay(x).auxiliary["aux"], relay.model[0](x))
 
 
-def test_depths_follow_what_is_frozen() -> None:
+def test_depths_follow_frozen_layers() -> None:
     relay, x = chain_relay(Plan())
     depths = []
     for trainable in (True, False, True):
@@ -558,14 +560,14 @@ def test_depths_follow_what_is_frozen() -> None:
         relay(x)
         depths.append(relay.depths["primary"])
     assert depths == [4, 3, 4]
-    for number in range(3 * 64):  # freezing at random does not pile up
+    for number in range(3 * 64):  # the cache is bounded when layers are frozen at random
         for bit in range(8):
             list(relay.model.parameters())[bit].requires_grad_(bool(number >> bit & 1))
         relay(x)
     assert len(relay._schedules) <= 64
 
 
-def test_outputs_may_be_backwarded_one_by_one() -> None:
+def test_separate_backward_passes_of_outputs() -> None:
     class Towers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -582,7 +584,7 @@ def test_outputs_may_be_backwarded_one_by_one() -> None:
     assert relay.model.b[0].weight.grad.any()
 
 
-def test_another_thread_may_evaluate_the_plain_model_meanwhile() -> None:
+def test_concurrent_evaluation_in_another_thread() -> None:
     relay, x = chain_relay()
     seen: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say. Nothing here is held against the clock."""
+"""The benchmarks measure what they claim. No test depends on wall-clock time."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ TINY = engine.Settings(
 def test_flops_of_a_convolution(device):
     conv = nn.Conv2d(3, 5, 3, padding=1, device=device)
     image = torch.zeros(2, 3, 8, 8, device=device, requires_grad=True)
-    one_pass = 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)  # multiply and add; output elements; what goes into each
+    one_pass = 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)  # multiply and add; output elements; inputs of each
     assert measure.count_flops(lambda: conv(image)) == one_pass
     assert measure.count_flops(lambda: conv(image).sum().backward()) == 3 * one_pass
     assert measure.count_flops(lambda: conv(image.detach()).sum().backward()) == 2 * one_pass
@@ -55,12 +55,12 @@ def test_flops_of_a_linear_layer(device):
     one_pass = 2 * (4 * 11) * 7
     assert measure.count_flops(lambda: linear(features)) == one_pass
     assert measure.count_flops(lambda: linear(features).sum().backward()) == 3 * one_pass
-    # What FlopCounterMode fails at, and what the engine's lanes are.
+    # FlopCounterMode fails under autograd.grad, which the engine's lanes use.
     output = linear(features)
     assert measure.count_flops(lambda: torch.autograd.grad(output.sum(), features)) == one_pass
 
 
-def test_flops_on_the_meta_device_are_those_of_a_real_step():
+def test_flops_on_the_meta_device_equal_a_real_step():
     names = list(engine.contenders(engine.vgg22(2, 32, 2)))
     assert engine.flops(engine.vgg22(2, 32, 2, device="meta"), names) == engine.flops(engine.vgg22(2, 32, 2), names)
 
@@ -72,12 +72,12 @@ def test_flops_of_vgg22_by_hand():
     forward = sum(convolutions) + 2 * (16 * 128 + 128 * 128 + 128 * 100)
     counts = engine.flops(engine.vgg22(2, 32, 1, device="meta"), ["standard", "multi_loss", "relay"])
     assert len(convolutions) == 19
-    assert counts["standard"] == 3 * forward - convolutions[0]  # nobody asks for the images' gradient
+    assert counts["standard"] == 3 * forward - convolutions[0]  # the images' gradient is not needed
     assert counts["relay"] - counts["multi_loss"] == sum(convolutions[9:14])  # one more input-gradient pass
     assert counts["lower_bound"] - counts["multi_loss"] == sum(convolutions[10:14])
 
 
-def test_resnet50_costs_what_the_design_says():
+def test_resnet50_flop_ratios():
     pytest.importorskip("torchvision")
     names = ["standard", "multi_loss", "relay", "two_backward", "overlap_twice"]
     counts = engine.flops(engine.resnet50(224, 1, device="meta"), names)
@@ -87,7 +87,7 @@ def test_resnet50_costs_what_the_design_says():
     assert {name: round(over_standard[name], 3) for name in expected} == expected
 
 
-def test_vgg22_is_the_papers():
+def test_vgg22_matches_the_paper():
     with torch.device("meta"):
         model = networks.VGG22(64, 224, 1000)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -97,41 +97,41 @@ def test_vgg22_is_the_papers():
     assert [conv.out_channels for conv in convolutions] == [64] * 2 + [128] * 2 + [256] * 5 + [512] * 10
 
 
-def test_contenders_give_the_right_gradients_on_vgg22():
+def test_contender_gradients_on_vgg22():
     engine.check_gradients(engine.vgg22(2, 32, 2))
 
 
-def test_contenders_give_the_right_gradients_on_resnet50():
+def test_contender_gradients_on_resnet50():
     pytest.importorskip("torchvision")
-    subject = engine.resnet50(64, 1)
-    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
-    engine.check_gradients(subject)
-    after = subject.model.state_dict()
+    workload = engine.resnet50(64, 1)
+    before = {name: value.clone() for name, value in workload.model.state_dict().items()}
+    engine.check_gradients(workload)
+    after = workload.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(parameter.grad is None for parameter in subject.parameters)
+    assert all(parameter.grad is None for parameter in workload.parameters)
 
 
 @pytest.mark.parametrize(
     ("broken", "by", "message"),
     [
-        ("relay", "multi_loss", r"gradient of model\.segment1.* by relay and by two_backward"),
+        ("relay", "multi_loss", r"gradients of model\.segment1.* by relay and by two_backward"),
         ("relay_multi_loss", "relay", "by relay_multi_loss and by multi_loss"),
         ("overlap_twice", "standard", "by overlap_twice and by two_backward"),
         ("two_backward", "standard", "by relay and by two_backward"),
     ],
 )
-def test_a_contender_that_cheats_is_found_out(broken, by, message):
-    def cheating(subject):
-        steps = engine.contenders(subject)
+def test_wrong_contender_raises(broken, by, message):
+    def cheating(workload):
+        steps = engine.contenders(workload)
         return steps | {broken: steps[by]}
 
     with pytest.raises(engine.WrongGradientsError, match=message):
         engine.check_gradients(engine.vgg22(2, 32, 2), cheating)
 
 
-def test_a_plan_without_effect_is_found_out():
-    def cheating(subject):
-        steps = engine.contenders(subject)
+def test_plan_without_effect_raises():
+    def cheating(workload):
+        steps = engine.contenders(workload)
         return dict.fromkeys(steps, steps["multi_loss"])
 
     with pytest.raises(engine.WrongGradientsError, match="The plan has no effect"):
@@ -170,7 +170,7 @@ def test_interleave_times_each_contender_once_a_round():
     assert times == {n: [float(3 * r + rounds[r].index(n) + 1) for r in range(1, 5)] for n in names}
 
 
-def test_interleave_does_not_time_what_comes_before():
+def test_interleave_does_not_time_the_setup():
     clock = FakeClock()
     times = measure.interleave(
         {"a": lambda: clock.work(2)}, rounds=3, warmup=0, clock=clock, before=lambda: clock.work(100)
@@ -179,7 +179,7 @@ def test_interleave_does_not_time_what_comes_before():
 
 
 @pytest.mark.parametrize(("budget_s", "expected"), [(0, 3), (25, 3), (45, 4), (1000, 10)])
-def test_interleave_stops_at_its_budget_but_not_before_the_least_rounds(budget_s, expected):
+def test_interleave_stops_at_its_budget_after_the_minimum_rounds(budget_s, expected):
     clock = FakeClock()
     times = measure.interleave(
         {"a": lambda: clock.work(4), "b": lambda: clock.work(6)}, rounds=10, budget_s=budget_s, warmup=1, clock=clock
@@ -187,7 +187,7 @@ def test_interleave_stops_at_its_budget_but_not_before_the_least_rounds(budget_s
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": expected, "b": expected}
 
 
-def test_interleave_leaves_the_garbage_collector_as_it_was():
+def test_interleave_restores_the_garbage_collector():
     import gc
 
     def fail():
@@ -199,16 +199,16 @@ def test_interleave_leaves_the_garbage_collector_as_it_was():
     assert gc.isenabled()
 
 
-def test_a_ratio_is_taken_round_by_round():
+def test_ratio_is_computed_per_round():
     # The machine slows down tenfold on the way; the ratios do not.
-    found = measure.ratio([1.0, 2.4, 30.0, 48.0, 13.0], [1.0, 2.0, 20.0, 40.0, 10.0])
-    assert found.median == pytest.approx(1.2)
-    assert (found.low, found.high, found.rounds) == (pytest.approx(1.2), pytest.approx(1.3), 5)
-    assert found.iqr == pytest.approx(0.1)
-    assert 0 < found.error < found.iqr
+    measured = measure.ratio([1.0, 2.4, 30.0, 48.0, 13.0], [1.0, 2.0, 20.0, 40.0, 10.0])
+    assert measured.median == pytest.approx(1.2)
+    assert (measured.low, measured.high, measured.rounds) == (pytest.approx(1.2), pytest.approx(1.3), 5)
+    assert measured.iqr == pytest.approx(0.1)
+    assert 0 < measured.error < measured.iqr
 
 
-def test_targets_compare_as_they_say():
+def test_targets():
     assert measure.Target("<=", 1.0).is_met(1.0)
     assert not measure.Target("<", 1.0).is_met(1.0)
     assert measure.Target("<", 1.0).is_met(0.9)
@@ -224,7 +224,7 @@ def test_targets_compare_as_they_say():
 
 
 @pytest.mark.slow
-def test_main_writes_every_figure(tmp_path, monkeypatch, capsys):
+def test_main_writes_all_metrics(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torchvision")
     checked = []
     monkeypatch.setattr(engine, "QUICK", TINY)
@@ -232,7 +232,7 @@ def test_main_writes_every_figure(tmp_path, monkeypatch, capsys):
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     file = tmp_path / "engine.json"
     engine.main(["--quick", "--json", str(file)])
-    assert [type(subject.model).__name__ for subject in checked] == ["VGG22", "ResNet"]
+    assert [type(workload.model).__name__ for workload in checked] == ["VGG22", "ResNet"]
     result = json.loads(file.read_text())
     assert set(result) == {"figures", "environment"}
     assert set(result["figures"]) >= KEYS
@@ -246,7 +246,7 @@ def test_main_writes_every_figure(tmp_path, monkeypatch, capsys):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_result_is_whole_or_untouched(tmp_path):
+def test_result_file_is_written_atomically(tmp_path):
     file = tmp_path / "result.json"
     measure.write_result(file, {"a": 1.0}, {})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -260,13 +260,13 @@ def test_a_result_is_whole_or_untouched(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--json", "{folder}/missing/result.json"], "expected a file in an existing folder"),
-        (["--json", "{folder}"], "expected a file, received the folder"),
+        (["--json", "{folder}/missing/result.json"], "missing does not exist; create it first"),
+        (["--json", "{folder}"], "is a folder: give the path of a file"),
         (["--json"], "expected one argument"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
-def test_bad_arguments_end_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_exit_before_measuring(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "measure", lambda settings: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stopped:
         engine.main([argument.format(folder=tmp_path) for argument in arguments])
@@ -274,23 +274,23 @@ def test_bad_arguments_end_before_anything_is_measured(arguments, message, tmp_p
     assert message in capsys.readouterr().err
 
 
-# The sampler's benchmark.
+# The benchmark of the sampler.
 
 
-def test_the_samplers_benchmark_in_miniature(tmp_path, monkeypatch, capsys):
+def test_sampler_benchmark_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampler, "IMAGES", 40_100)
     monkeypatch.setattr(sampler, "in_fresh_process", sampler.measure_build)
     file = tmp_path / "sampler.json"
     sampler.main(["--quick", "--json", str(file)])
-    figures = json.loads(file.read_text())["figures"]
+    metrics = json.loads(file.read_text())["figures"]
     keys = {"draws_per_s", "index_build_s", "private_mb", "distinct_classes_per_batch", "resume_ms"}
-    assert keys <= figures.keys()
-    assert 237.5 < figures["distinct_classes_per_batch"] < 239.7
-    assert figures["distinct_classes_per_batch_contiguous"] < 205
+    assert keys <= metrics.keys()
+    assert 237.5 < metrics["distinct_classes_per_batch"] < 239.7
+    assert metrics["distinct_classes_per_batch_contiguous"] < 205
     assert "distinct_classes_per_batch" in capsys.readouterr().out
 
 
-def test_labels_of_the_samplers_benchmark_are_as_many_as_it_says():
+def test_sampler_benchmark_labels():
     labels = sampler.make_labels()
     assert len(labels) == sampler.IMAGES
     counts = np.bincount(labels)
@@ -298,7 +298,7 @@ def test_labels_of_the_samplers_benchmark_are_as_many_as_it_says():
     assert 6 < counts.max() / counts.min() < 9  # the paper's 4,000 to 30,000
 
 
-def test_the_contender_is_class_aware_and_ranks_have_slices_of_one_epoch(monkeypatch):
+def test_epoch_index_is_class_aware_and_split_over_ranks(monkeypatch):
     monkeypatch.setattr(sampler, "IMAGES", 8_020)
     labels = sampler.make_labels()
     slices = [sampler.EpochIndex(labels, rank, seed=3).indices for rank in range(sampler.RANKS)]
@@ -307,26 +307,26 @@ def test_the_contender_is_class_aware_and_ranks_have_slices_of_one_epoch(monkeyp
     assert sorted(stream[401:802]) == list(range(401))
 
 
-# The input pipeline's benchmark.
+# The benchmark of the input pipeline.
 
 
 @pytest.mark.slow
-def test_the_input_benchmark_in_miniature(tmp_path, monkeypatch):
+def test_input_benchmark_in_miniature(tmp_path, monkeypatch):
     tiny = input_benchmark.Settings(files=20, images=64, batch=16, rounds=2, large=20_000)
     monkeypatch.setattr(input_benchmark, "QUICK", tiny)
     monkeypatch.setattr(input_benchmark, "SMALL", 500)
     file = tmp_path / "input.json"
     input_benchmark.main(["--quick", "--json", str(file)])
-    figures = json.loads(file.read_text())["figures"]
+    metrics = json.loads(file.read_text())["figures"]
     keys = {"images_per_core_over_torchvision", "images_per_core_over_libjpeg", "slowdown_10k_to_8m"}
-    assert keys <= figures.keys()
-    assert figures["least_psnr_db"] >= 55
+    assert keys <= metrics.keys()
+    assert metrics["least_psnr_db"] >= 55
 
 
-def test_wrong_crops_end_the_input_benchmark(tmp_path, monkeypatch):
+def test_wrong_crops_raise(tmp_path, monkeypatch):
     names = input_benchmark.write_photographs(tmp_path, 4)
-    source = input_benchmark.indexed(tmp_path, names, 500, tmp_path / "index.safetensors")
+    source = input_benchmark.write_index_of(tmp_path, names, 500, tmp_path / "index.safetensors")
     input_benchmark.check_pixels(source)
     monkeypatch.setattr(input_benchmark, "plain_training_crop", lambda *_, **__: np.zeros((224, 224, 3)))
-    with pytest.raises(input_benchmark.WrongPixelsError, match="expected at least"):
+    with pytest.raises(input_benchmark.WrongPixelsError, match="it must be at least"):
         input_benchmark.check_pixels(source)

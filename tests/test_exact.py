@@ -1,4 +1,4 @@
-"""The method is exact: the engine against the reference, masks written by hand, and finite differences. float64."""
+"""The method is exact: the engine against the reference, hand-written masks and finite differences. float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def test_gradients_equal_the_reference(case: Case, scheme: str) -> None:
         with pytest.raises(LeakError):  # a window cannot end inside a branch
             relay(*case.inputs)
         return
-    # Twice: the first forward pass copies and walks the graph, later ones reuse what it found.
+    # Twice: the first forward pass walks the graph, and later ones reuse its schedule.
     assert_same(relay_gradients(relay, *case.inputs), expected_gradients(relay, *case.inputs))
     assert_same(relay_gradients(relay, *case.inputs), expected_gradients(relay, *case.inputs))
 
@@ -70,20 +70,20 @@ def _reference_of_one_loss(relay: Relay, loss: str, case: Case) -> dict[str, Ten
     return reference_gradients(relay.model, relay.plan, dict(relay.heads.items()), only, *case.inputs)
 
 
-def test_negative_control_other_windows_are_told_apart(case: Case) -> None:
+def test_negative_control_other_windows_give_other_gradients(case: Case) -> None:
     relay = Relay(case.model, case.plan, case.heads)
     got = relay_gradients(relay, *case.inputs)
     with pytest.raises(AssertionError, match=r"relative error|expected no gradient"):
         assert_same(got, expected_gradients(relay, *case.inputs, plan=case.plan.multi_loss()))
 
 
-def test_negative_control_a_wrong_engine_is_found_out(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows that end nowhere: every junction passes on all that arrives."""
+def test_negative_control_a_wrong_engine_fails(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows without ends: every junction propagates all incoming gradients."""
     whole_sum = Junction._sum_of
 
     def leaky(self: Junction, losses: frozenset[str], arrived: list, heads: dict) -> list:
         assert self.route is not None
-        return whole_sum(self, self.route.arriving | losses, arrived, heads)
+        return whole_sum(self, self.route.incoming | losses, arrived, heads)
 
     monkeypatch.setattr(Junction, "_sum_of", leaky)
     relay = Relay(case.model, case.plan, case.heads)
@@ -101,22 +101,22 @@ def test_negative_control_the_tolerance_is_tight(case: Case) -> None:
 
 
 def primary_gradients(case: Case, forward: Callable[..., Any]) -> dict[str, Tensor]:
-    """The model's gradients by the primary loss alone, on what `forward` makes of the inputs."""
+    """Return the model's gradients by the primary loss alone, on the output of `forward`."""
     case.model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
     losses_of({"primary": forward(*case.inputs)})["primary"].backward()
     return gradients_of(case.model)
 
 
-def test_one_loss_over_the_whole_net_is_plain_backprop_bit_for_bit(case: Case) -> None:
+def test_one_loss_over_the_whole_network_is_bitwise_plain_backprop(case: Case) -> None:
     relay = Relay(case.model, case.plan.standard())
     got = primary_gradients(case, lambda *inputs: relay(*inputs).primary)
     for name, right in primary_gradients(case, case.model).items():
         assert torch.equal(got[name], right), name
 
 
-def test_one_loss_is_bit_for_bit_also_through_junctions() -> None:
-    """With windows that end, one loss alone is still plain backpropagation inside of its window."""
+def test_one_loss_through_junctions_is_bitwise_plain_backprop() -> None:
+    """With ends of windows, one loss alone is still plain backpropagation inside its window."""
     case = make_case("vgg")
     relay = Relay(case.model, case.plan, case.heads)
     got = primary_gradients(case, lambda *inputs: relay(*inputs).primary)
@@ -126,7 +126,7 @@ def test_one_loss_is_bit_for_bit_also_through_junctions() -> None:
 
 
 def test_finite_differences_per_loss_and_parameter() -> None:
-    """Central differences of each loss by each single weight, masked by the plan, on a smooth net."""
+    """Central differences of each loss by each weight, masked by the plan, on a smooth network."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(5))).double()
     plan = Plan(

@@ -1,4 +1,4 @@
-"""Random networks with random plans: exact, or a leak that is really there. float64."""
+"""Random networks with random plans: the gradients are exact, or there is a real leak. float64."""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Shortcut(Plain):
 
 
 class Split(Plain):
-    """Both tensors that cross a boundary are read and written."""
+    """Reads and returns both tensors that cross a boundary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ BLOCKS = {"plain": Plain, "shortcut": Shortcut, "split": Split}
 
 
 class Net(nn.Module):
-    """Blocks in a row; `skips[b]` names earlier blocks whose outputs are added to the input of block b."""
+    """A chain of blocks. `skips[b]` has the earlier blocks whose outputs are added to the input of block b."""
 
     def __init__(self, kinds: list[str], skips: dict[int, set[int]]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Net(nn.Module):
             for source in self.skips.get(number, ()):
                 x = x + 0.5 * outputs[source]
             x, y = block(x, y)
-            outputs.append(x.clone())  # the next block may go on in place
+            outputs.append(x.clone())  # the next block may modify it in place
         return x + 0.1 * y
 
 
@@ -93,12 +93,12 @@ class Example:
     kinds: list[str]
     skips: dict[int, set[int]]
     plan: Plan
-    tops: dict[str, int]  # by loss, the block whose output, or inner layer's output, its head reads
-    ends: dict[str, int]  # by loss, the number of the lowest block in its window
+    tops: dict[str, int]  # for each loss, the block whose output, or inner layer's output, its head reads
+    ends: dict[str, int]  # for each loss, the index of the lowest block in its window
     seed: int
 
     def leaks(self, loss: str) -> bool:
-        """Whether a skip goes from below the window's end to a block in the window."""
+        """Whether a skip leads from below the window's end to a block in the window."""
         window, end, top = self.plan.windows[loss], self.ends[loss], self.tops[loss]
         # `bottom=e` ends after the skips into block e have been added; `after=e-1` before that.
         lowest, highest_source = (end + 1, end - 1) if window.bottom else (end, end - 2)
@@ -150,13 +150,13 @@ def build(example: Example) -> tuple[Relay, Tensor]:
 
 
 def for_random(check: Callable[[Example], None], count: int) -> None:
-    """Run a check on `count` random examples, the same ones every time."""
+    """Run a check on `count` random examples, the same ones in each run."""
     options = settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     options(given(examples())(check))()
 
 
 def mended(example: Example) -> Example:
-    """The same network where each window also ends at the sources of the skips that lead around its end."""
+    """Return the same network with windows that also end at the sources of the skips that bypass their ends."""
 
     def mend(loss: str) -> Window:
         window, end = example.plan.windows[loss], example.ends[loss]
@@ -208,13 +208,13 @@ def test_random_networks(count: int) -> None:
 
 
 def check_mended_network(example: Example) -> None:
-    """Exact with several ends, where one end leaks; without the others it is another plan or an error."""
+    """With several ends the gradients are exact where one end leaks. Without the others, they differ or raise."""
     example = mended(example)
     relay, x = build(example)
     several = {loss: window for loss, window in example.plan.windows.items() if len(window.ends) > 1}
     COUNTS["several"] += bool(several)
     assert_same(relay_gradients(relay, x), expected_gradients(relay, x))
-    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))  # by the cached schedule
+    assert_same(relay_gradients(relay, x), expected_gradients(relay, x))  # with the cached schedule
     for loss, window in several.items():
         one = Window(top=window.top, after=window.ends[0].module, weight=window.weight)
         windows = {**example.plan.windows, loss: one}

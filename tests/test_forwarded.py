@@ -1,4 +1,4 @@
-"""Methods that timm and transformers call on the module that they train: a relay has them where its model has them."""
+"""Methods that timm and transformers call on the module that they train. A relay has them if its model has them."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ def relay_of(model: nn.Module) -> Relay:
     return Relay(model, PLAN, {"aux": TokenHead(WIDTH, CLASSES)})
 
 
-def test_a_relay_has_the_methods_that_its_model_has() -> None:
+def test_relay_has_the_methods_of_its_model() -> None:
     plain, timm, transformers = Relay(nn.Linear(2, 2), Plan()), relay_of(timm_vit()), Relay(transformers_vit(), Plan())
     timms = {"no_weight_decay", "group_matcher", "set_grad_checkpointing"}
     others = {name for name in FORWARDED if hasattr(transformers.model, name)}  # versions of transformers differ
@@ -60,7 +60,7 @@ Settings = dict[int, tuple[float, float]]
 
 
 def settings(model: nn.Module, layer_decay: float | None) -> Settings:
-    """By parameter, its weight decay and the factor of its learning rate in timm's optimizer."""
+    """Return each parameter's weight decay and learning-rate factor in timm's optimizer."""
     from timm.optim import create_optimizer_v2
 
     optimizer = create_optimizer_v2(model, "adamw", weight_decay=DECAY, layer_decay=layer_decay)
@@ -68,10 +68,10 @@ def settings(model: nn.Module, layer_decay: float | None) -> Settings:
     return {id(p): (group["weight_decay"], group.get("lr_scale", 1.0)) for group in groups for p in group["params"]}
 
 
-# The last has no parameter in timm's group of what no pattern matches: heads must not make a further layer of it.
+# In the last model, every parameter matches a pattern: the heads must not form an additional layer.
 @pytest.mark.parametrize("build", [timm_vit, timm_convnext, lambda: timm_vit(num_classes=0)])
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
-def test_timms_optimizer_treats_the_model_as_it_does_without_a_relay(
+def test_timm_optimizer_groups_are_those_of_the_plain_model(
     build: Callable[[], nn.Module], layer_decay: float | None
 ) -> None:
     model = build()
@@ -89,8 +89,8 @@ def top_of(model: nn.Module) -> str:
     return "blocks.2" if hasattr(model, "blocks") else "stages.2"
 
 
-def test_without_the_models_rules_they_are_lost() -> None:
-    """The negative control: a module that holds the model and forwards nothing."""
+def test_negative_control_a_wrapper_without_forwarding_loses_the_rules() -> None:
+    """A module that contains the model and does not forward methods."""
     model = timm_vit()
     alone = settings(model, None)
     assert settings(relay_of(model), None)[id(model.pos_embed)] == alone[id(model.pos_embed)] == (0.0, 1.0)
@@ -98,7 +98,7 @@ def test_without_the_models_rules_they_are_lost() -> None:
 
 
 class WithGroups(nn.Module):
-    """Three layers, in groups as a subclass gives them."""
+    """Three layers, with groups from a subclass."""
 
     def __init__(self, matcher: Any) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class WithGroups(nn.Module):
     ],
     ids=["patterns", "lists", "numbers", "tuples"],
 )
-def test_all_of_timms_kinds_of_group_matchers(matcher: Any) -> None:
+def test_all_kinds_of_timm_group_matchers(matcher: Any) -> None:
     pytest.importorskip("timm")
     from timm.models import group_parameters
 
@@ -134,8 +134,8 @@ def test_all_of_timms_kinds_of_group_matchers(matcher: Any) -> None:
 @pytest.mark.parametrize(
     "call", ["set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing"]
 )
-def test_checkpointing_by_the_models_own_switch(call: str) -> None:
-    """The same gradients in float64, and blocks that run twice."""
+def test_models_own_activation_checkpointing(call: str) -> None:
+    """Gradients are equal in float64, and blocks run twice."""
     if call == "set_grad_checkpointing":
         relay = relay_of(timm_vit()).double()
         layer = relay.model.blocks[3].mlp.fc1

@@ -20,7 +20,7 @@ from benchmarks.gpu.resnet32 import recipe, resnet32
 from benchmarks.gpu.session import FILE, LOG, NO_TIME, Result, Session, WrongGradientsError
 from benchmarks.gpu.settings import TINY
 from benchmarks.measure import Step
-from benchmarks.networks import Subject
+from benchmarks.networks import Workload
 from relaylab.models.building import build_relay
 from relaylab.models.named import allow
 from relaylab.train.segments import segments_of
@@ -48,21 +48,21 @@ def a_session(tmp_path: Path, minutes: float = 8) -> Session:
 
 def stored(folder: Path) -> Found:
     results = json.loads((folder / FILE).read_text())["results"]
-    return {(each["entry"], each["name"]): Result(**each) for each in results}
+    return {(result["entry"], result["name"]): Result(metrics=result.pop("figures"), **result) for result in results}
 
 
-def with_faults(subject: Subject) -> dict[str, Step]:
+def with_faults(workload: Workload) -> dict[str, Step]:
     """Relay runs out of memory, and two backward passes compute multi-loss gradients."""
 
     def relay() -> None:
         raise torch.OutOfMemoryError("no memory is left")
 
-    every = STEPS_OF(subject)
-    # Operations are counted on the meta device, where nothing fails.
-    return every if subject.images.is_meta else every | {"relay": relay, "two_backward": every["multi_loss"]}
+    every = STEPS_OF(workload)
+    # Operations are counted on the meta device, where no contender fails.
+    return every if workload.images.is_meta else every | {"relay": relay, "two_backward": every["multi_loss"]}
 
 
-def test_a_contender_that_fails_is_recorded_and_the_others_go_on(
+def test_failed_contender_is_recorded_and_the_others_continue(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "steps_of", with_faults)
@@ -75,13 +75,13 @@ def test_a_contender_that_fails_is_recorded_and_the_others_go_on(
     assert "two_backward: the gradient of model.segment1" in found["two_backward"].reason
     others = [result for name, result in found.items() if name not in ("relay", "two_backward")]
     assert {result.status for result in others} == {"measured"}
-    assert all(result.figures["images_per_s"] > 0 and result.figures["peak_mb"] > 0 for result in others)
-    early = found["early_release"].figures
+    assert all(result.metrics["images_per_s"] > 0 and result.metrics["peak_mb"] > 0 for result in others)
+    early = found["early_release"].metrics
     assert early["flops_over_multi_loss"] == pytest.approx(early["bound_over_multi_loss"])
 
 
-def test_a_network_that_cannot_be_built_leaves_a_reason_for_each_contender(session: Session) -> None:
-    def build(pixels: int, batch: int, width: int, device: str) -> Subject:
+def test_unbuildable_network_is_the_reason_for_each_contender(session: Session) -> None:
+    def build(pixels: int, batch: int, width: int, device: str) -> Workload:
         if device == "meta":
             return TINY.networks["model_b"](pixels, batch, width, device)
         raise torch.OutOfMemoryError("too large")
@@ -95,8 +95,8 @@ def test_a_network_that_cannot_be_built_leaves_a_reason_for_each_contender(sessi
 def test_wrong_gradients_of_a_deep_network_are_recorded(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = memory.contenders
 
-    def swapped(subject: memory.Subject) -> dict[str, Step]:
-        every = contenders(subject)
+    def swapped(workload: memory.Workload) -> dict[str, Step]:
+        every = contenders(workload)
         return every | {"early_release": every["multi_loss"]}
 
     monkeypatch.setattr(memory, "contenders", swapped)
@@ -108,8 +108,8 @@ def test_wrong_gradients_of_a_deep_network_are_recorded(session: Session, monkey
 
 
 @pytest.mark.parametrize(("limit", "guess"), [(700, 1.0), (700, 1.5), (700, 0.6), (17, 1.0), (5000, 1.0)])
-def test_the_search_finds_the_largest_batch(limit: int, guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each image takes a byte; above the small batches memory is `guess` times as large as it seems."""
+def test_search_finds_the_largest_batch(limit: int, guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image takes a byte. Above the small batches, memory is `guess` times the predicted one."""
     asked: list[int] = []
 
     def peak(step: Callable[[], object]) -> int:
@@ -125,26 +125,26 @@ def test_the_search_finds_the_largest_batch(limit: int, guess: float, monkeypatc
     expected = min(limit, int(limit * guess), 2048)
     assert found.images == found.peak <= expected
     assert found.images >= expected / 1.06
-    assert (found.refused is None) == (expected == 2048)
+    assert (found.too_large is None) == (expected == 2048)
     assert len(asked) <= 2 + largest.TRIES
 
 
-def test_a_network_that_does_not_fit_at_all_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_does_not_fit_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "peak_bytes", lambda step: 100)
-    with pytest.raises(torch.OutOfMemoryError, match="16 images need"):
+    with pytest.raises(torch.OutOfMemoryError, match="16 images require"):
         largest.search(lambda count: lambda: count, 50, (8, 16), 2048, lambda: True)
 
 
 def test_compiled_gradients_are_compared() -> None:
-    """With stand-ins: one computes the same gradients in another order, the other one computes other gradients."""
-    subject = steps.channels_last(TINY.networks["model_b"](112, 2, 2, "cpu"))
-    every = STEPS_OF(subject)
-    compiled.check(subject, {"relay": every["relay"], "relay_compiled": every["two_backward"]}, "relay_compiled")
-    with pytest.raises(WrongGradientsError, match=r"relay_compiled: gradients are .* off the eager float32 ones"):
-        compiled.check(subject, {"relay": every["relay"], "relay_compiled": every["multi_loss"]}, "relay_compiled")
+    """Two fake contenders: one computes the same gradients in another order, the other one other gradients."""
+    workload = steps.channels_last(TINY.networks["model_b"](112, 2, 2, "cpu"))
+    every = STEPS_OF(workload)
+    compiled.check(workload, {"relay": every["relay"], "relay_compiled": every["two_backward"]}, "relay_compiled")
+    with pytest.raises(WrongGradientsError, match=r"relay_compiled: gradients differ from the eager float32 ones"):
+        compiled.check(workload, {"relay": every["relay"], "relay_compiled": every["multi_loss"]}, "relay_compiled")
 
 
-def test_a_child_process_that_hangs_is_ended(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_child_process_is_terminated(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     (session.scratch / "hanging.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(session.scratch))
     began = time.monotonic()
@@ -155,7 +155,7 @@ def test_a_child_process_that_hangs_is_ended(session: Session, monkeypatch: pyte
     assert "$ python -m hanging\nbegun\nexit code: None" in (session.folder / LOG).read_text()
 
 
-def test_no_entry_starts_when_the_minutes_are_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_entry_starts_after_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(["--out", str(tmp_path), "--tiny", "--minutes", "0"])
     found = stored(tmp_path)
     assert {entry for entry, _ in found} == {"A1", "A2", "A3", "A1c", "A4", "B1", "B2"}
@@ -167,10 +167,10 @@ def test_no_entry_starts_when_the_minutes_are_over(tmp_path: Path, capsys: pytes
     assert "command: python -m benchmarks.gpu --out DIR --minutes 0 --tiny" in printed
 
 
-def test_wrong_arguments_end_it_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_exit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
         "--minutes nan": "expected a finite number",
-        "--cifar nowhere": "there is no such file or folder",
+        "--cifar nowhere": "the file or folder does not exist",
         "--only A9": "invalid choice",
     }
     for option, text in wrong.items():
@@ -184,18 +184,18 @@ def test_wrong_arguments_end_it_at_once(tmp_path: Path, capsys: pytest.CaptureFi
 def test_without_a_gpu_only_tiny_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--out", str(tmp_path)])
-    assert "PyTorch finds no GPU" in capsys.readouterr().err
+    assert "PyTorch does not find a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("time_ratio", "text"), [(1.09, "met: "), (1.2, "MISSED: ")])
-def test_goals_are_told(time_ratio: float, text: str) -> None:
-    figures = {"time_over_multi_loss": time_ratio, "flops_over_multi_loss": 1.08}
-    result = Result(entry="A1", name="model_a/relay", status="measured", figures=figures)
+def test_targets_are_reported(time_ratio: float, text: str) -> None:
+    metrics = {"time_over_multi_loss": time_ratio, "flops_over_multi_loss": 1.08}
+    result = Result(entry="A1", name="model_a/relay", status="measured", metrics=metrics)
     assert benchmark.verdict(result).startswith(text)
     assert benchmark.verdict(replace(result, name="model_a/standard")) == ""
 
 
-def test_resnet32_has_its_layers_and_windows() -> None:
+def test_resnet32_layers_and_windows() -> None:
     network = resnet32()
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
@@ -222,8 +222,8 @@ def test_all_entries_in_miniature(only: str, entries: set[str], count: int, tmp_
     found = stored(tmp_path)
     assert {entry for entry, _ in found} == entries
     assert {(key, result.reason) for key, result in found.items() if result.status != "measured"} == set()
-    assert all(result.figures for result in found.values())
+    assert all(result.metrics for result in found.values())
     assert len(found) == count
     if "B" in only:
-        assert found["B2", "model-a-64px"].figures["top-1 error of Relay BP"] >= 20
+        assert found["B2", "model-a-64px"].metrics["top-1 error of Relay BP"] >= 20
     assert sys.executable not in (tmp_path / FILE).read_text()

@@ -1,4 +1,4 @@
-"""Heads for every layout: what they compute, what they refuse, and which of them `head_for` chooses."""
+"""Heads for every layout: their outputs, their errors, and the choices of `head_for`."""
 
 import math
 import re
@@ -21,7 +21,7 @@ AUX = Plan(auxiliary={"aux": Window(top="1")})
 
 
 def plan_of(low: str, top: str) -> Plan:
-    """Relay with an overlap from the output of `low` to the output of `top`."""
+    """Return a relay with an overlap from the output of `low` to the output of `top`."""
     return Plan(Window(after=low), {"aux": Window(top=top)})
 
 
@@ -92,7 +92,7 @@ def words() -> Tensor:
 
 
 def bert() -> tuple[nn.Module, Plan, tuple[Any, ...]]:
-    """With its attention mask, which does not run on the meta device."""
+    """A model with an attention mask, which does not run on the meta device."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(**SMALL, intermediate_size=12, num_labels=CLASSES)
     model = transformers.BertForSequenceClassification(config)
@@ -101,7 +101,7 @@ def bert() -> tuple[nn.Module, Plan, tuple[Any, ...]]:
 
 
 def gpt2() -> tuple[nn.Module, Plan, tuple[Any, ...]]:
-    """With untied weights: the reference takes a parameter as a whole, in or out of a window."""
+    """A model with untied weights: for the reference, a whole parameter is inside or outside a window."""
     transformers = pytest.importorskip("transformers")
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(vocab_size=19, n_embd=8, n_layer=4, n_head=2, tie_word_embeddings=False, **ids)
@@ -163,7 +163,7 @@ def lstm() -> tuple[nn.Module, Plan, tuple[Any, ...]]:
     return Classifier(), plan_of("norm", "two"), (torch.randn(2, 3, 4),)
 
 
-# By name: the head, words of the reason, the shape of its scores.
+# For each model: the head, words of the reason, and the shape of its scores.
 CASES: list[tuple[Callable[[], tuple[nn.Module, Plan, tuple[Any, ...]]], type[nn.Module], str, tuple[int, ...]]] = [
     (resnet18, AuxiliaryHead, "32 and 256 features, batch-normalised", (2, 5)),
     (swin_of_torchvision, TokenHead, "mean over all tokens", (2, 5)),
@@ -206,7 +206,7 @@ def test_head_for_builds_a_head_whose_gradients_are_exact(
     assert any(gradient.any() for name, gradient in expected.items() if name.startswith("heads."))
     with pytest.raises(AssertionError, match=r"relative error|expected no gradient"):
         assert_same(relay_gradients(relay, *inputs), expected_gradients(relay, *inputs, plan=plan.multi_loss()))
-    if kind is not AuxiliaryHead:  # dropout draws in another order
+    if kind is not AuxiliaryHead:  # dropout draws in another order in a step
         assert_same(step_gradients(relay, *inputs), expected)
 
 
@@ -221,7 +221,7 @@ def test_head_for_builds_a_head_whose_gradients_are_exact(
         ("nest_tiny", "levels.1", "AuxiliaryHead.*channels first"),
         ("swinv2_tiny_window8_256", "layers.1", "TokenHead .mean.*channels last"),
         ("volo_d1_224", "network.2", "TokenHead .mean.*14, 14, 384.*channels last"),
-        ("cait_xxs24_224", "blocks.5", "TokenHead .mean"),  # its class token comes later
+        ("cait_xxs24_224", "blocks.5", "TokenHead .mean"),  # it adds its class token later
         ("vit_tiny_patch16_224", "blocks.5", "TokenHead .the first token"),
         ("twins_pcpvt_small", "blocks.2.0", "TokenHead .mean.*channels last"),
     ],
@@ -240,58 +240,62 @@ def refused(*parts: str) -> Any:
 
 
 REFUSED: dict[str, tuple[nn.Module, Any, tuple[str, ...]]] = {
-    "tokens": (LinearHead(32, 5), (2, 17, 32), ("(N, 32) or (N, 32, H, W)", "(2, 17, 32)", "TokenHead(32, classes)")),
-    "Swin": (LinearHead(96, 5), (2, 4, 4, 96), ("(N, 96, H, W)", "(2, 4, 4, 96)", "TokenHead(96, classes)")),
+    "tokens": (LinearHead(32, 5), (2, 17, 32), ("(2, 17, 32)", "(N, 32) or (N, 32, H, W)", "TokenHead(32, classes)")),
+    "Swin": (LinearHead(96, 5), (2, 4, 4, 96), ("(2, 4, 4, 96)", "(N, 96, H, W)", "TokenHead(96, classes)")),
     "Swin's rows": (
         AuxiliaryHead(14, 5),
         (2, 14, 14, 384),
-        ("(N, 14, H, W)", "(2, 14, 14, 384)", "height read as channels: TokenHead(384, classes)", "channels_first"),
+        ("(2, 14, 14, 384)", "(N, 14, H, W)", "height read as channels: TokenHead(384, classes)", "channels_first"),
     ),
-    "H == C": (LinearHead(8, 5), (2, 8, 6, 8), ("undeclared", "(2, 8, 6, 8)", "Either dimension may be the channels")),
-    "video": (LinearHead(64, 5), (2, 64, 4, 8, 8), ("(N, 64, H, W)", "(2, 64, 4, 8, 8)", "layout='channels_first'")),
-    "audio": (AuxiliaryHead(64, 5), (2, 64, 50), ("(N, 64, H, W)", "(2, 64, 50)", "LinearHead(", "channels_first")),
-    "rows": (AuxiliaryHead(64, 5), (2, 64), ("(N, 64, H, W)", "(2, 64)", "LinearHead(")),
-    "another width": (LinearHead(6, 5), (2, 5, 4, 4), ("(N, 6, H, W)", "(2, 5, 4, 4)", "has 6 channels", "head_for(")),
+    "H == C": (
+        LinearHead(8, 5),
+        (2, 8, 6, 8),
+        ("(2, 8, 6, 8)", "is not declared", "Either dimension may be the channels"),
+    ),
+    "video": (LinearHead(64, 5), (2, 64, 4, 8, 8), ("(2, 64, 4, 8, 8)", "(N, 64, H, W)", "layout='channels_first'")),
+    "audio": (AuxiliaryHead(64, 5), (2, 64, 50), ("(2, 64, 50)", "(N, 64, H, W)", "LinearHead(", "channels_first")),
+    "rows": (AuxiliaryHead(64, 5), (2, 64), ("(2, 64)", "(N, 64, H, W)", "LinearHead(")),
+    "another width": (LinearHead(6, 5), (2, 5, 4, 4), ("(2, 5, 4, 4)", "(N, 6, H, W)", "has 6 channels", "head_for(")),
     "declared": (
         LinearHead(6, 5, layout="channels_first"),
         (2, 4, 4, 6),
-        ("(N, 6, H, W)", "(2, 4, 4, 6)", "TokenHead(6, classes)"),
+        ("(2, 4, 4, 6)", "(N, 6, H, W)", "TokenHead(6, classes)"),
     ),
-    "maps": (TokenHead(6, 5), (2, 6, 4, 4), ("(N, L, 6)", "(2, 6, 4, 4)", "layout='channels_first'")),
-    "maps by one token": (TokenHead(6, 5, pool="first"), (2, 4, 4, 6), ("(N, L, 6)", "(2, 4, 4, 6)", "TokenHead(6")),
-    "dense tokens": (DenseHead(6, 5, size=(8, 8)), (2, 9, 6), ("(N, 6, H, W)", "(2, 9, 6)", "TokenHead(6")),
+    "maps": (TokenHead(6, 5), (2, 6, 4, 4), ("(2, 6, 4, 4)", "(N, L, 6)", "layout='channels_first'")),
+    "maps by one token": (TokenHead(6, 5, pool="first"), (2, 4, 4, 6), ("(2, 4, 4, 6)", "(N, L, 6)", "TokenHead(6")),
+    "dense tokens": (DenseHead(6, 5, size=(8, 8)), (2, 9, 6), ("(2, 9, 6)", "(N, 6, H, W)", "TokenHead(6")),
     "volumes": (
         DenseHead(6, 5, size=(8, 8, 8)),
         (2, 6, 4, 4, 4),
-        ("DenseHead", "declared", "(2, 6, 4, 4, 4)", "channels_"),
+        ("DenseHead", "(2, 6, 4, 4, 4)", "must be declared", "channels_"),
     ),
-    "a scalar": (LinearHead(6, 5), (), ("(N, 6)", "a tensor of shape ()", "has 6 channels")),
-    "a dict": (LinearHead(6, 5), {"out": torch.ones(2, 6)}, ("(N, 6)", "dict with items ['out']", "Select(key")),
-    "another key": (Select("x", LinearHead(6, 5)), [torch.ones(2, 6)], ("item 'x'", "list with items [0]", "[0]")),
-    "one tensor": (Select(0, LinearHead(6, 5)), (2, 6), ("item 0", "(2, 6)", "without Select")),
+    "a scalar": (LinearHead(6, 5), (), ("a tensor of shape ()", "(N, 6)", "has 6 channels")),
+    "a dict": (LinearHead(6, 5), {"out": torch.ones(2, 6)}, ("dict with items ['out']", "(N, 6)", "Select(key")),
+    "another key": (Select("x", LinearHead(6, 5)), [torch.ones(2, 6)], ("list with items [0]", "item 'x'", "[0]")),
+    "one tensor": (Select(0, LinearHead(6, 5)), (2, 6), ("(2, 6)", "item 0", "without Select")),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_head_refuses_what_it_does_not_read(name: str) -> None:
+def test_unsupported_inputs_raise(name: str) -> None:
     head, value, parts = REFUSED[name]
     with refused(*parts):
         head(torch.ones(value) if isinstance(value, tuple) else value)
 
 
-def test_existing_heads_keep_keys_and_initial_values() -> None:
+def test_state_dict_keys_and_initial_values_are_stable() -> None:
     torch.manual_seed(3)
     got = {**AuxiliaryHead(6, 5, batch_norm=True).state_dict(), **LinearHead(6, 5).state_dict()}
     torch.manual_seed(3)
     layers = {"conv": nn.Conv2d(6, 128, 1, bias=False), "norm": nn.BatchNorm2d(128), "fc1": nn.Linear(2048, 1024)}
     layers |= {"fc2": nn.Linear(1024, 5), "fc": nn.Linear(6, 5)}
     assert_close(got, dict(nn.ModuleDict(layers).state_dict()), rtol=0, atol=0)
-    maps = torch.randn(2, 6, 6, 6)  # a map of equal sides is read as channels first, as ever
+    maps = torch.randn(2, 6, 6, 6)  # a map with equal dimensions is read as channels first
     head = LinearHead(6, 5)
     assert_close(head(maps), head.fc(maps.mean(dim=(2, 3))), rtol=0, atol=0)
 
 
-def test_channels_last_is_the_same_head_on_the_same_map() -> None:
+def test_channels_last_equals_channels_first() -> None:
     maps = torch.randn(3, 6, 5, 7)
     rows = maps.movedim(1, -1).contiguous()
     for kind in (LinearHead, AuxiliaryHead, lambda *args, **options: DenseHead(*args, size=2, **options)):
@@ -335,7 +339,7 @@ HEADS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 
 
 def excess(head: nn.Module, shape: tuple[int, ...], classes: int) -> float:
-    """Initial loss on normalised input, over ln(classes), less one."""
+    """Return the initial loss on normalised input over ln(classes), minus one."""
     scores = head(torch.randn(shape))
     scores = scores if scores.ndim == 2 or isinstance(head, DenseHead) else scores.movedim(-1, 1)
     target = torch.randint(classes, (scores.shape[0], *scores.shape[2:]))
@@ -344,7 +348,7 @@ def excess(head: nn.Module, shape: tuple[int, ...], classes: int) -> float:
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 @pytest.mark.parametrize("name", HEADS)
-def test_a_quiet_head_starts_at_the_loss_of_guessing(name: str, classes: int) -> None:
+def test_quiet_head_starts_near_the_chance_loss(name: str, classes: int) -> None:
     torch.manual_seed(0)
     make, shape = HEADS[name]
     head = make(64, classes, gain="quiet")
@@ -353,7 +357,7 @@ def test_a_quiet_head_starts_at_the_loss_of_guessing(name: str, classes: int) ->
     assert float(last.detach().std()) == pytest.approx(0.1 / last.shape[1] ** 0.5, rel=0.3)
 
 
-def test_he_is_louder_than_quiet() -> None:
+def test_he_gain_has_larger_scores_than_quiet() -> None:
     torch.manual_seed(0)
     assert excess(LinearHead(64, 10, gain="he"), (256, 64), 10) > 0.1
     layer = LinearHead(4096, 50, gain="he").fc
@@ -361,12 +365,12 @@ def test_he_is_louder_than_quiet() -> None:
     assert not layer.bias.any()
 
 
-def test_bad_options_are_refused() -> None:
-    with refused("'quiet'", "gain='loud'", "Choose"):
+def test_invalid_options_raise() -> None:
+    with refused("gain='loud'", "'quiet'", "Choose"):
         LinearHead(6, 5, gain="loud")  # pyright: ignore[reportArgumentType]
-    with refused("('mean', 'first', 'last', None)", "pool='max'", "Choose"):
+    with refused("pool='max'", "('mean', 'first', 'last', None)", "Choose"):
         TokenHead(6, 5, pool="max")  # pyright: ignore[reportArgumentType]
-    with refused("'channels_first', 'channels_last'", "layout='NCHW'", "Choose"):
+    with refused("layout='NCHW'", "'channels_first', 'channels_last'", "Choose"):
         LinearHead(6, 5, layout="NCHW")  # pyright: ignore[reportArgumentType]
 
 
@@ -380,7 +384,7 @@ def test_heads_run_compiled_and_without_values(name: str) -> None:
 
 
 class Mixed(nn.Module):
-    """Works channels first and then channels last, as ConvNeXt's blocks do."""
+    """A block that works channels first and then channels last, as in ConvNeXt."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -391,11 +395,11 @@ class Mixed(nn.Module):
         return self.fc(self.conv(x).movedim(1, -1)).movedim(-1, 1)
 
 
-def test_the_model_tells_channels_from_rows_where_shapes_cannot() -> None:
+def test_layers_determine_the_layout_of_ambiguous_shapes() -> None:
     x = torch.randn(2, 8, 8, 8)
     rows = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
     maps = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1))
-    for top in ("1", "2"):  # the third has no weights: the layers around it tell
+    for top in ("1", "2"):  # the third has no weights: the layers around it determine the layout
         plan = Plan(auxiliary={"aux": Window(top=top)})
         assert "channels last" in head_for(rows, plan, x, 3).reasons["aux"]
         assert "channels first" in head_for(maps, plan, x, 3).reasons["aux"]
@@ -404,13 +408,13 @@ def test_the_model_tells_channels_from_rows_where_shapes_cannot() -> None:
 @pytest.mark.parametrize(
     "model", [nn.Sequential(nn.Conv2d(8, 8, 1), Mixed(8)), nn.Sequential(nn.Tanh(), nn.Tanh())], ids=["both", "none"]
 )
-def test_where_the_model_does_not_tell_head_for_asks(model: nn.Module) -> None:
+def test_undetectable_layout_raises(model: nn.Module) -> None:
     x = torch.randn(2, 8, 8, 8, requires_grad=True)
-    with refused("output of 1, the top of 'aux'", "(2, 8, 8, 8)", "layout='channels_first'", "'channels_last'"):
+    with refused("(2, 8, 8, 8), the output of 1, the top of 'aux'", "layout='channels_first'", "'channels_last'"):
         head_for(model, AUX, x, 3)
     assert type(head_for(model, AUX, x, 3, layout="channels_first")["aux"]) is AuxiliaryHead
     assert type(head_for(model, AUX, x, 3, layout="channels_last")["aux"]) is TokenHead
-    if any(isinstance(module, Mixed) for module in model.modules()):  # other sides, and it tells
+    if any(isinstance(module, Mixed) for module in model.modules()):  # with other sizes the layout can be detected
         assert "channels first" in head_for(model, AUX, torch.randn(2, 8, 4, 4), 3).reasons["aux"]
 
 
@@ -419,7 +423,7 @@ class LooksAtValues(nn.Module):
         return x if x.sum().item() > -1e9 else -x
 
 
-def test_head_for_leaves_the_model_alone() -> None:
+def test_head_for_does_not_change_the_model() -> None:
     for extra in (nn.Identity(), LooksAtValues()):
         model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5), extra).train()
         model[2].eval()
@@ -436,24 +440,24 @@ def test_head_for_leaves_the_model_alone() -> None:
         head_for(model, AUX, torch.empty(2, 3, 8, 8, device="meta"), 5)
 
 
-def test_head_for_says_what_does_not_fit() -> None:
+def test_head_for_errors() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(0, 1), nn.Unflatten(0, (2, 6)), nn.Conv2d(6, 5, 1))
     x = torch.randn(2, 3, 8, 8)
-    with refused("N = 2", "[(12, 8, 8)]", "Move the top"):
+    with refused("[(12, 8, 8)]", "N = 2", "Move the top"):
         head_for(conv, AUX, x, 3)
     flat = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Conv2d(6, 5, 1))
-    with refused("a map", "(2, 5, 8, 8)", "(2, 6, 64)", "Move the top"):
+    with refused("(2, 6, 64)", "is not a map", "(2, 5, 8, 8)", "Move the top"):
         head_for(flat, AUX, x, 5, layout="channels_first")
     assert "no output of the model has 4 classes" in str(head_for(conv, Plan(auxiliary={"a": Window(top="0")}), x, 4))
     with pytest.raises(ModuleNameError):
         head_for(conv, Plan(auxiliary={"aux": Window(top="9")}), x, 3)
     uncalled = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     uncalled.forward = uncalled[0].forward
-    with refused("to call 1", "no call"):
+    with refused("does not call 1", "a module that runs", "Name a module"):
         head_for(uncalled, AUX, torch.randn(2, 3), 3)
 
 
-def test_head_for_passes_its_options_on() -> None:
+def test_head_for_options() -> None:
     tokens = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     heads = head_for(tokens, AUX, torch.randn(2, 3, 4), 5, pool="last", gain="quiet")
     head = heads["aux"]
@@ -467,7 +471,7 @@ def test_head_for_passes_its_options_on() -> None:
         assert head.pool == pool
 
 
-def test_pooling_tells_the_layout_of_concatenated_maps() -> None:
+def test_pooling_determines_the_layout_of_concatenated_maps() -> None:
     class Inception(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The house's own rules: one direction of imports, no surprises at import, documents that name what exists."""
+"""Rules of the repository: one-directional imports, no unexpected imports, and documents with valid references."""
 
 import ast
 import graphlib
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "src" / "relaybackprop"
 
-# Who may import whom inside the method: each module only from those before it. Rooms: the front, engine, planning.
+# Import order inside the method: each module imports only from those before it.
 ORDER = [
     "errors", "plan", "engine", "engine.pytree", "engine.graph", "engine.junction", "engine.memory", "engine.routes",
     "engine.calls", "engine.hooks", "engine.forward", "engine.early", "engine.data_parallel", "loss", "heads",
@@ -24,7 +24,7 @@ ORDER = [
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Full names of all modules that a file imports anywhere, in functions too."""
+    """Return the full names of all modules that a file imports, including imports in functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -36,13 +36,13 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def test_imports_go_one_way() -> None:
+def test_method_imports_are_one_directional() -> None:
     files = {name_in_method(path): path for path in METHOD.rglob("*.py")}
     assert set(files) == set(ORDER)
     for name, path in files.items():
         inner = {other.removeprefix("relaybackprop.") for other in imported_modules(path)} & set(ORDER)
         earlier = {*ORDER[: ORDER.index(name)], "engine", "planning"}
-        assert inner <= earlier, f"{name} imports {sorted(inner - earlier)}, which come after it"
+        assert inner <= earlier, f"{name} imports {sorted(inner - earlier)}, which are later in ORDER"
 
 
 def name_in_method(path: Path) -> str:
@@ -50,20 +50,20 @@ def name_in_method(path: Path) -> str:
     return name if name == "__init__" else name.removesuffix(".__init__")
 
 
-def test_the_method_imports_torch_and_nothing_else() -> None:
+def test_method_depends_only_on_torch() -> None:
     for path in METHOD.rglob("*.py"):
         roots = {name.split(".")[0] for name in imported_modules(path)}
         outside = roots - set(sys.stdlib_module_names) - {"relaybackprop"}
         assert outside <= {"torch"}, f"{path.name} imports {sorted(outside)}"
 
 
-def test_the_lab_is_not_imported_by_the_method_nor_tests_by_either() -> None:
+def test_packages_do_not_import_tests_or_benchmarks() -> None:
     for path in (ROOT / "src").rglob("*.py"):
         roots = {name.split(".")[0] for name in imported_modules(path)}
         assert not roots & {"tests", "benchmarks", "nets", "oracle"}, path
 
 
-# The lab's rooms, from the ground up: each imports only itself and those before it.
+# The lab's packages in import order: each imports only itself and those before it.
 GROUND = ["errors", "outside", "files", "options", "progress", "tables"]
 ROOMS = [
     *GROUND, "recipes", "data.sources", "data", "models", "models.caffe", "train", "evaluate", "report", "diagnose",
@@ -73,12 +73,12 @@ LOOSE_FILES = 8
 
 
 def room_of(module: str) -> str:
-    """The room of one of the lab's modules: a folder, or a file at the top."""
+    """Return the package of one of the lab's modules: a folder, or a top-level file."""
     parts = module.split(".")[1:]
     return next(room for room in (".".join(parts[:2]), parts[0]) if room in ROOMS)
 
 
-def test_the_labs_rooms_import_only_what_is_below_them() -> None:
+def test_lab_imports_are_one_directional() -> None:
     lab = ROOT / "src" / "relaylab"
     files = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path for path in lab.rglob("*.py")}
     known = {name.removesuffix(".__init__") for name in files} - {"relaylab"}
@@ -90,19 +90,19 @@ def test_the_labs_rooms_import_only_what_is_below_them() -> None:
             assert ROOMS.index(room_of(other)) <= ROOMS.index(own), f"{name} ({own}) imports {other}"
 
 
-def test_the_lab_has_no_import_cycles() -> None:
+def test_lab_has_no_import_cycles() -> None:
     lab = ROOT / "src" / "relaylab"
     files = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts): path for path in lab.rglob("*.py")}
     imports = {name: imported_modules(path) & files.keys() for name, path in files.items()}
     tuple(graphlib.TopologicalSorter(imports).static_order())  # raises on a cycle
 
 
-def test_few_files_are_loose() -> None:
+def test_few_top_level_lab_modules() -> None:
     loose = sorted(path.stem for path in (ROOT / "src" / "relaylab").glob("*.py"))
     assert len(loose) <= LOOSE_FILES, loose
 
 
-def test_importing_the_method_brings_in_nothing_unplanned() -> None:
+def test_importing_the_method_imports_only_torch_and_stdlib() -> None:
     code = "import torch, sys; a = set(sys.modules); import relaybackprop; print(*sorted(set(sys.modules) - a))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr == ""
@@ -114,7 +114,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT /
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_documents_name_files_that_exist(path: Path) -> None:
+def test_documents_reference_existing_files(path: Path) -> None:
     text = path.read_text()
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)(?:#[^)]*)?\)", text)
     names = re.findall(r"`((?:src|tests|docs|results|benchmarks|examples)/[\w./-]+)`", text)
@@ -127,7 +127,7 @@ def readme_blocks(language: str) -> list[str]:
 
 
 def test_readme_python_runs() -> None:
-    """All blocks from top to bottom, on a stand-in for the reader's own data and model."""
+    """All blocks run in order, on a small model and data."""
     blocks = readme_blocks("python")
     assert len(blocks) >= 2
     setup = """
@@ -141,10 +141,10 @@ model, heads = resnet50(), {"aux": nn.Identity()}
     exec(setup + "\n".join(blocks), {"__name__": "readme"})
 
 
-def test_the_data_pages_python_runs(
+def test_data_page_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On sixteen small photographs, with smaller batches and no workers."""
+    """The code runs on sixteen small photographs, with smaller batches and no workers."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")
     for number in range(16):
@@ -164,7 +164,7 @@ def test_the_data_pages_python_runs(
     assert capsys.readouterr().out.splitlines() == [shown, shown, "torch.Size([4, 2])"]
 
 
-def test_readme_shell_commands_are_real() -> None:
+def test_readme_shell_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]

@@ -1,4 +1,4 @@
-"""What the benchmarks of memory say is measured, and what `cost` predicts is what is measured."""
+"""The memory benchmarks report measured values, and `cost` predicts them."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ pytest.importorskip("torchvision", reason="needs torchvision")
 from torchvision.models import VisionTransformer, resnet50
 
 from benchmarks import depth, formulations, memory
-from benchmarks.measure import count_bytes, kept_bytes, peak_bytes
+from benchmarks.measure import count_bytes, peak_bytes, saved_bytes
 from relaybackprop import LinearHead, Plan, Relay, RelayLoss, Window, cost
 
 FLOATS = 4  # bytes
 
 
-def test_peak_bytes_are_the_allocators() -> None:
+def test_peak_bytes_equal_the_allocators_count() -> None:
     def step() -> None:
         one = torch.ones(1000, 1000)
         two = one + 1
@@ -27,10 +27,10 @@ def test_peak_bytes_are_the_allocators() -> None:
     assert count_bytes(lambda: torch.ones(1000) + 1, []) < 3 * FLOATS * 10**3
 
 
-def test_kept_bytes_are_those_of_saved_tensors() -> None:
+def test_saved_bytes_are_those_of_saved_tensors() -> None:
     x = torch.randn(100, 10, requires_grad=True)
-    assert kept_bytes(lambda: x.exp().exp().sum().backward(), [x]) == 2 * FLOATS * 1000
-    assert kept_bytes(lambda: (x * x).sum().backward(), [x]) == 0
+    assert saved_bytes(lambda: x.exp().exp().sum().backward(), [x]) == 2 * FLOATS * 1000
+    assert saved_bytes(lambda: (x * x).sum().backward(), [x]) == 0
 
 
 def networks() -> dict[str, tuple[nn.Module, Plan, dict[str, nn.Module], torch.Tensor]]:
@@ -56,8 +56,8 @@ def networks() -> dict[str, tuple[nn.Module, Plan, dict[str, nn.Module], torch.T
 
 
 @pytest.mark.parametrize("name", [pytest.param("resnet", marks=pytest.mark.slow), "vit"])
-def test_cost_predicts_the_peak_within_a_tenth(name: str) -> None:
-    """Images of the usual size: workspaces of convolutions, which nobody predicts, are large beside small ones."""
+def test_cost_predicts_the_peak_within_ten_per_cent(name: str) -> None:
+    """Images have the usual size. With small ones, workspaces of convolutions, which are not predicted, dominate."""
     model, plan, heads, images = networks()[name]
     if name == "vit":
         for head in heads.values():
@@ -86,44 +86,44 @@ TINY = memory.Settings(pixels=32, resnet50_batch=2, vit_b_batch=1, rounds=2, bud
 
 
 @pytest.mark.slow
-def test_the_memory_benchmark_gives_its_figures() -> None:
-    subject = memory.resnet50(32, 2, classes=5)
-    figures = memory.measure_network("resnet50", subject, TINY)
-    assert 0 < figures["resnet50_two_branches_activation_ratio"] < 0.7
-    assert figures["resnet50_peak_mb_checkpoint_equal"] <= figures["resnet50_peak_mb_standard"]
-    assert {"resnet50_time_early_release_over_checkpoint_equal", "resnet50_flops_early_release"} <= figures.keys()
+def test_memory_benchmark_returns_its_metrics() -> None:
+    workload = memory.resnet50(32, 2, classes=5)
+    metrics = memory.measure_network("resnet50", workload, TINY)
+    assert 0 < metrics["resnet50_two_branches_activation_ratio"] < 0.7
+    assert metrics["resnet50_peak_mb_checkpoint_equal"] <= metrics["resnet50_peak_mb_standard"]
+    assert {"resnet50_time_early_release_over_checkpoint_equal", "resnet50_flops_early_release"} <= metrics.keys()
 
 
-def test_the_memory_benchmark_refuses_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = memory.resnet50(32, 2, classes=5)
-    monkeypatch.setattr(memory, "contenders", lambda subject: _swapped(subject))
+def test_memory_benchmark_raises_for_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = memory.resnet50(32, 2, classes=5)
+    monkeypatch.setattr(memory, "contenders", lambda workload: _swapped(workload))
     with pytest.raises(RuntimeError, match=r"early_release and relay differ"):
-        memory.check_gradients(subject)
+        memory.check_gradients(workload)
 
 
 CONTENDERS = memory.contenders
 
 
-def _swapped(subject: memory.Subject) -> dict[str, memory.Step]:
-    steps = CONTENDERS(subject)
+def _swapped(workload: memory.Workload) -> dict[str, memory.Step]:
+    steps = CONTENDERS(workload)
     return steps | {"early_release": steps["multi_loss"]}
 
 
 @pytest.mark.slow
-def test_the_depth_benchmark_keeps_within_the_budget() -> None:
+def test_depth_benchmark_stays_within_the_budget() -> None:
     settings = depth.Settings(depths=(1, 2), pixels=64, batch=16, rounds=2, budget_s=0)
-    found, budget = depth.measure_depth("vit", depth.vision_transformer, 1, settings, "cpu", None)
+    measured, budget = depth.measure_depth("vit", depth.vision_transformer, 1, settings, "cpu", None)
     deeper, _ = depth.measure_depth("vit", depth.vision_transformer, 2, settings, "cpu", budget)
-    assert deeper["vit_x2_branches"] > found["vit_x1_branches"]
-    assert deeper["vit_x2_peak_mb_early_release"] <= 1.2 * found["vit_x1_peak_mb_early_release"]
-    assert deeper["vit_x2_peak_mb_standard"] > 1.4 * found["vit_x1_peak_mb_standard"]
+    assert deeper["vit_x2_branches"] > measured["vit_x1_branches"]
+    assert deeper["vit_x2_peak_mb_early_release"] <= 1.2 * measured["vit_x1_peak_mb_early_release"]
+    assert deeper["vit_x2_peak_mb_standard"] > 1.4 * measured["vit_x1_peak_mb_standard"]
 
 
 def test_formulations_are_counted_at_the_papers_size() -> None:
-    figures = formulations.count(formulations.places_b)
-    assert figures["flops_standard"] == figures["peak_standard"] == 1
-    assert figures["flops_early_release"] == pytest.approx(figures["flops_lower_bound"], rel=1e-12)
+    metrics = formulations.count(formulations.places_b)
+    assert metrics["flops_standard"] == metrics["peak_standard"] == 1
+    assert metrics["flops_early_release"] == pytest.approx(metrics["flops_lower_bound"], rel=1e-12)
     order = ["standard", "multi_loss", "early_release", "relay", "two_backward", "overlap_twice", "reference"]
-    costs = [figures[f"flops_{name}"] for name in order]
+    costs = [metrics[f"flops_{name}"] for name in order]
     assert costs == sorted(costs)
-    assert figures["peak_early_release"] < 0.7
+    assert metrics["peak_early_release"] < 0.7

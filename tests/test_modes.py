@@ -1,4 +1,4 @@
-"""Autocast, gradient scaling, checkpointing, channels_last, compilation, and what each costs: exact in all of them."""
+"""Autocast, gradient scaling, checkpointing, channels_last and compilation: exact gradients, and the expected cost."""
 
 import copy
 from collections import Counter
@@ -27,7 +27,7 @@ from relaybackprop.errors import BoundaryError, CompiledOverlapError, EarlyRelea
 
 
 class Segment(nn.Sequential):
-    """With a forward of its own, since some versions of the compiler pass over those of torch.nn's containers."""
+    """A chain with its own forward, since some versions of the compiler skip those of torch.nn's containers."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -59,12 +59,12 @@ def test_bf16_autocast() -> None:
         expected = expected_gradients(relay, X)
     assert_same(got, expected, tolerance=2e-2)  # bf16 has 8 bits: 2**-8 is 4e-3, a few roundings deep
     assert all(gradient.dtype == torch.float32 for gradient in got.values())
-    with pytest.raises(AssertionError):  # negative control: the tolerance tells windows apart
+    with pytest.raises(AssertionError):  # negative control: the tolerance distinguishes the windows
         assert_same(got, expected_gradients(relay, X, plan=relay.plan.multi_loss()), tolerance=2e-2)
 
 
-def test_bf16_autocast_one_loss_bit_for_bit() -> None:
-    """A sum of one term is rounded nowhere: in each window alone bf16 is exact too."""
+def test_bf16_autocast_of_one_loss_is_bitwise_equal() -> None:
+    """A sum of one term is not rounded, so one loss alone is exact in bf16, too."""
     relay = conv_relay()
     for loss in relay.plan.windows:
         relay.zero_grad()
@@ -143,7 +143,7 @@ def under(plan: Plan, parent: str) -> Plan:
 
 
 def test_non_reentrant_checkpointing_of_every_block() -> None:
-    """Boundaries inside of checkpointed parts: the recomputation must not run heads or junctions again."""
+    """Boundaries inside checkpointed parts: the recomputation must not run heads or junctions again."""
     plan = under(OVERLAP, "blocks")
     model = Checkpointed(conv_net(), reentrant=False)
     relay = Relay(model, plan, {"aux": LinearHead(4, 5)}).double()
@@ -152,7 +152,7 @@ def test_non_reentrant_checkpointing_of_every_block() -> None:
 
 
 def test_a_step_with_non_reentrant_checkpointing_of_every_block() -> None:
-    """Heads run inside of checkpointed parts then, and recomputation comes while the forward pass is under way."""
+    """Heads run inside checkpointed parts, and recomputation runs during the forward pass."""
     model = Checkpointed(conv_net(), reentrant=False)
     plan = under(OVERLAP, "blocks")
     relay = Relay(model, plan, {"aux": LinearHead(4, 5)}).double()
@@ -165,9 +165,9 @@ def test_a_step_with_non_reentrant_checkpointing_of_every_block() -> None:
         assert model.runs[2] == model.runs[3] == 3, "recomputed for each gradient in the overlap"
 
 
-def test_reentrant_checkpointing_around_a_boundary_is_refused() -> None:
+def test_reentrant_checkpointing_around_a_boundary_raises() -> None:
     relay = Relay(Checkpointed(conv_net(), reentrant=True), under(OVERLAP, "blocks"), {"aux": LinearHead(4, 5)})
-    with pytest.raises(BoundaryError, match=r"reentrant checkpointing.*use_reentrant=False"):
+    with pytest.raises(BoundaryError, match=r"reentrant checkpoint:.*use_reentrant=False"):
         relay(X.clone().requires_grad_())
 
 
@@ -206,12 +206,12 @@ class ReentrantAbove(nn.Module):
         return checkpoint(last, x, use_reentrant=self.reentrant)
 
 
-def test_early_release_refuses_reentrant_checkpointing() -> None:
-    """An ordinary forward and backward pass is exact there, and so is early release with the other kind."""
+def test_early_release_with_reentrant_checkpointing_raises() -> None:
+    """An ordinary pass is exact with reentrant checkpointing, and early release with the non-reentrant one."""
     plan = Plan(primary=Window(bottom="layers.1"), auxiliary={"aux": Window(top="layers.2")})
     relay = Relay(ReentrantAbove(reentrant=True), plan, {"aux": nn.Linear(3, 3)}).double()
     x = torch.randn(2, 3, dtype=torch.float64)
-    with pytest.raises(EarlyReleaseError, match=r"(?s)layers above the .*without reentrant.*use_reentrant=False"):
+    with pytest.raises(EarlyReleaseError, match=r"(?s)a reentrant checkpoint above the .*use_reentrant=False"):
         step_gradients(relay, x)
     got = relay_gradients(relay, x)
     relay.model.reentrant = False
@@ -220,18 +220,20 @@ def test_early_release_refuses_reentrant_checkpointing() -> None:
     assert_same(step_gradients(relay, x), expected)
 
 
-scripts = pytest.mark.filterwarnings("ignore:`torch.jit")  # it is deprecated, which not all versions say
+scripts = pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, but not all versions warn
 
 
 @scripts
-def test_models_and_boundaries_compiled_by_jit_are_refused() -> None:
-    """Calls of scripted modules run no hooks, so a boundary there would be passed over in silence."""
+def test_jit_compiled_boundaries_raise() -> None:
+    """Calls of scripted modules run no hooks, so a boundary there would be silently ignored."""
     heads = {"aux": LinearHead(4, 5)}
-    with pytest.raises(TransformError, match=r"(?s)'[23]'.* as an ordinary nn.Module; .*script relay.model afterwards"):
+    with pytest.raises(
+        TransformError, match=r"(?s)'[23]'.* must be an ordinary nn.Module, .*script relay.model afterwards"
+    ):
         Relay(torch.jit.script(conv_net()), OVERLAP, heads)
     model = conv_net()
     model[3] = torch.jit.script(model[3])
-    with pytest.raises(TransformError, match=r"'3', a boundary of the plan, as an ordinary nn.Module"):
+    with pytest.raises(TransformError, match=r"'3', a boundary of the plan, is a torch.jit.ScriptModule"):
         Relay(model, OVERLAP, heads)
 
 
@@ -245,8 +247,8 @@ def test_a_scripted_module_between_boundaries_works() -> None:
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
-def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
-    """In training; in evaluation mode there are no windows, and they work as without a relay."""
+def test_torch_func_transforms_raise(transform: Any) -> None:
+    """Transforms raise in training. In evaluation mode there are no windows, and they work as without a relay."""
     relay = conv_relay().double()
     parameters = {name: parameter.detach() for name, parameter in relay.named_parameters()}
 
@@ -254,13 +256,15 @@ def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
         output = torch.func.functional_call(relay, parameters, (X.double(),))
         return sum(losses_of(by_loss(output) if relay.training else {"primary": output}).values())
 
-    with pytest.raises(TransformError, match=r"a training forward pass of Relay outside torch.func.*backward\(\)"):
+    with pytest.raises(
+        TransformError, match=r"a training forward pass of Relay runs inside a torch.func.*backward\(\)"
+    ):
         transform(loss)(parameters)
     relay.eval()
     assert transform(loss)(parameters)["model.0.0.weight"].any()
 
 
-def test_a_transform_inside_of_the_model_around_a_boundary_is_refused() -> None:
+def test_transform_around_a_boundary_raises() -> None:
     class Mapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -270,7 +274,7 @@ def test_a_transform_inside_of_the_model_around_a_boundary_is_refused() -> None:
             return self.b(torch.func.vmap(self.a)(x))
 
     relay = Relay(Mapped(), Plan(auxiliary={"aux": Window(top="a")}), {"aux": nn.Linear(3, 3)})
-    with pytest.raises(TransformError, match=r"the output of a outside torch.func transforms"):
+    with pytest.raises(TransformError, match=r"the output of a runs inside a torch.func transform"):
         relay(torch.randn(2, 3))
 
 
@@ -308,11 +312,11 @@ class CountBackward(TorchDispatchMode):
 COSTS = {
     # Six convolutions, 0 to 5. Every one has one weight-gradient pass; the first needs no input gradient.
     "overlap of 2, 3": (OVERLAP, 5 + 2),
-    "no overlap": (OVERLAP.isolated(), 5),  # with the one into block 3's output, which is dropped there
+    "no overlap": (OVERLAP.isolated(), 5),  # including the gradient of block 3's output, which is dropped
     "multi-loss": (OVERLAP.multi_loss(), 5),
     "three losses on 2": (
         Plan(Window(bottom="2"), {"a": Window(top="2"), "b": Window(top="3", bottom="1")}),
-        # 5: 1 pass; 4: 1; 3 carries primary + b, b goes on: 2; 2 carries primary + a + b, then a + b, then a: 3;
+        # 5: 1 pass; 4: 1; 3 carries primary + b, b continues: 2; 2 carries primary + a + b, then a + b, then a: 3;
         # 1 carries a + b, then a: 2; 0 needs none.
         1 + 1 + 2 + 3 + 2,
     ),
@@ -347,8 +351,8 @@ def test_parameter_hooks_fire_once() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_extra_hooks_of_users_see_the_same_values(name: str) -> None:
-    """Forward hooks of the user's own keep working beside the boundaries."""
+def test_user_hooks_see_the_same_values(name: str) -> None:
+    """The user's own forward hooks work together with the boundaries."""
     case = make_case(name)
     relay = Relay(case.model, case.plan, case.heads)
     seen = Counter[str]()
@@ -367,7 +371,7 @@ def compiled(relay: Relay, names: list[str], in_place: bool) -> None:
             relay.model.set_submodule(name, torch.compile(module, backend="aot_eager"))
 
 
-# The compiler reads .grad of intermediate tensors while it traces, and warns itself of that.
+# The compiler reads .grad of intermediate tensors while tracing, and warns about it.
 compiles = pytest.mark.filterwarnings("default")
 
 
@@ -382,7 +386,7 @@ def _fresh_compiler() -> Any:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("names", [["0", "1"], ["4", "5", "6"], ["0", "1", "4", "5", "6"]])
-def test_compiled_segments_outside_of_the_overlap(names: list[str], in_place: bool) -> None:
+def test_compiled_segments_outside_the_overlap(names: list[str], in_place: bool) -> None:
     relay = conv_relay().double()
     x = X.double()
     expected = expected_gradients(relay, x)
@@ -399,13 +403,13 @@ def test_compiled_segments_outside_of_the_overlap(names: list[str], in_place: bo
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("in_place", [True, False])
-def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bool) -> None:
+def test_compiled_overlap_raises_before_backward(in_place: bool) -> None:
     relay = conv_relay()
     relay(X)
-    compiled(relay, ["3"], in_place)  # after a first, eager forward pass: it is looked for in every pass
-    with pytest.raises(CompiledOverlapError, match=r"eager layers below the output of 3.*outside the overlap"):
+    compiled(relay, ["3"], in_place)  # after an eager forward pass: compiled code is searched for in every pass
+    with pytest.raises(CompiledOverlapError, match=r"not supported below the output of 3.*outside the overlap"):
         relay(X)
-    with pytest.raises(CompiledOverlapError, match=r"eager layers above the input of 2.*outside the overlap"):
+    with pytest.raises(CompiledOverlapError, match=r"not supported above the input of 2.*outside the overlap"):
         step_gradients(relay, X)
     relay = conv_relay(OVERLAP.multi_loss())  # no overlap, no lanes: compile as you like
     compiled(relay, ["2", "3"], in_place)
@@ -418,9 +422,7 @@ def test_compiled_code_in_an_overlap_is_refused_before_the_backward(in_place: bo
 @compiles
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_code_in_an_overlap_is_refused_with_a_cache_made_without_lanes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_overlap_raises_with_a_warm_compiler_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Artefacts on disk, compiled with donated buffers by plain training, must not slip in and be silently wrong."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     relay = conv_relay(OVERLAP.multi_loss())
@@ -436,33 +438,33 @@ def test_compiled_code_in_an_overlap_is_refused_with_a_cache_made_without_lanes(
 
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_boundaries_inside_of_compiled_code_are_refused() -> None:
+def test_boundaries_inside_compiled_code_raise() -> None:
     model = conv_net()
     model[3].compile(backend="aot_eager")
     plan = Plan(auxiliary={"aux": Window(top="3.0")})
-    with pytest.raises(CompiledOverlapError, match=r"boundary '3.0' outside compiled code.*'3' compiled as one"):
+    with pytest.raises(CompiledOverlapError, match=r"boundary '3.0' is inside '3', which is compiled as one"):
         Relay(model, plan, {"aux": LinearHead(4, 5)})
     relay = conv_relay()
     relay.model.compile(backend="aot_eager")
-    with pytest.raises(CompiledOverlapError, match="'the whole model' compiled as one"):
+    with pytest.raises(CompiledOverlapError, match="'the whole model', which is compiled as one"):
         relay(X)
 
 
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_relay_is_refused_in_training_and_works_in_evaluation() -> None:
+def test_compiled_relay_raises_in_training_and_works_in_evaluation() -> None:
     relay = conv_relay()
     right = relay.eval()(X)
     whole = torch.compile(relay, backend="aot_eager")
     torch.testing.assert_close(whole(X), right)
     relay.train()
-    with pytest.raises(CompiledOverlapError, match=r"a training forward pass of Relay.*traces through it"):
+    with pytest.raises(CompiledOverlapError, match=r"traces through a training forward pass of Relay"):
         whole(X)
 
 
 @compiles
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiler_that_traces_through_a_boundary_is_refused() -> None:
+def test_tracing_through_a_boundary_raises() -> None:
     class Traced(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -472,5 +474,5 @@ def test_a_compiler_that_traces_through_a_boundary_is_refused() -> None:
             return torch.compile(lambda x: self.b(torch.tanh(self.a(x))), backend="aot_eager")(x)
 
     relay = Relay(Traced(), Plan(auxiliary={"aux": Window(top="a")}), {"aux": nn.Linear(3, 3)})
-    with pytest.raises(CompiledOverlapError, match=r"the output of a to run eagerly"):
+    with pytest.raises(CompiledOverlapError, match=r"traces through the output of a: it must run eagerly"):
         relay(torch.randn(2, 3))

@@ -285,12 +285,12 @@ def test_a_network_that_cannot_be_drawn_is_an_error_of_one_line_and_has_a_page(
     from relaylab.report import stages
 
     def decline(*_: object) -> None:
-        raise PlanError("a chain of modules", "a knot", "Untie it.")
+        raise PlanError("the modules form a knot", "a chain is required", "Untie it.")
 
     assert run("recipes", "new", "net.py:chain", "--data", tiny_images, "--epochs", "1", "--out", "mine.toml") == 0
     assert run("train", "mine.toml", "--data", tiny_images, *TRAIN) == 0
     monkeypatch.setattr(stages, "chain", decline)
     capsys.readouterr()
     assert run("draw", "mine.toml", "--out", "drawn") == 2
-    assert "the network cannot be drawn: expected a chain of modules; received a knot" in capsys.readouterr().err
+    assert "the network cannot be drawn: the modules form a knot: a chain is required" in capsys.readouterr().err
     assert run("report", "run") == 0

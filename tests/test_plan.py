@@ -1,4 +1,4 @@
-"""Plans: defaults, the four schemes, printing, JSON. Properties by hypothesis; wrong plans are in test_errors.py."""
+"""Plans: defaults, the four schemes, printing, JSON. Properties by hypothesis; invalid plans are in test_errors.py."""
 
 import copy
 import pickle
@@ -20,18 +20,20 @@ FIGURE2 = Plan(
 )
 
 
-def test_weights_are_filled_in() -> None:
+def test_default_weights() -> None:
     assert PAPER.weights == {"primary": 1.0, "aux": 0.3}
     assert Plan(Window(weight=2), {"aux": Window(top="a", weight=0.1)}).weights == {"primary": 2, "aux": 0.1}
     assert PAPER == Plan(Window(bottom="layer3.0", weight=1.0), {"aux": Window(top="layer3.3", weight=0.3)}), (
         "equal plans compare equal however they were written"
     )
     a, b = Window(top="a"), Window(top="b")
-    assert hash(Plan(auxiliary={"a": a, "b": b})) == hash(Plan(auxiliary={"b": b, "a": a})), "as they compare equal"
+    assert hash(Plan(auxiliary={"a": a, "b": b})) == hash(Plan(auxiliary={"b": b, "a": a})), (
+        "equal plans must have equal hashes"
+    )
     assert hash(PAPER) == hash(copy.deepcopy(PAPER))
 
 
-def test_a_plan_is_frozen() -> None:
+def test_plan_is_frozen() -> None:
     with pytest.raises(AttributeError):
         PAPER.primary = Window()  # type: ignore[misc]
     with pytest.raises(TypeError):
@@ -53,7 +55,7 @@ def test_schemes() -> None:
     assert Plan().isolated() == Plan()
 
 
-def test_isolated_windows_by_the_order_of_the_forward_pass() -> None:
+def test_isolated_windows_follow_the_order_of_the_forward_pass() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     plan = Plan(auxiliary={"high": Window(top="2"), "low": Window(top="0")})
     relay = Relay(model, plan, {"high": nn.Linear(2, 2), "low": nn.Linear(2, 2)})
@@ -65,7 +67,7 @@ def test_isolated_windows_by_the_order_of_the_forward_pass() -> None:
     }
 
 
-def test_printed_as_a_table() -> None:
+def test_str_is_a_table() -> None:
     assert str(FIGURE2).splitlines() == [
         "loss     weight  from                down to",
         "primary  1       the model's output  input of segment4",
@@ -102,24 +104,26 @@ def test_check_relay() -> None:
     FIGURE2.check_relay()
     Plan().check_relay()
     PAPER.multi_loss().check_relay()
-    with pytest.raises(WindowError, match=r"window of 'primary' to reach below the head of 'aux'.*output of layer3.3"):
+    with pytest.raises(
+        WindowError, match=r"window of 'primary' ends at .*below the head of 'aux', the output of layer3.3"
+    ):
         PAPER.isolated().check_relay()
     with pytest.raises(WindowError, match="'loss2'"):
         Plan(FIGURE2.primary, FIGURE2.isolated().auxiliary).check_relay()
-    with pytest.raises(WindowError):  # the names alone tell: modules of a container run in the order of their numbers
+    with pytest.raises(WindowError):  # by names alone: modules of a container run in numeric order
         Plan(Window(bottom="features.16"), {"aux": Window(top="features.9")}).check_relay()
     Plan(Window(bottom="features.9"), {"aux": Window(top="features.16")}).check_relay()
 
 
-def test_check_relay_by_the_order_of_the_forward_pass() -> None:
+def test_check_relay_uses_the_order_of_the_forward_pass() -> None:
     model = nn.Sequential()
     for name in ("zeta", "alpha", "mid"):
         model.add_module(name, nn.Linear(2, 2))
     plan = Plan(Window(bottom="mid"), {"aux": Window(top="zeta")})
-    plan.check_relay()  # nothing to be seen from the names
+    plan.check_relay()  # the names do not show it
     relay = Relay(model, plan, {"aux": nn.Linear(2, 2)})
     relay(torch.randn(1, 2))
-    with pytest.raises(WindowError, match="a window that ends at the input of mid"):
+    with pytest.raises(WindowError, match="ends at the input of mid"):
         relay.plan.check_relay(relay.order)
 
 

@@ -1,4 +1,4 @@
-"""`Relay` as a drop-in: the plain model inside stays as it was, whatever happens."""
+"""`Relay` as a drop-in: the plain model inside never changes, also after errors."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ def make(name: str) -> tuple[Relay, tuple[Any, ...]]:
 
 
 def traces(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """All that hangs on the modules of a model, hooks and flags included."""
+    """Return all attributes of a model's modules, including hooks and flags."""
     return {
         name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
         for name, module in model.named_modules()
@@ -43,7 +43,7 @@ def same_traces(before: dict[str, dict[str, Any]], after: dict[str, dict[str, An
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_is_left_on_the_model(name: str) -> None:
+def test_forward_leaves_no_hooks_or_flags_on_the_model(name: str) -> None:
     case = make_case(name)
     before = traces(case.model)
     keys = list(case.model.state_dict())
@@ -58,7 +58,7 @@ def test_nothing_is_left_on_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left_after_an_exception(failing: int, kind: type[BaseException]) -> None:
+def test_no_hooks_remain_after_an_exception(failing: int, kind: type[BaseException]) -> None:
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
     relay = Relay(model, PLAN, {"aux": nn.Linear(3, 3)})
     before = traces(model)
@@ -71,10 +71,10 @@ def test_nothing_is_left_after_an_exception(failing: int, kind: type[BaseExcepti
         relay(torch.randn(2, 3))
     handle.remove()
     same_traces(before, traces(model))
-    relay(torch.randn(2, 3))  # and it works again
+    relay(torch.randn(2, 3))  # the next call works
 
 
-def test_nothing_is_left_after_wrong_input() -> None:
+def test_no_hooks_remain_after_wrong_input() -> None:
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
     before = traces(model)
     with pytest.raises(RuntimeError):
@@ -95,7 +95,7 @@ def test_evaluation_is_the_plain_model(name: str) -> None:
 
 
 def test_evaluation_costs_what_the_plain_model_costs() -> None:
-    """Heads do not run, hooks are not there: the same calls, one more around them."""
+    """Heads do not run and there are no hooks: the calls are the same, plus one around them."""
     relay, inputs = make("vgg")
     relay.eval()
     calls: list[str] = []
@@ -118,7 +118,7 @@ def test_training_output_equals_the_plain_models() -> None:
     assert list(auxiliary) == ["aux1", "aux2"]
 
 
-def test_checkpoints_go_between_plain_model_and_relay() -> None:
+def test_state_dicts_are_interchangeable_with_the_plain_model() -> None:
     relay, inputs = make("resnet")
     relay_gradients(relay, *inputs)
     plain = make_case("resnet", seed=5).model
@@ -140,7 +140,7 @@ def test_copies_are_independent_and_exact() -> None:
     assert all(parameter.grad is None for parameter in relay.parameters())
 
 
-def test_two_plans_on_one_model_do_not_disturb_each_other() -> None:
+def test_two_plans_on_one_model_are_independent() -> None:
     case = make_case("vgg")
     relays = [Relay(case.model, plan, case.heads) for plan in (case.plan, case.plan.multi_loss())]
     for relay in (*relays, *relays):
@@ -149,7 +149,7 @@ def test_two_plans_on_one_model_do_not_disturb_each_other() -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """A dataclass output, as transformers' models return it."""
+    """A dataclass output, as in transformers."""
 
     hidden: Tensor
     extra: tuple[Tensor, list[Tensor]]
@@ -162,7 +162,7 @@ class Pair(NamedTuple):
 
 
 class Cases:
-    """Each with two floating-point tensors, and something that is none."""
+    """Values with two floating-point tensors and an item that is not a tensor."""
 
     @staticmethod
     def tuples(x: Tensor, y: Tensor) -> Any:
@@ -205,9 +205,9 @@ class Takes(nn.Module):
         self.fc = nn.Linear(3, 3)
 
     def forward(self, value: Any) -> Tensor:
-        found: list[Tensor] = []
-        map_tensors(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
-        floats = [tensor for tensor in found if tensor.is_floating_point()]
+        tensors: list[Tensor] = []
+        map_tensors(lambda tensor: tensors.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
         return self.fc(torch.tanh(torch.stack([(n + 1) * tensor for n, tensor in enumerate(floats)]).sum(0)))
 
 
@@ -250,7 +250,7 @@ def test_keyword_arguments_cross_a_lower_boundary() -> None:
     assert got["model.side.weight"].any()  # by the auxiliary loss alone
 
 
-def test_bottom_at_the_very_first_module_is_the_whole_net() -> None:
+def test_bottom_at_the_first_module_is_the_whole_network() -> None:
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     relay = Relay(model, Plan(primary=Window(bottom="0"))).double()
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -293,27 +293,27 @@ def test_heads(size: int) -> None:
     assert [type(module) for module in normed.modules() if isinstance(module, nn.BatchNorm2d)] == [nn.BatchNorm2d]
 
 
-def test_reach_is_measured_and_printed() -> None:
+def test_reach_table() -> None:
     case = make_case("vgg")
     relay = Relay(case.model, case.plan, case.heads)
     relay.eval()
     state = {name: value.clone() for name, value in relay.state_dict().items()}
     rng = torch.get_rng_state()
-    found = reach(relay, *case.inputs)
+    report = reach(relay, *case.inputs)
     assert not relay.training
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, state[name]) for name, value in relay.state_dict().items())
     assert all(parameter.grad is None for parameter in relay.parameters())
     for loss, prefixes in case.reaches.items():
         right = {name for name, _ in relay.named_parameters() if name.startswith(prefixes)}
-        assert found.losses[loss] == right, loss
-    table = str(found).splitlines()
+        assert report.losses[loss] == right, loss
+    table = str(report).splitlines()
     assert table[0].split() == ["parameters", "elements", "primary", "aux1", "aux2"]
     assert table[1].split()[:3] == ["model.segment1.0.weight", "...", "model.segment2.2.bias"]
     assert table[1].split()[-3:] == [".", "x", "."]
 
 
-def test_reach_leaves_batch_statistics_alone() -> None:
+def test_reach_preserves_batch_statistics() -> None:
     case = make_case("resnet")
     relay = Relay(case.model, case.plan, case.heads)
     before = {name: value.clone() for name, value in relay.named_buffers()}
@@ -324,7 +324,7 @@ def test_reach_leaves_batch_statistics_alone() -> None:
 
 
 class Materialises(torch.autograd.Function):
-    """A function that turns missing gradients into zeros, as autograd functions do unless told otherwise."""
+    """A function that materialises missing gradients as zeros, the default of autograd functions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -335,7 +335,7 @@ class Materialises(torch.autograd.Function):
         return gradient
 
 
-def test_reach_is_not_fooled_by_zeros_nor_by_complex_outputs() -> None:
+def test_reach_ignores_zero_gradients_and_supports_complex_outputs() -> None:
     class Layer(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return Materialises.apply(super().forward(x))

@@ -1,4 +1,4 @@
-"""The model of many GPUs by hand, the simulated link of the benchmark of averaging, and docs/method/scale.md."""
+"""The cost model by hand, the simulated link of the overlap benchmark, and the tables of docs/method/scale.md."""
 
 import json
 import re
@@ -15,24 +15,24 @@ from benchmarks import overlap, scale
 from benchmarks.scale import Cluster, Job, Stage
 
 ROOT = Path(__file__).parents[1]
-# One operation a second, two devices, an all-reduce of as many seconds as bytes.
+# One operation per second, two devices, and an all-reduce of one second per byte.
 CLUSTER = Cluster(rate=1.0, node=2, inside=1.0, between=1.0, latency=0.0)
 
 
 def job(below: float, overlap: float, above: float) -> Job:
-    """A job with gradients of so many bytes."""
+    """Return a job with gradients of these sizes, in bytes."""
     stages = Stage(2, 4, 0, below), Stage(3, 6, 5, overlap), Stage(7, 8, 0, above)
-    return Job(*stages, images=1, handed_on=0.0)
+    return Job(*stages, images=1, transferred=0.0)
 
 
 @pytest.mark.parametrize(
     ("gradients", "ordinary", "early"),
     [
         ((0, 0, 0), 35, 35),
-        ((1, 2, 3), 36, 37),  # of the last stage alone nothing is hidden: below, or the overlap
+        ((1, 2, 3), 36, 37),  # only the last stage is not hidden: below, or the overlap
         ((15, 0, 0), 50, 35),  # hidden behind the top, 15 seconds
         ((16, 0, 0), 51, 35),
-        ((40, 0, 0), 75, 54),  # longer than all that follows
+        ((40, 0, 0), 75, 54),  # longer than all later stages
         ((0, 0, 20), 40, 49),
     ],
 )
@@ -44,7 +44,7 @@ def test_data_parallel_by_hand(gradients: tuple[float, float, float], ordinary: 
     assert scale.data_parallel(given, CLUSTER, 2, early=True, hidden=False) == 35 + sum(gradients)
 
 
-def test_messages_of_a_link_travel_one_at_a_time() -> None:
+def test_link_transmits_one_message_at_a_time() -> None:
     class Done:
         def wait(self) -> None:
             pass
@@ -67,19 +67,19 @@ def test_messages_of_a_link_travel_one_at_a_time() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
-def test_the_benchmark_of_averaging_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = overlap.Settings(subjects={"tiny": overlap.tiny}, loads=(4.0,), rounds=3)
+def test_overlap_benchmark_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = overlap.Settings(workloads={"tiny": overlap.tiny}, loads=(4.0,), rounds=3)
     monkeypatch.setattr(overlap, "QUICK", tiny)
     monkeypatch.setattr(overlap, "targets", lambda _settings: {})
     file = tmp_path / "overlap.json"
     overlap.main(["--quick", "--json", str(file)])
-    figures = json.loads(file.read_text())["figures"]
-    assert figures["tiny_messages"] > 3
-    assert figures["tiny_load4.0_end_ms"] > figures["tiny_free_end_ms"]
+    metrics = json.loads(file.read_text())["figures"]
+    assert metrics["tiny_messages"] > 3
+    assert metrics["tiny_load4.0_end_ms"] > metrics["tiny_free_end_ms"]
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the first table behind some words of docs/method/scale.md, without its heading."""
+    """Return the cells of the first table after some words in docs/method/scale.md, without the header."""
     text = (ROOT / "docs" / "method" / "scale.md").read_text()
     table = re.search(r"(^\|.*\n)+", text[text.index(heading) :], re.MULTILINE)
     assert table is not None
@@ -95,7 +95,7 @@ NAMES = {"model A": "model_a", "ViT-B/16": "vit_b", "VGG-22": "vgg22", "ResNet-5
 WAYS = ("data_parallel", "early_release", "window_parallel", "pipelined_multi_loss")
 
 
-def test_the_table_of_many_gpus_is_the_models() -> None:
+def test_docs_table_of_many_gpus() -> None:
     found = figures_of("scale.json")
     table = rows("## What it says")
     assert len(table) == 2 * len(scale.GPUS)
@@ -107,7 +107,7 @@ def test_the_table_of_many_gpus_is_the_models() -> None:
             assert found[f"{name}_{key}"] == pytest.approx(value, rel=1e-9), key
 
 
-def test_the_table_of_the_check_is_measured() -> None:
+def test_docs_table_of_the_check() -> None:
     found = figures_of("scale.json")
     for (_, alone, together, predicted), key in zip(rows("## The check"), WAYS[:2], strict=True):
         assert alone == f"{found[f'check_{key}_alone_ms']:.0f} ms"
@@ -115,7 +115,7 @@ def test_the_table_of_the_check_is_measured() -> None:
         assert predicted == f"{found[f'check_{key}_predicted']:.3f}"
 
 
-def test_the_table_of_averaging_is_measured() -> None:
+def test_docs_table_of_averaging() -> None:
     found = figures_of("overlap.json")
     for name, load, bandwidth, end, during, compared, hidden, bound in rows("## Averaging while"):
         key = f"{NAMES[name]}_load{load}_"

@@ -1,4 +1,4 @@
-"""Chains and suggested plans: what the paper chose, on the paper's networks, and something sound on others."""
+"""Chains and suggested plans: the paper's choices on its networks, and valid plans on others."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from nets import CASES, make_case
 from relaybackprop import LinearHead, Plan, Relay, Window, cost, reach, suggest_plan
 from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import AppliedTwiceError, BoundaryError, LeakError, PlanError, WindowError
-from relaybackprop.planning.budget import Fit, balance
+from relaybackprop.planning.budget import Packing, balance
 from relaybackprop.planning.chain import Link, chain
 from relaybackprop.planning.suggest import Suggestion
 
@@ -29,7 +29,7 @@ def mlp(layers: int = 8) -> nn.Sequential:
 
 
 def assert_trains(model: nn.Module, suggestion: Suggestion, *inputs: Any) -> Relay:
-    """One step with linear heads on what the suggestion says they read: no leak, no gap, and neighbours overlap."""
+    """Run a step with linear heads of the suggested input shapes: no leak, no gap, and neighbours overlap."""
     heads = {
         name: nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 5, device=inputs[0].device))
         for name, shape in suggestion.head_inputs.items()
@@ -47,7 +47,7 @@ def assert_trains(model: nn.Module, suggestion: Suggestion, *inputs: Any) -> Rel
 
 
 class Skipped(nn.Module):
-    """A stage that a shortcut leads over, with an identity that is seen from both sides."""
+    """A stage with a shortcut around it, and an identity that both paths cross."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Skipped(nn.Module):
 
 
 class Views(nn.Module):
-    """In-place activations, views, one module with many calls, containers that yield what their last module yields."""
+    """In-place activations, views, a module with many calls, and containers that return their last module's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class Views(nn.Module):
         return self.act(self.out(self.act(self.fc(self.flatten(self.act(self.body(x)))))))
 
 
-def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
-    """The definition itself, tried out: a window that ends at each module's output in turn."""
-    found = {"link": 0, "leak": 0, "twice": 0, "beside": 0}
+def test_links_are_exactly_the_possible_window_ends() -> None:
+    """Test the definition: a window that ends at each module's output in turn."""
+    result = {"link": 0, "leak": 0, "twice": 0, "beside": 0}
     models: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
         "skipped": (Skipped(), (torch.randn(2, 4),)),
         "views": (Views(), (torch.randn(2, 3, 6, 6),)),
@@ -98,25 +98,25 @@ def test_every_link_and_nothing_else_can_be_the_end_of_a_window() -> None:
             relay = Relay(model, Plan(Window(after=name)))
             if len(yields) > 1:
                 error: Any = pytest.raises(BoundaryError)
-                found["twice"] += 1
+                result["twice"] += 1
             elif name in names:
                 relay(*inputs)
-                found["link"] += 1
+                result["link"] += 1
                 continue
-            # With nothing below them: no leak, and no bottleneck. `shift` works on a parameter.
+            # Nothing is below these outputs: no leak, but no bottleneck either. `shift` reads a parameter.
             elif name.startswith("0.branch") or name == "blocks.0.shift":
                 relay(*inputs)
-                found["beside"] += 1
+                result["beside"] += 1
                 continue
             else:
                 error = pytest.raises(LeakError)
-                found["leak"] += 1
+                result["leak"] += 1
             with error:
                 relay(*inputs)
             assert name not in names
-    assert min(found.values()) > 0, "every kind has to occur"
-    assert found["link"] > 30
-    assert found["leak"] > 10
+    assert min(result.values()) > 0, "every case must occur"
+    assert result["link"] > 30
+    assert result["leak"] > 10
 
 
 def test_links_of_a_chain_with_views_and_in_place_operations() -> None:
@@ -127,12 +127,12 @@ def test_links_of_a_chain_with_views_and_in_place_operations() -> None:
         Link("body", ("body.2.0", "body.2", "body"), (2, 4, 2, 2), 2),
         Link("flatten", ("flatten",), (2, 16), 2),
     )
-    # A last operation that is no module of its own (`act` runs three times) is a link without a name.
+    # A last operation that is not a module (`act` runs three times) is a link without a name.
     assert [link.name for link in links[4:]] == ["fc", "out.0", "out", ""]
     assert links[-1] == Link("", (), (2, 4), 4)
 
 
-def test_depths_are_those_of_a_bound_plan() -> None:
+def test_link_depths_equal_relay_depths() -> None:
     for name in ("vgg", "resnet", "inception"):
         case = make_case(name)
         for link in chain(case.model, case.inputs):
@@ -142,7 +142,7 @@ def test_depths_are_those_of_a_bound_plan() -> None:
                 assert link.depth == relay.depths["a"], link
 
 
-def test_towers_side_by_side_are_no_links() -> None:
+def test_parallel_towers_are_not_links() -> None:
     class Towers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -167,12 +167,14 @@ def test_frozen_layers_are_below_the_chain_and_tied_weights_count_where_they_are
     assert chain(model, torch.randn(2, 4))[-1].depth == 4
 
 
-def test_what_is_no_chain() -> None:
-    with pytest.raises(PlanError, match=r"(?s)every path through it crosses.*received 1 in Sequential.*by hand"):
+def test_models_without_a_chain_raise() -> None:
+    with pytest.raises(
+        PlanError, match=r"(?s)Sequential has 1 module outputs that every path through it crosses.*by hand"
+    ):
         chain(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
-    with pytest.raises(PlanError, match="received 0 in Sequential"):
+    with pytest.raises(PlanError, match="Sequential has 0 module outputs"):
         chain(mlp().requires_grad_(False), torch.randn(2, 4))
-    with pytest.raises(PlanError, match="received a function"):
+    with pytest.raises(PlanError, match="the model is a function"):
         chain(lambda x: x, torch.randn(2, 4))  # type: ignore[arg-type]
 
 
@@ -181,12 +183,12 @@ class LooksAtValues(nn.Sequential):
         return super().forward(input) if input.sum() > 0 else input
 
 
-def test_a_model_that_needs_values() -> None:
-    with pytest.raises(PlanError, match=r"(?s)on the meta device.*received \w+Error: .*example input that fits"):
+def test_model_that_depends_on_values() -> None:
+    with pytest.raises(PlanError, match=r"(?s)raised \w+Error \(.*on the meta device.*example input that fits"):
         suggest_plan(LooksAtValues(*mlp()), torch.randn(2, 4, device="meta"))
-    found = suggest_plan(LooksAtValues(*mlp()), torch.ones(2, 4))
-    assert found.plan == suggest_plan(mlp(), torch.ones(2, 4)).plan
-    with pytest.raises(PlanError, match=r"received RuntimeError: .*Give an example input that fits the model"):
+    result = suggest_plan(LooksAtValues(*mlp()), torch.ones(2, 4))
+    assert result.plan == suggest_plan(mlp(), torch.ones(2, 4)).plan
+    with pytest.raises(PlanError, match=r"raised RuntimeError \(.*Give an example input that fits the model"):
         suggest_plan(mlp(), torch.randn(2, 5))
 
 
@@ -201,8 +203,8 @@ def depths(suggestion: Suggestion) -> list[int]:
     return list(suggestion.depths.values())
 
 
-def test_the_papers_model_a() -> None:
-    """Table 2: the head behind segment 4, the primary loss down to segment 4."""
+def test_papers_model_a() -> None:
+    """Table 2: the head after segment 4, and the primary loss down to segment 4."""
     model = VGG22(2, 32, 5).double()
     suggestion = suggest_plan(model, torch.zeros(2, 3, 32, 32, dtype=torch.float64))
     assert windows(suggestion) == {"primary": (None, "segment3"), "aux": ("segment4", None)}
@@ -245,7 +247,7 @@ def test_figure_2() -> None:
     [
         # Section 5.2: conv4.1 to conv4.4 of conv4.1 to conv4.6 are shared; here the whole stage is.
         ("resnet50", 224, 1, {"primary": (None, "layer2"), "aux": ("layer3", None)}, 40),
-        # Likewise inception4a to 4d; torchvision calls the stage Mixed_6a to Mixed_6e.
+        # The same for inception4a to 4d; torchvision calls the stage Mixed_6a to Mixed_6e.
         ("inception_v3", 299, 1, {"primary": (None, "Mixed_5d"), "aux": ("Mixed_6e", None)}, 37),
         (
             "vit_b_16",
@@ -257,7 +259,7 @@ def test_figure_2() -> None:
             },
             37,
         ),
-        # A normalisation that opens the next stage's downsampling is no end of a stage.
+        # A normalisation at the start of the next stage's downsampling is not the end of a stage.
         ("convnext_tiny", 224, 1, {"primary": (None, "features.3"), "aux": ("features.5", None)}, 48),
         ("vgg19", 224, 1, {"primary": (None, "features.18"), "aux": ("features.27", None)}, 12),
     ],
@@ -273,13 +275,13 @@ def test_known_networks(build: str, pixels: int, heads: int, expected: dict[str,
     assert_trains(model, suggestion, images)
 
 
-def test_a_tie_is_explained() -> None:
+def test_ties_are_explained() -> None:
     model = meta(pytest.importorskip("torchvision.models").resnet50)
     (tie,) = [reason for reason in suggest_plan(model, torch.zeros(2, 3, 64, 64)).reasons if "as deep" in reason]
     assert tie == "After layer2 it would be as deep; higher heads read features closer to the output."
 
 
-def test_a_plain_mlp_is_cut_into_five() -> None:
+def test_plain_mlp_has_five_segments() -> None:
     model, rows = mlp().double(), torch.randn(3, 4, dtype=torch.float64)
     suggestion = suggest_plan(model, rows)
     assert windows(suggestion) == {"primary": (None, "3"), "aux": ("5", None)}, "layers 1 | 1 | 2 | 2 | 2"
@@ -290,7 +292,7 @@ def test_a_plain_mlp_is_cut_into_five() -> None:
     assert_trains(model, two, rows)
 
 
-def test_a_shortcut_over_a_stage_leaves_no_place_inside_it() -> None:
+def test_no_places_inside_a_stage_with_a_shortcut() -> None:
     model = nn.Sequential(nn.Linear(4, 4), *(Skipped() for _ in range(4)), nn.Linear(4, 4)).double()
     rows = torch.randn(2, 4, dtype=torch.float64)
     suggestion = suggest_plan(model, rows)
@@ -300,8 +302,8 @@ def test_a_shortcut_over_a_stage_leaves_no_place_inside_it() -> None:
     assert_trains(model, suggestion, rows)
 
 
-def test_heads_are_never_low() -> None:
-    """Most layers are in the last stage: the balanced place would be behind the first two, of 12 layers."""
+def test_heads_are_above_the_lowest_third() -> None:
+    """Most layers are in the last stage. The balanced place would be after the first two of 12 layers."""
 
     def stage(channels: int, out: int, layers: int) -> nn.Sequential:
         convs = [nn.Conv2d(channels if n == 0 else out, out, 3, padding=1) for n in range(layers)]
@@ -311,31 +313,31 @@ def test_heads_are_never_low() -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     suggestion = suggest_plan(model, images)
     relay = assert_trains(model, suggestion, images)
-    assert any("halved" in reason for reason in suggestion.reasons), "the stages alone leave only a low place"
+    assert any("halved" in reason for reason in suggestion.reasons), "the stages alone have only a low place"
     (top,) = [window.top for window in relay.plan.auxiliary.values()]
     assert top is not None
     assert top.startswith("2.")
     high = suggest_plan(nn.Sequential(stage(3, 4, 2), stage(4, 4, 2), stage(4, 4, 8)).double(), images)
-    assert windows(high)["aux"] == ("1", None), "a third is enough"
+    assert windows(high)["aux"] == ("1", None), "exactly a third is allowed"
 
 
 def test_max_layers() -> None:
     rows = torch.randn(2, 4)
     assert depths(suggest_plan(mlp(), rows, max_layers=6)) == [4, 6]
     assert "The deepest window is within max_layers=6." in suggest_plan(mlp(), rows, max_layers=6).reasons
-    with pytest.raises(WindowError, match=r"at most max_layers=5.*received 6 .*num_auxiliary=1.*num_auxiliary=2, the"):
+    with pytest.raises(WindowError, match=r"has 6 .*num_auxiliary=1.*at most max_layers=5.*num_auxiliary=2, the"):
         suggest_plan(mlp(), rows, max_layers=5)
     assert max(depths(suggest_plan(mlp(), rows, 2, max_layers=5))) <= 5, "the remedy works"
-    with pytest.raises(WindowError, match=r"No number of heads suffices; this model's least max_layers is 3"):
+    with pytest.raises(WindowError, match=r"No number of heads suffices; this model's smallest max_layers is 3"):
         suggest_plan(mlp(), rows, max_layers=2)
-    assert min(max(depths(suggest_plan(mlp(), rows, k))) for k in range(1, 6)) == 3, "and is the least"
+    assert min(max(depths(suggest_plan(mlp(), rows, k))) for k in range(1, 6)) == 3, "and is the minimum"
 
 
 def test_too_many_heads() -> None:
-    with pytest.raises(WindowError, match=r"places for 9 heads.*room for 5\. Ask for num_auxiliary=5"):
+    with pytest.raises(WindowError, match=r"places for 5 heads, not for 9.* Ask for num_auxiliary=5"):
         suggest_plan(mlp(), torch.randn(2, 4), 9)
     assert len(suggest_plan(mlp(), torch.randn(2, 4), 5).plan.auxiliary) == 5
-    with pytest.raises(WindowError, match=r"room for 0\. Train it by standard backpropagation"):
+    with pytest.raises(WindowError, match=r"places for 0 heads.* Train it by standard backpropagation"):
         suggest_plan(mlp(2), torch.randn(2, 4))
 
 
@@ -349,17 +351,17 @@ def test_too_many_heads() -> None:
         ({"max_layers": False}, "max_layers=False"),
     ],
 )
-def test_bad_numbers(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=f"whole number of at least 1; received {message}"):
+def test_invalid_numbers_raise(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=f"{message} is invalid: it must be a whole number of at least 1"):
         suggest_plan(mlp(), torch.randn(2, 4), **arguments)
 
 
-def test_a_relay_is_no_model() -> None:
+def test_relay_as_model_raises() -> None:
     with pytest.raises((PlanError, AppliedTwiceError)):
         suggest_plan(Relay(mlp(), Plan()), torch.randn(2, 4))
 
 
-def test_printed() -> None:
+def test_str_has_plan_and_reasons() -> None:
     suggestion = suggest_plan(mlp(), torch.randn(2, 4))
     assert str(suggestion).splitlines() == [
         "loss     weight  from                down to          depth",
@@ -380,7 +382,7 @@ def test_printed() -> None:
 
 
 class Drawing(nn.Module):
-    """Draws a number and changes a buffer and an argument in each forward pass; holds a bare tensor."""
+    """Draws a random number and modifies a buffer and an argument in each forward pass; has a plain tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +397,7 @@ class Drawing(nn.Module):
         return self.body(x) * torch.arange(4)
 
 
-def test_the_model_is_left_alone_also_when_it_fails() -> None:
+def test_model_does_not_change_even_on_failure() -> None:
     model, rows = Drawing(), torch.randn(3, 4)
     model.body[1].eval()
     model.body[0][0].weight.grad = torch.ones(4, 4)
@@ -405,7 +407,7 @@ def test_the_model_is_left_alone_also_when_it_fails() -> None:
     suggest_plan(model, rows)
     with pytest.raises(PlanError):
         suggest_plan(model, torch.randn(3, 5))
-    torch.set_rng_state(random)  # the line above drew
+    torch.set_rng_state(random)  # undo the draw of the line above
     suggest_plan(model, rows)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(rows, given)
@@ -430,42 +432,42 @@ def test_windows_fit_the_memory_budget_with_the_fewest_heads() -> None:
     heads: list[int] = []
     for part in (0.9, 0.78, 0.71, 0.64):
         budget = int(part * standard)
-        found = suggest_plan(model, rows, memory_budget=budget)
-        assert cost(model, found.plan, rows).peaks["early_release"] <= budget
-        heads.append(len(found.plan.auxiliary))
-        assert_trains(model, found, rows)
-        assert "needs" in found.reasons[1]
+        result = suggest_plan(model, rows, memory_budget=budget)
+        assert cost(model, result.plan, rows).peaks["early_release"] <= budget
+        heads.append(len(result.plan.auxiliary))
+        assert_trains(model, result, rows)
+        assert "needs" in result.reasons[1]
     assert heads == sorted(heads)
     assert heads[0] == 1 < heads[-1]
 
 
-def test_a_budget_that_nothing_fits_tells_the_least() -> None:
+def test_too_small_budget_error_states_the_smallest_peak() -> None:
     model, rows = wide_mlp(), torch.zeros(512, 32)
     with pytest.raises(WindowError, match=r"memory_budget=1,000 bytes") as caught:
         suggest_plan(model, rows, memory_budget=1000)
-    least = int(re.findall(r"([\d,]+) bytes as the least", str(caught.value))[0].replace(",", ""))
+    least = int(re.findall(r"is ([\d,]+) bytes\.", str(caught.value))[0].replace(",", ""))
     assert 1000 < least
     with pytest.raises(PlanError, match=r"memory_budget"):
         suggest_plan(model, rows, memory_budget=0)
 
 
-def test_a_budget_and_a_depth_limit() -> None:
+def test_budget_with_a_depth_limit() -> None:
     model, rows = wide_mlp(), torch.zeros(512, 32)
     budget = int(0.8 * cost(model, Plan(), rows).peaks["standard"])
     with pytest.raises(WindowError, match=r"max_layers=2"):
         suggest_plan(model, rows, max_layers=2, memory_budget=budget)
-    found = suggest_plan(model, rows, max_layers=12, memory_budget=budget)
-    assert max(found.depths.values()) <= 12  # pyright: ignore
+    result = suggest_plan(model, rows, max_layers=12, memory_budget=budget)
+    assert max(result.depths.values()) <= 12  # pyright: ignore
 
 
 def test_balanced_windows_by_hand() -> None:
     links = [Link(f"{n}", (f"{n}",), (2, 4), n + 1) for n in range(6)]
-    assert balance(links, [1] * 6, 1, 1) == Fit((3,), 1)  # four links and three, one of them shared
-    assert balance(links, [1] * 6, 1, 2) == Fit((3,), 2)  # four and four
-    assert balance(links, [10, 1, 1, 1, 1, 1], 1, 1) == Fit((1,), 1)  # all that is kept is at the bottom
+    assert balance(links, [1] * 6, 1, 1) == Packing((3,), 1)  # four links and three, one of them shared
+    assert balance(links, [1] * 6, 1, 2) == Packing((3,), 2)  # four and four
+    assert balance(links, [10, 1, 1, 1, 1, 1], 1, 1) == Packing((1,), 1)  # most saved bytes are at the bottom
     assert balance(links, [1] * 6, 2, 1) is not None
     assert balance(links, [1] * 6, 6, 1) is None
     maps = [Link(f"{n}", (f"{n}",), (2, 4, *((4, 4) if n < 3 else (1, 1))), n + 1) for n in range(6)]
-    found = balance(maps, [1] * 6, 1, 1)
-    assert found is not None
-    assert max(found.tops) < 3, "no head within a classifier"
+    result = balance(maps, [1] * 6, 1, 1)
+    assert result is not None
+    assert max(result.tops) < 3, "no head within a classifier"

@@ -1,4 +1,4 @@
-"""Suggested plans of networks from timm, torchvision and transformers: where heads and windows go, or why none does.
+"""Suggested plans of networks from timm, torchvision and transformers: heads, windows, or the reason for an error.
 
 Every configuration is small and has random weights. What a plan claims about gradients is tested in float64 against the
 reference, also where a network computes values from constants or runs on the example's values only.
@@ -16,7 +16,7 @@ from oracle import assert_same, expected_gradients, relay_gradients, seed_each_m
 from relaybackprop import Plan, Relay, Window, cost, head_for, suggest_plan
 from relaybackprop.engine.pytree import map_tensors, tensors_in
 from relaybackprop.errors import LeakError, PlanError, WindowError
-from relaybackprop.planning.arrange import MOST, Arrangement, arrange, places_of, without_insides
+from relaybackprop.planning.arrange import MAX_SHARE, Arrangement, arrange, outside_blocks, places_of
 from relaybackprop.planning.chain import chain
 from relaybackprop.planning.suggest import Suggestion
 
@@ -46,7 +46,7 @@ def transformers(name: str, config: str, example: Example, **options: Any) -> tu
 
 
 def words(**options: Any) -> Example:
-    """Token ids with an attention mask, the second text being shorter."""
+    """Return token ids with an attention mask; the second text is shorter."""
     return {"input_ids": torch.randint(3, 99, (2, 12)), "attention_mask": (torch.arange(24) < 20).long().view(2, 12)}
 
 
@@ -105,7 +105,7 @@ SPEECH = {name: value for name, value in WORDS.items() if name != "max_position_
     "mask_time_prob": 0.0,
 }
 
-# By model: where the head sits, and where the primary loss's window ends.
+# For each model: the module that the head reads, and the end of the primary loss's window.
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str, str]] = {
     "timm ViT": (lambda: timm("vit_tiny_patch16_224", img_size=64), "blocks.8", "blocks.5"),
     "timm Swin": (lambda: timm("swin_tiny_patch4_window7_224", **SWIN), "layers.2", "layers.1"),
@@ -148,7 +148,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str, str]] = {
         "transformer.h.2",
         "transformer.h.1",
     ),
-    "HF ViT-MAE": (  # the decoder is a part of the chain
+    "HF ViT-MAE": (  # the decoder is part of the chain
         lambda: transformers(
             "ViTMAEForPreTraining",
             "ViTMAEConfig",
@@ -174,22 +174,22 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str, str]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_heads_and_windows_sit_at_ends_of_blocks_and_stages(name: str) -> None:
+def test_heads_and_windows_are_at_ends_of_blocks_and_stages(name: str) -> None:
     make, top, end = MODELS[name]
     suggestion = suggest_plan(*make())
     windows = suggestion.plan.windows
     assert (windows["aux"].top, windows["primary"].after) == (top, end)
     assert windows["aux"].after is None
     total = _total(suggestion)
-    assert max(suggestion.depths.values()) <= MOST * total
+    assert max(suggestion.depths.values()) <= MAX_SHARE * total
 
 
 def _total(suggestion: Suggestion) -> int:
-    """Weight layers of the model, as the first reason says."""
+    """Return the model's number of weight layers, from the first reason."""
     return int(suggestion.reasons[0].split()[1])
 
 
-# transformers' Llama normalises in float32 whatever the model's type.
+# transformers' Llama always normalises in float32.
 EXACT = {"timm Swin-v2": 1e-12, "timm Swin": 1e-12, "HF BERT": 1e-12, "HF Llama": 1e-6, "timm ConvNeXt": 1e-12}
 
 
@@ -210,7 +210,7 @@ def test_gradients_of_suggested_plans_are_exact(name: str, tolerance: float) -> 
 
 
 class _Named(nn.Module):
-    """Takes by position what a model takes by name, and returns its scores."""
+    """Passes positional arguments to a model by name, and returns its scores."""
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def _renamed(plan: Plan) -> Plan:
     return Plan(Window(after=f"model.{plan.primary.after}"), auxiliary)
 
 
-# Values.
+# Models that depend on values.
 
 
 class LooksAtValues(nn.Module):
@@ -269,7 +269,7 @@ class Causal(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """LSTMs and linear layers in turn; each LSTM starts with a constant state."""
+    """Alternating LSTMs and linear layers. Each LSTM starts with a constant state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,10 +289,10 @@ def test_values_and_the_meta_device_give_the_same_plan_and_cost(kind: str) -> No
     without, with_values = LooksAtValues(model, look=False), LooksAtValues(model)
     suggestion, other = suggest_plan(without, x), suggest_plan(with_values, x)
     assert (other.plan, other.depths, other.reasons) == (suggestion.plan, suggestion.depths, suggestion.reasons)
-    expected, found = cost(without, suggestion.plan, x), cost(with_values, suggestion.plan, x)
-    assert found.parts == expected.parts
-    if kind != "recurrent":  # fused cells need less at their peak
-        assert found.peaks == expected.peaks
+    expected, counted = cost(without, suggestion.plan, x), cost(with_values, suggestion.plan, x)
+    assert counted.parts == expected.parts
+    if kind != "recurrent":  # fused cells have a lower peak
+        assert counted.peaks == expected.peaks
     budget = int(0.8 * expected.peaks["standard"])
     if kind == "convolutional":
         assert (
@@ -301,7 +301,7 @@ def test_values_and_the_meta_device_give_the_same_plan_and_cost(kind: str) -> No
         )
 
 
-def test_running_on_values_leaves_the_model_and_the_example_alone() -> None:
+def test_running_on_values_does_not_change_model_or_example() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -326,7 +326,7 @@ def test_running_on_values_leaves_the_model_and_the_example_alone() -> None:
 
 
 class Graph(nn.Module):
-    """Graph convolutions with a sparse adjacency matrix, whose number of nodes is read off the edges."""
+    """Graph convolutions with a sparse adjacency matrix, whose number of nodes depends on the edges."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ class Graph(nn.Module):
         return x
 
 
-def test_a_graph_network_runs_on_values() -> None:
+def test_graph_network_runs_on_values() -> None:
     torch.manual_seed(0)
     model, example = Graph().double(), (torch.rand(5, 8).double(), torch.randint(5, (2, 9)))
     example[1][0, 0] = 4
@@ -355,13 +355,13 @@ def test_a_graph_network_runs_on_values() -> None:
         assert_same(relay_gradients(relay, *example), expected_gradients(relay, *example, plan=relay.plan.multi_loss()))
 
 
-def test_without_values_a_model_that_looks_at_them_is_refused() -> None:
+def test_value_dependent_model_on_the_meta_device_raises() -> None:
     model, x = LooksAtValues(network("convolutional")), torch.rand(2, 3, 8, 8)
     plan = suggest_plan(model, x).plan
     for call in (lambda: suggest_plan(model, x.to("meta")), lambda: cost(model, plan, x.to("meta"))):
-        with pytest.raises(PlanError, match=r"shapes but no values.*item\(\).*off the meta device"):
+        with pytest.raises(PlanError, match=r"item\(\).*shapes but no values.*off the meta device"):
             call()
-    with pytest.raises(PlanError, match=r"on the meta device or on its values; received RuntimeError: .*channels"):
+    with pytest.raises(PlanError, match=r"raised RuntimeError \(.*channels.*on the meta device or on its values"):
         suggest_plan(model, torch.rand(2, 4, 8, 8))
 
 
@@ -369,7 +369,7 @@ def test_without_values_a_model_that_looks_at_them_is_refused() -> None:
 
 
 class WithBias(nn.Module):
-    """Adds what an inner network makes of a constant, as Swin-v2 does with relative positions."""
+    """Adds an inner network's output for a constant, as Swin v2 does for relative positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class WithBias(nn.Module):
 
 
 class FromShape(nn.Module):
-    """Adds what a layer makes of ones in the shape of the input."""
+    """Adds a layer's output for ones in the shape of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class FromShape(nn.Module):
 
 
 class SharedBias(nn.Module):
-    """One bias of constants for all blocks, as MPNet's: a path around each of them."""
+    """All blocks share one bias computed from constants, as in MPNet: a path that bypasses each block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -408,7 +408,7 @@ class SharedBias(nn.Module):
 
 
 class Towers(nn.Module):
-    """Two towers of words and one of sound. Words are whole numbers, which no gradient leads to."""
+    """Two towers of words and one of sound. Words are integers, which have no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,7 +421,7 @@ class Towers(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [WithBias, FromShape, Recurrent])
-def test_a_window_can_end_at_each_link_beside_constants(kind: type[nn.Module]) -> None:
+def test_windows_can_end_at_links_beside_constants(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = (Recurrent() if kind is Recurrent else nn.Sequential(*(kind() for _ in range(6)))).double()
     x = torch.rand(3, 4, 8, dtype=torch.float64)
@@ -441,22 +441,22 @@ class _Sum(nn.Module):
         return torch.stack([tensor.sum() for tensor in tensors_in(value)]).sum()
 
 
-def test_constants_that_feed_both_sides_of_a_place_are_a_path_around_it() -> None:
+def test_constants_that_feed_both_sides_bypass_the_output() -> None:
     model, x = SharedBias(), torch.rand(3, 8)
     with pytest.raises(WindowError):
         suggest_plan(model, x)
     assert not [link for link in chain(model, x) if link.name.startswith("blocks.") and link.name != "blocks.5"][1:]
     with pytest.raises(LeakError):
         Relay(model, Plan(Window(after="blocks.3")))(x)
-    Relay(model, Plan(Window(after=("blocks.3", "bias"))))(x)  # what the error advises
+    Relay(model, Plan(Window(after=("blocks.3", "bias"))))(x)  # the remedy in the error
 
 
-def test_towers_of_whole_numbers_are_towers() -> None:
+def test_integer_inputs_form_towers() -> None:
     ids, sound = torch.randint(9, (2, 3)), torch.rand(2, 3, 8)
     assert next(link.name for link in chain(Towers(), (ids, ids, sound))) == "top.0"
 
 
-def test_a_module_that_returns_a_tuple_is_a_link_if_one_tensor_is_used() -> None:
+def test_tuple_output_is_a_link_if_one_tensor_is_used() -> None:
     names = [link.name for link in chain(Recurrent(), torch.rand(3, 4, 8))]
     assert {"lstms.0", "layers.0", "lstms.5"} <= set(names)
 
@@ -465,7 +465,7 @@ def test_a_module_that_returns_a_tuple_is_a_link_if_one_tensor_is_used() -> None
 
 
 class Tokens(nn.Module):
-    """Stages of (N, L, C) tokens; between two of them pairs are merged."""
+    """Stages of (N, L, C) tokens. Pairs of tokens are merged between two stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -481,19 +481,19 @@ class Tokens(nn.Module):
         return x
 
 
-def test_the_size_of_tokens_is_their_number() -> None:
+def test_spatial_shape_of_tokens_is_their_number() -> None:
     x = torch.rand(2, 32, 8)
-    assert {link.name: link.sides for link in chain(Tokens(), x)}["stages.1"] == (16,)
+    assert {link.name: link.spatial_shape for link in chain(Tokens(), x)}["stages.1"] == (16,)
     suggestion = suggest_plan(Tokens(), x)
     assert (suggestion.plan.auxiliary["aux"].top, suggestion.plan.primary.after) == ("stages.2", "stages.1")
 
 
-# Where windows make no sense.
+# Models without useful windows.
 
 
-def test_a_unet_has_no_suggestion_but_a_plan() -> None:
+def test_unet_has_no_suggestion_but_a_valid_plan() -> None:
     model, x = UNet().double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    with pytest.raises(WindowError, match=r"at most 88% .*UNet each; received 9 of 10 ") as caught:
+    with pytest.raises(WindowError, match=r"has 9 of the 10 weight layers of UNet.*at most 88% ") as caught:
         suggest_plan(model, x)
     assert "Window(after=(" in str(caught.value)
     plan = Plan(Window(after=("middle", "down.3", "down.2", "down.1", "down.0")), {"aux": Window(top="up.1")})
@@ -504,11 +504,11 @@ def test_a_unet_has_no_suggestion_but_a_plan() -> None:
         assert_same(relay_gradients(relay, x), expected_gradients(relay, x, plan=plan.multi_loss()))
 
 
-def test_more_heads_are_advised_where_they_help() -> None:
-    """One head leaves a window of 18 of 20 layers, behind the second block or the third; two heads one of 16."""
+def test_error_suggests_more_heads_if_they_help() -> None:
+    """With one head, after the second or the third block, a window has 18 of 20 layers; with two heads, 16."""
     blocks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in (2, 8, 8, 2)]
     model = nn.Sequential(*(_Skip(block) for block in blocks))
-    with pytest.raises(WindowError, match=r"received 18 of 20 .*Ask for num_auxiliary=2"):
+    with pytest.raises(WindowError, match=r"has 18 of the 20 .*Ask for num_auxiliary=2"):
         suggest_plan(model, torch.rand(2, 4))
     assert sorted(suggest_plan(model, torch.rand(2, 4), 2).depths.values()) == [10, 10, 16]
 
@@ -523,12 +523,12 @@ class _Skip(nn.Module):
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
-def test_the_least_that_places_allow_is_the_least(heads: int) -> None:
-    """Against all ways to put heads on the places."""
+def test_deepest_window_is_the_minimum_over_all_placements(heads: int) -> None:
+    """Compare with all placements of the heads."""
     sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     model = nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in sizes))
-    links = without_insides(model, chain(model, torch.rand(2, 4)))
-    found = arrange(links, heads)
-    assert found is not None
-    every = [Arrangement(found.segments, each) for each in combinations(places_of(found.segments), heads)]
-    assert found.deepest == min(one.deepest for one in every)
+    links = outside_blocks(model, chain(model, torch.rand(2, 4)))
+    best = arrange(links, heads)
+    assert best is not None
+    every = [Arrangement(best.segments, each) for each in combinations(places_of(best.segments), heads)]
+    assert best.deepest == min(one.deepest for one in every)

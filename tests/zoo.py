@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Lazy:
-    """A package that is imported when it is used: collecting tests imports none of them."""
+    """A lazily imported package, so that collecting tests does not import it."""
 
     def __init__(self, name: str) -> None:
         self._name = name

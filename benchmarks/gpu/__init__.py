@@ -1,4 +1,4 @@
-"""All measurements that need a GPU, in one script with a time limit.
+"""All measurements that require a GPU, in one script with a time limit.
 
     python -m benchmarks.gpu --out DIR [--minutes 8] [--tiny] [--only ENTRY ...] [--cifar DATA] [--places DATA]
 
@@ -12,9 +12,9 @@
 | B1    | windows of ResNet-32 on CIFAR-10: `relaylab compare` on the recipes of `resnet32`            | `commands` |
 | B2    | models A and B at 64 pixels: `relaylab compare` on the recipes of `experiments`              | `commands` |
 
-Entries run in this order. None starts when the minutes are over, and DIR/results.json is rewritten after every result,
-so an interrupted run keeps what it has measured; DIR/log.txt has the output of child processes. A contender that runs
-out of memory, fails, or computes other gradients than it claims is recorded with the reason, and the others continue.
+Entries run in this order. No entry starts after the time limit. DIR/results.json is rewritten after every result, so an
+interrupted run keeps its results; DIR/log.txt has the output of child processes. A contender that runs out of memory,
+fails, or computes other gradients than it claims is recorded with the reason, and the others continue.
 
-Without a GPU only `--tiny` runs: every entry with small networks on small images, to test the script.
+Without a GPU only `--tiny` is allowed: all entries run with small networks on small images, to test the script.
 """

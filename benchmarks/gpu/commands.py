@@ -10,20 +10,20 @@ from benchmarks.gpu.settings import Settings
 from relaylab.files import write_text
 from relaylab.recipes.files import to_toml
 
-LEAST_S = 20.0  # a comparison needs this long to start
+LEAST_S = 20.0  # the time that a comparison takes to start
 RECIPES = ROOT / "experiments" / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The images of B, each a path that `relaylab --data` takes, or None."""
+    """The images of B: paths for `relaylab --data`, or None."""
 
     cifar: Path | None = None
     places: Path | None = None
 
 
 def run_tests(session: Session, settings: Settings) -> None:
-    """A4: run the tests that need a GPU, and record how many passed."""
+    """A4: run the tests that require a GPU, and record how many passed."""
     if session.left_s <= 0:
         session.skip("A4", ["tests"], NO_TIME)
         return
@@ -31,7 +31,7 @@ def run_tests(session: Session, settings: Settings) -> None:
     command = ["pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     code, output = session.run(command, settings.tests_s)
     if code is None:
-        session.skip("A4", ["tests"], f"not finished within {settings.tests_s:g} s, or the minutes were over")
+        session.skip("A4", ["tests"], f"not finished within {settings.tests_s:g} s, or the time limit was reached")
         return
     counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
     if not counts:
@@ -42,14 +42,14 @@ def run_tests(session: Session, settings: Settings) -> None:
 
 
 def compare(session: Session, settings: Settings, data: Data) -> None:
-    """B1 and B2: compare schemes, each at its own rate, and record each comparison."""
+    """B1 and B2: compare schemes, each at its own learning rate, and record each comparison."""
     folder = session.scratch / "recipes"
     folder.mkdir(exist_ok=True)
     for modules in settings.modules:
         for shared in settings.shared:
-            made = recipe(modules, shared, settings.iterations)
-            file = folder / f"{made.name}.toml"
-            write_text(file, to_toml(made))
+            generated = recipe(modules, shared, settings.iterations)
+            file = folder / f"{generated.name}.toml"
+            write_text(file, to_toml(generated))
             schemes = settings.schemes["B1"] if shared == settings.shared[0] else "relay"
             _compare(session, settings, "B1", file, data.cifar, schemes)
     for name in settings.places:
@@ -58,26 +58,26 @@ def compare(session: Session, settings: Settings, data: Data) -> None:
 
 
 def _compare(session: Session, settings: Settings, entry: str, file: Path, images: Path | None, schemes: str) -> None:
-    """Run one comparison, and record its table; the log has all of it."""
+    """Run one comparison, and record its table. The log has the whole output."""
     name = file.stem
     if images is None:
         option = "--cifar" if entry == "B1" else "--places"
-        session.skip(entry, [name], f"no images: give them with {option}")
+        session.skip(entry, [name], f"no images: pass {option}")
         return
     if session.left_s < LEAST_S:
         session.skip(entry, [name], NO_TIME)
         return
-    own = [f"optimizer.iterations={settings.iterations}", f"optimizer.evaluate_every={settings.iterations}"]
+    overrides = [f"optimizer.iterations={settings.iterations}", f"optimizer.evaluate_every={settings.iterations}"]
     command = ["relaylab", "compare", str(file), "--data", str(images), "--seeds", settings.seeds]
     command += ["--tune", f"optimizer.lr={settings.rates}", "--jobs", str(settings.jobs), "--images", "memory"]
-    command += ["--out", str(session.scratch / "runs" / name), "--set", *own, *settings.changes.get(entry, ())]
+    command += ["--out", str(session.scratch / "runs" / name), "--set", *overrides, *settings.changes.get(entry, ())]
     command += ["--schemes", schemes]
-    code, output = session.run(command, session.left_s)
+    exit_code, output = session.run(command, session.left_s)
     rows = {row: float(error) for row, error in re.findall(r"^\| ([^|]+?) \| [^|]+? \| ([\d.]+)", output, re.MULTILINE)}
-    if code == 0:
+    if exit_code == 0:
         session.measured(
             entry, name, {f"top-1 error of {row}": error for row, error in rows.items() if row != "guessing"}
         )
     else:
-        reason = NO_TIME if code is None else f"exit code {code}: {output[-300:]}"
+        reason = NO_TIME if exit_code is None else f"exit code {exit_code}: {output[-300:]}"
         session.skip(entry, [name], reason)

@@ -1,12 +1,12 @@
-"""A1 with `torch.compile`: standard BP compiled as a whole, relay outside of its overlap.
+"""A1 with `torch.compile`: standard BP compiled as a whole, relay compiled outside its overlap.
 
     python -m benchmarks.gpu.compiled NETWORK BATCH DEVICE SIZE FILE
 
 `measure` starts this module in a child process with a time limit, since compiling can take minutes or hang. The child
-writes its figures to FILE. Compiled contenders take turns with eager ones on the same weights, which they are first
-compared with: on the batch and in the precision that are timed, the gradients of a compiled contender may be at most
-`FACTOR` times as far from the eager float32 gradients as the eager contender's, and `TOLERANCE` besides, in the norm of
-all gradients together.
+writes its metrics to FILE. Compiled contenders take turns with eager ones on the same weights, after a check of their
+gradients: on the timed batch and in the timed precision, the distance of a compiled contender from the eager float32
+gradients may be at most `FACTOR` times that of the eager contender, plus `TOLERANCE`, in the norm of all gradients
+together.
 """
 
 import json
@@ -23,8 +23,8 @@ from benchmarks.compile import twin
 from benchmarks.gpu.session import NO_TIME, Session, WrongGradientsError
 from benchmarks.gpu.settings import SIZES, Settings
 from benchmarks.gpu.steps import channels_last, in_half_precision
-from benchmarks.measure import Figures, Step, clock_of, interleave, ratio
-from benchmarks.networks import Subject
+from benchmarks.measure import Metrics, Step, clock_of, interleave, ratio
+from benchmarks.networks import Workload
 from relaybackprop import Relay, RelayLoss
 from relaylab.files import write_text
 from relaylab.train.compiling import compile_outside_overlaps
@@ -32,7 +32,7 @@ from relaylab.train.segments import segments_from
 
 CONTENDERS = ("standard_compiled", "relay_compiled")
 FACTOR, TOLERANCE = 2.0, 1e-3
-FALLBACK_BATCH = 32  # where A1 has not chosen one
+FALLBACK_BATCH = 32  # if A1 has not chosen a batch
 ENTRY = "A1c"
 
 
@@ -43,13 +43,13 @@ def measure(session: Session, settings: Settings, size: str) -> None:
         if session.left_s <= 0:
             session.skip(ENTRY, names, NO_TIME)
             continue
-        batches = [int(r.figures["batch"]) for r in session.results if r.name == f"{network}/standard" and r.figures]
+        batches = [int(r.metrics["batch"]) for r in session.results if r.name == f"{network}/standard" and r.metrics]
         batch = batches[0] if batches else settings.batch or FALLBACK_BATCH
         file = session.scratch / f"compiled-{network}.json"
         command = ["benchmarks.gpu.compiled", network, str(batch), session.device, size, str(file)]
         code, output = session.run(command, settings.compile_s)
         found = json.loads(file.read_text()) if file.exists() else {}
-        limit = f"not finished within {settings.compile_s:g} s, or the minutes were over"
+        limit = f"not finished within {settings.compile_s:g} s, or the time limit was reached"
         reason = limit if code is None else f"exit code {code}: {output[-300:]}"
         for name, contender in zip(names, CONTENDERS, strict=True):
             if contender in found:
@@ -58,84 +58,88 @@ def measure(session: Session, settings: Settings, size: str) -> None:
                 session.skip(ENTRY, [name], reason)
 
 
-def contenders(subject: Subject, meta_copy: Subject, backend: str) -> dict[str, Step]:
-    """Return eager and compiled contenders on the same weights; `meta_copy` is the subject on the meta device."""
-    s, criterion = subject, nn.CrossEntropyLoss()
+def contenders(workload: Workload, meta_copy: Workload, backend: str) -> dict[str, Step]:
+    """Return eager and compiled contenders on the same weights. `meta_copy` is the workload on the meta device."""
+    w, criterion = workload, nn.CrossEntropyLoss()
     loss = RelayLoss(criterion)
-    relay = Relay(s.model, s.plan, {"aux": s.head})
-    whole, outside = twin(s.model), twin(relay)
+    relay = Relay(w.model, w.plan, {"aux": w.head})
+    whole, outside = twin(w.model), twin(relay)
     whole.compile(backend=backend)
     with torch.random.fork_rng(devices=[]):
-        segments = segments_from(Relay(meta_copy.model, s.plan, {"aux": meta_copy.head}), meta_copy.images)
+        segments = segments_from(Relay(meta_copy.model, w.plan, {"aux": meta_copy.head}), meta_copy.images)
     compile_outside_overlaps(outside, segments, backend=backend)
 
     def standard(model: nn.Module) -> Step:
-        return lambda: criterion(model(s.images), s.labels).backward()
+        return lambda: criterion(model(w.images), w.labels).backward()
 
-    def by(relay: Relay) -> Step:
-        return lambda: loss(relay(s.images), s.labels).backward()
+    def relay_step(relay: Relay) -> Step:
+        return lambda: loss(relay(w.images), w.labels).backward()
 
     return {
-        "standard": standard(s.model),
+        "standard": standard(w.model),
         "standard_compiled": standard(whole),
-        "relay": by(relay),
-        "relay_compiled": by(outside),
+        "relay": relay_step(relay),
+        "relay_compiled": relay_step(outside),
     }
 
 
-def check(subject: Subject, steps: dict[str, Step], name: str) -> None:
+def check(workload: Workload, steps: dict[str, Step], name: str) -> None:
     """Compare a compiled contender with the eager one. See the top of this file.
 
     Raises:
-        WrongGradientsError: it is further from the float32 gradients than the tolerance allows.
+        WrongGradientsError: the distance from the float32 gradients exceeds the tolerance.
     """
     eager = name.removesuffix("_compiled")
 
     def gradients(step: Step) -> list[Tensor]:
-        subject.clear()
+        workload.clear()
         step()
-        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in subject.parameters]
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in workload.parameters]
 
     def norm(tensors: Sequence[Tensor]) -> float:
         return torch.nn.utils.get_total_norm(list(tensors)).item()
 
     right = gradients(steps[eager])
-    usual, found = (gradients(in_half_precision(steps[each], subject.images)) for each in (eager, name))
-    subject.clear()
+    eager_gradients, compiled_gradients = (
+        gradients(in_half_precision(steps[each], workload.images)) for each in (eager, name)
+    )
+    workload.clear()
     size = norm(right)
-    allowed, off = (norm([a - b for a, b in zip(each, right, strict=True)]) / size for each in (usual, found))
-    if not off <= FACTOR * allowed + TOLERANCE:
+    allowed, distance = (
+        norm([a - b for a, b in zip(each, right, strict=True)]) / size for each in (eager_gradients, compiled_gradients)
+    )
+    if not distance <= FACTOR * allowed + TOLERANCE:
         raise WrongGradientsError(
-            f"{name}: gradients are {off:.2g} of their norm off the eager float32 ones, the eager contender's "
-            f"{allowed:.2g}; at most {FACTOR} times that and {TOLERANCE} are allowed"
+            f"{name}: gradients differ from the eager float32 ones by {distance:.2g} of their norm, the eager "
+            f"contender's by {allowed:.2g}; at most {FACTOR} times that and {TOLERANCE} are allowed"
         )
 
 
-def time(subject: Subject, meta_copy: Subject, settings: Settings, device: str) -> dict[str, Figures]:
-    """Return the figures of the compiled contenders.
+def time(workload: Workload, meta_copy: Workload, settings: Settings, device: str) -> dict[str, Metrics]:
+    """Return the metrics of the compiled contenders.
 
     Raises:
-        WrongGradientsError: one of them computes other gradients than it claims.
+        WrongGradientsError: a contender computes other gradients than it claims.
     """
-    plain = contenders(subject, meta_copy, settings.backend)
+    plain_steps = contenders(workload, meta_copy, settings.backend)
     for name in CONTENDERS:
-        check(subject, plain, name)
-    steps = {name: in_half_precision(step, subject.images) for name, step in plain.items()}
+        check(workload, plain_steps, name)
+    steps = {name: in_half_precision(step, workload.images) for name, step in plain_steps.items()}
     times = interleave(
         steps,
         rounds=settings.rounds,
         budget_s=settings.budget_s,
         warmup=2,
         min_rounds=2,
-        before=subject.clear,
+        before=workload.clear,
         clock=clock_of(device),
     )
-    batch, found = len(subject.images), dict[str, Figures]()
+    batch, results = len(workload.images), dict[str, Metrics]()
     for name in CONTENDERS:
         over_eager = ratio(times[name], times[name.removesuffix("_compiled")])
         over_standard = ratio(times[name], times["standard_compiled"]) if name != "standard_compiled" else None
         median = statistics.median(times[name])
-        found[name] = {
+        results[name] = {
             "batch": batch,
             "ms": 1000 * median,
             "images_per_s": batch / median,
@@ -143,7 +147,7 @@ def time(subject: Subject, meta_copy: Subject, settings: Settings, device: str) 
             "time_over_eager_error": over_eager.error,
             **({} if over_standard is None else {"time_over_standard_compiled": over_standard.median}),
         }
-    return found
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     cast(Any, torch)._dynamo.config.recompile_limit = 64
     build = settings.networks[network]
-    subject = channels_last(build(settings.pixels, int(batch), settings.width, device))
+    workload = channels_last(build(settings.pixels, int(batch), settings.width, device))
     meta_copy = build(settings.pixels, 2, settings.width, "meta")
-    write_text(Path(file), json.dumps(time(subject, meta_copy, settings, device)))
+    write_text(Path(file), json.dumps(time(workload, meta_copy, settings, device)))
 
 
 if __name__ == "__main__":

@@ -16,38 +16,38 @@ UNITS = 16  # the stem and 15 blocks
 
 
 def resnet32(num_classes: int = 10) -> nn.Sequential:
-    """Return the network: `unit0` to `unit15`, and a classifier. Its shortcuts between widths are projections."""
+    """Return the network: `unit0` to `unit15`, and a classifier. Shortcuts between widths are projections."""
     units = [nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())]
     width = 16
     for planes in (16, 32, 64):
-        for number in range(5):
-            stride, shortcut = (2 if planes > 16 and number == 0 else 1), None
+        for index in range(5):
+            stride, shortcut = (2 if planes > 16 and index == 0 else 1), None
             if width != planes:
                 shortcut = nn.Sequential(nn.Conv2d(width, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
             units.append(nn.Sequential(BasicBlock(width, planes, stride, shortcut)))
             width = planes
-    layers = OrderedDict[str, nn.Module]((f"unit{number}", unit) for number, unit in enumerate(units))
+    layers = OrderedDict[str, nn.Module]((f"unit{index}", unit) for index, unit in enumerate(units))
     layers["classifier"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
     return nn.Sequential(layers)
 
 
 def recipe(modules: int, shared: int, iterations: int) -> Recipe:
-    """Return the recipe of ResNet-32 in K local modules of equal length, each with a loss of its own.
+    """Return the recipe of ResNet-32 in K local modules of equal length, each with its own loss.
 
     Args:
         modules: K, a divisor of 16.
-        shared: blocks of the module below that a loss trains, too; `isolated` leaves them out.
-        iterations: updates.
+        shared: number of blocks of the module below that a loss also trains, except under `isolated`.
+        iterations: number of updates.
     """
     length = UNITS // modules
     auxiliary = {
-        f"aux{number}": AuxiliaryConfig(
-            top=f"unit{(number + 1) * length - 1}",
-            bottom=f"unit{number * length - shared}" if number * length > shared else None,
+        f"aux{index}": AuxiliaryConfig(
+            top=f"unit{(index + 1) * length - 1}",
+            bottom=f"unit{index * length - shared}" if index * length > shared else None,
             weight=1.0,
             head="auto",
         )
-        for number in range(modules - 1)
+        for index in range(modules - 1)
     }
     plan = PlanConfig(primary=PrimaryConfig(bottom=f"unit{(modules - 1) * length - shared}"), auxiliary=auxiliary)
     base = read_recipe(BASE)

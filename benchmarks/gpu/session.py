@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from benchmarks.measure import Figures
+from benchmarks.measure import Metrics
 from relaylab.files import write_text
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ Status = Literal["measured", "out of memory", "wrong gradients", "failed", "not 
 
 ROOT = Path(__file__).parents[2]
 FILE, LOG = "results.json", "log.txt"
-NO_TIME = "the minutes were over"
+NO_TIME = "the time limit was reached"
 GRACE_S = 5.0  # for a child process to end after SIGTERM
 
 
@@ -39,7 +39,7 @@ class Result:
     name: str
     status: Status
     reason: str = ""
-    figures: Figures = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -47,10 +47,10 @@ class Session:
     """One run of the benchmark.
 
     Attributes:
-        folder: for results.json and log.txt.
-        scratch: for everything that is deleted at the end.
+        folder: folder of results.json and log.txt.
+        scratch: folder for temporary files.
         device: "cuda" or "cpu".
-        minutes: after which no further measurement starts.
+        minutes: time after which no further measurement starts.
         about: hardware, versions, commit and command.
     """
 
@@ -64,31 +64,31 @@ class Session:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the minutes are over."""
+        """Seconds until the time limit."""
         return 60 * self.minutes - (time.perf_counter() - self.started_at)
 
     def record(self, result: Result) -> None:
         """Add a result, and rewrite the file of results atomically."""
         self.results.append(result)
         elapsed = round(time.perf_counter() - self.started_at, 1)
-        content = {"environment": {**self.about, "elapsed_s": elapsed}, "results": [asdict(r) for r in self.results]}
+        content = {"environment": {**self.about, "elapsed_s": elapsed}, "results": [_content(r) for r in self.results]}
         write_text(self.folder / FILE, json.dumps(content, indent=2) + "\n")
         print(f"{elapsed:7.1f} s  {result.entry} {result.name}: {result.status} {result.reason}".rstrip(), flush=True)
 
-    def measured(self, entry: str, name: str, figures: Figures) -> None:
-        """Record the figures of a contender."""
-        self.record(Result(entry=entry, name=name, status="measured", figures=figures))
+    def measured(self, entry: str, name: str, metrics: Metrics) -> None:
+        """Record the metrics of a contender."""
+        self.record(Result(entry=entry, name=name, status="measured", metrics=metrics))
 
     def skip(self, entry: str, names: Sequence[str], reason: str) -> None:
-        """Record why some contenders have not been run."""
+        """Record the reason why some contenders did not run."""
         for name in names:
             self.record(Result(entry=entry, name=name, status="not run", reason=reason))
 
     def attempt(self, entry: str, name: str, work: Callable[[], T]) -> T | None:
-        """Call a function if there is time left; record a failure under the contender's name.
+        """Call a function if there is time left. A failure is recorded under the contender's name.
 
         Returns:
-            What the function returns; None if it failed, or if the minutes were over.
+            The function's result; None if it failed, or if the time limit was reached.
         """
         if self.left_s <= 0:
             self.skip(entry, [name], NO_TIME)
@@ -97,16 +97,16 @@ class Session:
             return work()
         except Exception as error:  # any failure of one contender is a result
             status, text = status_of(error), " ".join(f"{type(error).__name__}: {error}".split())
-        # Outside of the handler: its traceback would keep the contender's tensors.
+        # Outside the handler, whose traceback would keep the contender's tensors alive.
         free_memory()
         self.record(Result(entry=entry, name=name, status=status, reason=text[:400]))
         return None
 
     def run(self, command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
-        """Run a Python module in a process group of its own, which ends after `limit_s` or with the minutes.
+        """Run a Python module in its own process group, until `limit_s` or the time limit.
 
         Returns:
-            The exit code, None if the time was up; and the output, which is added to the log, too.
+            The exit code, or None after a timeout; and the output, which is also added to the log.
         """
         free_memory()
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -127,6 +127,11 @@ class Session:
         return code, text
 
 
+def _content(result: Result) -> dict[str, Any]:
+    content = asdict(result)
+    return content | {"figures": content.pop("metrics")}  # the key in the file
+
+
 def status_of(error: Exception) -> Status:
     """Return the status of a contender that raised this error."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -135,7 +140,7 @@ def status_of(error: Exception) -> Status:
 
 
 def free_memory() -> None:
-    """Return unused memory to the device, for the next contender or for another process."""
+    """Return unused memory to the device, for the next contender or another process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

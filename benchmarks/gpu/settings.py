@@ -9,14 +9,14 @@ from torchvision.models import VisionTransformer, resnet152, vit_l_16
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from benchmarks import formulations
-from benchmarks.networks import Subject, residual, without_dropout
+from benchmarks.networks import Workload, residual, without_dropout
 from relaylab.recipes import find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import Recipe, changed
 
 CLASSES = 1000
-Build = Callable[[int, int, int, str], Subject]
-"""A function of the side of the images, their number, the width of models A and B, and the device."""
+Build = Callable[[int, int, int, str], Workload]
+"""Builds a workload from the side of the images, the batch size, the width of models A and B, and the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Deep:
     """A deep network for A2.
 
     Attributes:
-        build: makes the network, for images of `pixels`.
-        ends: by number of branches, the block that each head follows. The blocks between two ends, and below and above
-            them, save about the same number of bytes for the backward pass.
+        build: function that returns the network for images of a given side.
+        ends: for each number of branches, the blocks that the heads follow. The blocks between two ends, and below and
+            above them, save about the same number of bytes for the backward pass.
     """
 
     build: Callable[[int], nn.Module]
@@ -38,42 +38,42 @@ class Settings:
     """The size of a run.
 
     Attributes:
-        pixels: side of the images of A1 and A2.
-        width: of models A and B; 64 in the paper.
-        networks: of A1.
-        batch: of A1; None for one that fills a third of the card.
-        most_images: limit of all batches.
-        small: batches whose peaks predict the largest one of A2.
-        rounds: of every timing, at most.
-        budget_s: of the timing of one network.
+        pixels: side of the images (A1, A2).
+        width: filters of the first segment of models A and B; 64 in the paper.
+        networks: networks of A1.
+        batch: batch size of A1; None for one that fills a third of the GPU's memory.
+        max_images: maximum batch size.
+        small: batch sizes whose peaks predict the largest one (A2).
+        rounds: maximum number of timing rounds.
+        budget_s: time limit for timing one network, in seconds.
         deep: networks of A2.
-        capacity: bytes that A2 may use; None for all of the card.
-        recipe: of A3.
-        side: shorter side of the images of A3.
-        images: number of images in memory of A3.
-        files: number of images on disk of A3.
-        steps: of one measurement of A3.
-        workers: that decode images.
+        capacity: bytes that A2 may allocate; None for the whole memory of the GPU.
+        recipe: recipe of A3.
+        side: shorter side of the images (A3).
+        images: number of images in memory (A3).
+        files: number of images on disk (A3).
+        steps: number of steps in one measurement (A3).
+        workers: number of worker processes that decode images.
         compiled: networks to compile.
-        compile_s: limit for one of them.
-        backend: of torch.compile.
-        tests_s: limit for A4.
-        modules: K of B1.
-        shared: numbers of shared blocks of B1.
+        compile_s: time limit for one compiled network, in seconds.
+        backend: backend of torch.compile.
+        tests_s: time limit for A4, in seconds.
+        modules: values of K (B1).
+        shared: numbers of shared blocks (B1).
         places: recipes of B2.
-        rates: for `--tune` of B.
-        iterations: of the runs of B.
-        jobs: runs of B at once.
-        seeds: of B.
-        schemes: of B, by entry; further numbers of shared blocks of B1 have relay alone.
-        changes: of the recipes of B, by entry.
+        rates: learning rates for `--tune` (B).
+        iterations: number of updates of each run (B).
+        jobs: number of concurrent runs (B).
+        seeds: seeds (B).
+        schemes: schemes of B, by entry. In B1, only the first number of shared blocks has schemes other than relay.
+        changes: changes of the recipes of B, by entry.
     """
 
     pixels: int = 224
     width: int = 64
     networks: Mapping[str, Build]
     batch: int | None = None
-    most_images: int = 2048
+    max_images: int = 2048
     small: tuple[int, int] = (8, 16)
     rounds: int = 30
     budget_s: float = 15
@@ -118,11 +118,11 @@ def _small_vit(pixels: int) -> nn.Module:
     return VisionTransformer(pixels, 16, 6, 2, 32, 64, num_classes=CLASSES)
 
 
-def _small_transformer(pixels: int, batch: int, _width: int, device: str) -> Subject:
+def _small_transformer(pixels: int, batch: int, _width: int, device: str) -> Workload:
     return formulations.transformer(2, 32, 16, pixels, batch, device)
 
 
-def _small_residual(pixels: int, batch: int, _width: int, device: str) -> Subject:
+def _small_residual(pixels: int, batch: int, _width: int, device: str) -> Workload:
     build = partial(ResNet, Bottleneck, [1, 1, 5, 1], width_per_group=4)
     return without_dropout(residual(build, pixels, batch, device=device))
 
@@ -154,7 +154,7 @@ TINY = Settings(
     width=2,
     networks={**NETWORKS, "resnet50": _small_residual, "vit_b": _small_transformer},
     batch=2,
-    most_images=8,
+    max_images=8,
     small=(1, 2),
     rounds=2,
     budget_s=0,

@@ -1,13 +1,13 @@
 """A1: time and memory of one training step by every method, with gradients checked first.
 
 Note [Checked]
-1. Contenders first compute the gradients of two images in double precision on the device that is measured, in the
-   memory format that is measured. They must agree with `relaybackprop.reference`, the definition, to `TOLERANCE` of
-   each tensor's largest element.
-2. They are timed in turns, each from empty gradients, in bfloat16 by autocast on a GPU and float32 on a CPU, by CUDA
-   events on a GPU (`benchmarks.measure.event_clock`).
-3. `flops_*` counts multiplications and additions on the meta device. The time ratio over the FLOP ratio is 1 for a
-   step that costs exactly its operations.
+1. Contenders first compute the gradients of two images in double precision, on the measured device and in the measured
+   memory format. They must agree with `relaybackprop.reference`, the definition, within `TOLERANCE` of each tensor's
+   largest element.
+2. They are timed in turns, each without gradients at the start: in bfloat16 autocast and by CUDA events on a GPU
+   (`benchmarks.measure.event_clock`), in float32 on a CPU.
+3. `flops_*` counts multiplications and additions on the meta device. The time ratio over the FLOP ratio is 1 if the
+   time of a step is proportional to its operations.
 """
 
 import copy
@@ -24,9 +24,9 @@ from torchvision.models.vision_transformer import EncoderBlock
 from benchmarks import engine, formulations
 from benchmarks.gpu.session import Session, WrongGradientsError
 from benchmarks.gpu.settings import Build, Settings
-from benchmarks.measure import Figures, Step, clock_of, count_flops, interleave, peak_bytes, ratio
+from benchmarks.measure import Metrics, Step, clock_of, count_flops, interleave, peak_bytes, ratio
 from benchmarks.memory import checkpointing
-from benchmarks.networks import Subject
+from benchmarks.networks import Workload
 from relaybackprop import Plan
 from relaybackprop.planning.copies import dry_run
 from relaybackprop.reference import reference_gradients
@@ -51,25 +51,25 @@ MB = 1e6
 class Prepared:
     """A network and a batch on the device, and the FLOPs of each contender's step."""
 
-    subject: Subject
+    workload: Workload
     flops: Mapping[str, int]
 
 
-def steps_of(subject: Subject) -> dict[str, Step]:
+def steps_of(workload: Workload) -> dict[str, Step]:
     """Return all contenders on the same weights."""
-    every = formulations.contenders(subject)
-    every["checkpoint_every"] = checkpointing(every["standard"], blocks_of(subject.model))
-    return {name: in_half_precision(every[name], subject.images) for name in CONTENDERS}
+    steps = formulations.contenders(workload)
+    steps["checkpoint_every"] = checkpointing(steps["standard"], blocks_of(workload.model))
+    return {name: in_half_precision(steps[name], workload.images) for name in CONTENDERS}
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks to checkpoint: residual, encoder or inception blocks, or the segments of model A."""
-    found: list[nn.Module] = [module for module in model.modules() if isinstance(module, BLOCKS)]
-    return found or [child for name, child in model.named_children() if name.startswith("segment")]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    return blocks or [child for name, child in model.named_children() if name.startswith("segment")]
 
 
 def in_half_precision(step: Step, images: Tensor) -> Step:
-    """Return the step under bfloat16 autocast if the images are on a GPU; double precision stays as it is."""
+    """Return the step in bfloat16 autocast if the images are on a GPU. Autocast does not change double precision."""
 
     def autocast() -> None:
         with torch.autocast("cuda", torch.bfloat16):
@@ -78,11 +78,11 @@ def in_half_precision(step: Step, images: Tensor) -> Step:
     return autocast if images.is_cuda else step
 
 
-def channels_last(subject: Subject) -> Subject:
-    """Return the subject with weights and images in channels-last memory format."""
-    for module in (subject.model, subject.head):
+def channels_last(workload: Workload) -> Workload:
+    """Return the workload with weights and images in channels-last memory format."""
+    for module in (workload.model, workload.head):
         module.to(memory_format=torch.channels_last)  # pyright: ignore
-    return replace(subject, images=subject.images.contiguous(memory_format=torch.channels_last))
+    return replace(workload, images=workload.images.contiguous(memory_format=torch.channels_last))
 
 
 def measure(session: Session, settings: Settings) -> None:
@@ -93,33 +93,33 @@ def measure(session: Session, settings: Settings) -> None:
 
 def measure_network(session: Session, settings: Settings, name: str, build: Build) -> None:
     """Measure and record all contenders on one network."""
-    made = session.attempt("A1", name, lambda: prepare(settings, build, session.device))
-    if made is None:
+    prepared = session.attempt("A1", name, lambda: prepare(settings, build, session.device))
+    if prepared is None:
         session.skip("A1", [f"{name}/{contender}" for contender in CONTENDERS], f"no network: see {name}")
         return
-    peaks = _check_and_weigh(session, name, made.subject)
-    session.attempt("A1", f"{name}/times", lambda: _time(session, settings, name, made, peaks))
+    peaks = _measure_peaks(session, name, prepared.workload)
+    session.attempt("A1", f"{name}/times", lambda: _time(session, settings, name, prepared, peaks))
     timed = {result.name for result in session.results if result.entry == "A1"}
-    untimed = [each for each in (f"{name}/{contender}" for contender in CONTENDERS) if each not in timed]
+    untimed = [full_name for full_name in (f"{name}/{contender}" for contender in CONTENDERS) if full_name not in timed]
     session.skip("A1", untimed, f"no times: see {name}/times")
 
 
-def _check_and_weigh(session: Session, network: str, subject: Subject) -> dict[str, int]:
-    """Return the peaks of the contenders whose gradients are right; record why others have none."""
-    steps, references, peaks = steps_of(subject), dict[Plan, dict[str, Tensor]](), dict[str, int]()
-    exact = copy.deepcopy(replace(subject, images=subject.images[:2].double(), labels=subject.labels[:2]))
+def _measure_peaks(session: Session, network: str, workload: Workload) -> dict[str, int]:
+    """Return the peaks of the contenders with correct gradients. The reasons for the others are recorded."""
+    steps, references, peaks = steps_of(workload), dict[Plan, dict[str, Tensor]](), dict[str, int]()
+    exact = copy.deepcopy(replace(workload, images=workload.images[:2].double(), labels=workload.labels[:2]))
     exact.model.double()
     exact.head.double()
 
     def work(contender: str) -> int:
         check(exact, contender, references)
-        return peak(subject, steps[contender])
+        return peak(workload, steps[contender])
 
     for contender in CONTENDERS:
-        found = session.attempt("A1", f"{network}/{contender}", lambda contender=contender: work(contender))
-        if found is not None:
-            peaks[contender] = found
-        subject.clear()
+        measured_peak = session.attempt("A1", f"{network}/{contender}", lambda contender=contender: work(contender))
+        if measured_peak is not None:
+            peaks[contender] = measured_peak
+        workload.clear()
     return peaks
 
 
@@ -136,24 +136,24 @@ def prepare(settings: Settings, build: Build, device: str) -> Prepared:
 
 
 def third_of_card(settings: Settings, build: Build, device: str) -> int:
-    """Return the batch whose standard step takes a third of the card's memory, from the peaks of two small batches."""
+    """Return the batch size whose standard step takes a third of the GPU's memory, from two small batches."""
     small, large = 16, 32
     peaks: list[int] = []
     for batch in (small, large):
-        subject = channels_last(build(settings.pixels, batch, settings.width, device))
-        peaks.append(peak(subject, steps_of(subject)["standard"]) + torch.cuda.memory_allocated())
-        del subject
+        workload = channels_last(build(settings.pixels, batch, settings.width, device))
+        peaks.append(peak(workload, steps_of(workload)["standard"]) + torch.cuda.memory_allocated())
+        del workload
     per_image = (peaks[1] - peaks[0]) / (large - small)
     third = torch.cuda.get_device_properties(device).total_memory / 3
     batch = int((third - peaks[0]) / per_image) + small
-    return max(small, min(batch, settings.most_images) // 16 * 16)
+    return max(small, min(batch, settings.max_images) // 16 * 16)
 
 
-def peak(subject: Subject, step: Step) -> int:
-    """Return the most bytes allocated during the second step, gradients included."""
-    subject.clear()
+def peak(workload: Workload, step: Step) -> int:
+    """Return the peak of allocated bytes during the second step, gradients included."""
+    workload.clear()
     step()  # searches the graph and fills caches
-    subject.clear()
+    workload.clear()
     return peak_bytes(step)
 
 
@@ -164,16 +164,16 @@ def claimed(plan: Plan, contender: str) -> Plan:
     return plan.multi_loss() if contender in MULTI_LOSS else plan
 
 
-def check(exact: Subject, contender: str, references: dict[Plan, dict[str, Tensor]]) -> None:
+def check(exact: Workload, contender: str, references: dict[Plan, dict[str, Tensor]]) -> None:
     """Compare a contender's gradients with the definition. See Note [Checked] 1.
 
     Args:
         exact: two images, in double precision.
-        contender: name.
-        references: of plans seen so far; this contender's is added.
+        contender: name of the contender.
+        references: reference gradients by plan. Those of this contender's plan are added.
 
     Raises:
-        WrongGradientsError: they differ.
+        WrongGradientsError: the gradients differ.
     """
     plan, criterion = claimed(exact.plan, contender), nn.CrossEntropyLoss()
     heads = {"aux": exact.head} if plan.auxiliary else {}
@@ -189,31 +189,31 @@ def check(exact: Subject, contender: str, references: dict[Plan, dict[str, Tenso
     parameters |= {f"heads.aux.{name}": p for name, p in exact.head.named_parameters()}
     for name, parameter in parameters.items():
         right = references[plan].get(name, torch.zeros_like(parameter))
-        found = engine.difference(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, right)
-        if not found <= TOLERANCE:
+        error = engine.difference(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, right)
+        if not error <= TOLERANCE:
             raise WrongGradientsError(
-                f"{contender}: the gradient of {name} is {found:.2g} of its largest element off the reference; "
-                f"at most {TOLERANCE} is allowed"
+                f"{contender}: the gradient of {name} differs from the reference by {error:.2g} of its largest "
+                f"element: at most {TOLERANCE} is allowed"
             )
     exact.clear()
 
 
-def _time(session: Session, settings: Settings, network: str, made: Prepared, peaks: Mapping[str, int]) -> None:
-    """Time the contenders that passed, in turns, and record them."""
-    subject, every = made.subject, steps_of(made.subject)
+def _time(session: Session, settings: Settings, network: str, prepared: Prepared, peaks: Mapping[str, int]) -> None:
+    """Time the contenders with correct gradients, in turns, and record their metrics."""
+    workload, steps = prepared.workload, steps_of(prepared.workload)
     times = interleave(
-        {name: every[name] for name in peaks},
+        {name: steps[name] for name in peaks},
         rounds=settings.rounds,
         budget_s=min(settings.budget_s, session.left_s),
         warmup=1,
         min_rounds=2,
-        before=subject.clear,
+        before=workload.clear,
         clock=clock_of(session.device),
     )
-    subject.clear()
-    batch = len(subject.images)
+    workload.clear()
+    batch = len(workload.images)
     for name, seconds in times.items():
-        figures: Figures = {
+        metrics: Metrics = {
             "batch": batch,
             "ms": 1000 * statistics.median(seconds),
             "images_per_s": batch / statistics.median(seconds),
@@ -221,10 +221,10 @@ def _time(session: Session, settings: Settings, network: str, made: Prepared, pe
             "rounds": len(seconds),
         }
         for peer in ("standard", "multi_loss"):
-            figures[f"flops_over_{peer}"] = made.flops[name] / made.flops[peer]
-            figures[f"bound_over_{peer}"] = made.flops["lower_bound"] / made.flops[peer]
+            metrics[f"flops_over_{peer}"] = prepared.flops[name] / prepared.flops[peer]
+            metrics[f"bound_over_{peer}"] = prepared.flops["lower_bound"] / prepared.flops[peer]
             if peer in times and peer != name:
-                found = ratio(seconds, times[peer])
-                figures |= {f"time_over_{peer}": found.median, f"time_over_{peer}_error": found.error}
-                figures[f"peak_over_{peer}"] = peaks[name] / peaks[peer]
-        session.measured("A1", f"{network}/{name}", figures)
+                result = ratio(seconds, times[peer])
+                metrics |= {f"time_over_{peer}": result.median, f"time_over_{peer}_error": result.error}
+                metrics[f"peak_over_{peer}"] = peaks[name] / peaks[peer]
+        session.measured("A1", f"{network}/{name}", metrics)

@@ -1,10 +1,13 @@
 """Relay backpropagation for any PyTorch model: declare how far down each loss may reach.
 
 Example:
-    >>> relay = Relay(model, plan, heads)  # doctest: +SKIP
-    >>> criterion = RelayLoss(nn.CrossEntropyLoss())  # doctest: +SKIP
-    >>> criterion(relay(images), labels).backward()  # doctest: +SKIP
-    >>> relay.forward_backward(images, target=labels, loss=criterion)  # in the memory of one window  # doctest: +SKIP
+    ```python
+    relay = Relay(model, plan, heads)
+    criterion = RelayLoss(nn.CrossEntropyLoss())
+    criterion(relay(images), labels).backward()
+    # Or, with the peak memory of the largest window:
+    relay.forward_backward(images, target=labels, loss=criterion)
+    ```
 """
 
 from relaybackprop.errors import RelayError
@@ -22,7 +25,7 @@ _MOVED = {  # names that this package exported before 0.2
     "DenseHead": "heads",
     "Reach": "reach",
     "RelayOutput": "loss",
-    "RelayStep": "relay, as RelayResult",
+    "RelayStep": "relay as RelayResult",
     "Select": "heads",
     "Suggestion": "planning.suggest",
 }
@@ -45,6 +48,6 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _MOVED:
-        # `from relaybackprop import name` shows an ImportError, and replaces an AttributeError by one of its own.
-        raise ImportError(f"{name} is in relaybackprop.{_MOVED[name]} since 0.2")
+        # An ImportError, because `from relaybackprop import name` replaces the message of an AttributeError.
+        raise ImportError(f"{name} moved to relaybackprop.{_MOVED[name]} in 0.2")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,31 +1,41 @@
-"""Exceptions: each says what was expected, what was received, and what to do.
+"""Exceptions. Each message states the problem with the given value, the requirement, and the remedy.
 
-Each derives from `RelayError` and from the built-in exception that fits it, so that `except ValueError` catches it.
+Each class derives from `RelayError` and from the built-in exception that fits it, so that `except ValueError` works.
 """
 
 
 class RelayError(Exception):
     """Base class of all errors raised by relaybackprop.
 
+    The message has the form "problem: requirement. Remedy."
+
     Args:
-        expected: the valid values.
-        received: the given value, with its name.
-        remedy: the change to make.
+        problem: what is wrong, with the given value; a clause.
+        requirement: what is allowed, or why it is not allowed; a clause.
+        remedy: what to do; one or more sentences.
+
+    Example:
+        ```python
+        try:
+            relay = Relay(model, plan, heads)
+        except RelayError as error:
+            print(error.remedy)
+        ```
     """
 
-    def __init__(self, expected: str, received: str, remedy: str) -> None:
+    def __init__(self, problem: str, requirement: str, remedy: str) -> None:
         # All three are in `args`, so that the error can be pickled between processes.
-        super().__init__(expected, received, remedy)
-        self.expected = expected
-        self.received = received
+        super().__init__(problem, requirement, remedy)
+        self.problem = problem
+        self.requirement = requirement
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"expected {self.expected}; received {self.received}. {self.remedy}"
+        return f"{self.problem}: {self.requirement}. {self.remedy}"
 
 
 class PlanError(RelayError, ValueError):
-    """An invalid plan or argument, whatever the model."""
+    """An invalid plan or argument, independent of the model."""
 
 
 class ModuleNameError(RelayError, ValueError):
@@ -33,7 +43,7 @@ class ModuleNameError(RelayError, ValueError):
 
 
 class WindowError(RelayError, ValueError):
-    """A window whose end is above its head, or that does not overlap its neighbour where it must."""
+    """A window whose end is above its head, that does not overlap its neighbour, or that exceeds a limit."""
 
 
 class HeadError(RelayError, ValueError):
@@ -53,7 +63,7 @@ class AppliedTwiceError(RelayError, RuntimeError):
 
 
 class CompiledOverlapError(RelayError, RuntimeError):
-    """Compiled code that gradients must pass twice, or a boundary inside compiled code."""
+    """Compiled code where windows overlap, or a boundary inside compiled code."""
 
 
 class DoubleBackwardError(RelayError, RuntimeError):
@@ -65,4 +75,4 @@ class TransformError(RelayError, RuntimeError):
 
 
 class EarlyReleaseError(RelayError, RuntimeError):
-    """A case that `Relay.forward_backward` does not support, although `Relay.forward` may."""
+    """A case that `Relay.forward_backward` does not support. `Relay.forward` may support it."""

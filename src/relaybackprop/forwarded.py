@@ -1,7 +1,7 @@
-"""Forwarded methods: those of the model that training frameworks call on the module that they train.
+"""Forwarded methods: methods of the model that training frameworks call on the module that they train.
 
 timm's optimizers call `no_weight_decay` for the names of parameters without weight decay, and `group_matcher` for the
-layer of each name. A relay's names for them begin with "model.", so results of these two are translated.
+layer group of each name. In a relay these names begin with "model.", so the results of both are translated.
 """
 
 import re
@@ -11,18 +11,18 @@ from typing import Any, cast
 
 from torch import nn
 
-PREFIX = "model."  # of the names of the model's parameters in a relay
-OTHERS = (float("inf"),)  # timm's last group: parameters that no pattern matches
+PREFIX = "model."  # prefix of the model's parameter names in a relay
+OTHERS = (float("inf"),)  # timm's last group, for parameters that no pattern matches
 
 _Group = tuple[float, ...]
 
 
 def forwarded(model: nn.Module, name: str) -> Callable[..., Any]:
-    """Return a method of the model for its relay.
+    """Return a method of the model, with translated results where the parameter names differ.
 
     Args:
         model: the relay's model.
-        name: one of `FORWARDED`.
+        name: a key of `FORWARDED`.
 
     Raises:
         AttributeError: the model does not have the method.
@@ -36,7 +36,7 @@ def _no_weight_decay(model: Any) -> set[str]:
 
 
 def _group_matcher(model: Any, coarse: bool = False) -> Callable[[str], _Group]:
-    """Return a function from names to groups, as timm accepts it. Heads are in the model's last group."""
+    """Return a function from parameter names to groups, as timm accepts it. Heads are in the model's last group."""
     group_of = _grouping(model.group_matcher(coarse=coarse))
     last = max(group_of(name) for name, _ in model.named_parameters())
 
@@ -51,16 +51,16 @@ def _grouping(matcher: Any) -> Callable[[str], _Group]:
     if callable(matcher):
         return lambda name: _as_group(matcher(name))
     patterns = [
-        (float(number), re.compile(pattern), suffix or ())
-        for number, spec in enumerate(matcher.values())
+        (float(index), re.compile(pattern), suffix or ())
+        for index, spec in enumerate(matcher.values())
         if spec is not None
         for pattern, suffix in ([(spec, None)] if isinstance(spec, str) else spec)
     ]
 
     def group_of(name: str) -> _Group:
-        for number, pattern, suffix in patterns:
+        for index, pattern, suffix in patterns:
             if match := pattern.match(name):
-                return (number, *map(float, match.groups()), *suffix)
+                return (index, *map(float, match.groups()), *suffix)
         return OTHERS
 
     return group_of

@@ -3,9 +3,9 @@
 Note [Layouts]
 "channels_first" is (N, C, ...): feature maps, volumes, clips and sequences of 1-d convolutions. "channels_last" is
 (N, ..., C): tokens, and the maps of Swin and similar models. Both include (N, C). A head checks the number of
-dimensions and of channels in each forward pass. Without a declared layout it reads (N, C) and (N, C, H, W), and refuses
-shapes that may be (N, H, W, C): two equal dimensions before a different one, or `channels` at both ends. If C == H == W
-the shape is ambiguous: declare the layout, or let `head_for` infer it from the model.
+dimensions and of channels in each forward pass. Without a declared layout it reads (N, C) and (N, C, H, W), and raises
+`HeadError` for shapes that may be (N, H, W, C): two equal dimensions before a different one, or `channels` at both
+ends. If C == H == W the shape is ambiguous: declare the layout, or let `head_for` detect it.
 """
 
 from typing import Any, Literal, TypeVar
@@ -21,27 +21,36 @@ Gain = Literal["default", "he", "quiet"]
 Pool = Literal["mean", "first", "last"]
 _T = TypeVar("_T")
 
-QUIET = 0.1  # standard deviation of the scores on inputs of unit variance
+QUIET = 0.1  # standard deviation of the scores for inputs of unit variance
 
 
 class AuxiliaryHead(nn.Module):
-    """GoogLeNet's auxiliary classifier in size-free form.
+    """GoogLeNet's auxiliary classifier, for feature maps of any size.
 
     Adaptive average pooling to 4x4, a 1x1 convolution to 128 channels, ReLU, a fully connected layer of 1024, ReLU,
     dropout of 0.7, and the classifier. This is our choice: the paper does not specify its auxiliary branch.
 
     Args:
-        channels: channels of the input map.
+        channels: number of channels of the input map.
         classes: number of classes.
         batch_norm: add batch normalisation after the convolution. Default: False, as in the paper's networks A and B.
-        width: output channels of the convolution.
-        hidden: output features of the first fully connected layer.
-        layout: of the input map, see Note [Layouts].
-        gain: initialisation of the classifier: "default" is PyTorch's, "he" is He's, "quiet" starts with scores near 0,
-            a loss near ln(classes).
+        width: number of output channels of the convolution.
+        hidden: number of output features of the first fully connected layer.
+        layout: layout of the input map, see Note [Layouts].
+        gain: initialisation of the classifier. "default" is PyTorch's, "he" is He's, and "quiet" starts with scores
+            near 0, so that the loss starts near ln(classes).
 
     Shape:
         (batch, channels, height, width), or channels last, to (batch, classes), for any height and width of at least 1.
+
+    Raises:
+        HeadError: an option is invalid, or, in the forward pass, the input does not have this shape.
+
+    Example:
+        ```python
+        head = AuxiliaryHead(1024, classes=1000)
+        head(torch.randn(8, 1024, 14, 14)).shape  # (8, 1000)
+        ```
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class AuxiliaryHead(nn.Module):
         initialise_last(self.fc2, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes) of a feature map."""
+        """Return the class scores (batch, classes) of a feature map."""
         features = _channels_first(features, self.channels, self.layout, "AuxiliaryHead", (4,))
         x = self.relu(self.norm(self.conv(self.pool(features))))  # (batch, width, 4, 4)
         return self.fc2(self.dropout(self.relu(self.fc1(x.flatten(1)))))
@@ -78,13 +87,22 @@ class LinearHead(nn.Module):
     """Global average pooling and one fully connected layer.
 
     Args:
-        channels: channels of the input.
+        channels: number of channels of the input.
         classes: number of classes.
-        layout: of the input, see Note [Layouts].
-        gain: as for `AuxiliaryHead`.
+        layout: layout of the input, see Note [Layouts].
+        gain: initialisation of the layer, as for `AuxiliaryHead`.
 
     Shape:
-        (batch, channels, ...) with any number of dimensions, or channels last, to (batch, classes).
+        (batch, channels, ...) with 2 to 5 dimensions, or channels last, to (batch, classes).
+
+    Raises:
+        HeadError: an option is invalid, or, in the forward pass, the input does not have this shape.
+
+    Example:
+        ```python
+        head = LinearHead(1024, classes=1000)
+        head(torch.randn(8, 1024, 14, 14)).shape  # (8, 1000)
+        ```
     """
 
     def __init__(self, channels: int, classes: int, *, layout: Layout | None = None, gain: Gain = "default") -> None:
@@ -95,7 +113,7 @@ class LinearHead(nn.Module):
         initialise_last(self.fc, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes) of the features."""
+        """Return the class scores (batch, classes) of the features."""
         features = _channels_first(features, self.channels, self.layout, "LinearHead", (2, 3, 4, 5))
         return self.fc(features.mean(dim=tuple(range(2, features.ndim))) if features.ndim > 2 else features)
 
@@ -104,15 +122,24 @@ class TokenHead(nn.Module):
     """Layer normalisation, pooling and one fully connected layer, as at the end of a vision transformer.
 
     Args:
-        channels: features of each token.
+        channels: number of features of each token.
         classes: number of classes, or the vocabulary size of a language model.
-        pool: "mean" over all tokens; "first" (a class token); "last" (a causal model without right padding); None
-            scores each token, for language models and token classification.
-        gain: as for `AuxiliaryHead`.
+        pool: "mean" over all tokens, "first" for a class token, "last" for a causal model without right padding, or
+            None to score each token, for language models and token classification.
+        gain: initialisation of the layer, as for `AuxiliaryHead`.
 
     Shape:
-        (batch, tokens, channels), or for "mean" and None (batch, ..., channels), to (batch, classes); without pooling
+        (batch, tokens, channels), or for "mean" and None (batch, ..., channels), to (batch, classes). Without pooling,
         to (batch, ..., classes).
+
+    Raises:
+        HeadError: an option is invalid, or, in the forward pass, the input does not have this shape.
+
+    Example:
+        ```python
+        head = TokenHead(768, classes=1000, pool="first")
+        head(torch.randn(8, 197, 768)).shape  # (8, 1000)
+        ```
     """
 
     def __init__(self, channels: int, classes: int, *, pool: Pool | None = "mean", gain: Gain = "default") -> None:
@@ -125,7 +152,7 @@ class TokenHead(nn.Module):
         initialise_last(self.fc, gain)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Class scores of the tokens, pooled or for each."""
+        """Return the class scores, pooled over the tokens or for each token."""
         dims = (3,) if self.pool in ("first", "last") else (3, 4, 5)
         _channels_first(tokens, self.channels, "channels_last", "TokenHead", dims)
         if self.pool in ("first", "last"):
@@ -137,17 +164,27 @@ class TokenHead(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """A 1x1 convolution to class scores, interpolated to the size of the target: segmentation in 1 to 3 dimensions.
+    """A segmentation head: a 1x1 convolution to class scores, interpolated to the size of the target.
 
     Args:
-        channels: channels of the input map.
+        channels: number of channels of the input map.
         classes: number of classes.
-        size: of the scores: (height, width) in pixels, or the factor by which to upsample each side.
-        layout: of the input map, see Note [Layouts].
-        gain: as for `AuxiliaryHead`.
+        size: size of the scores, such as (height, width) in pixels, or the factor by which to upsample each side.
+        layout: layout of the input map, see Note [Layouts].
+        gain: initialisation of the convolution, as for `AuxiliaryHead`.
 
     Shape:
-        (batch, channels, height, width), or channels last, to (batch, classes, *size). Also sequences and volumes.
+        (batch, channels, height, width), or channels last, to (batch, classes, *size). Sequences and volumes, with one
+        and three spatial dimensions, are also supported.
+
+    Raises:
+        HeadError: an option is invalid, or, in the forward pass, the input does not have this shape.
+
+    Example:
+        ```python
+        head = DenseHead(256, classes=21, size=8)
+        head(torch.randn(2, 256, 32, 32)).shape  # (2, 21, 256, 256)
+        ```
     """
 
     def __init__(
@@ -166,25 +203,27 @@ class DenseHead(nn.Module):
         initialise_last(self.conv, gain)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Class scores (batch, classes, *size) of a map."""
+        """Return the class scores (batch, classes, *size) of a map."""
         dims = (3, 4, 5) if isinstance(self.size, int) else (len(self.size) + 2,)
         features = _channels_first(features, self.channels, self.layout, "DenseHead", dims)
-        sides = features.shape[2:]
-        scores = self.conv(features.flatten(2)).unflatten(2, sides)
-        size = [side * self.size for side in sides] if isinstance(self.size, int) else list(self.size)
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
+        spatial = features.shape[2:]
+        scores = self.conv(features.flatten(2)).unflatten(2, spatial)
+        size = [side * self.size for side in spatial] if isinstance(self.size, int) else list(self.size)
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(spatial)]
         return functional.interpolate(scores, size, mode=mode, align_corners=False)
 
 
 class Select(nn.Module):
-    """A head on one item of a tuple, a list, a dict or a `ModelOutput`.
+    """A head that reads one item of a tuple, a list, a dict or a `ModelOutput`.
 
     Args:
         key: index or name of the item.
-        head: the module that reads it.
+        head: the module that reads the item.
 
     Example:
-        >>> Select("last_hidden_state", TokenHead(768, 10, pool="first"))  # doctest: +SKIP
+        ```python
+        head = Select("last_hidden_state", TokenHead(768, 10, pool="first"))
+        ```
     """
 
     def __init__(self, key: int | str, head: nn.Module) -> None:
@@ -192,13 +231,13 @@ class Select(nn.Module):
         self.key, self.head = key, head
 
     def forward(self, value: Any) -> Any:
-        """Output of the head on the selected item."""
+        """Return the head's output for the selected item. Raises `HeadError` if the value does not have it."""
         return self.head(item_of(value, self.key))
 
 
 def _check_option(name: str, value: _T, allowed: tuple[_T, ...]) -> _T:
     if value not in allowed:
-        raise HeadError(f"{name} to be one of {allowed}", f"{name}={value!r}", "Choose one of them.")
+        raise HeadError(f"{name}={value!r} is invalid", f"it must be one of {allowed}", "Choose one of them.")
     return value
 
 
@@ -220,41 +259,45 @@ def initialise_last(layer: nn.Linear | nn.Conv1d | nn.Conv2d, gain: Gain) -> Non
 
 
 def _channels_first(features: Tensor, channels: int, layout: Layout | None, head: str, dims: tuple[int, ...]) -> Tensor:
-    """View features as (N, C, ...), or raise `HeadError` if the head does not read them."""
+    """View features as (N, C, ...), or raise `HeadError` if the head does not support them."""
     axis = -1 if layout == "channels_last" else 1
     fits = isinstance(features, Tensor) and features.ndim in dims and features.shape[axis] == channels  # pyright: ignore[reportUnnecessaryIsInstance]
     if fits and layout is None and features.ndim > 2:
-        rest = tuple(features.shape[2:])
-        fits = len(rest) == 2 and (channels not in rest or rest == (channels, channels))
+        spatial = tuple(features.shape[2:])
+        fits = len(spatial) == 2 and (channels not in spatial or spatial == (channels, channels))
     if not fits:
         raise _layout_error(features, channels, layout, head, dims)
     return features.movedim(-1, 1) if axis == -1 and features.ndim > 2 else features
 
 
 def _layout_error(features: Any, channels: int, layout: Layout | None, head: str, dims: tuple[int, ...]) -> HeadError:
-    order = layout or "channels_first"
+    """Build the error for an input that a head does not read, with the head or the option that reads it."""
+    assumed = layout or "channels_first"
     forms = {2: "(N, {0})", 3: "(N, {0}, L)", 4: "(N, {0}, H, W)", 5: "(N, {0}, D, H, W)"}
-    if order == "channels_last":
+    if assumed == "channels_last":
         forms = {2: "(N, {0})", 3: "(N, L, {0})", 4: "(N, H, W, {0})", 5: "(N, D, H, W, {0})"}
-    takes = " or ".join(forms[n] for n in dims if layout or n in (2, 4)).format(channels)
-    expected = f"{head} to read {takes or 'a declared layout'}{'' if layout else ', with the layout undeclared'}"
+    accepted = " or ".join(forms[n] for n in dims if layout or n in (2, 4)).format(channels)
+    problem = f"{head} does not read {describe(features)}"
+    requirement = f"it reads {accepted}{'' if layout else ' if the layout is not declared'}"
+    if not accepted:
+        requirement = "the layout of its input must be declared"
     if not isinstance(features, Tensor):
         keys = list(items_of(features))
         remedy = f"Write Select(key, {head}(...)) with one of the keys {keys}." if keys else "Give a tensor."
-        return HeadError(expected, describe(features), remedy)
+        return HeadError(problem, requirement, remedy)
     shape = tuple(features.shape)
-    at_one, at_end = shape[1:2] == (channels,), shape[2:] and shape[-1] == channels
-    if layout is None and at_one and at_end:
+    is_first, is_last = shape[1:2] == (channels,), shape[2:] and shape[-1] == channels
+    if layout is None and is_first and is_last:
         remedy = "Either dimension may be the channels: declare layout='channels_first' or 'channels_last'."
-    elif at_end:
+    elif is_last:
         remedy = f"TokenHead({channels}, classes) or LinearHead(..., layout='channels_last') reads channels last."
-    elif layout is None and at_one and len(shape) == 4:
+    elif layout is None and is_first and len(shape) == 4:
         remedy = (
             f"This looks like (N, H, W, C), with the height read as channels: TokenHead({shape[-1]}, classes) reads "
             "that. If it is (N, C, H, W), declare layout='channels_first'."
         )
-    elif at_one:
+    elif is_first:
         remedy = "LinearHead(..., layout='channels_first') reads it."
     else:
-        remedy = f"It has {channels} channels in neither layout: build the head for the number that it has."
-    return HeadError(expected, describe(features), f"{remedy} head_for(model, plan, example, classes) chooses a head.")
+        remedy = f"The input has {channels} channels in neither layout: build the head for its number of channels."
+    return HeadError(problem, requirement, f"{remedy} head_for(model, plan, example, classes) chooses a head.")

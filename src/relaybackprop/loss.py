@@ -17,9 +17,15 @@ class RelayOutput(NamedTuple):
     """The output of `Relay` in training mode.
 
     Attributes:
-        primary: the model's own output.
+        primary: the model's output.
         auxiliary: the heads' outputs by name, except heads whose modules layer drop has skipped.
         weights: the factor of each loss by name, the primary one first.
+
+    Example:
+        ```python
+        output = relay(images)
+        accuracy = (output.primary.argmax(1) == labels).float().mean()
+        ```
     """
 
     primary: Any
@@ -33,53 +39,63 @@ class RelayOutput(NamedTuple):
 
 
 class RelayLoss(nn.Module):
-    """The weighted sum of the primary and auxiliary losses. The weights are in the relay's output.
+    """The weighted sum of the primary and auxiliary losses. The relay's output carries the plan's weights.
 
     Args:
-        criterion: a function of an output and the target that returns a scalar; or one such function for each loss, by
-            name (`"primary"` and the plan's auxiliary names).
+        criterion: a function of an output and the target that returns a scalar, or a mapping with one such function
+            for each loss, by name ("primary" and the plan's auxiliary names).
 
     Raises:
-        PlanError: `criterion` is a class instead of an instance, or there is a second argument.
+        PlanError: `criterion` is a class instead of an instance, or a second argument is given.
 
     Example:
-        >>> criterion = RelayLoss(nn.CrossEntropyLoss())
-        >>> criterion(relay(images), labels).backward()  # doctest: +SKIP
+        ```python
+        criterion = RelayLoss(nn.CrossEntropyLoss())
+        criterion(relay(images), labels).backward()
+        ```
     """
 
     def __init__(self, criterion: Criterion | Mapping[str, Criterion], plan: Any = None) -> None:
         super().__init__()
         if plan is not None or not (callable(criterion) or hasattr(criterion, "items")):  # a plan: before 0.2
             raise PlanError(
-                "a criterion, or a mapping from loss names to criteria, and no plan",
-                kinds_of(criterion, *(() if plan is None else (plan,))),
-                "Write RelayLoss(nn.CrossEntropyLoss()): since 0.2 the relay's output carries the plan's weights.",
+                f"RelayLoss does not accept {types_of(criterion, *(() if plan is None else (plan,)))}",
+                "its argument is one criterion, or a mapping from loss names to criteria; since 0.2 the relay's output "
+                "carries the plan's weights",
+                "Write RelayLoss(nn.CrossEntropyLoss()).",
             )
         self.criterion: nn.Module
         # Submodules, so that `to(device)` also moves class weights in a criterion.
         if isinstance(criterion, (Mapping, nn.ModuleDict)):
             criteria = dict(cast(Mapping[str, Criterion], criterion).items())
-            self.criterion = nn.ModuleDict({name: _as_module(each) for name, each in criteria.items()})
+            self.criterion = nn.ModuleDict({name: _as_module(function) for name, function in criteria.items()})
         else:
             self.criterion = _as_module(criterion)
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """Return the weighted sum, a scalar. For a plain output, as in evaluation mode, it is the primary loss.
+        """Return the weighted sum, a scalar. For a plain output, as in evaluation mode, return the primary loss.
 
         Args:
             output: the output of `Relay`, in training or evaluation mode.
             target: passed to each criterion unchanged.
 
         Raises:
-            HeadError: the criteria's names are not those of the losses, or a head's output does not fit the target, or
-                has another shape than the model's output although one criterion serves both.
+            HeadError: the names of the criteria and of the losses differ, a head's output does not fit the target, or
+                one criterion is given and a head's output does not have the shape of the model's output.
         """
-        factors = output.weights if isinstance(output, RelayOutput) else {PRIMARY: 1.0}
-        weighted = [factors[name] * term for name, term in self.terms(output, target).items()]
+        weights = output.weights if isinstance(output, RelayOutput) else {PRIMARY: 1.0}
+        weighted = [weights[name] * term for name, term in self.terms(output, target).items()]
         return sum(weighted[1:], start=weighted[0])
 
     def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
-        """Return the unweighted losses by name. Takes the arguments of `forward` and raises the same errors."""
+        """Return the unweighted losses by name. Arguments and errors are those of `forward`.
+
+        Example:
+            ```python
+            terms = criterion.terms(relay(images), labels)
+            print({name: term.item() for name, term in terms.items()})
+            ```
+        """
         if not isinstance(output, RelayOutput):
             return {PRIMARY: self.term(PRIMARY, output, target)}
         self.check_fits(output)
@@ -103,7 +119,7 @@ class RelayLoss(nn.Module):
             except TypeError as error:
                 if not isinstance(output, Tensor):
                     error.add_note(
-                        f"The primary loss read {describe(output)}: name an item, Relay(..., output='logits')."
+                        f"The primary loss read {describe(output)}: select an item, Relay(..., output='logits')."
                     )
                 raise
         try:
@@ -112,26 +128,27 @@ class RelayLoss(nn.Module):
             raise
         except (ValueError, IndexError, RuntimeError) as error:
             raise HeadError(
-                f"the head {name!r} to return what its criterion accepts with this target ({shape_of(target)})",
-                f"{shape_of(output)}, for which the criterion raised: {error}",
+                f"the criterion of {name!r} rejects the head's output {shape_of(output)} with the target "
+                f"{shape_of(target)} ({error})",
+                "the head's output must fit the target",
                 "Give the head as many classes as the target has, or give each loss its own criterion.",
             ) from error
 
     def check_names(self, losses: Mapping[str, Any]) -> None:
-        """Check that there is exactly one criterion for each loss.
+        """Check that there is one criterion for all losses, or exactly one for each.
 
         Raises:
-            HeadError: the names differ.
+            HeadError: the names of the criteria and of the losses differ.
         """
         if isinstance(self.criterion, nn.ModuleDict) and set(self.criterion) != set(losses):
             raise HeadError(
-                f"one criterion for each of {list(losses)}",
-                f"criteria for {list(self.criterion)}",
-                "Add the missing ones and remove the others, or give a single criterion for all.",
+                f"there are criteria for {list(self.criterion)}",
+                f"the losses are {list(losses)}, and each requires one criterion",
+                "Add the missing criteria and remove the others, or give a single criterion for all losses.",
             )
 
     def check_fits(self, output: RelayOutput) -> None:
-        """Check the criteria's names and, where one criterion serves all losses, that outputs have equal shapes.
+        """Check the criteria's names, and that all outputs have equal shapes if one criterion serves all losses.
 
         Raises:
             HeadError: names or shapes differ.
@@ -155,22 +172,26 @@ class _Function(nn.Module):
 
 def _as_module(criterion: Criterion) -> nn.Module:
     if isinstance(criterion, type):
-        raise PlanError("an instance or a function as a criterion", kinds_of(criterion), "Call the class.")
+        raise PlanError(
+            f"the criterion is {types_of(criterion)}",
+            "it must be an instance or a function",
+            f"Call the class: {criterion.__name__}().",
+        )
     return criterion if isinstance(criterion, nn.Module) else _Function(criterion)
 
 
 def _check_same_shape(name: str, scores: Any, primary: Any) -> None:
     if isinstance(scores, Tensor) and isinstance(primary, Tensor) and scores.shape != primary.shape:
         raise HeadError(
-            f"the head {name!r} to have an output of the shape of the model's, {shape_of(primary)}, "
-            "since one criterion compares both with the target",
-            shape_of(scores),
+            f"the head {name!r} returns the shape {shape_of(scores)}",
+            f"it must return the shape of the model's output, {shape_of(primary)}, since one criterion compares both "
+            "with the target",
             "Give the head as many classes as the model has, or give each loss its own criterion.",
         )
 
 
-def kinds_of(*values: Any) -> str:
-    """Describe the types of arguments for an error message."""
+def types_of(*values: Any) -> str:
+    """Name the types of arguments for an error message."""
     return " and ".join(f"the class {v.__name__}" if isinstance(v, type) else f"a {type(v).__name__}" for v in values)
 
 

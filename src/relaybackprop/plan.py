@@ -1,4 +1,4 @@
-"""Plans: how far down each loss reaches, as frozen values that are validated on construction.
+"""Plans: frozen values that declare how far down each loss reaches. They are validated on construction.
 
 A *window* is the range of consecutive layers that one loss trains. The paper's Figure 2 and Table 2 are such plans.
 Other training schemes are transformations of one plan:
@@ -6,7 +6,7 @@ Other training schemes are transformations of one plan:
     plan                 relay: bounded windows that overlap
     plan.multi_loss()    every window reaches the first layer
     plan.isolated()      windows that do not overlap (greedy, local learning)
-    plan.standard()      no auxiliary losses at all
+    plan.standard()      no auxiliary losses
 """
 
 import dataclasses
@@ -28,7 +28,17 @@ AUXILIARY_WEIGHT = 0.3  # the paper's, sections 5.1 and 5.2
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place in the forward pass: all tensors of one module's input or output."""
+    """A place in the forward pass: all tensors of one module's input or output.
+
+    Args:
+        side: "input" or "output".
+        module: name of the module, as in `model.named_modules()`.
+
+    Example:
+        ```python
+        str(Boundary("output", "layer3.3"))  # 'output of layer3.3'
+        ```
+    """
 
     side: Literal["input", "output"]
     module: str
@@ -41,20 +51,25 @@ class Boundary:
 class Window:
     """The layers that one loss trains (paper, section 4).
 
+    Without `bottom` and `after` the window reaches the first layer.
+
     Args:
         top: name of the module whose output the loss's head reads; None for the primary loss.
-        bottom: name of the lowest module of the window: the loss's gradient stops at its input.
-        after: name of the module just below the window: the gradient stops at its output. For a window with side
-            inputs, such as the skips of a U-Net, several names: the window's end first, then the sources of the side
-            inputs. With neither `bottom` nor `after` the window reaches the first layer.
-        weight: positive, finite factor of the loss. Default: 1.0 for the primary loss, 0.3 for an auxiliary one.
+        bottom: name of the lowest module of the window. The loss's gradient stops at its input.
+        after: name of the module just below the window. The gradient stops at its output. A window with side inputs,
+            such as the skip connections of a U-Net, has several names: the module below the window first, then the
+            sources of the side inputs.
+        weight: factor of the loss, positive and finite. Default: 1.0 for the primary loss, 0.3 for an auxiliary one.
 
     Raises:
-        PlanError: both `bottom` and `after`, an empty or non-text name, `after` equal to `top`, an invalid weight.
+        PlanError: `bottom` and `after` are both given, a name is not a string or is empty, `after` equals `top`, or
+            the weight is invalid.
 
     Example:
-        >>> Window(top="layer3.3", after="layer2").ends
-        (Boundary(side='output', module='layer2'),)
+        ```python
+        window = Window(top="layer3.3", after="layer2")
+        window.ends  # (Boundary(side='output', module='layer2'),)
+        ```
     """
 
     top: str | None = None
@@ -65,7 +80,9 @@ class Window:
 
     def __post_init__(self, above: Any) -> None:
         if above is not None:
-            raise PlanError("Window(after=...)", f"above={above!r}", "Rename it: `after` replaces `above`.")
+            raise PlanError(
+                f"above={above!r} is not supported since 0.2", "`after` replaces it", "Rename the argument."
+            )
         if isinstance(self.after, (tuple, list)):  # one form, so that equal windows compare equal
             after = tuple(self.after)
             object.__setattr__(self, "after", after[0] if len(after) == 1 else after)
@@ -73,37 +90,37 @@ class Window:
             for name in names if role == "after" and isinstance(names, tuple) and names else (names,):
                 if name is not None and (not isinstance(name, str) or not name):
                     raise PlanError(
-                        f"{role} to be the name of a module, as model.named_modules() lists it, or None",
-                        f"{role}={names!r}",
+                        f"{role}={names!r} is not the name of a module",
+                        f"{role} must be a name that model.named_modules() lists, or None",
                         "Give a name such as 'layer3.0'.",
                     )
         if self.bottom is not None and self.after is not None:
             raise PlanError(
-                "one lower end of a window",
-                f"both bottom={self.bottom!r} and after={self.after!r}",
+                f"both bottom={self.bottom!r} and after={self.after!r} are given",
+                "a window has one lower end",
                 "Keep `bottom` (ends at its input) or `after` (ends at its output), and drop the other.",
             )
         if self.upper is not None and self.upper in self.ends:
             raise PlanError(
-                "a window with at least one layer",
-                f"after={self.after!r}, which is also the top",
+                f"after={self.after!r} is also the top",
+                "a window must have at least one layer",
                 "Start the window after a lower module.",
             )
         if self.weight is not None and not _is_positive(self.weight):
             raise PlanError(
-                "a weight that is positive and finite",
-                f"weight={self.weight!r}",
+                f"weight={self.weight!r} is invalid",
+                "a weight must be positive and finite",
                 "To drop a loss, leave its window out of the plan.",
             )
 
     @property
     def upper(self) -> Boundary | None:
-        """The place where the loss's head attaches; None for the primary loss."""
+        """The boundary where the loss's head attaches; None for the primary loss."""
         return None if self.top is None else Boundary("output", self.top)
 
     @property
     def ends(self) -> tuple[Boundary, ...]:
-        """The places where the gradient stops, the main one first; empty if it reaches the first layer."""
+        """The boundaries where the gradient stops, the main one first; empty if it reaches the first layer."""
         if self.bottom is not None:
             return (Boundary("input", self.bottom),)
         names = () if self.after is None else (self.after,) if isinstance(self.after, str) else self.after
@@ -115,18 +132,21 @@ class Plan:
     """The window of each loss.
 
     Args:
-        primary: the window of the loss on the model's output.
-        auxiliary: the windows of the losses on inner heads, by name, the lowest head first.
+        primary: window of the loss on the model's output. Default: all layers, standard backpropagation.
+        auxiliary: windows of the losses on inner heads, by name of the loss, the lowest head first. A name must not
+            contain a dot, be "primary", or be an attribute of `nn.ModuleDict`.
 
     Raises:
-        PlanError: a primary window with a `top`, an auxiliary one without, or an invalid name of a head.
+        PlanError: the primary window has a `top`, an auxiliary window does not, or the name of a head is invalid.
 
     Example:
-        >>> plan = Plan(primary=Window(bottom="layer3.0"), auxiliary={"aux": Window(top="layer3.3")})
-        >>> print(plan)
-        loss     weight  from                down to
-        primary  1       the model's output  input of layer3.0
-        aux      0.3     output of layer3.3  the first layer
+        ```python
+        plan = Plan(primary=Window(bottom="layer3.0"), auxiliary={"aux": Window(top="layer3.3")})
+        print(plan)
+        # loss     weight  from                down to
+        # primary  1       the model's output  input of layer3.0
+        # aux      0.3     output of layer3.3  the first layer
+        ```
     """
 
     primary: Window = Window()
@@ -136,14 +156,14 @@ class Plan:
         _check_is_window(PRIMARY, self.primary)
         if self.primary.top is not None:
             raise PlanError(
-                "a primary window without `top`: the primary loss is on the model's output",
-                f"top={self.primary.top!r}",
+                f"the primary window has top={self.primary.top!r}",
+                "it must not have a `top`, since the primary loss is on the model's output",
                 "Leave `top` out, or make it an auxiliary loss.",
             )
         if not isinstance(self.auxiliary, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(
-                "auxiliary to be a mapping from names to windows",
-                f"{type(self.auxiliary).__name__}",
+                f"auxiliary is a {type(self.auxiliary).__name__}",
+                "it must be a mapping from names to windows",
                 "Write auxiliary={'aux': Window(top=...)}.",
             )
         for name, window in self.auxiliary.items():
@@ -151,8 +171,8 @@ class Plan:
             _check_is_window(name, window)
             if window.top is None:
                 raise PlanError(
-                    f"a `top` for the auxiliary loss {name!r}: the module whose output its head reads",
-                    f"{window}",
+                    f"the auxiliary loss {name!r} has no `top` ({window})",
+                    "a top is the module whose output the head reads",
                     "Name that module.",
                 )
         # Explicit defaults, so that equal plans compare equal.
@@ -168,35 +188,35 @@ class Plan:
 
     @property
     def windows(self) -> dict[str, Window]:
-        """All windows by the name of their loss, the primary one first."""
+        """All windows by name of the loss, the primary one first."""
         return {PRIMARY: self.primary, **self.auxiliary}
 
     @property
     def weights(self) -> dict[str, float]:
-        """The factor of each loss."""
+        """The factor of each loss, by name."""
         return {name: window.weight for name, window in self.windows.items() if window.weight is not None}
 
     @cached_property
     def boundaries(self) -> list[Boundary]:
-        """Every place where a head attaches or a window ends, each once, in no particular order."""
+        """The distinct boundaries where a head attaches or a window ends, in no particular order."""
         places = [place for window in self.windows.values() for place in (window.upper, *window.ends)]
         return list(dict.fromkeys(place for place in places if place is not None))
 
     def standard(self) -> "Plan":
-        """Standard backpropagation: the primary loss alone, down to the first layer."""
+        """Return the plan of standard backpropagation: the primary loss alone, down to the first layer."""
         return Plan(Window(weight=self.primary.weight))
 
     def multi_loss(self) -> "Plan":
-        """The paper's second baseline: the same losses, all down to the first layer."""
+        """Return the plan of the paper's second baseline: the same losses, all down to the first layer."""
         return self._with_windows({name: _ending(window) for name, window in self.windows.items()})
 
     def isolated(self, order: Sequence[Boundary] = ()) -> "Plan":
-        """Local learning: each window starts just above the next lower head, so nothing overlaps.
+        """Return the plan of local learning: each window starts just above the next lower head, without overlap.
 
-        Heads on the same module share their window. Ends for side inputs stay.
+        Heads on the same module share their window. Ends for side inputs remain.
 
         Args:
-            order: the boundaries from low to high, `Relay.order`. By default, the order of `auxiliary`.
+            order: the boundaries from low to high, `Relay.order`. Default: the order of `auxiliary`.
         """
         windows = self.windows
         for lower, upper in self._neighbours(order):
@@ -210,14 +230,20 @@ class Plan:
         return self._with_windows(windows)
 
     def check_relay(self, order: Sequence[Boundary] = ()) -> None:
-        """Raise unless each window overlaps the next lower one, as relay backpropagation requires (section 4).
+        """Check that each window overlaps the next lower one, as relay backpropagation requires (section 4).
 
         Args:
-            order: the boundaries from low to high, `Relay.order`. Without it, the check is limited to names: a window
-                that starts after the lower one's head, and numbered modules of one container, in numeric order.
+            order: the boundaries from low to high, `Relay.order`. Without it, the check compares names only: it finds a
+                window that starts after the lower head, and numbered modules of one container in numeric order.
 
         Raises:
-            WindowError: two neighbouring windows have no layer in common.
+            WindowError: two neighbouring windows do not have a layer in common.
+
+        Example:
+            ```python
+            relay(images)  # records the order of the boundaries
+            relay.plan.check_relay(relay.order)
+            ```
         """
         windows = self.windows
         for lower, upper in self._neighbours(order):
@@ -225,16 +251,21 @@ class Plan:
             assert head is not None, "only the primary window has no upper boundary, and it is the highest"
             if ends and _is_at_or_above(ends[0], head, order):
                 raise WindowError(
-                    f"the window of {upper!r} to reach below the head of {lower!r}, the {head}",
-                    f"a window that ends at the {ends[0]}",
+                    f"the window of {upper!r} ends at the {ends[0]}",
+                    f"it must reach below the head of {lower!r}, the {head}, so that neighbouring windows overlap",
                     f"Lower the end of {upper!r}, or raise the head of {lower!r}.",
                 )
 
     def describe(self, depths: Mapping[str, int] | None = None) -> str:
-        """A table of the windows.
+        """Return a table of the windows.
 
         Args:
-            depths: `Relay.depths`, for one more column.
+            depths: number of weight layers of each window, `Relay.depths`. Adds a column.
+
+        Example:
+            ```python
+            print(relay.plan.describe(relay.depths))
+            ```
         """
         rows = [("loss", "weight", "from", "down to", *(("depth",) if depths else ()))]
         for name, window in self.windows.items():
@@ -254,14 +285,14 @@ class Plan:
         return Plan(windows[PRIMARY], auxiliary)
 
     def _by_height(self, order: Sequence[Boundary]) -> list[str]:
-        """Losses from the lowest head to the primary loss."""
+        """Return the names of the losses from the lowest head to the primary loss."""
         names = list(self.auxiliary)
         if order:
             names.sort(key=lambda name: order.index(cast(Boundary, self.auxiliary[name].upper)))
         return [*names, PRIMARY]
 
     def _neighbours(self, order: Sequence[Boundary]) -> Iterable[tuple[str, str]]:
-        """Pairs (lower, upper) of losses with adjacent heads; heads on one module count as one."""
+        """Yield pairs (lower, upper) of losses with adjacent heads. Heads on one module count as one."""
         names, windows = self._by_height(order), self.windows
         for position, upper in enumerate(names):
             below = [name for name in names[:position] if windows[name].top != windows[upper].top]
@@ -298,8 +329,8 @@ def _is_positive(weight: object) -> bool:
 def _check_is_window(name: str, window: object) -> None:
     if not isinstance(window, Window):
         raise PlanError(
-            f"a Window for the loss {name!r}",
-            f"{type(window).__name__} {window!r}",
+            f"the loss {name!r} has the {type(window).__name__} {window!r} in place of a window",
+            "each loss requires a Window",
             "Write Window(top=..., bottom=...).",
         )
 
@@ -308,8 +339,7 @@ def _check_head_name(name: object) -> None:
     # nn.ModuleDict, which stores the heads, rejects dots and the names of its attributes.
     if not isinstance(name, str) or not name or "." in name or name == PRIMARY or hasattr(nn.ModuleDict(), name):
         raise PlanError(
-            f"a valid name of an auxiliary loss and its head: text without a dot, not {PRIMARY!r}, "
-            "not an attribute of nn.ModuleDict",
-            f"{name!r}",
+            f"{name!r} is not a valid name of an auxiliary loss and its head",
+            f"a name must be text without a dot, not {PRIMARY!r}, and not an attribute of nn.ModuleDict",
             "Rename the loss, for example 'aux'.",
         )

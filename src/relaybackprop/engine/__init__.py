@@ -1,1 +1,1 @@
-"""The engine: how gradients split, join and are freed. Not public."""
+"""The engine, which splits, joins and frees gradients at the boundaries of windows. Not public."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Follow = Callable[[Node, int], bool]
-"""Whether a walk enters this node, at its output of the given number."""
+"""Whether a walk enters a node at the output with this index (`output_nr`)."""
 
 _WEIGHT_LAYER = re.compile(r"Conv|Addmm|^Mm|Linear|Embedding")
 # Nodes allowed between a weight and the operation that uses it, including autocast's cached casts.
@@ -16,54 +16,55 @@ _VIEW_OR_CAST = re.compile(r"^(T|Transpose|View|UnsafeView|Permute|ToCopy|Alias)
 
 
 def edges_of(tensors: Iterable[Tensor]) -> list[GradientEdge]:
-    """The gradient edges of the tensors that require gradients."""
+    """Return the gradient edges of the tensors that require gradients."""
     return [get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad]
 
 
-def everywhere(_node: Node, _output: int) -> bool:
+def follow_all(_node: Node, _output: int) -> bool:
     """Follow every edge."""
     return True
 
 
 def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | None]:
-    """All nodes under `starts` that `follow` admits, each with the node from which the walk reached it."""
-    came_from: dict[Node, Node | None] = {}
+    """Return all nodes below `starts` that `follow` admits, each with the node from which the walk reached it."""
+    parents: dict[Node, Node | None] = {}
     seen = set[tuple[Node, int]]()
     stack: list[tuple[Node, int, Node | None]] = [(edge.node, edge.output_nr, None) for edge in starts]
     while stack:
-        node, output, parent = stack.pop()
-        # Call `follow` for every edge: the output's number tells a junction's trunk from its heads.
-        if not follow(node, output) or (node, _slot(node, output)) in seen:
+        node, output_nr, parent = stack.pop()
+        # Call `follow` for every edge: the output's index distinguishes a junction's trunk from its heads.
+        if not follow(node, output_nr) or (node, _tensor_index(node, output_nr)) in seen:
             continue
-        seen.add((node, _slot(node, output)))
-        came_from.setdefault(node, parent)
-        stack.extend((below, number, node) for below, number in _below(node, output))
-    return came_from
+        seen.add((node, _tensor_index(node, output_nr)))
+        parents.setdefault(node, parent)
+        stack.extend((below, output_nr, node) for below, output_nr in _below(node, output_nr))
+    return parents
 
 
 def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
-    """The number of trainable convolutions, linear layers and embeddings on the longest path.
+    """Count the trainable convolutions, linear layers and embeddings on the longest path.
 
-    Only weights with at least two dimensions count, so normalisation layers and biases do not. ResNet-50 has 50.
+    Weights with at least two dimensions count; normalisation layers and biases do not. ResNet-50 has 50.
     """
     depth: dict[tuple[Node, int], int] = {}
     stack = [(edge.node, edge.output_nr) for edge in starts if follow(edge.node, edge.output_nr)]
-    roots = tuple((node, _slot(node, output)) for node, output in stack)
+    roots = tuple((node, _tensor_index(node, output_nr)) for node, output_nr in stack)
     while stack:
-        node, output = stack[-1]
-        below = [edge for edge in _below(node, output) if follow(*edge)]
-        waiting = [edge for edge in below if (edge[0], _slot(*edge)) not in depth]
-        if (node, _slot(node, output)) not in depth and waiting:
-            stack.extend(waiting)
+        node, output_nr = stack[-1]
+        below = [edge for edge in _below(node, output_nr) if follow(*edge)]
+        # Depth first without recursion, which deep graphs would exhaust: a node waits for all nodes below it.
+        pending = [edge for edge in below if (edge[0], _tensor_index(*edge)) not in depth]
+        if (node, _tensor_index(node, output_nr)) not in depth and pending:
+            stack.extend(pending)
             continue
         stack.pop()
-        longest = max((depth[lower, _slot(lower, number)] for lower, number in below), default=0)
-        depth[node, _slot(node, output)] = _is_weight_layer(node) + longest
+        longest = max((depth[lower, _tensor_index(lower, output_nr)] for lower, output_nr in below), default=0)
+        depth[node, _tensor_index(node, output_nr)] = _is_weight_layer(node) + longest
     return max((depth[root] for root in roots), default=0)
 
 
 def is_leaf(node: Node) -> bool:
-    """Whether a node is a parameter, or a cast of one that autocast shares between uses."""
+    """Whether a node is a parameter, or autocast's cached cast of one, which several layers may share."""
     if variable_of(node) is not None:
         return True
     below = list(_below(node))
@@ -71,34 +72,34 @@ def is_leaf(node: Node) -> bool:
 
 
 def uses_leaf(node: Node) -> bool:
-    """Whether a node is not a leaf but reads one; a reentrant checkpoint may."""
-    return not is_leaf(node) and (hides_leaves(node) or any(is_leaf(below) for below, _ in _below(node)))
+    """Whether a node is not a leaf but reads one. A reentrant checkpoint counts: its layers may."""
+    return not is_leaf(node) and (is_reentrant_checkpoint(node) or any(is_leaf(below) for below, _ in _below(node)))
 
 
-def hides_leaves(node: Node) -> bool:
+def is_reentrant_checkpoint(node: Node) -> bool:
     """Whether a node is a reentrant checkpoint, whose layers are not in the graph."""
     return node.name() == "CheckpointFunctionBackward"
 
 
 def variable_of(node: Node) -> Tensor | None:
-    """The leaf whose gradient a node accumulates; None for all other nodes."""
+    """Return the leaf whose gradient a node accumulates, or None for any other node."""
     return cast(Any, node).variable if node.name().startswith("torch::autograd::AccumulateGrad") else None
 
 
-def number_of(node: Node) -> int:
-    """A node's number in order of creation; parameters have the maximum."""
+def sequence_number(node: Node) -> int:
+    """Return autograd's sequence number of a node, in order of creation. Parameters have the maximum."""
     return cast(Any, node)._sequence_nr()
 
 
-def nearest_name(node: Node | None, names: Mapping[Node, str], came_from: Mapping[Node, Node | None]) -> str | None:
-    """The module whose output is at this node, or the first one above on the path of the walk."""
+def nearest_name(node: Node | None, names: Mapping[Node, str], parents: Mapping[Node, Node | None]) -> str | None:
+    """Return the module whose output is at this node, or the first one above it on the path of the walk."""
     while node is not None and node not in names:
-        node = came_from.get(node)
+        node = parents.get(node)
     return None if node is None else names[node]
 
 
 def nearest_name_below(node: Node, names: Mapping[Node, str]) -> str | None:
-    """The module whose output is at this node, or the first one below, breadth first."""
+    """Return the module whose output is at this node, or the first one below it, breadth first."""
     queue, seen = [node], {node}
     for current in queue:
         if current in names:
@@ -110,18 +111,18 @@ def nearest_name_below(node: Node, names: Mapping[Node, str]) -> str | None:
     return None
 
 
-def _slot(node: Node, output: int) -> int:
-    """The index of the junction's tensor at an output; 0 for other nodes."""
+def _tensor_index(node: Node, output_nr: int) -> int:
+    """Return the index of the junction's tensor at an output; 0 for other nodes."""
     junction = getattr(node, "junction", None)
-    return 0 if junction is None else output % len(junction.sources)
+    return 0 if junction is None else output_nr % len(junction.sources)
 
 
-def _below(node: Node, output: int | None = None) -> Iterator[tuple[Node, int]]:
-    """The edges below a node, or below one output of a junction."""
+def _below(node: Node, output_nr: int | None = None) -> Iterator[tuple[Node, int]]:
+    """Return the edges below a node, or below one output of a junction."""
     edges = node.next_functions
-    if output is not None and hasattr(node, "junction"):
-        edges = (edges[_slot(node, output)],)
-    return ((below, number) for below, number in edges if below is not None)
+    if output_nr is not None and hasattr(node, "junction"):
+        edges = (edges[_tensor_index(node, output_nr)],)
+    return ((below, output_nr) for below, output_nr in edges if below is not None)
 
 
 def _is_weight_layer(node: Node) -> bool:

@@ -1,13 +1,13 @@
 """Hooks on the plan's modules, registered only while a forward pass runs (decision 001).
 
 Note [Skipped modules]
-Layer drop skips modules of an `nn.ModuleList` at random. If the module of a boundary is skipped, while earlier modules
-of the list have run in their order,
-1. a window that ends there ends at the input of the next module of the list that runs: at all of its inputs in place of
-   the skipped module's input, at the first one in place of the skipped module's output;
-2. if no later module of the list runs, it ends at the output of the module that owns the list, and this loss does not
-   train the layers in between in this pass. End windows at modules that others of the list follow;
-3. a head that reads the skipped module's output does not run, and the forward pass has no output for it.
+Layer drop skips modules of an `nn.ModuleList` at random. If the module of a boundary is skipped, and earlier modules of
+the list have run in order:
+1. A window that ends there ends at the input of the next module of the list that runs. All inputs of that module
+   replace the skipped module's input; its first input replaces the skipped module's output.
+2. If no later module of the list runs, the window ends at the output of the module that owns the list, and the loss
+   does not train the layers in between in this pass. To avoid this, do not end windows at the last module of a list.
+3. A head that reads the skipped module's output does not run, and the relay's output does not include it.
 """
 
 import difflib
@@ -26,8 +26,8 @@ from relaybackprop.errors import CompiledOverlapError, ModuleNameError, Transfor
 from relaybackprop.plan import Boundary, Plan
 
 
-class Crosser(Protocol):
-    """The interface of an engine to the hooks."""
+class Engine(Protocol):
+    """The interface that the hooks require of an engine."""
 
     calls: Calls
 
@@ -40,68 +40,71 @@ class Crosser(Protocol):
 
 
 @contextmanager
-def boundaries(model: nn.Module, plan: Plan, engine: Crosser) -> Generator[None]:
-    """Make calls of the plan's modules cross its boundaries inside this context."""
+def boundary_hooks(model: nn.Module, plan: Plan, engine: Engine) -> Generator[None]:
+    """Register hooks that pass the values at the plan's boundaries to the engine, and remove them on exit."""
     with ExitStack() as stack:
-        for container, inside in _lists(model, plan).items():
-            _attach_list(stack, model, container, inside, engine)
+        for container, in_list in _boundaries_by_list(model, plan).items():
+            _attach_list(stack, model, container, in_list, engine)
         for boundary in plan.boundaries:
             crossing = partial(_cross, engine, boundary)
             attach(stack, find_module(model, boundary.module), boundary.side, crossing)
         yield
 
 
-def _cross(engine: Crosser, boundary: Boundary, value: Any) -> Any:
-    refuse_transforms(f"the {boundary}")
+def _cross(engine: Engine, boundary: Boundary, value: Any) -> Any:
+    check_no_transforms(f"the {boundary}")
     return engine.cross(boundary, boundary, value) if engine.calls.is_active() else value
 
 
-def _lists(model: nn.Module, plan: Plan) -> dict[str, list[Boundary]]:
-    """The boundaries in each module list, by its name."""
-    found: dict[str, list[Boundary]] = {}
+def _boundaries_by_list(model: nn.Module, plan: Plan) -> dict[str, list[Boundary]]:
+    """Return the boundaries at the modules of each `nn.ModuleList`, by the name of the list."""
+    by_list: dict[str, list[Boundary]] = {}
     for boundary in plan.boundaries:
         container, _, leaf = boundary.module.rpartition(".")
         if leaf.isdecimal() and isinstance(model.get_submodule(container), nn.ModuleList):
-            found.setdefault(container, []).append(boundary)
-    return found
+            by_list.setdefault(container, []).append(boundary)
+    return by_list
 
 
-def _attach_list(stack: ExitStack, model: nn.Module, container: str, wanted: list[Boundary], engine: Crosser) -> None:
-    """Cross boundaries late if their modules are skipped: Note [Skipped modules]."""
+def _attach_list(
+    stack: ExitStack, model: nn.Module, container: str, list_boundaries: list[Boundary], engine: Engine
+) -> None:
+    """Register hooks that cross the boundaries of skipped modules later: Note [Skipped modules]."""
     ran: list[int] = []  # indices of the list's modules, in the order they ran
-    number_of = {boundary: int(boundary.module.rpartition(".")[2]) for boundary in wanted}
-    upwards = sorted(wanted, key=lambda boundary: (number_of[boundary], boundary.side))  # "input" before "output"
+    index_of = {boundary: int(boundary.module.rpartition(".")[2]) for boundary in list_boundaries}
+    by_height = sorted(list_boundaries, key=lambda b: (index_of[b], b.side))  # sorts "input" before "output"
 
-    def pass_by(number: int | None, place: Boundary, value: Any) -> Any:
+    def cross_skipped(next_index: int | None, place: Boundary, value: Any) -> Any:
         if not engine.calls.is_active():
             return value
+        # In a list whose modules run out of order, a module that did not run yet may still run.
         in_order = bool(ran) and ran == sorted(ran)
-        for boundary in upwards:
-            own = number_of[boundary]
-            if in_order and own not in ran and ran[-1] < own and (number is None or number > own):
+        for boundary in by_height:
+            index = index_of[boundary]
+            if in_order and index not in ran and ran[-1] < index and (next_index is None or next_index > index):
                 value = _cross_late(engine, boundary, place, value)
-        if number is not None:
-            ran.append(number)
+        if next_index is not None:
+            ran.append(next_index)
         return value
 
     owner = container.rpartition(".")[0]
-    for name, module in model.get_submodule(container).named_children():  # a shared module once, by its first name
+    for name, module in model.get_submodule(container).named_children():  # once, if shared
         if name.isdecimal():
-            attach(stack, module, "input", partial(pass_by, int(name), Boundary("input", f"{container}.{name}")))
-    attach(stack, model.get_submodule(owner), "output", partial(pass_by, None, Boundary("output", owner)))
+            attach(stack, module, "input", partial(cross_skipped, int(name), Boundary("input", f"{container}.{name}")))
+    attach(stack, model.get_submodule(owner), "output", partial(cross_skipped, None, Boundary("output", owner)))
 
 
-def _cross_late(engine: Crosser, boundary: Boundary, place: Boundary, value: Any) -> Any:
-    """Cross at the inputs of the next module: all of them, or the first in place of a skipped module's output."""
+def _cross_late(engine: Engine, boundary: Boundary, place: Boundary, value: Any) -> Any:
+    """Cross a boundary at the inputs of the next module: all of them, or the first for a skipped module's output."""
     if boundary.side == "input" or place.side == "output" or not value[0]:
         return engine.cross(boundary, place, value)
-    (first, *others), named = value
-    return (engine.cross(boundary, place, first), *others), named
+    (first, *others), kwargs = value
+    return (engine.cross(boundary, place, first), *others), kwargs
 
 
 @contextmanager
 def node_names(model: nn.Module, enabled: bool) -> Generator[dict[Node, str]]:
-    """Record the innermost module that makes each node of the graph, for error messages."""
+    """Record the innermost module that creates each node of the graph, for error messages."""
     names: dict[Node, str] = {}
     with ExitStack() as stack:
         for name, module in _eager_modules(model, "") if enabled else ():
@@ -116,43 +119,44 @@ def node_names(model: nn.Module, enabled: bool) -> Generator[dict[Node, str]]:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the submodule of this name.
+    """Return a submodule by name.
 
     Raises:
-        ModuleNameError: the model does not have it; the message lists the nearest names.
-        CompiledOverlapError: it is inside a compiled module.
-        TransformError: it is compiled by torch.jit.
+        ModuleNameError: the model does not have it. The message lists the nearest names.
+        CompiledOverlapError: the submodule is inside a compiled module.
+        TransformError: the submodule is compiled by torch.jit.
     """
     module = model
     for depth, part in enumerate(name.split(".")):
         if _is_compiled(module):
             raise CompiledOverlapError(
-                f"the boundary {name!r} outside compiled code",
-                f"{'.'.join(name.split('.')[:depth]) or 'the whole model'!r} compiled as one",
+                f"the boundary {name!r} is inside {'.'.join(name.split('.')[:depth]) or 'the whole model'!r}, which is "
+                "compiled as one",
+                "boundaries must be outside compiled code, so that gradients can split and join there",
                 "Compile modules outside overlaps, one by one.",
             )
         child = getattr(module, part, None)
         if not isinstance(child, nn.Module):
             modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
             names = [other for other, _ in modules if other]
-            near = difflib.get_close_matches(name, names, cutoff=0.4)
+            matches = difflib.get_close_matches(name, names, cutoff=0.4)
             raise ModuleNameError(
-                "the name of a module of the model",
-                f"{name!r}, which {type(model).__name__} does not have",
-                f"Nearest: {', '.join(near)}." if near else "print(model) shows the names.",
+                f"{type(model).__name__} has no module {name!r}",
+                "a plan must use names that model.named_modules() lists",
+                f"Nearest: {', '.join(matches)}." if matches else "print(model) shows the names.",
             )
         module = child
     if isinstance(module, torch.jit.ScriptModule):
         raise TransformError(
-            f"{name!r}, a boundary of the plan, as an ordinary nn.Module",
-            "a torch.jit.ScriptModule, whose calls run no hooks",
+            f"{name!r}, a boundary of the plan, is a torch.jit.ScriptModule",
+            "a boundary must be an ordinary nn.Module, since calls of script modules run no hooks",
             "Train the original module and script relay.model afterwards.",
         )
     return module
 
 
 def attach(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[Any], Any]) -> None:
-    """Pass a module's inputs, as (args, kwargs), or outputs through a function until the stack is closed."""
+    """Pass a module's inputs, as (args, kwargs), or its output through a function until the stack is closed."""
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         return crossing((args, kwargs))
@@ -161,7 +165,8 @@ def attach(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
         return crossing(output)
 
     compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is not None:  # module.compile() would trace a hook into the compiled code, so wrap the call
+    if compiled is not None:
+        # module.compile() would trace a hook into the compiled code, so wrap the compiled call instead.
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if side == "output":
@@ -177,14 +182,14 @@ def attach(stack: ExitStack, module: nn.Module, side: str, crossing: Callable[[A
         stack.callback(module.register_forward_hook(after).remove)
 
 
-def refuse_transforms(place: str) -> None:
+def check_no_transforms(place: str) -> None:
     """Raise `CompiledOverlapError` or `TransformError` if a compiler or a torch.func transform traces `place`."""
 
     def refuse() -> None:
         raise CompiledOverlapError(
-            f"{place} to run eagerly, so that gradients can split and join there",
-            "a compiler that traces through it",
-            "Compile modules outside overlaps, one by one; export relay.eval() or relay.model.",
+            f"a compiler traces through {place}",
+            "it must run eagerly, so that gradients can split and join",
+            "Compile modules outside overlaps, one by one; to export, use relay.eval() or relay.model.",
         )
 
     # An exception in traced code would only make the compiler fall back to eager code.
@@ -192,19 +197,19 @@ def refuse_transforms(place: str) -> None:
         torch.compiler.disable(refuse)()  # pyright: ignore
     if torch._C._are_functorch_transforms_active():  # pyright: ignore
         raise TransformError(
-            f"{place} outside torch.func transforms",
-            "a transform such as torch.func.grad or vmap, which cannot split gradients",
+            f"{place} runs inside a torch.func transform, such as grad or vmap",
+            "transforms cannot split gradients at the boundaries of windows",
             "Call backward() on the loss, or transform relay.model.",
         )
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether the module was compiled, by module.compile() or torch.compile(module)."""
+    """Whether a module was compiled, by module.compile() or torch.compile(module)."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "dynamo_ctx")
 
 
 def _eager_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """A module and its submodules by name, except compiled ones, where hooks would change the compiled code."""
+    """Yield a module and its submodules by name, except compiled ones, whose code a hook would change."""
     if _is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
         return
     yield name, module

@@ -1,25 +1,26 @@
-"""Junctions: the autograd nodes at window boundaries, where gradients split and join by the method's equation.
+"""Junctions: autograd nodes at window boundaries that split and join gradients by the method's equation.
 
 For every parameter theta (paper, section 4):
 
     grad(theta) = sum over the losses l whose window contains theta of  weight_l * d loss_l / d theta
 
-A *junction* is an identity in the forward pass, wherever a head attaches or a window ends: it returns its input once
-for the layers above and once for each head. In the backward pass it receives the gradients of all of these.
+A *junction* is the identity in the forward pass, inserted wherever a head attaches or a window ends. It returns its
+input once for the layers above and once for each head. In the backward pass it receives the gradients of all these
+outputs.
 
 Note [Lanes]
-1. The ordinary autograd pass carries the sum of all losses that are active in a segment. That sum is correct for every
-   parameter of the segment, so each weight gradient is computed once and each `AccumulateGrad` node fires once.
-2. Where a window ends, the sum must lose the ended losses. A sum cannot be split afterwards, so the sum of the other
+1. The ordinary autograd pass propagates the sum of all losses that are active in a segment. That sum is correct for
+   every parameter of the segment, so each weight gradient is computed once and each `AccumulateGrad` node fires once.
+2. Where a window ends, the ended losses must leave the sum. A sum cannot be split afterwards, so the sum of the other
    losses is computed separately in a *lane*: a nested `torch.autograd.grad` from junction to junction, which computes
    input gradients only.
-3. A lane is named by its set of losses: it is the sum of the gradients of exactly these losses at this boundary. A
-   junction where windows end drops the ordinary sum, and returns the lane of the losses that do not end there.
+3. A lane is identified by its set of losses: it is the sum of the gradients of exactly these losses at this boundary.
+   A junction where windows end drops the ordinary sum, and returns the lane of the losses that do not end there.
 4. A segment with G distinct sums (the ordinary pass and its lanes) costs one weight-gradient pass and G input-gradient
    passes, W + G*D. Outside overlaps G is 1 and nothing is computed twice.
-5. Lanes hop from a junction to the next ones below, where losses that start there join them. If a path bypasses a
-   junction (a head inside a residual branch), one hop has several targets, one above another. The upper one then
-   returns None when the hop runs through it, because its gradient has already been delivered.
+5. A lane propagates in hops, each from a junction to the next ones below, where losses that start there join the sum.
+   If a path bypasses a junction (a head inside a residual branch), one hop has several targets, one above another. The
+   upper target returns None when the hop runs through it, because its gradient has already been delivered.
 6. A junction refers to nodes below it in the graph, never to itself or above. Otherwise a forward pass without a
    backward pass would be a reference cycle through C++, which Python's garbage collector cannot free.
 """
@@ -42,10 +43,10 @@ Gradients = list[Tensor | None]
 
 @dataclass(eq=False)
 class Lanes:
-    """Delivered lanes of one forward pass that have not yet been used. Shared by its junctions."""
+    """Lanes of one forward pass that were delivered and are not used yet. Its junctions share this object."""
 
     delivered: dict[tuple[int, Losses], Gradients] = field(default_factory=dict[tuple[int, Losses], Gradients])
-    hopping: bool = False
+    is_hopping: bool = False
     backward_id: int = -1
 
     def begin(self, backward_id: int) -> None:
@@ -56,13 +57,13 @@ class Lanes:
 
     def deliver(self, index: int, losses: Losses, gradients: Gradients) -> None:
         """Add to the lane of `losses` at junction number `index`."""
-        arrived = self.delivered.get((index, losses))
-        self.delivered[index, losses] = gradients if arrived is None else add(arrived, gradients)
+        existing = self.delivered.get((index, losses))
+        self.delivered[index, losses] = gradients if existing is None else add(existing, gradients)
 
 
 @dataclass(eq=False, frozen=True)
 class Hop:
-    """One lane from a junction to the next ones below, with (junction index, lane's losses there) of each target."""
+    """One lane from a junction to the next ones below. Each target is a junction index and the lane's losses there."""
 
     losses: Losses
     targets: tuple[tuple[int, Losses], ...]
@@ -73,13 +74,13 @@ class Route:
     """The backward routing of one junction; see `relaybackprop.engine.routes`.
 
     Args:
-        arriving: the losses whose gradients arrive from above.
-        onward: the losses whose gradients propagate below.
-        hops: the lanes to send ahead of the ordinary pass.
+        incoming: losses whose gradients arrive from above.
+        outgoing: losses whose gradients propagate to the layers below.
+        hops: lanes to propagate before the ordinary pass.
     """
 
-    arriving: Losses
-    onward: Losses
+    incoming: Losses
+    outgoing: Losses
     hops: tuple[Hop, ...]
 
 
@@ -89,11 +90,11 @@ class Junction:
 
     Args:
         boundary: its name in error messages.
-        index: number of the junction, counted from the lowest.
+        index: position of the junction, counted from the lowest, 0.
         heads: names of the losses whose heads attach here.
         ending: names of the losses whose windows end here.
-        lanes: shared by the junctions of the forward pass.
-        sources: edges of the boundary's tensors.
+        lanes: lanes of the forward pass, shared by its junctions.
+        sources: gradient edges of the boundary's tensors.
     """
 
     boundary: str
@@ -102,48 +103,54 @@ class Junction:
     ending: Losses
     lanes: Lanes
     sources: list[GradientEdge]
-    # Set at the end of the forward pass. Without a route (it raised, or calls backward itself) a junction returns the
-    # sum of all gradients.
+    # Set at the end of the forward pass. A junction without a route returns the sum of all gradients: the forward pass
+    # raised an error, or called backward itself.
     in_place: bool = False
     route: Route | None = None
     below: dict[int, list[GradientEdge]] = field(default_factory=dict[int, list[GradientEdge]])
 
-    def pass_down(self, gradients: Gradients) -> Gradients:
-        """Send the lanes, and return the gradients to propagate below, from those of the trunk and of each head."""
-        width = len(self.sources)
+    def propagate(self, gradients: Gradients) -> Gradients:
+        """Send the lanes, and return the gradients for the layers below.
+
+        Args:
+            gradients: gradients of the trunk's tensors, then those of each head's tensors.
+        """
+        num_tensors = len(self.sources)
         backward_id = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
-        # Note [Lanes] 5. A junction on another device may be in the ordinary pass at the same time.
-        if self.lanes.hopping and backward_id != self.lanes.backward_id:
-            return [None] * width
-        groups = [gradients[start : start + width] for start in range(0, len(gradients), width)]
-        arrived, heads = groups[0], dict(zip(self.heads, groups[1:], strict=True))
+        # A hop runs through this junction, which is already a target of it (Note [Lanes] 5). Compare the pass as well:
+        # autograd has one thread per device, and a junction on another device may be in the ordinary pass now.
+        if self.lanes.is_hopping and backward_id != self.lanes.backward_id:
+            return [None] * num_tensors
+        groups = [gradients[start : start + num_tensors] for start in range(0, len(gradients), num_tensors)]
+        from_above, head_gradients = groups[0], dict(zip(self.heads, groups[1:], strict=True))
         if self.route is None:
-            return add(arrived, *heads.values())
+            return add(from_above, *head_gradients.values())
         self.lanes.begin(backward_id)
+        # Lanes first: the ordinary pass frees the saved tensors that they need.
         for hop in self.route.hops:
-            self._send(hop, self._sum_of(hop.losses, arrived, heads))
-        onward = self._sum_of(self.route.onward, arrived, heads)
+            self._send(hop, self._sum_of(hop.losses, from_above, head_gradients))
+        outgoing = self._sum_of(self.route.outgoing, from_above, head_gradients)
         for key in [key for key in self.lanes.delivered if key[0] == self.index]:
             del self.lanes.delivered[key]
-        return onward
+        return outgoing
 
-    def _sum_of(self, losses: Losses, arrived: Gradients, heads: dict[str, Gradients]) -> Gradients:
-        """The gradient of exactly these losses at this boundary."""
+    def _sum_of(self, losses: Losses, from_above: Gradients, head_gradients: dict[str, Gradients]) -> Gradients:
+        """Return the gradient of exactly these losses at this boundary."""
         assert self.route is not None
-        from_above = losses & self.route.arriving
-        own = [gradients for name, gradients in heads.items() if name in losses]
-        if from_above == self.route.arriving:
-            return add(arrived, *own)
-        lane = self.lanes.delivered.get((self.index, from_above))
-        return add([None] * len(arrived) if lane is None else lane, *own)
+        losses_above = losses & self.route.incoming
+        from_heads = [gradients for name, gradients in head_gradients.items() if name in losses]
+        if losses_above == self.route.incoming:  # the ordinary pass has this sum, so there is no lane for it
+            return add(from_above, *from_heads)
+        lane = self.lanes.delivered.get((self.index, losses_above))
+        return add([None] * len(from_above) if lane is None else lane, *from_heads)
 
     def _send(self, hop: Hop, gradients: Gradients) -> None:
-        """Propagate one lane to the next junctions below by a nested pass, computing input gradients only."""
+        """Propagate one lane to the next junctions below in a nested pass that computes input gradients only."""
         sent = [(edge, g) for edge, g in zip(self.sources, gradients, strict=True) if g is not None]
         if not sent:
             return
         edges = [edge for target, _ in hop.targets for edge in self.below[target]]
-        self.lanes.hopping = True
+        self.lanes.is_hopping = True
         try:
             received = torch.autograd.grad(
                 outputs=[edge for edge, _ in sent],
@@ -153,16 +160,16 @@ class Junction:
                 allow_unused=True,
             )
         finally:
-            self.lanes.hopping = False
-        rest = list[Tensor | None](received)
+            self.lanes.is_hopping = False
+        remaining = list[Tensor | None](received)
         for target, losses in hop.targets:
-            width = len(self.below[target])
-            self.lanes.deliver(target, losses, rest[:width])
-            rest = rest[width:]
+            num_tensors = len(self.below[target])
+            self.lanes.deliver(target, losses, remaining[:num_tensors])
+            remaining = remaining[num_tensors:]
 
 
 class _Cross(torch.autograd.Function):
-    """Identity in the forward pass; `Junction.pass_down` in the backward pass."""
+    """The identity in the forward pass, and `Junction.propagate` in the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, junction: Junction, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -178,36 +185,36 @@ class _Cross(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         if torch.is_grad_enabled():
             raise DoubleBackwardError(
-                "a backward pass with create_graph=False",
-                "create_graph=True, or autograd.grad inside a graph that is being recorded",
-                "Higher derivatives through relay windows are not defined; use relay.model for them.",
+                "a backward pass through a relay graph records a graph itself (create_graph=True)",
+                "higher derivatives through relay windows are not defined",
+                "Set create_graph=False, or use relay.model for higher derivatives.",
             )
         junction = cast(Any, ctx).junction
         assert isinstance(junction, Junction)
-        return None, *junction.pass_down(list(gradients))
+        return None, *junction.propagate(list(gradients))
 
 
 def cross(junction: Junction, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Put a junction across tensors that require gradients.
+    """Insert a junction at tensors that require gradients.
 
     Args:
-        junction: a new one, whose sources are the tensors' edges.
+        junction: a new junction whose sources are the tensors' edges.
         tensors: all tensors of the boundary.
 
     Returns:
-        The trunk's tensors, and copies for each head; same shapes and values as `tensors`.
+        The trunk's tensors, and copies for each head, with the shapes and values of `tensors`.
     """
     crossed: tuple[Tensor, ...] = _Cross.apply(junction, *tensors)  # pyright: ignore
-    width = len(tensors)
-    groups = [list(crossed[start : start + width]) for start in range(0, len(crossed), width)]
+    num_tensors = len(tensors)
+    groups = [list(crossed[start : start + num_tensors]) for start in range(0, len(crossed), num_tensors)]
     return groups[0], groups[1:]
 
 
 def add(*terms: Gradients) -> Gradients:
-    """The sum of gradients, tensor by tensor; None counts as zero. Never in place: autograd owns the terms."""
+    """Return the sum of gradients, tensor by tensor; None counts as zero. Not in place: autograd owns the terms."""
     total = list(terms[0])
     for term in terms[1:]:
         for position, gradient in enumerate(term):
-            held = total[position]
-            total[position] = gradient if held is None else held if gradient is None else held + gradient
+            current = total[position]
+            total[position] = gradient if current is None else current if gradient is None else current + gradient
     return total

@@ -1,6 +1,6 @@
 """Routing: derive each junction's backward route from the graph of one forward pass.
 
-This is where a path around the end of a window, and compiled code in an overlap, are detected.
+This module also detects paths that bypass the end of a window, and compiled code in an overlap.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from relaybackprop.engine import graph
 from relaybackprop.engine.junction import Hop, Junction, Losses, Route
-from relaybackprop.engine.memory import shared_memory_error
+from relaybackprop.engine.memory import in_place_error
 from relaybackprop.errors import CompiledOverlapError, LeakError
 
 
@@ -20,9 +20,9 @@ class LossPath:
     """The path of one loss through the recorded graph.
 
     Args:
-        items: edges under each tensor of the loss's output, by the tensor's keys.
-        start: the junction where its head attaches; None for the primary loss, or where nothing needs a gradient.
-        top: edges at the top of its window, under its head.
+        items: gradient edges of each tensor of the loss's output, by the tensor's keys.
+        start: the junction where its head attaches; None for the primary loss, or if nothing there needs a gradient.
+        top: gradient edges at the top of its window, below its head.
         ends: the junctions where its window ends; empty if it reaches the first layer.
     """
 
@@ -33,26 +33,26 @@ class LossPath:
 
     @property
     def outputs(self) -> list[GradientEdge]:
-        """Edges under the loss's output."""
+        """The gradient edges of the loss's output."""
         return [edge for edges in self.items.values() for edge in edges]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The routes of all junctions, from the lowest up, and the depth of each loss's window in weight layers."""
+    """The routes of all junctions, the lowest first, and the depth of each loss's window in weight layers."""
 
     routes: tuple[Route, ...]
     depths: Mapping[str, int]
 
     def apply(self, junctions: Sequence[Junction], edges: Sequence[list[GradientEdge]]) -> None:
-        """Assign their routes to the junctions of one forward pass.
+        """Assign the routes to the junctions of one forward pass.
 
         Args:
-            junctions: from the lowest up.
-            edges: the edges above each of them, where lanes end.
+            junctions: the junctions, the lowest first.
+            edges: the gradient edges above each junction, where lanes end.
 
         Raises:
-            CompiledOverlapError: a lane would have to run through compiled code.
+            CompiledOverlapError: a lane would run through compiled code.
         """
         for junction, route in zip(junctions, self.routes, strict=True):
             targets = {target for hop in route.hops for target, _ in hop.targets}
@@ -66,15 +66,15 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
     """Derive each junction's route from the graph of one forward pass.
 
     Args:
-        junctions: all of the pass, from the lowest up.
-        paths: by loss.
-        names: by node, the module that made it, for error messages.
+        junctions: all junctions of the pass, the lowest first.
+        paths: the path of each loss.
+        names: the module that created each node, for error messages.
 
     Raises:
-        LeakError: a path leads around the end of a window, or a head reads more than its boundary.
-        BoundaryError: a boundary's value is changed in place and read around the junction.
+        LeakError: a path bypasses the end of a window, or a head reads more than its boundary.
+        BoundaryError: a boundary's value is modified in place and also read on a path around the junction.
     """
-    arriving = [set[str]() for _ in junctions]
+    incoming = [set[str]() for _ in junctions]
     depths: dict[str, int] = {}
     reached: dict[Node, None] = {}
     for loss, path in paths.items():
@@ -82,32 +82,32 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
         def arrive(node: Node, output: int, loss: str = loss) -> bool:
             junction = junction_at(node, output)
             if junction is not None:
-                arriving[junction.index].add(loss)
+                incoming[junction.index].add(loss)
             return junction is None or loss not in junction.ending
 
-        came_from = graph.walk(path.outputs, arrive)
-        reached |= dict.fromkeys(came_from)
+        parents = graph.walk(path.outputs, arrive)
+        reached |= dict.fromkeys(parents)
         if path.start is not None:
             _check_head(loss, path.outputs, path.start)
         if path.ends:
-            _check_leak(loss, path, came_from, names)
-        depths[loss] = graph.longest_path(path.top, inside(loss))
+            _check_leak(loss, path, parents, names)
+        depths[loss] = graph.longest_path(path.top, within_window(loss))
     for junction in junctions:
         if junction.in_place:
             _check_in_place(junction, reached)
-    return Schedule(tuple(_routes(junctions, arriving)), depths)
+    return Schedule(tuple(_routes(junctions, incoming)), depths)
 
 
 def _check_in_place(junction: Junction, reached: Mapping[Node, None]) -> None:
-    """Raise if a node bypasses the junction and reads its source, which the trunk modifies in place."""
+    """Raise if another node than the junction reads its source, which the trunk modifies in place."""
     sources = {(edge.node, edge.output_nr) for edge in junction.sources}
     for node in reached:
         if getattr(node, "junction", None) is not junction and not sources.isdisjoint(node.next_functions):
-            raise shared_memory_error(junction.boundary)
+            raise in_place_error(junction.boundary)
 
 
-def inside(loss: str) -> graph.Follow:
-    """A `Follow` that stops at the ends of a loss's window."""
+def within_window(loss: str) -> graph.Follow:
+    """Return a `Follow` that stops at the ends of a loss's window."""
 
     def follow(node: Node, output: int) -> bool:
         junction = junction_at(node, output)
@@ -116,39 +116,40 @@ def inside(loss: str) -> graph.Follow:
     return follow
 
 
-def _routes(junctions: Sequence[Junction], arriving: Sequence[set[str]]) -> Iterator[Route]:
-    """Note [Lanes] in `relaybackprop.engine.junction`, from the lowest junction up."""
-    needed: list[set[Losses]] = []  # by junction, the lanes to deliver to it
+def _routes(junctions: Sequence[Junction], incoming: Sequence[set[str]]) -> Iterator[Route]:
+    """Yield the route of each junction, the lowest first: Note [Lanes] in `relaybackprop.engine.junction`."""
+    needed: list[set[Losses]] = []  # for each junction, the lanes to deliver to it
     for junction in junctions:
-        above = frozenset(arriving[junction.index])
-        staying = frozenset(loss for loss in above if loss not in junction.ending)
-        onward = staying.union(junction.heads)
+        above = frozenset(incoming[junction.index])
+        continuing = frozenset(loss for loss in above if loss not in junction.ending)
+        outgoing = continuing.union(junction.heads)
+        # This junction sends the lanes that the next junctions below need, one hop for each distinct sum.
         targets: dict[Losses, list[tuple[int, Losses]]] = {}
         for lower in sorted(_next_below(junction)):
             for lane in needed[lower]:
-                if lane & onward:
-                    targets.setdefault(lane & onward, []).append((lower, lane))
-        # The sum of all losses that arrive needs no lane: the ordinary pass carries it.
-        needed.append({staying, *(losses & above for losses in targets)} - {frozenset(), above})
-        yield Route(above, onward, tuple(Hop(losses, tuple(to)) for losses, to in targets.items()))
+                if lane & outgoing:
+                    targets.setdefault(lane & outgoing, []).append((lower, lane))
+        # It needs as lanes what it returns and sends, except the sum of all incoming losses: that is the ordinary pass.
+        needed.append({continuing, *(losses & above for losses in targets)} - {frozenset(), above})
+        yield Route(above, outgoing, tuple(Hop(losses, tuple(to)) for losses, to in targets.items()))
 
 
 def _next_below(junction: Junction) -> set[int]:
-    """The first junctions on the paths below this one."""
-    met: set[int] = set()
+    """Return the indices of the first junctions on the paths below this one."""
+    reached_below: set[int] = set()
 
     def follow(node: Node, output: int) -> bool:
         lower = junction_at(node, output)
         if lower is not None:
-            met.add(lower.index)
+            reached_below.add(lower.index)
         return lower is None
 
     graph.walk(junction.sources, follow)
-    return met
+    return reached_below
 
 
 def junction_at(node: Node, output: int) -> Junction | None:
-    """The junction at this node, if the walk enters it from the trunk rather than from a head."""
+    """Return the junction at this node if the walk enters it from the trunk, or None (from a head, or no junction)."""
     junction = getattr(node, "junction", None)
     return junction if isinstance(junction, Junction) and output < len(junction.sources) else None
 
@@ -157,39 +158,45 @@ def leak_error(
     loss: str,
     ends: str,
     node: Node,
-    came_from: Mapping[Node, Node | None],
+    parents: Mapping[Node, Node | None],
     names: Mapping[Node, str],
-    unread: Sequence[str] = (),
+    bypassing_items: Sequence[str] = (),
 ) -> LeakError:
-    """The error for a path from a loss around the ends of its window, to `node` below them.
+    """Build the error for a path of a loss that bypasses the ends of its window.
 
-    `came_from` is the result of the walk that found it. `unread` names the items of the model's output whose paths lead
-    around, if those of other items do not.
+    Args:
+        loss: name of the loss.
+        ends: description of the ends.
+        node: the node below the ends that the path reaches.
+        parents: result of the walk that found the path.
+        names: the module that created each node.
+        bypassing_items: items of the model's output whose paths bypass the ends, if those of other items do not.
     """
     lower = graph.nearest_name_below(node, names)
-    upper = graph.nearest_name(came_from[node], names, came_from) or f"the loss {loss!r}"
+    upper = graph.nearest_name(parents[node], names, parents) or f"the loss {loss!r}"
     remedy = (
-        "Let the window end where the two paths have joined or not yet split, such as the input or output of "
+        "End the window where the two paths have joined or not yet split, such as the input or output of "
         f"the whole block, or end it on both: after=(..., {lower or '...'!r})."
     )
-    if unread:
+    if bypassing_items:
         remedy = (
-            f"The path starts at {', '.join(unread)} of the model's output. If the primary loss does not read that, "
-            "name what it reads, for example Relay(..., output='logits') or output=lambda output: output[0]."
+            f"The path starts at {', '.join(bypassing_items)} of the model's output. If the primary loss does not read "
+            "that item, select what it reads, for example Relay(..., output='logits') or output=lambda output: "
+            "output[0]."
         )
     return LeakError(
-        f"every backward path of the loss {loss!r} to cross the end of its window, the {ends}",
-        f"a path around it: from {lower or node.name()} (below) to {upper} (above)",
+        f"a path from {lower or node.name()} (below) to {upper} (above) bypasses the end of the window of {loss!r}",
+        f"every backward path of the loss must cross that end, the {ends}",
         remedy,
     )
 
 
 def foreign_head_error(loss: str, start: str) -> LeakError:
-    """The error for a head that reads values of the model other than its boundary's."""
+    """Build the error for a head that reads values of the model other than its boundary's."""
     return LeakError(
-        f"the head {loss!r} to read the {start} and nothing else of the model",
-        "a head that also reads values from layers below, directly or inside an object of an unknown type",
-        "Let the module at the boundary return all inputs of the head, as tensors in tuples, mappings or dataclasses.",
+        f"the head {loss!r} also reads values from layers below, directly or inside an object of an unknown type",
+        f"a head must read the {start} and nothing else of the model",
+        "Return all inputs of the head from the module at the boundary, as tensors in tuples, mappings or dataclasses.",
     )
 
 
@@ -197,8 +204,9 @@ def check_eager(edges: Sequence[GradientEdge], follow: graph.Follow, place: str)
     """Raise `CompiledOverlapError` if a walk from `edges` finds compiled code; `place` describes the layers."""
     if any(node.name().startswith("CompiledFunction") for node in graph.walk(edges, follow)):
         raise CompiledOverlapError(
-            f"eager layers {place}, where windows overlap and gradients propagate more than once",
-            "compiled code, which may have freed or silently overwritten its buffers before the second gradient",
+            f"torch.compile is not supported {place}, where windows overlap",
+            "gradients propagate through these layers more than once, and compiled code may have freed or silently "
+            "overwritten its buffers by then",
             "Compile only layers outside the overlap, module by module.",
         )
 
@@ -207,24 +215,27 @@ def _between_junctions(node: Node, output: int) -> bool:
     return junction_at(node, output) is None
 
 
-def _check_leak(loss: str, path: LossPath, came_from: Mapping[Node, Node | None], names: Mapping[Node, str]) -> None:
-    below = graph.walk((edge for end in path.ends for edge in end.sources), graph.everywhere)
+def _check_leak(loss: str, path: LossPath, parents: Mapping[Node, Node | None], names: Mapping[Node, str]) -> None:
+    """Raise `LeakError` if a path of the loss reaches a layer below the ends of its window."""
+    below = graph.walk((edge for end in path.ends for edge in end.sources), graph.follow_all)
 
     def leaks(nodes: Iterable[Node]) -> Node | None:  # parameters may be shared, so look for their uses
         return next((node for node in nodes if node in below and graph.uses_leaf(node)), None)
 
-    node = leaks(came_from)
+    node = leaks(parents)
     if node is None:
         return
-    around = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, inside(loss))) is not None]
-    unread = ["".join(f"[{key!r}]" for key in keys) for keys in around] if len(around) < len(path.items) else []
+    # If only some items of the model's output leak, the primary loss may not read these at all: name them.
+    leaking = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, within_window(loss))) is not None]
+    all_leak = len(leaking) == len(path.items)
+    bypassing_items = [] if all_leak else ["".join(f"[{key!r}]" for key in keys) for keys in leaking]
     ends = " and the ".join(end.boundary for end in path.ends)
-    raise leak_error(loss, ends, node, came_from, names, unread)
+    raise leak_error(loss, ends, node, parents, names, bypassing_items)
 
 
 def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> None:
-    """Raise if a head reads values other than its boundary's: their gradients would bypass the lanes."""
+    """Raise `LeakError` if a head reads values other than its boundary's: their gradients would bypass the lanes."""
     head = graph.walk(outputs, lambda node, _output: getattr(node, "junction", None) is not start)
-    below = graph.walk(start.sources, graph.everywhere)
+    below = graph.walk(start.sources, graph.follow_all)
     if any(node in below and not graph.is_leaf(node) for node in head):
         raise foreign_head_error(loss, start.boundary)

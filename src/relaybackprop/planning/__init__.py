@@ -1,1 +1,1 @@
-"""Planning before training: where to put windows and heads, and what they cost."""
+"""Planning before training: placement of windows and heads, and their cost."""

@@ -1,11 +1,11 @@
-"""Runs of a model on copies: meta copies where possible, otherwise copies with values.
+"""Runs of a model on copies: meta copies if possible, otherwise copies with values.
 
 Note [Values]
 1. Meta copies have shapes but no values. They take no memory and little time, so they are tried first.
 2. Some forward passes depend on values: `item()`, `if mask.all():`, a graph's number of nodes. They run on real copies
    with the example's values, on the device of each tensor, which takes the memory and the time of a real pass.
-3. Both count the same operations and the same saved bytes: attention is fused on the meta device as on a CPU, and
-   oneDNN is disabled on real values, since its fused recurrent layers hide their matrix products.
+3. Both count the same operations and the same saved bytes. Attention is fused on the meta device as on a CPU. oneDNN is
+   disabled on real values, since its fused recurrent layers hide their matrix products.
 """
 
 import copy
@@ -25,48 +25,48 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
 
 
-def on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callable[[list[Any], Arguments], T]) -> T:
+def run_on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callable[[list[Any], Arguments], T]) -> T:
     """Run a function on copies of modules and of an example (Note [Values]).
 
     Args:
-        modules: the modules to copy. Copies are in training mode, and share what the modules share.
+        modules: the modules to copy. Copies are in training mode, and share the tensors that the modules share.
         example_input: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        run: a function of the copies and the arguments. If it fails on meta copies, it is called again on values.
+        run: a function of the copies and the arguments. If it fails on meta copies, it is called again with values.
 
     Returns:
         The result of `run`.
 
     Raises:
-        PlanError: `run` raises another exception than a `RelayError`, also on values if there are any.
+        PlanError: `run` raises an exception other than `RelayError`, also with values if there are any.
         RelayError: an error raised by `run`.
     """
     try:
         with dry_run():
             return run(_copies(modules, _without_values), _arguments(example_input, _without_values))
     except PlanError:
-        owned = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        if any(tensor.is_meta for tensor in (*tensors_in(example_input), *owned)):
+        state = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        if any(tensor.is_meta for tensor in (*tensors_in(example_input), *state)):
             raise
-    gpus = {tensor.device.index for tensor in owned if tensor.device.type == "cuda"}
-    place = "training mode on the example, on the meta device or on its values"
-    with _recording(place, gpus), _without_onednn():
+    gpus = {tensor.device.index for tensor in state if tensor.device.type == "cuda"}
+    context = "training mode on the example, on the meta device or on its values"
+    with _recording(context, gpus), _without_onednn():
         return run(_copies(modules, _with_values), _arguments(example_input, _with_values))
 
 
 @contextmanager
 def dry_run() -> Generator[None]:
-    """Run models on the meta device, recording gradients and preserving random number generators.
+    """Run models on the meta device, with gradients recorded and random number generators preserved.
 
     Raises:
-        PlanError: the code inside raises another exception than a `RelayError`.
+        PlanError: the code inside raises an exception other than `RelayError`.
     """
-    place = "training mode on the meta device, on tensors that have shapes but no values"
-    with _recording(place), torch.device("meta"), _fused_attention():
+    context = "training mode on the meta device, on tensors that have shapes but no values"
+    with _recording(context), torch.device("meta"), _fused_attention():
         yield
 
 
 @contextmanager
-def _recording(place: str, gpus: Sequence[int] | set[int] = ()) -> Generator[None]:
+def _recording(context: str, gpus: Sequence[int] | set[int] = ()) -> Generator[None]:
     """Record gradients, preserve random number generators, and convert exceptions to a `PlanError`."""
     try:
         with (
@@ -79,8 +79,8 @@ def _recording(place: str, gpus: Sequence[int] | set[int] = ()) -> Generator[Non
         raise
     except Exception as error:
         raise PlanError(
-            f"a model that runs in {place}",
-            f"{type(error).__name__}: {' '.join([str(error), *getattr(error, '__notes__', ())])}",
+            f"the model raised {type(error).__name__} ({' '.join([str(error), *getattr(error, '__notes__', ())])})",
+            f"it must run in {context}",
             "Give an example input that fits the model. If the forward pass depends on values (item(), if tensor:), "
             "keep the model and the example off the meta device, or write the plan by hand; reach() works with any "
             "model.",
@@ -90,9 +90,9 @@ def _recording(place: str, gpus: Sequence[int] | set[int] = ()) -> Generator[Non
 def _copies(modules: Sequence[nn.Module], copy_of: Callable[[Tensor], Tensor]) -> list[nn.Module]:
     memo: dict[int, Any] = {}
     for module in modules:
-        for part in module.modules():
-            # Not only parameters and buffers: plain tensor attributes must be on the same device.
-            memo |= {id(tensor): copy_of(tensor) for tensor in tensors_in(vars(part)) if id(tensor) not in memo}
+        for submodule in module.modules():
+            # Plain tensor attributes too, not only parameters and buffers: they must be on the same device.
+            memo |= {id(tensor): copy_of(tensor) for tensor in tensors_in(vars(submodule)) if id(tensor) not in memo}
     return [copy.deepcopy(module, memo).train() for module in modules]
 
 
@@ -119,12 +119,12 @@ def _like(tensor: Tensor, data: Tensor) -> Tensor:
 @contextmanager
 def _without_onednn() -> Generator[None]:
     """Disable oneDNN (Note [Values] 3). `torch.backends.mkldnn.flags` would warn about missing GPUs."""
-    before = torch._C._get_mkldnn_enabled()  # pyright: ignore
+    was_enabled = torch._C._get_mkldnn_enabled()  # pyright: ignore
     torch._C._set_mkldnn_enabled(False)  # pyright: ignore
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(before)  # pyright: ignore
+        torch._C._set_mkldnn_enabled(was_enabled)  # pyright: ignore
 
 
 @contextmanager
@@ -140,16 +140,16 @@ def _fused_attention() -> Generator[None]:
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        **others: Any,
+        **options: Any,
     ) -> Tensor:
-        # The cases that the CPU's kernel supports.
-        is_plain = query.ndim == 4 and dropout_p == 0 and not any(others.values())
+        # Fuse the cases that the CPU kernel supports.
+        is_plain = query.ndim == 4 and dropout_p == 0 and not any(options.values())
         is_fixed = attn_mask is None or (attn_mask.ndim in (2, 4) and not attn_mask.requires_grad)
         if query.device.type != "meta" or not is_plain or not is_fixed:
-            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            shift = torch.zeros_like(attn_mask, dtype=query.dtype)
-            attn_mask = shift.masked_fill_(attn_mask.logical_not(), float("-inf"))
+            bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = bias.masked_fill_(attn_mask.logical_not(), float("-inf"))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -1,4 +1,4 @@
-"""The cost of a plan: floating-point operations and saved activations of a training step.
+"""The cost of a plan: floating-point operations, saved activations and peak memory of a training step.
 
 The step runs on a copy with the engine that also trains, on the meta device if possible (Note [Values] in
 `relaybackprop.planning.copies`), so the counts are those of a real step.
@@ -19,16 +19,16 @@ from relaybackprop.engine.pytree import map_tensors, replace_tensors, tensors_in
 from relaybackprop.errors import EarlyReleaseError, LeakError
 from relaybackprop.loss import RelayLoss, RelayOutput
 from relaybackprop.plan import Boundary, Plan
-from relaybackprop.planning.chain import StandIn, total
-from relaybackprop.planning.copies import Arguments, on_copies
-from relaybackprop.planning.profile import Ledger, Spent
+from relaybackprop.planning.chain import DummyHead, sum_elements
+from relaybackprop.planning.copies import Arguments, run_on_copies
+from relaybackprop.planning.profile import PartCost, Profiler
 from relaybackprop.relay import Relay
 
 STANDARD, MULTI_LOSS, ISOLATED, RELAY = "standard", "multi_loss", "isolated", "relay"
-EARLY_RELEASE = "early_release"  # the plan by `Relay.forward_backward`
+EARLY_RELEASE = "early_release"  # the plan with `Relay.forward_backward`
 LOWER_BOUND = "lower_bound"
 UNITS = ("", "k", "M", "G", "T", "P")
-NAME_WIDTH = 26  # so that the table fits into 120 columns
+NAME_WIDTH = 26  # characters, so that the table fits into 120 columns
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Part:
     """A part of the model between two boundaries of the plan, or a head.
 
     Args:
-        name: the boundary at its end, or the head's name.
-        parameters: elements of the trainable parameters that it uses. Shared ones count in the lowest part.
-        schemes: costs by scheme; zero if a scheme does not have the head.
-        lower_bound: the fewest floating-point operations that the plan can need here, forward and backward.
+        name: the boundary at the end of the part, or the head's name.
+        parameters: number of elements of the trainable parameters that it uses. Shared ones count in the lowest part.
+        schemes: cost by scheme; zero if a scheme does not have the head.
+        lower_bound: minimum number of floating-point operations that the plan requires here, forward and backward.
     """
 
     name: str
     parameters: int
-    schemes: Mapping[str, Spent]
+    schemes: Mapping[str, PartCost]
     lower_bound: int
 
 
@@ -53,37 +53,44 @@ class Cost:
     """The cost of a training step of a plan, and of other schemes with the same heads. `print` shows a table.
 
     Args:
-        parts: the model's parts, the lowest first, then the heads; parts without parameters and cost are left out.
-        peaks: peak memory of a step in bytes by scheme, without parameters, their gradients, buffers and the batch.
+        parts: the model's parts, the lowest first, then the heads. Parts without parameters and cost are left out.
+        peaks: peak memory of a step in bytes, by scheme, without parameters, their gradients, buffers and the batch.
+
+    Example:
+        ```python
+        result = cost(model, plan, images)
+        result.ratios["relay"]  # FLOPs relative to standard backpropagation
+        result.peaks["early_release"]  # bytes
+        ```
     """
 
     parts: tuple[Part, ...]
     peaks: Mapping[str, int]
 
     @property
-    def totals(self) -> dict[str, Spent]:
+    def totals(self) -> dict[str, PartCost]:
         """The cost of a step by scheme."""
-        return {name: sum((part.schemes[name] for part in self.parts), Spent()) for name in self.parts[0].schemes}
+        return {name: sum((part.schemes[name] for part in self.parts), PartCost()) for name in self.parts[0].schemes}
 
     @property
     def lower_bound(self) -> int:
-        """The fewest floating-point operations that a step of the plan can need."""
+        """The minimum number of floating-point operations that a step of the plan requires."""
         return sum(part.lower_bound for part in self.parts)
 
     @property
     def ratios(self) -> dict[str, float]:
         """Floating-point operations by scheme, and of the lower bound, relative to standard backpropagation."""
-        flops = {name: spent.flops for name, spent in self.totals.items()} | {LOWER_BOUND: self.lower_bound}
+        flops = {name: part_cost.flops for name, part_cost in self.totals.items()} | {LOWER_BOUND: self.lower_bound}
         return {name: count / max(flops[STANDARD], 1) for name, count in flops.items()}
 
     def __str__(self) -> str:
         totals, plan = self.totals, RELAY if RELAY in self.totals else STANDARD
-        flop_unit, flop_letter = _unit(max(spent.flops for spent in totals.values()))
-        byte_unit, byte_letter = _unit(max(spent.saved for spent in totals.values()))
+        flop_unit, flop_letter = _unit_of(max(part_cost.flops for part_cost in totals.values()))
+        byte_unit, byte_letter = _unit_of(max(part_cost.saved for part_cost in totals.values()))
         rows = [[f"{flop_letter}FLOPs of a step", "parameters", f"saved {byte_letter}B", *totals, LOWER_BOUND]]
 
-        def add(name: str, parameters: int, schemes: Mapping[str, Spent], lower_bound: int) -> None:
-            counts = [*(spent.flops for spent in schemes.values()), lower_bound]
+        def add(name: str, parameters: int, schemes: Mapping[str, PartCost], lower_bound: int) -> None:
+            counts = [*(part_cost.flops for part_cost in schemes.values()), lower_bound]
             cells = [f"{parameters:,}", f"{schemes[plan].saved / byte_unit:.2f}"]
             rows.append([_shorten(name), *cells, *(f"{count / flop_unit:.2f}" for count in counts)])
 
@@ -92,7 +99,7 @@ class Cost:
         add("sum", sum(part.parameters for part in self.parts), totals, self.lower_bound)
         saved = totals[plan].saved / max(totals[STANDARD].saved, 1)
         rows.append(["of standard", "", f"{saved:.3f}", *(f"{ratio:.3f}" for ratio in self.ratios.values())])
-        peak_unit, peak_letter = _unit(max(self.peaks.values()))
+        peak_unit, peak_letter = _unit_of(max(self.peaks.values()))
         rows.append([f"peak {peak_letter}B", "", "", *(f"{peak / peak_unit:.2f}" for peak in self.peaks.values()), ""])
         peaks = [peak / max(self.peaks[STANDARD], 1) for peak in self.peaks.values()]
         rows.append(["of standard", "", "", *(f"{peak:.3f}" for peak in peaks), ""])
@@ -103,89 +110,96 @@ class Cost:
 
 
 def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, nn.Module] | None = None) -> Cost:
-    """Count the cost of a training step of a plan by part of the network and scheme.
+    """Count the operations and the memory of a training step, by part of the network and scheme.
 
-    The model is not changed. Steps run on meta copies and take no memory; if the forward pass depends on values, they
+    The model does not change. Steps run on meta copies and take no memory. If the forward pass depends on values, they
     run on copies with the example's values, which takes the memory and the time of a few steps (seven with heads).
 
     Args:
         model: any module.
         plan: the windows. A plan without heads and ends of windows has the scheme "standard" only.
-        example_input: a batch: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter only
-            where the forward pass depends on them.
-        heads: modules by name of the auxiliary loss. Default: dummy heads without cost.
+        example_input: an example batch: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter
+            only if the forward pass depends on them.
+        heads: the head of each auxiliary loss, by name. Default: dummy heads without cost.
 
     Returns:
-        Costs of the schemes "standard", "multi_loss", "isolated", "relay" (the plan) and "early_release" (the plan by
-        `Relay.forward_backward`), without loss functions and optimizer. "isolated" and "early_release" are left out if
-        a path bypasses the ends that they need. Operations are those of matrix products and convolutions, where a
-        multiplication and an addition count as two. Memory is that of PyTorch's own kernels on a CPU, with fused
-        attention, and without workspaces except the input gradient that a convolution copies; other devices save
-        slightly different amounts for normalisation.
+        The costs of the schemes "standard", "multi_loss", "isolated", "relay" (the plan) and "early_release" (the plan
+        with `Relay.forward_backward`), without loss functions and optimizer. "isolated" and "early_release" are left
+        out if a path bypasses the ends that they require. Operations are those of matrix products and convolutions,
+        where a multiplication and an addition count as two. Memory, in bytes, is that of PyTorch's own kernels on a
+        CPU, with fused attention, and without workspaces except the input gradient that a convolution copies. Other
+        devices save slightly different amounts for normalisation.
 
     Raises:
-        PlanError: arguments have other types, or the model does not run on the example.
+        PlanError: an argument has a wrong type, or the model does not run on the example.
         RelayError: any error that a forward pass of `Relay` with this plan and these heads raises.
 
     Example:
-        >>> print(cost(resnet50(), plan, images, {"aux": AuxiliaryHead(1024, 1000)}))  # doctest: +SKIP
+        ```python
+        print(cost(resnet50(), plan, images, {"aux": AuxiliaryHead(1024, 1000)}))
+        ```
     """
     if heads is None and isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
-        heads = {name: StandIn() for name in plan.auxiliary}
+        heads = {name: DummyHead() for name in plan.auxiliary}
     original = Relay(model, plan, heads)
 
-    def run(copies: Sequence[Relay], arguments: Arguments) -> tuple[Sequence[Boundary], dict[str, Ledger], Ledger]:
+    def run(copies: Sequence[Relay], arguments: Arguments) -> tuple[Sequence[Boundary], dict[str, Profiler], Profiler]:
         (relay,) = copies
         relay(*arguments[0], **arguments[1])
-        ledgers: dict[str, Ledger] = {}
+        profilers: dict[str, Profiler] = {}
         for scheme, other in _schemes(plan, relay.order).items():
             try:
-                ledgers[scheme] = _step(relay, other, arguments, relay.order, early=scheme == EARLY_RELEASE)
-            except (LeakError, EarlyReleaseError):  # a head can read a branch, but a window cannot end there
+                profilers[scheme] = _profile_step(relay, other, arguments, relay.order, early=scheme == EARLY_RELEASE)
+            except (LeakError, EarlyReleaseError):  # a head can read a branch, where a window cannot end
                 if scheme not in (ISOLATED, EARLY_RELEASE):
                     raise
         ends = {end for window in plan.windows.values() for end in window.ends}
-        return relay.order, ledgers, _step(relay, plan.standard(), arguments, relay.order, ends)
+        return relay.order, profilers, _profile_step(relay, plan.standard(), arguments, relay.order, ends)
 
-    order, ledgers, cut = on_copies([original], example_input, run)
+    order, profilers, cut_profiler = run_on_copies([original], example_input, run)
     names = [f"up to {boundary}" for boundary in order] + ["up to the model's output"]
     names += [f"head {name}" for name in plan.auxiliary]
     parts: list[Part] = []
     for row, name in enumerate(names):
-        schemes = {scheme: ledger.spent[row] for scheme, ledger in ledgers.items()}
-        parameters = max(ledger.parameters[row] for ledger in ledgers.values())  # standard has no heads
-        if parameters or any(spent != Spent() for spent in schemes.values()):
-            parts.append(Part(name, parameters, schemes, _least(schemes, cut.spent[row])))
-    return Cost(tuple(parts), {scheme: ledger.alive.most for scheme, ledger in ledgers.items()})
+        schemes = {scheme: profiler.costs[row] for scheme, profiler in profilers.items()}
+        # The maximum, since "standard" has no heads.
+        parameters = max(profiler.parameters[row] for profiler in profilers.values())
+        if parameters or any(part_cost != PartCost() for part_cost in schemes.values()):
+            parts.append(Part(name, parameters, schemes, _lower_bound(schemes, cut_profiler.costs[row])))
+    return Cost(tuple(parts), {scheme: profiler.memory.peak for scheme, profiler in profilers.items()})
 
 
-def kept_between(model: nn.Module, names: Sequence[str], example_input: Any) -> list[int]:
+def saved_between(model: nn.Module, names: Sequence[str], example_input: Any) -> list[int]:
     """Count the bytes that standard backpropagation saves in each part of a model.
 
     Args:
         model: any module.
-        names: modules whose outputs divide the model, in forward order.
+        names: names of the modules whose outputs divide the model, in forward order.
         example_input: as for `cost`.
 
     Returns:
-        Bytes up to each module from the one before, and of the rest of the model.
+        The bytes of each part up to one of these modules, and of the rest of the model.
     """
     boundaries = [Boundary("output", name) for name in names]
-    ledger = on_copies([Relay(model, Plan())], example_input, lambda copies, a: _step(copies[0], Plan(), a, boundaries))
-    return [spent.saved for spent in ledger.spent]
+    profiler = run_on_copies(
+        [Relay(model, Plan())], example_input, lambda copies, a: _profile_step(copies[0], Plan(), a, boundaries)
+    )
+    return [part_cost.saved for part_cost in profiler.costs]
 
 
 def early_peak(model: nn.Module, plan: Plan, example_input: Any) -> int:
-    """Return the peak memory of a step with early release in bytes, with dummy heads.
+    """Return the peak memory of a step with early release and dummy heads, in bytes.
 
     Args:
         model: any module.
         plan: the windows.
         example_input: as for `cost`.
     """
-    original = Relay(model, plan, {name: StandIn() for name in plan.auxiliary})
-    ledger = on_copies([original], example_input, lambda copies, a: _step(copies[0], plan, a, (), early=True))
-    return ledger.alive.most
+    original = Relay(model, plan, {name: DummyHead() for name in plan.auxiliary})
+    profiler = run_on_copies(
+        [original], example_input, lambda copies, a: _profile_step(copies[0], plan, a, (), early=True)
+    )
+    return profiler.memory.peak
 
 
 def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
@@ -195,32 +209,37 @@ def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
     return schemes | {EARLY_RELEASE: plan}
 
 
-def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
-    """Return the fewest operations of a part (see docs/method/index.md). In `cut`, layers below ends are frozen."""
+def _lower_bound(schemes: Mapping[str, PartCost], cut: PartCost) -> int:
+    """Return the minimum operations of a part (see Cost in docs/method/index.md).
+
+    Args:
+        schemes: cost of the part, by scheme.
+        cut: cost of the part if the graph of standard backpropagation is cut at the windows' ends.
+    """
     if RELAY not in schemes:
         return schemes[STANDARD].flops
-    # Without the gradients that the ordinary pass computes for a window's end and a junction drops.
+    # Subtract the gradients that the ordinary pass computes for a window's end and a junction drops.
     return schemes[RELAY].flops - (schemes[STANDARD].backward - cut.backward)
 
 
-class _Entering(nn.Module):
-    """A head whose operations count in its own row of the ledger."""
+class _ProfiledHead(nn.Module):
+    """A head whose operations count in its own row of the profiler."""
 
-    def __init__(self, head: nn.Module, ledger: Ledger, row: int) -> None:
+    def __init__(self, head: nn.Module, profiler: Profiler, row: int) -> None:
         super().__init__()
         self.head = head
-        self._note = ledger, row
+        self._target = profiler, row
 
     def forward(self, value: Any) -> Any:
-        ledger, row = self._note
-        before = ledger.row
-        ledger.enter(row)
+        profiler, row = self._target
+        before = profiler.row
+        profiler.enter_row(row)
         output = self.head(value)
-        ledger.enter(before)
+        profiler.enter_row(before)
         return output
 
 
-def _step(
+def _profile_step(
     relay: Relay,
     plan: Plan,
     arguments: Arguments,
@@ -228,28 +247,28 @@ def _step(
     ends: Collection[Boundary] = (),
     *,
     early: bool = False,
-) -> Ledger:
+) -> Profiler:
     """Run one training step of a copy with another plan for the same heads, and return its costs by row.
 
     Args:
-        relay: a copy.
+        relay: a relay on a copy of the model.
         plan: the plan of the scheme.
         arguments: the arguments of the forward pass.
         order: the boundaries between rows, the lowest first. The heads' rows follow.
-        ends: boundaries at which to cut the graph, so that layers below receive no gradient from above.
-        early: use `Relay.forward_backward`.
+        ends: boundaries at which to cut the graph, so that the layers below receive no gradient from above.
+        early: whether to use `Relay.forward_backward`.
     """
     args, kwargs = arguments = map_tensors(torch.clone, arguments)  # the model may modify them in place
     for parameter in relay.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     rows = {name: row for row, name in enumerate(relay.heads, len(order) + 1)}
-    ledger = Ledger(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()], tensors_in(arguments))
-    heads = {name: _Entering(relay.heads[name], ledger, rows[name]) for name in plan.auxiliary}
+    profiler = Profiler(len(order) + 1 + len(rows), [*relay.parameters(), *relay.buffers()], tensors_in(arguments))
+    heads = {name: _ProfiledHead(relay.heads[name], profiler, rows[name]) for name in plan.auxiliary}
     step, cut = Relay(relay.model, plan, heads), list[Tensor]()
 
     def sum_of(output: Any, _target: Any) -> Tensor:
-        loss = total(tensors_in(output))
-        ledger.close()
+        loss = sum_elements(tensors_in(output))
+        profiler.end_forward()
         return loss
 
     criterion = RelayLoss(dict.fromkeys(plan.windows, sum_of))
@@ -259,25 +278,25 @@ def _step(
             step.forward_backward(*args, target=None, loss=criterion, sync=False, **kwargs)
             return
         output: RelayOutput = step(*args, **kwargs)
-        loss = total([criterion(output, None), *cut])
-        ledger.note_parameters(loss)
+        loss = sum_elements([criterion(output, None), *cut])
+        profiler.record_parameters(loss)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
-    if early:  # warm up: the first step searches the graph, and holds one activation for each boundary longer
+    if early:  # warm-up, since the first step searches the graph and holds one activation per boundary longer
         run()
-    ledger.enter(0)
+    profiler.enter_row(0)
     with ExitStack() as stack:
         for row, boundary in enumerate(order, 1):
-            crossing = partial(_cross, ledger, row, cut if boundary in ends else None)
+            crossing = partial(_cross, profiler, row, cut if boundary in ends else None)
             attach(stack, relay.model.get_submodule(boundary.module), boundary.side, crossing)
-        with ledger, saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
+        with profiler, saved_tensors_hooks(profiler.record_saved, lambda tensor: tensor):
             run()
-    return ledger
+    return profiler
 
 
-def _cross(ledger: Ledger, row: int, cut: list[Tensor] | None, value: Any) -> Any:
-    """Enter a row. At a cut, detach the value, and collect its tensors as losses of the layers below."""
-    ledger.enter(row)
+def _cross(profiler: Profiler, row: int, cut: list[Tensor] | None, value: Any) -> Any:
+    """Enter a row. At a cut, detach the value, and add its tensors to the losses of the layers below."""
+    profiler.enter_row(row)
     tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
     if cut is None or not tensors:
         return value
@@ -285,8 +304,8 @@ def _cross(ledger: Ledger, row: int, cut: list[Tensor] | None, value: Any) -> An
     return replace_tensors(value, tensors, [tensor.detach().clone() for tensor in tensors])
 
 
-def _unit(largest: int) -> tuple[int, str]:
-    """Choose a power of 1000 for readable numbers, and its prefix."""
+def _unit_of(largest: int) -> tuple[int, str]:
+    """Return a power of 1000 for readable numbers, and its prefix."""
     power = max(0, min(len(UNITS) - 1, (len(str(largest)) - 2) // 3))
     return 1000**power, UNITS[power]
 

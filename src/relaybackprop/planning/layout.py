@@ -1,13 +1,14 @@
 """Layout detection: which dimension of a module's output holds the channels.
 
 Note [Evidence]
-Layers vote, each by its own output. Convolutions, pooling, batch and group normalisation have their channels in
-dimension 1; linear layers, embeddings and layer normalisation in the last one; any other layer with a one-dimensional
-weight in the only dimension of the weight's size. The first of these groups with votes decides, if it is unanimous:
-1. layers inside the module whose output has the shape of the module's output;
-2. layers inside the module: the dimension of the module's output that has the size of their channels;
-3. layers inside the module whose output has as many dimensions as the module's output;
-4. layers anywhere in the model whose output has the shape of the module's output.
+Each layer votes by its own output. Convolutions, pooling, batch and group normalisation have their channels in
+dimension 1. Linear layers, embeddings and layer normalisation have them in the last dimension. Any other layer with a
+one-dimensional weight has them in the only dimension of the weight's size. The first of these groups with votes
+decides, if it is unanimous:
+1. Layers inside the module whose output has the shape of the module's output.
+2. Layers inside the module, which vote for the dimension of the module's output that has the size of their channels.
+3. Layers inside the module whose output has as many dimensions as the module's output.
+4. Layers anywhere in the model whose output has the shape of the module's output.
 """
 
 from collections.abc import Sequence
@@ -22,51 +23,51 @@ _POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, n
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A vote: the shape of a layer's output and its channel dimension."""
+class Vote:
+    """A layer's vote: the shape of its output and its channel dimension."""
 
     name: str
     shape: tuple[int, ...]
     axis: int
 
 
-def layers_in(name: str, module: nn.Module, output: Any) -> list[Layer]:
-    """Return the vote of a module by its output, if it has one."""
+def votes_of(name: str, module: nn.Module, output: Any) -> list[Vote]:
+    """Return the vote of a module for its output, or an empty list if the module has no vote."""
     if not isinstance(output, Tensor) or output.ndim < 3:
         return []
     shape = tuple(output.shape)
     axis = _axis(module, shape)
-    return [] if axis is None else [Layer(name, shape, axis)]
+    return [] if axis is None else [Vote(name, shape, axis)]
 
 
-def votes(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
+def deciding_votes(votes: Sequence[Vote], name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
     """Return the first group that votes on a module's output, as layer names and dimensions (Note [Evidence]).
 
     Args:
-        layers: the votes of a forward pass, in its order.
-        name: the module's name.
-        shape: the shape of its output.
+        votes: the votes of a forward pass, in its order.
+        name: name of the module.
+        shape: shape of the module's output.
     """
     ends = 1, len(shape) - 1
-    inside = [layer for layer in layers if f"{layer.name}.".startswith(f"{name}.")]
-    sizes = [(layer, [axis for axis in ends if shape[axis] == layer.shape[layer.axis]]) for layer in inside]
+    inside = [vote for vote in votes if f"{vote.name}.".startswith(f"{name}.")]
+    sizes = [(vote, [axis for axis in ends if shape[axis] == vote.shape[vote.axis]]) for vote in inside]
     groups = (
-        [(layer.name, layer.axis) for layer in inside if layer.shape == shape],
-        [(layer.name, axes[0]) for layer, axes in sizes if len(axes) == 1],
-        [(layer.name, layer.axis) for layer in inside if len(layer.shape) == len(shape)],
-        [(layer.name, layer.axis) for layer in layers if layer.shape == shape],
+        [(vote.name, vote.axis) for vote in inside if vote.shape == shape],
+        [(vote.name, axes[0]) for vote, axes in sizes if len(axes) == 1],
+        [(vote.name, vote.axis) for vote in inside if len(vote.shape) == len(shape)],
+        [(vote.name, vote.axis) for vote in votes if vote.shape == shape],
     )
     return next((group for group in groups if group), groups[-1])
 
 
-def sides(layers: Sequence[Layer], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def spatial_shape(votes: Sequence[Vote], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the sizes of the map, or the number of tokens, in a module's output; empty for vectors.
 
     Without a unanimous vote, three dimensions are tokens, and more are a channels-first map.
     """
     if len(shape) < 3:
         return ()
-    axes = {axis for _, axis in votes(layers, name, shape)}
+    axes = {axis for _, axis in deciding_votes(votes, name, shape)}
     channels = axes.pop() if len(axes) == 1 else len(shape) - 1 if len(shape) == 3 else 1
     return tuple(size for axis, size in enumerate(shape) if axis not in (0, channels))
 

@@ -1,4 +1,4 @@
-"""Profiler of a training step: operations, saved bytes and live bytes, by part of the network."""
+"""Profiler of a training step: operations, saved bytes and peak memory, by part of the network."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ from relaybackprop.planning.storages import Storages
 
 
 @dataclass(frozen=True)
-class Spent:
+class PartCost:
     """The cost of one training step in one part of the network.
 
     Args:
         forward: floating-point operations of the forward pass.
         backward: floating-point operations of the backward pass.
         saved: bytes that autograd saves for the backward pass, including the batch, but not parameters and buffers.
-            Each storage counts once, where it is first saved. Early release does not hold all of them at the same time.
+            Each storage counts once, where it is first saved. Early release does not hold all of them at once.
     """
 
     forward: int = 0
@@ -34,8 +34,8 @@ class Spent:
         """Floating-point operations of both passes."""
         return self.forward + self.backward
 
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(self.forward + other.forward, self.backward + other.backward, self.saved + other.saved)
+    def __add__(self, other: "PartCost") -> "PartCost":
+        return PartCost(self.forward + other.forward, self.backward + other.backward, self.saved + other.saved)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -45,7 +45,7 @@ class FlopCounter(TorchDispatchMode):
     PyTorch's `FlopCounterMode` is not used, since it tracks modules and fails under `autograd.grad`.
 
     Attributes:
-        total: operations so far.
+        total: floating-point operations so far.
     """
 
     def __init__(self) -> None:
@@ -56,89 +56,95 @@ class FlopCounter(TorchDispatchMode):
         self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and add its cost."""
+        """Run an operation and add its FLOPs."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = self._formulas.get(func.overloadpacket)
-        if formula is not None and args[0] is not None:  # attention's backward pass may have no gradient
+        if formula is not None and args[0] is not None:  # the gradient of attention may be None
             self.add(formula(*args, **kwargs, out_val=result))
-        self.see(func.overloadpacket, result)
+        self.on_operation(func.overloadpacket, result)
         return result
 
-    def see(self, operation: Any, result: Any) -> None:
-        """Record the result of an operation; for subclasses."""
+    def on_operation(self, operation: Any, result: Any) -> None:
+        """Receive the result of each operation. Subclasses override it."""
 
     def add(self, flops: int) -> None:
-        """Record the cost of an operation."""
+        """Add the FLOPs of an operation."""
         self.total += flops
 
 
-class Ledger(FlopCounter):
-    """Costs of a step by row: in the forward pass the current row, in the backward pass the row that made the node.
+class Profiler(FlopCounter):
+    """Profiles a step by row. A row is a part of the network.
 
-    Autograd numbers nodes as it makes them, so each row's nodes have consecutive numbers.
+    Operations of the forward pass count in the current row, those of the backward pass in the row that created the
+    node. Autograd numbers nodes as it creates them, so the nodes of each row have consecutive numbers.
+
+    Args:
+        rows: number of rows.
+        owned: parameters and buffers, which do not count as memory.
+        batch: tensors of the batch, which do not count as memory.
 
     Attributes:
-        spent: costs by row.
-        parameters: elements of the parameters by row.
+        spent: the cost of each row.
+        parameters: elements of the parameters of each row.
         row: the current row.
-        alive: memory besides the owned tensors, their gradients and the batch.
+        memory: memory besides the owned tensors, their gradients and the batch.
     """
 
     def __init__(self, rows: int, owned: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
         super().__init__()
         gradients = [tensor.grad for tensor in owned if tensor.grad is not None]
-        self.alive = Storages([*owned, *gradients, *batch])
-        self.spent = [Spent() for _ in range(rows)]
+        self.memory = Storages([*owned, *gradients, *batch])
+        self.costs = [PartCost() for _ in range(rows)]
         self.parameters = [0] * rows
         self.row = 0
-        self._row_below = 0  # row of the last node that ran in a backward pass
-        self._end = 0
-        self._starts: list[tuple[int, int]] = [(-1, 0)]  # the number of a row's first node, and the row
+        self._backward_row = 0  # row of the last node that ran in a backward pass
+        self._end = 0  # sequence number of the first node that the backward pass creates
+        self._starts: list[tuple[int, int]] = [(-1, 0)]  # sequence number of a row's first node, and the row
         self._saved = Storages(owned)
 
-    def enter(self, row: int) -> None:
-        """Make this the current row of the forward pass."""
+    def enter_row(self, row: int) -> None:
+        """Set the current row of the forward pass."""
         self.row = row
         self._starts.append((torch.autograd._get_sequence_nr(), row))  # pyright: ignore
 
     def add(self, flops: int) -> None:
-        """Record the cost of an operation of the forward pass, or of the node that runs in the backward pass."""
+        """Add the FLOPs of an operation of the forward pass, or of the node that runs in the backward pass."""
         super().add(flops)
         node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
         if node is None:
-            self.spent[self.row] += Spent(forward=flops)
+            self.costs[self.row] += PartCost(forward=flops)
             return
-        # Nodes that checkpointing makes in the backward pass belong to the node that recomputes them.
-        if graph.number_of(node) < self._end:
-            self._row_below = self._row_of(node)
-        self.spent[self._row_below] += Spent(backward=flops)
+        # Nodes that checkpointing creates in the backward pass belong to the node that recomputes them.
+        if graph.sequence_number(node) < self._end:
+            self._backward_row = self._row_of(node)
+        self.costs[self._backward_row] += PartCost(backward=flops)
 
-    def see(self, operation: Any, result: Any) -> None:
-        """Record the storages and the workspace of an operation."""
-        self.alive.note(result)
+    def on_operation(self, operation: Any, result: Any) -> None:
+        """Add the storages and the workspace of an operation."""
+        self.memory.add(result)
         if operation is torch.ops.aten.convolution_backward and result[0] is not None:
-            self.alive.need(result[0].nbytes)  # a CPU copies it from the library's memory format
+            self.memory.add_workspace(result[0].nbytes)  # a CPU copies the result from the library's memory format
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Record a tensor that autograd saves."""
+    def record_saved(self, tensor: Tensor) -> Tensor:
+        """Record a tensor that autograd saves, and return it: a pack hook of `saved_tensors_hooks`."""
         node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
-        self.spent[self.row if node is None else self._row_below] += Spent(saved=self._saved.note(tensor))
+        self.costs[self.row if node is None else self._backward_row] += PartCost(saved=self._saved.add(tensor))
         return tensor
 
-    def close(self) -> None:
-        """Mark the end of the forward pass: the backward pass makes all later nodes."""
+    def end_forward(self) -> None:
+        """Mark the end of the forward pass. The backward pass creates all later nodes."""
         self._end = torch.autograd._get_sequence_nr()  # pyright: ignore
 
-    def note_parameters(self, loss: Tensor) -> None:
+    def record_parameters(self, loss: Tensor) -> None:
         """Assign each parameter to the first row that uses it."""
         rows: dict[Tensor, int] = {}
-        for node in graph.walk(graph.edges_of([loss]), graph.everywhere):
+        for node in graph.walk(graph.edges_of([loss]), graph.follow_all):
             for lower, _ in node.next_functions:
                 variable = None if lower is None else graph.variable_of(lower)
                 if variable is not None:
-                    rows[variable] = min(self._row_of(node), rows.get(variable, len(self.spent)))
-        self.parameters = [sum(v.numel() for v, r in rows.items() if r == row) for row in range(len(self.spent))]
+                    rows[variable] = min(self._row_of(node), rows.get(variable, len(self.costs)))
+        self.parameters = [sum(v.numel() for v, r in rows.items() if r == row) for row in range(len(self.costs))]
 
     def _row_of(self, node: Node) -> int:
-        return self._starts[bisect_right(self._starts, graph.number_of(node), key=lambda start: start[0]) - 1][1]
+        return self._starts[bisect_right(self._starts, graph.sequence_number(node), key=lambda start: start[0]) - 1][1]

@@ -1,4 +1,4 @@
-"""Memory accounting by storages, as they are allocated and freed. Works on the meta device too."""
+"""Memory accounting by storages, as they are allocated and freed. It also works on the meta device."""
 
 import weakref
 from collections.abc import Iterable
@@ -11,25 +11,25 @@ from relaybackprop.engine.pytree import tensors_in
 
 
 class Storages:
-    """Total bytes of the noted storages that are alive. A storage shared by several tensors counts once.
+    """The total size of the added storages that are alive. A storage that several tensors share counts once.
 
     Args:
         owned: tensors whose storages do not count.
 
     Attributes:
-        now: bytes alive.
-        most: peak of `now`.
+        current: bytes alive.
+        peak: maximum of `current`, in bytes.
     """
 
     def __init__(self, owned: Iterable[Tensor] = ()) -> None:
-        self.now = 0
-        self.most = 0
+        self.current = 0
+        self.peak = 0
         # By address. Holds the owned storages, so that no other storage can reuse their addresses.
         self._known = {_address(tensor): tensor.untyped_storage() for tensor in _with_storage(list(owned))}
         self._alive = set[int]()
 
-    def note(self, value: Any) -> int:
-        """Count the new storages of all tensors in a value and return their bytes."""
+    def add(self, value: Any) -> int:
+        """Add the new storages of all tensors in a value, and return their size in bytes."""
         new = 0
         for tensor in _with_storage(value):
             address, storage = _address(tensor), tensor.untyped_storage()
@@ -37,21 +37,21 @@ class Storages:
                 self._alive.add(address)
                 weakref.finalize(storage, self._drop, address, storage.nbytes())
                 new += storage.nbytes()
-        self.now += new
-        self.most = max(self.most, self.now)
+        self.current += new
+        self.peak = max(self.peak, self.current)
         return new
 
-    def holds(self, value: Any) -> bool:
-        """Whether any tensor in a value has a noted storage."""
+    def contains(self, value: Any) -> bool:
+        """Whether any tensor in a value has an added storage."""
         return any(_address(tensor) in self._alive for tensor in _with_storage(value))
 
-    def need(self, size: int) -> None:
-        """Count the temporary workspace of an operation, in bytes."""
-        self.most = max(self.most, self.now + size)
+    def add_workspace(self, size: int) -> None:
+        """Add the temporary workspace of an operation, in bytes, to the peak."""
+        self.peak = max(self.peak, self.current + size)
 
     def _drop(self, address: int, size: int) -> None:
         self._alive.discard(address)
-        self.now -= size
+        self.current -= size
 
 
 def _with_storage(value: Any) -> list[Tensor]:

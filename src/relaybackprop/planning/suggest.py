@@ -10,30 +10,30 @@ from torch import nn
 from relaybackprop.errors import PlanError, WindowError
 from relaybackprop.plan import PRIMARY, Plan
 from relaybackprop.planning.arrange import (
-    MOST,
+    MAX_SHARE,
     Arrangement,
     arrange,
     ends_of,
-    one_lower,
+    one_head_lower,
+    outside_blocks,
     places_of,
     stages,
-    without_insides,
 )
-from relaybackprop.planning.budget import fit
-from relaybackprop.planning.chain import Link, chain, traced
-from relaybackprop.planning.cost import early_peak, kept_between
+from relaybackprop.planning.budget import pack
+from relaybackprop.planning.chain import Link, chain, trace
+from relaybackprop.planning.cost import early_peak, saved_between
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A plan for a model and the reasons for it.
+    """A plan for a model, and the reasons for it. `print` shows both.
 
     Args:
         plan: the windows.
-        depths: the number of weight layers on the longest path through each window, by loss.
+        depths: number of weight layers on the longest path through each window, by loss.
         reasons: sentences, in the order of the decisions.
-        head_inputs: shape of each head's input, batch included, by name of the auxiliary loss. If a module returns a
-            tuple, it is the shape of the first tensor with a gradient.
+        head_inputs: shape of each head's input, including the batch, by name of the auxiliary loss. If a module returns
+            a tuple, it is the shape of the first tensor with a gradient.
     """
 
     plan: Plan
@@ -56,79 +56,86 @@ def suggest_plan(
 ) -> Suggestion:
     """Suggest a relay plan for a model by the paper's rules (Note [Suggesting] in `relaybackprop.planning.arrange`).
 
-    The plan is a starting point, not an optimum. The model is not changed: a meta copy runs in training mode, which
+    The plan is a starting point, not an optimum. The model does not change. A meta copy runs in training mode, which
     takes no memory. If the forward pass depends on values (an attention mask, `item()`), a copy runs on the example's
-    values, which takes the memory of a forward pass and the time of two, and more with a memory budget.
+    values, which takes the memory of one forward pass and the time of two, and more with a memory budget.
 
     Args:
         model: any module.
-        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter only where the
-            forward pass depends on them.
-        num_auxiliary: number of heads; with a memory budget the minimum.
-        max_layers: the paper's N, the maximum number of weight layers in a window. Default: no limit.
-        memory_budget: maximum peak memory of `Relay.forward_backward` on such a batch in bytes, without parameters,
-            gradients, buffers, the batch and the heads. Windows then follow Note [Fitting] in
-            `relaybackprop.planning.budget` instead.
+        example_input: a tensor, a tuple of arguments, or a dict of keyword arguments. Values matter only if the forward
+            pass depends on them.
+        num_auxiliary: number of heads, at least 1. With a memory budget, the minimum number.
+        max_layers: maximum number of weight layers in a window (the paper's N). Default: no limit.
+        memory_budget: maximum peak memory of `Relay.forward_backward` on such a batch, in bytes, without parameters,
+            gradients, buffers, the batch and the heads. The windows then follow Note [Packing] in
+            `relaybackprop.planning.budget` instead. Default: no limit.
 
     Returns:
-        The plan, its reasons and the shapes of the heads' inputs. Heads are named "aux", or "aux1", "aux2", ... with
+        The plan, its reasons and the shapes of the heads' inputs. The heads are named "aux", or "aux1", "aux2", ...,
         the lowest first.
 
     Raises:
-        PlanError: arguments have other types or are below 1, or the model does not run on the example or is not a
+        PlanError: an argument has a wrong type or is below 1, the model does not run on the example, or it is not a
             chain of modules.
         WindowError: there are too few places for the heads; a window has more than 88 % of the layers, as in a U-Net;
-            windows are deeper than `max_layers`, or need more than `memory_budget`. The message names a valid choice.
+            or windows are deeper than `max_layers` or require more than `memory_budget`. The message names a valid
+            choice.
 
     Example:
-        >>> suggestion = suggest_plan(resnet50(), images)  # doctest: +SKIP
-        >>> print(suggestion)  # doctest: +SKIP
-        >>> relay = Relay(model, suggestion.plan, {"aux": AuxiliaryHead(1024, 1000)})  # doctest: +SKIP
+        ```python
+        model = resnet50()
+        suggestion = suggest_plan(model, images)
+        print(suggestion)
+        relay = Relay(model, suggestion.plan, head_for(model, suggestion.plan, images, num_classes=1000))
+        ```
 
     References:
         Shen, Lin, Huang (ECCV 2016), sections 4, 5.1 and 5.2.
     """
-    _check_count("num_auxiliary", num_auxiliary)
+    _check_positive("num_auxiliary", num_auxiliary)
     if max_layers is not None:
-        _check_count("max_layers", max_layers)
-    links = without_insides(model, chain(model, example_input))
+        _check_positive("max_layers", max_layers)
+    links = outside_blocks(model, chain(model, example_input))
     if memory_budget is not None:
-        _check_count("memory_budget", memory_budget)
-        return _fitting(model, example_input, links, num_auxiliary, max_layers, memory_budget)
+        _check_positive("memory_budget", memory_budget)
+        return _suggest_within_budget(model, example_input, links, num_auxiliary, max_layers, memory_budget)
     arrangement = arrange(links, num_auxiliary)
     if arrangement is None:
-        most = next((k for k in range(min(num_auxiliary, len(links)) - 1, 0, -1) if arrange(links, k)), 0)
+        max_heads = next((k for k in range(min(num_auxiliary, len(links)) - 1, 0, -1) if arrange(links, k)), 0)
         raise WindowError(
-            f"a model with places for {num_auxiliary} heads, all of them above the lowest third of its layers",
-            f"{type(model).__name__} with {len(links)} links in a row, which has room for {most}",
-            f"Ask for num_auxiliary={most}." if most else "Train it by standard backpropagation, or write a plan.",
+            f"{type(model).__name__}, a chain of {len(links)} links, has places for {max_heads} heads, "
+            f"not for {num_auxiliary}",
+            "all heads must be above the lowest third of the layers",
+            f"Ask for num_auxiliary={max_heads}."
+            if max_heads
+            else "Train it by standard backpropagation, or write a plan.",
         )
     if arrangement.is_too_deep:
-        raise _no_relay(model, links, arrangement)
+        raise _no_relay_error(model, links, arrangement)
     if max_layers is not None and arrangement.deepest > max_layers:
-        raise _too_deep(links, num_auxiliary, max_layers, arrangement.deepest)
-    tops = [arrangement.segments[at].links[-1] for at in arrangement.heads]
+        raise _too_deep_error(links, num_auxiliary, max_layers, arrangement.deepest)
+    tops = [arrangement.segments[index].links[-1] for index in arrangement.heads]
     return _suggestion(model, example_input, arrangement.plan, tops, _reasons(links, arrangement, max_layers))
 
 
 def _suggestion(
     model: nn.Module, example_input: Any, plan: Plan, tops: Sequence[Link], reasons: Sequence[str]
 ) -> Suggestion:
-    """Run the plan whose heads read these links, and return it as a suggestion."""
-    relay = traced(model, plan, example_input)
+    """Run the plan on a copy, and return it as a suggestion. `tops` are the links that the heads read."""
+    relay = trace(model, plan, example_input)
     plan.check_relay(relay.order)
     shapes = {name: top.shape for name, top in zip(plan.auxiliary, tops, strict=True)}
-    reads = [f"The head {name} reads {shape}." for name, shape in shapes.items()]
-    return Suggestion(plan, relay.depths, (*reasons, *reads), shapes)
+    inputs = [f"The head {name} reads {shape}." for name, shape in shapes.items()]
+    return Suggestion(plan, relay.depths, (*reasons, *inputs), shapes)
 
 
-def _half(ends: Sequence[Link], kept: Sequence[int]) -> str:
-    """Return the name of the first link by which half of the bytes are saved."""
-    so_far = accumulate(kept)
-    return next(end.name for end, size in zip(ends, so_far, strict=True) if 2 * size >= sum(kept))
+def _halfway_module(ends: Sequence[Link], saved_bytes: Sequence[int]) -> str:
+    """Return the name of the first link up to which at least half of the bytes are saved."""
+    cumulative = accumulate(saved_bytes)
+    return next(end.name for end, size in zip(ends, cumulative, strict=True) if 2 * size >= sum(saved_bytes))
 
 
-def _fitting(
+def _suggest_within_budget(
     model: nn.Module,
     example_input: Any,
     links: Sequence[Link],
@@ -136,109 +143,120 @@ def _fitting(
     max_layers: int | None,
     memory_budget: int,
 ) -> Suggestion:
-    """Suggest windows within a memory budget (Note [Fitting] in `relaybackprop.planning.budget`)."""
+    """Suggest windows within a memory budget (Note [Packing] in `relaybackprop.planning.budget`)."""
     ends = [end for end, _ in ends_of(links)]
-    kept = kept_between(model, [end.name for end in ends[:-1]], example_input)
+    saved_bytes = saved_between(model, [end.name for end in ends[:-1]], example_input)
     heads = range(num_auxiliary, len(ends))
-    found, least = fit(ends, kept, heads, memory_budget, lambda plan: early_peak(model, plan, example_input))
-    if found is None:
+
+    def peak_of(plan: Plan) -> int:
+        return early_peak(model, plan, example_input)
+
+    packing, smallest_peak = pack(ends, saved_bytes, heads, memory_budget, peak_of)
+    if packing is None:
         raise WindowError(
-            f"windows of {type(model).__name__} that need at most memory_budget={memory_budget:,} bytes in a step",
-            f"{least:,} bytes as the least, with at least num_auxiliary={num_auxiliary}",
+            f"memory_budget={memory_budget:,} bytes is too small for {type(model).__name__} and this batch",
+            f"the smallest peak with at least num_auxiliary={num_auxiliary} is {smallest_peak:,} bytes",
             "Raise the budget to that, use a smaller batch, or use activation checkpointing inside the windows.",
         )
-    plan = found.plan(ends)
+    plan = packing.plan(ends)
     reasons = [
-        f"Standard backpropagation saves {sum(kept):,} bytes for the backward pass of such a batch, half of them up to "
-        f"{_half(ends, kept)}.",
-        f"A step with {_count(len(found.tops), 'head')}, the fewest from {num_auxiliary} up that fit, needs "
-        f"{early_peak(model, plan, example_input):,} bytes at its peak; the budget is {memory_budget:,}.",
+        f"Standard backpropagation saves {sum(saved_bytes):,} bytes for the backward pass of such a batch, half of "
+        f"them up to {_halfway_module(ends, saved_bytes)}.",
+        f"A step with {_pluralized(len(packing.tops), 'head')}, the fewest from {num_auxiliary} up that fit, needs "
+        f"{peak_of(plan):,} bytes at its peak; the budget is {memory_budget:,}.",
         "Windows save similar amounts; heads may be lower than the paper's rules allow.",
-        f"Neighbouring windows overlap over {_count(found.overlap, 'link')} of the chain.",
+        f"Neighbouring windows overlap over {_pluralized(packing.overlap, 'link')} of the chain.",
     ]
-    suggestion = _suggestion(model, example_input, plan, [ends[top] for top in found.tops], reasons)
+    suggestion = _suggestion(model, example_input, plan, [ends[top] for top in packing.tops], reasons)
     deepest = max(suggestion.depths.values())
     if max_layers is not None and deepest > max_layers:
         raise WindowError(
-            f"windows of at most max_layers={max_layers} weight layers",
-            f"{deepest} in the windows that fit memory_budget={memory_budget:,}",
-            "Ask for more heads (num_auxiliary), or for one of the two limits.",
+            f"a window that fits memory_budget={memory_budget:,} has {deepest} weight layers",
+            f"at most max_layers={max_layers} are allowed",
+            "Ask for more heads (num_auxiliary), or set only one of the two limits.",
         )
     return suggestion
 
 
-def _no_relay(model: nn.Module, links: Sequence[Link], arrangement: Arrangement) -> WindowError:
+def _no_relay_error(model: nn.Module, links: Sequence[Link], arrangement: Arrangement) -> WindowError:
     """Build the error for a window over nearly all layers."""
     windows = dict(zip([*arrangement.plan.auxiliary, PRIMARY], arrangement.windows, strict=True))
     deepest, heads = max(windows, key=lambda name: windows[name]), len(arrangement.heads)
-    more = (arrange(links, count) for count in range(heads + 1, min(heads + 3, len(links))))
-    enough = next((found for found in more if found is not None and not found.is_too_deep), None)
+    candidates = (arrange(links, count) for count in range(heads + 1, min(heads + 3, len(links))))
+    sufficient = next((a for a in candidates if a is not None and not a.is_too_deep), None)
     remedy = (
         "Write a plan by hand that ends a window on every path, such as Window(after=('middle', 'encoder.2', "
         "'encoder.1')) for a U-Net, or train by standard backpropagation."
     )
     return WindowError(
-        f"windows of at most {MOST:.0%} of the weight layers of {type(model).__name__} each",
-        f"{windows[deepest]} of {links[-1].depth} in the window of {deepest!r}, the least found for "
-        f"num_auxiliary={heads}; skip connections and modules that return several tensors leave too few places",
-        f"Ask for num_auxiliary={len(enough.heads)}." if enough else remedy,
+        f"the window of {deepest!r} has {windows[deepest]} of the {links[-1].depth} weight layers of "
+        f"{type(model).__name__}, the fewest found for num_auxiliary={heads}",
+        f"a window may have at most {MAX_SHARE:.0%} of them; skip connections and modules that return several tensors "
+        "leave too few places",
+        f"Ask for num_auxiliary={len(sufficient.heads)}." if sufficient else remedy,
     )
 
 
-def _too_deep(links: Sequence[Link], num_auxiliary: int, max_layers: int, deepest: int) -> WindowError:
-    """Build the error for windows deeper than `max_layers`, with a number of heads that suffices if there is one."""
-    by_number = {more: arrange(links, more) for more in range(num_auxiliary + 1, len(links))}
-    least = {more: found.deepest for more, found in by_number.items() if found is not None}
-    enough = [more for more, layers in least.items() if layers <= max_layers]
-    if enough:
-        remedy = f"Ask for num_auxiliary={enough[0]}, the smallest that suffices, or for max_layers={deepest}."
+def _too_deep_error(links: Sequence[Link], num_auxiliary: int, max_layers: int, deepest: int) -> WindowError:
+    """Build the error for windows deeper than `max_layers`. It names a sufficient number of heads if there is one."""
+    by_count = {count: arrange(links, count) for count in range(num_auxiliary + 1, len(links))}
+    depths = {count: arrangement.deepest for count, arrangement in by_count.items() if arrangement is not None}
+    sufficient = [count for count, depth in depths.items() if depth <= max_layers]
+    if sufficient:
+        remedy = f"Ask for num_auxiliary={sufficient[0]}, the smallest that suffices, or for max_layers={deepest}."
     else:
-        remedy = f"No number of heads suffices; this model's least max_layers is {min([deepest, *least.values()])}."
+        remedy = f"No number of heads suffices; this model's smallest max_layers is {min([deepest, *depths.values()])}."
     return WindowError(
-        f"windows of at most max_layers={max_layers} weight layers",
-        f"{deepest} as the least that num_auxiliary={num_auxiliary} allows",
+        f"the deepest window has {deepest} weight layers, the fewest that num_auxiliary={num_auxiliary} allows",
+        f"at most max_layers={max_layers} are allowed",
         remedy,
     )
 
 
 def _reasons(links: Sequence[Link], arrangement: Arrangement, max_layers: int | None) -> tuple[str, ...]:
+    """Explain an arrangement, one sentence for each decision."""
     segments, heads, deepest = arrangement.segments, arrangement.heads, arrangement.deepest
     total, uncut = segments[-1].end, stages(links)
     reasons = [
-        f"The {total} weight layers form {_count(len(uncut), 'segment')} of equal map size; pooling ends a segment and "
-        "the classifier belongs to the last one."
+        f"The {total} weight layers form {_pluralized(len(uncut), 'segment')} of equal map size; pooling ends a "
+        "segment and the classifier belongs to the last one."
     ]
     if len(segments) > len(uncut):
-        why = "have too few ends for heads" if len(places_of(uncut)) < len(heads) else "would make windows too deep"
-        reasons.append(f"These {why}, so the longest were halved: now {len(segments)}.")
-    reasons.append(f"From the lowest up, the segments have {_sentence([s.layers for s in segments])} weight layers.")
-    places = [f"{segments[at].name} ({segments[at].end})" for at in places_of(segments)]
+        cause = "have too few ends for heads" if len(places_of(uncut)) < len(heads) else "would make windows too deep"
+        reasons.append(f"These {cause}, so the longest were halved: now {len(segments)}.")
+    reasons.append(f"From the lowest up, the segments have {_enumerate([s.layers for s in segments])} weight layers.")
+    places = [f"{segments[index].name} ({segments[index].end})" for index in places_of(segments)]
     reasons.append(
         "A head may read the end of a segment, except the first and the last, above the lowest third of the layers "
-        f"(the paper's lowest is after 8 of 19): after {_sentence(places)}."
+        f"(the paper's lowest is after 8 of 19): after {_enumerate(places)}."
     )
-    chosen = _sentence([segments[at].name for at in heads])
-    reasons.append(f"After {chosen} the deepest window has {deepest} weight layers, the least that these places allow.")
-    ties = [other for other in one_lower(arrangement) if other.deepest == deepest]
+    head_modules = _enumerate([segments[index].name for index in heads])
+    reasons.append(
+        f"After {head_modules} the deepest window has {deepest} weight layers, the least that these places allow."
+    )
+    ties = [other for other in one_head_lower(arrangement) if other.deepest == deepest]
     if ties:
-        names = " or ".join(_sentence([other.segments[at].name for at in other.heads]) for other in ties)
+        names = " or ".join(_enumerate([other.segments[index].name for index in other.heads]) for other in ties)
         reasons.append(f"After {names} it would be as deep; higher heads read features closer to the output.")
-    shared = _sentence([f"{_count(segments[at].layers, 'layer')} up to {segments[at].name}" for at in heads])
-    reasons.append(f"Neighbouring windows overlap over the whole segment below the lower head: {shared}.")
+    shared = [segments[index] for index in heads]
+    overlaps = _enumerate([f"{_pluralized(segment.layers, 'layer')} up to {segment.name}" for segment in shared])
+    reasons.append(f"Neighbouring windows overlap over the whole segment below the lower head: {overlaps}.")
     if max_layers is not None:
         reasons.append(f"The deepest window is within max_layers={max_layers}.")
     return tuple(reasons)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _pluralized(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _sentence(parts: Sequence[object]) -> str:
-    *most, last = map(str, parts)
-    return f"{', '.join(most)} and {last}" if most else last
+def _enumerate(parts: Sequence[object]) -> str:
+    *first, last = map(str, parts)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def _check_count(name: str, value: object) -> None:
+def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PlanError(f"{name} as a whole number of at least 1", f"{name}={value!r}", "Give such a number.")
+        raise PlanError(
+            f"{name}={value!r} is invalid", "it must be a whole number of at least 1", "Give such a number."
+        )

@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from relaybackprop import Plan, RelayError
 from relaybackprop.plan import Boundary
-from relaybackprop.planning.chain import Link, chain, traced
+from relaybackprop.planning.chain import Link, chain, trace
 from relaylab.errors import InputError
 from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid, braces
@@ -60,7 +60,7 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     try:
         links = chain(model, images)
-        depths = traced(model, plan, images).depths
+        depths = trace(model, plan, images).depths
     except RelayError as error:
         raise InputError(f"the network cannot be drawn: {error}") from error
     spans = {loss: _span(links, plan, loss) for loss in plan.windows}
