@@ -692,7 +692,7 @@ def test_a_source_is_loaded_by_workers(tmp_path: Path, own_source: Any) -> None:
     [
         ({"labels": [0, 1, 1]}, r"labels are list; expected an array of int16 or int32, \(3,\)"),
         ({"labels": np.array([0, 1])}, r"labels are int64 \(2,\)"),
-        ({"labels": np.array([0, 1, 2], np.int16)}, r"labels 0 .. 2; expected -1 .. 1, for 2 classes"),
+        ({"labels": np.array([0, 1, 2], np.int16)}, r"labels 0 .. 2; expected labels -1 .. 1 for 2 classes"),
         ({"split": "train"}, "is a Source: split, root and categories are for paths"),
     ],
 )
@@ -710,7 +710,7 @@ def test_what_is_no_source() -> None:
         def read(self, index: int) -> bytes:
             return b""
 
-    with pytest.raises(InputError, match="Half is not a Source: it has no title, classes, fingerprint, name, __len__"):
+    with pytest.raises(InputError, match="Half is not a Source: it lacks title, classes, fingerprint, name, __len__"):
         open_source(Half())  # pyright: ignore[reportArgumentType]
 
 

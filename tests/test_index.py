@@ -127,7 +127,7 @@ def test_an_index_made_anew_is_not_mistaken_for_the_old_one(small: Path) -> None
     before = source.name(5)
     write_index(small, synthetic(900))
     assert source.name(5) == before
-    with pytest.raises(UnusableIndexError, match="made anew"):
+    with pytest.raises(UnusableIndexError, match="was rewritten while in use"):
         pickle.loads(pickled)
 
 

@@ -173,7 +173,7 @@ def test_evaluation_names_what_it_cannot_read(workers: int) -> None:
     source.files[20] = b"not an image"
     made = evaluation_loader(source, SPEC, batch_size=8, workers=workers)
     with pytest.raises(
-        InputError, match=r"^unreadable image canyon/20\.jpg: no image of a known format; .*needs all images$"
+        InputError, match=r"^unreadable image canyon/20\.jpg: not an image of a known format; .*needs all images$"
     ):
         list(made)
 
