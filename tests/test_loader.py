@@ -173,7 +173,7 @@ def test_evaluation_names_what_it_cannot_read(workers: int) -> None:
     source.files[20] = b"not an image"
     made = evaluation_loader(source, SPEC, batch_size=8, workers=workers)
     with pytest.raises(
-        InputError, match=r"^unreadable image canyon/20\.jpg: not an image of a known format; .*needs all images$"
+        InputError, match=r"^unreadable image canyon/20\.jpg: not an image of a known format; .*requires all images$"
     ):
         list(made)
 
@@ -239,7 +239,9 @@ def test_too_many_faults_stop_the_work(tmp_path: Path) -> None:
     source.files[3] = "gone"
     file = tmp_path / "faults.txt"
     made = training_loader(source, sampler(source, 240), SPEC, batch_size=8, fault_file=file, max_fault_share=0.0)
-    with pytest.raises(TooManyFaultsError, match=r"^11 unreadable images, 10 allowed: .*; and 1 more; .*faults\.txt$"):
+    with pytest.raises(
+        TooManyFaultsError, match=r"^11 unreadable images, 10 allowed: .*; and 1 more; .*faults\.txt lists all of them$"
+    ):
         list(made)
     assert file.read_text().splitlines() == made.faults.lines()
     assert len(made.faults) == 11
@@ -430,7 +432,7 @@ def test_memory_holds_the_centre_squares(source: InMemory) -> None:
     for number in range(30):
         expected = plain_centre_crop(source.read(number), CropSpec(size=36, short_side=36)).astype(int)
         assert np.abs(decoded.images[number].numpy() - expected).max() <= 2
-    with pytest.raises(InputError, match="decoded images of 36 x 36 for a shorter side of 40"):
+    with pytest.raises(InputError, match="the decoded images are 36 x 36, but short_side is 40"):
         memory_evaluation_loader(decoded, CropSpec(size=32, short_side=40), batch_size=8)
 
 

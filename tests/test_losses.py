@@ -106,7 +106,7 @@ def test_without_weights_they_are_torchs_and_timms(smoothing: float) -> None:
 
 
 def test_class_weights_need_the_number_of_images() -> None:
-    with pytest.raises(InputError, match=r"loss.class_weights is balanced: it needs the number of images"):
+    with pytest.raises(InputError, match=r"loss.class_weights is balanced: the number of images"):
         build_criterion(LossConfig(class_weights="balanced"))
 
 

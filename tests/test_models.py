@@ -192,7 +192,7 @@ def test_images_that_the_pyramid_does_not_fit(size: int) -> None:
 
 def test_images_of_another_size_than_built_for() -> None:
     model = on_meta("model_b")
-    with pytest.raises(InputError, match="maps of 14 x 14 and received one of 16 x 16"):
+    with pytest.raises(InputError, match="a map of 14 x 14, but received one of 16 x 16"):
         model(torch.empty(1, 3, 256, 256, device="meta"))
 
 
@@ -346,14 +346,14 @@ def test_configurations_that_cannot_be(config: NetworkConfig, message: str) -> N
 
 
 def test_vgg_of_another_depth() -> None:
-    with pytest.raises(InputError, match="VGGNet-17: expected a depth among 13, 16, 19, 22, 25"):
+    with pytest.raises(InputError, match="VGGNet-17: the depth must be one of 13, 16, 19, 22, 25"):
         models.vgg(17)
 
 
 def test_schemes_that_cannot_be() -> None:
     with pytest.raises(InputError, match="unknown scheme 'relais'"):
         build_plan(windows.MODEL_A, "relais")
-    with pytest.raises(InputError, match="needs auxiliary losses"):
+    with pytest.raises(InputError, match="requires auxiliary losses"):
         build_plan(PlanConfig(primary=PrimaryConfig()), "relay")
     assert build_plan(PlanConfig(), "standard") == Plan()
     assert build_plan(windows.MODEL_A, "isolated").primary == Window(after="segment4", weight=1.0)
@@ -425,7 +425,7 @@ def test_gains_are_of_the_last_layer_alone() -> None:
     assert float(after[1].weight.detach().std()) == pytest.approx((2 / 300) ** 0.5, rel=0.1)
     set_gain(after, "default", 5)
     assert float(after[1].weight.detach().abs().max()) <= 300**-0.5
-    with pytest.raises(InputError, match="needs a linear or convolutional layer with 7 outputs"):
+    with pytest.raises(InputError, match="requires a linear or convolutional layer with 7 outputs"):
         set_gain(after, "quiet", 7)
 
 

@@ -138,7 +138,7 @@ def test_code_that_the_user_has_not_named_does_not_run(tmp_path: Path) -> None:
         f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\ndef small(num_classes): pass\n"
     )
     for architecture in (f"{path}:small", "torch.hub:load"):
-        with pytest.raises(InputError, match="is code that you have not named on this machine"):
+        with pytest.raises(InputError, match="is code that has not been allowed on this machine"):
             build_network(config(architecture))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="returned NoneType"):
@@ -202,11 +202,11 @@ def test_weights_to_start_from_and_what_does_not_fit(tmp_path: Path) -> None:
 def test_weights_of_another_network_or_kind_are_refused(tmp_path: Path) -> None:
     model = build_network(config("timm:test_resnet"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="holds no weights of this network: it has a, expected conv1"):
+    with pytest.raises(InputError, match="has no weights that fit this network: it has a, expected conv1"):
         load_pretrained(model, tmp_path / "other.pt")
     torch.save(model, tmp_path / "whole.pt")
     with pytest.raises(InputError, match="not a state dict that can be read with weights_only=True"):
         load_pretrained(model, tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(InputError, match="holds no state dict"):
+    with pytest.raises(InputError, match="has no state dict"):
         load_pretrained(model, tmp_path / "list.pt")

@@ -97,7 +97,7 @@ ERRORS: dict[str, tuple[Callable[[], Exception], int, str]] = {
     "memory": (MemoryError, 1, "not enough memory"),
     "torch's memory": (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "not enough"),
     "nesting": (RecursionError, 2, "nested too deeply"),
-    "encoding": (lambda: caught(lambda: "\ud800".encode()), 2, "another encoding than UTF-8"),
+    "encoding": (lambda: caught(lambda: "\ud800".encode()), 2, "text that is not UTF-8"),
     "zlib": (lambda: zlib.error("Error -3"), 2, "damaged or cut short: Error -3"),
     "lzma": (lambda: lzma.LZMAError("Corrupt"), 2, "damaged or cut short: Corrupt"),
     "tar": (lambda: tarfile.ReadError("bad"), 2, "damaged or cut short: bad"),
