@@ -318,7 +318,7 @@ def test_heads_by_name(head: str, parameters: int | None) -> None:
 
 
 def test_head_errors() -> None:
-    with pytest.raises(InputError, match="map of at least 17 pixels a side, but this one is 14 x 14"):
+    with pytest.raises(InputError, match="a map of at least 17 x 17, but this one is 14 x 14"):
         build_head("inception", (512, 14, 14), 10, batch_norm=False)
     with pytest.raises(InputError, match="unknown head 'fancy'"):
         build_head("fancy", (512, 14, 14), 10, batch_norm=False)

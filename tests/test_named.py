@@ -100,14 +100,18 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
         ("FILE:smal", {}, r"net.py has no function 'smal'; nearest: small"),
         ("FILE:small", {"widht": 4}, r"small with num_classes=5, widht=4: TypeError: .*; nearest: width"),
         ("FILE:fails", {}, r"fails with num_classes=5: ZeroDivisionError: .* \(.*net.py, line 14\)"),
-        ("timm:test_resnet", {"pretrained": True}, r"network.options.pretrained: .* give network.pretrained=FILE"),
+        (
+            "timm:test_resnet",
+            {"pretrained": True},
+            r"network.options.pretrained is not allowed: .* set network.pretrained=FILE",
+        ),
         ("FILE:no_module", {}, "no_module returned str: expected a torch.nn.Module"),
         ("FILE:no_scores", {}, r"shape \(2, 5, 30, 30\) for two images: expected class scores of shape \(2, 5\)"),
         ("FILE:seven", {}, r"shape \(2, 7\) for two images: expected class scores of shape \(2, 5\)"),
         (
             "timm:vit_tiny_patch16_224",
             {},
-            r"does not run on images \(2, 3, 32, 32\): .*network.image_size, or the size",
+            r"does not run on images \(2, 3, 32, 32\): .*network.image_size, or the image size",
         ),
         (
             "absent_package.nets:small",
@@ -174,7 +178,7 @@ def test_heads_fit_what_they_read() -> None:
     [
         (("plan.auxiliary.aux.top=layer33",), "recipe photos: expected the name of a module .*layer3"),
         (("plan.auxiliary.aux.head=linear", "network.architecture=timm:test_vit", "network.options.img_size=32",
-          "plan.auxiliary.aux.top=blocks.3"), r"and its place has \(\d+, \d+\): use the head 'auto'"),
+          "plan.auxiliary.aux.top=blocks.3"), r"but its input has shape \(\d+, \d+\): use the head 'auto'"),
     ],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_is_an_error_before_training(changes: tuple[str, ...], message: str) -> None:
