@@ -296,7 +296,7 @@ def test_other_images_are_refused(name: str, state: dict[str, Tensor], tmp_path:
     ],
 )
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_downloads_leave_is_recognised(content: bytes, message: str, which: int, pair: Pair) -> None:
+def test_files_of_failed_downloads_are_recognised(content: bytes, message: str, which: int, pair: Pair) -> None:
     pair[which].write_bytes(content)
     assert str(pair[which]) in refused(pair, message)
 
@@ -322,7 +322,7 @@ def test_swapped_arguments(pair: Pair) -> None:
         ("layer { top: 'y' } layer { bottom: 'y' top: 'y' type: 'N\\nN' }", r"a layer of type N\\nN, where Model B"),
     ],
 )
-def test_prototxts_that_are_none(text: str, message: str, pair: Pair) -> None:
+def test_invalid_prototxts_are_refused(text: str, message: str, pair: Pair) -> None:
     pair[0].write_text(text)
     refused(pair, message)
 
@@ -436,7 +436,7 @@ def test_a_file_cut_off_anywhere_is_refused(cuts: int, ends: int, state: dict[st
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
-def test_damaged_bytes_give_no_other_error(count: int, pair: Pair) -> None:
+def test_damaged_bytes_raise_only_input_errors(count: int, pair: Pair) -> None:
     dice = random.Random(0)
     for path in pair:
         whole = path.read_bytes()

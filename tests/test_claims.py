@@ -137,7 +137,7 @@ def test_a_compressed_bomb_is_refused_and_leaves_nothing(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_what_was_unpacked_is_removed_when_it_is_no_data_set(tmp_path: Path) -> None:
+def test_unpacked_copies_of_files_without_images_are_removed(tmp_path: Path) -> None:
     tar = tmp_path / "a.tar.gz"
     tar.write_bytes(gzip.compress(os.urandom(5000)))
     with pytest.raises(InputError, match="as a tar file"):
@@ -171,7 +171,7 @@ def test_long_lines_take_linear_time(line: str, tmp_path: Path) -> None:
     assert timed(read) < 0.5
 
 
-def test_lists_that_are_no_files_or_have_endless_lines_are_refused(tmp_path: Path) -> None:
+def test_lists_that_are_not_files_or_have_endless_lines_are_refused(tmp_path: Path) -> None:
     for name in ("list.txt", "list.csv", "data.tar"):
         os.mkfifo(tmp_path / name)
         with pytest.raises(InputError, match="FIFO"):
@@ -223,7 +223,7 @@ def test_a_meta_mat_that_crashes_its_reader_is_an_error(tmp_path: Path) -> None:
             synset_numbers(file)
 
 
-def test_images_that_are_no_files_or_too_large_are_errors_of_the_image(tmp_path: Path) -> None:
+def test_images_that_are_not_files_or_too_large_are_image_faults(tmp_path: Path) -> None:
     for name in ("a/0.png", "a/1.png", "b/2.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(tmp_path / "data" / name)

@@ -61,7 +61,7 @@ EXPECTED = [("0002.jpg", "dog"), ("0000.jpg", "cat"), ("0003.jpg", "dog")]
         "name,cat,dog\n0002,0,1\n0000,1,0\n0003,0.0,1.0\n",  # one label each
     ],
 )
-def test_columns_are_told_apart(text: str, listed: Open) -> None:
+def test_columns_are_recognised(text: str, listed: Open) -> None:
     source = listed(text)
     assert (labels(source), source.classes, source.folders) == (EXPECTED, ("cat", "dog"), ("cat", "dog"))
     assert source.targets is None
@@ -164,7 +164,7 @@ def test_targets_follow_the_classes_and_the_images(listed: Open) -> None:
         ("file,a,a\n0000,0,1\n", r"has the columns a more than once"),
     ],
 )
-def test_what_is_wrong_is_explained(text: str, message: str, tmp_path: Path, listed: Open) -> None:
+def test_errors_explain_the_problem(text: str, message: str, tmp_path: Path, listed: Open) -> None:
     write(tmp_path / "images", {f"{number}.jpg": "" for number in range(101)} if "100,2" in text else {})
     with pytest.raises(InputError, match=message):
         listed(text)
@@ -182,7 +182,9 @@ def test_lists_without_a_header_are_read_as_before(listed: Open) -> None:
     assert (source.labels.tolist(), source.classes[3], source.notes) == ([3, 1], "class 3", ())
 
 
-def test_inspect_says_what_was_read(tmp_path: Path, listed: Open, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_columns_that_were_read(
+    tmp_path: Path, listed: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
     listed("file,age,labels,size\n0000,7,a;b,1\n0001,8,a,1\n0002,8,a,2\n")
     command = ["data", "inspect", str(tmp_path / "images"), str(tmp_path / "labels.csv"), "--workers=0"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0

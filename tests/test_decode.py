@@ -57,7 +57,7 @@ def assert_quarters(pixels: np.ndarray, tolerance: int = 12) -> None:
     assert np.abs(middles - COLOURS).max() <= tolerance
 
 
-def test_jpeg_is_what_pillow_makes_of_it() -> None:
+def test_jpeg_pixels_agree_with_pillow() -> None:
     for options in ({"subsampling": 2}, {"subsampling": 0}, {"progressive": True}):
         data = encoded(photograph(), quality=85, **options)
         pixels, complaint = decode_checked(data)
@@ -145,7 +145,7 @@ def test_of_animations_the_first_frame(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_what_is_not_whole_is_a_fault(spoil: Any, kind: str) -> None:
+def test_incomplete_images_are_faults(spoil: Any, kind: str) -> None:
     data = encoded(photograph(), kind)
     decode(data)
     with pytest.raises(ImageFault) as caught:
@@ -154,7 +154,7 @@ def test_what_is_not_whole_is_a_fault(spoil: Any, kind: str) -> None:
     assert str(caught.value)
 
 
-def test_what_strict_decoding_refuses_is_told_apart() -> None:
+def test_complaints_of_strict_decoding_are_returned() -> None:
     data = encoded(photograph(), quality=85)
     scan = data.index(b"\xff\xda")
     extraneous = data[:scan] + b"\x00\x00\x00\x00" + data[scan:]
@@ -164,7 +164,7 @@ def test_what_strict_decoding_refuses_is_told_apart() -> None:
     assert decode_checked(data)[1] is None
 
 
-def test_what_the_jpeg_reader_does_not_know_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jpegs_unknown_to_simplejpeg_are_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(data: bytes) -> None:
         raise KeyError(6)
 
@@ -211,7 +211,7 @@ def test_whatever_pillow_raises_is_a_fault(error: type[Exception], monkeypatch: 
         decode(b"GIF89a")
 
 
-def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_an_image_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
@@ -267,7 +267,7 @@ def test_centre_crops_are_torchvisions(width: int, height: int, crop_spec: CropS
 
 
 @pytest.mark.parametrize(("height", "width"), [(20_000, 1), (1, 20_000)])
-def test_very_long_images_take_no_more_memory_than_others(height: int, width: int) -> None:
+def test_very_long_images_need_no_more_memory_than_others(height: int, width: int) -> None:
     pixels = decode(encoded(np.full((height, width, 3), 50, np.uint8), "PNG"))
     out = torch.empty(224, 224, 3, dtype=torch.uint8)
     cut_box(pixels, centre_box(CropSpec(), height, width), out)

@@ -85,7 +85,7 @@ def private_bytes(method: str, source: IndexedImages | None) -> int:
     return used
 
 
-def test_opening_takes_no_time(places2: Path) -> None:
+def test_opening_an_index_is_fast(places2: Path) -> None:
     def seconds() -> float:
         start = time.perf_counter()
         assert len(IndexedImages(places2, fresh=True)) == PLACES2

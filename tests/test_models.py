@@ -197,7 +197,7 @@ def test_images_of_another_size_than_built_for() -> None:
 
 
 @pytest.mark.parametrize("bins", [(0, 1), (3, -1)])
-def test_pyramids_that_are_none(bins: tuple[int, ...]) -> None:
+def test_invalid_pyramids_are_refused(bins: tuple[int, ...]) -> None:
     with pytest.raises((InputError, ZeroDivisionError)):
         SpatialPyramid(bins, 14)
 
@@ -257,7 +257,7 @@ def test_windows_have_the_papers_depths_and_overlap(name: str) -> None:
     assert all(scores.shape == output.primary.shape for scores in output.auxiliary.values())
 
 
-def test_the_heads_read_what_table_2_says() -> None:
+def test_the_heads_read_the_maps_of_table_2() -> None:
     for name, expected in {
         "table3-model-a-relay": (512, 14, 14),
         "table3-model-b-relay": (512, 14, 14),

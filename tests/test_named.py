@@ -156,7 +156,7 @@ def recipe_with(*changes: str) -> Recipe:
     return recipe
 
 
-def test_heads_fit_what_they_read() -> None:
+def test_heads_fit_their_inputs() -> None:
     lacking = ("network.width=none", "network.convs=none", "plan.auxiliary.aux.head=auto")
     resnet = recipe_with(
         *lacking, "network.architecture=timm:test_resnet", "plan.primary.bottom=none", "plan.primary.after=layer2",
@@ -188,7 +188,7 @@ def test_a_plan_that_does_not_fit_is_an_error_before_training(changes: tuple[str
         segments_of(recipe_with(*given.values()))
 
 
-def test_weights_to_start_from_and_what_does_not_fit(tmp_path: Path) -> None:
+def test_pretrained_weights_and_tensors_that_do_not_fit(tmp_path: Path) -> None:
     other = build_network(config("timm:test_resnet", classes=9))
     state = {f"module.{key}": tensor for key, tensor in other.state_dict().items()} | {"module.extra": torch.zeros(1)}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "weights.pt")

@@ -62,7 +62,7 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_what_is_wrong_is_said_with_its_place(kind: str, tmp_path: Path) -> None:
+def test_errors_name_the_place(kind: str, tmp_path: Path) -> None:
     content, said = DAMAGED[kind]
     file = tmp_path / "file.json"
     file.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -90,7 +90,7 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
         ('scheme = "relay"', 'scheme = "realy"', "scheme=realy: expected one of standard"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_by_name(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_a_file_name_the_value(old: str, new: str, message: str, tmp_path: Path) -> None:
     text = to_toml(find_recipe("digits"))
     assert text.count(old) == 1
     (tmp_path / "mine.toml").write_text(text.replace(old, new))
@@ -105,7 +105,7 @@ def test_missing_files_and_scales_of_files(tmp_path: Path) -> None:
         find_recipe(str(written(find_recipe("digits"), tmp_path / "mine.toml")), "tiny")
 
 
-def test_the_old_name_of_after_is_told_on_the_command_line_too() -> None:
+def test_the_old_name_of_after_is_also_recognised_on_the_command_line() -> None:
     _, problems = with_changes(find_recipe("digits"), ["plan.primary.above=segment1"])
     assert problems == ["no value plan.primary.above: it has been renamed to plan.primary.after"]
 

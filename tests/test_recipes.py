@@ -86,7 +86,7 @@ def test_a_missing_source_is_found_out() -> None:
         list(dataclasses.replace(recipe, sources=without).fields())
 
 
-def test_what_section_5_1_fixes_for_places2() -> None:
+def test_values_that_section_5_1_fixes_for_places2() -> None:
     for name, recipe in RECIPES.items():
         if recipe.images.data_set == "Places2 challenge":
             o = recipe.optimizer

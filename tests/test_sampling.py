@@ -118,7 +118,7 @@ def test_seeds_and_cycles_differ(kind: type[KeyedSampler]) -> None:
     assert len({tuple(cycle) for cycle in cycles.tolist()}) == 30
 
 
-def test_far_draws_cost_no_more_and_do_not_overflow() -> None:
+def test_distant_draws_cost_no_more_and_do_not_overflow() -> None:
     labels = np.repeat(np.arange(401, dtype=np.int16), 50)
     far = 2**40
     drawn = ClassAwareSampler(labels).draw(np.arange(far * 401, far * 401 + 401))

@@ -123,7 +123,7 @@ def test_splits_share_the_classes_of_train_and_val(tmp_path: Path, opened: Open)
         ("x", "expected one"),
     ],
 )
-def test_a_split_must_be_said_and_be_there(split: str | None, message: str, tmp_path: Path, opened: Open) -> None:
+def test_a_split_must_be_given_and_exist(split: str | None, message: str, tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", TREE)
     with pytest.raises(InputError, match=message):
         opened(root, split=split)
@@ -309,7 +309,7 @@ def overwrite(path: Path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_images_that_are_written_over_are_noticed(tmp_path: Path, opened: Open) -> None:
+def test_overwritten_images_are_detected(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"1", "zoo/1.jpg": b"z", "list.txt": "bus/1.jpg 0\nzoo/1.jpg 1\n"})
     age(root)
     watched = Watched()
@@ -334,7 +334,7 @@ def test_of_many_images_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(file_states.sample(7)) == [0, 3, 6]
 
 
-def test_an_unwritable_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"1"})
     write(tmp_path, {"file": b""})
     monkeypatch.setenv("RELAYLAB_CACHE", str(tmp_path / "file" / "cache"))
@@ -435,7 +435,7 @@ def test_lists_of_flat_folders(tmp_path: Path, opened: Open) -> None:
         ("", "no images in"),
     ],
 )
-def test_lists_that_are_wrong(lines: str, message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_lists_are_refused(lines: str, message: str, tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"a/1.jpg": b"1", "a/2.jpg": b"2", "a/folder.jpg/x": b""})
     write(tmp_path, {"list.txt": lines, "categories.txt": "first 0\nsecond 1\n"})
     with pytest.raises(InputError, match=message):
@@ -452,7 +452,7 @@ def test_lists_that_are_wrong(lines: str, message: str, tmp_path: Path, opened: 
         ("x 1", "leaves out class 0"),
     ],
 )
-def test_categories_that_are_wrong(text: str, message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_categories_are_refused(text: str, message: str, tmp_path: Path, opened: Open) -> None:
     write(tmp_path, {"data/1.jpg": b"", "list.txt": "1.jpg 0", "names": text})
     with pytest.raises(InputError, match=message):
         opened(tmp_path / "list.txt", tmp_path / "data", categories=tmp_path / "names")
@@ -530,7 +530,7 @@ def test_imagenet_training_tar_of_tars(tmp_path: Path, opened: Open) -> None:
         ({"bus/notes.txt": b""}, {}, "no images"),
     ],
 )
-def test_members_that_are_refused(
+def test_invalid_members_are_refused(
     files: dict[str, bytes], links: dict[str, str], message: str, tmp_path: Path, opened: Open
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -548,7 +548,7 @@ def test_droppings_in_a_tar_are_counted(tmp_path: Path, opened: Open) -> None:
 SYSTEM = ("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information", ".Trash-1000", "__MACOSX")
 
 
-def test_folders_of_network_drives_and_systems_are_no_classes(tmp_path: Path, opened: Open) -> None:
+def test_system_folders_are_not_classes(tmp_path: Path, opened: Open) -> None:
     files = {
         "bus/1.jpg": b"1",
         "zoo/deep/1.jpg": b"2",
@@ -688,7 +688,7 @@ def test_a_list_does_not_leave_its_root_by_a_link_higher_up(tmp_path: Path, open
         opened(tmp_path / "list.txt", root)
 
 
-def test_a_strange_list_takes_no_time(tmp_path: Path, opened: Open) -> None:
+def test_an_unusual_list_is_read_quickly(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b""})
     (tmp_path / "list.txt").write_text("bus/1" + " " * 20_000 + "1 2\n")
     with pytest.raises(InputError, match="line 1"):
@@ -738,7 +738,7 @@ def test_a_long_tail() -> None:
         long_tail(np.array([0, UNLABELLED]), ratio=2, seed=0)
 
 
-def test_images_that_are_set_aside() -> None:
+def test_held_out_images() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 10))
     stay, aside = held_out(labels, count=3, seed=0)
     assert np.array_equal(np.sort(np.concatenate([stay, aside])), np.arange(40))
