@@ -252,8 +252,8 @@ DEVIATIONS: dict[str, tuple[Change, str]] = {
     "classes": (set_field("fc3", "inner_product_param.num_output", 2**31), "is the file damaged"),
     "one class": (set_field("fc3", "inner_product_param.num_output", 1), "num_classes is 1"),
     "flattening": (set_field("flat2", "flatten_param.axis", 2), "'flat2' is flattening, of other axes"),
-    "unknown blob": (set_field("fc1", "bottom", ["nowhere"]), "'fc1' reads 'nowhere', which no layer before it makes"),
-    "blob made twice": (set_field("pool2", "top", ["pool1"]), "'pool2' makes 'pool1', as another layer before it"),
+    "unknown blob": (set_field("fc1", "bottom", ["nowhere"]), "'fc1' reads 'nowhere', which no earlier layer produces"),
+    "blob made twice": (set_field("pool2", "top", ["pool1"]), "'pool2' produces 'pool1', which an earlier layer also"),
     "no input": (set_field("1/conv1", "bottom", []), "'1/conv1' is an input, where Model B has Convolution"),
     "an auxiliary branch": (
         with_layer(name="aux", type="InnerProduct", bottom=["pool3"], top=["aux"]),
@@ -291,19 +291,19 @@ def test_other_images_are_refused(name: str, state: dict[str, Tensor], tmp_path:
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html>\n<html><body>GitHub</body></html>", "is a web page; download the raw file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 685025107\n", "pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 685025107\n", "is a Git LFS pointer"),
         (b"PK\x03\x04....", "is an archive"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_downloads_leave_is_recognised(content: bytes, message: str, which: int, pair: Pair) -> None:
+def test_files_of_failed_downloads_are_recognised(content: bytes, message: str, which: int, pair: Pair) -> None:
     pair[which].write_bytes(content)
     assert str(pair[which]) in refused(pair, message)
 
 
 def test_swapped_arguments(pair: Pair) -> None:
     refused((pair[1], pair[0]), "are prototxt and caffemodel swapped")
-    refused((pair[0], pair[0]), "it is a text; are prototxt and caffemodel swapped")
+    refused((pair[0], pair[0]), "it is text; are prototxt and caffemodel swapped")
 
 
 @pytest.mark.parametrize(
@@ -317,12 +317,12 @@ def test_swapped_arguments(pair: Pair) -> None:
         ("input: 'data'\nlayer { name: 'x' }", "input 'data' has no size"),
         ("layer { name: 'data' type: 'Input' top: 'data' }", "has no size"),
         ("layer { name: 'x' top: 'y' }", r"ends in 0 layers \(none\)"),
-        ("layer { name: 'x' bottom: 'y' top: 'y' }", "reads 'y', which no layer before it makes"),
+        ("layer { name: 'x' bottom: 'y' top: 'y' }", "reads 'y', which no earlier layer produces"),
         ("layer { top: 'y' } layer { name: 'two' bottom: 'y' top: 'p' top: 'q' }", "'two' makes 2 blobs"),
         ("layer { top: 'y' } layer { bottom: 'y' top: 'y' type: 'N\\nN' }", r"a layer of type N\\nN, where Model B"),
     ],
 )
-def test_prototxts_that_are_none(text: str, message: str, pair: Pair) -> None:
+def test_invalid_prototxts_are_refused(text: str, message: str, pair: Pair) -> None:
     pair[0].write_text(text)
     refused(pair, message)
 
@@ -333,7 +333,7 @@ def test_files_that_cannot_be_read(pair: Pair, tmp_path: Path) -> None:
     refused((tmp_path, pair[1]), "is not a file")
     with pair[1].open("wb") as file:
         file.truncate(reading.LARGEST_BINARY + 1)  # takes no space
-    refused(pair, r"has 2,147,483,648 bytes, and at most 2,147,483,647 are read")
+    refused(pair, r"has 2,147,483,648 bytes, more than the limit of 2,147,483,647")
     with pair[0].open("wb") as file:
         file.truncate(reading.LARGEST_TEXT + 1)
     refused(pair, "are prototxt and caffemodel swapped")
@@ -379,28 +379,37 @@ def set_shape(name: str, number: int, shape: list[int]) -> Change:
 
 
 BAD_WEIGHTS: dict[str, tuple[Change, str]] = {
-    "no layer": (without("fc1"), "'fc1' is missing: expected its weights; is the file cut off"),
+    "no layer": (without("fc1"), "'fc1' is missing: expected its weights; is the file truncated"),
     "no layers": (lambda network: network.Clear(), "is empty"),
-    "no weights": (lambda network: [layer.ClearField("blobs") for layer in network.layer], "holds no weights"),
+    "no weights": (
+        lambda network: [layer.ClearField("blobs") for layer in network.layer],
+        "has no weights: expected the caffemodel of a trained network",
+    ),
     "no bias": (lambda network: layer(network, "1/conv1").blobs.pop(), "'1/conv1' has 1 blobs: expected two"),
     "a blob more": (
         lambda network: layer(network, "1/conv1").blobs.add(data=b"1234").shape.dim.append(1),
         "has 3 blobs",
     ),
-    "twice": (lambda network: network.layer.append(network.layer[0]), "'1/conv1' is there twice"),
+    "twice": (lambda network: network.layer.append(network.layer[0]), "'1/conv1' occurs twice"),
     "another shape": (
         set_shape("fc3", 0, [128, 5]),
         r"'fc3', weight: shape \(128, 5\), expected \(5, 128\)",
     ),
-    "a side more": (set_shape("fc3", 0, [5, 128, 2]), r"shape \(5, 128, 2\) and 2,560 bytes, which do not agree"),
-    "no shape": (lambda network: blob(network, "fc3", 0).ClearField("shape"), r"shape \(\) and .* do not agree"),
-    "negative sides": (set_shape("fc3", 0, [-5, -128]), "do not agree"),
-    "odd bytes": (lambda network: setattr(blob(network, "fc2", 1), "data", b"123"), "do not agree"),
-    "no numbers": (lambda network: blob(network, "fc2", 1).ClearField("data"), "'fc2', blob 1 has no packed numbers"),
-    "unpacked numbers": (unpacked, "'fc1', blob 1 has no packed numbers"),
-    "not a number": (set_data("fc3", 1, np.nan), "'fc3', bias: holds numbers that are infinite or not a number"),
-    "infinite": (set_data("2/inception1/branch3x3/0", 0, np.inf), "'2/inception1/branch3x3/0', weight: holds numbers"),
-    "too large for single precision": (set_data("fc3", 1, 1e300, "<f8"), "'fc3', bias: holds numbers"),
+    "a side more": (set_shape("fc3", 0, [5, 128, 2]), r"shape \(5, 128, 2\) but 2,560 bytes; is the file damaged"),
+    "no shape": (
+        lambda network: blob(network, "fc3", 0).ClearField("shape"),
+        r"shape \(\) but .* bytes; is the file damaged",
+    ),
+    "negative sides": (set_shape("fc3", 0, [-5, -128]), "bytes; is the file damaged"),
+    "odd bytes": (lambda network: setattr(blob(network, "fc2", 1), "data", b"123"), "bytes; is the file damaged"),
+    "no numbers": (lambda network: blob(network, "fc2", 1).ClearField("data"), "'fc2', blob 1 has no packed values"),
+    "unpacked numbers": (unpacked, "'fc1', blob 1 has no packed values"),
+    "not a number": (set_data("fc3", 1, np.nan), "'fc3', bias has values that are infinite or NaN"),
+    "infinite": (
+        set_data("2/inception1/branch3x3/0", 0, np.inf),
+        "'2/inception1/branch3x3/0', weight has values that are infinite",
+    ),
+    "too large for single precision": (set_data("fc3", 1, 1e300, "<f8"), "'fc3', bias has values that are infinite"),
 }
 
 
@@ -427,7 +436,7 @@ def test_a_file_cut_off_anywhere_is_refused(cuts: int, ends: int, state: dict[st
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
-def test_damaged_bytes_give_no_other_error(count: int, pair: Pair) -> None:
+def test_damaged_bytes_raise_only_input_errors(count: int, pair: Pair) -> None:
     dice = random.Random(0)
     for path in pair:
         whole = path.read_bytes()
@@ -461,7 +470,7 @@ def test_class_names(text: str, names: tuple[str, ...], pair: Pair, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a\nb\n", "has 2 class names: expected 5, as the network has outputs"),
+        (b"a\nb\n", "has 2 class names: expected 5, the number of the network's outputs"),
         (b"", "has 0 class names"),
         (b"a 0\nb 1\nc 2\nd 3\ne 5\n", "leaves out class 4"),
         (b"\xff\xfe", "is not text"),

@@ -90,7 +90,7 @@ def test_classes_that_cannot_be_matched_are_refused(
         match(own, wanted, title="others", used=used)
 
 
-def test_a_guess_by_rank_is_told() -> None:
+def test_matching_by_rank_returns_a_remark() -> None:
     places, remark = match(numbered(), folders("n2", "n1"), title="val.txt", used=[0, 1])
     assert places[:2] == (0, 1)
     assert "val.txt has no class names: label 0 is taken to be n2" in remark
@@ -324,7 +324,7 @@ def test_classes_of_one_part_only_are_refused_by_name(
     assert not (tmp_path / "run").exists()
 
 
-def test_classes_without_images_are_no_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_without_images_are_not_suggested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("train", "val"):
         (tmp_path / f"data/{part}/empty").mkdir(parents=True)
         for number, name in enumerate("ab"):

@@ -106,7 +106,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--schemes", "relay,rely"], "unknown scheme 'rely'; nearest: relay"),
         (["--set", "optimizer.lr=nan"], "optimizer.lr is nan: expected a finite number, above 0"),
         (["--set", "network.classes=3"], "no value network.classes; nearest: "),
-        (["--set", "network.image_size=4"], "images of 4 pixels: small_vgg needs at least 8"),
+        (["--set", "network.image_size=4"], "images of 4 pixels: small_vgg requires at least 8"),
         (["--val-data", "."], "--val-data needs --data"),
         (["--data", "nowhere.tar.xz"], "no such file or folder: nowhere.tar.xz"),
     ],

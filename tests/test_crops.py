@@ -72,7 +72,7 @@ def test_resized_crops_have_torchvisions_distribution(height: int, width: int) -
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1000), (1000, 1), (100, 300), (300, 100)])
-def test_where_no_attempt_fits_the_central_box_is_torchvisions(height: int, width: int) -> None:
+def test_the_fallback_box_is_torchvisions(height: int, width: int) -> None:
     transform = v2.RandomResizedCrop(56, scale=(1.0, 1.0))
     (found,) = torchvisions(transform, height, width, 1)
     crops = Crops(kind="resized", areas=(1.0, 1.0))

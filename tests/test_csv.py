@@ -61,7 +61,7 @@ EXPECTED = [("0002.jpg", "dog"), ("0000.jpg", "cat"), ("0003.jpg", "dog")]
         "name,cat,dog\n0002,0,1\n0000,1,0\n0003,0.0,1.0\n",  # one label each
     ],
 )
-def test_columns_are_told_apart(text: str, listed: Open) -> None:
+def test_columns_are_recognised(text: str, listed: Open) -> None:
     source = listed(text)
     assert (labels(source), source.classes, source.folders) == (EXPECTED, ("cat", "dog"), ("cat", "dog"))
     assert source.targets is None
@@ -83,7 +83,7 @@ def test_numbers_are_sorted_as_numbers_and_categories_name_them(tmp_path: Path, 
     assert (len(source.classes), source.labels.tolist()) == (12, [10, 2, 2])
     assert listed("file,label\n0002.jpg,class3\n").labels.tolist() == [3]
     with pytest.raises(
-        InputError, match=r"classes that its categories lack: 12, cat; expected class0, class1, class2 and"
+        InputError, match=r"classes that are not in its categories file: 12, cat; expected class0, class1, class2 and"
     ):
         listed("file,label\n0002.jpg,cat\n0001.jpg,12\n0000.jpg,3\n")
 
@@ -147,11 +147,11 @@ def test_targets_follow_the_classes_and_the_images(listed: Open) -> None:
         ("file,age,size\n0000,7,8\n", r"labels.csv has no column with classes: its columns are file, age, size; expec"),
         (
             "what,label\nx,1\n",
-            r"has no column with images of .*: its columns are what, label; expected one such as file",
+            r"has no column with images of .*: its columns are what, label; expected a column such as file",
         ),
-        ("file,label\n", r"no images in .*: there are no lines behind the header; its columns are file, label"),
+        ("file,label\n", r"no images in .*: there are no lines after the header; its columns are file, label"),
         ("file,label\n7,x\n0001,x\n8,x\n9,y\n6,y\n", r"4 of the 5 images of labels.csv are not in .*: 7, 8, 9 and 1"),
-        ("file,label\n0000,x\n0001,\n0002, \n", r"2 of 3 images have no label, such as that in line 3; remove"),
+        ("file,label\n0000,x\n0001,\n0002, \n", r"2 of 3 images have no label, such as the one in line 3; remove"),
         ("file,labels\n0000,x\n0001,;\n0002,x;y\n", r"labels that consist of divider characters only"),
         ("file,label\n0000,x,y\n", r"labels.csv, line 2: 3 fields; the header has 2"),
         ('file,label\n0000,"x\n', r"labels.csv, line \d: unexpected end of data"),
@@ -164,7 +164,7 @@ def test_targets_follow_the_classes_and_the_images(listed: Open) -> None:
         ("file,a,a\n0000,0,1\n", r"has the columns a more than once"),
     ],
 )
-def test_what_is_wrong_is_explained(text: str, message: str, tmp_path: Path, listed: Open) -> None:
+def test_errors_explain_the_problem(text: str, message: str, tmp_path: Path, listed: Open) -> None:
     write(tmp_path / "images", {f"{number}.jpg": "" for number in range(101)} if "100,2" in text else {})
     with pytest.raises(InputError, match=message):
         listed(text)
@@ -172,7 +172,7 @@ def test_what_is_wrong_is_explained(text: str, message: str, tmp_path: Path, lis
 
 def test_a_name_that_two_files_have(tmp_path: Path, listed: Open) -> None:
     write(tmp_path / "images", {"0001.png": "another"})
-    with pytest.raises(InputError, match=r"line 3: 0001 may be 0001.(jpg|png), 0001.(jpg|png); give names with their"):
+    with pytest.raises(InputError, match=r"line 3: 0001 matches 0001.(jpg|png), 0001.(jpg|png); add the extensions"):
         listed("file,label\n0000,x\n0001,y\n")
     assert names(listed("file,label\n0000,x\n0001.png,y\n"))[1].endswith("0001.png")
 
@@ -182,13 +182,15 @@ def test_lists_without_a_header_are_read_as_before(listed: Open) -> None:
     assert (source.labels.tolist(), source.classes[3], source.notes) == ([3, 1], "class 3", ())
 
 
-def test_inspect_says_what_was_read(tmp_path: Path, listed: Open, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_columns_that_were_read(
+    tmp_path: Path, listed: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
     listed("file,age,labels,size\n0000,7,a;b,1\n0001,8,a,1\n0002,8,a,2\n")
     command = ["data", "inspect", str(tmp_path / "images"), str(tmp_path / "labels.csv"), "--workers=0"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "3 images in 2 classes" in out
     assert "images by file, classes by labels; ignored: age, size" in out
-    assert "several labels for an image, divided by semicolons or bars" in out
+    assert "several labels per image, separated by semicolons or bars" in out
     assert "several labels      1\n" in out
     assert "images per class    1 (b) to 3 (a)" in out

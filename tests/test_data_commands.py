@@ -47,7 +47,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_inspect_says_what_there_is(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_the_data(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert cli.main(["data", "inspect", str(tree), "--out", str(out), "--workers", "0"]) == 0
     said = capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_check_of_good_images(tree: Path, tmp_path: Path) -> None:
     assert (out / "val" / "bad-images.txt").read_text() == ""
 
 
-def test_what_is_found_before_ctrl_c_is_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_before_ctrl_c_are_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add = scan.ScanResults.add
 
     def interrupted(self: scan.ScanResults, other: scan.ScanResults) -> None:

@@ -33,7 +33,7 @@ def test_sliding_pyramid_is_the_pyramid_of_each_window(bins: tuple[int, ...], si
 
 
 def test_sliding_pyramid_refuses_small_maps() -> None:
-    with pytest.raises(InputError, match="smaller than the network's crops"):
+    with pytest.raises(InputError, match="smaller than the windows of 4 x 4"):
         SlidingPyramid(SpatialPyramid((2, 1), 4))(torch.zeros(1, 1, 4, 3))
 
 

@@ -175,7 +175,7 @@ def test_state_dicts_that_do_not_fit_are_named() -> None:
     with pytest.raises(InputError) as error:
         load_state(network, state)
     assert str(error.value) == (
-        "the state dict lacks classifier.fc3.bias; it has, beyond the model's, heads.aux.fc1.weight; it has another "
+        "the state dict lacks classifier.fc3.bias; it has the unknown keys heads.aux.fc1.weight; it has another "
         "shape for classifier.fc3.weight (9, 256), not (5, 256)"
     )
     with pytest.raises(InputError, match=r"lacks segment1.conv1.weight, .* and \d+ more"):
@@ -187,10 +187,10 @@ def test_parts_that_do_not_go_together() -> None:
     parts = {"network": model.network, "input": model.input, "state": model.state}
     with pytest.raises(InputError, match="3 class names for a network of 5 classes"):
         ModelFile(classes=("a", "b", "c"), **parts)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"mean image of shape \(3, 32, 32\).*expected \(32, 32, 3\)"):
+    with pytest.raises(InputError, match=r"the mean image has shape \(3, 32, 32\).*expected \(32, 32, 3\)"):
         ModelFile(classes=model.classes, mean_image=torch.zeros(3, 32, 32), **parts)  # type: ignore[arg-type]
     other = InputConfig(crop=48, mean=MEAN)
-    with pytest.raises(InputError, match="crops of 48 pixels for a network that sees 32"):
+    with pytest.raises(InputError, match="crop is 48 pixels, but the network expects images of 32"):
         ModelFile(classes=model.classes, network=model.network, input=other, state=model.state)
 
 

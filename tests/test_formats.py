@@ -172,7 +172,7 @@ CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
         (lambda path: packed(path, {"bus/1.md": b""}), "has no images"),
     ],
 )
-def test_zip_files_that_are_refused(
+def test_invalid_zip_files_are_refused(
     change: Callable[[Path], object], message: str, tmp_path: Path, opened: Open
 ) -> None:
     path = packed(tmp_path / "data.zip", {"bus/1.jpg": b"1" * 50, "bus/2.jpg": b"2" * 50})
@@ -266,12 +266,12 @@ def test_a_folder_of_shards_with_splits(tmp_path: Path, opened: Open) -> None:
         ({"1.jpg": b"", "1.cls": b"0", "1/1.jpg": b"", "1/1.cls": b"0", "1.JPG": b""}, "label"),
     ],
 )
-def test_shards_that_are_wrong(members: dict[str, bytes], message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_shards_are_refused(members: dict[str, bytes], message: str, tmp_path: Path, opened: Open) -> None:
     with pytest.raises(InputError, match=message):
         opened(tar(tmp_path / "a.tar", members))
 
 
-def test_what_was_unpacked_of_refused_shards_is_removed(tmp_path: Path) -> None:
+def test_unpacked_copies_of_refused_shards_are_removed(tmp_path: Path) -> None:
     file, cache = tmp_path / "train-00.tar.gz", tmp_path / "cache"
     open_source(tar(file, shard(("1", 0), ("2", 1)), "w:gz"), split="train", cache=cache)
     assert len(list((cache / "tars").iterdir())) == 1
@@ -281,13 +281,13 @@ def test_what_was_unpacked_of_refused_shards_is_removed(tmp_path: Path) -> None:
     assert list((cache / "tars").iterdir()) == []
 
 
-def test_names_that_are_too_few(tmp_path: Path, opened: Open) -> None:
+def test_too_few_class_names_are_refused(tmp_path: Path, opened: Open) -> None:
     write(tmp_path, {"labels.txt": "arch\nbus\n"})
     with pytest.raises(InputError, match=r"has the label 2; expected 0 .. 1"):
         opened(tar(tmp_path / "a.tar", shard(("1", 2))))
 
 
-def test_a_tar_of_class_folders_with_other_json_is_no_shard(tmp_path: Path, opened: Open) -> None:
+def test_a_tar_of_class_folders_with_other_json_is_not_a_shard(tmp_path: Path, opened: Open) -> None:
     files = {"bus/1.jpg": b"1", "bus/1.json": b'{"width": 3}', "zoo/2.jpg": b"2", "zoo/2.json": b"["}
     assert labelled(opened(tar(tmp_path / "a.tar", files))) == [("bus", b"1"), ("zoo", b"2")]
 
@@ -404,7 +404,7 @@ def test_several_labels_in_parquet(tmp_path: Path, opened: Open) -> None:
     assert source.targets.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
 
 
-def test_parquet_that_is_wrong(tmp_path: Path, opened: Open) -> None:
+def test_invalid_parquet_files_are_refused(tmp_path: Path, opened: Open) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cases: dict[str, tuple[dict[str, list[Any]], str]] = {
         "none": ({"text": ["a"]}, r"no column of encoded images; .* Columns: text \(string\)"),
@@ -530,7 +530,7 @@ def test_tiny_imagenet_as_it_comes(tmp_path: Path, opened: Open) -> None:
         ("1.jpg\tbus\n../2.jpg\tzoo\n", "line 2: ../2.jpg leads out"),
     ],
 )
-def test_lists_with_tabs_that_are_wrong(lines: str, message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_lists_with_tabs_are_refused(lines: str, message: str, tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"1.jpg": "1", "2.jpg": "2"})
     with pytest.raises(InputError, match=message):
         opened(write(tmp_path, {"list.txt": lines}) / "list.txt", root)
@@ -610,7 +610,7 @@ def test_coco_with_several_categories(tmp_path: Path, opened: Open) -> None:
         (coco("x/"), r"2 of the 2 images of a.json are not in .*: x/11.jpg, x/12.jpg"),
     ],
 )
-def test_json_that_is_wrong(text: str, message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_json_is_refused(text: str, message: str, tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"11.jpg": "", "12.jpg": ""})
     with pytest.raises(InputError, match=message):
         opened(write(tmp_path, {"a.json": text}) / "a.json", root)
@@ -632,7 +632,9 @@ def test_json_that_is_wrong(text: str, message: str, tmp_path: Path, opened: Ope
         (["a/.hidden"], "it has no files"),
     ],
 )
-def test_what_a_folder_without_images_has(files: list[str], message: str, tmp_path: Path, opened: Open) -> None:
+def test_the_error_for_a_folder_without_images_lists_its_files(
+    files: list[str], message: str, tmp_path: Path, opened: Open
+) -> None:
     root = write(tmp_path / "data", dict.fromkeys(files, "x"))
     with pytest.raises(InputError, match=f"no images in data: expected CLASS/IMAGE.*{message}"):
         opened(root)
@@ -692,25 +694,25 @@ def test_a_source_is_loaded_by_workers(tmp_path: Path, own_source: Any) -> None:
     [
         ({"labels": [0, 1, 1]}, r"labels are list; expected an array of int16 or int32, \(3,\)"),
         ({"labels": np.array([0, 1])}, r"labels are int64 \(2,\)"),
-        ({"labels": np.array([0, 1, 2], np.int16)}, r"labels 0 .. 2; expected -1 .. 1, for 2 classes"),
+        ({"labels": np.array([0, 1, 2], np.int16)}, r"labels 0 .. 2; expected labels -1 .. 1 for 2 classes"),
         ({"split": "train"}, "is a Source: split, root and categories are for paths"),
     ],
 )
-def test_sources_that_are_wrong(change: dict[str, Any], message: str, tmp_path: Path, own_source: Any) -> None:
+def test_invalid_sources_are_refused(change: dict[str, Any], message: str, tmp_path: Path, own_source: Any) -> None:
     source = arrays(tmp_path / "a", [0, 1, 1], own_source, ["cat", "dog"])
     source.labels = change.pop("labels", source.labels)
     with pytest.raises(InputError, match=message):
         open_source(source, **change)
 
 
-def test_what_is_no_source() -> None:
+def test_an_object_that_is_not_a_source_is_refused() -> None:
     class Half:
         labels = np.zeros(1, np.int16)
 
         def read(self, index: int) -> bytes:
             return b""
 
-    with pytest.raises(InputError, match="Half is not a Source: it has no title, classes, fingerprint, name, __len__"):
+    with pytest.raises(InputError, match="Half is not a Source: it lacks title, classes, fingerprint, name, __len__"):
         open_source(Half())  # pyright: ignore[reportArgumentType]
 
 

@@ -99,7 +99,7 @@ def batches(source: InMemory) -> list[Batch]:
     return list(loader(source))
 
 
-def test_batches_are_what_the_draws_say(source: InMemory, batches: list[Batch]) -> None:
+def test_batches_are_determined_by_the_draws(source: InMemory, batches: list[Batch]) -> None:
     assert [len(batch) for batch in batches] == [8] * 5
     draws = torch.cat([batch.draws for batch in batches])
     numbers = torch.cat([batch.indices for batch in batches])
@@ -131,7 +131,7 @@ def test_workers_change_nothing(source: InMemory, batches: list[Batch], workers:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_that_is_broken_off_goes_on(source: InMemory, batches: list[Batch], workers: int) -> None:
+def test_an_interrupted_stream_continues(source: InMemory, batches: list[Batch], workers: int) -> None:
     made = loader(source, workers, prefetch=2)
     for count, _ in enumerate(made, 1):
         if count == 2:
@@ -155,7 +155,7 @@ def test_seeds_differ(source: InMemory, batches: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_goes_through_all_images_in_order(source: InMemory, workers: int) -> None:
+def test_evaluation_yields_all_images_in_order(source: InMemory, workers: int) -> None:
     made = evaluation_loader(source, SPEC, batch_size=8, workers=workers)
     assert len(made) == 4
     for _ in range(2):
@@ -168,12 +168,12 @@ def test_evaluation_goes_through_all_images_in_order(source: InMemory, workers: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_names_what_it_cannot_read(workers: int) -> None:
+def test_evaluation_names_unreadable_images(workers: int) -> None:
     source = pictures()
     source.files[20] = b"not an image"
     made = evaluation_loader(source, SPEC, batch_size=8, workers=workers)
     with pytest.raises(
-        InputError, match=r"^unreadable image canyon/20\.jpg: no image of a known format; .*needs all images$"
+        InputError, match=r"^unreadable image canyon/20\.jpg: not an image of a known format; .*requires all images$"
     ):
         list(made)
 
@@ -239,7 +239,9 @@ def test_too_many_faults_stop_the_work(tmp_path: Path) -> None:
     source.files[3] = "gone"
     file = tmp_path / "faults.txt"
     made = training_loader(source, sampler(source, 240), SPEC, batch_size=8, fault_file=file, max_fault_share=0.0)
-    with pytest.raises(TooManyFaultsError, match=r"^11 unreadable images, 10 allowed: .*; and 1 more; .*faults\.txt$"):
+    with pytest.raises(
+        TooManyFaultsError, match=r"^11 unreadable images, 10 allowed: .*; and 1 more; .*faults\.txt lists all of them$"
+    ):
         list(made)
     assert file.read_text().splitlines() == made.faults.lines()
     assert len(made.faults) == 11
@@ -249,7 +251,7 @@ def test_too_many_faults_stop_the_work(tmp_path: Path) -> None:
     assert len(enough.faults) == 12
 
 
-def test_the_list_of_faults_is_no_reason_to_hide_them(tmp_path: Path) -> None:
+def test_an_unwritable_fault_list_does_not_hide_the_faults(tmp_path: Path) -> None:
     log = FaultLog(100, file=tmp_path / "none" / "faults.txt")
     assert FaultLog(8_000_000).limit == 8000
     log.record(Fault(0, "a", "b") for _ in range(50))
@@ -259,7 +261,7 @@ def test_the_list_of_faults_is_no_reason_to_hide_them(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_too_little_shared_memory_is_said_before(source: InMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_shared_memory_is_reported_in_advance(source: InMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=100_000)
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(loading, "SHARED_MEMORY", Path("/"))
@@ -430,11 +432,13 @@ def test_memory_holds_the_centre_squares(source: InMemory) -> None:
     for number in range(30):
         expected = plain_centre_crop(source.read(number), CropSpec(size=36, short_side=36)).astype(int)
         assert np.abs(decoded.images[number].numpy() - expected).max() <= 2
-    with pytest.raises(InputError, match="decoded images of 36 x 36 for a shorter side of 40"):
+    with pytest.raises(InputError, match="the decoded images are 36 x 36, but short_side is 40"):
         memory_evaluation_loader(decoded, CropSpec(size=32, short_side=40), batch_size=8)
 
 
-def test_memory_says_what_is_missing(damaged: InMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_to_memory_reports_missing_memory_and_images(
+    damaged: InMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=r"unreadable image beach/4\.jpg: .*, and 3 more; `relaylab data check`"):
         decode_all(damaged, SPEC)
     reads = damaged.reads
@@ -509,7 +513,7 @@ def test_a_state_moves_from_memory_to_files(source: InMemory) -> None:
     assert files.position == 4
 
 
-def test_statistics_notice_images_that_are_written_over(tmp_path: Path) -> None:
+def test_statistics_detect_overwritten_images(tmp_path: Path) -> None:
     for name in ("a/1.png", "a/2.png", "b/1.png"):
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)

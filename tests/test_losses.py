@@ -106,17 +106,19 @@ def test_without_weights_they_are_torchs_and_timms(smoothing: float) -> None:
 
 
 def test_class_weights_need_the_number_of_images() -> None:
-    with pytest.raises(InputError, match=r"loss.class_weights is balanced: it needs the number of images"):
+    with pytest.raises(InputError, match=r"loss.class_weights is balanced: the number of images"):
         build_criterion(LossConfig(class_weights="balanced"))
 
 
 def test_the_old_name_of_label_smoothing_is_told(tmp_path: Path) -> None:
     recipe, problems = with_changes(ROWS[0], ["optimizer.label_smoothing=0.1"])
-    assert problems == ["no value optimizer.label_smoothing; it is named loss.label_smoothing now"]
+    assert problems == ["no value optimizer.label_smoothing: it has been renamed to loss.label_smoothing"]
     assert recipe == ROWS[0]
     text = to_toml(ROWS[0]).replace("[optimizer]\n", "[optimizer]\nlabel_smoothing = 0.1\n")
     (tmp_path / "old.toml").write_text(text)
-    with pytest.raises(InputError, match=r"no value optimizer.label_smoothing; it is named loss.label_smoothing now"):
+    with pytest.raises(
+        InputError, match=r"no value optimizer.label_smoothing: it has been renamed to loss.label_smoothing"
+    ):
         read_recipe(tmp_path / "old.toml")
 
 

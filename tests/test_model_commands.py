@@ -140,7 +140,7 @@ def test_import_export_predict(capsys: Captured, tmp_path: Path, monkeypatch: py
     code, _, err = run(capsys, "predict", "e/model.safetensors", *["photo.jpg"] * 41, "--picture", "grid.png")
     assert (code, "at most 40" in err) == (2, True)
     code, _, err = run(capsys, "predict", "e/model.safetensors", "photo.jpg", "--picture", "grid.gif")
-    assert (code, "ends in .svg or .png" in err) == (2, True)
+    assert (code, "must end in .svg or .png" in err) == (2, True)
 
 
 def test_commands_on_files_that_are_absent_or_wrong(capsys: Captured, tmp_path: Path) -> None:

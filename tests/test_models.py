@@ -192,12 +192,12 @@ def test_images_that_the_pyramid_does_not_fit(size: int) -> None:
 
 def test_images_of_another_size_than_built_for() -> None:
     model = on_meta("model_b")
-    with pytest.raises(InputError, match="maps of 14 x 14 and received one of 16 x 16"):
+    with pytest.raises(InputError, match="a map of 14 x 14, but received one of 16 x 16"):
         model(torch.empty(1, 3, 256, 256, device="meta"))
 
 
 @pytest.mark.parametrize("bins", [(0, 1), (3, -1)])
-def test_pyramids_that_are_none(bins: tuple[int, ...]) -> None:
+def test_invalid_pyramids_are_refused(bins: tuple[int, ...]) -> None:
     with pytest.raises((InputError, ZeroDivisionError)):
         SpatialPyramid(bins, 14)
 
@@ -257,7 +257,7 @@ def test_windows_have_the_papers_depths_and_overlap(name: str) -> None:
     assert all(scores.shape == output.primary.shape for scores in output.auxiliary.values())
 
 
-def test_the_heads_read_what_table_2_says() -> None:
+def test_the_heads_read_the_maps_of_table_2() -> None:
     for name, expected in {
         "table3-model-a-relay": (512, 14, 14),
         "table3-model-b-relay": (512, 14, 14),
@@ -318,7 +318,7 @@ def test_heads_by_name(head: str, parameters: int | None) -> None:
 
 
 def test_head_errors() -> None:
-    with pytest.raises(InputError, match="map of at least 17 pixels a side, but this one is 14 x 14"):
+    with pytest.raises(InputError, match="a map of at least 17 x 17, but this one is 14 x 14"):
         build_head("inception", (512, 14, 14), 10, batch_norm=False)
     with pytest.raises(InputError, match="unknown head 'fancy'"):
         build_head("fancy", (512, 14, 14), 10, batch_norm=False)
@@ -346,14 +346,14 @@ def test_configurations_that_cannot_be(config: NetworkConfig, message: str) -> N
 
 
 def test_vgg_of_another_depth() -> None:
-    with pytest.raises(InputError, match="VGGNet-17: expected a depth among 13, 16, 19, 22, 25"):
+    with pytest.raises(InputError, match="VGGNet-17: the depth must be one of 13, 16, 19, 22, 25"):
         models.vgg(17)
 
 
 def test_schemes_that_cannot_be() -> None:
     with pytest.raises(InputError, match="unknown scheme 'relais'"):
         build_plan(windows.MODEL_A, "relais")
-    with pytest.raises(InputError, match="needs auxiliary losses"):
+    with pytest.raises(InputError, match="requires auxiliary losses"):
         build_plan(PlanConfig(primary=PrimaryConfig()), "relay")
     assert build_plan(PlanConfig(), "standard") == Plan()
     assert build_plan(windows.MODEL_A, "isolated").primary == Window(after="segment4", weight=1.0)
@@ -425,7 +425,7 @@ def test_gains_are_of_the_last_layer_alone() -> None:
     assert float(after[1].weight.detach().std()) == pytest.approx((2 / 300) ** 0.5, rel=0.1)
     set_gain(after, "default", 5)
     assert float(after[1].weight.detach().abs().max()) <= 300**-0.5
-    with pytest.raises(InputError, match="needs a linear or convolutional layer with 7 outputs"):
+    with pytest.raises(InputError, match="requires a linear or convolutional layer with 7 outputs"):
         set_gain(after, "quiet", 7)
 
 

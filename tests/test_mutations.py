@@ -287,7 +287,7 @@ def test_damaged_and_hostile_files(kinds: dict[str, Kind], tmp_path: Path) -> No
     assert not bad, "\n\n".join([mutations.table(cases), *map(str, bad)])
 
 
-def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:
+def test_the_harness_detects_planted_errors(tmp_path: Path) -> None:
     """Negative controls: each outcome that is not allowed."""
 
     def read(folder: Path) -> Any:

@@ -100,14 +100,18 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
         ("FILE:smal", {}, r"net.py has no function 'smal'; nearest: small"),
         ("FILE:small", {"widht": 4}, r"small with num_classes=5, widht=4: TypeError: .*; nearest: width"),
         ("FILE:fails", {}, r"fails with num_classes=5: ZeroDivisionError: .* \(.*net.py, line 14\)"),
-        ("timm:test_resnet", {"pretrained": True}, r"network.options.pretrained: .* give network.pretrained=FILE"),
+        (
+            "timm:test_resnet",
+            {"pretrained": True},
+            r"network.options.pretrained is not allowed: .* set network.pretrained=FILE",
+        ),
         ("FILE:no_module", {}, "no_module returned str: expected a torch.nn.Module"),
         ("FILE:no_scores", {}, r"shape \(2, 5, 30, 30\) for two images: expected class scores of shape \(2, 5\)"),
         ("FILE:seven", {}, r"shape \(2, 7\) for two images: expected class scores of shape \(2, 5\)"),
         (
             "timm:vit_tiny_patch16_224",
             {},
-            r"does not run on images \(2, 3, 32, 32\): .*network.image_size, or the size",
+            r"does not run on images \(2, 3, 32, 32\): .*network.image_size, or the image size",
         ),
         (
             "absent_package.nets:small",
@@ -138,7 +142,7 @@ def test_code_that_the_user_has_not_named_does_not_run(tmp_path: Path) -> None:
         f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\ndef small(num_classes): pass\n"
     )
     for architecture in (f"{path}:small", "torch.hub:load"):
-        with pytest.raises(InputError, match="is code that you have not named on this machine"):
+        with pytest.raises(InputError, match="is code that has not been allowed on this machine"):
             build_network(config(architecture))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="returned NoneType"):
@@ -152,7 +156,7 @@ def recipe_with(*changes: str) -> Recipe:
     return recipe
 
 
-def test_heads_fit_what_they_read() -> None:
+def test_heads_fit_their_inputs() -> None:
     lacking = ("network.width=none", "network.convs=none", "plan.auxiliary.aux.head=auto")
     resnet = recipe_with(
         *lacking, "network.architecture=timm:test_resnet", "plan.primary.bottom=none", "plan.primary.after=layer2",
@@ -174,7 +178,7 @@ def test_heads_fit_what_they_read() -> None:
     [
         (("plan.auxiliary.aux.top=layer33",), "recipe photos: expected the name of a module .*layer3"),
         (("plan.auxiliary.aux.head=linear", "network.architecture=timm:test_vit", "network.options.img_size=32",
-          "plan.auxiliary.aux.top=blocks.3"), r"and its place has \(\d+, \d+\): use the head 'auto'"),
+          "plan.auxiliary.aux.top=blocks.3"), r"but its input has shape \(\d+, \d+\): use the head 'auto'"),
     ],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_is_an_error_before_training(changes: tuple[str, ...], message: str) -> None:
@@ -184,7 +188,7 @@ def test_a_plan_that_does_not_fit_is_an_error_before_training(changes: tuple[str
         segments_of(recipe_with(*given.values()))
 
 
-def test_weights_to_start_from_and_what_does_not_fit(tmp_path: Path) -> None:
+def test_pretrained_weights_and_tensors_that_do_not_fit(tmp_path: Path) -> None:
     other = build_network(config("timm:test_resnet", classes=9))
     state = {f"module.{key}": tensor for key, tensor in other.state_dict().items()} | {"module.extra": torch.zeros(1)}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "weights.pt")
@@ -202,11 +206,11 @@ def test_weights_to_start_from_and_what_does_not_fit(tmp_path: Path) -> None:
 def test_weights_of_another_network_or_kind_are_refused(tmp_path: Path) -> None:
     model = build_network(config("timm:test_resnet"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="holds no weights of this network: it has a, expected conv1"):
+    with pytest.raises(InputError, match="has no weights that fit this network: it has a, expected conv1"):
         load_pretrained(model, tmp_path / "other.pt")
     torch.save(model, tmp_path / "whole.pt")
     with pytest.raises(InputError, match="not a state dict that can be read with weights_only=True"):
         load_pretrained(model, tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(InputError, match="holds no state dict"):
+    with pytest.raises(InputError, match="has no state dict"):
         load_pretrained(model, tmp_path / "list.pt")

@@ -124,7 +124,7 @@ def test_a_network_that_no_plan_fits_is_left_standard_backpropagation(
         (("net.py:chain", "--options", "width"), "--options width: expected KEY=VALUE"),
         (("net.py:chain", "--options", "widht=3"), "nearest: width"),
         (("net.py:chain", "--val-split", "test"), "has no test folder, only train, val"),
-        (("net.py:chain", "--out", "net.txt"), "expected a name that ends in .toml"),
+        (("net.py:chain", "--out", "net.txt"), "the name must end in .toml"),
     ],
 )
 def test_wrong_options_are_explained(

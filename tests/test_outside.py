@@ -26,7 +26,7 @@ def test_a_name_is_one_printable_line_in_every_medium(show: Callable[[str], str]
     assert show("Änderung 漢字 a_b").replace("\\", "") == "Änderung 漢字 a_b"
 
 
-def test_a_terminal_gets_no_control_characters_and_nothing_that_it_cannot_encode() -> None:
+def test_terminal_output_has_no_control_or_unencodable_characters() -> None:
     shown = terminal(HOSTILE, "ascii")
     assert shown.isascii()
     assert "\x1b" not in shown
@@ -44,7 +44,7 @@ def test_markdown_shows_pipes_code_tags_and_links() -> None:
     assert markdown("12.3 [11.0, 13.5] (a)") == "12.3 [11.0, 13.5] (a)"
 
 
-def test_latex_has_no_commands_from_outside() -> None:
+def test_untrusted_text_cannot_inject_latex_commands() -> None:
     text = render(Table(r"\input/etc/passwd ", ("a",), (("x^2 \\write18",),)), "latex")
     assert r"\textbackslash{}input/etc/passwd" in text
     assert r"x\textasciicircum{}2 \textbackslash{}write18" in text
@@ -68,7 +68,7 @@ def test_a_picture_shows_dollar_signs() -> None:
         assert "\x1b" not in svg
 
 
-def test_what_commands_print_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_commands_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     escaping = Escaping(stream)
     print("\x1b[31m ü \ud800", file=escaping, flush=True)
@@ -97,7 +97,7 @@ ERRORS: dict[str, tuple[Callable[[], Exception], int, str]] = {
     "memory": (MemoryError, 1, "not enough memory"),
     "torch's memory": (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "not enough"),
     "nesting": (RecursionError, 2, "nested too deeply"),
-    "encoding": (lambda: caught(lambda: "\ud800".encode()), 2, "another encoding than UTF-8"),
+    "encoding": (lambda: caught(lambda: "\ud800".encode()), 2, "text that is not UTF-8"),
     "zlib": (lambda: zlib.error("Error -3"), 2, "damaged or cut short: Error -3"),
     "lzma": (lambda: lzma.LZMAError("Corrupt"), 2, "damaged or cut short: Corrupt"),
     "tar": (lambda: tarfile.ReadError("bad"), 2, "damaged or cut short: bad"),
@@ -130,7 +130,9 @@ def test_safetensors_errors_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "cannot read or write a safetensors file: I/O error" in capsys.readouterr().err
 
 
-def test_a_name_in_an_error_forges_no_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_in_an_error_cannot_forge_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from relaylab.errors import InputError
 
     assert ending_with(InputError("bad\nrelaylab: all is well\x1b[2K"), monkeypatch) == 2

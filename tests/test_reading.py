@@ -46,12 +46,12 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "nested type": (GOOD.replace("1e-3", "[]"), "Expected float, got array"),
     "left out": ('{"kind": "a"}', "missing required field step"),
     "no object": ("[1]", "Expected object, got array"),
-    "not a number": (GOOD.replace("0.5", "NaN"), "NaN is not a number of JSON"),
-    "infinite": (GOOD.replace("0.5", "-Infinity"), "-Infinity is not a number of JSON"),
+    "not a number": (GOOD.replace("0.5", "NaN"), "NaN is not a JSON number"),
+    "infinite": (GOOD.replace("0.5", "-Infinity"), "-Infinity is not a JSON number"),
     "too large": (GOOD.replace("0.5", "1e999"), "the number 1e999 is too large"),
-    "5,000 digits": (GOOD.replace("3", "3" * 5000, 1), "a whole number of 5000 digits"),
-    "beyond doubles": (GOOD.replace("[1,", "[1" + "0" * 400 + ",", 1), "a whole number of 401 digits"),
-    "twice": (GOOD.replace('"later"', '"step"'), "the name 'step' is there twice"),
+    "5,000 digits": (GOOD.replace("3", "3" * 5000, 1), "an integer of 5000 digits"),
+    "beyond doubles": (GOOD.replace("[1,", "[1" + "0" * 400 + ",", 1), "an integer of 401 digits"),
+    "twice": (GOOD.replace('"later"', '"step"'), "the name 'step' occurs twice"),
     "deep": ('{"later":' + "[" * 100_000, "nested too deeply"),
     "deep objects": ('{"a":' * 100_000, "nested too deeply"),
     "not UTF-8": (GOOD.encode().replace(b"x/y", b"\xff"), "can't decode byte 0xff"),
@@ -62,14 +62,14 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_what_is_wrong_is_said_with_its_place(kind: str, tmp_path: Path) -> None:
+def test_errors_name_the_place(kind: str, tmp_path: Path) -> None:
     content, said = DAMAGED[kind]
     file = tmp_path / "file.json"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DamagedFileError) as found:
         read_json(file, Entry)
     told = str(found.value)
-    assert told.startswith(f"{file} is damaged, or not what relaylab writes: ")
+    assert told.startswith(f"{file} is damaged, or was not written by relaylab: ")
     assert said in told
     assert told.isprintable()
     assert len(told) < len(str(file)) + 400
@@ -87,11 +87,11 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
             read_json(path, Entry)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DamagedFileError, match=r"it has 1,099,511,627,776 bytes, and at most"):
+    with pytest.raises(DamagedFileError, match=r"it has 1,099,511,627,776 bytes; the limit is"):
         read_json(tmp_path / "sparse", Entry)
     (tmp_path / "small").write_bytes(b"abc")
     assert read_bytes(tmp_path / "small", 3) == b"abc"
-    with pytest.raises(OSError, match="at most 2 are read"):
+    with pytest.raises(OSError, match="the limit is 2"):
         read_bytes(tmp_path / "small", 2)
 
 

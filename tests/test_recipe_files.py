@@ -76,21 +76,21 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
         ("width = 32", "widht = 32", "mine.toml: 1 problem:\n  no value network.widht; nearest: network.width"),
         ("[optimizer]", "[optimiser]", "no value optimiser; nearest: optimizer"),
         ("lr = 0.02", 'lr = "fast"', "optimizer.lr=fast: expected a number"),
-        ("iterations = 930", "iterations = 9.5", "optimizer.iterations=9.5: expected a whole number"),
-        ("lr = 0.02", "", "optimizer also needs optimizer.lr"),
-        ("lr = 0.02", "lr = {least = 3}", "optimizer.lr is one value, not a table"),
+        ("iterations = 930", "iterations = 9.5", "optimizer.iterations=9.5: expected an integer"),
+        ("lr = 0.02", "", "optimizer also requires optimizer.lr"),
+        ("lr = 0.02", "lr = {least = 3}", "optimizer.lr is a table: expected a single value"),
         ("flip = false", "flip = 1979-05-27", "augmentation.flip=1979-05-27: expected true or false"),
         ('kind = "steps"', 'kind = "stairs"', "optimizer.schedule.kind=stairs: expected one of plateau, steps, decay"),
         (
             'bottom = "segment2"',
             'above = "segment2"',
-            "no value plan.primary.above; it is named plan.primary.after now",
+            "no value plan.primary.above: it has been renamed to plan.primary.after",
         ),
         ("lr = 0.02", "lr = = 0.02", r"mine.toml: Invalid value \(at line \d+, column \d+\)"),
         ('scheme = "relay"', 'scheme = "realy"', "scheme=realy: expected one of standard"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_by_name(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_a_file_name_the_value(old: str, new: str, message: str, tmp_path: Path) -> None:
     text = to_toml(find_recipe("digits"))
     assert text.count(old) == 1
     (tmp_path / "mine.toml").write_text(text.replace(old, new))
@@ -101,13 +101,13 @@ def test_what_is_wrong_with_a_file_is_told_by_name(old: str, new: str, message: 
 def test_missing_files_and_scales_of_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such recipe file: nowhere.toml"):
         find_recipe("nowhere.toml")
-    with pytest.raises(InputError, match=r"--scale tiny: .*mine.toml has sizes of its own"):
+    with pytest.raises(InputError, match=r"--scale tiny: .*mine.toml defines its own sizes"):
         find_recipe(str(written(find_recipe("digits"), tmp_path / "mine.toml")), "tiny")
 
 
-def test_the_old_name_of_after_is_told_on_the_command_line_too() -> None:
+def test_the_old_name_of_after_is_also_recognised_on_the_command_line() -> None:
     _, problems = with_changes(find_recipe("digits"), ["plan.primary.above=segment1"])
-    assert problems == ["no value plan.primary.above; it is named plan.primary.after now"]
+    assert problems == ["no value plan.primary.above: it has been renamed to plan.primary.after"]
 
 
 @pytest.fixture

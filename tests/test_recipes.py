@@ -86,7 +86,7 @@ def test_a_missing_source_is_found_out() -> None:
         list(dataclasses.replace(recipe, sources=without).fields())
 
 
-def test_what_section_5_1_fixes_for_places2() -> None:
+def test_values_that_section_5_1_fixes_for_places2() -> None:
     for name, recipe in RECIPES.items():
         if recipe.images.data_set == "Places2 challenge":
             o = recipe.optimizer
@@ -214,7 +214,7 @@ def test_unknown_recipes_bring_the_nearest_names() -> None:
         find_recipe("table3-model-a-rely")
     with pytest.raises(InputError, match="'relaylab recipes' lists them"):
         find_recipe("zzzz")
-    with pytest.raises(InputError, match="is an ensemble; name one of its members: table4-model-a-relay, "):
+    with pytest.raises(InputError, match="is an ensemble; give one of its members: table4-model-a-relay, "):
         find_recipe("table5-ensemble")
 
 
@@ -227,7 +227,7 @@ def test_changes_carry_their_source() -> None:
     assert told["optimizer.momentum"] == (0.9, "the paper, section 5.1")
     assert recipe.optimizer.lr == 0.01
     for wrong in ("optimizer.learning_rate", "optimiser.lr"):
-        with pytest.raises(InputError, match=f"no field {wrong}"):
+        with pytest.raises(InputError, match=f"has no field {wrong}"):
             changed(recipe, "ours: a slip", {wrong: 1})
     with pytest.raises(InputError, match="unknown scale 'huge'"):
         at_scale(recipe, "huge")  # type: ignore[arg-type]

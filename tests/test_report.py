@@ -265,7 +265,7 @@ def test_the_page_refuses_runs_that_do_not_belong_together(
     assert main(["report", str(empty), "--out", str(tmp_path / "r.html")]) == 2
     assert "holds an empty run" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "r.html")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_each_method_may_have_a_learning_rate_of_its_own(

@@ -118,12 +118,12 @@ def test_splits_share_the_classes_of_train_and_val(tmp_path: Path, opened: Open)
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (None, "has the splits train, val: say which"),
+        (None, "has the splits train, val: choose one .--split, or split= in Python."),
         ("test", "no test folder, only train, val"),
         ("x", "expected one"),
     ],
 )
-def test_a_split_must_be_said_and_be_there(split: str | None, message: str, tmp_path: Path, opened: Open) -> None:
+def test_a_split_must_be_given_and_exist(split: str | None, message: str, tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", TREE)
     with pytest.raises(InputError, match=message):
         opened(root, split=split)
@@ -309,7 +309,7 @@ def overwrite(path: Path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_images_that_are_written_over_are_noticed(tmp_path: Path, opened: Open) -> None:
+def test_overwritten_images_are_detected(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"1", "zoo/1.jpg": b"z", "list.txt": "bus/1.jpg 0\nzoo/1.jpg 1\n"})
     age(root)
     watched = Watched()
@@ -334,7 +334,7 @@ def test_of_many_images_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(file_states.sample(7)) == [0, 3, 6]
 
 
-def test_an_unwritable_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"1"})
     write(tmp_path, {"file": b""})
     monkeypatch.setenv("RELAYLAB_CACHE", str(tmp_path / "file" / "cache"))
@@ -365,16 +365,16 @@ def test_images_that_vanish_raise_oserror(tmp_path: Path, opened: Open) -> None:
 def test_paths_that_cannot_be_used(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b"1", "photo.jpg": b"", "empty/notes.md": b""})
     for paths, message in {
-        (): "nothing: expected folders",
+        (): "no paths given: expected folders",
         (tmp_path / "absent",): "no such file or folder",
         (root / "photo.jpg",): "expected folders, tar files",
         (root, root / "bus" / ".."): "more than once",
-        (root, root / "bus"): "holds another folder",
+        (root, root / "bus"): "contains another given folder",
         (root / "empty",): "no images in empty: expected CLASS/IMAGE",
     }.items():
         with pytest.raises(InputError, match=message):
             opened(*paths)
-    with pytest.raises(InputError, match="root and categories go with a list"):
+    with pytest.raises(InputError, match="root and categories are only for a list"):
         opened(root, root=root)
 
 
@@ -422,7 +422,7 @@ def test_lists_of_flat_folders(tmp_path: Path, opened: Open) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a/1.jpg 0\na/2.jpg x", r"line 2: label 'x'; expected a whole number"),
+        ("a/1.jpg 0\na/2.jpg x", r"line 2: label 'x'; expected an integer"),
         ("a/1.jpg 0\n\na/2.jpg 2", r"line 3: label 2; expected 0 \.\. 1"),
         ("a/1.jpg -1", r"line 1: label -1; expected"),
         ("a/1.jpg 0\na/2.jpg", r"line 2: lines with and without a label"),
@@ -435,7 +435,7 @@ def test_lists_of_flat_folders(tmp_path: Path, opened: Open) -> None:
         ("", "no images in"),
     ],
 )
-def test_lists_that_are_wrong(lines: str, message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_lists_are_refused(lines: str, message: str, tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"a/1.jpg": b"1", "a/2.jpg": b"2", "a/folder.jpg/x": b""})
     write(tmp_path, {"list.txt": lines, "categories.txt": "first 0\nsecond 1\n"})
     with pytest.raises(InputError, match=message):
@@ -452,7 +452,7 @@ def test_lists_that_are_wrong(lines: str, message: str, tmp_path: Path, opened: 
         ("x 1", "leaves out class 0"),
     ],
 )
-def test_categories_that_are_wrong(text: str, message: str, tmp_path: Path, opened: Open) -> None:
+def test_invalid_categories_are_refused(text: str, message: str, tmp_path: Path, opened: Open) -> None:
     write(tmp_path, {"data/1.jpg": b"", "list.txt": "1.jpg 0", "names": text})
     with pytest.raises(InputError, match=message):
         opened(tmp_path / "list.txt", tmp_path / "data", categories=tmp_path / "names")
@@ -489,7 +489,7 @@ def test_imagenet_validation(tmp_path: Path, devkit: Path, opened: Open) -> None
         assert list(source.folders) == ["n01", "n02", "n03"]
         assert list(source.classes) == ["tench", "crane", "crane, machine"]
     (folder / "ILSVRC2012_val_00000004.JPEG").unlink()
-    with pytest.raises(InputError, match=f"3 images, {TRUTH} 4 lines"):
+    with pytest.raises(InputError, match=f"3 images, but {TRUTH} has 4 lines"):
         opened(folder, devkit)
     write(devkit, {f"data/{TRUTH}": "2\n1\n9\n"})
     with pytest.raises(InputError, match=r"line 3: meta.mat has no class 9"):
@@ -530,7 +530,7 @@ def test_imagenet_training_tar_of_tars(tmp_path: Path, opened: Open) -> None:
         ({"bus/notes.txt": b""}, {}, "no images"),
     ],
 )
-def test_members_that_are_refused(
+def test_invalid_members_are_refused(
     files: dict[str, bytes], links: dict[str, str], message: str, tmp_path: Path, opened: Open
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -548,7 +548,7 @@ def test_droppings_in_a_tar_are_counted(tmp_path: Path, opened: Open) -> None:
 SYSTEM = ("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information", ".Trash-1000", "__MACOSX")
 
 
-def test_folders_of_network_drives_and_systems_are_no_classes(tmp_path: Path, opened: Open) -> None:
+def test_system_folders_are_not_classes(tmp_path: Path, opened: Open) -> None:
     files = {
         "bus/1.jpg": b"1",
         "zoo/deep/1.jpg": b"2",
@@ -688,7 +688,7 @@ def test_a_list_does_not_leave_its_root_by_a_link_higher_up(tmp_path: Path, open
         opened(tmp_path / "list.txt", root)
 
 
-def test_a_strange_list_takes_no_time(tmp_path: Path, opened: Open) -> None:
+def test_an_unusual_list_is_read_quickly(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "data", {"bus/1.jpg": b""})
     (tmp_path / "list.txt").write_text("bus/1" + " " * 20_000 + "1 2\n")
     with pytest.raises(InputError, match="line 1"):
@@ -708,16 +708,16 @@ def test_fingerprints_tell_data_apart(tmp_path: Path, opened: Open) -> None:
     assert other.fingerprint != source.fingerprint
 
 
-def test_a_part_of_a_source(tmp_path: Path, opened: Open) -> None:
+def test_a_subset_of_a_source(tmp_path: Path, opened: Open) -> None:
     source = opened(write(tmp_path / "data", {f"bus/{number}.jpg": str(number) for number in range(5)}))
-    part = Subset(source, np.array([4, 1]))
-    assert [part.read(0), part.read(1)] == [b"4", b"1"]
-    assert part.name(0) == source.name(4)
-    assert len(part) == len(part.labels) == 2
-    assert pickle.loads(pickle.dumps(part)).read(0) == b"4"
-    for numbers in ([], [5], [-1], [0.5], [[1]]):
-        with pytest.raises(InputError, match="image numbers"):
-            Subset(source, np.array(numbers))
+    subset = Subset(source, np.array([4, 1]))
+    assert [subset.read(0), subset.read(1)] == [b"4", b"1"]
+    assert subset.name(0) == source.name(4)
+    assert len(subset) == len(subset.labels) == 2
+    assert pickle.loads(pickle.dumps(subset)).read(0) == b"4"
+    for indices in ([], [5], [-1], [0.5], [[1]]):
+        with pytest.raises(InputError, match="indices"):
+            Subset(source, np.array(indices))
 
 
 def test_a_long_tail() -> None:
@@ -732,13 +732,13 @@ def test_a_long_tail() -> None:
     few = long_tail(np.array([0] * 100 + [2]), ratio=1e6, seed=0)
     assert set(np.array([0] * 100 + [2])[few]) == {0, 2}
     for ratio, seed in ((0.5, 0), (float("nan"), 0), (2, -1)):
-        with pytest.raises(InputError, match="expected a ratio"):
+        with pytest.raises(InputError, match="expected a ratio >= 1"):
             long_tail(labels, ratio=ratio, seed=seed)
-    with pytest.raises(InputError, match="without labels"):
+    with pytest.raises(InputError, match="cannot choose images by class: some have no label"):
         long_tail(np.array([0, UNLABELLED]), ratio=2, seed=0)
 
 
-def test_images_that_are_set_aside() -> None:
+def test_held_out_images() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 10))
     stay, aside = held_out(labels, count=3, seed=0)
     assert np.array_equal(np.sort(np.concatenate([stay, aside])), np.arange(40))
@@ -750,9 +750,9 @@ def test_images_that_are_set_aside() -> None:
     assert np.bincount(labels[held_out(labels, count=0.25, seed=0)[1]]).tolist() == [2] * 4
     assert np.bincount(labels[held_out(labels, count=0.01, seed=0)[1]]).tolist() == [1] * 4
     for count, seed in ((0, 0), (3, -1)):
-        with pytest.raises(InputError, match="expected at least 1"):
+        with pytest.raises(InputError, match="expected count > 0 and seed >= 0"):
             held_out(labels, count=count, seed=seed)
-    with pytest.raises(InputError, match="class 0 has 10 images: 10 set aside would leave none"):
+    with pytest.raises(InputError, match="class 0 has 10 images: holding out 10 would leave none"):
         held_out(labels, count=10, seed=0)
-    with pytest.raises(InputError, match="without labels"):
+    with pytest.raises(InputError, match="cannot choose images by class: some have no label"):
         held_out(np.array([0, UNLABELLED]), count=1, seed=0)

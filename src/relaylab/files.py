@@ -1,4 +1,4 @@
-"""Atomic file writes, new folders for results with their time stamps, and the cores of this machine."""
+"""Atomic file writes, time-stamped result folders, path patterns, and the number of usable cores."""
 
 import errno
 import os
@@ -14,25 +14,25 @@ from relaylab.errors import InputError
 
 MOST_SHARDS = 100_000
 PART = ".part"  # suffix of files that are being written
-NAME = 100  # characters of a file's name in that of its temporary file
-ROOT = Path("runs")  # default folder of everything that commands write
+NAME = 100  # characters of a file's name in the name of its temporary file
+ROOT = Path("runs")  # default folder for all output of commands
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file and rename it into place, so that an interrupted write leaves the old file intact."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:NAME]}.", suffix=PART)
-    os.fchmod(descriptor, 0o666 & ~_umask())  # such a file is readable by its owner only
+    os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp makes the file readable by its owner only
     os.close(descriptor)
     try:
         yield Path(name)
         Path(name).replace(path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if type(error).__name__ == "SafetensorError":  # which hides the system's error and the file
-            found = re.search(r"os error (\d+)", str(error))
-            number = int(found[1]) if found else errno.EIO
-            raise OSError(number, os.strerror(number) if found else str(error), str(path)) from None
+        if type(error).__name__ == "SafetensorError":  # it hides the system's error and the file name
+            match = re.search(r"os error (\d+)", str(error))
+            number = int(match[1]) if match else errno.EIO
+            raise OSError(number, os.strerror(number) if match else str(error), str(path)) from None
         raise
 
 
@@ -44,27 +44,27 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8; bytes of file names that are not Unicode get a backslash."""
+    """Write a UTF-8 text file atomically. Undecodable bytes of file names are written as backslash escapes."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def timestamp() -> str:
-    """Return the present time for the name of a folder, such as 20261128T224500Z."""
+    """Return the current UTC time for the name of a folder, such as 20261128T224500Z."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 @contextmanager
 def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> Iterator[Path]:
-    """Yield a new or empty folder for results, and remove a new one in the end if nothing was written to it.
+    """Yield a new or empty folder for results. A new folder is removed afterwards if nothing was written to it.
 
     Args:
-        given: by the user.
-        default: otherwise.
-        may_hold: allow a folder that holds earlier results.
+        given: folder given by the user, or None.
+        default: folder to use if none is given.
+        may_hold: allow a folder with earlier results.
 
     Raises:
-        InputError: it is not empty, or cannot be written to.
+        InputError: the folder is not empty, or cannot be written to.
     """
     folder = given or default
     is_new = not folder.exists()
@@ -72,7 +72,7 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
         if not may_hold and folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty; give a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # before minutes of work, not after them
+        with tempfile.TemporaryFile(dir=folder):  # fail before minutes of work, not after them
             pass
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
@@ -84,31 +84,31 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def expanded(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths that patterns such as `shard-{000..003}.tar` and `*.tar` stand for.
+    """Expand patterns such as `shard-{000..003}.tar` and `*.tar` to paths.
 
-    A path that exists, and a pattern that nothing matches, are returned as they are.
+    An existing path, and a pattern without a match, are returned unchanged.
 
     Raises:
-        InputError: a range of too many numbers.
+        InputError: a range has too many numbers.
     """
-    found: list[Path] = []
+    result: list[Path] = []
     for path in paths:
         if path.exists():
-            found.append(path)
+            result.append(path)
             continue
         for text in _braces(str(path)):
             matches = sorted(glob(text)) if has_magic(text) else []  # noqa: PTH207 (a pattern that may be absolute)
-            found += map(Path, matches or [text])
-    return found
+            result += map(Path, matches or [text])
+    return result
 
 
 def _braces(text: str) -> Iterator[str]:
-    """Iterate over the texts that `{000..123}` and `{a,b}` stand for, as in a shell."""
+    """Expand `{000..123}` and `{a,b}` as a shell does."""
     match = re.search(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}", text)
     if match is None:
         yield text
@@ -118,5 +118,5 @@ def _braces(text: str) -> Iterator[str]:
         raise InputError(f"{match[0]} in {text}: expected 1 to {MOST_SHARDS:,} numbers, such as {{000..123}}")
     numbers = () if words is not None else range(int(first), int(last) + 1)
     width = len(first) if first and first.startswith("0") else 0
-    for one in words.split(",") if words is not None else (f"{number:0{width}}" for number in numbers):
-        yield from _braces(text[: match.start()] + one + text[match.end() :])
+    for word in words.split(",") if words is not None else (f"{number:0{width}}" for number in numbers):
+        yield from _braces(text[: match.start()] + word + text[match.end() :])

@@ -1,4 +1,4 @@
-"""Option types shared by the commands. No torch in here, so that `relaylab COMMAND --help` answers at once."""
+"""Option types and checks shared by the commands. Does not import torch, so that `--help` is fast."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -16,10 +16,10 @@ PICTURES = (".svg", ".png")
 
 
 class MustExist:
-    """Marks a type of paths that are checked before anything slow is imported."""
+    """Marker for path options that are checked before anything slow is imported."""
 
 
-# Defaults that depend on the data are part of the help text, so the uninformative None is hidden.
+# The help text states data-dependent defaults, so the uninformative `None` is hidden.
 _arg = partial(tyro.conf.arg, help_behavior_hint="")
 
 Number = Annotated[int | None, _arg(metavar="N")]
@@ -40,36 +40,36 @@ Model = Annotated[Path, MustExist, Positional, _arg(metavar="MODEL")]
 
 
 def listed(text: str, known: Collection[str] = (), what: str = "") -> tuple[list[Any], list[str]]:
-    """Split a list "A,B,...", and return its items, and error messages for those that are not known.
+    """Split a list "A,B,..." and return its items, and an error message for each unknown one.
 
     Args:
-        text: of the option.
-        known: the names that are allowed; empty for any.
-        what: a word for one of them.
+        text: value of the option.
+        known: allowed names; empty to allow any.
+        what: what an item is, for messages.
     """
-    items = [item for part in text.split(",") if (item := part.strip())]
+    items = [item for word in text.split(",") if (item := word.strip())]
     unknown = [item for item in items if known and item not in known]
     return items, [f"unknown {what} {item!r}{nearest(item, known)}" for item in unknown]
 
 
 def too_small(options: object, **least: int) -> list[str]:
-    """Return an error message for each option whose number is below the least that is allowed."""
+    """Return an error message for each option whose number is below its minimum."""
     values = {name: getattr(options, name, None) for name in least}
     small = {name: value for name, value in values.items() if value is not None and value < least[name]}
     return [f"--{name.replace('_', '-')} must be at least {least[name]}, not {small[name]}" for name in small]
 
 
 def writable(path: Path, option: str = "--out", suffixes: Sequence[str] = ()) -> Path:
-    """Return the path of a file to write, after a check of its folder and its suffix."""
+    """Return the path of a file to write; raise InputError if its folder is missing or its suffix is not allowed."""
     if suffixes and path.suffix not in suffixes:
-        raise InputError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+        raise InputError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}")
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     return path
 
 
 def check_paths(options: object) -> None:
-    """Raise an InputError for an option whose type says `MustExist` and whose path does not exist."""
+    """Raise InputError if the path of a `MustExist` option does not exist or cannot be read."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         if MustExist in getattr(hint, "__metadata__", ()):
             value: Any = getattr(options, name)
@@ -78,7 +78,7 @@ def check_paths(options: object) -> None:
 
 
 def path_problems(paths: Sequence[Path]) -> list[str]:
-    """Return an error message for each path that does not exist or cannot be read; patterns are expanded."""
+    """Return an error message for each path that does not exist or cannot be read. Patterns are expanded."""
     problems: list[str] = []
     for path in expanded(paths):
         try:
@@ -91,7 +91,7 @@ def path_problems(paths: Sequence[Path]) -> list[str]:
 
 
 def given_options(kind: type[Any], arguments: Sequence[str]) -> set[str]:
-    """Return the fields of a dataclass of options that a command line sets."""
+    """Return the fields of an options dataclass that a command line sets."""
     names = {f"--{entry.name.replace('_', '-')}": entry.name for entry in fields(kind)} | {"--set": "changes"}
-    words = (argument.partition("=")[0].replace("_", "-") for argument in arguments)  # tyro takes both spellings
+    words = (argument.partition("=")[0].replace("_", "-") for argument in arguments)  # tyro accepts both spellings
     return {names[word] for word in words if word in names}

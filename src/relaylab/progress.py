@@ -17,7 +17,7 @@ SECONDS_WITHOUT_LINES = 1.0  # shorter work leaves no line in a log
 
 
 class Task(Protocol):
-    """One piece of work under way."""
+    """The progress of one task."""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Advance by `count` units and optionally update the status text."""
@@ -42,7 +42,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line every few seconds and one at the end, for log files."""
+    """Progress for log files: a line every few seconds, and one at the end."""
 
     def __init__(self, what: str, total: int, done: int, every_s: float) -> None:
         self.what, self.total, self.done, self.note, self.every_s = what, total, done, "", every_s
@@ -61,19 +61,24 @@ class _Lines:
 
 @contextmanager
 def progress(what: str, total: int, *, done: int = 0, every_s: float = SECONDS_BETWEEN_LINES) -> Iterator[Task]:
-    """Show a task's progress on stderr while it lasts.
+    """Show the progress of a task on stderr within the block.
+
+    Example::
+
+        with progress("decoding", len(source)) as task:
+            task.advance(64, note="2 bad")
 
     Args:
-        what: its name, a word or two.
-        total: its size in the units that `advance` counts.
-        done: units done before.
+        what: name of the task, one or two words.
+        total: size of the task in the units that `advance` counts.
+        done: units that are already done.
         every_s: seconds between two lines in a log.
     """
     console = Console(file=direct(sys.stderr), stderr=True)
     if not console.is_terminal:
         yield _Lines(what, total, done, every_s)
         return
-    columns = (  # where the terminal is narrow, the note gives way first
+    columns = (  # on a narrow terminal, the note is truncated first
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=8),
         TaskProgressColumn(),

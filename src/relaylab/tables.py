@@ -1,4 +1,4 @@
-"""Tables as plain values, and as Markdown, LaTeX and HTML."""
+"""Tables of plain values, and their rendering as Markdown, LaTeX and HTML."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ Format = Literal["markdown", "latex", "html"]
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the rows, and notes are sentences below it."""
+    """A table. The first column names the rows; notes are sentences below the table."""
 
     title: str
     header: tuple[str, ...]
@@ -25,14 +25,14 @@ class Table:
 
 
 def render(table: Table, form: Format) -> str:
-    """Return a table as Markdown, as LaTeX for the package booktabs, or as an HTML element."""
+    """Render a table as Markdown, as LaTeX (with booktabs), or as an HTML element."""
     return _RENDERERS[form](table)
 
 
 def markdown_lines(table: Table, *, is_marked: bool = False) -> list[str]:
-    """Return the lines of a table in Markdown, its header and a rule first, without title and notes.
+    """Return the Markdown lines of a table, header and rule first, without title and notes.
 
-    `is_marked` says that the cells are Markdown already; otherwise they are escaped.
+    Cells are escaped, unless `is_marked` says that they are Markdown.
     """
     rule = ["---:" if _is_numeric(column) else "---" for column in zip(*table.rows, strict=True)]
     lines = [table.header, rule or ["---"] * len(table.header), *table.rows]
@@ -45,7 +45,7 @@ def _kept(text: str) -> str:
 
 
 def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:
-    """Return a Markdown page with other lines between its markers <!-- NAME --> and <!-- end -->.
+    """Return a Markdown page with the lines between its markers <!-- NAME --> and <!-- end --> replaced.
 
     Raises:
         ValueError: a marker is missing.
@@ -55,12 +55,12 @@ def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:
         text = "".join(f"{line}\n" for line in lines)
         page, count = re.subn(f"{start}.*?{end}", lambda _, new=start + text + end: new, page, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"the page has {count} markers <!-- {name} -->: expected one, and <!-- end --> after it")
+            raise ValueError(f"the page has {count} markers <!-- {name} -->: expected one, followed by <!-- end -->")
     return page
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    """Whether a column holds numbers, which are right-aligned; it may have empty cells and dashes."""
+    """Whether a column is right-aligned: it has only numbers, empty cells and dashes."""
     return all(re.match(r"[-+(]*\d|-?$", cell) for cell in cells)
 
 
@@ -81,7 +81,7 @@ def _latex(table: Table) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    """Let a number's cell break only before brackets and behind semicolons."""
+    """Allow line breaks in a number's cell only before brackets and after semicolons."""
     if not re.match(r"[-+(]?\d", cell):
         return cell
     return " ".join(part.replace(" ", "\u00a0") for part in re.split(r" (?=[\[(])|(?<=;) ", cell))
@@ -89,7 +89,7 @@ def _unbroken(cell: str) -> str:
 
 def _html(table: Table) -> str:
     head = "".join(f'<th scope="col">{html(cell)}</th>' for cell in table.header)
-    labels = [html(cell) for cell in table.header[1:]]  # for narrow screens, where each cell has its own line
+    labels = [html(cell) for cell in table.header[1:]]  # on narrow screens, each cell is on its own line
 
     def row_text(row: Sequence[str]) -> str:
         cells = zip(labels, map(_unbroken, row[1:]), strict=True)

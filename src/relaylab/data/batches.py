@@ -1,11 +1,11 @@
-"""Whole batches of decoded crops, made in one call each by a loader's worker.
+"""Batches of decoded crops, each made in one call by a worker of the loader.
 
 Note [Batches]
-1. The data set takes the indices of a whole batch and cuts the crops into the rows of one tensor, in a worker one in
-   shared memory (Note [Buffers]): nothing is stacked.
-2. An image that cannot be read in training is replaced by another one of its class, which the draw chooses: the batch
-   stays full, the class's share stays what the sampler made it, and the result stays a function of (seed, draw).
-3. Errors meant for the user are returned, not raised: a DataLoader would wrap them in a worker's traceback. The loaders
+1. The data set receives the indices of a whole batch and writes the crops into the rows of one tensor, which is in
+   shared memory if a worker makes the batch (Note [Buffers]). Nothing has to be stacked.
+2. In training, an image that cannot be read is replaced by another one of its class, which the draw determines. The
+   batch stays full, the class keeps its share, and the result remains a function of (seed, draw).
+3. Errors for the user are returned, not raised, since a DataLoader would wrap them in a worker's traceback. The loaders
    (`relaylab.data.loader`) raise them in the main process.
 """
 
@@ -36,13 +36,13 @@ Pairs = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Crops with their labels.
+    """A batch of crops with their labels.
 
     Attributes:
-        images: uint8 (n, size, size, 3), RGB, cropped, but neither flipped nor shifted.
-        labels: int64 (n,); `UNLABELLED` in a test set. Where images may have several labels, float32 (n, classes) of 0
-            and 1. On the images' device.
-        draws: int64 (n,), on the CPU: the draws that chose the images; in evaluation the images' indices.
+        images: uint8 (n, size, size, 3), RGB, cropped but not augmented otherwise; see `Augmentation`.
+        labels: int64 (n,); `UNLABELLED` in a test set. If images may have several labels, float32 (n, classes) of 0 and
+            1. On the device of the images.
+        draws: int64 (n,), on the CPU: the draws that selected the images; in evaluation, the indices of the images.
         indices: int64 (n,), on the CPU: indices of the images in their source, after replacements.
         faults: images that could not be read.
     """
@@ -57,7 +57,7 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with images and labels on a device; from pinned memory the copy is asynchronous."""
+        """Return the batch with images and labels on a device. From pinned memory the copy is asynchronous."""
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
         return replace(self, images=images, labels=labels)
 
@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """A batch without its images; see `Batch`. Arrays: between processes a tensor costs a file."""
+    """A batch without its images; see `Batch`. It has arrays, since sending a tensor to a process costs a file."""
 
     labels: NDArray[np.int64] | NDArray[np.float32]
     draws: NDArray[np.int64]
@@ -76,14 +76,14 @@ class Columns:
     faults: tuple[Fault, ...]
 
     def batch(self, images: Tensor) -> Batch:
-        """Return the batch of these images."""
+        """Return the batch with its images."""
         labels, draws, indices = map(torch.from_numpy, (self.labels, self.draws, self.indices))
         return Batch(images, labels, draws, indices, self.faults)
 
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """A batch on its way from a worker to the main process, its images in a slot of shared memory."""
+    """A batch that a worker sends to the main process. Its images are in a slot of shared memory."""
 
     key: int
     slot: int
@@ -95,23 +95,23 @@ class Delivery:
         return replace(batch, labels=batch.labels.pin_memory()) if pin else batch
 
     def pin_memory(self) -> Batch:
-        """Return the batch, copied out of its slot into pinned memory; called by the DataLoader's pinning thread."""
+        """Return the batch, copied out of its slot into pinned memory. The DataLoader's pinning thread calls this."""
         return self.received(pin=True)
 
 
 class ImageBatches(Dataset[Batch]):
-    """A source's images as crops, a batch at a time. See Note [Batches].
+    """A PyTorch data set that decodes and crops a batch of a source's images at a time. See Note [Batches].
 
     Args:
         source: encoded images.
         crop_spec: size of the crops.
-        training: random windows, and other images in place of unreadable ones; otherwise centre crops, with rows of
+        training: cut random windows, and replace unreadable images by others; otherwise cut centre crops, and return
             zeros for unreadable images.
-        seed: of the training crops.
-        crops: settings of the training crops.
+        seed: seed of the training crops.
+        crops: settings of the training crops; None for the paper's.
 
     Attributes:
-        pool: buffers for the workers' batches; without them each batch has memory of its own.
+        pool: shared buffers for the batches of workers; None to allocate memory for each batch.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ImageBatches(Dataset[Batch]):
         self.pool: BufferPool | None = None
 
     def __getitems__(self, request: Pairs | tuple[int, Pairs]) -> Batch | Delivery | LabError:
-        """Make a batch from (n, 2) draws and image indices, with a pool preceded by a slot; errors are returned."""
+        """Make a batch of (n, 2) draws and image indices, which a slot precedes if there is a pool. Returns errors."""
         try:
             if isinstance(request, tuple):
                 assert self.pool is not None, "a request for a slot needs a pool"
@@ -134,24 +134,27 @@ class ImageBatches(Dataset[Batch]):
             return error
 
     def fill(self, pairs: Pairs, images: Tensor) -> Columns:
-        """Make a batch in memory that exists already.
+        """Make a batch in existing memory.
 
         Args:
-            pairs: (n, 2), draws and image indices.
-            images: uint8 (n or more, size, size, 3).
+            pairs: (n, 2) draws and image indices.
+            images: uint8 (n or more, size, size, 3); receives the crops.
+
+        Returns:
+            The batch without its images.
 
         Raises:
-            InputError: in training, a class of which no image can be read.
+            InputError: in training, none of the images that were tried as replacements can be read.
         """
         draws, indices = np.array(pairs).T.copy()
         labels = np.asarray(self.source.labels[indices]).astype(np.int64)
         places = self.crops.random_numbers(self.seed, draws).tolist()
         faults: list[Fault] = []
-        asked = indices.tolist()
-        for first in range(0, len(asked), READ_AT_ONCE):
-            # Reading and decoding in turns would throw each other's code and data out of the processor's caches.
-            some = asked[first : first + READ_AT_ONCE]
-            for row, (index, data) in enumerate(zip(some, list(map(self._read, some)), strict=True), first):
+        requested = indices.tolist()
+        for first in range(0, len(requested), READ_AT_ONCE):
+            # Read several files, then decode them: alternating would evict code and data from the processor's caches.
+            block = requested[first : first + READ_AT_ONCE]
+            for row, (index, data) in enumerate(zip(block, list(map(self._read, block)), strict=True), first):
                 fault = self._cut(index, data, places[row], images[row])
                 if fault is None:
                     continue
@@ -164,7 +167,7 @@ class ImageBatches(Dataset[Batch]):
         if self.training:
             self.crops.finish(images, self.seed, draws)
         targets = targets_of(self.source)
-        truth = labels if targets is None else targets[indices].astype(np.float32)  # of the images in their stead
+        truth = labels if targets is None else targets[indices].astype(np.float32)  # of the replacements, if any
         return Columns(truth, draws, indices, tuple(faults))
 
     def _read(self, index: int) -> bytes | OSError:
@@ -174,7 +177,7 @@ class ImageBatches(Dataset[Batch]):
             return error
 
     def _cut(self, index: int, data: bytes | OSError, place: Sequence[float], out: Tensor) -> Fault | None:
-        """Decode an image and cut its window into `out`, or return why that is impossible."""
+        """Decode an image and cut its window into `out`; return a fault if the image cannot be read."""
         if isinstance(data, OSError):
             return Fault(index, self.source.name(index), data.strerror or str(data))
         try:
@@ -189,9 +192,9 @@ class ImageBatches(Dataset[Batch]):
         return None
 
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
-        """Cut another image of the class; return its index, and the faults found on the way to it.
+        """Cut another image of the same class; return its index and all faults, the given one included.
 
-        Images that may have several labels are of no class, and any other one takes their place.
+        Images that may have several labels have no class, so any other image can replace them.
         """
         label = self.source.labels[fault.index]
         others = np.flatnonzero(self.source.labels == label)
@@ -209,21 +212,21 @@ class ImageBatches(Dataset[Batch]):
             others = np.delete(others, at)
         of_class, what = ("", "them") if label == UNLABELLED else (f"class {self.source.classes[label]}: ", "the class")
         raise InputError(
-            f"{of_class}{fault.name} cannot be read ({fault.reason}), nor can any of "
-            f"{len(faults) - 1} others that were tried in its stead; repair the images or leave {what} out"
+            f"{of_class}{fault.name} cannot be read ({fault.reason}), nor can any of the {len(faults) - 1} images that "
+            f"were tried instead; repair the images or remove {what}"
         )
 
 
 def spread(count: int, limit: int | None) -> NDArray[np.int64]:
-    """Return at most `limit` indices below `count`, evenly spread; None for all."""
+    """Return at most `limit` indices below `count`, evenly spread; all of them if `limit` is None."""
     chosen = count if limit is None else min(limit, count)
     return np.arange(chosen, dtype=np.int64) * count // max(chosen, 1)
 
 
 class OrderedBatches:
-    """A batch sampler of image indices in order: arrays (batch, 2) of each index, twice; the last may be smaller.
+    """A batch sampler of image indices in order. Yields arrays (batch, 2) of each index, twice.
 
-    A batch size below 1 raises InputError.
+    The last batch may be smaller. A batch size below 1 raises InputError.
     """
 
     def __init__(self, indices: Sequence[int] | NDArray[np.int64], batch_size: int) -> None:

@@ -1,9 +1,9 @@
-"""Random boxes of a range of areas and aspect ratios, for random resized crops and random erasing.
+"""Random boxes with areas and aspect ratios from given ranges, for random resized crops and random erasing.
 
 Note [Boxes]
-1. The rule is torchvision's (`RandomResizedCrop`, `RandomErasing`): an area, uniform, and an aspect ratio, log-uniform,
-   are drawn up to ten times. The first pair whose sides fit is taken, at a uniform position.
-2. The random numbers are arguments, `NUMBERS` of them for each box, so that a box is a function of (seed, draw).
+1. The rule is torchvision's (`RandomResizedCrop`, `RandomErasing`): a uniform area and a log-uniform aspect ratio are
+   drawn up to ten times. The first pair that fits is used, at a uniform position.
+2. The `NUMBERS` random numbers of a box are passed as an argument, so that a box is a function of (seed, draw).
    Torchvision draws them from torch's generator, which takes ten times as long.
 """
 
@@ -23,12 +23,12 @@ def random_box(
     """Choose a box in an image, or return None if no attempt fits. See Note [Boxes].
 
     Args:
-        numbers: `NUMBERS` of them, uniform in [0, 1).
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        areas: least and largest area of the box, as a share of the image's.
-        ratios: least and largest width of the box, as a multiple of its height.
-        smaller: allow only boxes that are less wide and less high than the image.
+        numbers: `NUMBERS` random numbers, uniform in [0, 1).
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        areas: minimum and maximum area of the box, as a share of the image's area.
+        ratios: minimum and maximum width of the box, as a multiple of its height.
+        smaller: allow only boxes that are narrower and lower than the image.
 
     Example:
         >>> random_box([0.5] * NUMBERS, 100, 100, areas=(0.04, 0.04), ratios=(1.0, 1.0))
@@ -45,7 +45,7 @@ def random_box(
 
 
 def central_box(height: int, width: int, ratios: Range) -> Window:
-    """Return the largest box in the centre of an image whose aspect ratio is in a range."""
+    """Return the largest centred box whose aspect ratio is within `ratios`."""
     least, most = ratios
     across = min(width, round(height * most))
     down = min(height, round(width / least))

@@ -1,12 +1,12 @@
-"""A pool of buffers in shared memory that workers fill with batches over and over.
+"""A pool of reusable buffers in shared memory, which workers fill with batches.
 
 Note [Buffers]
-1. A new piece of shared memory for each batch costs a worker a tenth of its time: the system clears and maps it page by
-   page. So there is one piece, as long as the loader lives, with a slot for each batch in flight.
-2. The main process gives each request a slot, and takes the slot back when it has copied the batch out of it, into
-   pinned memory if there is a GPU. What the user holds is a copy, which nothing overwrites.
-3. A DataLoader delivers in order and asks for at most `workers * prefetch` batches in advance, one of which may just be
-   on its way to the user. When it is iterated anew, its workers first finish what they were asked for.
+1. Allocating shared memory for each batch would cost a worker a tenth of its time, since the system clears and maps it
+   page by page. The pool is therefore allocated once per loader, with a slot for each batch in flight.
+2. The main process assigns a slot to each request, and frees it after copying the batch out of it, to pinned memory if
+   there is a GPU. The user gets a copy, which is never overwritten.
+3. A DataLoader delivers batches in order and requests at most `workers * prefetch` in advance, one of which may be on
+   its way to the user. When it is iterated again, its workers first finish their pending requests.
 """
 
 import itertools
@@ -24,10 +24,10 @@ _known: "WeakValueDictionary[int, BufferPool]" = WeakValueDictionary()
 
 
 class BufferPool:
-    """Buffers in shared memory, found by the key of their pool in the main process.
+    """Buffers in shared memory. The main process finds a pool by its key.
 
     Attributes:
-        key: number of this pool, the same in all processes.
+        key: identifier of this pool, the same in all processes.
         images: uint8 (count, batch_size, size, size, 3).
     """
 
@@ -38,13 +38,13 @@ class BufferPool:
 
     @staticmethod
     def copied(key: int, slot: int, count: int, *, pin: bool) -> Tensor:
-        """Return a copy of the first `count` images of a slot, on request in pinned memory."""
+        """Return a copy of the first `count` images of a slot, in pinned memory if `pin` is set."""
         images = _known[key].images[slot, :count]
         return torch.empty(images.shape, dtype=images.dtype, pin_memory=pin).copy_(images)
 
 
 class SlottedBatches:
-    """A batch sampler that yields each batch of another one together with a free slot of `slots`."""
+    """A batch sampler that yields each batch of another sampler together with one of `slots` free slots."""
 
     def __init__(self, batches: Iterable[NDArray[np.int64]], slots: int) -> None:
         self.batches, self.slots = batches, slots
@@ -58,5 +58,5 @@ class SlottedBatches:
             yield self._taken[-1], pairs
 
     def release(self) -> None:
-        """Take back the slot of the oldest batch."""
+        """Free the slot of the oldest batch."""
         self._free.append(self._taken.popleft())

@@ -1,13 +1,13 @@
-"""Training crops: the window of each image, and the policy that changes the crop's pixels.
+"""Training crops: the choice of the window, and the policy that changes the pixels of the crop.
 
 Note [Crops]
-1. "window" is the paper's crop: a square of `size / short_side` of the shorter side at a random place. "resized" is the
-   random resized crop of Inception's training (Szegedy et al., 2015): a box of random area and aspect ratio, resized to
-   a square; see Note [Boxes]. Where none of the ten attempts fits, it is torchvision's central box.
-2. Padding surrounds the image with black before the window is chosen, as is usual for images of 32 pixels. It is in
-   pixels of the resized image; in a larger source image it is proportionally wider.
-3. To add a kind of crop: a function that returns its window, with the columns of the draw's random numbers that it
-   takes, as a line in `WINDOWS`; and the name in `augmentation.crop` (`relaylab.recipes.schema`).
+1. "window" is the paper's crop: a square of `size / short_side` of the shorter side at a random position. "resized" is
+   Inception's random resized crop (Szegedy et al., 2015): a box of random area and aspect ratio, resized to a square;
+   see Note [Boxes]. If none of the ten attempts fits, it is torchvision's central box.
+2. Padding adds a black border before the window is chosen, as is usual for images of 32 pixels. Its width is in pixels
+   of the resized image, and is scaled for a larger source image.
+3. To add a kind of crop, write a function that returns the window; add it to `WINDOWS` with the columns of the draw's
+   random numbers that it uses; and add the name to `augmentation.crop` (`relaylab.recipes.schema`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +30,19 @@ from relaylab.errors import InputError, nearest
 class Crops:
     """Settings of training crops. The default is the paper's crop.
 
+    Example::
+
+        crops = Crops(kind="resized", policy=Policy(name="randaugment"))  # as in many ImageNet recipes
+
     Attributes:
         kind: a name in `WINDOWS`.
-        areas: of a resized crop: its least and largest area, as a share of the image's.
-        ratios: of a resized crop: its least and largest width, as a multiple of its height.
-        padding: black pixels around the resized image.
-        policy: changes the crop's pixels; None for no change.
+        areas: minimum and maximum area of a resized crop, as a share of the image's area.
+        ratios: minimum and maximum width of a resized crop, as a multiple of its height.
+        padding: width of the black border around the resized image, in pixels.
+        policy: policy that changes the pixels of the crop; None for no change.
 
     Raises:
-        InputError: an unknown kind.
+        InputError: the kind is unknown.
     """
 
     kind: str = "window"
@@ -53,37 +57,37 @@ class Crops:
 
     @property
     def are_resized(self) -> bool:
-        """Whether windows of an image whose shorter side is `short_side` have another size than the crop."""
+        """Whether windows of an image whose shorter side is `short_side` may differ in size from the crop."""
         return self.kind != "window"
 
     def random_numbers(self, seed: int, draws: ArrayLike) -> NDArray[np.float64]:
-        """Return the random numbers (n, ...) of n draws that choose their windows."""
+        """Return the random numbers (n, ...) that choose the windows of n draws."""
         columns = WINDOWS[self.kind].columns
         return uniforms(seed, draws, columns.stop)[:, columns.start :]
 
     def window(self, spec: CropSpec, height: int, width: int, numbers: Sequence[float]) -> Window:
-        """Return the window of an image, in its own pixels; with padding it may be partly outside of the image.
+        """Return a window in pixels of the image. With padding it may extend beyond the image.
 
         Args:
-            spec: sizes.
-            height: of the image.
-            width: of the image.
+            spec: size of the crop.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
             numbers: a row of `random_numbers`.
         """
         return WINDOWS[self.kind].choose(self, spec, height, width, numbers)
 
     def edge(self, spec: CropSpec, height: int, width: int) -> int:
-        """Return the width of the padding in an image's own pixels."""
+        """Return the width of the padding in pixels of the source image."""
         return (2 * self.padding * min(height, width) + spec.short_side) // (2 * spec.short_side)  # rounded
 
     def finish(self, images: Tensor, seed: int, draws: ArrayLike) -> None:
-        """Apply the policy, if there is one, to crops in place; see `apply_policy`."""
+        """Apply the policy, if any, to crops in place; see `apply_policy`."""
         if self.policy is not None:
             apply_policy(self.policy, images, seed, draws)
 
 
 class Choice(NamedTuple):
-    """A way to choose windows: the columns of a draw's random numbers that it takes, and the function of them."""
+    """A method to choose windows: the columns of a draw's random numbers that it uses, and the function."""
 
     columns: range
     choose: Callable[[Crops, CropSpec, int, int, Sequence[float]], Window]

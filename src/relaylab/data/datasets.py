@@ -1,4 +1,4 @@
-"""A labelled part of a data set, in memory or on disk, ready to be cut into batches."""
+"""Labelled images with their crop spec, in memory or on disk, which make training and evaluation loaders."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,28 +22,35 @@ from relaylab.progress import progress
 
 @dataclass(frozen=True)
 class InMemoryDataset:
-    """Labelled images that are decoded already."""
+    """Labelled images that have been decoded to memory.
+
+    Example::
+
+        dataset = InMemoryDataset(decode_all(source, crop_spec), crop_spec)
+        for batch in dataset.evaluation(batch_size=256):
+            images, labels = batch.images, batch.labels
+    """
 
     decoded: DecodedImages
     crop_spec: CropSpec
 
     @property
     def labels(self) -> NDArray[Any]:
-        """Class indices, (n,); where images may have several labels, (n, classes) of 0 and 1."""
+        """Class indices (n,); if images may have several labels, (n, classes) of 0 and 1."""
         return self.decoded.labels.cpu().numpy()
 
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
-        """Return a loader of random crops of the images that the sampler chooses."""
+        """Return a loader of random crops of the images that the sampler selects."""
         return memory_training_loader(
             self.decoded, sampler, self.crop_spec, batch_size=batch_size, seed=seed, crops=crops
         )
 
     def evaluation(self, batch_size: int) -> EvaluationLoader:
-        """Return a loader of all centre crops in order."""
+        """Return a loader of the centre crops of all images, in order."""
         return memory_evaluation_loader(self.decoded, self.crop_spec, batch_size=batch_size)
 
     def subset(self, indices: NDArray[np.int64]) -> "InMemoryDataset":
-        """Return the images with these indices as a part of their own."""
+        """Return the images with these indices, (m,), as a data set."""
         rows = torch.from_numpy(indices).to(self.decoded.labels.device)
         decoded = DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes)
         return InMemoryDataset(decoded, self.crop_spec)
@@ -55,13 +62,13 @@ class InMemoryDataset:
 
 @dataclass(frozen=True)
 class OnDiskDataset:
-    """Labelled images that worker processes decode as they are needed; the methods are those of `InMemoryDataset`.
+    """Labelled images that worker processes decode on the fly. It has the methods of `InMemoryDataset`.
 
     Attributes:
         source: encoded images.
         crop_spec: size of the crops.
         workers: processes that decode; 0 decodes in this process.
-        pin_memory: for asynchronous copies to a GPU.
+        pin_memory: return batches in pinned memory, for asynchronous copies to a GPU.
         fault_file: file for the list of unreadable images if there are too many.
     """
 
@@ -73,12 +80,12 @@ class OnDiskDataset:
 
     @property
     def labels(self) -> NDArray[Any]:
-        """Class indices, (n,); where images may have several labels, (n, classes) of 0 and 1."""
+        """Class indices (n,); if images may have several labels, (n, classes) of 0 and 1."""
         targets = targets_of(self.source)
         return self.source.labels if targets is None else targets
 
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
-        """Return a loader of random crops of the images that the sampler chooses."""
+        """Return a loader of random crops of the images that the sampler selects."""
         return training_loader(
             self.source,
             sampler,
@@ -92,17 +99,17 @@ class OnDiskDataset:
         )
 
     def evaluation(self, batch_size: int) -> EvaluationLoader:
-        """Return a loader of all centre crops in order."""
+        """Return a loader of the centre crops of all images, in order."""
         return evaluation_loader(
             self.source, self.crop_spec, batch_size=batch_size, workers=self.workers, pin_memory=self.pin_memory
         )
 
     def subset(self, indices: NDArray[np.int64]) -> "OnDiskDataset":
-        """Return the images with these indices as a part of their own."""
+        """Return the images with these indices, (m,), as a data set."""
         return replace(self, source=Subset(self.source, indices))
 
     def statistics(self) -> ImageStatistics:
-        """Return the statistics of the centre crops, computed once and kept in the cache."""
+        """Return the statistics of the centre crops, which are computed once and cached."""
         key, folder = self.source.fingerprint, cache_folder() / "statistics"
         with progress("mean image", len(self.source)) as task:
             return image_statistics(

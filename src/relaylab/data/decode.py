@@ -1,27 +1,27 @@
-"""Strict decoding of encoded bytes: the whole picture, upright and in RGB, or an `ImageFault`.
+"""Strict image decoding: complete, upright RGB pixels, or an `ImageFault`.
 
 Note [Decoding]
-1. JPEGs go to libjpeg-turbo by simplejpeg, with the exact inverse transform and smooth chroma upsampling. `fastdct`
-   would gain 3 % and darken by 0.8 of a level; `fastupsample` would gain 7 % and cost 42 dB.
-2. Everything else, CMYK JPEGs and those that strict decoding complains of go to Pillow. The complaint is kept:
-   `decode_checked` returns it, since Pillow lets damaged data pass.
-3. A JPEG that ends too early is a fault and does not go to Pillow, which would fill the rest with grey where a marker
-   still says that the end is there. Where only the end marker is missing, all pixels are there: strict decoding has no
-   complaint once the marker is added. This holds for a single sequential scan; a progressive file without its end may
-   lack scans.
+1. JPEGs are decoded by libjpeg-turbo (through simplejpeg), with the exact inverse transform and smooth chroma
+   upsampling. `fastdct` would be 3 % faster but 0.8 of a level darker; `fastupsample` would be 7 % faster but cost 42
+   dB.
+2. All other formats, CMYK JPEGs and JPEGs that the strict decoder rejects are decoded by Pillow. `decode_checked`
+   returns the strict decoder's complaint as well, since Pillow accepts damaged data.
+3. A truncated JPEG is a fault and is not passed to Pillow, which would fill the rest with grey if the end marker is
+   present. If only the end marker is missing, no pixels are missing: strict decoding succeeds once the marker is added.
+   This holds for a single sequential scan; a progressive file without its end may lack scans.
 4. Only full, 1/2, 1/4 and 1/8 scale are used: libjpeg-turbo's other scales have no vector code and are slower than
    full scale.
-5. Samples of 12 and 16 bits are scaled, not clipped. Transparency is ignored, as by Pillow's `convert("RGB")`: what
-   lies under it shows. Colour profiles are ignored. Of animations, the first frame counts.
-6. The orientation that Exif gives is applied: photographs stand upright.
-7. Pillow gives up on a PNG for its texts and profiles, where they are damaged or larger than a megabyte. The pixels do
-   not depend on them, so such a file is decoded once more without them.
-8. Pillow reads uncompressed TIFFs of 16 bits in separate planes as if they had 8, signed samples of 8 bits as unsigned,
-   and takes 16-bit samples for black-is-zero where white is. The last are inverted, the others refused, as are signed
-   samples of 16 bits: like floating-point ones, they do not say what is white.
-9. Pillow reads BMPs of several bits with a palette of black and white as if they had one bit. They are refused.
-10. A small file can claim much: pixels, and scans of a progressive JPEG, each of which costs a pass over all pixels.
-    Both are limited, and large images are converted a few rows at a time.
+5. Samples of 12 and 16 bits are scaled, not clipped. Transparency is ignored, as by Pillow's `convert("RGB")`: the
+   colours of transparent pixels are used. Colour profiles are ignored. Of an animation, the first frame is used.
+6. The Exif orientation is applied, so that photographs are upright.
+7. Pillow rejects a PNG whose text or profile chunks are damaged or larger than a megabyte. The pixels do not depend on
+   them, so such a file is decoded again without these chunks.
+8. Pillow misreads some TIFFs: it reads uncompressed 16-bit samples in separate planes as 8-bit, signed 8-bit samples as
+   unsigned, and white-is-zero 16-bit samples as black-is-zero. The last are inverted here, and the others refused.
+   Signed 16-bit and floating-point samples are refused because their value range is not defined.
+9. Pillow reads BMPs of several bits with a black-and-white palette as if they had one bit. They are refused.
+10. A small file can declare many pixels, or many scans in a progressive JPEG, each of which costs a pass over all
+    pixels. Both are limited, and large images are converted a few rows at a time.
 """
 
 import io
@@ -38,23 +38,23 @@ from relaylab.data.faults import ImageFault
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # ImageNet's largest photograph has 61 million
-MOST_PIXELS_OF = {"WEBP": 40_000_000, "AVIF": 40_000_000}  # whose decoders take 26 bytes for each
-MAX_SCANS, MAX_SCANNED = 100, 2_000_000_000  # of a JPEG, 10 or so in practice; and times its pixels
+MOST_PIXELS_OF = {"WEBP": 40_000_000, "AVIF": 40_000_000}  # their decoders need 26 bytes per pixel
+MAX_SCANS, MAX_SCANNED = 100, 2_000_000_000  # scans of a JPEG (about 10 in practice), and scans times pixels
 ROWS_AT_ONCE, LARGE = 256, 4_000_000  # pixels
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of Pillow's; others may run other programs
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # in Pillow; some of its others run external programs
 FORMATS += ("AVIF",) if features.check("avif") else ()
-SIGNATURES = (  # of contents that Pillow has refused or is not asked to read: start, a part at byte 4, name
+SIGNATURES = (  # formats that Pillow rejects or is not asked to read: bytes at 0, bytes at 4, description
     (b"\x89PNG", b"", "a damaged PNG"),
-    (b"II*\x00", b"", "a TIFF of a kind that Pillow does not read"),
-    (b"MM\x00*", b"", "a TIFF of a kind that Pillow does not read"),
-    (b"II+\x00", b"", "a BigTIFF of a kind that Pillow does not read"),
+    (b"II*\x00", b"", "a TIFF variant that Pillow does not read"),
+    (b"MM\x00*", b"", "a TIFF variant that Pillow does not read"),
+    (b"II+\x00", b"", "a BigTIFF variant that Pillow does not read"),
     (b"", b"ftypavif", "an AVIF that this Pillow does not read"),
     (b"", b"ftypavis", "an AVIF that this Pillow does not read"),
-    (b"", b"ftyp", "HEIC or a film, which are not read: convert it to JPEG or PNG"),
-    (b"\x00\x00\x00\x0cJXL ", b"", "JPEG XL, which is not read: convert it to JPEG or PNG"),
-    (b"\xff\x0a", b"", "JPEG XL, which is not read: convert it to JPEG or PNG"),
-    (b"\x00\x00\x00\x0cjP  ", b"", "JPEG 2000, which is not read: convert it to JPEG or PNG"),
-    (b"8BPS", b"", "a Photoshop file, which is not read: convert it to JPEG or PNG"),
+    (b"", b"ftyp", "HEIC or a video, which are not supported: convert it to JPEG or PNG"),
+    (b"\x00\x00\x00\x0cJXL ", b"", "JPEG XL, which is not supported: convert it to JPEG or PNG"),
+    (b"\xff\x0a", b"", "JPEG XL, which is not supported: convert it to JPEG or PNG"),
+    (b"\x00\x00\x00\x0cjP  ", b"", "JPEG 2000, which is not supported: convert it to JPEG or PNG"),
+    (b"8BPS", b"", "a Photoshop file, which is not supported: convert it to JPEG or PNG"),
     (b"%PDF", b"", "a PDF file"),
     (b"<", b"", "text, such as a web page or SVG"),
 )
@@ -69,24 +69,28 @@ _EXIF = b"Exif\x00\x00"
 
 
 def decode(data: bytes, *, short_side: int | None = None) -> Pixels:
-    """Decode an image of any common format, told by its content. See Note [Decoding].
+    """Decode an image of any common format, recognised by its content. See Note [Decoding].
+
+    Example::
+
+        pixels = decode(Path("photo.jpg").read_bytes())  # uint8 (h, w, 3)
 
     Args:
-        data: content of a file.
-        short_side: least shorter side of the result, in pixels. A JPEG is then decoded at the smallest of full, 1/2,
-            1/4 and 1/8 scale that gives it. None decodes at full scale.
+        data: content of the file.
+        short_side: minimum length of the result's shorter side in pixels. A JPEG is then decoded at the smallest of
+            full, 1/2, 1/4 and 1/8 scale that satisfies it. None decodes at full scale.
 
     Returns:
         uint8 (h, w, 3), RGB, contiguous.
 
     Raises:
-        ImageFault: the bytes are not a whole image, or one of more than `MAX_PIXELS`.
+        ImageFault: the image is incomplete, damaged or of an unsupported format, or has more than `MAX_PIXELS`.
     """
     return decode_checked(data, short_side=short_side)[0]
 
 
 def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixels, str | None]:
-    """Decode as `decode` does; return the strict decoder's complaint too, if Pillow had to decode a damaged file."""
+    """Decode like `decode`; also return the strict decoder's complaint if Pillow decoded a damaged file, else None."""
     if not data:
         raise ImageFault("the file is empty")
     if not data.startswith(_JPEG):
@@ -109,7 +113,7 @@ def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixel
         )
     except ImageFault:
         raise
-    except (ValueError, LookupError) as error:  # simplejpeg looks up colour spaces that it does not know
+    except (ValueError, LookupError) as error:  # LookupError: a colour space that simplejpeg does not know
         known = isinstance(error, ValueError)
         complaint = _line(error) if known else "a chroma subsampling without a name"
         if "premature end" in complaint.lower():
@@ -119,7 +123,7 @@ def decode_checked(data: bytes, *, short_side: int | None = None) -> tuple[Pixel
 
 
 def _decode_without_end(data: bytes, short_side: int | None, complaint: str) -> Pixels:
-    """Decode a JPEG that lacks nothing but its end marker; raise an ImageFault otherwise. See Note [Decoding] 3."""
+    """Decode a JPEG of which only the end marker is missing, else raise ImageFault. See Note [Decoding] 3."""
     if not data.endswith(_END_OF_IMAGE) and _has_one_scan(data):
         pixels, more = decode_checked(data.rstrip(b"\xff") + _END_OF_IMAGE, short_side=short_side)
         if more is None:
@@ -148,17 +152,18 @@ def reduction(short: int, short_side: int | None) -> int:
 def _check_size(height: int, width: int, kind: str | None = None) -> None:
     most = min(MAX_PIXELS, MOST_PIXELS_OF.get(kind or "", MAX_PIXELS))
     if not 0 < height * width <= most:
-        raise ImageFault(f"{width} x {height} pixels, where 1 to {most} are taken")
+        raise ImageFault(f"{width} x {height} pixels; expected 1 to {most}")
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
-    """See Note [Decoding] 10. In a scan's data, 0xFF is followed by zero or by a restart marker."""
-    if _has_one_scan(data):  # a decoder then stops after it
+    """Limit the scans of a JPEG. See Note [Decoding] 10."""
+    if _has_one_scan(data):  # decoders stop after it
         return
+    # Counting markers is exact: in a scan's data, 0xFF is followed by zero or by a restart marker.
     scans = data.count(_SCAN)
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
         most = min(MAX_SCANS, MAX_SCANNED // pixels)
-        raise ImageFault(f"{scans} scans of {pixels} pixels, where at most {most} are taken")
+        raise ImageFault(f"{scans} scans of {pixels} pixels; expected at most {most}")
 
 
 def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
@@ -172,14 +177,14 @@ def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
 
 
 def without_notes(data: bytes) -> bytes:
-    """Return a PNG without the chunks that its pixels do not depend on; other data unchanged. Note [Decoding] 7."""
+    """Return a PNG without chunks that its pixels do not depend on, other data unchanged. See Note [Decoding] 7."""
     if not data.startswith(_PNG):
         return data
     kept, at = [_PNG], len(_PNG)
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4])
         kind = data[at + 4 : at + 8]
-        if not kind[0] & 0x20 or kind in (b"tRNS", b"eXIf"):  # a capital: without this chunk there is no picture
+        if not kind[0] & 0x20 or kind in (b"tRNS", b"eXIf"):  # upper case: a critical chunk
             kept.append(data[at:end])
         at = end
     return b"".join([*kept, data[at:]])
@@ -188,15 +193,15 @@ def without_notes(data: bytes) -> bytes:
 def _pillow_pixels(data: bytes, short_side: int | None) -> Pixels:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, odd Exif, odd palettes: all are dealt with here
-            Image.init()  # the formats named are not all among those that Pillow loads by itself
+            warnings.simplefilter("ignore")  # large images, unusual Exif and palettes are all handled here
+            Image.init()  # Pillow does not preload all of `FORMATS`
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 _check_size(height, width, image.format)
-                if image.format == "JPEG":  # a JPEG that simplejpeg has refused, or one in a TIFF's clothes
+                if image.format == "JPEG":  # rejected by simplejpeg, or embedded in a TIFF
                     _check_scans(data, height * width)
                 if reduction(min(width, height), short_side) > 1:
-                    image.draft(None, (short_side or 1, short_side or 1))  # of JPEG only; chooses as `reduction` does
+                    image.draft(None, (short_side or 1, short_side or 1))  # JPEG only; same scale as `reduction`
                 _check_tiff(image)
                 _check_bmp(image, data)
                 image.load()
@@ -207,38 +212,38 @@ def _pillow_pixels(data: bytes, short_side: int | None) -> Pixels:
         raise
     except UnidentifiedImageError:
         raise ImageFault(_format_of(data)) from None
-    except Exception as error:  # Pillow's readers let through whatever damaged bytes bring about in them
+    except Exception as error:  # damaged bytes can raise anything in Pillow's readers
         raise ImageFault(_line(error)) from None
 
 
 def _format_of(data: bytes) -> str:
-    """Return the reason why a file is unreadable, from its first bytes."""
-    found = (name for start, part, name in SIGNATURES if data.startswith(start) and data.startswith(part, 4))
-    return next(found, "no image of a known format")
+    """Describe the format of an unreadable file by its first bytes."""
+    matches = (name for start, brand, name in SIGNATURES if data.startswith(start) and data.startswith(brand, 4))
+    return next(matches, "not an image of a known format")
 
 
 def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
-    """Return the first value of a tag; the default where it is absent or this is not a TIFF."""
+    """Return the largest value of a TIFF tag, or the default if it is absent or the image is not a TIFF."""
     value = getattr(image, "tag_v2", {}).get(tag, default)
     return max(value, default=default) if isinstance(value, tuple) else value
 
 
 def _check_tiff(image: Image.Image) -> None:
-    """Raise an ImageFault for what Pillow misreads. See Note [Decoding] 8."""
+    """Raise ImageFault for TIFFs that Pillow misreads. See Note [Decoding] 8."""
     is_raw = _tiff_tag(image, _COMPRESSION, 1) == 1
     bits = _tiff_tag(image, _BITS, 1)
     if _tiff_tag(image, _SAMPLES, 1) == _SIGNED and bits in (8, 16):
-        raise ImageFault(f"signed samples of {bits} bits, which do not say what is white")
+        raise ImageFault(f"signed samples of {bits} bits, whose range is not defined")
     if is_raw and bits > 8 and _tiff_tag(image, _PLANES, 1) == 2:
         raise ImageFault(f"an uncompressed TIFF of {bits} bits in separate planes, which Pillow misreads")
 
 
 def _check_bmp(image: Image.Image, data: bytes) -> None:
-    """Raise an ImageFault for what Pillow misreads. See Note [Decoding] 9."""
-    at = 24 if int.from_bytes(data[14:18], "little") == 12 else 28  # in the short header of OS/2, and in others
+    """Raise ImageFault for BMPs that Pillow misreads. See Note [Decoding] 9."""
+    at = 24 if int.from_bytes(data[14:18], "little") == 12 else 28  # 24 in the short header of OS/2
     bits = int.from_bytes(data[at : at + 2], "little")
     if image.format == "BMP" and image.mode == "1" and bits != 1:
-        raise ImageFault(f"a BMP of {bits} bits with a palette of black and white, which Pillow misreads")
+        raise ImageFault(f"a BMP of {bits} bits with a black-and-white palette, which Pillow misreads")
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
@@ -246,7 +251,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
         samples = np.asarray(image)
         largest = 4095 if _tiff_tag(image, _BITS, 16) == 12 else 65535
         if samples.min() < 0 or samples.max() > largest:
-            raise ImageFault(f"samples from {samples.min()} to {samples.max()}, where 0 to {largest} are taken")
+            raise ImageFault(f"samples from {samples.min()} to {samples.max()}; expected 0 to {largest}")
         is_inverted = _tiff_tag(image, _PHOTOMETRIC, 1) == 0
         grey = np.empty((*samples.shape, 3), np.uint8)
         for rows in _blocks(len(samples)):
@@ -255,10 +260,10 @@ def _to_rgb(image: Image.Image) -> Pixels:
             grey[rows] = ((block * 255 + largest // 2) // largest)[:, :, None]
         return grey
     if image.mode == "F":
-        raise ImageFault("floating-point samples, which do not say what is white")
+        raise ImageFault("floating-point samples, whose range is not defined")
     width, height = image.size
     if width * height <= LARGE:
-        return np.array(image.convert("RGB"))  # a copy: what Pillow lends cannot be written to
+        return np.array(image.convert("RGB"))  # a copy: Pillow's own buffer is read-only
     pixels = np.empty((height, width, 3), np.uint8)
     for rows in _blocks(height):
         pixels[rows] = np.asarray(image.crop((0, rows.start, width, rows.stop)).convert("RGB"))
@@ -266,16 +271,16 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
 
 def _blocks(height: int) -> Iterator[slice]:
-    """Iterate over an image's rows, `ROWS_AT_ONCE` at a time."""
+    """Yield slices of an image's rows, `ROWS_AT_ONCE` at a time."""
     return (slice(top, min(top + ROWS_AT_ONCE, height)) for top in range(0, height, ROWS_AT_ONCE))
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Iterate over marker, place and length of a JPEG's segments, up to the start of its first scan."""
+    """Yield marker, offset and length of a JPEG's segments, up to the start of its first scan."""
     at, end = 2, len(data) - 4
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xFF:  # fill
+        if marker == 0xFF:  # fill byte
             at += 1
             continue
         length = data[at + 2] << 8 | data[at + 3]
@@ -286,7 +291,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _orientation(data: bytes) -> int:
-    """Return the orientation of a JPEG's Exif, 1 to 8. A file without Exif costs a microsecond or two."""
+    """Return the Exif orientation of a JPEG, 1 to 8. A file without Exif costs one or two microseconds."""
     for marker, at, length in _segments(data):
         if marker == _APP1 and data.startswith(_EXIF, at + 4):
             return _read_exif(data[at + 4 : at + 2 + length])
@@ -302,7 +307,7 @@ def _read_exif(block: bytes) -> int:
             return exif.get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # damaged Exif does not damage the picture
+    except Exception:  # damaged Exif does not affect the pixels
         return 1
 
 

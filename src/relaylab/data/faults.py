@@ -1,4 +1,4 @@
-"""Unreadable images: logged by name, counted, and an error if there are too many."""
+"""Unreadable images: each is logged by name and counted, and too many of them are an error."""
 
 import logging
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from relaylab.files import write_text
 
 log = logging.getLogger("relaylab.data")
 
-ALWAYS_ALLOWED = 10  # images, in however small a data set
-NAMED = 10  # in an error's text
+ALWAYS_ALLOWED = 10  # images, in data sets of any size
+NAMED = 10  # images in an error message
 
 
 class ImageFault(ValueError):
-    """The bytes of one image cannot be turned into pixels; the text says why, without the image's name."""
+    """An image cannot be decoded. The message gives the reason, without the image's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class Fault:
     """An image that could not be read or decoded.
 
     Attributes:
-        index: index in its source.
-        name: its path, for messages.
+        index: index in the source.
+        name: path of the image, for messages.
         reason: why it could not be read.
-        draw: the draw that asked for it; None outside training.
-        replacement: index of the image used instead; None outside training.
+        draw: the draw that selected it; None outside training.
+        replacement: index of the image that was used instead; None outside training.
     """
 
     index: int
@@ -39,16 +39,16 @@ class Fault:
 
 
 class TooManyFaultsError(LabError):
-    """So many images are unreadable that something is wrong with the data as a whole."""
+    """More images are unreadable than allowed, so the data set as a whole is probably damaged."""
 
 
 class FaultLog:
-    """A log of the unreadable images that a process has found: each is logged once by name; too many are an error.
+    """Collects the unreadable images of a process. Each is logged once by name; too many raise an error.
 
     Args:
         num_images: size of the source.
-        max_share: share that may be unreadable, from 0 to 1; `ALWAYS_ALLOWED` images are always allowed.
-        file: file for the whole list if there are too many, in lines of name, tab, reason; None for no file.
+        max_share: share of the images that may be unreadable, 0 to 1; `ALWAYS_ALLOWED` images are always allowed.
+        file: file for the complete list if there are too many, with lines of name, tab, reason; None for no file.
     """
 
     def __init__(self, num_images: int, *, max_share: float = 0.001, file: Path | None = None) -> None:
@@ -62,10 +62,10 @@ class FaultLog:
         return len(self._reasons)
 
     def record(self, faults: Iterable[Fault]) -> None:
-        """Record the faults of a batch; images that are known already are not counted again.
+        """Record the faults of a batch. An image is counted only once.
 
         Raises:
-            TooManyFaultsError: more distinct images than allowed.
+            TooManyFaultsError: more distinct images are unreadable than allowed.
         """
         for fault in faults:
             if fault.index in self._reasons:
@@ -75,19 +75,19 @@ class FaultLog:
         if len(self) > self.limit:
             first = "; ".join(f"{name} ({reason})" for name, reason in list(self._reasons.values())[:NAMED])
             more = f"; and {len(self) - NAMED} more" if len(self) > NAMED else ""
-            where = f"; all of them are listed in {self.file}" if self._write_list() else ""
+            where = f"; {self.file} lists all of them" if self._write_list() else ""
             raise TooManyFaultsError(f"{len(self)} unreadable images, {self.limit} allowed: {first}{more}{where}")
 
     def lines(self) -> list[str]:
-        """Return a line for each image, in the order in which they were found: name, tab, reason."""
+        """Return one line per image in the order of discovery: name, tab, reason."""
         return [f"{name}\t{reason}" for name, reason in self._reasons.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the faults in lists of integers and strings."""
+        """Return the recorded images as lists of integers and strings."""
         return {"numbers": list(self._reasons), "reasons": [list(pair) for pair in self._reasons.values()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the faults by those of another log."""
+        """Replace the recorded images by those of `state`."""
         self._reasons = dict(zip(state["numbers"], map(tuple, state["reasons"]), strict=True))
 
     def _write_list(self) -> bool:
@@ -95,7 +95,7 @@ class FaultLog:
             return False
         try:
             write_text(self.file, "".join(f"{line}\n" for line in self.lines()))
-        except OSError as error:  # must not hide the faults themselves
+        except OSError as error:  # the error about the faults matters more
             log.warning("cannot write %s: %s", self.file, error.strerror)
             return False
         return True

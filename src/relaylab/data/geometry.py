@@ -1,20 +1,20 @@
 """Crops: the window of an image that the network sees, and its size.
 
 Note [Windows]
-1. Resizing the shorter side to 256 and cropping 224 keeps the pixels of a window of 224/256 of the shorter side. Only
-   that window is resized: the rest of the image would be thrown away.
-2. In training the window lies on whole source pixels, since no library's fast resize takes fractions of them. The
-   shorter side is thus resized to `short_side` to within half a source pixel, and the positions are those of the
-   source, not of the resized image: as many or more of them, if it was larger.
-3. Filters see nothing outside a training window, so that the outermost one or two pixels differ a little from those of
-   a crop of the resized image.
-4. In evaluation the crop is exactly the usual one, torchvision's `Resize(short_side)` and `CenterCrop(size)` with their
-   rounding: a window in fractions of source pixels, whose filters see what lies outside. Pixels agree to one level; to
-   two where the ratio of the sizes makes exact halves, which are then rounded either way, in each direction.
-5. Antialiased bilinear throughout. Where the processor has the vector instructions for it, PyTorch's resize of uint8
+1. Resizing the shorter side to 256 and cropping 224 uses the pixels of a window of 224/256 of the shorter side. Only
+   that window is resized, since the rest of the image would be discarded.
+2. A training window has integer pixel coordinates, since no library's fast resize accepts fractional ones. The shorter
+   side is thus resized to `short_side` to within half a source pixel. Window positions are those of the source, not of
+   the resized image; a larger source has at least as many.
+3. The resize filters do not see pixels outside a training window, so the outermost one or two pixels differ slightly
+   from those of a crop of the resized image.
+4. The evaluation crop is exactly torchvision's `Resize(short_side)` and `CenterCrop(size)`, rounding included: a window
+   with fractional coordinates whose filters see the pixels outside. Values agree to one level, or to two where the
+   ratio of the sizes yields exact halves, which are rounded either way in each direction.
+5. Interpolation is antialiased bilinear. On processors with the required vector instructions, PyTorch's resize of uint8
    takes a fifth of Pillow's time; the two differ by at most one level.
-6. A window of the size that is wanted is copied.
-7. Where a window is partly outside of the image, which padding allows, the pixels there are black.
+6. A window that already has the required size is copied.
+7. Where a window extends beyond the image, which padding allows, its pixels are black.
 """
 
 import platform
@@ -31,7 +31,7 @@ from relaylab.errors import InputError
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
-Window = tuple[int, int, int, int]  # left, top, width, height; whole pixels
+Window = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in (
     "arm64",
@@ -41,16 +41,20 @@ FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropSpec:
-    """Size and scale of the network's input (the paper's section 5.1).
+    """Resize and crop size of the network's input (the paper's section 5.1).
+
+    Example::
+
+        crop_spec = CropSpec(size=224, short_side=256)  # Resize(256), then a crop of 224
 
     Attributes:
         size: side of the square crop that the network sees, in pixels.
-        short_side: length of the image's shorter side before the crop is taken, aspect ratio kept, in pixels.
-        reduced_decoding: decode JPEGs at 1/2, 1/4 or 1/8 scale where the result is still at least `short_side`. Faster
-            on large images, and slightly different pixels: training and evaluation must agree on it.
+        short_side: length to which the image's shorter side is resized before cropping, in pixels.
+        reduced_decoding: decode JPEGs at 1/2, 1/4 or 1/8 scale if the result is still at least `short_side`. This is
+            faster for large images and changes pixels slightly: training and evaluation must use the same value.
 
     Raises:
-        InputError: a size below 1 or a crop larger than the image.
+        InputError: the size is below 1, or larger than `short_side`.
     """
 
     size: int = 224
@@ -60,15 +64,20 @@ class CropSpec:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.short_side:
             raise InputError(
-                f"crop size {self.size} of a shorter side of {self.short_side}: expected 1 <= size <= side"
+                f"crop size {self.size} with short_side {self.short_side}: expected 1 <= size <= short_side"
             )
 
 
 def training_window(spec: CropSpec, height: int, width: int, across: float, down: float, edge: int = 0) -> Window:
-    """Return the square of a training crop, in pixels of the source. See Note [Windows] 2.
+    """Return the square window of a training crop, in pixels of the source. See Note [Windows] 2.
 
-    `across` and `down`, in [0, 1), place it between left and right, top and bottom; uniform numbers give uniform
-    positions. It may lie up to `edge` pixels outside of the image.
+    Args:
+        spec: size of the crop.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        across: horizontal position in [0, 1), from left to right; uniform numbers give uniform positions.
+        down: vertical position in [0, 1), from top to bottom.
+        edge: pixels by which the window may extend beyond the image.
     """
     side = max(1, (2 * spec.size * min(height, width) + spec.short_side) // (2 * spec.short_side))  # rounded
     left, top = (int(place * (end + 2 * edge - side + 1)) - edge for place, end in ((across, width), (down, height)))
@@ -78,63 +87,65 @@ def training_window(spec: CropSpec, height: int, width: int, across: float, down
 def centre_box(spec: CropSpec, height: int, width: int) -> Box:
     """Return the centre crop's box (left, top, right, bottom) in fractional source pixels. See Note [Windows] 4."""
     short = min(height, width)
-    resized = [spec.short_side * side // short for side in (width, height)]  # torchvision's rounding
-    offsets = [round((side - spec.size) / 2) for side in resized]  # and again
+    resized = [spec.short_side * side // short for side in (width, height)]  # rounded as by torchvision
+    offsets = [round((side - spec.size) / 2) for side in resized]  # likewise
     scales = width / resized[0], height / resized[1]
     left, top = (offset * scale for offset, scale in zip(offsets, scales, strict=True))
     return left, top, left + spec.size * scales[0], top + spec.size * scales[1]
 
 
 def cut_window(pixels: Pixels, window: Window, out: Tensor) -> None:
-    """Cut a window of whole pixels out of an image, resized into `out`, uint8 (size, size, 3)."""
-    part, size = _part(pixels, window), len(out)
-    if part.shape[:2] == (size, size):
-        out.copy_(torch.from_numpy(part))
+    """Crop a window from an image and resize it into `out`, uint8 (size, size, 3)."""
+    region, size = _region(pixels, window), len(out)
+    if region.shape[:2] == (size, size):
+        out.copy_(torch.from_numpy(region))
     elif FAST_RESIZE:
-        # The batch dimension first, then the permutation: the other way round the strides of a channels-last tensor are
-        # not recognised, and the result costs twice as much.
-        planes = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
+        # Add the batch dimension before permuting: in the other order PyTorch does not recognise channels-last strides,
+        # and the resize takes twice as long.
+        planes = torch.from_numpy(region)[None].permute(0, 3, 1, 2)
         resized = functional.interpolate(planes, (size, size), mode="bilinear", antialias=True)
         out.copy_(resized[0].permute(1, 2, 0))
     else:
-        resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR)
+        resized = Image.fromarray(region).resize((size, size), Image.Resampling.BILINEAR)
         out.copy_(torch.from_numpy(np.array(resized)))
 
 
-def _part(pixels: Pixels, window: Window) -> Pixels:
-    """Return a window's pixels, black outside of the image."""
+def _region(pixels: Pixels, window: Window) -> Pixels:
+    """Return the pixels in a window, black outside the image."""
     left, top, width, height = window
-    part = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
-    if part.shape[:2] == (height, width):
-        return part
-    framed = np.zeros((height, width, 3), np.uint8)
-    framed[max(0, -top) :, max(0, -left) :][: part.shape[0], : part.shape[1]] = part
-    return framed
+    region = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    if region.shape[:2] == (height, width):
+        return region
+    padded = np.zeros((height, width, 3), np.uint8)
+    padded[max(0, -top) :, max(0, -left) :][: region.shape[0], : region.shape[1]] = region
+    return padded
 
 
 def cut_box(pixels: Pixels, box: Box, out: Tensor) -> None:
-    """Cut a box (left, top, right, bottom) of fractional pixels, resized into `out`, uint8 (size, size, 3)."""
+    """Crop a box with fractional coordinates from an image and resize it into `out`, uint8 (size, size, 3)."""
     left, top, right, bottom = box
     size = len(out)
     if right - left == bottom - top == size and left == int(left) and top == int(top):
         out.copy_(torch.from_numpy(pixels[int(top) : int(top) + size, int(left) : int(left) + size]))
         return
-    # Only what the filters reach goes to Pillow: as far as their support beyond the box.
+    # Pass to Pillow only the pixels that the filters read: the box and their support around it.
     reach_x, reach_y = (max(1.0, (end - start) / size) + 1 for start, end in ((left, right), (top, bottom)))
     first_x, first_y = max(0, int(left - reach_x)), max(0, int(top - reach_y))
-    part = pixels[first_y : int(bottom + reach_y) + 1, first_x : int(right + reach_x) + 1]
-    moved = (left - first_x, top - first_y, min(right - first_x, part.shape[1]), min(bottom - first_y, part.shape[0]))
-    resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=moved)
+    region = pixels[first_y : int(bottom + reach_y) + 1, first_x : int(right + reach_x) + 1]
+    height, width = region.shape[:2]
+    moved = (left - first_x, top - first_y, min(right - first_x, width), min(bottom - first_y, height))
+    resized = Image.fromarray(region).resize((size, size), Image.Resampling.BILINEAR, box=moved)
     out.copy_(torch.from_numpy(np.array(resized)))
 
 
 def resized(pixels: Pixels, short_side: int, *, square: bool = False) -> Pixels:
-    """Resize a whole image, as for evaluation, to a contiguous array. See Note [Windows] 4 and 5.
+    """Resize a whole image as for evaluation, to a contiguous array. See Note [Windows] 4 and 5.
 
     Args:
         pixels: uint8 (h, w, 3).
-        short_side: of the result, in pixels; the longer side follows, rounded as in torchvision.
-        square: give both sides that length.
+        short_side: shorter side of the result in pixels. The longer side keeps the aspect ratio, rounded as by
+            torchvision.
+        square: resize both sides to `short_side`.
     """
     short = min(pixels.shape[:2])
     height, width = (short_side if square else short_side * side // short for side in pixels.shape[:2])

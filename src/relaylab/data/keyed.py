@@ -1,18 +1,18 @@
-"""Random numbers and permutations without state: pure functions of a key and a number.
+"""Stateless random numbers and permutations: pure functions of a key and a counter.
 
 Note [Keyed]
-1. A generator with state has to be run from its start to reach draw 10^8, and saved to stop there. A keyed function
-   gives any draw at once, in any process, in any order: the sampler resumes in O(1), and what happens to an image does
-   not depend on the number of workers.
-2. `mix` is SplitMix64's output function (Steele, Lea and Flood, 2014): a bijection of 64-bit words.
-3. `permute` is a Feistel network on the fewest bits that hold the domain. Its round functions are multiplications of
-   which the upper bits are kept, with a new key each round. What falls outside the domain goes through again until it
-   is inside (cycle walking; Black and Rogaway, 2002), which leaves a permutation of exactly the domain, at less than
-   two passes on average. Halves are joined by exclusive or: with additions, which would waste fewer passes, neighbours
-   stay at the same few distances. On 5 bits and fewer, not all permutations would be equally likely: there, a position
-   goes to the rank of its hash among all positions' hashes.
-4. None of this is cryptography.
-5. Libraries that draw from torch's global generator are run with it `seeded` by a key.
+1. A stateful generator has to run from its start to reach draw 10^8, and its state has to be saved. A keyed function
+   computes any draw directly, in any process and in any order: the sampler resumes in O(1), and the augmentation of an
+   image does not depend on the number of workers.
+2. `mix` is SplitMix64's output function (Steele, Lea and Flood, 2014), a bijection of 64-bit words.
+3. `permute` is a Feistel network on the fewest bits that hold the domain. Its round functions keep the upper bits of a
+   multiplication, with a new key each round. Values outside the domain are permuted again until they are inside (cycle
+   walking; Black and Rogaway, 2002). This gives a permutation of exactly the domain, in fewer than two passes on
+   average. The halves are combined by XOR: addition would need fewer passes, but would leave neighbours at the same few
+   distances. On 5 bits and fewer, not all permutations would be equally likely; there, a position is mapped to the rank
+   of its hash among the hashes of all positions.
+4. None of this is cryptographically secure.
+5. Libraries that draw from torch's global generator are called with the generator `seeded` by a key.
 """
 
 from collections.abc import Iterator
@@ -43,37 +43,37 @@ def mix(words: Words) -> Words:
 
 
 def keys(seed: int, *counters: ArrayLike) -> Words:
-    """Return a 64-bit key for each combination of counters (integers or arrays), which are broadcast; order matters."""
-    key = mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))  # an array: scalars would warn of wrapping round
+    """Return a 64-bit key for each combination of counters, integers or arrays, which are broadcast. Order matters."""
+    key = mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], np.uint64))  # an array, since NumPy scalars warn of overflow
     for counter in counters:
         key = mix(key ^ np.asarray(counter).astype(np.uint64))
     return key
 
 
 def uniforms(seed: int, numbers: ArrayLike, count: int) -> NDArray[np.float64]:
-    """Return random numbers (n, count), uniform in [0, 1): a function of (seed, number, column) alone."""
+    """Return random numbers (n, count), uniform in [0, 1), which depend only on (seed, number, column)."""
     key = keys(seed, np.asarray(numbers)[:, None], np.arange(count))
     return (key >> _S11).astype(np.float64) * 2.0**-53
 
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Seed torch's CPU generator within the block, and restore its state afterwards. It takes 5 microseconds."""
+    """Seed torch's CPU generator within the block, and restore its state afterwards. Takes 5 microseconds."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key)  # torch.manual_seed would seed the GPUs' generators, too
+        torch.default_generator.manual_seed(key)  # torch.manual_seed would also seed the generators of GPUs
         yield
 
 
 def permute(positions: Integers, sizes: ArrayLike, key: Words) -> Integers:
-    """Return the images of positions under keyed permutations. See Note [Keyed] 3.
+    """Map positions by keyed permutations. See Note [Keyed] 3.
 
     Args:
         positions: (n,), each in 0 .. size - 1.
-        sizes: sizes of the permuted domains, from 1 to 2**31; one, which is faster, or one for each position.
-        key: from `keys`; one, or one for each position. Each key is another permutation.
+        sizes: sizes of the permuted domains, 1 to 2**31: a single size, which is faster, or (n,).
+        key: a single key or (n,), from `keys`. Each key selects another permutation.
 
     Returns:
-        (n,), again in 0 .. size - 1. With one size and one key, different positions come out different.
+        (n,), each in 0 .. size - 1. With a single size and key, different positions have different results.
     """
     size = np.atleast_1d(np.asarray(sizes).astype(np.uint32))
     key = np.broadcast_to(key, positions.shape)
@@ -89,7 +89,7 @@ def permute(positions: Integers, sizes: ArrayLike, key: Words) -> Integers:
 
 
 def _ranks(positions: Integers, sizes: Halves, key: Words) -> Integers:
-    """Rank of a position's hash among those of all positions, for small domains."""
+    """Permute small domains: return the rank of each position's hash among the hashes of all positions."""
     others = np.arange(FEW)
     hashes = mix(key[:, None] ^ mix(others.astype(np.uint64)))
     own = np.take_along_axis(hashes, positions[:, None], axis=1)
@@ -97,7 +97,7 @@ def _ranks(positions: Integers, sizes: Halves, key: Words) -> Integers:
 
 
 def _walk(positions: Integers, sizes: Halves, key: Words) -> Integers:
-    """Cycle walking: apply the Feistel network until a position is inside the domain."""
+    """Cycle walking: apply the Feistel network until every position is inside its domain."""
     image = _feistel(positions.astype(np.uint32), sizes, key)
     outside = np.flatnonzero(image >= sizes)
     while len(outside):
@@ -109,7 +109,7 @@ def _walk(positions: Integers, sizes: Halves, key: Words) -> Integers:
 
 
 def _feistel(words: Halves, sizes: Halves, key: Words) -> Halves:
-    """Permute 0 .. 2**bits - 1, with the fewest bits that hold the size."""
+    """Permute 0 .. 2**bits - 1, where `bits` is the smallest number of bits that holds the size."""
     bits = np.frexp((sizes - _ONE).astype(np.float64))[1].astype(np.uint32)
     low_bits = bits >> _ONE
     low_mask = (_ONE << low_bits) - _ONE
@@ -117,9 +117,9 @@ def _feistel(words: Halves, sizes: Halves, key: Words) -> Halves:
     high, low = words >> low_bits, words & low_mask
     multipliers = key.astype(np.uint32), (key >> _S32).astype(np.uint32)
     hashed = np.empty_like(words)
-    for number in range(ROUNDS):
-        to, by, mask = (high, low, high_mask) if number % 2 == 0 else (low, high, low_mask)
-        multiplier = multipliers[number % 2]
+    for step in range(ROUNDS):
+        to, by, mask = (high, low, high_mask) if step % 2 == 0 else (low, high, low_mask)
+        multiplier = multipliers[step % 2]
         np.add(by, _STEP, out=hashed)
         np.multiply(hashed, multiplier, out=hashed)
         np.right_shift(hashed, _S16, out=hashed)

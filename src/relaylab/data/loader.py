@@ -1,11 +1,11 @@
-"""Batches from worker processes: an endless training stream that can be resumed, and evaluation in order.
+"""Loaders with worker processes: an endless, resumable training stream, and evaluation in order.
 
 Note [Loading]
-1. The result does not depend on the number of workers, nor on how they are started: randomness is keyed by
+1. The result depends neither on the number of workers nor on how they are started, since randomness is keyed by
    (seed, draw).
-2. PyTorch asks its sampler for batches some time before they are used. What has been used is counted here, where the
-   batches come out, and is what a checkpoint holds.
-3. Batches in flight lie in shared memory: (workers * prefetch + 1) * batch_size * 3 * size * size bytes.
+2. PyTorch requests batches from its sampler before they are used. The loader counts batches when it yields them, and
+   checkpoints store this count.
+3. Batches in flight are in shared memory: (workers * prefetch + 1) * batch_size * 3 * size * size bytes.
 """
 
 import multiprocessing
@@ -32,16 +32,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """The processes that decode images.
+    """Settings of the processes that decode images.
 
     Attributes:
         count: number of processes; 0 decodes in this process.
-        prefetch: batches that each process makes in advance.
-        pin_memory: for asynchronous copies to a GPU. Without a GPU it does nothing.
+        prefetch: batches that each process prepares in advance.
+        pin_memory: return batches in pinned memory, for asynchronous copies to a GPU; ignored without a GPU.
         start: "fork", "spawn" or "forkserver"; None for the platform's default.
 
     Raises:
-        InputError: a count below 0, a prefetch below 1, or a start method that this platform does not have.
+        InputError: the count is below 0, the prefetch below 1, or the start method is not available.
     """
 
     count: int = 0
@@ -51,17 +51,17 @@ class Workers:
 
     def __post_init__(self) -> None:
         if self.count < 0 or self.prefetch < 1:
-            raise InputError(f"{self.count} workers, prefetch {self.prefetch}: expected at least 0 and at least 1")
+            raise InputError(f"workers {self.count}, prefetch {self.prefetch}: expected workers >= 0, prefetch >= 1")
         if self.start not in (None, *multiprocessing.get_all_start_methods()):
             raise InputError(f"start {self.start!r}: expected one of {multiprocessing.get_all_start_methods()}")
 
     def loader(self, dataset: Dataset[Any], batches: Any, *, keep: bool = False) -> "DataLoader[Any]":
-        """Return PyTorch's DataLoader around a data set that makes whole batches.
+        """Return a PyTorch DataLoader of a data set that makes whole batches.
 
         Args:
-            dataset: with `__getitems__`.
-            batches: batch sampler whose items `dataset` is asked for.
-            keep: keep the processes from one iteration to the next.
+            dataset: data set with `__getitems__`.
+            batches: batch sampler; each of its items is passed to `dataset`.
+            keep: keep the processes between iterations.
         """
         return DataLoader(
             dataset,
@@ -72,24 +72,30 @@ class Workers:
             prefetch_factor=self.prefetch if self.count else None,
             persistent_workers=keep and self.count > 0,
             multiprocessing_context=self.start if self.count else None,
-            generator=torch.Generator(),  # of its own: the default one is the model's
+            generator=torch.Generator(),  # not the default generator, which the model uses
         )
 
 
 class TrainingLoader:
-    """Training batches, one epoch per iteration. An interrupted epoch continues with the next iteration.
+    """Training batches, one epoch per iteration. An interrupted epoch continues in the next iteration.
 
-    Iterating raises TooManyFaultsError if too many images cannot be read, and InputError for a class of which no image
-    can be read or an iterator that a later one has replaced.
+    Example::
+
+        for batch in loader:                      # one epoch of `Batch`
+            train_step(augment(batch.images, batch.draws), batch.labels)
+        state = loader.state_dict()               # continue from here: other.load_state_dict(state)
+
+    Iterating raises TooManyFaultsError if too many images cannot be read, and InputError if an unreadable image cannot
+    be replaced, or if the iterator has been replaced by a later one.
 
     Args:
         batches: starts an iteration over the batches of `draws`.
-        draws: batch sampler; its position is where the stream begins.
+        draws: batch sampler; the stream starts at its position.
         faults: log of unreadable images.
 
     Attributes:
-        faults: the same log.
-        position: draws of this rank that have been used.
+        faults: log of unreadable images.
+        position: number of draws of this rank that have been used.
     """
 
     def __init__(self, batches: Callable[[], Iterator[Batch]], draws: DrawBatches, faults: FaultLog) -> None:
@@ -109,30 +115,30 @@ class TrainingLoader:
             self.position += len(batch)
             yield batch
             if iteration != self._iterations:
-                raise InputError("this iterator of a training loader was replaced by a later one: use one at a time")
+                raise InputError("a later iterator of this training loader has replaced this one: use one at a time")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the stream, in batches used, and the faults so far."""
+        """Return the position of the stream after the batches used so far, and the faults so far."""
         sampler = self._draws.sampler
         state = {**sampler.state_dict(), "draw": self.position * sampler.num_replicas}
         return {"sampler": state, "faults": self.faults.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader stopped. To be called between iterations.
+        """Continue where another loader stopped. Call this between iterations.
 
         Raises:
-            InputError: a state of another stream.
+            InputError: the state is of another stream.
         """
         self._draws.sampler.load_state_dict(state["sampler"])
         self.position = self._draws.sampler.position
-        if "faults" in state:  # older checkpoints of images in memory have none
+        if "faults" in state:  # absent in older checkpoints of images in memory
             self.faults.load_state_dict(state["faults"])
 
 
 class EvaluationLoader:
-    """All images in order, as often as it is iterated; the last batch may be smaller.
+    """All images in order, in each iteration. The last batch may be smaller.
 
-    Iterating raises InputError for an image that cannot be read.
+    Iterating raises InputError if an image cannot be read.
 
     Args:
         batches: starts an iteration over the batches.
@@ -148,7 +154,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches():
             for fault in batch.faults:
-                raise InputError(f"unreadable image {fault.name}: {fault.reason}; evaluation needs all images")
+                raise InputError(f"unreadable image {fault.name}: {fault.reason}; evaluation requires all images")
             yield batch
 
 
@@ -167,24 +173,31 @@ def training_loader(
     fault_file: Path | None = None,
     start: str | None = None,
 ) -> TrainingLoader:
-    """Load random crops of the images that a sampler chooses.
+    """Return a loader of random crops of the images that a sampler selects.
+
+    Example::
+
+        source = open_source("places2", split="train")
+        sampler = ClassAwareSampler(source.labels, seed=0)
+        loader = training_loader(source, sampler, CropSpec(), batch_size=256, workers=8)
+        batch = next(iter(loader))         # batch.images: uint8 (256, 224, 224, 3)
 
     Args:
         source: encoded images.
-        sampler: chooses images; its position is where the stream begins.
+        sampler: selects the images; the stream starts at its position.
         crop_spec: size of the crops.
-        batch_size: images in a batch of this rank.
+        batch_size: images per batch of this rank.
         workers: processes that decode; 0 decodes in this process.
-        seed: of the crops; give `Augmentation` the same.
+        seed: seed of the crops; pass the same seed to `Augmentation`.
         crops: settings of the crops; None for the paper's.
-        prefetch: batches that each worker makes in advance.
-        pin_memory: for asynchronous copies to a GPU. Without a GPU it does nothing.
+        prefetch: batches that each worker prepares in advance.
+        pin_memory: return batches in pinned memory, for asynchronous copies to a GPU; ignored without a GPU.
         max_fault_share: share of the images that may be unreadable; see `FaultLog`.
         fault_file: file for the list of unreadable images if there are too many.
-        start: "fork", "spawn" or "forkserver"; None for the platform's default way to start workers.
+        start: how to start workers, "fork", "spawn" or "forkserver"; None for the platform's default.
 
     Raises:
-        InputError: a batch size below 1, or more than shared memory holds.
+        InputError: the batch size is below 1, or the batches in flight do not fit in shared memory.
     """
     draws = DrawBatches(sampler, batch_size)
     with_workers = Workers(count=workers, prefetch=prefetch, pin_memory=pin_memory, start=start)
@@ -196,10 +209,15 @@ def training_loader(
 def evaluation_loader(
     source: Source, crop_spec: CropSpec, *, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> EvaluationLoader:
-    """Load centre crops of all images in order; the arguments are those of `training_loader`.
+    """Return a loader of the centre crops of all images in order. The arguments are those of `training_loader`.
+
+    Example::
+
+        for batch in evaluation_loader(source, CropSpec(), batch_size=256, workers=8):
+            scores = model(augment.eval()(batch.images))
 
     Raises:
-        InputError: a batch size below 1, or while iterating more than shared memory holds.
+        InputError: the batch size is below 1, or, while iterating, the batches in flight do not fit in shared memory.
     """
     with_workers = Workers(count=workers, pin_memory=pin_memory)
     ordered = OrderedBatches(range(len(source)), batch_size)
@@ -213,7 +231,7 @@ def evaluation_loader(
 def _batches(
     dataset: ImageBatches, batches: DrawBatches | OrderedBatches, workers: Workers, *, keep: bool = False
 ) -> Callable[[], Iterator[Batch]]:
-    """Set up workers; return a function that iterates over their batches, copied out of their slots."""
+    """Set up workers, and return a function that iterates over their batches, copied out of their slots."""
     slotted = None
     if workers.count:
         slots, size = workers.count * workers.prefetch + 1, dataset.crop_spec.size
@@ -228,7 +246,7 @@ def _batches(
                 try:
                     raise item
                 finally:
-                    del item  # else the error holds this frame, this frame the error, and workers end only after 10 s
+                    del item  # breaks the cycle of error and frame, which would delay the workers' exit by 10 s
             batch = item.received() if isinstance(item, Delivery) else item
             if slotted is not None:
                 slotted.release()
@@ -243,7 +261,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _check_shared_memory(needed: int) -> None:
-    """Check for space in shared memory: where it runs out, a worker dies of a bus error without a message."""
+    """Check the space in shared memory, since a worker that exhausts it is killed by a bus error without a message."""
     if not SHARED_MEMORY.is_dir():
         return
     free = shutil.disk_usage(SHARED_MEMORY).free

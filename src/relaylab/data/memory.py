@@ -1,4 +1,4 @@
-"""Small data sets: decoded once, kept in memory or on the GPU, and cut into batches there without worker processes."""
+"""Small data sets: decoded once, kept in memory or on the GPU, and cropped there without worker processes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from relaylab.data.statistics import ImageStatistics, sum_batch
 from relaylab.errors import InputError
 from relaylab.progress import Task
 
-SHARE = 0.8  # of the free memory may be filled with images
+SHARE = 0.8  # largest share of the free memory for images
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +28,9 @@ class DecodedImages:
     """All images of a source, decoded to squares.
 
     Attributes:
-        images: uint8 (n, side, side, 3), RGB: the shorter side resized to `side`, the centre cut out.
-        labels: int64 (n,), or float32 (n, classes) of 0 and 1; on the same device.
-        classes: names in the order of the labels.
+        images: uint8 (n, side, side, 3), RGB: the shorter side resized to `side`, then a centre crop.
+        labels: int64 (n,), or float32 (n, classes) of 0 and 1 if images may have several labels; on the same device.
+        classes: class names in the order of the labels.
     """
 
     images: Tensor
@@ -50,26 +50,26 @@ def decode_all(
     faults: FaultLog | None = None,
     task: Task | None = None,
 ) -> DecodedImages:
-    """Decode a whole source into memory: n * short_side^2 * 3 bytes.
+    """Decode a whole source into memory. It needs n * short_side^2 * 3 bytes.
 
     Args:
         source: encoded images.
-        crop_spec: its `short_side` is the side of the squares; the crop is taken later.
-        device: holds the images.
+        crop_spec: its `short_side` is the side of the squares; cropping happens later.
+        device: device that stores the images.
         workers: processes that decode; 0 decodes in this process.
-        faults: log of unreadable images, which are then left out; None makes them an error.
-        task: counts images.
+        faults: log of unreadable images, which are omitted; with None, unreadable images are an error.
+        task: progress display, which counts images.
 
     Raises:
-        InputError: too little memory, or unreadable images, after all have been tried.
-        TooManyFaultsError: more unreadable images than `faults` allows.
+        InputError: there is too little memory, or, after all images have been tried, some cannot be read.
+        TooManyFaultsError: more images are unreadable than `faults` allows.
     """
     side = crop_spec.short_side
     needed, free = len(source) * side * side * 3, free_memory(device)
     if needed > SHARE * free:
         raise InputError(
             f"{len(source)} images of {side} x {side} need {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB of memory are "
-            f"free on {device}: read them from disk as they are needed, or take fewer or smaller images"
+            f"free on {device}: read the images from disk instead, or use fewer or smaller images"
         )
     images = torch.empty(len(source), side, side, 3, dtype=torch.uint8, device=device)
     targets = targets_of(source)
@@ -77,30 +77,31 @@ def decode_all(
     if targets is not None:
         labels = torch.empty(targets.shape, dtype=torch.float32, device=device)
     dataset = ImageBatches(source, replace(crop_spec, size=side), training=False)
-    found: list[Fault] = []
+    unreadable: list[Fault] = []
     done = 0
     for batch in Workers(count=workers).loader(dataset, OrderedBatches(range(len(source)), 64)):
         images[done : done + len(batch)] = batch.images
         labels[done : done + len(batch)] = batch.labels
         done += len(batch)
-        found += batch.faults
+        unreadable += batch.faults
         if task is not None:
             task.advance(len(batch))
-    if found:
+    if unreadable:
         if faults is None:
-            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+            first = unreadable[0]
             raise InputError(
-                f"unreadable image {found[0].name}: {found[0].reason}{more}; `relaylab data check` lists them all"
+                f"unreadable image {first.name}: {first.reason}{more}; `relaylab data check` lists all of them"
             )
-        faults.record(found)
+        faults.record(unreadable)
         good = torch.ones(len(source), dtype=torch.bool, device=device)
-        good[[fault.index for fault in found]] = False
+        good[[fault.index for fault in unreadable]] = False
         images, labels = images[good], labels[good]
     return DecodedImages(images, labels, tuple(source.classes))
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Return the bytes of memory that are free on a device."""
+    """Return the free memory of a device in bytes."""
     device = torch.device(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
@@ -114,13 +115,13 @@ def memory_training_loader(
     seed: int = 0,
     crops: Crops | None = None,
 ) -> TrainingLoader:
-    """Load random crops of decoded images, as `relaylab.data.loader.training_loader` does from files.
+    """Return a loader of random crops of decoded images, as `relaylab.data.loader.training_loader` does for files.
 
-    For square images whose side is the crop spec's `short_side`, the crops are the same as that loader's. Resized crops
-    and policies are computed on the CPU, by this process, wherever the images are.
+    If the source's images are squares of `short_side`, both loaders return the same crops. Resized crops and policies
+    are computed on the CPU in this process, on whatever device the images are.
 
     Raises:
-        InputError: images whose side is not the crop spec's `short_side`, or a batch size below 1.
+        InputError: the side of the images is not the crop spec's `short_side`, or the batch size is below 1.
     """
     _check_side(decoded, crop_spec)
     draws = DrawBatches(sampler, batch_size)
@@ -146,10 +147,10 @@ def memory_training_loader(
 
 
 def memory_evaluation_loader(decoded: DecodedImages, crop_spec: CropSpec, *, batch_size: int) -> EvaluationLoader:
-    """Load centre crops of all decoded images in order.
+    """Return a loader of the centre crops of all decoded images in order.
 
     Raises:
-        InputError: images whose side is not the crop spec's `short_side`, or a batch size below 1.
+        InputError: the side of the images is not the crop spec's `short_side`, or the batch size is below 1.
     """
     _check_side(decoded, crop_spec)
     ordered = OrderedBatches(range(len(decoded)), batch_size)
@@ -167,7 +168,7 @@ def memory_evaluation_loader(decoded: DecodedImages, crop_spec: CropSpec, *, bat
 
 
 def decoded_statistics(decoded: DecodedImages, crop_spec: CropSpec) -> ImageStatistics:
-    """Return the statistics of decoded images' centre crops, as `relaylab.data.statistics.compute` does from files."""
+    """Return the statistics of the centre crops of decoded images; see `relaylab.data.statistics.compute`."""
     sums, products = np.zeros((crop_spec.size, crop_spec.size, 3), np.int64), np.zeros((3, 3), np.int64)
     for batch in memory_evaluation_loader(decoded, crop_spec, batch_size=1024):
         batch_sums, batch_products = sum_batch(batch.images)
@@ -180,7 +181,7 @@ def _check_side(decoded: DecodedImages, crop_spec: CropSpec) -> None:
     side = decoded.images.shape[1]
     if side != crop_spec.short_side:
         raise InputError(
-            f"decoded images of {side} x {side} for a shorter side of {crop_spec.short_side}: decode them anew"
+            f"the decoded images are {side} x {side}, but short_side is {crop_spec.short_side}: decode them again"
         )
 
 
@@ -192,7 +193,7 @@ def _cut(
     crops: Crops,
     places: NDArray[np.float64],
 ) -> Batch:
-    """Cut and resize windows one by one, on the CPU."""
+    """Crop and resize windows one by one, on the CPU."""
     rows = indices.to(decoded.images.device)
     squares, images = (
         decoded.images[rows].cpu().numpy(),
@@ -206,9 +207,9 @@ def _cut(
 def _gather(
     decoded: DecodedImages, size: int, draws: Tensor, indices: Tensor, corners: Tensor, *, is_padded: bool
 ) -> Batch:
-    """Cut windows out of images by one gather on their device; what is outside of a padded image is black."""
+    """Crop windows with one gather on the images' device. Pixels outside a padded image are black."""
     device, side = decoded.images.device, decoded.images.shape[1]
-    # One copy to the device, from pinned memory: the host does not wait for it.
+    # A single asynchronous copy to the device, from pinned memory.
     where = torch.cat([indices[:, None], corners], dim=1)
     if device.type == "cuda":
         where = where.pin_memory()

@@ -1,13 +1,13 @@
-"""Mixup and CutMix: whole batches in which images and their targets are mixed in pairs, by torchvision.
+"""Mixup and CutMix, by torchvision: the images and targets of a batch are mixed in pairs.
 
 Note [Mixing]
-1. Torchvision mixes each image with the one before it in the batch, all in one proportion. The sampler's order is
-   random, so the pairs are, too. With several mixes, one is chosen for each batch, with equal probability.
-2. The proportion and the place are functions of (seed, first draw of the batch): torch's generator is `seeded` by them.
-   A part of an accumulated batch, and the batch of each process, is mixed within itself.
-3. The targets become probabilities, (n, classes). Reported training errors are measured against the images' own labels.
-4. To add one: a transform of (images, labels) with the arguments alpha and num_classes, a line in `MIXES`, and a value
-   of the same name in `AugmentationConfig` (`relaylab.recipes.schema`), 0 for none.
+1. Torchvision mixes each image with the previous one in the batch, all in the same proportion. The sampler's order is
+   random, and so are the pairs. With several mixes, one is chosen for each batch, with equal probability.
+2. The proportion and the position are functions of (seed, first draw of the batch), which seed torch's generator
+   (`seeded`). Each micro-batch of an accumulated batch, and the batch of each process, is mixed separately.
+3. The targets become probabilities, (n, classes). Reported training errors refer to the images' original labels.
+4. To add a mix, write a transform of (images, labels) with the arguments alpha and num_classes; add it to `MIXES`; and
+   add a value of the same name to `AugmentationConfig` (`relaylab.recipes.schema`), with 0 to disable it.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ class Mixing:
     """Mix the images of a batch, and their targets. See Note [Mixing].
 
     Args:
-        alphas: of the Beta distribution of the proportions, by a name in `MIXES`; mixes with 0 are left out.
-        num_classes: length of the targets.
-        seed: of the run.
+        alphas: parameter of the Beta distribution of the proportions, by name in `MIXES`; 0 disables a mix.
+        num_classes: number of classes, the length of the targets.
+        seed: seed of the run.
     """
 
     def __init__(self, alphas: Mapping[str, float], num_classes: int, seed: int) -> None:
@@ -40,11 +40,11 @@ class Mixing:
         self._seed = seed
 
     def __call__(self, images: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images and targets; without a mix, the images and labels themselves.
+        """Return mixed images and targets, or the arguments themselves if no mix is enabled.
 
         Args:
             images: (n, c, h, w), floating-point.
-            labels: int64 (n,), or (n, classes) where images may have several; on the images' device.
+            labels: int64 (n,), or (n, classes) if images may have several labels; on the device of the images.
             draws: int64 (n,), on the CPU.
 
         Returns:

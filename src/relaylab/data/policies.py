@@ -1,14 +1,14 @@
-"""Policies: published random sequences of operations on the colours and the geometry of one crop, by torchvision.
+"""Policies: published random sequences of colour and geometry operations on a crop, by torchvision.
 
 Note [Policies]
-1. A policy sees the uint8 crop, before it is mirrored, shifted and normalised. Mirrored afterwards is as good as
-   before: the operations have a random sign.
-2. Torchvision draws from torch's global generator. `seeded` gives it the seed of (seed, draw) and restores its state
-   afterwards: the pixels depend neither on the batch nor on the worker, and the model's own randomness is untouched.
-3. The operations run on Pillow's images: about 1.5 times as fast as on tensors of 224 pixels.
-4. Interpolation is bilinear, as in torchvision's training script; what an operation moves into the crop is black.
-5. To add one: a function of the settings that returns a transform of one Pillow image, a line in `POLICIES`, and the
-   name in `augmentation.policy` (`relaylab.recipes.schema`).
+1. A policy is applied to the uint8 crop, before it is mirrored, shifted and normalised. Mirroring first would make no
+   difference, since the operations have a random sign.
+2. Torchvision draws from torch's global generator. `seeded` seeds it with a key of (seed, draw) and restores its state
+   afterwards: the pixels depend neither on the batch nor on the worker, and the model's randomness is unaffected.
+3. The operations run on Pillow images, which is about 1.5 times as fast as on tensors of 224 pixels.
+4. Interpolation is bilinear, as in torchvision's training script. Pixels from outside the crop are black.
+5. To add a policy, write a function of the settings that returns a transform of one Pillow image; add it to `POLICIES`;
+   and add the name to `augmentation.policy` (`relaylab.recipes.schema`).
 """
 
 from collections.abc import Callable, Mapping
@@ -32,12 +32,12 @@ class Policy:
     """A policy and its strength.
 
     Attributes:
-        name: in `POLICIES`.
-        operations: applied to each crop, one after the other; RandAugment's.
-        magnitude: strength of the operations, 0 to 30; RandAugment's.
+        name: a name in `POLICIES`.
+        operations: number of successive operations on each crop (RandAugment only).
+        magnitude: strength of the operations, 0 to 30 (RandAugment only).
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
     """
 
     name: str
@@ -74,13 +74,13 @@ def _transform(policy: Policy) -> v2.Transform:
 
 
 def apply_policy(policy: Policy, images: Tensor, seed: int, draws: ArrayLike) -> None:
-    """Change crops in place, each as its draw says. See Note [Policies].
+    """Apply a policy to crops in place, seeded by (seed, draw). See Note [Policies].
 
     Args:
-        policy: any.
+        policy: policy to apply.
         images: uint8 (n or more, size, size, 3), on the CPU.
-        seed: of the run.
-        draws: (n,).
+        seed: seed of the run.
+        draws: (n,) draws of the images.
     """
     transform = _transform(policy)
     for image, key in zip(images, keys(seed, draws, Column.POLICY).tolist(), strict=False):

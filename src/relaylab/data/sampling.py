@@ -1,14 +1,14 @@
-"""Samplers: class-aware sampling (the paper's section 5.1), plain shuffling, and square-root sampling.
+"""Samplers: class-aware sampling (the paper's section 5.1), shuffling, and square-root sampling.
 
 Note [Sampling]
-The paper keeps a list of the classes and a list of each class's images, and shuffles a list when it runs out. With C
-classes, draw t falls into class cycle t // C, so its class is what that cycle's permutation has at t % C. That class
-has been drawn t // C times before; of its n images it is on reshuffle (t // C) // n, at position (t // C) % n. With
-keyed permutations (Note [Keyed]) the image is thus a function of (seed, t): nothing to save, and any draw is the first.
-Square-root sampling gives a class more than one turn in a cycle; the rest is the same.
+The paper keeps a list of the classes and a list of each class's images, and shuffles a list when it is used up. With C
+classes, draw t is in class cycle t // C, and its class is at position t % C of that cycle's permutation. That class has
+been drawn t // C times before; with n images, it is in reshuffle (t // C) // n, at position (t // C) % n. With keyed
+permutations (Note [Keyed]) the image is thus a function of (seed, t): there is no state to save, and any draw can be
+computed directly. Square-root sampling gives a class more than one turn in a cycle and is otherwise the same.
 
-Rank r of R takes draws r, r + R, r + 2R, ...: together the ranks walk the one stream, and a global batch is as evenly
-filled as that of a single process. Contiguous slices for each rank would lose that.
+Rank r of R takes draws r, r + R, r + 2R, ... Together the ranks follow one stream, and a global batch is as balanced as
+that of a single process. Contiguous slices per rank would not be.
 """
 
 import math
@@ -28,27 +28,32 @@ from relaylab.errors import InputError
 
 BLOCK = 1 << 16  # draws computed in one call
 SORTED_AT_ONCE = 1 << 20
-SQUARE_ROOT_TURNS = 10  # turns in a cycle of a class of one image: rounding a root to a whole number costs under 5 %
-SHUFFLE, CYCLE, CLASS = range(3)  # uses of a permutation: each has keys of its own
+SQUARE_ROOT_TURNS = 10  # turns in a cycle of a class with one image: rounding the roots then costs less than 5 %
+SHUFFLE, CYCLE, CLASS = range(3)  # uses of permutations, each with its own keys
 
 
 class KeyedSampler(Sampler[int]):
-    """An endless stream of draws for one rank, as a PyTorch sampler that is read one epoch at a time.
+    """An endless stream of draws for one rank: a PyTorch sampler that yields one epoch per iteration.
 
-    Iterating it yields the draws from `position` to the end of the epoch; iterating again continues from there. Draws
-    are counted when they are yielded: a DataLoader with workers asks for some batches more than it has delivered.
-    torchdata's StatefulDataLoader takes that into account; with the plain one, call `seek` with what was used.
+    Iterating yields the draws from `position` to the end of the epoch; iterating again continues from there. Draws are
+    counted when they are yielded, and a DataLoader with workers requests some batches before it delivers them.
+    torchdata's StatefulDataLoader accounts for this; with the plain DataLoader, call `seek` with the draws used.
+
+    Example::
+
+        sampler = ClassAwareSampler(source.labels, seed=0, classes=source.classes)
+        loader = training_loader(source, sampler, CropSpec(), batch_size=256)
 
     Args:
-        labels: (n,) class indices from 0, one for each image.
-        seed: of all permutations.
-        rank: of this process.
+        labels: (n,) class indices from 0, one per image.
+        seed: seed of all permutations.
+        rank: rank of this process.
         num_replicas: number of processes that share the stream.
-        num_samples: draws of this rank in an epoch; by default its share of as many draws as there are images.
-        classes: names, for messages, and for classes without images.
+        num_samples: draws of this rank per epoch; by default its share of as many draws as there are images.
+        classes: class names, for messages, and to include classes without images.
 
     Raises:
-        InputError: no images, labels that are not class indices, or a rank outside 0 .. num_replicas - 1.
+        InputError: there are no images, the labels are not class indices, or the rank is not in 0 .. num_replicas - 1.
     """
 
     def __init__(
@@ -74,12 +79,12 @@ class KeyedSampler(Sampler[int]):
 
     @property
     def position(self) -> int:
-        """Draws that this rank has yielded, or the position that `seek` has set."""
+        """Number of draws that this rank has yielded, counted from the position set by `seek`."""
         return self._block_end - length_hint(self._block)
 
     @abstractmethod
     def draw(self, draws: Integers) -> Integers:
-        """Return the image indices (n,) of draws (n,) of the stream of all ranks: a pure function of the seed."""
+        """Return the image indices (n,) of global draws (n,). This is a pure function of the seed."""
 
     def __len__(self) -> int:
         return self.num_samples
@@ -89,19 +94,19 @@ class KeyedSampler(Sampler[int]):
         while self.position < end:
             begin = self.position
             self._block_end = min(begin + BLOCK, end)
-            # The iterator of a list knows how much is left of it: counting each draw here would halve the speed.
+            # A list iterator knows its remaining length; counting every draw here would halve the speed.
             self._block = iter(self.draw(self.global_draws(begin, self._block_end)).tolist())
             yield from self._block
 
     def global_draws(self, begin: int, end: int) -> Integers:
-        """Return the global draw numbers of this rank's draws begin .. end - 1."""
+        """Return the draws begin .. end - 1 of this rank as draws of the stream of all ranks."""
         return np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank
 
     def seek(self, position: int) -> None:
-        """Continue from this rank's draw of that number. O(1).
+        """Continue from the given draw of this rank, in O(1).
 
         Raises:
-            InputError: a negative number.
+            InputError: the position is negative.
         """
         if position < 0:
             raise InputError(f"position must be at least 0, not {position}")
@@ -109,25 +114,26 @@ class KeyedSampler(Sampler[int]):
         self._block_end = position
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in draws of all ranks, and what identifies the stream."""
+        """Return the position, in draws of all ranks, and the values that identify the stream."""
         return {"draw": self.position * self.num_replicas, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another sampler of the same data and seed stopped, perhaps with another number of ranks.
+        """Continue where a sampler of the same data and seed stopped. The number of ranks may differ.
 
         Raises:
-            InputError: a state of another stream, or one between two draws of this rank.
+            InputError: the state is of another stream, or does not end at a multiple of the ranks' draws.
         """
-        for key, here in self._identity().items():
-            if state.get(key) != here:
-                raise InputError(f"the sampler's state has {key} {state.get(key)!r}; this sampler has {here!r}")
+        for key, expected in self._identity().items():
+            if state.get(key) != expected:
+                raise InputError(f"the sampler's state has {key} {state.get(key)!r}; this sampler has {expected!r}")
         draw = state.get("draw")
         if type(draw) is not int or not 0 <= draw < 2**62:
-            raise InputError(f"the sampler's state has draw {draw!r}: expected a whole number of at least 0")
+            raise InputError(f"the sampler's state has draw {draw!r}: expected an integer of at least 0")
         position, remainder = divmod(draw, self.num_replicas)
         if remainder:
             raise InputError(
-                f"draw {state['draw']} is not a multiple of {self.num_replicas} ranks: stop at a global batch"
+                f"draw {state['draw']} is not a multiple of the number of ranks, {self.num_replicas}: save states "
+                "after whole global batches"
             )
         self.seek(position)
 
@@ -137,7 +143,7 @@ class KeyedSampler(Sampler[int]):
 
 
 class ShuffledSampler(KeyedSampler):
-    """Every image once in each pass over the data, in a new order each time: instance-balanced."""
+    """Instance-balanced sampling: every image once per pass over the data, in a new order in each pass."""
 
     def draw(self, draws: Integers) -> Integers:
         """Return the image indices of draws; see `KeyedSampler.draw`."""
@@ -146,9 +152,10 @@ class ShuffledSampler(KeyedSampler):
 
 
 class ClassAwareSampler(KeyedSampler):
-    """The paper's class-aware sampling: each class once in a cycle, each of its images once in a pass over them.
+    """The paper's class-aware sampling: each class once per cycle, and each of its images once per pass over them.
 
-    See Note [Sampling]. It takes an int32 of memory for each image. Classes without images raise InputError.
+    The arguments are those of `KeyedSampler`. See Note [Sampling]. It needs an int32 of memory per image. Classes
+    without images raise InputError.
     """
 
     def __init__(self, labels: ArrayLike, **options: Any) -> None:
@@ -157,7 +164,7 @@ class ClassAwareSampler(KeyedSampler):
         if len(empty):
             classes = options.get("classes") or [f"class {label}" for label in range(len(self.counts))]
             names = few([str(classes[label]) for label in empty], 5)
-            raise InputError(f"classes without images: {names}; leave them out or give them images")
+            raise InputError(f"classes without images: {names}; remove these classes or add images")
         self._order = _by_class(np.asarray(labels), self.counts)
         self._starts = np.cumsum(self.counts) - self.counts
         self._turns = self.turns(self.counts)
@@ -165,7 +172,7 @@ class ClassAwareSampler(KeyedSampler):
 
     @staticmethod
     def turns(counts: Integers) -> Integers:
-        """Return the turns (C,) of each class in a cycle, at least 1, for the images (C,) of each class."""
+        """Return the turns (C,) of each class per cycle, at least 1, given the number of images (C,) of each class."""
         return np.ones_like(counts)
 
     def draw(self, draws: Integers) -> Integers:
@@ -186,11 +193,11 @@ class ClassAwareSampler(KeyedSampler):
 
 
 class SquareRootSampler(ClassAwareSampler):
-    """Sampling of each class in proportion to the square root of its size (Mahajan et al., 2018)."""
+    """Square-root sampling: each class in proportion to the square root of its size (Mahajan et al., 2018)."""
 
     @staticmethod
     def turns(counts: Integers) -> Integers:
-        """Return ten times the root of each class's images, rounded."""
+        """Return ten times the square root of each class's number of images, rounded."""
         return np.rint(SQUARE_ROOT_TURNS * np.sqrt(counts)).astype(np.int64)
 
 
@@ -202,11 +209,11 @@ SAMPLERS: dict[str, type[KeyedSampler]] = {
 
 
 class DrawBatches(Sampler[Any]):
-    """A batch sampler for this package's data sets: arrays (batch, 2) of draw numbers and the images that they chose.
+    """A batch sampler for this package's data sets. Yields arrays (batch, 2) of draws and the images they select.
 
-    The draw's number is the key of everything random about the image. No draw is ever dropped: an epoch is a whole
-    number of batches, at least one, and the next one begins with the next draw. (Resumed with another batch size than
-    before, the rest of the epoch may end with a smaller batch.) A batch size below 1 raises InputError.
+    The draw is the key of all random choices for the image. No draw is dropped: an epoch is a whole number of batches,
+    at least one, and the next epoch starts with the next draw. If training is resumed with another batch size, the
+    epoch may end with a smaller batch. A batch size below 1 raises InputError.
     """
 
     def __init__(self, sampler: KeyedSampler, batch_size: int) -> None:
@@ -233,32 +240,32 @@ class DrawBatches(Sampler[Any]):
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state of the sampler."""
+        """Load the state of a sampler."""
         self.sampler.load_state_dict(state)
 
 
 def _checked(labels: ArrayLike, classes: Sequence[str] | None) -> NDArray[Any]:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"labels: expected integers of shape (images,), not {labels.dtype} of shape {labels.shape}")
+        raise InputError(f"labels are {labels.dtype} {labels.shape}: expected integers of shape (images,)")
     if not len(labels):
         raise InputError("no images to sample from")
     least, most = int(labels.min()), int(labels.max())
     if least < 0:
-        raise InputError(f"labels must be class numbers from 0; there is a {least}: images without labels?")
+        raise InputError(f"labels contain {least}: expected class indices from 0 (do all images have a label?)")
     if classes is not None and most >= len(classes):
-        raise InputError(f"label {most}, but only {len(classes)} classes")
+        raise InputError(f"labels contain {most}, but there are only {len(classes)} classes")
     return labels
 
 
 def _by_class(labels: NDArray[Any], counts: Integers) -> NDArray[np.int32]:
-    """Sort image indices by class, in order within each class. In pieces, for a small peak of memory."""
+    """Sort image indices by class, in order within each class. Works in chunks for a low peak of memory."""
     order = np.empty(len(labels), np.int32)
     free = np.cumsum(counts) - counts
     for begin in range(0, len(labels), SORTED_AT_ONCE):
-        piece = labels[begin : begin + SORTED_AT_ONCE]
-        here = np.bincount(piece, minlength=len(counts))
-        to = np.repeat(free - (np.cumsum(here) - here), here) + np.arange(len(piece))
-        order[to] = begin + np.argsort(piece, kind="stable")
-        free = free + here
+        chunk = labels[begin : begin + SORTED_AT_ONCE]
+        sizes = np.bincount(chunk, minlength=len(counts))
+        to = np.repeat(free - (np.cumsum(sizes) - sizes), sizes) + np.arange(len(chunk))
+        order[to] = begin + np.argsort(chunk, kind="stable")
+        free = free + sizes
     return order

@@ -1,4 +1,4 @@
-"""Formats and sizes of a source's images, and the images that cannot be read."""
+"""Scan a source: formats and sizes of its images, and the images that cannot be read."""
 
 import io
 import warnings
@@ -24,15 +24,15 @@ BATCH = 32
 
 @dataclass
 class ScanResults:
-    """Findings on some images of a source.
+    """Results of scanning some or all images of a source.
 
     Attributes:
-        widths: of the readable images, upright, in pixels.
-        heights: likewise.
-        file_sizes: likewise, in bytes.
+        widths: widths of the readable images, upright, in pixels.
+        heights: heights of the readable images, upright, in pixels.
+        file_sizes: sizes of the readable images in bytes.
         kinds: number of images by format and colour mode, such as "JPEG RGB" or "JPEG RGB, progressive".
-        unreadable: images without pixels.
-        damaged: images that strict decoding refuses and Pillow reads, perhaps in part.
+        unreadable: images that cannot be decoded.
+        damaged: images that strict decoding rejects but Pillow decodes, perhaps incompletely.
     """
 
     widths: list[int] = field(default_factory=list[int])
@@ -44,7 +44,7 @@ class ScanResults:
 
     @property
     def examined(self) -> int:
-        """Number of images that were examined."""
+        """Number of images that were scanned."""
         return len(self.file_sizes) + len(self.unreadable)
 
     def add(self, other: "ScanResults") -> None:
@@ -55,13 +55,13 @@ class ScanResults:
 
 
 class ScanDataset(Dataset[ScanResults]):
-    """A source's images, decoded and described a batch at a time."""
+    """A PyTorch data set that decodes and describes a batch of images at a time."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
     def __getitems__(self, pairs: NDArray[np.int64]) -> ScanResults:
-        """Scan the images whose indices are in the second column."""
+        """Scan the images whose indices are in the second column of `pairs`."""
         results = ScanResults()
         for index in pairs[:, 1].tolist():
             try:
@@ -81,7 +81,7 @@ class ScanDataset(Dataset[ScanResults]):
 
 
 def kind(data: bytes) -> str:
-    """Return format and colour mode of an encoded image, and whether it is progressive or animated."""
+    """Describe an encoded image: format, colour mode, and whether it is progressive or animated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,13 +92,13 @@ def kind(data: bytes) -> str:
                 animated = image.format in ("GIF", "WEBP") and _is_animated(image)
     except MemoryError:
         raise
-    except Exception:  # Pillow's readers let through whatever odd bytes bring about in them
+    except Exception:  # damaged bytes can raise anything in Pillow's readers
         return "unknown"
     return text + ", progressive" * progressive + ", animated" * animated
 
 
 def _is_animated(image: Image.Image) -> bool:
-    """Return whether there is a second frame; to count all of them would be to read them."""
+    """Return whether there is a second frame. Counting all frames would mean reading them."""
     try:
         return bool(getattr(image, "is_animated", False))
     except MemoryError:
@@ -115,26 +115,26 @@ def scan(
     workers: int | None = None,
     task: Task | None = None,
 ) -> None:
-    """Decode images and describe them.
+    """Decode images and add what is found to `results`.
 
     Args:
         source: encoded images.
-        results: receives the findings batch by batch, so that an interruption keeps those so far.
-        limit: examine at most so many images, evenly spread; None for all.
-        workers: processes that decode; None for one on each core.
-        task: counts images and notes the bad ones.
+        results: updated after every batch, so that an interruption keeps the results so far.
+        limit: maximum number of images to scan, evenly spread; None for all.
+        workers: processes that decode; None for one per core.
+        task: progress display, which counts images and shows the number of bad ones.
     """
     indices = spread(len(source), limit)
     workers = min(available_cores() if workers is None else workers, len(indices) // BATCH)
-    for part in Workers(count=workers).loader(ScanDataset(source), OrderedBatches(indices, BATCH)):
-        results.add(part)
+    for batch in Workers(count=workers).loader(ScanDataset(source), OrderedBatches(indices, BATCH)):
+        results.add(batch)
         bad = len(results.unreadable) + len(results.damaged)
         if task is not None:
-            task.advance(part.examined, f"{bad} bad" if bad else None)
+            task.advance(batch.examined, f"{bad} bad" if bad else None)
 
 
 def summary(source: Source, results: ScanResults) -> dict[str, Any]:
-    """Return the findings on a source as plain values, for JSON and tables."""
+    """Return a summary of a source and its scan as plain values, for JSON and tables."""
     targets = targets_of(source)
     counts = class_counts(source)
     unlabelled = source.labels < 0 if targets is None else ~targets.any(axis=1)

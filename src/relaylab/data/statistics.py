@@ -1,8 +1,8 @@
-"""Mean image, standard deviation and principal colours: from sums over a training set's centre crops.
+"""Mean image, standard deviation and principal colours, from sums over the centre crops of a training set.
 
 Note [Statistics]
-Everything follows from integer sums, which are exact: the result does not depend on how many workers took part or in
-which order they were done. The workers add up whole batches, and send sums instead of images. int64 is enough for 10^9
+All statistics are computed from integer sums, which are exact, so the result depends neither on the number of workers
+nor on their order. The workers add up whole batches and return sums instead of images. int64 is sufficient for 10^9
 images of 224 x 224.
 """
 
@@ -33,20 +33,20 @@ from relaylab.outside.reading import parse
 from relaylab.progress import Task
 
 FORMAT = "relaylab image statistics 2"
-IMAGES_AT_ONCE = 16  # in float64, within the processor's caches
+IMAGES_AT_ONCE = 16  # in float64, fits the processor's caches
 
 Sums = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageStatistics:
-    """Exact sums over the pixels of images, in 0 to 255, and the statistics that follow from them.
+    """Exact sums over the pixels of images, in 0 to 255, and the statistics derived from them.
 
     Attributes:
-        sums: int64 (size, size, 3), of each pixel over the images.
-        products: int64 (3, 3), of products of two channels over all pixels of all images.
+        sums: int64 (size, size, 3), sum of each pixel over the images.
+        products: int64 (3, 3), sums of the products of two channels over all pixels of all images.
         count: number of images.
-        unreadable: names of images that were left out.
+        unreadable: names of images that were omitted.
     """
 
     sums: Sums
@@ -56,7 +56,7 @@ class ImageStatistics:
 
     @property
     def mean_image(self) -> NDArray[np.float32]:
-        """Mean of each pixel, (size, size, 3): subtracted in the paper."""
+        """Mean of each pixel, (size, size, 3), which the paper subtracts."""
         return (self.sums / self.count).astype(np.float32)
 
     @property
@@ -67,7 +67,7 @@ class ImageStatistics:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """Covariance of the channels over all pixels, (3, 3)."""
-        # As Python's integers of any length: the difference of two large numbers keeps all its digits.
+        # Python's integers are exact: the difference of two large numbers loses no digits.
         totals, products = self.sums.sum((0, 1)).astype(object), self.products.astype(object)
         return ((self._pixels * products - np.outer(totals, totals)) / self._pixels**2).astype(np.float64)
 
@@ -77,9 +77,9 @@ class ImageStatistics:
         return np.sqrt(np.diag(self.covariance))
 
     def components(self) -> ColourComponents:
-        """Return the principal components of pixels in [0, 1] for the colour shift, the largest first."""
+        """Return the principal components of pixels in [0, 1] for the colour shift, largest first."""
         values, vectors = np.linalg.eigh(self.covariance / 255**2)
-        signs = np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # either sign is one; this makes it one only
+        signs = np.sign(vectors[np.abs(vectors).argmax(0), range(3)])  # eigenvectors have an arbitrary sign; fix it
         return ColourComponents(values[::-1].copy(), (vectors * signs)[:, ::-1].copy())
 
     @property
@@ -98,20 +98,25 @@ def image_statistics(
     batch_size: int = 64,
     task: Task | None = None,
 ) -> ImageStatistics:
-    """Return the statistics of a training set, from an earlier run if there was one.
+    """Return the statistics of a training set, from the cache if they have been computed before.
+
+    Example::
+
+        statistics = image_statistics(source, CropSpec(), key=source.fingerprint, folder=cache_folder() / "statistics")
+        augment = Augmentation(torch.from_numpy(statistics.mean_image), components=statistics.components())
 
     Args:
         source: encoded images.
         crop_spec: size of the centre crops.
-        key: identifies the data, such as its index's fingerprint. Other data need another key.
-        folder: keeps the sums.
-        limit: take so many images, evenly spread, instead of all.
+        key: identifies the data, such as `source.fingerprint`. Other data must have another key.
+        folder: cache folder for the sums.
+        limit: maximum number of images to use, evenly spread; None for all.
         workers: processes that decode; 0 decodes in this process.
         batch_size: images that are added up at once.
-        task: counts images.
+        task: progress display, which counts images.
 
     Raises:
-        InputError: a limit below 1, no image can be read, or the folder cannot be written to.
+        InputError: the limit is below 1, no image can be read, or the folder cannot be written to.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
@@ -140,7 +145,7 @@ def compute(
     batch_size: int = 64,
     task: Task | None = None,
 ) -> ImageStatistics:
-    """Compute the statistics as `image_statistics` does, without a cache; raises InputError if no image can be read."""
+    """Compute the statistics like `image_statistics`, without a cache. Raises InputError if no image can be read."""
     indices = spread(len(source), limit)
     sums, products = np.zeros((crop_spec.size, crop_spec.size, 3), np.int64), np.zeros((3, 3), np.int64)
     faults: list[Fault] = []
@@ -159,13 +164,13 @@ def compute(
 
 
 class _BatchSums(Dataset[Any]):
-    """Batches added up in the process that decodes them."""
+    """A PyTorch data set of sums over batches, computed in the process that decodes the images."""
 
     def __init__(self, crops: ImageBatches) -> None:
         self.crops = crops
 
     def __getitems__(self, pairs: Pairs) -> tuple[int, NDArray[np.int32], Sums, tuple[Fault, ...]]:
-        """Return count, sums, products and faults. Unreadable images are rows of zeros, which add nothing."""
+        """Return count, sums, products and faults. Unreadable images are zeros, which do not change the sums."""
         size = self.crops.crop_spec.size
         images = torch.empty(len(pairs), size, size, 3, dtype=torch.uint8)
         faults = self.crops.fill(pairs, images).faults
@@ -175,7 +180,8 @@ class _BatchSums(Dataset[Any]):
 def sum_batch(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
     """Return exact sums over uint8 images (n, size, size, 3), n below 2^23, on any device.
 
-    The sums are those of each pixel, (size, size, 3), and of the products of two channels, (3, 3).
+    Returns:
+        The sum of each pixel, (size, size, 3), and the sums of the products of two channels, (3, 3).
     """
     if images.device.type != "cpu":
         return _sum_on_device(images)
@@ -183,21 +189,21 @@ def sum_batch(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
     sums = np.zeros(pixels.shape[1:], np.int32)
     products = np.zeros((3, 3))
     for first in range(0, len(pixels), IMAGES_AT_ONCE):
-        some = pixels[first : first + IMAGES_AT_ONCE]
-        for image in some:
+        block = pixels[first : first + IMAGES_AT_ONCE]
+        for image in block:
             sums += image
-        rows = some.reshape(-1, 3).astype(np.float64)
-        products += rows.T @ rows  # whole numbers far below 2^53: exact in whatever order they are added
+        rows = block.reshape(-1, 3).astype(np.float64)
+        products += rows.T @ rows  # integers far below 2^53, so exact in any order of summation
     return sums, products.astype(np.int64)
 
 
 def _sum_on_device(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
-    rows = images.reshape(-1, 3).double()  # again whole numbers below 2^53
+    rows = images.reshape(-1, 3).double()  # integers below 2^53, as above
     return images.sum(0, dtype=torch.int32).cpu().numpy(), (rows.T @ rows).long().cpu().numpy()
 
 
 def _read(file: Path, about: dict[str, str], size: int) -> ImageStatistics | None:
-    """Read the result of an earlier run, unless the file is absent, damaged or of other data."""
+    """Read cached statistics; return None if the file is absent, damaged or of other data."""
     if not is_our_own(file):
         return None
     try:
@@ -214,7 +220,7 @@ def _read(file: Path, about: dict[str, str], size: int) -> ImageStatistics | Non
 
 
 def _digest(sums: NDArray[Any], products: NDArray[Any], count: NDArray[Any], unreadable: str) -> str:
-    """Return a hash of what a file of statistics holds."""
+    """Return a hash of the content of a statistics file."""
     content = hashlib.sha256(unreadable.encode())
     for tensor in (sums, products, count):
         content.update(f"{tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())

@@ -1,4 +1,4 @@
-"""From a recipe's plain values to networks, plans, heads and losses."""
+"""Build networks, plans, heads and losses from the plain values of a recipe."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convol
 
 @dataclass(frozen=True)
 class Entry:
-    """The builder of an architecture, a function of num_classes, image_size and the options that it has."""
+    """An architecture: its builder, called with num_classes, image_size and those `options` that are set."""
 
     build: Callable[..., nn.Module]
     options: tuple[str, ...]
@@ -50,9 +50,13 @@ NETWORKS: Mapping[str, Entry] = {
 def build_network(config: NetworkConfig) -> nn.Module:
     """Build a network with fresh weights.
 
+    Example::
+
+        model = build_network(NetworkConfig(architecture="resnet50", num_classes=10, image_size=224))
+
     Raises:
-        InputError: an unknown architecture, an option that it lacks, fewer than two classes, images that are too
-            small, or a gain for a network without a last layer that computes the class scores.
+        InputError: the architecture is unknown or lacks an option, there are fewer than two classes, the images are too
+            small, or a gain is set for a network whose last layer does not compute the class scores.
     """
     model = _build_network(config)
     if config.gain is not None:
@@ -71,11 +75,12 @@ def _build_network(config: NetworkConfig) -> nn.Module:
     options = {option: value for option, value in given.items() if value is not None}
     for option in options:
         if option not in own:
-            raise InputError(f"{name} has no {option}; leave network.{option} out")
+            raise InputError(f"{name} has no {option}: remove network.{option}")
     if config.is_named:
         return build_named(config)
     if config.options:
-        raise InputError(f"{name} takes no network.options, but {', '.join(own) or 'nothing'}")
+        instead = f"set {', '.join(own)} instead" if own else "remove them"
+        raise InputError(f"{name} does not take network.options: {instead}")
     try:
         return NETWORKS[name].build(num_classes=config.num_classes, image_size=config.image_size, **options)
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:  # of torch
@@ -89,29 +94,29 @@ def _check_sizes(config: NetworkConfig) -> None:
     for name in ("num_classes", "image_size", "width", "convs"):
         value = getattr(config, name)
         if value is not None and (type(value) is not int or value < 1):
-            raise InputError(f"network.{name} is {value!r}: expected a whole number of at least 1")
+            raise InputError(f"network.{name} is {value!r}: expected an integer of at least 1")
         if value is not None and value > LARGEST[name]:
             raise InputError(f"network.{name} is {value}: expected at most {LARGEST[name]}")
     is_grids = isinstance(config.pyramid, tuple) and all(type(b) is int and 0 < b <= 1000 for b in config.pyramid)
     if config.pyramid is not None and (not is_grids or not 1 <= len(config.pyramid) <= 100):
-        raise InputError(f"network.pyramid is {config.pyramid!r}: expected whole numbers of at least 1, one or more")
+        raise InputError(f"network.pyramid is {config.pyramid!r}: expected one or more integers of at least 1")
     if config.num_classes < 2:
-        raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
+        raise InputError(f"num_classes is {config.num_classes}: expected at least 2")
 
 
 def build_meta_network(config: NetworkConfig) -> nn.Module:
-    """Build a network on the meta device, where it has shapes only, and check a network of other code by its output.
+    """Build a network on the meta device, where tensors have no values; check the output of a network of other code.
 
     Raises:
-        InputError: as `build_network`; images that the network does not take, or an output that is not class scores.
+        InputError: as for `build_network`; or the network does not accept the images or does not return class scores.
     """
     try:
         with torch.device("meta"):
             model = build_network(config)
     except InputError as error:
-        if not config.is_named or error.__cause__ is None:  # its own check, not an exception of the network's code
+        if not config.is_named or error.__cause__ is None:  # from a check of the lab, not from the network's code
             raise
-        with torch.random.fork_rng(devices=[]):  # it computes with values while it is built
+        with torch.random.fork_rng(devices=[]):  # its constructor needs values; keep the random state
             model = build_network(config).to("meta")
     if config.is_named:
         _check_output(config, model)
@@ -123,10 +128,10 @@ def _check_output(config: NetworkConfig, model: nn.Module) -> None:
     try:
         with torch.no_grad():
             output = model(torch.empty(2, 3, size, size, device="meta"))
-    except Exception as error:  # of code that the lab does not know
+    except Exception as error:  # third-party code can raise anything
         raise InputError(
             f"{name} does not run on images (2, 3, {size}, {size}): {type(error).__name__}: {error}; change "
-            "network.image_size, or the size that it is built for in network.options"
+            "network.image_size, or the image size in network.options"
         ) from error
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
         found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
@@ -153,7 +158,7 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
     if scheme not in makers:
         raise InputError(f"unknown scheme {scheme!r}: expected one of {', '.join(makers)}")
     if not auxiliary and scheme != "standard":
-        raise InputError(f"the scheme {scheme!r} needs auxiliary losses, and the plan has none")
+        raise InputError(f"the scheme {scheme!r} requires auxiliary losses, and the plan has none")
     return makers[scheme]()
 
 
@@ -204,8 +209,8 @@ def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn
     channels, height, width = shape
     if min(height, width) < INCEPTION_HEAD_MAP:
         raise InputError(
-            f"torchvision's Inception head needs a map of at least {INCEPTION_HEAD_MAP} pixels a side, but this one "
-            f"is {height} x {width}; use another head or larger images"
+            f"torchvision's Inception head requires a map of at least {INCEPTION_HEAD_MAP} x {INCEPTION_HEAD_MAP}, but "
+            f"this one is {height} x {width}; use another head or larger images"
         )
     return InceptionAux(channels, num_classes)
 
@@ -221,7 +226,7 @@ def _conv(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Modu
     return head
 
 
-AUTO = "auto"  # the head that fits: `relaybackprop.head_for`
+AUTO = "auto"  # the head is chosen by `relaybackprop.head_for`
 HEADS: Mapping[str, Callable[[tuple[int, ...], int, bool], nn.Module]] = {
     "conv": _conv,  # a 3x3 convolution and two linear layers, "1c2f" in papers on local learning (Wang et al., 2021)
     "googlenet": _googlenet,  # `relaybackprop.AuxiliaryHead`, our default
@@ -235,9 +240,9 @@ def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: 
 
     Args:
         head: a name in `HEADS`.
-        shape: of the map.
-        num_classes: length of the output.
-        batch_norm: whether the network has batch normalisation.
+        shape: shape of the map.
+        num_classes: number of classes, the length of the output.
+        batch_norm: whether the head has batch normalisation, as its network does.
 
     Raises:
         InputError: another name, or a map too small for it.
@@ -245,12 +250,14 @@ def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: 
     if head not in HEADS:
         raise InputError(f"unknown head {head!r}{nearest(head, [AUTO, *HEADS])}")
     if len(shape) != 3:
-        raise InputError(f"the head {head!r} reads a map (c, h, w), and its place has {shape}: use the head {AUTO!r}")
+        raise InputError(
+            f"the head {head!r} expects a map (c, h, w), but its input has shape {shape}: use the head {AUTO!r}"
+        )
     return HEADS[head](shape, num_classes, batch_norm)
 
 
 def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape (c, h, w) of the map that each auxiliary head reads, by loss, without computing anything."""
+    """Return the shape (c, h, w) of each auxiliary head's input, by loss, computed on the meta device."""
     twin = build_meta_network(network) if any(p.device.type != "meta" for p in model.parameters()) else model
     shapes: dict[str, tuple[int, ...]] = {}
     for name, window in plan.auxiliary.items():
@@ -285,14 +292,14 @@ def build_criterion(config: LossConfig, counts: Sequence[int] = ()) -> RelayLoss
     """Build the weighted sum of the losses.
 
     Args:
-        config: of a recipe.
-        counts: training images of each class, which class weights need.
+        config: the recipe's loss.
+        counts: number of training images of each class; required for class weights.
 
     Raises:
-        InputError: class weights without counts.
+        InputError: class weights are set and counts are missing.
     """
     if config.class_weights is not None and not counts:
-        raise InputError(f"loss.class_weights is {config.class_weights}: it needs the number of images of each class")
+        raise InputError(f"loss.class_weights is {config.class_weights}: the number of images of each class is missing")
     weights = None if config.class_weights is None else class_weights(config.class_weights, counts)
     if config.function == "binary":
         return RelayLoss(BinaryCrossEntropy(config.label_smoothing, weights))

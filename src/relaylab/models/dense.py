@@ -1,15 +1,15 @@
-"""Networks slid over images larger than those that they were trained on: a map of class scores from one pass.
+"""Dense evaluation: apply a network to images larger than its training crops, for a map of class scores in one pass.
 
 Note [Dense]
-1. A network that sees crops of one size ends in layers that take a map of one size, M x M. On a larger map they are
-   applied to every window of M x M, stride 1: the fully-convolutional testing of the paper's [5]. What comes out is
-   exactly what each window by itself would give.
-2. Neighbouring windows of a pyramid share their bins' maxima. A bin is a maximum over h x w pixels; pooled once with
-   stride 1, the map holds that bin of every window, each at its own offset. Nothing is pooled twice.
-3. Fully connected layers then take all windows as one batch, which reads their weights once: the same products as
-   convolving with them, without a second form of the weights.
-4. Global average pooling and a linear layer commute, so that ResNet and Inception as they stand already give the mean
-   over their score map. They are asked for that.
+1. A network trained on crops of one size ends in layers that take a map of one size, M x M. On a larger map they are
+   applied to every M x M window, with stride 1: the fully convolutional testing of the paper's [5]. The scores are
+   exactly those of each window alone.
+2. Neighbouring windows of a pyramid share the maxima of their bins. A bin is a maximum over h x w pixels; pooling the
+   map once with stride 1 gives that bin of every window, each at its own offset. Nothing is pooled twice.
+3. The fully connected layers then process all windows as one batch, which reads their weights once. The products are
+   those of a convolution, but the weights keep their shape.
+4. Global average pooling and a linear layer commute, so ResNet and Inception already return the mean over their score
+   map. Their output is used unchanged, as a map of one pixel.
 """
 
 import itertools
@@ -27,21 +27,26 @@ from relaylab.models.pyramid import SpatialPyramid, window
 
 
 def dense(model: nn.Module, *, map_size: int | None = None) -> nn.Module:
-    """Turn a network into one for images of any size from that of its crops up. See Note [Dense].
+    """Convert a network to one for images of its crop size or larger. See Note [Dense].
+
+    Example::
+
+        scores = dense(vgg16, map_size=7)(images)   # (batch, 3, 384, 384) to (batch, classes, rows, columns)
 
     Args:
-        model: one of `relaylab.models`, or another with global average pooling; its layers are shared, not copied.
-        map_size: side of the last map of its crops, in pixels; needed for VGGNets only.
+        model: a network of `relaylab.models`, or another with global average pooling. Its layers are shared, not
+            copied.
+        map_size: side of the last map for the network's crops, in pixels; required for VGGNets only.
 
     Returns:
-        A module: images (batch, 3, h, w) to class scores (batch, classes, rows, columns).
+        A module from images (batch, 3, h, w) to class scores (batch, classes, rows, columns).
 
     Raises:
-        InputError: a network of another kind.
+        InputError: the network has no dense form, or `map_size` is missing.
     """
     if isinstance(model, VGG):
         if map_size is None:
-            raise InputError("a VGGNet does not say which map its crops give: map_size is missing")
+            raise InputError("map_size is missing: a VGGNet requires the side of its last map, 7 for crops of 224")
         last = nn.Sequential(model.avgpool, nn.Flatten(), model.classifier)
         return _Sliding(model.features, _Windows(map_size), last)
     parts = OrderedDict(model.named_children())
@@ -66,7 +71,7 @@ def _pools_globally(module: nn.Module) -> bool:
 
 
 class SlidingPyramid(nn.Module):
-    """The pyramid of every window of a map, stride 1. See Note [Dense] 2.
+    """The spatial pyramid of every window of a map, with stride 1. See Note [Dense] 2.
 
     Shape:
         (batch, c, h, w) to (batch, h - map_size + 1, w - map_size + 1, features).
@@ -79,7 +84,7 @@ class SlidingPyramid(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Pool all windows; raises InputError for a map smaller than a window."""
         rows, columns = _positions(features, self.map_size)
-        # Channels innermost: pooling and copying so take a fifth of the time.
+        # Channels-last pooling and copying takes a fifth of the time.
         features = features.contiguous(memory_format=torch.channels_last)
         grids: list[Tensor] = []
         for b in self.bins:
@@ -93,18 +98,18 @@ class SlidingPyramid(nn.Module):
                 pooled[high, wide][:, top : top + rows, left : left + columns]
                 for (top, high), (left, wide) in itertools.product(edges, edges)
             ]
-            grids.append(torch.stack(bins, dim=-1).flatten(3))  # as SpatialPyramid flattens: channels outermost
+            grids.append(torch.stack(bins, dim=-1).flatten(3))  # channels outermost, like SpatialPyramid
         return torch.cat(grids, dim=-1)
 
 
 def _edges(bins: int, map_size: int) -> list[tuple[int, int]]:
-    """Return start and length of each bin along a side; the last one may be cut off."""
+    """Return start and length of each bin along a side; the last bin may be truncated."""
     size = window(bins, map_size)
     return [(start, min(size, map_size - start)) for start in range(0, map_size, size)]
 
 
 class _Windows(nn.Module):
-    """Every window of a map, stride 1: (batch, c, h, w) to (batch, rows, columns, c, size, size)."""
+    """All windows of a map, with stride 1: (batch, c, h, w) to (batch, rows, columns, c, size, size)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -130,7 +135,7 @@ class _Sliding(nn.Module):
 
 
 class _Global(nn.Module):
-    """The mean over the map, as a map of one pixel. See Note [Dense] 4."""
+    """Class scores averaged over the map, as a map of one pixel. See Note [Dense] 4."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -144,7 +149,7 @@ def _positions(features: Tensor, size: int) -> Sequence[int]:
     positions = [side - size + 1 for side in features.shape[-2:]]
     if min(positions) < 1:
         raise InputError(
-            f"a map of {features.shape[-2]} x {features.shape[-1]} for windows of {size} x {size}: "
-            "the images are smaller than the network's crops"
+            f"the map is {features.shape[-2]} x {features.shape[-1]}, smaller than the windows of {size} x {size}: "
+            "use images at least as large as the network's crops"
         )
     return positions

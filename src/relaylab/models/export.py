@@ -1,4 +1,4 @@
-"""Trained networks for use elsewhere: safetensors, `torch.export`, ONNX. Heads are never in them."""
+"""Export trained networks, without heads, as safetensors, `torch.export` programs or ONNX."""
 
 import json
 import warnings
@@ -18,7 +18,7 @@ NAME = "model"
 
 
 class Classifier(nn.Module):
-    """A trained network that includes its normalisation.
+    """A trained network with its input normalisation.
 
     Shape:
         RGB images (batch, 3, crop, crop), float32 with values from 0 to 255, to class scores (batch, classes).
@@ -32,13 +32,13 @@ class Classifier(nn.Module):
         self.model = model.model()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores (batch, classes)."""
+        """Return class scores (batch, classes)."""
         x = (images.flip(1) if self.bgr else images) - self.mean
         return self.model(x if self.std is None else x / self.std)
 
 
 def mean_of(model: ModelFile) -> Tensor:
-    """Return the mean in the order of the network's channels: (3, crop, crop), or (3, 1, 1) for one colour."""
+    """Return the mean in the network's channel order: (3, crop, crop), or (3, 1, 1) for channel means."""
     if model.mean_image is None:
         return _planes(model.input.mean)
     return model.mean_image.permute(2, 0, 1).contiguous()
@@ -51,11 +51,15 @@ def _planes(values: Sequence[float]) -> Tensor:
 def export(model: ModelFile, folder: Path, formats: Sequence[Format]) -> list[Path]:
     """Write a trained network to an existing folder in several formats.
 
+    Example::
+
+        export(read_model(Path("model.safetensors")), Path("exported"), ["pt2", "onnx"])
+
     Returns:
-        The files, for batches of any size. See `Classifier` for the programs' input.
+        The files. The programs accept batches of any size; see `Classifier` for their input.
 
     Raises:
-        InputError: the weights are not the network's.
+        InputError: the weights do not fit the network.
         OSError: a file cannot be written.
     """
     writers = {"safetensors": save_model, "pt2": _write_program, "onnx": _write_onnx}
@@ -66,7 +70,7 @@ def export(model: ModelFile, folder: Path, formats: Sequence[Format]) -> list[Pa
 
 
 def about(model: ModelFile) -> dict[str, str]:
-    """Return the metadata of every format, as text: the caller resizes and crops, the program normalises."""
+    """Return the metadata for all formats, as text. The caller resizes and crops; the program normalises."""
     config = model.input
     sizes = {"resize": config.resize, "how": config.how, "crop": config.crop}
     return {
@@ -90,7 +94,7 @@ def _write_program(path: Path, model: ModelFile) -> None:
 def _write_onnx(path: Path, model: ModelFile) -> None:
     module, example = _module_and_example(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's exporter warns of its own parts
+        warnings.simplefilter("ignore")  # PyTorch's exporter warns about its own internals
         onnx = torch.onnx.export(
             module,
             (example,),
@@ -103,7 +107,7 @@ def _write_onnx(path: Path, model: ModelFile) -> None:
     onnx = cast(torch.onnx.ONNXProgram, onnx)
     onnx.model.metadata_props.update(about(model))
     with atomic_write(path) as temporary:
-        onnx.save(temporary, external_data=False)  # the paper's networks stay below ONNX's 2 GB
+        onnx.save(temporary, external_data=False)  # the paper's networks are below ONNX's limit of 2 GB
 
 
 def _module_and_example(model: ModelFile) -> tuple[nn.Module, Tensor]:

@@ -1,12 +1,12 @@
-"""Trained networks as safetensors files: a plain state dict, and in its header all that is needed to use it.
+"""Trained networks as safetensors files: a plain state dict, and a header with everything needed to use it.
 
 Note [Model files]
-1. The tensors are the plain model's state dict, key by key, so that any reader of safetensors can load them. Heads are
-   not in it.
-2. The header's entry `relaylab` is JSON text: network, classes, and how an image becomes the network's input.
-3. A mean image is not part of a state dict. It lies beside the file, as FILE.mean.safetensors.
-4. The header's entry `relaylab.sha256` is a hash of everything else, which is compared when the file is read. Who
-   changes the weights and keeps the header leaves this entry out.
+1. The tensors are the plain model's state dict, with its keys, so any safetensors reader can load them. Heads are not
+   included.
+2. The header entry `relaylab` is JSON text: network, classes and preprocessing.
+3. A mean image is not part of a state dict. It is stored next to the file, as FILE.mean.safetensors.
+4. The header entry `relaylab.sha256` is a hash of everything else, which is verified when the file is read. To change
+   the weights but keep the header, remove this entry.
 """
 
 import dataclasses
@@ -37,23 +37,24 @@ log = logging.getLogger("relaylab.models")
 
 KEY, HASH, FORMAT = "relaylab", "relaylab.sha256", "relaylab model 1"
 LARGEST_SIDE = 16_384  # pixels
-NAMED = 5  # keys that an error names, at most
+NAMED = 5  # keys in an error message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputConfig:
-    """How an image becomes the network's input: resized, cropped, its values 0 to 255 minus the mean, then divided.
+    """Preprocessing: resize, crop, subtract the mean from values 0 to 255, divide by the standard deviation.
 
     Attributes:
-        resize: length of the side, in pixels.
+        resize: length of the resized side in pixels.
         how: "shorter side" keeps the aspect ratio; "both sides" makes a square.
-        crop: side of the centre crop, in pixels.
-        channels: their order.
-        mean: of each channel, in that order, 0 to 255. With a mean image it is that image's, for other sizes.
-        std: divides the difference, in that order; None for no division.
+        crop: side of the centre crop in pixels.
+        channels: order of the channels.
+        mean: mean of each channel, 0 to 255, in the order of `channels`. With a mean image, it is the mean of that
+            image, for other input sizes.
+        std: standard deviation of each channel, in the same order; None for no division.
 
     Raises:
-        InputError: values out of range; they may come from a file.
+        InputError: a value is out of range, for example in a damaged file.
     """
 
     resize: int = 256
@@ -67,7 +68,7 @@ class InputConfig:
         sizes, colours = (self.resize, self.crop), (self.mean, self.std or (1.0, 1.0, 1.0))
         if any(type(size) is not int for size in sizes) or not 1 <= self.crop <= self.resize <= LARGEST_SIDE:
             raise InputError(
-                f"resize {self.resize!r}, crop {self.crop!r}: expected pixels, 1 <= crop <= resize <= {LARGEST_SIDE}"
+                f"resize {self.resize!r}, crop {self.crop!r}: expected 1 <= crop <= resize <= {LARGEST_SIDE} (pixels)"
             )
         if self.how not in ("shorter side", "both sides") or self.channels not in ("RGB", "BGR"):
             raise InputError(
@@ -75,26 +76,31 @@ class InputConfig:
             )
         for values in colours:
             if len(values) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-                raise InputError(f"mean {self.mean!r}, std {self.std!r}: expected a number for each of three channels")
+                raise InputError(f"mean {self.mean!r}, std {self.std!r}: expected three numbers each, one per channel")
         if min(colours[1]) <= 0:
             raise InputError(f"std {self.std!r}: expected positive numbers")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelFile:
-    """A trained network and how to use it.
+    """A trained network with its classes and preprocessing. `read_model` returns one.
+
+    Example::
+
+        model = read_model(Path("model.safetensors"))
+        scores = model.model()(images)   # preprocessed as `model.input` says; names: model.classes
 
     Attributes:
         network: architecture and sizes.
-        classes: names, in the order of the output.
-        keys: the classes' keys; None in files of earlier versions. See Note [Classes] in
+        classes: class names in the order of the output.
+        keys: keys of the classes; None in files of earlier versions. See Note [Classes] in
             `relaylab.data.sources.classes`.
         numbered: whether the outputs are the labels of a list.
         input: preprocessing of images.
-        state: the plain model's state dict.
-        mean_image: (crop, crop, 3), subtracted instead of `input.mean` if there is one.
-        about: origin, in a sentence.
-        has_several_labels: whether each class has a probability of its own, the sigmoid of its score.
+        state: state dict of the plain model.
+        mean_image: (crop, crop, 3) mean image to subtract instead of `input.mean`; or None.
+        about: origin of the network, in a sentence.
+        has_several_labels: whether the probability of each class is the sigmoid of its score, for several labels.
 
     Raises:
         InputError: a number of classes, a crop or a mean image that do not fit the network.
@@ -113,37 +119,35 @@ class ModelFile:
     def __post_init__(self) -> None:
         network, size = self.network, self.input.crop
         if not all(isinstance(name, str) for name in (*self.classes, *(self.keys or ()))):
-            raise InputError("expected the classes' names and keys as text")
+            raise InputError("class names and keys must be text")
         if len(self.classes) != network.num_classes:
             raise InputError(f"{len(self.classes)} class names for a network of {network.num_classes} classes")
-        _ = self.identity  # raises an InputError for keys that do not fit
+        _ = self.identity  # raises InputError for invalid keys
         if size != network.image_size:
-            raise InputError(f"crops of {size} pixels for a network that sees {network.image_size}")
+            raise InputError(f"crop is {size} pixels, but the network expects images of {network.image_size}")
         if self.mean_image is not None and tuple(self.mean_image.shape) != (size, size, 3):
             raise InputError(
-                f"a mean image of shape {tuple(self.mean_image.shape)} for crops of {size}: expected {(size, size, 3)}"
+                f"the mean image has shape {tuple(self.mean_image.shape)}: expected {(size, size, 3)}, the crop size"
             )
 
     @property
     def identity(self) -> Classes:
-        """The classes by key, to label images by."""
+        """The classes with their keys, to pass to `open_source`."""
         return Classes.stored(self.classes, self.keys, numbered=self.numbered)
 
     def model(self) -> nn.Module:
         """Build the network with its weights, in evaluation mode.
 
         Raises:
-            InputError: the weights are not this network's.
+            InputError: the weights do not fit the network, or are not finite.
         """
-        # On the meta device buffers that the state dict lacks would have no values; the paper's networks have none.
+        # Built on the meta device, buffers outside the state dict would have no values; the paper's networks have none.
         with torch.device("cpu" if self.network.is_named else "meta"), torch.random.fork_rng(devices=[]):
             model = build_network(self.network)
         load_state(model, self.state)
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise InputError(
-                    f"the weights {name} are not all finite numbers: the file is damaged, or training failed"
-                )
+                raise InputError(f"the weights {name} are not finite: the file is damaged, or training diverged")
         return model.eval()
 
 
@@ -151,12 +155,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load copies of a state dict's tensors into a model, which may be on the meta device.
 
     Raises:
-        InputError: missing or unknown keys, or other shapes; they are named.
+        InputError: keys are missing or unknown, or shapes or types differ. The message names them.
     """
     own = model.state_dict()
     problems = {
         "lacks": [key for key in own if key not in state],
-        "has, beyond the model's,": [key for key in state if key not in own],
+        "has the unknown keys": [key for key in state if key not in own],
         "has another shape for": [
             f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
             for key in own
@@ -171,22 +175,22 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if any(problems.values()):
         complaints = [f"{problem} {few(keys, NAMED)}" for problem, keys in problems.items() if keys]
         raise InputError(f"the state dict {'; it '.join(complaints)}")
-    # Copies, since tensors from a file may be mapped to it. Half precision becomes single.
+    # Copy, since tensors may be mapped from a file, and convert half to single precision.
     copies = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}
     model.load_state_dict(copies, assign=True)
 
 
 def _kind(tensor: Tensor) -> str:
-    """Return the kind of a tensor's numbers: half precision becomes single, and whole numbers others."""
+    """Return the kind of a tensor's dtype; precisions of the same kind are converted on loading."""
     return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
 
 
 def save_model(path: Path, model: ModelFile) -> None:
-    """Write a model file, and its mean image beside it. See Note [Model files].
+    """Write a model file, and its mean image next to it. See Note [Model files].
 
     Raises:
-        InputError: the state dict is not the network's.
-        OSError: it cannot be written.
+        InputError: the state dict does not fit the network.
+        OSError: the file cannot be written.
     """
     with torch.device("meta"):
         load_state(build_meta_network(model.network), {key: torch.empty_like(t) for key, t in model.state.items()})
@@ -208,13 +212,13 @@ def save_model(path: Path, model: ModelFile) -> None:
 
 
 def network_values(network: NetworkConfig) -> dict[str, Any]:
-    """Return a network's values for JSON; weights to start from are not needed where its own are stored."""
+    """Return a network's values for JSON, without `pretrained`, since the trained weights are stored."""
     values = {entry.name: getattr(network, entry.name) for entry in dataclasses.fields(network)}
     return values | {"options": dict(network.options), "pretrained": None}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a safetensors file atomically, with a hash of its content in its header."""
+    """Write a safetensors file atomically, with a hash of its content in the header."""
     kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(kept, temporary, header | {HASH: _hash(kept, header)})
@@ -229,7 +233,7 @@ def _hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def mean_path(path: Path) -> Path:
-    """Return the path of the mean image that belongs to a model file."""
+    """Return the path of a model file's mean image."""
     return path.with_name(f"{path.stem}.mean.safetensors")
 
 
@@ -237,25 +241,25 @@ def read_model(path: Path) -> ModelFile:
     """Read a model file.
 
     Raises:
-        InputError: no such file, not a safetensors file, or not one that `save_model` wrote.
+        InputError: the file does not exist, is not a safetensors file, or was not written by `save_model`.
     """
     tensors, metadata = read_tensors(path)
     if KEY not in metadata:
         raise InputError(
-            f"{path} does not say which network it holds: expected a file of relaylab's own, with its header"
+            f"{path} does not say which network it holds: expected a model file written by relaylab, with its header"
         )
-    where = f"{path}, its header,"
+    where = f"the header of {path}"
     values = parse(metadata[KEY], dict[str, Any], where)
     if values.get("format", FORMAT) != FORMAT:
-        raise InputError(f"{path} is of the format {values['format']!r}; this version reads {FORMAT!r}")
+        raise InputError(f"{path} has the format {values['format']!r}; this version reads {FORMAT!r}")
     header = typed(values, _Header, where)
-    for part in ("network", "input"):  # what this version does not know may change the numbers
-        unknown = values[part].keys() - {entry.name for entry in dataclasses.fields(getattr(header, part))}
+    for group in ("network", "input"):  # unknown values could change the scores, so they are not ignored
+        unknown = values[group].keys() - {entry.name for entry in dataclasses.fields(getattr(header, group))}
         if unknown:
-            raise DamagedFileError(f"{where} has {part}.{few(sorted(unknown))}, which this version does not know")
+            raise DamagedFileError(f"{where} has {group}.{few(sorted(unknown))}, which this version does not know")
     network = replace(header.network, options=_tuples(header.network.options))
     if network.is_code:
-        log.warning("%s: its network is %s, which is imported", path, network.architecture)
+        log.warning("%s: importing the code of its network, %s", path, network.architecture)
     try:
         return ModelFile(
             network=network,
@@ -271,7 +275,7 @@ def read_model(path: Path) -> ModelFile:
     except DamagedFileError:
         raise
     except InputError as error:
-        raise DamagedFileError(f"{path} is damaged, or not what relaylab writes: {error}") from None
+        raise DamagedFileError(f"{path} is damaged, or was not written by relaylab: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,12 +296,12 @@ class _Header:
 def _read_mean(path: Path) -> Tensor:
     mean = read_tensors(path)[0].get("mean_image")
     if mean is None or mean.dtype != torch.float32 or not bool(mean.isfinite().all()):
-        raise DamagedFileError(f"{path} is damaged: expected a mean image of finite numbers, float32")
+        raise DamagedFileError(f"{path} is damaged: expected a mean image of finite float32 values")
     return mean
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file, and the metadata of its header.
+    """Read a safetensors file and the metadata in its header.
 
     Raises:
         InputError: the file is absent, or is not a valid safetensors file.
@@ -310,7 +314,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         stored = header.pop(HASH, None)
         if stored is not None and stored != _hash(tensors, header):
-            raise DamagedFileError(f"{path} is damaged or was changed: its content does not fit the sum in its header")
+            raise DamagedFileError(
+                f"{path} is damaged or was changed: its content does not match the hash in its header"
+            )
         return tensors, header
     except DamagedFileError:
         raise

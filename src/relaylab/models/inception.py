@@ -1,4 +1,4 @@
-"""Inception-v3: torchvision's, without its auxiliary classifier, and the same for small images."""
+"""Inception-v3: torchvision's without its auxiliary classifier, and a variant for small images."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ SMALLEST, ENLARGED = 75, 96  # pixels
 
 
 class EnlargingInception3(Inception3):
-    """Inception-v3 for images that are too small for it: they are enlarged, bilinearly, before anything else.
+    """Inception-v3 for small images, which are enlarged bilinearly first.
 
     Args:
-        image_size: side of the crops, in pixels. They are enlarged to 96; larger images by the same factor.
-        arguments: as for `torchvision.models.Inception3`.
+        image_size: side of the crops in pixels. Crops are enlarged to 96 pixels, larger images by the same factor.
+        arguments: arguments of `torchvision.models.Inception3`.
     """
 
     def __init__(self, image_size: int, **arguments: Any) -> None:
@@ -22,19 +22,19 @@ class EnlargingInception3(Inception3):
         self.image_size = image_size
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Class scores (batch, num_classes) from images (batch, 3, h, w)."""
+        """Return class scores (batch, num_classes) of images (batch, 3, h, w)."""
         size = [side * ENLARGED // self.image_size for side in x.shape[-2:]]
         images = functional.interpolate(x, size, mode="bilinear", align_corners=False)
         return super().forward(images)  # pyright: ignore[reportReturnType] (without aux_logits it is a tensor)
 
 
 def inception_v3(num_classes: int = 1000, *, image_size: int = 299) -> Inception3:
-    """Inception-v3 (the paper's [26]), without the auxiliary classifier: a plan's heads take its place.
+    """Build Inception-v3 (the paper's [26]) without the auxiliary classifier, which the plan's heads replace.
 
     DEVIATION(small-inception): images of less than 75 pixels are enlarged to 96.
 
     Args:
-        num_classes: length of the output.
+        num_classes: number of classes, the length of the output.
         image_size: side of the images in pixels.
 
     Returns:

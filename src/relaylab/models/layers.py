@@ -1,4 +1,4 @@
-"""Parts that the paper's networks share."""
+"""Layers and initialisation shared by the paper's networks."""
 
 from collections import OrderedDict
 
@@ -11,10 +11,10 @@ DROPOUT = 0.5  # the paper's, section 5.1
 
 
 def classifier(features: int, hidden: int, num_classes: int) -> nn.Sequential:
-    """Three fully connected layers, the first two with ReLU and dropout of 0.5 (Table 2).
+    """Build three fully connected layers, the first two with ReLU and dropout of 0.5 (Table 2).
 
     Shape:
-        (batch, features), or (batch, c, h, w) with as many elements, to (batch, num_classes).
+        (batch, features), or (batch, c, h, w) with c * h * w = features, to (batch, num_classes).
     """
     layers = OrderedDict[str, nn.Module](flatten=nn.Flatten())
     for i in (1, 2):
@@ -27,9 +27,9 @@ def classifier(features: int, hidden: int, num_classes: int) -> nn.Sequential:
 
 
 def initialise(module: nn.Module) -> None:
-    """He's initialisation of all convolutions and fully connected layers, in place; biases start at zero.
+    """Apply He's initialisation to all convolutions and fully connected layers, in place; biases are set to zero.
 
-    The paper's [7], by the number of inputs, as Caffe's "msra" filler does it.
+    It is the paper's [7], scaled by fan-in, like Caffe's "msra" filler.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -39,7 +39,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def set_gain(module: nn.Module, gain: Gain, num_classes: int) -> None:
-    """Initialise the last layer of a network or head anew, in place; see `relaybackprop.heads.initialise_last`.
+    """Reinitialise the last layer of a network or head, in place; see `relaybackprop.heads.initialise_last`.
 
     Raises:
         InputError: no linear or convolutional layer has `num_classes` outputs.
@@ -48,8 +48,8 @@ def set_gain(module: nn.Module, gain: Gain, num_classes: int) -> None:
     last = next((layer for layer in reversed(layers) if layer.weight.shape[0] == num_classes), None)
     if last is None:
         raise InputError(
-            f"gain {gain!r} needs a linear or convolutional layer with {num_classes} outputs, and "
-            f"{type(module).__name__} has none; leave the gain out"
+            f"gain {gain!r} requires a linear or convolutional layer with {num_classes} outputs, and "
+            f"{type(module).__name__} has none: remove the gain"
         )
     if gain == "default":
         last.reset_parameters()

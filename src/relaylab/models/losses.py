@@ -1,7 +1,7 @@
-"""Losses for class indices (n,) and for soft targets (n, classes), as mixup makes them: means over images.
+"""Losses for class indices (n,) and for soft targets (n, classes), such as mixup's. They are means over images.
 
-The weight of an image depends on its class alone, not on the batch: a mean over images is then the same for any number
-of parts and processes. torch's own weighted mean divides by the sum of the weights in the batch, so it is not.
+The weight of an image depends only on its class, not on the batch, so the mean over images is the same for any number
+of micro-batches and processes. torch's weighted mean divides by the sum of the weights in the batch, so it is not.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ POWERS = {"balanced": 1.0, "square-root": 0.5}
 
 
 def class_weights(kind: str, counts: Sequence[int]) -> Tensor:
-    """Return the weight of each class, with the mean 1 over all training images; 0 for a class without images.
+    """Return the weight of each class, with mean 1 over all training images; 0 for a class without images.
 
     "balanced" is scikit-learn's `compute_class_weight("balanced")`.
 
     Args:
         kind: a name in `POWERS`.
-        counts: training images of each class.
+        counts: number of training images of each class.
     """
     images = torch.tensor(counts, dtype=torch.float64)
     weights = torch.where(images > 0, images.clamp(min=1) ** -POWERS[kind], 0.0)
@@ -28,9 +28,9 @@ def class_weights(kind: str, counts: Sequence[int]) -> Tensor:
 
 
 class WeightedCrossEntropy(nn.Module):
-    """Softmax cross-entropy with a weight for each class, a mean over images.
+    """Softmax cross-entropy with a weight per class, averaged over images.
 
-    Without the division by the sum of weights, it is `torch.nn.functional.cross_entropy` with `weight`.
+    It is `torch.nn.functional.cross_entropy` with `weight`, but without the division by the sum of the weights.
     """
 
     weights: Tensor
@@ -47,11 +47,11 @@ class WeightedCrossEntropy(nn.Module):
 
 
 class BinaryCrossEntropy(nn.Module):
-    """A sigmoid and a binary cross-entropy for each class; a mean over classes and images.
+    """Sigmoid and binary cross-entropy per class, averaged over classes and images.
 
-    As timm's `BinaryCrossEntropy`, whose smoothed targets are s / classes and 1 - s + s / classes. Soft targets are
-    smoothed too, as in torch's `CrossEntropyLoss`. An image's weight is that of its class, or the mean of the weights
-    of its classes.
+    Like timm's `BinaryCrossEntropy`, whose smoothed targets are s / classes and 1 - s + s / classes. Soft targets are
+    also smoothed, as in torch's `CrossEntropyLoss`. The weight of an image is that of its class, or the mean of the
+    weights of its classes.
     """
 
     weights: Tensor | None

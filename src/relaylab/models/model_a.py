@@ -9,26 +9,26 @@ from relaylab.models.layers import classifier, initialise
 from relaylab.models.pyramid import num_features, pyramid_for
 
 PYRAMID = (7, 3, 2, 1)
-CONVOLUTIONS = (2, 2, 5, 5, 5)  # of 3x3, by segment
+CONVOLUTIONS = (2, 2, 5, 5, 5)  # 3x3 convolutions of each segment
 
 
 def model_a(
     num_classes: int = 401, *, width: int = 64, image_size: int = 224, pyramid: Sequence[int] = PYRAMID
 ) -> nn.Sequential:
-    """The paper's model A: 22 weight layers, no batch normalisation, He's initialisation.
+    """Build the paper's model A: 22 weight layers, no batch normalisation, He's initialisation.
 
-    DEVIATION(model-a-filters): Table 2 prints 256 filters for the last five convolutions, the text says "VGGNet-19 plus
-    three layers", which has 512 there. The text is followed; `model_a_printed` follows the table.
+    DEVIATION(model-a-filters): Table 2 prints 256 filters for the last five convolutions, but the text says "VGGNet-19
+    plus three layers", which has 512. This function follows the text; `model_a_printed` follows the table.
 
     Args:
-        num_classes: length of the output.
-        width: filters of the first segment, and with it the width of everything; 64 in the paper.
+        num_classes: number of classes, the length of the output.
+        width: filters of the first segment, which scales all layers; 64 in the paper.
         image_size: side of the images in pixels.
-        pyramid: bins along a side of each of the pyramid's grids; (4, 2, 1) suits images of 64 pixels.
+        pyramid: bins along a side of each grid of the pyramid; (4, 2, 1) suits images of 64 pixels.
 
     Returns:
         `segment1` to `segment5` and `classifier` in forward order: images (batch, 3, image_size, image_size) to class
-        scores (batch, num_classes). The auxiliary classifier is not in it: it belongs to the output of `segment4`.
+        scores (batch, num_classes). The auxiliary classifier is not included; it is attached to `segment4`.
 
     Raises:
         InputError: the pyramid does not fit images of this size.
@@ -39,7 +39,7 @@ def model_a(
 def model_a_printed(
     num_classes: int = 401, *, width: int = 64, image_size: int = 224, pyramid: Sequence[int] = PYRAMID
 ) -> nn.Sequential:
-    """Model A as Table 2 prints it, with 256 filters in the last segment. See `model_a`."""
+    """Build model A as printed in Table 2, with 256 filters in the last segment. See `model_a`."""
     return _build(num_classes, (width, 2 * width, 4 * width, 8 * width, 4 * width), image_size, pyramid)
 
 

@@ -10,14 +10,14 @@ from relaylab.models.layers import classifier, initialise
 from relaylab.models.pyramid import num_features, pyramid_for
 
 PYRAMID = (7, 3, 2, 1)
-MODULES = 4  # of inception, in each segment
+MODULES = 4  # inception modules of each segment
 
 
 class Inception(nn.Module):
     """The paper's modified inception module: three branches, concatenated.
 
     Args:
-        channels: of the input.
+        channels: channels of the input.
         k: the paper's k.
 
     Shape:
@@ -43,17 +43,17 @@ def _convolution(channels: int, filters: int, size: int) -> nn.Sequential:
 def model_b(
     num_classes: int = 401, *, width: int = 64, image_size: int = 224, pyramid: Sequence[int] = PYRAMID
 ) -> nn.Sequential:
-    """The paper's model B: 28 weight layers on its longest path, no batch normalisation, He's initialisation.
+    """Build the paper's model B: 28 weight layers on its longest path, no batch normalisation, He's initialisation.
 
     Args:
-        num_classes: length of the output.
-        width: k of the first inception modules, and with it the width of everything; 64 in the paper.
+        num_classes: number of classes, the length of the output.
+        width: k of the first inception modules, which scales all layers; 64 in the paper.
         image_size: side of the images in pixels.
-        pyramid: bins along a side of each of the pyramid's grids; (4, 2, 1) suits images of 64 pixels.
+        pyramid: bins along a side of each grid of the pyramid; (4, 2, 1) suits images of 64 pixels.
 
     Returns:
         `segment1` to `segment4` and `classifier` in forward order: images (batch, 3, image_size, image_size) to class
-        scores (batch, num_classes). The auxiliary classifier is not in it: it belongs to the output of `segment3`.
+        scores (batch, num_classes). The auxiliary classifier is not included; it is attached to `segment3`.
 
     Raises:
         InputError: the pyramid does not fit images of this size.

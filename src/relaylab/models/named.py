@@ -1,10 +1,10 @@
-"""Networks of other code, by name: timm's, torchvision's, and functions of a package or of a file.
+"""Networks of other code by name: timm's, torchvision's, and functions in a package or a file.
 
 Note [Code that the user names]
-A function is imported, and with it all of its module runs, only if the user has named it: on the command line, or in a
-recipe file that is on the command line. `allow` notes that, in a file of the cache folder, so that the runs and model
-files that follow can be used by their own paths. One that comes from elsewhere is refused until the user names its
-network. timm and torchvision take names of their own only, and no option that makes them download or unpickle weights.
+Importing a function runs the code of its module, so it is imported only if the user has named it, on the command line
+or in a recipe file given there. `allow` records the name in a file of the cache folder, so that the resulting runs and
+model files can be used by path alone. A run or model file from elsewhere is refused until the user names its network.
+timm and torchvision accept only their own names, and no options that make them download or unpickle weights.
 """
 
 import importlib
@@ -29,12 +29,12 @@ from relaylab.outside.reading import LARGEST, read_bytes
 from relaylab.recipes.schema import NetworkConfig
 
 Builder = Callable[..., Any]
-ALLOWED = "named-networks.txt"  # in the cache folder, a name on each line
+ALLOWED = "named-networks.txt"  # in the cache folder, one name per line
 WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights")
 
 
 def allow(network: NetworkConfig) -> None:
-    """Note that the user has named a network. See Note [Code that the user names]."""
+    """Record that the user has named a network. See Note [Code that the user names]."""
     name, names = network.architecture, _allowed()
     if network.is_code and name not in names:
         with atomic_cache_write(cache_folder() / ALLOWED) as temporary:
@@ -50,24 +50,24 @@ def _allowed() -> list[str]:
 
 
 def build_named(config: NetworkConfig) -> nn.Module:
-    """Build a network of other code with fresh weights, from num_classes and the options.
+    """Build a network of other code with fresh weights, by calling it with num_classes and the options.
 
     Raises:
-        InputError: an unknown name, code that cannot be imported or that the user has not named, options that it does
-            not take, or a result that is not a module.
+        InputError: the name is unknown, the code cannot be imported or has not been named by the user, an option is not
+            accepted, or the result is not a module.
     """
     name, options = config.architecture, dict(config.options)
     weights = [option for option in options if option in WEIGHTS]
     if weights:
         raise InputError(
-            f"network.options.{weights[0]}: networks start with fresh weights; give network.pretrained=FILE"
+            f"network.options.{weights[0]} is not allowed: to start from trained weights, set network.pretrained=FILE"
         )
     build = find_builder(name)
     try:
         model = build(num_classes=config.num_classes, **options)
     except InputError:
         raise
-    except Exception as error:  # of code that the lab does not know
+    except Exception as error:  # third-party code can raise anything
         given = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": config.num_classes, **options}.items())
         what = f"{type(error).__name__}: {error}{'' if name.partition(':')[0] in FINDERS else _place(error)}"
         raise InputError(f"{name} with {given}: {what}{_arguments(build, options)}") from error
@@ -77,18 +77,18 @@ def build_named(config: NetworkConfig) -> nn.Module:
 
 
 def find_builder(name: str) -> Builder:
-    """Find the function that a named architecture stands for, and import its code.
+    """Import and return the function of a named architecture.
 
     Raises:
-        InputError: an unknown name, code that cannot be imported, or that the user has not named.
+        InputError: the name is unknown, or the code cannot be imported or has not been named by the user.
     """
     place, _, inside = name.partition(":")
     if place in FINDERS:
         return FINDERS[place](inside)
     if name not in _allowed():
         raise InputError(
-            f"{name} is code that you have not named on this machine, and importing it would run it; if you trust it: "
-            f"relaylab recipes allow {shlex.quote(name)}"
+            f"{name} is code that has not been allowed on this machine, and importing it would run it; if you trust "
+            f"it, run: relaylab recipes allow {shlex.quote(name)}"
         )
     return _function(name)
 
@@ -99,13 +99,13 @@ def _function(name: str) -> Builder:
     module = _file(Path(place)) if place.endswith(".py") else _imported(place, place)
     functions = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if inside not in functions:
-        own = [key for key, value in functions.items() if getattr(value, "__module__", None) == module.__name__]
-        raise InputError(f"{place} has no function {inside!r}{nearest(inside, own)}")
+        defined = [key for key, value in functions.items() if getattr(value, "__module__", None) == module.__name__]
+        raise InputError(f"{place} has no function {inside!r}{nearest(inside, defined)}")
     return functions[inside]
 
 
 def _imported(module: str, place: str) -> ModuleType:
-    """Import a module; whatever its code raises is an error of its place."""
+    """Import a module; raise InputError for any exception in its code."""
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -115,13 +115,13 @@ def _imported(module: str, place: str) -> ModuleType:
 
 
 def _file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, with its folder on the path, for the files beside it."""
+    """Import a file under a unique module name. Its folder is on the path meanwhile, for imports of other files."""
     if not path.is_file():
-        raise InputError(f"no such file: {path}; networks are named as path/to/file.py:function")
+        raise InputError(f"no such file: {path}; a network is named as path/to/file.py:function")
     module_name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None, "a file that ends in .py has a loader"
+        assert spec is not None, "a .py file has a loader"
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
@@ -156,13 +156,13 @@ FINDERS: dict[str, Callable[[str], Builder]] = {"timm": _timm, "torchvision": _t
 
 
 def _place(error: Exception) -> str:
-    """Return the line that raised an error of a network's code; empty for the call of the function itself."""
+    """Return the line of a network's code that raised an error; empty if the call itself raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
 
 
 def _arguments(build: Builder, options: dict[str, Any]) -> str:
-    """Return the nearest arguments for an option that a builder does not have, as the end of an error message."""
+    """Return the suffix of an error message that suggests arguments similar to an unknown option."""
     try:
         parameters = inspect.signature(build).parameters
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Weights to start from, of the same network for other classes, or of one much like it."""
+"""Loading of pretrained weights from the same network for other classes, or from a similar network."""
 
 import pickle
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
 from relaylab.models.file import read_tensors
 
-NESTED = ("state_dict", "model", "model_state_dict")  # keys of checkpoints that hold the state dict
-PREFIX = "module."  # of DistributedDataParallel
-NAMED = 5  # tensors that a line names, at most
+NESTED = ("state_dict", "model", "model_state_dict")  # keys of the state dict in checkpoints
+PREFIX = "module."  # added by DistributedDataParallel
+NAMED = 5  # tensors per line of the report
 
 
 def load_pretrained(model: nn.Module, path: Path) -> list[str]:
-    """Load those tensors of a file that fit a model, in place; the others of the model keep their values.
+    """Load the tensors of a file that fit a model, in place. Other tensors of the model keep their values.
 
     Returns:
-        What was loaded, and what does not fit, in sentences.
+        A report of the tensors that were loaded and of those that do not fit, as lines of text.
 
     Raises:
-        InputError: no such file, a file of another kind, or one of another network: of its layers nothing fits.
+        InputError: the file does not exist, is not a state dict, or has no weights that fit the model.
     """
     state, own = read_state(path), model.state_dict()
     fitting = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
     weights = sum(own[name].numel() for name, _ in model.named_parameters() if name in fitting)
     if not weights:
         raise InputError(
-            f"{path} holds no weights of this network: it has {few(list(state))}, expected {few(list(own))}"
+            f"{path} has no weights that fit this network: it has {few(list(state))}, expected {few(list(own))}"
         )
     model.load_state_dict(fitting, strict=False)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -44,23 +44,24 @@ def load_pretrained(model: nn.Module, path: Path) -> list[str]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from safetensors or from PyTorch's own format, of which nothing but tensors is unpickled.
+    """Read a state dict from a safetensors file or, with `weights_only=True`, from a PyTorch file.
 
     Raises:
-        InputError: no such file, or one of another kind.
+        InputError: the file does not exist, or is not a state dict.
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} is not a state dict that can be read with weights_only=True: {reason}") from None
-    while isinstance(found, Mapping) and (inner := next((found[key] for key in NESTED if key in found), None)):
-        found = inner
-    state = (
-        {key: value for key, value in found.items() if isinstance(value, Tensor)} if isinstance(found, Mapping) else {}
-    )
+    while isinstance(content, Mapping) and (inner := next((content[key] for key in NESTED if key in content), None)):
+        content = inner
+    entries = content.items() if isinstance(content, Mapping) else ()
+    state = {key: value for key, value in entries if isinstance(value, Tensor)}
     if not state:
-        raise InputError(f"{path} holds no state dict: expected tensors by name, perhaps under {', '.join(NESTED)}")
+        raise InputError(
+            f"{path} has no state dict: expected tensors by name, at the top level or under {', '.join(NESTED)}"
+        )
     return {str(key).removeprefix(PREFIX): value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""Spatial pyramid pooling as the authors' networks have it (the paper's [28] and Table 2)."""
+"""Spatial pyramid pooling as in the authors' networks (the paper's [28] and Table 2)."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,21 @@ from torch.nn import functional
 
 from relaylab.errors import InputError
 
-STRIDE = 16  # of the maps that the pyramid of models A and B pools, in pixels of the image
+STRIDE = 16  # of the map that models A and B pool, in pixels of the image
 
 
 class SpatialPyramid(nn.Module):
-    """Max pooling of one map into grids of several sizes, flattened and concatenated, the coarsest grid first.
+    """Max pooling of a map into grids of several sizes, flattened and concatenated, coarsest grid first.
 
-    A grid of b x b bins has windows of ceil(map_size / b) pixels side by side. The map's edge may cut off the last
-    ones, since Caffe rounds the number of windows up. `nn.AdaptiveMaxPool2d` is something else: its windows overlap.
+    A grid of b x b bins has adjacent windows of ceil(map_size / b) pixels. The last ones may be truncated at the edge
+    of the map, since Caffe rounds the number of windows up. `nn.AdaptiveMaxPool2d` differs: its windows overlap.
 
     Args:
-        bins: grids, by their number of bins along a side; 7, 3, 2 and 1 in the paper.
+        bins: number of bins along a side of each grid; 7, 3, 2 and 1 in the paper.
         map_size: side of the map in pixels; 14 in the paper.
 
     Raises:
-        InputError: a grid that windows of one size cannot make on a map of this size.
+        InputError: windows of one size cannot form one of the grids on a map of this size.
 
     Shape:
         (batch, c, map_size, map_size) to (batch, c * sum of all b^2), each grid with its channels outermost.
@@ -32,20 +32,19 @@ class SpatialPyramid(nn.Module):
         super().__init__()
         if unfit := misfits(bins, map_size):
             raise InputError(
-                f"a pyramid of {braces(bins)} bins does not fit a map of {map_size} x {map_size}: windows of one size "
-                f"give {', '.join(f'{-(-map_size // window(b, map_size))} bins for {b}' for b in unfit)}. "
+                f"a pyramid of {braces(bins)} bins does not fit a map of {map_size} x {map_size}: equal windows give "
+                f" {', '.join(f'{-(-map_size // window(b, map_size))} bins for {b}' for b in unfit)}. "
                 f"{_sizes_that_fit(bins, map_size)}"
             )
         self.bins = tuple(sorted(bins))
         self.map_size = map_size
 
     def forward(self, features: Tensor) -> Tensor:
-        """Pool all grids; raises InputError for a map of another size."""
+        """Pool all grids. Raises InputError for a map of another size."""
         if features.shape[-2:] != (self.map_size, self.map_size):
             raise InputError(
-                f"the pyramid pools maps of {self.map_size} x {self.map_size} and received one of "
-                f"{features.shape[-2]} x {features.shape[-1]}: the images have another size than image_size of the "
-                "network that was built"
+                f"the pyramid expects a map of {self.map_size} x {self.map_size}, but received one of "
+                f"{features.shape[-2]} x {features.shape[-1]}: use images of the network's image_size"
             )
         grids: list[Tensor] = []
         for b in self.bins:
@@ -59,36 +58,36 @@ class SpatialPyramid(nn.Module):
 
 
 def window(bins: int, map_size: int) -> int:
-    """Return side and stride of the windows that pool a map into so many bins along a side."""
+    """Return side and stride of the windows that pool a map into `bins` bins along a side."""
     return -(-map_size // bins)
 
 
 def misfits(bins: Sequence[int], map_size: int) -> list[int]:
-    """Return the grids that windows of one size, side by side, cannot make on a map of this size."""
+    """Return the grids that adjacent windows of one size cannot form on a map of this size."""
     return [b for b in bins if b < 1 or map_size < 1 or -(-map_size // window(b, map_size)) != b]
 
 
 def pyramid_for(image_size: int, bins: Sequence[int]) -> SpatialPyramid:
-    """Build the pyramid on the last map of models A and B for square crops of `image_size` pixels.
+    """Build the pyramid for the last map of models A and B, for square crops of `image_size` pixels.
 
     Raises:
-        InputError: images too small for it, or of a size that it does not fit.
+        InputError: the pyramid does not fit images of this size.
     """
     return SpatialPyramid(bins, -(-image_size // STRIDE))
 
 
 def num_features(channels: int, bins: Sequence[int]) -> int:
-    """Return the number of features that a pyramid gives."""
+    """Return the number of features of a pyramid."""
     return channels * sum(b * b for b in bins)
 
 
 def braces(bins: Sequence[int]) -> str:
-    """Format a pyramid as Table 2 does."""
+    """Format the bins of a pyramid as in Table 2."""
     return "{" + ", ".join(map(str, sorted(bins, reverse=True))) + "}"
 
 
 def _sizes_that_fit(bins: Sequence[int], map_size: int) -> str:
-    """Advise the nearest sizes of images for this pyramid."""
+    """Return advice on the nearest image sizes that fit this pyramid."""
     fitting = [size for size in range(1, 65) if not misfits(bins, size)]
     nearest = sorted(sorted(fitting, key=lambda size: abs(size - map_size))[:4])
     images = ", ".join(str(STRIDE * size) for size in nearest)

@@ -1,25 +1,25 @@
-"""ResNet-50: torchvision's, and the same for small images and with fewer filters."""
+"""ResNet-50: torchvision's, and variants for small images and with fewer filters."""
 
 from torch import nn
 from torchvision.models import ResNet
 from torchvision.models import resnet50 as torchvision_resnet50
 from torchvision.models.resnet import Bottleneck
 
-SMALL = 112  # pixels; below, the usual stem would leave maps of 3x3 and less
+SMALL = 112  # pixels; for smaller images, the usual stem would leave maps of at most 3x3
 WIDTH = 64  # torchvision's
-BLOCKS = (3, 4, 6, 3)  # of the stages
+BLOCKS = (3, 4, 6, 3)  # of each stage
 
 
 def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = WIDTH) -> ResNet:
-    """ResNet-50 (the paper's [27]).
+    """Build ResNet-50 (the paper's [27]).
 
-    DEVIATION(small-resnet): on images of less than 112 pixels the first convolution has stride 1 and no pooling follows
-    it, so that 64 pixels leave an 8x8 map. All weights keep their shapes.
+    DEVIATION(small-resnet): for images of less than 112 pixels the first convolution has stride 1 and is not followed
+    by pooling, so that 64 pixels leave an 8x8 map. All weights keep their shapes.
 
     Args:
-        num_classes: length of the output.
+        num_classes: number of classes, the length of the output.
         image_size: side of the images in pixels.
-        width: filters of the first convolution, and with it the width of everything; 64 in the paper.
+        width: filters of the first convolution, which scales all layers; 64 in the paper.
 
     Returns:
         torchvision's module, with its names: images (batch, 3, h, w) to class scores (batch, num_classes).
@@ -34,7 +34,7 @@ def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = WID
 
 
 def _change_width(model: ResNet, width: int) -> None:
-    """Replace all layers; the constructor can change the width of the 3x3 convolutions only."""
+    """Replace all layers, since the constructor can only change the width of the 3x3 convolutions."""
     model.inplanes = width
     model.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
     model.bn1 = nn.BatchNorm2d(width)

@@ -1,1 +1,1 @@
-"""Everything that others may have written: bounded reading of files, folders without links, names shown escaped."""
+"""Untrusted input and output: bounded reading of files, folders without links, escaped names, errors as one line."""

@@ -1,4 +1,4 @@
-"""Folders that others may have written: nothing is opened for writing through a link, nor taken from another user."""
+"""Untrusted folders: files are never written through a symbolic link, and those of other users are not used."""
 
 import errno
 import os
@@ -15,10 +15,10 @@ DEEPEST = 4  # folders below a run's
 
 
 def open_for_writing(path: Path, mode: str, **options: Any) -> IO[Any]:
-    """Open a file of a folder that others may have written, in the modes of `open`; a link is refused.
+    """Open a file in an untrusted folder, in a mode of `open`. A symbolic link is refused.
 
     Raises:
-        OSError: it is a link, or it cannot be opened.
+        OSError: the file is a symbolic link, or cannot be opened.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -26,17 +26,18 @@ def open_for_writing(path: Path, mode: str, **options: Any) -> IO[Any]:
             return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise OSError(errno.ELOOP, "it is a symbolic link, which is not written through", name) from None
+                reason = "it is a symbolic link, and files are not written through links"
+                raise OSError(errno.ELOOP, reason, name) from None
             raise
 
     return open(path, mode, opener=opener, **options)
 
 
 def refuse_links(folder: Path) -> None:
-    """Check that a folder holds no symbolic links, and nothing but files and folders; it may be one itself.
+    """Check that a folder contains only regular files and folders. The folder itself may be a symbolic link.
 
     Raises:
-        InputError: one that does, by its name.
+        InputError: the folder contains a symbolic link, or an entry that is neither a file nor a folder.
     """
     waiting = [(folder, 0)]
     while waiting:
@@ -48,11 +49,11 @@ def refuse_links(folder: Path) -> None:
                 elif not entry.is_file(follow_symlinks=False):
                     what = "a symbolic link" if entry.is_symlink() else "neither a file nor a folder"
                     shown = printable(entry.path)
-                    raise InputError(f"{shown} is {what}, which may lead elsewhere: remove it, or copy what it names")
+                    raise InputError(f"{shown} is {what}: remove it, or replace it by a regular file or folder")
 
 
 def is_our_own(path: Path) -> bool:
-    """Return whether a file is a regular one that this user, or the system's administrator, owns."""
+    """Return whether a path is a regular file owned by this user or by root."""
     try:
         state = path.stat(follow_symlinks=False)
     except OSError:
@@ -61,7 +62,7 @@ def is_our_own(path: Path) -> bool:
 
 
 def sweep(folder: Path, pattern: str, older_than_s: float, now_s: float) -> None:
-    """Remove the files of this user that match a pattern and have not been written to for a while."""
+    """Remove this user's files that match a pattern and are older than `older_than_s` seconds."""
     for path in _matching(folder, pattern):
         with suppress(OSError):
             if is_our_own(path) and now_s - path.stat().st_mtime > older_than_s:

@@ -1,11 +1,11 @@
-"""One typed way to read what this program has written: JSON decoded into dataclasses, regular files of bounded size.
+"""Typed reading of this program's own files: JSON decoded into dataclasses, and regular files of bounded size.
 
 Note [Reading]
-1. Files may be damaged, or written by others. Everything wrong with one is a `DamagedFileError` that names the file,
-   the place in it and the reason; no value of another type than the dataclass says gets through.
-2. JSON as the standard has it: no NaN or Infinity, no name twice in an object, no numbers beyond 64 bits or doubles.
-   Entries that the dataclass does not have are ignored: a later version may have written them.
-3. A FIFO, a device or a folder in the place of a file is refused before anything is read from it.
+1. Files may be damaged, or written by others. Any problem raises a `DamagedFileError` that names the file, the place in
+   it and the reason. Every value that is returned has the type that the dataclass declares.
+2. JSON is read by the standard: no NaN or Infinity, no repeated names in an object, no numbers beyond 64 bits or
+   doubles. Unknown entries are ignored, since a later version may have written them.
+3. A FIFO, device or folder in place of a file is refused before anything is read from it.
 """
 
 import errno
@@ -25,21 +25,21 @@ from relaylab.outside.showing import printable
 
 LARGEST = 256 << 20  # bytes of a JSON file
 LONGEST_LINE = 1 << 20  # characters
-LONGEST = 20  # digits of a whole number
+LONGEST = 20  # digits of an integer
 SHOWN = 300  # characters of a reason
 
 T = TypeVar("T")
 
 
 class DamagedFileError(InputError):
-    """A file that is damaged, or of another kind than its name says."""
+    """The file is damaged, or its content does not match its name."""
 
 
 def read_json(path: Path, kind: type[T], *, most: int = LARGEST) -> T:
     """Read a JSON file into a dataclass or another type.
 
     Raises:
-        DamagedFileError: the file cannot be read, or does not hold a value of this type. See Note [Reading].
+        DamagedFileError: the file cannot be read, or its content is not of this type. See Note [Reading].
     """
     try:
         data = read_bytes(path, most)
@@ -49,21 +49,21 @@ def read_json(path: Path, kind: type[T], *, most: int = LARGEST) -> T:
 
 
 def parse(data: bytes | str, kind: type[T], where: str) -> T:
-    """Return the value of JSON text as a type.
+    """Decode JSON text into a type.
 
     Args:
-        data: text, as UTF-8 if it is bytes.
+        data: JSON text, UTF-8 if it is bytes.
         kind: a dataclass, or a type such as dict[str, int].
-        where: the file, for the error.
+        where: the file, for error messages.
 
     Raises:
-        DamagedFileError: see Note [Reading].
+        DamagedFileError: the text is not valid, or not of this type. See Note [Reading].
     """
     return typed(_plain(data, where), kind, where)
 
 
 def typed(value: Any, kind: type[T], where: str) -> T:
-    """Return plain values, as from JSON, as a type; see `parse`."""
+    """Convert plain values, as from JSON, to a type; see `parse`."""
     try:
         return msgspec.convert(value, kind, dec_hook=_other)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
@@ -77,18 +77,18 @@ def read_bytes(path: Path | str, most: int) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        OSError: it cannot be read, is another kind of file, or has more than `most` bytes.
+        OSError: the file cannot be read, is not a regular file, or has more than `most` bytes.
     """
     with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most:,} are read", str(path))
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes; the limit is {most:,}", str(path))
         return file.read()
 
 
 def open_regular(path: Path | str) -> int:
-    """Return a descriptor to read a regular file; raises OSError for one that is absent or of another kind."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for its writer
+    """Open a regular file for reading and return its descriptor; raise OSError if it is absent or of another kind."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO would block
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -98,17 +98,17 @@ def open_regular(path: Path | str) -> int:
 
 
 def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
-    """Iterate over the lines of an open file; raise a DamagedFileError for one of more than `LONGEST_LINE`."""
+    """Yield the lines of an open file; raise DamagedFileError for a line of `LONGEST_LINE` characters or more."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
         if len(line) == LONGEST_LINE:
-            raise DamagedFileError(f"{name}, line {number} has {LONGEST_LINE:,} characters or more: is it text?")
+            raise DamagedFileError(f"{name} is not a text file: line {number} has {LONGEST_LINE:,} characters or more")
         yield line
 
 
 def check_keys(values: dict[str, Any], names: Sequence[str], where: str) -> None:
-    """Raise a DamagedFileError if a mapping lacks names."""
+    """Raise DamagedFileError if a mapping lacks one of the names."""
     lacking = [name for name in names if name not in values]
     if lacking:
         raise _damaged(where, f"it lacks {', '.join(lacking)}")
@@ -122,7 +122,7 @@ def _plain(data: bytes | str, where: str) -> Any:
         )
     except RecursionError:
         raise _damaged(where, "nested too deeply") from None
-    except ValueError as error:  # of UTF-8 too
+    except ValueError as error:  # including UnicodeDecodeError
         raise _damaged(where, str(error) if data else "it is empty") from None
 
 
@@ -131,12 +131,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} is there twice")
+        raise ValueError(f"the name {twice!r} occurs twice")
     return values
 
 
 def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _number(text: str) -> float:
@@ -148,12 +148,12 @@ def _number(text: str) -> float:
 
 def _whole(text: str) -> int:
     if len(text) > LONGEST:
-        raise ValueError(f"a whole number of {len(text)} digits")
+        raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
 
 
 def _other(kind: type[Any], value: Any) -> Any:
-    """Return a value of the types that msgspec does not know."""
+    """Convert a value to a type that msgspec does not support."""
     if kind is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
     raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
@@ -161,4 +161,4 @@ def _other(kind: type[Any], value: Any) -> Any:
 
 def _damaged(where: str, reason: str) -> DamagedFileError:
     reason = printable(re.sub(r"\s+", " ", reason[:SHOWN]))
-    return DamagedFileError(f"{where} is damaged, or not what relaylab writes: {reason}")
+    return DamagedFileError(f"{where} is damaged, or was not written by relaylab: {reason}")

@@ -1,4 +1,4 @@
-"""Text from outside (names of files, classes and layers), escaped for the medium that shows it: a function for each."""
+"""Escaping of untrusted text (names of files, classes and layers): one function per output format."""
 
 import io
 import os
@@ -16,64 +16,64 @@ LATEX = str.maketrans(
         "±": r"$\pm$",
     }
 )
-# Where Markdown would see code, emphasis, cells or links. Underscores inside of words are text.
+# Marks that Markdown would read as code, emphasis, cells or links. Underscores inside words are plain text.
 _MARKS = re.compile(r"[|`*]|\\(?=[!-/:-@\[-`{-~]|$)|(?<!\w)_|_(?!\w)|(?<=\])[(\[:]")
 _HTML = re.compile(r"[<>]|&(?=#?\w+;)")
 
 
 def printable(name: str | bytes) -> str:
-    """Return a name on one line, with unprintable characters escaped: controls, bidirectional marks, odd bytes."""
+    """Return a name on one line, with control characters, bidirectional marks and undecodable bytes escaped."""
     text = os.fsdecode(name)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def brief(name: str | bytes, most: int = 300) -> str:
-    """Return a name for a message: on one line that is not too long."""
+    """Return a name for a message: one line, truncated to `most` characters."""
     text = printable(name[: most + 1])
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def reason(error: object) -> str:
-    """Return an exception's text on one line that is not too long: libraries repeat what they could not read."""
+    """Return an exception's message on one truncated line, since libraries may quote all that they could not read."""
     return brief(" ".join(str(error).split()))
 
 
 def terminal(text: str, encoding: str = "utf-8") -> str:
-    """Return text of several lines with what a terminal would obey, or its encoding lacks, escaped."""
+    """Return text with control sequences, and characters that the encoding lacks, escaped. Line breaks are kept."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else _escaped(c) for c in text)
     return text if text.isascii() else text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def markdown(text: str) -> str:
-    """Return text on one line for Markdown, in a cell or a paragraph."""
+    """Return text on one line, escaped for a Markdown cell or paragraph."""
     marked = _MARKS.sub(r"\\\g<0>", printable(_spaced(text)))
     return _HTML.sub(lambda match: escape(match[0]), marked)
 
 
 def latex(text: str) -> str:
-    """Return text on one line for LaTeX."""
+    """Return text on one line, escaped for LaTeX."""
     return printable(_spaced(text)).translate(LATEX)
 
 
 def html(text: str) -> str:
-    """Return text for HTML, in an element or in quotes."""
+    """Return text escaped for an HTML element or attribute."""
     return escape(terminal(text))
 
 
 def picture(text: str) -> str:
-    """Return text on one line for Matplotlib, which would take what is between dollar signs for mathematics."""
+    """Return text on one line, escaped for Matplotlib, which reads text between dollar signs as mathematics."""
     return printable(_spaced(text)).replace("$", r"\$")
 
 
 class Escaping(io.TextIOBase):
-    """A stream to a terminal or a log that escapes what is written to it; see `terminal`."""
+    """A stream that escapes the text written to it with `terminal`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str, /) -> int:
-        """Write text, escaped; return its length."""
+        """Write escaped text, and return the length of the original."""
         self.stream.write(terminal(text, self.stream.encoding or "utf-8"))
         return len(text)
 
@@ -94,12 +94,12 @@ class Escaping(io.TextIOBase):
 
 
 def direct(stream: TextIO) -> TextIO:
-    """Return the stream itself, for what writes control characters of its own, such as a progress bar."""
+    """Return the stream without escaping, for writers of control characters such as a progress bar."""
     return stream.stream if isinstance(stream, Escaping) else stream
 
 
 def _escaped(character: str) -> str:
-    code = ord(character) - 0xDC00  # bytes that are not UTF-8 are decoded to U+DC80 and further
+    code = ord(character) - 0xDC00  # bytes that are not UTF-8 are decoded to U+DC80 to U+DCFF
     return f"\\x{code:02x}" if 0x80 <= code <= 0xFF else ascii(character)[1:-1]
 
 
@@ -108,5 +108,5 @@ def _is_space(character: str) -> bool:
 
 
 def _spaced(text: str) -> str:
-    """Return text with plain spaces: others are not printable."""
+    """Return text with every kind of space replaced by a plain one, since the others are not printable."""
     return text if text.isprintable() else "".join(" " if _is_space(c) else c for c in text)

@@ -1,4 +1,4 @@
-"""Exceptions of libraries and of the system as one line for the user, and the exit code that belongs to it."""
+"""Error messages: convert any exception to one line for the user and an exit code."""
 
 import errno
 import lzma
@@ -17,7 +17,7 @@ NO_MEMORY = ("alloc", "out of memory")  # of torch's RuntimeErrors
 
 
 def line_of(error: Exception) -> tuple[str, int]:
-    """Return the message for an exception that has left a command, and the exit code."""
+    """Return the message and the exit code for an exception raised by a command."""
     match error:
         case LabError():
             return str(error), error.exit_code
@@ -26,10 +26,7 @@ def line_of(error: Exception) -> tuple[str, int]:
         case RecursionError():
             return "the input is nested too deeply to be read", WRONG_INPUT
         case UnicodeError():
-            return (
-                f"text in another encoding than UTF-8: {reason(error)}",
-                WRONG_INPUT,
-            )
+            return f"text that is not UTF-8: {reason(error)}", WRONG_INPUT
         case zlib.error() | lzma.LZMAError() | tarfile.TarError() | zipfile.BadZipFile() | EOFError():
             return f"an archive is damaged or cut short: {reason(error)}", WRONG_INPUT
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_memory(error)):
@@ -38,7 +35,9 @@ def line_of(error: Exception) -> tuple[str, int]:
         return str(error), WRONG_INPUT
     if _is_of("safetensors", "SafetensorError", error):
         return f"cannot read or write a safetensors file: {reason(error)}", FAILED
-    return f"internal error: {type(error).__name__}: {reason(error)} ({_place(error)}); --debug shows where", INTERNAL
+    place = _place(error)
+    message = f"internal error: {type(error).__name__}: {reason(error)} ({place}); --debug shows the traceback"
+    return message, INTERNAL
 
 
 def _system(error: OSError) -> str:
@@ -53,12 +52,12 @@ def _is_memory(error: RuntimeError) -> bool:
 
 
 def _is_of(module: str, name: str, error: Exception) -> bool:
-    """Return whether an error is of a library's class; the library is not imported for it."""
+    """Return whether an error is an instance of a library's class, without importing the library."""
     kind = getattr(sys.modules.get(module), name, ())
     return isinstance(error, kind)
 
 
 def _place(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "relaylab" in frame.filename or "relaybackprop" in frame.filename] or frames
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else "nowhere"
+    ours = [frame for frame in frames if "relaylab" in frame.filename or "relaybackprop" in frame.filename] or frames
+    return f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else "no traceback"

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables, and ours, as typed recipes, by name."""
+"""The built-in recipes by name: the rows of the paper's tables, and our own."""
 
 from pathlib import Path
 
@@ -18,19 +18,24 @@ RECIPES: dict[str, Recipe] = {**PAPER, **{recipe.name: recipe for recipe in digi
 
 
 def find_recipe(name: str, scale: Scale = "paper") -> Recipe:
-    """Return the recipe of a name or of a file, at a scale.
+    """Return a built-in recipe at a scale, or read a recipe file.
+
+    Example::
+
+        recipe = find_recipe("table3-model-a-relay", "small")
+        recipe = find_recipe("mine.toml")
 
     Raises:
-        InputError: an unknown name, with the nearest ones; a file that is not a recipe; a scale of a file.
+        InputError: the name is unknown, the file is not a recipe, or a scale is given for a file.
     """
     if is_file(name):
         if scale != "paper":
-            raise InputError(f"--scale {scale}: {name} has sizes of its own; change them in the file, or with --set")
+            raise InputError(f"--scale {scale}: {name} defines its own sizes; change them in the file or with --set")
         return read_recipe(Path(name))
     if name in RECIPES:
         return at_scale(RECIPES[name], scale)
     if name in ENSEMBLES:
         members = ", ".join(member.name for member in ENSEMBLES[name].members)
-        raise InputError(f"{name} is an ensemble; name one of its members: {members}")
+        raise InputError(f"{name} is an ensemble; give one of its members: {members}")
     advice = nearest(name, [*RECIPES, *ENSEMBLES]) or f"; 'relaylab recipes' lists them; a recipe file ends in {SUFFIX}"
     raise InputError(f"unknown recipe {name!r}{advice}")

@@ -1,4 +1,4 @@
-"""Changes of a recipe's values from text, KEY=VALUE, and checks of the values. Problems are collected."""
+"""Change the values of a recipe by KEY=VALUE texts, and check the values. All problems are reported together."""
 
 import dataclasses
 import math
@@ -26,20 +26,20 @@ LEAST = {  # by field
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
     "padding": 0, "policy_operations": 1, "policy_magnitude": 0, "erasing": 0, "mixup": 0, "cutmix": 0,
 }  # fmt: skip
-ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may name files
-OPTIONS = "network.options"  # the meaning of their names is the network's
+ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may be paths
+OPTIONS = "network.options"  # names and values are defined by the network
 POSITIVE = ("held_out", "set_aside", "lr", "eps", "clip_norm", "weight", "factor")
-MAGNITUDE = 30  # the largest of a policy's operations
+MAGNITUDE = 30  # largest magnitude of a policy's operations
 
 
 def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """Return the recipe with those changes that can be made, and error messages for the others.
+    """Return the recipe with all valid changes, and error messages for the others.
 
     Args:
-        recipe: is not changed.
-        texts: KEY=VALUE each. Keys are dotted names as `Recipe.fields` gives them; items of lists are separated by
-            commas; "none" is None. `optimizer.schedule.kind` takes the other values of a schedule from the rest of the
-            texts, and from its defaults.
+        recipe: recipe to change; it is not modified.
+        texts: KEY=VALUE texts. Keys are the dotted names of `Recipe.fields`; list items are separated by commas; "none"
+            is None. With `optimizer.schedule.kind`, the other values of the schedule come from the other texts, or are
+            its defaults.
     """
     problems: list[str] = []
     pairs: dict[str, str] = {}
@@ -62,18 +62,18 @@ def with_changes(recipe: Recipe, texts: Sequence[str]) -> tuple[Recipe, list[str
 
 
 def with_absolute_paths(text: str) -> str:
-    """Return a change KEY=VALUE with the absolute path of the file that its value names, if it does."""
+    """Return a KEY=VALUE text in which the path of a file, if the value is one, is absolute."""
     key, equals, value = text.partition("=")
     return f"{key}={located(key.strip(), value.strip())}" if equals else text
 
 
 def located(key: str, value: str, folder: Path | None = None) -> str:
-    """Return the value of a recipe with the absolute path of the file that it names; others as they are.
+    """Return a value with an absolute path if it is the path of a file, else unchanged.
 
     Args:
         key: dotted name of the value.
-        value: as text.
-        folder: that the path is relative to; the current one by default.
+        value: value as text.
+        folder: folder that the path is relative to; by default the current one.
     """
     path, colon, function = value.rpartition(":") if key == ARCHITECTURE else (value, "", "")
     names_file = path.endswith(".py") if key == ARCHITECTURE else key == PRETRAINED and value.lower() != "none"
@@ -81,33 +81,33 @@ def located(key: str, value: str, folder: Path | None = None) -> str:
 
 
 def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -> Recipe:
-    """Return the recipe with another kind of schedule, if one is asked for; its values are taken out of the pairs."""
+    """Return the recipe with another kind of schedule, if given; the schedule's values are removed from the pairs."""
     if KIND not in pairs:
         return recipe
     group = KIND.removesuffix(".kind")
-    own = {key.removeprefix(f"{group}."): pairs.pop(key) for key in list(pairs) if key.startswith(f"{group}.")}
-    found: list[str] = []
-    schedule = decode(ScheduleConfig, own, group, found)
-    problems += found
-    return recipe if found else changed(recipe, SOURCE, {group: schedule})
+    values = {key.removeprefix(f"{group}."): pairs.pop(key) for key in list(pairs) if key.startswith(f"{group}.")}
+    wrong: list[str] = []
+    schedule = decode(ScheduleConfig, values, group, wrong)
+    problems += wrong
+    return recipe if wrong else changed(recipe, SOURCE, {group: schedule})
 
 
 def _unset(recipe: Recipe) -> list[str]:
-    """Return the names of the values that a recipe may have and leaves out."""
+    """Return the names of the optional values that a recipe does not set."""
     values = {group: getattr(recipe, group) for group in LACKING}
     entries = [(group, entry.name) for group, value in values.items() for entry in dataclasses.fields(value)]
     return [f"{group}.{name}" for group, name in entries if getattr(values[group], name) is None]
 
 
 def _hint(recipe: Recipe, key: str) -> Any:
-    """Return the type of a recipe's value, by its dotted name."""
+    """Return the type of the value with this dotted name."""
     names = [*(name for name, _, _ in recipe.fields()), *_unset(recipe)]
     value: Any = recipe
     hint: Any = None
     for depth, name in enumerate(key.split(".")):
         if isinstance(value, Mapping):
             hint = get_args(hint)[1]
-            is_known = name in value or not dataclasses.is_dataclass(hint)  # any segment may be given a factor
+            is_known = name in value or not dataclasses.is_dataclass(hint)  # segment_lr accepts any segment
             value = cast("Mapping[str, Any]", value).get(name)
         else:
             hints = get_type_hints(type(value)) if dataclasses.is_dataclass(value) else {}
@@ -121,7 +121,7 @@ def _hint(recipe: Recipe, key: str) -> Any:
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
-    """Return an error message for each value that a recipe cannot be trained with."""
+    """Return an error message for each value of a recipe that is out of range."""
     optimizer, problems = recipe.optimizer, list[str]()
     for name, value, _ in recipe.fields():
         group, _, field = name.rpartition(".")
@@ -140,7 +140,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     if optimizer.ema_decay is not None and not 0 < optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {optimizer.ema_decay}: expected between 0 and 1, such as 0.999")
     if not 0 <= recipe.loss.label_smoothing < 1:
-        problems.append(f"loss.label_smoothing is {recipe.loss.label_smoothing}: expected 0 to 1, without 1")
+        problems.append(f"loss.label_smoothing is {recipe.loss.label_smoothing}: expected at least 0 and below 1")
     for name in ("held_out", "set_aside"):
         count = getattr(recipe.images, name)
         if count is not None and count >= 1 and count != int(count):
@@ -152,12 +152,12 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     if isinstance(optimizer.schedule, StepsConfig):
         at = optimizer.schedule.at
         if list(at) != sorted(at) or not all(0 < place < 1 for place in at):
-            problems.append(f"optimizer.schedule.at is {at}: expected shares between 0 and 1, in rising order")
+            problems.append(f"optimizer.schedule.at is {at}: expected shares between 0 and 1, in ascending order")
     return problems
 
 
 def _augmentation_problems(config: AugmentationConfig) -> list[str]:
-    """Return an error message for each value that is out of the range of its augmentation."""
+    """Return an error message for each augmentation value that is out of range."""
     problems: list[str] = []
     for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
         ends = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Typed decoding of recipes from text, TOML and JSON. All problems are collected and reported together."""
+"""Typed decoding of recipes from text, TOML and JSON. All problems are reported together."""
 
 import dataclasses
 import types
@@ -27,29 +27,29 @@ DEFAULT = "the recipe's default"  # source of values that are not given
 
 
 class Problem(ValueError):
-    """One thing that is wrong with one value."""
+    """An error in a single value of a recipe."""
 
 
 def decode_recipe(values: Mapping[str, Any], sources: Mapping[str, str], problems: list[str]) -> Recipe:
-    """Return the recipe of nested plain values, which is whole if there are no problems.
+    """Decode a recipe from nested plain values. The result is valid only if no problems were added.
 
     Args:
-        values: tables as mappings, lists as lists, None or "none" for none; name and row among them.
-        sources: by dotted name.
-        problems: receives an error message for each wrong value.
+        values: tables as mappings, lists as lists, None or "none" for None; includes name and row.
+        sources: source of each value by dotted name.
+        problems: an error message is appended for each wrong value.
     """
     return decode(Recipe, {**values, "sources": {**dict.fromkeys(GROUPS, DEFAULT), **sources}}, "", problems)
 
 
 def decode(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
-    """Return a plain value as one of a type; error messages are added to `problems`."""
+    """Convert a plain value to a type; error messages are appended to `problems`."""
     try:
         if isinstance(value, Mapping):
             return _table(hint, cast("Mapping[str, Any]", value), key, problems)
         if hint is Any:
             return tuple(value) if isinstance(value, list) else value
         if dataclasses.is_dataclass(hint) or get_origin(hint) is Mapping:
-            raise Problem(f"{key} is a table, not one value")
+            raise Problem(f"{key} is a single value: expected a table")
         return parse(value_text(tuple(value) if isinstance(value, list) else value), hint, key)
     except Problem as error:
         problems.append(brief(str(error), MOST_SHOWN))
@@ -57,13 +57,13 @@ def decode(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
 
 
 def _table(hint: Any, value: Mapping[str, Any], key: str, problems: list[str]) -> Any:
-    """Return a table as a mapping, or as the dataclass that it stands for; that of a schedule depends on its kind."""
+    """Convert a table to a mapping or dataclass. The dataclass of a schedule depends on its kind."""
     if get_origin(hint) is Mapping:
-        part_hint = get_args(hint)[1]
-        return MappingProxyType({n: decode(part_hint, part, f"{key}.{n}", problems) for n, part in value.items()})
+        item_hint = get_args(hint)[1]
+        return MappingProxyType({n: decode(item_hint, item, f"{key}.{n}", problems) for n, item in value.items()})
     choices = [choice for choice in get_args(hint) or (hint,) if dataclasses.is_dataclass(choice)]
     if not choices:
-        raise Problem(f"{key} is one value, not a table")
+        raise Problem(f"{key} is a table: expected a single value")
     if len(choices) == 1:
         return _dataclass(choices[0], value, key, problems)
     if value.get("kind") not in SCHEDULES:
@@ -74,7 +74,7 @@ def _table(hint: Any, value: Mapping[str, Any], key: str, problems: list[str]) -
 def _dataclass(kind: Any, value: Mapping[str, Any], key: str, problems: list[str]) -> Any:
     prefix, hints = f"{key}." if key else "", get_type_hints(kind)
     problems += [no_value(prefix + name, [prefix + known for known in hints]) for name in value if name not in hints]
-    given = {name: decode(hints[name], part, prefix + name, problems) for name, part in value.items() if name in hints}
+    given = {name: decode(hints[name], item, prefix + name, problems) for name, item in value.items() if name in hints}
     required = [
         entry.name
         for entry in dataclasses.fields(kind)
@@ -82,38 +82,38 @@ def _dataclass(kind: Any, value: Mapping[str, Any], key: str, problems: list[str
     ]
     lacking = [name for name in required if name not in given]
     if lacking:
-        problems.append(f"{key or 'the recipe'} also needs {', '.join(prefix + name for name in lacking)}")
+        problems.append(f"{key or 'the recipe'} also requires {', '.join(prefix + name for name in lacking)}")
     return kind(**dict.fromkeys(lacking), **given)
 
 
 def no_value(key: str, names: Sequence[str]) -> str:
-    """Return the error message for an unknown name, with its new name or the nearest ones."""
+    """Return the error message for an unknown name, with its new name or similar names."""
     name = current_name(key)
     if name != key:
-        return f"no value {brief(key)}; it is named {brief(name)} now"
+        return f"no value {brief(key)}: it has been renamed to {brief(name)}"
     return f"no value {brief(key)}{nearest(key[:MOST_SHOWN], names)}"
 
 
 def current_name(key: str) -> str:
-    """Return the name that a value of an earlier version has now."""
+    """Return the current name of a value, given its name in this or an earlier version."""
     group, dot, field = key.rpartition(".")
     return MOVED.get(key, f"{group}{dot}{RENAMED.get(field, field)}")
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by their dotted names as tables in tables."""
-    found: dict[str, Any] = {}
+    """Convert values by dotted name to nested tables."""
+    tables: dict[str, Any] = {}
     for key, value in values.items():
         *groups, name = key.split(".")
-        table = found
+        table = tables
         for group in groups:
             table = table.setdefault(group, {})
         table[name] = value
-    return found
+    return tables
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over tables in tables by dotted names."""
+    """Yield dotted names and values of nested tables."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
@@ -122,7 +122,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def parse(text: str, hint: Any, key: str) -> Any:
-    """Return a value of a type from text; a `Problem` if it is not one."""
+    """Parse text as a value of a type; raise `Problem` if that fails."""
     if hint is type(None):
         if text.lower() == "none":
             return None
@@ -133,7 +133,7 @@ def parse(text: str, hint: Any, key: str) -> Any:
         try:
             return hint(text)
         except ValueError:
-            raise Problem(f"{key}={text}: expected a {'whole ' if hint is int else ''}number") from None
+            raise Problem(f"{key}={text}: expected {'an integer' if hint is int else 'a number'}") from None
     if hint is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -144,7 +144,7 @@ def parse(text: str, hint: Any, key: str) -> Any:
             return text
         raise Problem(f"{key}={text}: expected one of {', '.join(arguments)}")
     if get_origin(hint) is tuple:
-        return tuple(parse(part.strip(), arguments[0], key) for part in text.split(",") if part.strip())
+        return tuple(parse(item.strip(), arguments[0], key) for item in text.split(",") if item.strip())
     if get_origin(hint) in (Union, types.UnionType):
         problems: list[Problem] = []
         for choice in sorted(arguments, key=lambda choice: choice is not type(None)):
@@ -157,9 +157,9 @@ def parse(text: str, hint: Any, key: str) -> Any:
 
 
 def plain_value(text: str) -> Any:
-    """Return a value of a type that its text tells: a number, true or false, or text; a tuple where it has commas."""
+    """Parse text by its form: as a number, true or false, a tuple if it has commas, or else text."""
     if "," in text:
-        return tuple(plain_value(part.strip()) for part in text.split(",") if part.strip())
+        return tuple(plain_value(item.strip()) for item in text.split(",") if item.strip())
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""Recipes as TOML files: each value with its source as the comment behind it."""
+"""Recipes as TOML files: the comment after each value is its source."""
 
 import json
 import re
@@ -17,11 +17,11 @@ from relaylab.recipes.schema import GROUPS, Recipe, ReportedErrors
 SUFFIX = ".toml"
 LARGEST_FILE = 1 << 20  # bytes
 BARE = re.compile(r"[A-Za-z0-9_-]+")  # a key that needs no quotes
-COLUMN = 44  # of the comments, at most
+COLUMN = 44  # rightmost column of comments
 
 
 def is_file(name: str | None) -> bool:
-    """Return whether what a user calls a recipe is a file."""
+    """Return whether the name of a recipe is that of a file."""
     return name is not None and name.endswith(SUFFIX)
 
 
@@ -29,14 +29,14 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe file. Paths in it are relative to its folder.
 
     Raises:
-        InputError: no such file, no TOML, or values that are not a recipe's: all of them, by their names.
+        InputError: the file does not exist or is not TOML, or values are wrong. The message lists all wrong values.
     """
     try:
         text = read_bytes(path, LARGEST_FILE).decode()
         values = tomllib.loads(text)
     except FileNotFoundError:
         raise InputError(f"no such recipe file: {path}") from None
-    except (ValueError, RecursionError, OSError) as error:  # of TOML, of UTF-8, or of the file
+    except (ValueError, RecursionError, OSError) as error:  # not TOML, not UTF-8, or unreadable
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path}: {reason}") from None
     name, problems = path.stem, list[str]()
@@ -49,21 +49,21 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with absolute paths of the files that it names."""
+    """Return the recipe with absolute paths of files."""
     architecture = located(ARCHITECTURE, recipe.network.architecture, folder)
     pretrained = recipe.network.pretrained and located(PRETRAINED, recipe.network.pretrained, folder)
     return replace(recipe, network=replace(recipe.network, architecture=architecture, pretrained=pretrained))
 
 
 def _comments(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the comments behind values and headers, by dotted name."""
+    """Yield the dotted names of values and table headers with the comments after them."""
     table = ""
     for line in text.splitlines():
         for place in [match.start() for match in re.finditer("#", line)] or [len(line)]:
             try:
                 path = _path(tomllib.loads(line[:place]))
             except tomllib.TOMLDecodeError:
-                continue  # the mark is within a text
+                continue  # the mark is inside a string
             if not path:
                 break
             if line.lstrip().startswith("["):
@@ -73,7 +73,7 @@ def _comments(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _path(values: Mapping[str, Any]) -> str:
-    """Return the dotted name of the one value, or of the table, on a line."""
+    """Return the dotted name of the value or table on a line."""
     names: list[str] = []
     while isinstance(values, Mapping) and values:
         name, values = next(iter(values.items()))
@@ -82,20 +82,20 @@ def _path(values: Mapping[str, Any]) -> str:
 
 
 def _source(key: str, comments: Mapping[str, str]) -> str:
-    """Return the comment behind a value, else that behind the header of its table."""
+    """Return the comment after a value, else the comment after the header of its table."""
     while not comments.get(key) and "." in key:
         key = key.rpartition(".")[0]
     return comments.get(key, "")
 
 
 def to_toml(recipe: Recipe, notes: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Return a recipe as the text of a file, which `read_recipe` turns into the same recipe.
+    """Return a recipe as TOML text, from which `read_recipe` reads the same recipe.
 
-    Values whose source is `DEFAULT` are left out.
+    Values whose source is `DEFAULT` are omitted.
 
     Args:
-        recipe: any.
-        notes: by table, such as "plan", sentences that go above it as comments; "" for the beginning of the file.
+        recipe: recipe to write.
+        notes: comment lines to write above a table, by table name such as "plan"; "" for the start of the file.
     """
     notes = notes or {}
     head = {"name": recipe.name, "row": recipe.row, "trained_as": recipe.trained_as}
@@ -113,7 +113,7 @@ def to_toml(recipe: Recipe, notes: Mapping[str, Sequence[str]] | None = None) ->
 
 
 def _tables(recipe: Recipe) -> dict[str, list[tuple[str, Any, str]]]:
-    """Return name, value and source of all fields but defaults by table; "" has those outside of tables."""
+    """Return name, value and source of all fields except defaults, by table; "" for fields outside tables."""
     tables: dict[str, list[tuple[str, Any, str]]] = {}
     for key, value, source in recipe.fields():
         if source != DEFAULT:
@@ -128,8 +128,8 @@ def _errors(reported: ReportedErrors) -> list[str]:
 
 
 def _name(key: str) -> str:
-    parts = key.split(".")
-    return ".".join(part if BARE.fullmatch(part) else json.dumps(part, ensure_ascii=False) for part in parts)
+    names = key.split(".")
+    return ".".join(name if BARE.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in names)
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Scales of a recipe, from the paper's size to a few seconds."""
+"""Scales of the paper's recipes, from its full size to a few seconds of training."""
 
 from typing import Any
 
@@ -33,10 +33,10 @@ TINY_WIDTH, TINY_PYRAMID = 4, (2, 1)
 
 
 def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
-    """Return a row of the paper at another size: depth, stages, windows, method and rates stay.
+    """Return a recipe of the paper at another scale. Depth, stages, windows, scheme and learning rates are kept.
 
-    "small" is for MiniPlaces, 100 classes of Places2 in crops of 64 of 72 pixels; "tiny" for tests, two steps on any
-    five classes.
+    "small" is for MiniPlaces: 100 classes of Places2, images of 72 pixels, crops of 64. "tiny" is for tests: two steps
+    on any five classes.
     """
     if scale == "paper":
         return recipe
@@ -59,8 +59,8 @@ def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def stored_side(size: int) -> int:
-    """Return the side of the images that crops of `size` pixels are cut from: the paper's 256 for 224.
+    """Return the image size for crops of `size` pixels, in the paper's proportion of 256 to 224.
 
-    It is a multiple of 4, so that the centre crop is in the centre, and 64-pixel crops come from 72 and not 73 pixels.
+    It is a multiple of 4, so that centre crops are exactly centred: 72 rather than 73 pixels for crops of 64.
     """
     return max(size, 4 * round(size * 256 / 224 / 4))

@@ -51,58 +51,58 @@ class NetworkConfig:
     image_size: int
     """Side of the square crops that the network sees, in pixels."""
     width: int | None = None
-    """Filters of the first segment (VGGs, model A, ResNet-50) or k of the first inception modules (model B), and with
-    it the width of everything; 64 in the paper. Inception-v3 has none."""
+    """Filters of the first segment (VGGs, model A, ResNet-50) or k of the first inception modules (model B), which
+    scales all layers; 64 in the paper. Not for Inception-v3."""
     convs: int | None = None
     """Convolutions in each segment of the small VGG."""
     pyramid: tuple[int, ...] | None = None
-    """Bins along a side of each grid of the spatial pyramid; models A and B have one."""
+    """Bins along a side of each grid of the spatial pyramid (models A and B)."""
     gain: Gain | None = None
-    """Initialisation of the last layer: "he" draws weights of variance 2 / fan-in, as the paper's networks do by
-    themselves; "quiet" draws small ones, so that training starts near the loss of guessing; "default" is PyTorch's."""
+    """Initialisation of the last layer: "he" draws weights with variance 2 / fan-in, the default of the paper's
+    networks; "quiet" draws small weights, so that training starts near the loss of guessing; "default" is PyTorch's."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Further arguments of a network of other code, beside num_classes: numbers, text, true, false, lists of these."""
+    """Other arguments of a network of other code besides num_classes: numbers, text, true, false, or lists of these."""
     pretrained: str | None = None
-    """File of weights to start from, safetensors or a state dict of PyTorch's; what does not fit, such as the last
-    layer for other classes, keeps its fresh weights."""
+    """File of pretrained weights, safetensors or a PyTorch state dict. Tensors that do not fit, such as the last layer
+    for other classes, keep their fresh weights."""
 
     @property
     def is_named(self) -> bool:
-        """Whether it is a network of other code."""
+        """Whether this is a network of other code."""
         return ":" in self.architecture
 
     @property
     def is_code(self) -> bool:
-        """Whether it is a function, for which code is imported that the lab does not know."""
+        """Whether this is a function in a package or file, whose code is imported."""
         return self.is_named and self.architecture.partition(":")[0] not in LIBRARIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrimaryConfig:
-    """The window of the loss on the network's output: its gradient stops at the input of one module, or after one."""
+    """The window of the loss on the network's output. Its gradient stops at the input of a module, or after one."""
 
     bottom: str | None = None
     after: str | None = None
-    """A module's name; several, separated by commas, where values enter the window from the side."""
+    """Name of a module; several names, separated by commas, if the window has side inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuxiliaryConfig:
-    """An auxiliary loss: its head and the head's place, its weight, and the end of its window."""
+    """An auxiliary loss: the position and type of its head, its weight, and the lower end of its window."""
 
     top: str
     bottom: str | None = None
     after: str | None = None
     weight: float = 0.3
     head: str = "googlenet"
-    """A name in `relaylab.models.building.HEADS`, or "auto" for the one that fits what it reads."""
+    """A name in `relaylab.models.building.HEADS`, or "auto" to choose the head by the shape of its input."""
     gain: Gain | None = None
-    """Initialisation of the head's last layer, as `network.gain`."""
+    """Initialisation of the head's last layer, like `network.gain`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig:
-    """The windows of relay backpropagation; the other schemes follow from them."""
+    """The windows of relay backpropagation. The plans of the other schemes are derived from them."""
 
     primary: PrimaryConfig = PrimaryConfig()
     auxiliary: Mapping[str, AuxiliaryConfig] = field(default_factory=lambda: MappingProxyType({}))
@@ -110,58 +110,59 @@ class PlanConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagesConfig:
-    """The images, and their size before they are cropped to the network's `image_size`."""
+    """The images, and the size to which they are resized before cropping to the network's `image_size`."""
 
     data_set: Literal["Places2 challenge", "ImageNet 2012", "MiniPlaces", "digits", "any"]
     short_side: int
     """Length of the shorter side after resizing, in pixels; the aspect ratio is kept."""
     sampling: Sampling
     held_out: int | float | None = None
-    """Training images of each class, or below 1 their share, that are set aside and take the place of the validation
-    images: where there are none, or for choosing a learning rate by images that no reported error is measured on."""
+    """Number of training images per class, or share if below 1, to hold out and use as validation images: if there are
+    no validation images, or to choose a learning rate without the images of the reported errors."""
     set_aside: int | float | None = None
-    """Training images of each class, or below 1 their share, that are set aside beside those held out, and that
-    training validates on instead: `relaylab compare --tune` chooses values by them."""
+    """Number of training images per class, or share if below 1, to hold out in addition to `held_out`, and to validate
+    on instead. `relaylab compare --tune` chooses values by them."""
     val_split: Literal["val", "test"] | None = None
-    """Part of the data that training validates on; "val" if none is given."""
+    """Split that training validates on; "val" if not set."""
     long_tail: float | None = None
-    """Largest to smallest class, if the training images are thinned so that class sizes fall exponentially."""
+    """Ratio of the largest to the smallest class of an artificial long tail, in which class sizes decrease
+    exponentially; None to use all training images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentationConfig:
-    """Augmentation of training crops, and the normalisation, which evaluation has too."""
+    """Augmentation of training crops, and the normalisation, which evaluation also uses."""
 
     flip: bool = True
     """Mirror half of the images."""
     colour_shift: float = 0.1
-    """Strength of AlexNet's shift along the principal components of colour; 0 for none."""
+    """Standard deviation of AlexNet's shift along the principal components of colour; 0 disables it."""
     mean: Literal["pixel", "channel"] = "pixel"
-    """Subtract the training images' mean image, or their mean colour."""
+    """Subtract the mean image of the training images ("pixel"), or their mean colour ("channel")."""
     divide: bool = False
-    """Divide by each channel's standard deviation."""
+    """Divide by the standard deviation of each channel."""
     crop: Literal["window", "resized"] = "window"
-    """The paper's crop, a window of fixed scale at a random place; or a random resized crop, a box of random area and
-    aspect ratio that is resized to a square."""
+    """"window": the paper's crop, a window of fixed scale at a random position. "resized": a random resized crop, a box
+    of random area and aspect ratio that is resized to a square."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Least and largest area of a resized crop, as a share of the image's."""
+    """Minimum and maximum area of a resized crop, as a share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and largest aspect ratio of a resized crop, width to height."""
+    """Minimum and maximum aspect ratio (width / height) of a resized crop."""
     padding: int = 0
-    """Black pixels around the resized image, before a training crop is taken."""
+    """Width of the black border around the resized image, in pixels, before a training crop is taken."""
     policy: Literal["randaugment", "trivialaugment", "autoaugment"] | None = None
-    """Random operations on the colours and the geometry of each crop; see `relaylab.data.policies`."""
+    """Random colour and geometry operations on each crop; see `relaylab.data.policies`."""
     policy_operations: int = 2
-    """Operations on each crop, of RandAugment."""
+    """Number of operations on each crop (RandAugment only)."""
     policy_magnitude: int = 9
-    """Strength of the operations, of RandAugment, 0 to 30."""
+    """Strength of the operations, 0 to 30 (RandAugment only)."""
     erasing: float = 0.0
-    """Probability of erasing a random box from an image, after normalisation; erased pixels are 0."""
+    """Probability of erasing a random box from an image after normalisation; erased pixels are 0."""
     mixup: float = 0.0
-    """Mix pairs of images and of their targets, in proportions of the distribution Beta(mixup, mixup); 0 for none."""
+    """Mix pairs of images and their targets, in proportions drawn from Beta(mixup, mixup); 0 disables it."""
     cutmix: float = 0.0
-    """Put a box of one image into another, its area of the distribution Beta(cutmix, cutmix), and mix their targets; 0
-    for none. With mixup too, one of the two is chosen for each batch."""
+    """Paste a box of one image into another, with an area drawn from Beta(cutmix, cutmix), and mix their targets; 0
+    disables it. If mixup is also enabled, one of the two is chosen for each batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +173,7 @@ class PlateauConfig:
     factor: float = 0.1
     patience: int
     least: float = 0.01
-    """Learning rates below this share of the first one are not used."""
+    """Lower limit of the learning rate, as a share of the initial one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,11 +196,11 @@ class DecayConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CosineConfig:
-    """Decay the learning rate along half a cosine, from the first iteration to the last."""
+    """Decay the learning rate along half a cosine wave, from the first iteration to the last."""
 
     kind: Literal["cosine"] = "cosine"
     least: float = 0.0
-    """Share of the first rate that is left at the end."""
+    """Final learning rate, as a share of the initial one."""
 
 
 ScheduleConfig = PlateauConfig | StepsConfig | DecayConfig | CosineConfig
@@ -207,7 +208,7 @@ ScheduleConfig = PlateauConfig | StepsConfig | DecayConfig | CosineConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer and the length of the training. An algorithm ignores the values that only others have."""
+    """The optimizer and the length of training. An algorithm ignores the values of other algorithms."""
 
     algorithm: Literal["sgd", "adamw"] = "sgd"
     """A name in `relaylab.train.optimizers.OPTIMIZERS`."""
@@ -215,59 +216,59 @@ class OptimizerConfig:
     momentum: float = 0.9
     """SGD only."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW only: decay rates of the averages of gradients and of their squares."""
+    """AdamW only: decay rates of the running averages of the gradients and their squares."""
     eps: float = 1e-8
     """AdamW only: added to the denominator."""
     weight_decay: float
     """SGD adds it to the gradient, times the weight; with AdamW it is decoupled from the gradient."""
     decay_norms_and_biases: bool = True
-    """Weight decay on all parameters, as in Caffe; False: not on those with at most one dimension, nor on those that
-    the network names by `no_weight_decay()`, as timm's networks do."""
+    """Apply weight decay to all parameters, as in Caffe; if false, not to those with at most one dimension, nor to
+    those that the network lists in `no_weight_decay()`, as timm's networks do."""
     layer_decay: float | None = None
-    """Factor on the learning rate from each layer of the network to the one below it, for fine-tuning; the last layer
-    and the heads have 1. See `relaylab.train.layers`."""
+    """Factor on the learning rate from each layer to the one below it, for fine-tuning; it is 1 for the last layer and
+    the heads. See `relaylab.train.layers`."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, such as 0.999; see `relaylab.train.averaging`."""
     batch_size: int = 256
-    """Images of one update, over all processes."""
+    """Images per update, over all processes."""
     iterations: int
     schedule: ScheduleConfig
     evaluate_every: int = 5_000
     """Iterations between two evaluations."""
     warmup: int = 0
-    """Iterations over which the learning rate rises linearly to what the schedule says."""
+    """Iterations over which the learning rate rises linearly to the schedule's value."""
     clip_norm: float | None = None
-    """Gradients of a larger norm are scaled down to it."""
+    """Maximum norm of the gradients; larger ones are scaled down to it."""
     segment_lr: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    """By segment, a factor on its learning rate; 1 where none is given. A segment is named by the losses that train it,
+    """Factor on the learning rate of each segment; 1 if not given. A segment is named by the losses that train it,
     joined by "+" from the lowest head up, such as "aux" or "aux+primary"; a head is "head aux"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    """The loss of the network's scores and of those of each auxiliary head, in training."""
+    """The training loss of the network's output and of each auxiliary head."""
 
     function: Literal["cross-entropy", "binary"] = "cross-entropy"
-    """Softmax cross-entropy; or a sigmoid and a binary cross-entropy for each class, of which the mean is taken."""
+    """Softmax cross-entropy; or sigmoid and binary cross-entropy per class, averaged over classes."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread over all classes."""
+    """Share of each target that is distributed over all classes."""
     class_weights: Literal["balanced", "square-root"] | None = None
-    """Weight of an image: in proportion to 1 / n of the n training images of its class, or to 1 / sqrt(n), with the
-    mean 1 over all training images."""
+    """Weight of an image, proportional to 1 / n ("balanced") or 1 / sqrt(n) ("square-root") for a class with n training
+    images, with mean 1 over all training images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """Protocol of testing a trained network."""
+    """The protocol for evaluating a trained network."""
 
     protocol: Literal["single crop", "dense"] = "single crop"
     scales: tuple[int, ...] = (256,)
-    """Shorter sides of the images, in pixels; scores are averaged over them."""
+    """Lengths of the images' shorter side in pixels; scores are averaged over them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedErrors:
-    """Error rates in per cent."""
+    """Published error rates in per cent."""
 
     top1: float | None = None
     top5: float | None = None
@@ -276,11 +277,19 @@ class ReportedErrors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One row of a table of the paper."""
+    """Everything that defines a training run: network, windows, scheme, images, optimizer and evaluation.
+
+    The built-in recipes are rows of the paper's tables.
+
+    Example::
+
+        recipe = find_recipe("table3-model-a-relay", "small")
+        smaller = changed(recipe, "by hand", {"optimizer.batch_size": 64})
+    """
 
     name: str
     row: str
-    """Its place in the paper, and its name there."""
+    """Position in the paper and name there."""
     network: NetworkConfig
     plan: PlanConfig = PlanConfig()
     scheme: Scheme
@@ -290,22 +299,22 @@ class Recipe:
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig
     reported: ReportedErrors | None = None
-    """The paper's errors."""
+    """The paper's error rates."""
     trained_as: str | None = None
-    """The recipe whose trained network this one tests; None if it trains its own."""
+    """Name of the recipe whose trained network this one evaluates; None if it trains its own."""
     sources: Mapping[str, str]
-    """By dotted name, the source of a value: "the paper" or another paper with the place in it, or "ours" with the
-    reason. The name of a group is for all its fields that have no source of their own."""
+    """Source of each value by dotted name: "the paper" or another paper with the section, or "ours" with the reason.
+    The source of a group applies to all its fields without their own."""
 
     def fields(self) -> Iterator[tuple[str, Any, str]]:
-        """Yield every value of the recipe: its dotted name, the value and its source."""
+        """Yield the dotted name, value and source of every value of the recipe."""
         for group in GROUPS:
             for name, value in _leaves(group, getattr(self, group)):
                 if value is not None or group not in LACKING:
                     yield name, value, self.source_of(name)
 
     def source_of(self, name: str) -> str:
-        """Return the source of a value, by its dotted name."""
+        """Return the source of the value with this dotted name."""
         while name not in self.sources:
             if "." not in name:
                 raise InputError(f"recipe {self.name}: no source is given for {name}")
@@ -315,43 +324,43 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ensemble:
-    """Several recipes' networks, tested together: their probabilities are combined."""
+    """Several recipes whose networks are evaluated together, by combining their probabilities."""
 
     name: str
     row: str
     members: tuple[Recipe, ...]
     combine: Literal["average", "product", "learnt weights"]
-    """Weights are learnt on the validation images."""
+    """How to combine probabilities; weights are learnt on the validation images."""
     reported: ReportedErrors
-    """The paper's error on the test images."""
+    """The paper's error rates on the test images."""
     validation: ReportedErrors
-    """The paper's error on the validation images (section 5.1)."""
+    """The paper's error rates on the validation images (section 5.1)."""
     sources: Mapping[str, str]
 
 
 def changed(recipe: Recipe, source: str, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with other values and their source.
+    """Return a copy of a recipe with other values and their source.
 
     Args:
-        recipe: is not changed.
-        source: of the new values.
-        changes: by dotted name.
+        recipe: recipe to copy; it is not modified.
+        source: source of the new values.
+        changes: new values by dotted name.
 
     Raises:
-        InputError: an unknown field.
+        InputError: a field is unknown.
     """
     sources = dict(recipe.sources)
     for name, value in changes.items():
         try:
             recipe = _replaced(recipe, name.split("."), value)
         except (AttributeError, TypeError):
-            raise InputError(f"recipe {recipe.name}: no field {name}") from None
+            raise InputError(f"recipe {recipe.name} has no field {name}") from None
         sources = {other: old for other, old in sources.items() if not other.startswith(f"{name}.")} | {name: source}
     return dataclasses.replace(recipe, sources=MappingProxyType(sources))
 
 
 def _replaced(old: Any, path: Sequence[str], value: Any) -> Any:
-    """Return a dataclass or mapping with another value at a path inside it."""
+    """Return a copy of a dataclass or mapping with another value at a path in it."""
     if not path:
         return value
     name, *rest = path
@@ -361,7 +370,7 @@ def _replaced(old: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def value_text(value: object) -> str:
-    """Return a recipe's value as `--set` takes it: true, none, 800000, "7,3,2,1"."""
+    """Format a value of a recipe as `--set` accepts it: true, none, 800000, "7,3,2,1"."""
     match value:
         case True | False | None:
             return str(value).lower()
@@ -373,11 +382,11 @@ def value_text(value: object) -> str:
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(value):
-        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        items = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
     elif isinstance(value, Mapping):
-        parts = value
+        items = value
     else:
         yield name, value
         return
-    for key, part in parts.items():
-        yield from _leaves(f"{name}.{key}", part)
+    for key, item in items.items():
+        yield from _leaves(f"{name}.{key}", item)

@@ -1,4 +1,4 @@
-"""The paper's plans, by the names of the networks' modules."""
+"""The paper's plans, in terms of the networks' module names."""
 
 from itertools import accumulate
 
@@ -11,8 +11,8 @@ MODEL_B = PlanConfig(primary=PrimaryConfig(bottom="segment3"), auxiliary={"aux":
 # Section 5.2: both losses train conv4.1 to conv4.4.
 RESNET_50 = PlanConfig(primary=PrimaryConfig(bottom="layer3.0"), auxiliary={"aux": AuxiliaryConfig(top="layer3.3")})
 
-# Section 5.2: both losses train inception4a to inception4d. GoogLeNet's way of naming puts the module that shrinks the
-# map, Mixed_6a, at the end of the stage before; the head is Inception-v3's own.
+# Section 5.2: both losses train inception4a to inception4d. In GoogLeNet's naming, Mixed_6a, which reduces the map,
+# ends the previous stage. The head is Inception-v3's own.
 INCEPTION_V3 = PlanConfig(
     primary=PrimaryConfig(bottom="Mixed_6b"),
     auxiliary={"aux": AuxiliaryConfig(top="Mixed_6e", head="inception")},

@@ -1,15 +1,15 @@
-"""CSV files with a header: a column with the images, and their classes in another column or in a column for each.
+"""CSV files with a header: an image column, and either one column of classes or one 0/1 column per class.
 
 Note [CSV]
-1. The first line is a header if nothing in it is the name of an image; otherwise the file is a list of
-   `relaylab.data.sources.lists`. The delimiter is the one that divides the header into the most columns.
-2. The column with the images is the one whose first values are most often files of the folder; without any, the one
-   with a header in `IMAGE_HEADERS`. Extensions may be left out.
-3. The column with the classes has a header in `CLASS_HEADERS`. Its values are the classes' keys, in the order of
-   numbers if all are numbers, else of text. A value holds several labels, divided by one of `DIVIDERS`, if the header
-   is a plural, or if all parts of it are classes that stand alone elsewhere in the column.
-4. Without such a column, those with only 0 and 1 are a class each, if there are two or more.
-5. An image with more or less than one label makes the whole set one with `targets`.
+1. The first line is a header if it has no image name; otherwise the file is a list of `relaylab.data.sources.lists`.
+   The delimiter is the one that splits the header into the most columns.
+2. The image column is the one whose first values are most often files in the folder; if no column has any, the one with
+   a header in `IMAGE_HEADERS`. Extensions may be omitted.
+3. The class column has a header in `CLASS_HEADERS`. Its values are the keys of the classes, in numerical order if all
+   are numbers, else in alphabetical order. A value holds several labels, separated by one of `DIVIDERS`, if the header
+   is a plural, or if each of its items is also the only label of another image.
+4. Without such a column, the columns of 0 and 1 are one class each, if there are at least two.
+5. If any image has more or fewer than one label, the whole set has `targets`.
 """
 
 import csv
@@ -50,13 +50,13 @@ CLASS_HEADERS = (
 DIVIDERS = {"semicolons or bars": r"[;|]", "commas": r",", "spaces": r"\s"}
 FLAGS = {"0": "0", "1": "1", "0.0": "0", "1.0": "1"}
 WHOLE = re.compile(r"(\d+)(?:\.0+)?")
-SAMPLE = 100  # lines by which columns are told apart
+SAMPLE = 100  # lines that are read to find the columns
 LINES_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """The places of the columns that are read: of the images, and of the classes; `flags` are a class each."""
+    """Indices of the columns that are read; each of the `flags` is a column of 0 and 1 for one class."""
 
     delimiter: str
     header: tuple[str, ...]
@@ -66,7 +66,7 @@ class _Columns:
 
     @property
     def note(self) -> str:
-        """A sentence for the user, without its full stop."""
+        """A note for the user on the columns that are read."""
         used = {self.image, *self.flags, *([] if self.label is None else [self.label])}
         names = [f"{len(self.flags)} columns of 0 and 1"] if self.label is None else [self.header[self.label]]
         rest = [name for place, name in enumerate(self.header) if place not in used]
@@ -76,7 +76,7 @@ class _Columns:
 
 @dataclass
 class _Files:
-    """The images below a resolved folder, found by names with or without extension."""
+    """Looks up the images below a resolved folder by name, with or without extension."""
 
     root: Path
     inside: bytes = b""
@@ -86,21 +86,21 @@ class _Files:
         self.inside = os.fsencode(self.root).lstrip(b"/") + b"/"
 
     def find(self, text: str, where: str) -> bytes | None:
-        """Return the name of a file relative to the root; None if there is none.
+        """Return the name of a file relative to the root, or None if it does not exist.
 
         Raises:
-            InputError: a name that leads out of the root, or that several files have with different extensions.
+            InputError: the name leads out of the root, or several files match it with different extensions.
         """
         name = tidy_name(os.fsencode(text.strip()), self.root, self.inside, where)
         folder, slash, base = name.rpartition(b"/")
-        found = self._names(folder).get(base, [])
-        if len(found) > 1:
-            names = few(found)
-            raise InputError(f"{where}: {brief(name)} may be {names}; give names with their extensions")
-        return folder + slash + found[0] if found else None
+        matches = self._names(folder).get(base, [])
+        if len(matches) > 1:
+            names = few(matches)
+            raise InputError(f"{where}: {brief(name)} matches {names}; add the extensions to the names")
+        return folder + slash + matches[0] if matches else None
 
     def _names(self, folder: bytes) -> dict[bytes, list[bytes]]:
-        """Return the images of a folder by their names with and without extension."""
+        """Return the images of a folder by name, with and without extension."""
         if folder not in self.folders:
             root = os.fsencode(self.root)
             kinds = kinds_in(root + b"/" + folder if folder else root, root)
@@ -113,7 +113,7 @@ class _Files:
 
 
 def has_header(file: Path) -> bool:
-    """Return whether a file is one of CSV with a header. See Note [CSV] 1."""
+    """Return whether a file is a CSV file with a header. See Note [CSV] 1."""
     if file.suffix.lower() not in CSV:
         return False
     with closing(_lines(file)) as lines:
@@ -124,18 +124,18 @@ def has_header(file: Path) -> bool:
 def list_csv(
     file: Path, root: Path, categories: Path | None, named: Sequence[Path], wanted: Collection[str], watch: Watch
 ) -> Listing:
-    """List the images that a CSV file with a header names, in its order. See Note [CSV].
+    """List the images in a CSV file with a header, in its order. See Note [CSV].
 
     Args:
-        file: of the list.
+        file: the CSV file.
         root: resolved folder that names are relative to.
-        categories: file with a line `NAME LABEL` for each class, of which the values are names or labels.
+        categories: file with a line `NAME LABEL` for each class; the values are then names or labels from it.
         named: files with display names.
-        wanted: classes of another set, which the values may name, too.
-        watch: display of progress.
+        wanted: classes of another set, which the values may also name.
+        watch: progress display.
 
     Raises:
-        InputError: columns that cannot be told apart, a damaged line, empty labels, or missing files.
+        InputError: the columns cannot be determined, a line is damaged, labels are empty, or files are missing.
     """
     rows, files = Rows(), _Files(root)
     rows.file_states += [file_state(file), *([file_state(categories)] if categories else [])]
@@ -144,20 +144,20 @@ def list_csv(
         values, value_of = _read(file, columns, files, rows, task)
     rows.refuse_repeats(file.name)
     known = unique_keys(read_categories(categories)) if categories else None
-    own, divider = _labels(columns, list(values), {*wanted, *(known or ())})
+    texts, divider = _labels(columns, list(values), {*wanted, *(known or ())})
     by_column = tuple(columns.header[place] for place in columns.flags)
-    keys = known or by_column or in_order({label for one in own for label in one})
-    places = _places(keys, own, columns, is_known=known is not None, title=file.name)
+    keys = known or by_column or in_order({label for labels in texts for label in labels})
+    indices = _indices(keys, texts, columns, is_known=known is not None, title=file.name)
     classes = _display_names(keys, named, rows)
-    has_several = any(len(one) != 1 for one in places)
-    labels = np.array([UNLABELLED if has_several else one[0] for one in places])[value_of]
+    has_several = any(len(labels) != 1 for labels in indices)
+    labels = np.array([UNLABELLED if has_several else labels[0] for labels in indices])[value_of]
     listing = rows.listed(file.name, classes, keys, [Place(str(root), str(root))], labels)
-    notes = (columns.note, *([f"several labels for an image, divided by {divider}"] if has_several and divider else []))
+    notes = (columns.note, *([f"several labels per image, separated by {divider}"] if has_several and divider else []))
     if not has_several:
         return replace(listing, notes=notes)
-    targets = np.zeros((len(places), len(keys)), np.uint8)
-    for row, one in enumerate(places):
-        targets[row, one] = 1
+    targets = np.zeros((len(indices), len(keys)), np.uint8)
+    for row, classes_of_value in enumerate(indices):
+        targets[row, classes_of_value] = 1
     return replace(listing, notes=notes, targets=targets[value_of])
 
 
@@ -174,10 +174,10 @@ def _lines(file: Path, task: Task | None = None) -> Generator[str]:
 
 
 def _records(file: Path, delimiter: str, columns: int, task: Task | None = None) -> Generator[tuple[int, list[str]]]:
-    """Iterate over the fields of each line behind the header that is not empty, with its number.
+    """Yield the line number and the fields of each line that is not empty, the header included.
 
     Raises:
-        InputError: a line that cannot be parsed, or of another number of fields.
+        InputError: a line cannot be parsed, or does not have as many fields as the header.
     """
     with closing(_lines(file, task)) as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -198,18 +198,18 @@ def _header(file: Path) -> tuple[str, list[str]]:
     with closing(_lines(file)) as lines:
         first = next((line for line in lines if line.strip()), "")
     try:
-        split = {each: next(csv.reader([first], delimiter=each, strict=True)) for each in DELIMITERS}
+        split = {mark: next(csv.reader([first], delimiter=mark, strict=True)) for mark in DELIMITERS}
     except csv.Error as error:
         raise InputError(f"{file.name}, line 1: {error}") from None
-    delimiter = max(DELIMITERS, key=lambda each: len(split[each]))
+    delimiter = max(DELIMITERS, key=lambda mark: len(split[mark]))
     return delimiter, [name.strip() for name in split[delimiter]]
 
 
 def _columns(file: Path, files: _Files) -> _Columns:
-    """Tell the columns apart. See Note [CSV] 2 to 4.
+    """Find the image and class columns. See Note [CSV] 2 to 4.
 
     Raises:
-        InputError: no column with images or with classes, or a file without lines behind the header.
+        InputError: there is no image column, no class column, or no line after the header.
     """
     delimiter, header = _header(file)
     records = _records(file, delimiter, len(header))
@@ -218,23 +218,23 @@ def _columns(file: Path, files: _Files) -> _Columns:
         sample = list(islice(records, SAMPLE))
     named = f"its columns are {', '.join(map(brief, header))}"
     if not sample:
-        raise InputError(f"no images in {file}: there are no lines behind the header; {named}")
+        raise InputError(f"no images in {file}: there are no lines after the header; {named}")
     kinds = [re.sub(r"[\s-]+", "_", name.lower()) for name in header]
-    found = [sum(bool(row[i]) and _is_there(files, row[i]) for _, row in sample) for i in range(len(header))]
+    found = [sum(bool(row[i]) and _exists(files, row[i]) for _, row in sample) for i in range(len(header))]
     by_header = _by_header(kinds, IMAGE_HEADERS)
     best = [place for place, count in enumerate(found) if count == max(found) > 0]
     image = next((place for place in by_header if place in best), next(iter(best or by_header), None))
     if image is None:
         raise InputError(
-            f"{file.name} has no column with images of {files.root}: {named}; expected one such as file or image, "
-            "with names below this folder"
+            f"{file.name} has no column with images of {files.root}: {named}; expected a column such as file or image, "
+            "with names relative to this folder"
         )
     label = next((place for place in _by_header(kinds, CLASS_HEADERS) if place != image), None)
     flags = [i for i in range(len(header)) if i != image and all(row[i].strip() in FLAGS for _, row in sample)]
     if label is None and len(flags) < 2:
         raise InputError(
-            f"{file.name} has no column with classes: {named}; expected one named label, class, category or target, "
-            "or a column of 0 and 1 for each class"
+            f"{file.name} has no column with classes: {named}; expected a column named label, class, category or "
+            "target, or a column of 0 and 1 for each class"
         )
     repeated = sorted({header[i] for i in flags if header.count(header[i]) > 1}) if label is None else []
     if repeated:
@@ -243,24 +243,27 @@ def _columns(file: Path, files: _Files) -> _Columns:
 
 
 def _by_header(kinds: Sequence[str], known: Sequence[str]) -> list[int]:
-    """Return the places of columns with a known header, in the order of `known`."""
+    """Return the indices of the columns with a known header, in the order of `known`."""
     return [place for name in known for place, kind in enumerate(kinds) if kind == name]
 
 
-def _is_there(files: _Files, text: str) -> bool:
+def _exists(files: _Files, text: str) -> bool:
     try:
         return files.find(text, "") is not None
-    except InputError:  # of a column that may not be the one with the images
+    except InputError:  # this may not be the image column
         return False
 
 
 def _read(
     file: Path, columns: _Columns, files: _Files, rows: Rows, task: Task
 ) -> tuple[dict[tuple[str, ...], int], NDArray[np.int32]]:
-    """Add every line's image to `rows`; return the different values of the classes' columns, and each line's value.
+    """Add the image of every line to `rows`.
+
+    Returns:
+        The index of each distinct value of the class columns, and the index of each line's value.
 
     Raises:
-        InputError: images that are not there, empty labels, or a flag that is neither 0 nor 1.
+        InputError: images are missing, labels are empty, or a flag is neither 0 nor 1.
     """
     values: dict[tuple[str, ...], int] = {}
     value_of = array("i")
@@ -284,12 +287,12 @@ def _read(
     if missing:
         raise InputError(
             f"{len(missing):,} of the {rows.found + len(missing):,} images of {file.name} are not in {files.root}: "
-            f"{few(missing)}; name the folder that the list is about"
+            f"{few(missing)}; give the folder that the names are relative to"
         )
     if empty:
         raise InputError(
-            f"{file.name}: {len(empty):,} of {rows.found:,} images have no label, such as that in line {empty[0]}; "
-            "remove these lines, or put the images without a label into a list of their own"
+            f"{file.name}: {len(empty):,} of {rows.found:,} images have no label, such as the one in line {empty[0]}; "
+            "remove these lines, or move them to a separate list"
         )
     return values, np.frombuffer(value_of, np.int32)
 
@@ -297,46 +300,48 @@ def _read(
 def _flag(text: str, name: str, where: str) -> str:
     flag = FLAGS.get(text.strip())
     if flag is None:
-        raise InputError(f"{where}, column {brief(name)}: {brief(text)!r}; expected 0 or 1, as above it")
+        raise InputError(f"{where}, column {brief(name)}: {brief(text)!r}; expected 0 or 1, as in the lines above")
     return flag
 
 
 def _labels(
     columns: _Columns, values: Sequence[tuple[str, ...]], known: Collection[str]
 ) -> tuple[list[tuple[str, ...]], str]:
-    """Return the labels of each value, and what divides them. See Note [CSV] 3."""
+    """Return the labels of each value, and the name of the divider between them. See Note [CSV] 3."""
     if columns.label is None:
         names = [columns.header[place] for place in columns.flags]
         return [tuple(name for name, flag in zip(names, value, strict=True) if flag == "1") for value in values], ""
     texts = [value[0] for value in values]
-    if all(WHOLE.fullmatch(text) for text in texts):  # 3.0 is how some programs write 3
+    if all(WHOLE.fullmatch(text) for text in texts):  # some programs write 3 as 3.0
         texts = [WHOLE.sub(r"\1", text) for text in texts]
     is_plural = columns.header[columns.label].lower() in PLURALS
     for title, divider in DIVIDERS.items():
-        parts = [tuple(part.strip() for part in re.split(divider, text) if part.strip()) for text in texts]
+        split = [tuple(item.strip() for item in re.split(divider, text) if item.strip()) for text in texts]
         alone = {text for text in texts if not re.search(divider, text)} | set(known)
-        several = [own for own in parts if len(own) > 1]
-        if several and (is_plural or alone.issuperset(part for own in several for part in own)):
-            return parts, title
+        several = [labels for labels in split if len(labels) > 1]
+        if several and (is_plural or alone.issuperset(label for labels in several for label in labels)):
+            return split, title
     return [(text,) for text in texts], ""
 
 
-def _places(
-    keys: Sequence[str], labels: Sequence[tuple[str, ...]], columns: _Columns, *, is_known: bool, title: str
+def _indices(
+    keys: Sequence[str], texts: Sequence[tuple[str, ...]], columns: _Columns, *, is_known: bool, title: str
 ) -> list[list[int]]:
-    """Return the class indices of each value; with `is_known` keys, labels may also be their indices.
+    """Return the class indices of each value; with `is_known`, labels may also be indices of the keys.
 
     Raises:
-        InputError: a label that is not among the keys, or a value without any.
+        InputError: a label is not among the keys, or a value has no label.
     """
-    place_of = {str(place): place for place in range(len(keys))} if is_known else {}
-    place_of |= {key: place for place, key in enumerate(keys)}
-    strange = sorted({label for own in labels for label in own if label not in place_of})
+    index_of = {str(index): index for index in range(len(keys))} if is_known else {}
+    index_of |= {key: index for index, key in enumerate(keys)}
+    strange = sorted({label for labels in texts for label in labels if label not in index_of})
     if strange:
-        raise InputError(f"{title} has classes that its categories lack: {few(strange)}; expected {few(list(keys))}")
-    if columns.label is not None and not all(labels):
+        raise InputError(
+            f"{title} has classes that are not in its categories file: {few(strange)}; expected {few(list(keys))}"
+        )
+    if columns.label is not None and not all(texts):
         raise InputError(f"{title} has labels that consist of divider characters only")
-    return [sorted({place_of[label] for label in own}) for own in labels]
+    return [sorted({index_of[label] for label in labels}) for labels in texts]
 
 
 def _display_names(keys: tuple[str, ...], named: Sequence[Path], rows: Rows) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-"""The index of a source: one safetensors file, written once, that every process reads in place.
+"""The index of a source: a safetensors file that is written once and read in place by every process.
 
 Note [Index]
-1. Labels are mapped from the file: all processes share the same pages, and a fork copies nothing.
+1. Labels are memory-mapped: all processes share the same pages, and a fork copies nothing.
 2. Names and places are not mapped but read one at a time with `pread`. Mapped pages that a worker has touched count as
    its memory, and after an epoch of random access that is all of them: 300 MB per worker for 8.1 million names.
-3. `pread` has no position, so descriptors are shared safely with forked processes. A pickled source is a path and the
-   state of the file, and opens its own.
+3. `pread` has no file position, so forked processes can share descriptors. A pickled source consists of a path and the
+   state of the file; unpickling opens the file again.
 """
 
 import errno
@@ -33,7 +33,7 @@ from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular, parse, read_bytes, typed
 
 FORMAT = "relaylab image index 3"
-CHECKED = ("labels", "targets", "bounds", "place", "spans")  # all but the names, which may have hundreds of megabytes
+CHECKED = ("labels", "targets", "bounds", "place", "spans")  # not the names, which can have hundreds of megabytes
 LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 TYPES = {"I16": np.int16, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
 CHUNK = 1 << 20
@@ -42,7 +42,7 @@ TYPES |= {"U64": np.uint64}
 
 @dataclass(frozen=True)
 class _About:
-    """The types of what an index says about itself."""
+    """The metadata of an index, with types."""
 
     title: str
     classes: tuple[str, ...]
@@ -67,11 +67,11 @@ class _Tensor:
 
 
 class UnusableIndexError(InputError):
-    """An index that is damaged, of another version, or of data that have changed since."""
+    """The index is damaged, of another version, or outdated because the data has changed."""
 
 
 def write_index(path: Path, listing: Listing) -> None:
-    """Write an index atomically; raises InputError if that fails."""
+    """Write an index atomically; raise InputError if the cache cannot be written."""
     state, latest = "", 0
     if listing.spans is None:
         state, latest = image_state(
@@ -109,28 +109,29 @@ def write_index(path: Path, listing: Listing) -> None:
 
 
 class IndexedImages:
-    """The images of an index: a `Source`. See Note [Index].
+    """A `Source` of the images in an index, as `open_source` returns it. See Note [Index].
 
     Args:
-        path: of the index.
+        path: path of the index.
         fresh: refuse an index of data that have changed since it was made.
 
     Raises:
-        UnusableIndexError: the index is damaged, of another version, or no longer fits.
+        UnusableIndexError: the index is damaged, of another version, or outdated.
 
     Attributes:
         title: display name, without folders.
         classes: display names, in the order of the labels.
-        folders: the classes' keys in the same order: folders, categories or labels of a list.
-        identity: both, as `open_source(classes=...)` takes them.
-        remark: for the user, on how the classes were matched; empty if there is none.
-        labels: (n,) class indices, mapped from the file and read-only; UNLABELLED in a test set.
-        targets: (n, classes) 1 for each label, likewise, where images may have several; else None.
-        notes: for the user, on how the images were found.
+        folders: keys of the classes in the same order: folders, categories or labels of a list.
+        identity: keys and names of the classes, to pass as `open_source(classes=...)`.
+        remark: note for the user on how the classes were matched; may be empty.
+        labels: (n,) class indices, memory-mapped and read-only; UNLABELLED in a test set.
+        targets: (n, classes), 1 for each label of an image, memory-mapped, if images may have several labels; else
+            None.
+        notes: notes for the user on how the images were found.
         places: folders or archives that hold the images.
-        fingerprint: changes with anything that was listed.
+        fingerprint: hash that changes with the images, labels or classes.
         ignored: number of files that are not images, by extension.
-        skipped: number of folders that were passed over, by name.
+        skipped: number of folders that were skipped, by name.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
@@ -154,7 +155,7 @@ class IndexedImages:
         about = parse(text, _About, str(self._path))
         self._file_states = {one.path: one for one in about.stamps}
         self.places = about.places
-        changed = f"the index {self._path} is of data that have changed since"
+        changed = f"the index {self._path} is outdated: the data has changed"
         if fresh:
             self._check_sum(text, crc)
             if not about.settled or stale(about.stamps):
@@ -175,7 +176,7 @@ class IndexedImages:
             raise UnusableIndexError(changed)
 
     def _check_sum(self, text: str, crc: str) -> None:
-        total = zlib.crc32(text.encode())  # against damage; it takes a tenth of a second for 8 million images
+        total = zlib.crc32(text.encode())  # takes 0.1 s for 8 million images
         for name in CHECKED:
             if name in self._tensors:
                 dtype, shape, offset = self._tensors[name]
@@ -185,10 +186,10 @@ class IndexedImages:
                     total = zlib.crc32(data, total)
                     left, offset = left - len(data), offset + len(data)
         if str(total) != crc:
-            raise ValueError("its sum is another one")
+            raise ValueError("its checksum does not match")
 
     def _check(self) -> None:
-        """Detect a damaged file at little cost: the bytes of names are not read."""
+        """Check ranges and shapes, which costs little: names are not read."""
         count = len(self.labels)
         if not count or self.labels.min() < UNLABELLED or self.labels.max() >= max(1, len(self.classes)):
             raise ValueError("labels out of range")
@@ -209,25 +210,25 @@ class IndexedImages:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
-        if self._index_state != state["state"]:  # image 7 may be another image now
-            raise UnusableIndexError(f"the index {self._path} was made anew while it was in use; start again")
+        if self._index_state != state["state"]:  # an index may now refer to another image
+            raise UnusableIndexError(f"the index {self._path} was rewritten while in use; rerun the command")
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close all files; they are opened again when needed."""
+        """Close all files. They are reopened when needed."""
         for path in list(self.__dict__.get("_descriptors", ())):
             os.close(self._descriptors.pop(path))
 
     def size(self, index: int) -> int:
-        """Return the size of an encoded image in bytes, without reading it; raises OSError if it is not there."""
+        """Return the size of an encoded image in bytes, without reading it; raises OSError if it does not exist."""
         if "spans" in self._tensors:
             return self._inflated(index) or int(self._rows("spans", index)[0][1])
         return os.stat(self._image_path(index)).st_size  # noqa: PTH116 (thousands of them)
 
     def _are_changed(self, state: str) -> bool:
-        """Return whether image files have been written over."""
+        """Return whether image files have been overwritten."""
         if "spans" in self._tensors:
             return False
         places, names = self._mapped("place"), self._mapped("names")
@@ -239,7 +240,7 @@ class IndexedImages:
         return image_state(len(places), path_of)[0] != state
 
     def _mapped(self, tensor: str) -> Any:
-        """Map a tensor of the file."""
+        """Memory-map a tensor of the file."""
         dtype, shape, offset = self._tensors[tensor]
         with open(self._descriptor(str(self._path)), "rb", closefd=False) as file:
             return np.memmap(file, dtype, "r", offset, shape).view(np.ndarray)
@@ -248,12 +249,12 @@ class IndexedImages:
         return _path(self.places[int(self._rows("place", index)[0])], self.relative_name(index))
 
     def relative_name(self, index: int) -> bytes:
-        """Return the name of an image below its place, as in lists; raises IndexError if there is no such image."""
+        """Return the name of an image relative to its place, as in lists; raises IndexError if it does not exist."""
         start, stop = self._rows("bounds", index, 2).tolist()
         return _pread(self._descriptor(str(self._path)), stop - start, self._tensors["names"][2] + start, self._path)
 
     def name(self, index: int) -> str:
-        """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
+        """Return the path of an image for messages and lists, with unprintable characters escaped."""
         place = self.places[int(self._rows("place", index)[0])]
         return printable(os.fsencode(place.shown) + b"/" + self.relative_name(index))
 
@@ -261,18 +262,18 @@ class IndexedImages:
         """Return the encoded bytes of an image.
 
         Raises:
-            IndexError: there is no such image.
-            OSError: it cannot be read, or has changed since it was indexed.
+            IndexError: the index is out of range.
+            OSError: the image cannot be read, or its archive has changed since it was indexed.
         """
         place = self.places[int(self._rows("place", index)[0])]
         if "spans" not in self._tensors:
             return read_bytes(_path(place, self.relative_name(index)), LARGEST_FILE)
         offset, size = self._rows("spans", index)[0].tolist()
         if size > LARGEST_FILE:
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {LARGEST_FILE:,} are read", place.path)
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes; the limit is {LARGEST_FILE:,}", place.path)
         descriptor = self._descriptor(place.path)
         data = _pread(descriptor, size, offset, place.path)
-        self._check_unchanged(descriptor, place.path)  # after it: what has been read is from before a change
+        self._check_unchanged(descriptor, place.path)  # after the read, so that a change during it is detected
         inflated = self._inflated(index)
         return inflate(data, inflated, place.shown) if inflated else data
 
@@ -294,17 +295,17 @@ class IndexedImages:
             raise OSError(5, "the file has changed since it was indexed", path)
 
     def _descriptor(self, path: str) -> int:
-        """Return the descriptor of a file, which is opened when first needed."""
-        found = self._descriptors.get(path)
-        if found is not None:
-            return found
+        """Return the descriptor of a file, which is opened on first use."""
+        existing = self._descriptors.get(path)
+        if existing is not None:
+            return existing
         opened = open_regular(path)
         try:
             self._check_unchanged(opened, path)
         except OSError:
             os.close(opened)
             raise
-        kept = self._descriptors.setdefault(path, opened)  # another thread may have been faster
+        kept = self._descriptors.setdefault(path, opened)  # another thread may have opened it meanwhile
         if kept != opened:
             os.close(opened)
         return kept
@@ -320,7 +321,7 @@ def _state(descriptor: int) -> tuple[int, int, int]:
 
 
 def _header(descriptor: int, where: str) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], str, str]:
-    """Read type, shape and offset of each tensor, `about` and its sum: safetensors itself gives no offsets."""
+    """Read dtype, shape and offset of each tensor, the metadata and its checksum. safetensors gives no offsets."""
     size = os.fstat(descriptor).st_size
     (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
     if length > min(size, LARGEST_HEADER):
@@ -331,9 +332,9 @@ def _header(descriptor: int, where: str) -> tuple[dict[str, tuple[np.dtype, tupl
         raise ValueError(f"format {metadata['format']!r}, expected {FORMAT!r}")
     tensors = {}
     for name, values in header.items():
-        one = typed(values, _Tensor, where)
-        dtype, shape = np.dtype(TYPES[one.dtype]), one.shape
-        start, stop = (8 + length + place for place in one.data_offsets)
+        tensor = typed(values, _Tensor, where)
+        dtype, shape = np.dtype(TYPES[tensor.dtype]), tensor.shape
+        start, stop = (8 + length + offset for offset in tensor.data_offsets)
         if (
             min(shape, default=0) < 0
             or not 8 + length <= start <= stop <= size
@@ -345,7 +346,7 @@ def _header(descriptor: int, where: str) -> tuple[dict[str, tuple[np.dtype, tupl
 
 
 def _pread(descriptor: int, size: int, offset: int, path: Path | str) -> bytes:
-    """Read `size` bytes, of which a single call may return fewer; raises OSError if the file ends before."""
+    """Read exactly `size` bytes, in several calls if needed; raise OSError if the file is too short."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

@@ -1,10 +1,11 @@
-"""The listing of a source by one walk over it: flat arrays, no Python object per image.
+"""The listing of a source, made in one pass over it: flat arrays without a Python object per image.
 
 Note [Listing]
-1. Names are bytes, end to end in one array. Those that are not UTF-8 come through unharmed (`os.fsencode`).
-2. Folder trees and tar files are put in the same order: class, folder, file. The same images have the same numbers
-   however they are stored, so a run on the tar files is a run on the tree.
-3. A listing holds the size and time of everything that it was made from, by which its index is found to fit or not.
+1. Names are bytes, concatenated in one array. Names that are not UTF-8 are preserved (`os.fsencode`).
+2. Folder trees and tar files are sorted in the same order: class, folder, file. The same images have the same indices
+   however they are stored, so a run on tar files equals a run on the tree.
+3. A listing holds the size and modification time of everything that it was made from. An index is used only as long as
+   these are unchanged.
 """
 
 import os
@@ -25,13 +26,13 @@ from relaylab.errors import InputError
 from relaylab.outside.showing import brief, printable
 from relaylab.progress import Silent, Task
 
-# Those of torchvision's ImageFolder, GIF, AVIF, and further ones of JPEG.
+# The extensions of torchvision's ImageFolder, GIF, AVIF, and more extensions of JPEG.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 IMAGE_EXTENSIONS += (".avif", ".jfif", ".jpe")
 SPLITS = ("train", "val", "test")
 LARGEST_INT16 = 32_767
 EXTENSIONS_TOLD_APART = FOLDERS_NAMED = 20
-# Of network drives, operating systems and archives: waste baskets, thumbnails, snapshots. In lower case.
+# Folders of network drives, operating systems and archives: recycle bins, thumbnails, snapshots. In lower case.
 SYSTEM_FOLDERS = frozenset(
     (
         "__macosx",
@@ -45,7 +46,7 @@ SYSTEM_FOLDERS = frozenset(
 )  # fmt: skip
 
 Watch = Callable[[str, int], AbstractContextManager[Task]]
-"""A display of progress: `relaylab.progress.progress`, or `unwatched`."""
+"""A progress display: `relaylab.progress.progress`, or `unwatched`."""
 
 
 def unwatched(what: str, total: int) -> AbstractContextManager[Task]:  # noqa: ARG001
@@ -54,22 +55,25 @@ def unwatched(what: str, total: int) -> AbstractContextManager[Task]:  # noqa: A
 
 
 class Place(NamedTuple):
-    """A folder or an archive that holds images: the path that is read, and the one that the user gave."""
+    """A folder or archive that holds images: the path that is read, and the path that the user gave."""
 
     path: str
     shown: str
 
 
 class SplitNeededError(InputError):
-    """The data has several `splits`, and none was chosen."""
+    """The data set has several `splits`, and no split was given."""
 
     def __init__(self, title: object, splits: Sequence[str]) -> None:
         self.splits = tuple(splits)
-        super().__init__(f"{title} has the split{'s' * (len(splits) > 1)} {', '.join(splits)}: say which")
+        plural = "s" * (len(splits) > 1)
+        super().__init__(
+            f"{title} has the split{plural} {', '.join(splits)}: choose one (--split, or split= in Python)"
+        )
 
 
 class NoSplitError(InputError):
-    """The data do not have the split that was asked for; `others` are the splits that they have."""
+    """The data set does not have the given split; `others` are the splits that it has."""
 
     def __init__(self, message: str, *, others: Sequence[str]) -> None:
         self.others = others
@@ -83,23 +87,23 @@ class Listing:
     Attributes:
         title: display name, without folders.
         classes: display names, in the order of the labels.
-        folders: the classes' keys in the same order: folders, categories or labels; see Note [Classes].
+        folders: keys of the classes in the same order: folders, categories or labels; see Note [Classes].
         places: folders or archives that hold the images.
         labels: (n,) class indices or UNLABELLED.
-        names: (bytes,) uint8, the names below their places, end to end.
-        bounds: (n + 1,) start of each name, and end of the last one.
+        names: (bytes,) uint8, the names relative to their places, concatenated.
+        bounds: (n + 1,) start of each name, and the end of the last one.
         place: (n,) uint16, index of each image's place.
         spans: (n, 2) int64, offset and size in the archive; None for folders.
-        inflated: (n,) int64, size of each image after decompression by zlib, 0 for those that are stored as they are;
-            None if all are.
+        inflated: (n,) int64, size of each image after decompression by zlib, 0 for stored images; None if all are
+            stored.
         ignored: number of ignored files, by extension.
         skipped: number of ignored folders, by name; see `is_system_folder`.
-        file_states: fingerprints of everything that was read.
+        file_states: states of everything that was read.
         numbered: whether the labels are those of a list.
-        remark: for the user, on how the classes were matched; empty if there is none.
-        targets: (n, classes) uint8, 1 for each of an image's labels, where an image may have several or none; `labels`
+        remark: note for the user on how the classes were matched; may be empty.
+        targets: (n, classes) uint8, 1 for each label of an image, if images may have several labels or none; `labels`
             are then UNLABELLED. Otherwise None.
-        notes: for the user, on how the images were found.
+        notes: notes for the user on how the images were found.
     """
 
     title: str
@@ -121,20 +125,20 @@ class Listing:
     inflated: NDArray[np.int64] | None = None
 
     def name(self, index: int) -> bytes:
-        """Return the name of an image below its place."""
+        """Return the name of an image relative to its place."""
         return self.names[int(self.bounds[index]) : int(self.bounds[index + 1])].tobytes()
 
 
 class Rows:
-    """A listing under construction: images are added one after the other."""
+    """A listing under construction, to which images are added one by one."""
 
     def __init__(self) -> None:
         self.found = 0
-        self.keys: dict[str, int] = {}  # by class folder, in the order in which they are found
+        self.keys: dict[str, int] = {}  # index of each class folder, in the order of discovery
         self.ignored: Counter[str] = Counter()
         self.skipped: set[str] = set()  # paths of folders
         self.file_states: list[FileState] = []
-        self.notes: list[str] = []  # for the user
+        self.notes: list[str] = []  # notes for the user
         self._names = bytearray()
         self._bounds = array("Q", [0])
         self._labels = array("i")
@@ -144,13 +148,13 @@ class Rows:
         self._hashes = array("q")
 
     def key(self, folder: str) -> int:
-        """Return the number of a class folder, which is added if it is new."""
+        """Return the index of a class folder, which is added if it is new."""
         return self.keys.setdefault(folder, len(self.keys))
 
     def add(
         self, name: bytes, label: int, place: int = 0, span: tuple[int, int] | None = None, inflated: int = 0
     ) -> None:
-        """Add an image by its name below its place, and in an archive its offset and size; see `Listing.inflated`."""
+        """Add an image: its name relative to its place and, in an archive, `span`, its offset and size."""
         self.found += 1
         self._names += name
         self._bounds.append(len(self._names))
@@ -170,7 +174,7 @@ class Rows:
             self.ignored[extension] += 1
 
     def skip(self, folder: str) -> None:
-        """Note a folder that is neither a class nor searched."""
+        """Record a folder that is neither a class nor searched."""
         self.skipped.add(folder)
 
     def refuse_repeats(self, title: str) -> None:
@@ -187,12 +191,16 @@ class Rows:
         return bytes(self._names[self._bounds[index] : self._bounds[index + 1]])
 
     def listing(self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place]) -> Listing:
-        """Return all images in order, with labels by the rank of the classes' keys. See Note [Listing] 2.
+        """Return the sorted listing; labels are the ranks of the classes' keys. See Note [Listing] 2.
 
-        `keys` includes classes without images; `shown` are display names by key.
+        Args:
+            title: display name.
+            keys: keys of all classes, including classes without images.
+            shown: display names by key.
+            places: folders or archives that hold the images.
 
         Raises:
-            InputError: a tree sorted by first letters, not by classes.
+            InputError: the folders are letters, not classes.
         """
         folders = tuple(sorted(keys))
         self._refuse_letters(folders, title)
@@ -211,7 +219,7 @@ class Rows:
         *,
         numbered: bool = False,
     ) -> Listing:
-        """Return all images in the order in which they were added, with `labels` or those that were added."""
+        """Return the listing in the order in which images were added; `labels` replace the added ones."""
         bound_type: Any = np.uint32 if len(self._names) < 2**32 else np.uint64
         labels = np.frombuffer(self._labels, np.int32) if labels is None else labels
         return Listing(
@@ -233,17 +241,17 @@ class Rows:
         )
 
     def _refuse_letters(self, folders: Sequence[str], title: str) -> None:
-        """Refuse a tree such as Places' a/abbey, b/bakery, whose letters would be read as classes."""
+        """Raise InputError for a tree such as Places' a/abbey, b/bakery, whose letters would be taken for classes."""
         if self.found and folders and all(len(folder) == 1 and folder.isalpha() for folder in folders):
             some = range(0, self.found, max(1, self.found // 100))
             if all(len(self.name(index).split(b"/")[-2]) > 1 for index in some):
                 raise InputError(
-                    f"{title} is sorted by letters ({folders[0]}/CLASS/IMAGE), as Places is: give its list too"
+                    f"{title} is sorted by letters ({folders[0]}/CLASS/IMAGE), like Places: give its list as well"
                 )
 
 
 def _sorted(listing: Listing) -> Listing:
-    """Sort by class, folder and file name, with the names of one class at a time as Python objects."""
+    """Sort by class, folder and file name. Only the names of one class at a time become Python objects."""
     by_class = np.argsort(listing.labels, kind="stable")
     edges = np.flatnonzero(np.diff(listing.labels[by_class])) + 1
     blob = bytearray()
@@ -268,38 +276,38 @@ def _sorted(listing: Listing) -> Listing:
 
 
 def told_apart(names: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:
-    """Return display names in which each that occurs more than once has its class's key behind it."""
+    """Return display names, with the key of the class appended to each name that is not unique."""
     counts = Counter(names)
     return tuple(name if counts[name] == 1 else f"{name} ({key})" for name, key in zip(names, keys, strict=False))
 
 
 def label_type(num_classes: int) -> Any:
-    """Return the smallest integer type for labels of so many classes."""
+    """Return the smallest integer type for the labels of `num_classes` classes."""
     return np.int16 if num_classes <= LARGEST_INT16 else np.int32
 
 
 def few(names: Sequence[str | bytes], most: int = 3) -> str:
-    """Join the first names, and say how many more there are."""
+    """Join the first `most` names, and append the number of the remaining ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(brief(name) for name in names[:most]) + more
 
 
 def inflate(data: bytes, size: int, title: str) -> bytes:
-    """Decompress a member of a zip file to the size that it shall have; raises OSError if it is damaged."""
+    """Decompress a member of a zip file, which must have `size` bytes; raise OSError if it is damaged."""
     try:
         inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:
         raise OSError(5, f"damaged in the zip file: {error}", title) from None
     if len(inflated) != size:
-        raise OSError(5, "damaged in the zip file: of another size", title)
+        raise OSError(5, "damaged in the zip file: its size does not match", title)
     return inflated
 
 
 def is_system_folder(name: str) -> bool:
-    """Return whether a folder's name is that of a hidden folder or of a system's own: neither a class nor images."""
+    """Return whether a name is that of a hidden or system folder, which is neither a class nor searched."""
     return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name is that of an image file, and not of a `._` file that macOS leaves in archives."""
+    """Return whether a name is that of an image file; `._` files, which macOS leaves in archives, are not."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.rpartition("/")[2].startswith("._")

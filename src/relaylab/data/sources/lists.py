@@ -1,6 +1,6 @@
-"""Lists of images: the official ones of Places2 and Places365, Caffe's for ImageNet, and any `NAME LABEL` per line.
+"""Lists of images, `NAME LABEL` per line: the official ones of Places2 and Places365, and Caffe's for ImageNet.
 
-The order of the list is kept: challenges expect results in it.
+Images keep the order of the list, since challenges expect results in it.
 """
 
 import os
@@ -25,14 +25,14 @@ LINES_AT_ONCE = 10_000
 
 
 def list_file(file: Path, root: Path, categories: Path | None, named: list[Path], watch: Watch) -> Listing:
-    """List the images that a file names, `NAME LABEL` or `NAME,LABEL` per line, or `NAME` in a test set.
+    """List the images in a file of lines `NAME LABEL` or `NAME,LABEL`, or `NAME` in a test set.
 
-    Names are relative to the resolved folder `root`, with or without a slash before them. Classes are named by
-    `categories`, a file with a line `NAME LABEL` for each; without it by the names of synsets in the files `named`.
+    Names are relative to the resolved folder `root`, with or without a leading slash. Class names come from
+    `categories`, a file with a line `NAME LABEL` per class, or without it from the synset names in the files `named`.
 
     Raises:
-        InputError: a line of another form, a label out of range, a name that leads out of the root or occurs twice, or
-            missing files.
+        InputError: a line cannot be parsed, a label is out of range, a name leads out of the root or occurs twice, or
+            files are missing.
     """
     rows = Rows()
     rows.file_states += [file_state(file), *([file_state(categories)] if categories else [])]
@@ -40,7 +40,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
     keys = unique_keys(classes or ())
     folder_of = _read(file, root, rows, classes, watch)
     if not rows.found:
-        raise InputError(f"no images in {file}: expected a line NAME LABEL for each")
+        raise InputError(f"no images in {file}: expected one line NAME LABEL per image")
     rows.refuse_repeats(file.name)
     check_files(file, root, rows, watch)
     labelled = set(folder_of) != {UNLABELLED}
@@ -51,7 +51,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
 
 
 def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, watch: Watch) -> dict[int, bytes | None]:
-    """Add every line's image to `rows`; return each label's folder, None if its images are in several."""
+    """Add the image of every line to `rows`; return the folder of each label, None if its images are in several."""
     folder_of: dict[int, bytes | None] = {}
     inside = os.fsencode(root).lstrip(b"/") + b"/"
     largest = LARGEST_LABEL if classes is None else len(classes) - 1
@@ -70,7 +70,7 @@ def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, w
             if labelled is None:
                 labelled = label != UNLABELLED
             elif labelled != (label != UNLABELLED):
-                raise InputError(f"{file.name}, line {number}: lines with and without a label; expected one kind only")
+                raise InputError(f"{file.name}, line {number}: lines with and without a label; expected only one kind")
             name = tidy_name(name, root, inside, f"{file.name}, line {number}")
             rows.add(name, label)
             folder = name.rpartition(b"/")[0]
@@ -81,10 +81,16 @@ def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, w
 
 
 def tidy_name(name: bytes, root: Path, inside: bytes, where: str) -> bytes:
-    """Return a name relative to the root, whose path without the first slash is `inside`; it may be a full path.
+    """Return the normalised name of an image relative to the root.
+
+    Args:
+        name: relative to the root, with or without a leading slash, or an absolute path in it.
+        root: resolved folder.
+        inside: path of the root without its leading slash, with a trailing one.
+        where: file and line, for messages.
 
     Raises:
-        InputError: a name that leads out of the root.
+        InputError: the name leads out of the root.
     """
     name = name.lstrip(b"/").removeprefix(inside)
     if b"./" in name or b"//" in name or b"\0" in name:
@@ -95,23 +101,23 @@ def tidy_name(name: bytes, root: Path, inside: bytes, where: str) -> bytes:
 
 
 def _line(text: bytes, largest: int, where: str) -> tuple[bytes, int]:
-    """Parse name and label; the label is on the right, since names may have spaces."""
+    """Parse a line into name and label. The label is the last word, since names may have spaces."""
     if is_image(os.fsdecode(text)):
         return text, UNLABELLED
     label = re.split(rb"[ \t,]", text)[-1]
     name = text[: len(text) - len(label)].rstrip(b" \t").removesuffix(b",").rstrip(b" \t")
     if not name or not label or not is_image(os.fsdecode(name)):
-        raise InputError(f"{where}: {brief(text)!r}; expected NAME LABEL, an image and its class number")
+        raise InputError(f"{where}: {brief(text)!r}; expected NAME LABEL, an image and its class index")
     if not label.removeprefix(b"-").isdigit():
-        raise InputError(f"{where}: label {brief(label)!r}; expected a whole number")
-    number = int(label) if len(label) < 12 else LARGEST_LABEL + 1
-    if not 0 <= number <= largest:
+        raise InputError(f"{where}: label {brief(label)!r}; expected an integer")
+    value = int(label) if len(label) < 12 else LARGEST_LABEL + 1
+    if not 0 <= value <= largest:
         raise InputError(f"{where}: label {brief(label)}; expected 0 .. {largest}")
-    return name, number
+    return name, value
 
 
 def check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
-    """Check that all files exist, one folder at a time: millions of single checks take far longer."""
+    """Check that all files exist, by scanning each folder once: millions of single checks take far longer."""
     folders: dict[bytes, int] = {}
     folder = np.fromiter(
         (folders.setdefault(rows.name(i).rpartition(b"/")[0], len(folders)) for i in range(rows.found)), np.int32
@@ -131,16 +137,16 @@ def check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
         missing.sort()
         names = [brief(rows.name(index)) + what for index, what in missing[:3]] + [""] * (len(missing) - 3)
         raise InputError(
-            f"{len(missing):,} of the {rows.found:,} images of {file.name} are not in {root}: {few(names)};"
-            " name the folder that the list is about"
+            f"{len(missing):,} of the {rows.found:,} images of {file.name} are not in {root}: {few(names)}; give the "
+            "folder that the names are relative to"
         )
 
 
 def kinds_in(folder: bytes, root: bytes) -> dict[bytes, str]:
-    """Return `file`, `folder` or `other` by name in a folder; nothing if there is no such folder.
+    """Return the kind of each entry of a folder: `file`, `folder` or `other`. A missing folder has no entries.
 
     Raises:
-        InputError: a folder that cannot be read, or a link that leads out of the root.
+        InputError: the folder cannot be read, or a link leads out of the root.
     """
     kinds: dict[bytes, str] = {}
     try:
@@ -161,9 +167,10 @@ def kinds_in(folder: bytes, root: bytes) -> dict[bytes, str]:
 def _names(
     folder_of: dict[int, bytes | None], named: list[Path], rows: Rows
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return keys and names of the classes of a list without categories: their folders or ImageNet's sorted synsets.
+    """Return the keys and names of the classes of a list without categories.
 
-    Where folders do not tell classes apart, and for labels that the list leaves out, the key is the label.
+    The key of a class is its folder. If folders do not identify the classes, and for labels without images, it is the
+    label.
     """
     folders = {label: os.fsdecode(folder) for label, folder in folder_of.items() if folder}
     labels = range(max(folder_of) + 1)

@@ -1,4 +1,4 @@
-"""Open any kind of data set: listed once, and read from its index from then on."""
+"""Open data sets of any format. A data set is listed once, and opened from its index afterwards."""
 
 import json
 import logging
@@ -50,14 +50,14 @@ ZIP = ".zip"
 JSON = ".json"
 LISTS = (".txt", *CSV, JSON)
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
-Told = TypeVar("Told", IndexedImages, Relabelled)
+Matched = TypeVar("Matched", IndexedImages, Relabelled)
 ARCHIVES = (*TARS, ZIP, PARQUET)
 VALIDATION_IMAGE = "ILSVRC2012_val_"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """A request for a data set, with all paths resolved; equal requests have the same index."""
+    """The arguments of `open_source` with resolved paths, sorted by kind. Equal requests have the same index."""
 
     folders: tuple[Path, ...] = ()
     archives: tuple[Path, ...] = ()  # tar files, zip files or Parquet files
@@ -105,47 +105,56 @@ def open_source(
     cache: Path | None = None,
     watch: Watch = unwatched,
 ) -> IndexedImages | Source:
-    """Open a data set: from its index if there is one that still fits, else by listing it once.
+    """Open a data set from its index or, if it has no current index, list it and write the index.
+
+    Example::
+
+        train = open_source("places2", split="train")
+        val = open_source("places2", split="val", classes=train.identity)
+        len(train), train.classes[train.labels[0]], train.read(0)[:2]
 
     Args:
-        paths: of the data set. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
-            above. Or a list file, `NAME LABEL` per line or a CSV file with a header, with the folder that it is about.
-            Or, for ImageNet's validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and
-            meta.mat, the latter two also as the folder of the development kit. docs/how-to/data.md has all formats.
-            Patterns
-            such as `shard-{000..003}.tar` stand for several files. A `Source` is checked and returned; with `classes`,
-            labelled by these.
-        split: train, val or test where the tree or tar has them. A test split may be without classes.
-        classes: classes in the order that labels shall have, such as `identity` of the training set; or their folders
-            or names. Images are labelled by these, matched by key: see Note [Classes].
-        root: folder that a list is about; by default the folder among `paths`, else the list's own.
-        categories: file with `NAME LABEL` for each class of a list; by default a categories*.txt beside it.
-        cache: folder for indexes and decompressed tars; by default the environment's RELAYLAB_CACHE, else the user's.
-        watch: display of progress.
+        paths: one or more paths of the data set. Folder trees or tar files of CLASS/**/IMAGE, optionally inside
+            {train,val,test}/. A list of `NAME LABEL` lines or a CSV file with a header, together with the image folder.
+            ImageNet's validation images: their folder or tar together with ILSVRC2012_validation_ground_truth.txt and
+            meta.mat, or with the folder of the development kit. docs/how-to/data.md describes all formats. Patterns
+            such as `shard-{000..003}.tar` expand to several files. A `Source` is checked and returned, relabelled if
+            `classes` is given.
+        split: train, val or test, if the data has splits. A test split may have no classes.
+        classes: classes that define the labels, in order: `identity` of the training set, or folders or names. The
+            classes of the data set are matched with these by key; see Note [Classes].
+        root: folder that the names of a list are relative to; by default the folder in `paths`, else the list's folder.
+        categories: file with `NAME LABEL` per class of a list; by default a categories*.txt in the list's folder.
+        cache: folder for indexes and unpacked tars; by default RELAYLAB_CACHE, else the user's cache folder.
+        watch: progress display, such as `relaylab.progress.progress`.
+
+    Returns:
+        The images in a fixed order: by class, folder and file name, or in the order of a list or of shards.
 
     Raises:
-        InputError: anything wrong with the paths or with what they hold.
+        InputError: the paths do not exist or cannot be combined, or their content cannot be used.
     """
     wanted = classes if classes is None or isinstance(classes, Classes) else Classes.of(classes)
     if is_source(paths):
         check_source(paths)
         if (split, root, categories) != (None, None, None):
             raise InputError(f"{paths.title} is a Source: split, root and categories are for paths")
-        return paths if wanted is None else _told(Relabelled(paths, wanted))
+        return paths if wanted is None else _with_warning(Relabelled(paths, wanted))
     several = [paths] if isinstance(paths, (str, os.PathLike)) else cast("Sequence[str]", paths)
     request = _request(expanded(map(Path, several)), split, wanted, root, categories)
     folder = cache_folder(cache)
     file = request.file(folder)
     if is_our_own(file):
         try:
-            return _told(IndexedImages(file, fresh=True))
+            return _with_warning(IndexedImages(file, fresh=True))
         except UnusableIndexError:
-            pass  # it is made anew
+            pass  # rewritten below
     write_index(file, _list(request, folder, watch))
-    return _told(IndexedImages(file))
+    return _with_warning(IndexedImages(file))
 
 
-def _told(source: Told) -> Told:
+def _with_warning(source: Matched) -> Matched:
+    """Log the remark on how the classes were matched, and return the source."""
     if source.remark:
         log.warning("%s", source.remark)
     return source
@@ -158,7 +167,7 @@ def _request(
     root: Path | None,
     categories: Path | None,
 ) -> _Request:
-    """Sort the paths by kind and check that they go together."""
+    """Sort the paths by kind and check that they can be combined."""
     if split is not None and split not in SPLITS:
         raise InputError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     given = _kit([_resolved(path) for path in paths])
@@ -166,7 +175,7 @@ def _request(
         if given.count(path) > 1:
             raise InputError(f"{path} is given more than once")
         if path.is_dir() and any(path in other.parents for other in given if other.is_dir()):
-            raise InputError(f"{path} holds another folder that is given too: give one of them")
+            raise InputError(f"{path} contains another given folder: give only one of them")
     folders = tuple(path for path in given if path.is_dir())
     files = [path for path in given if not path.is_dir()]
     archives = tuple(path for path in files if path.name.lower().endswith(ARCHIVES))
@@ -175,9 +184,9 @@ def _request(
     lists = [path for path in files if path.suffix.lower() in LISTS and path != truth]
     strange = [path for path in files if path not in (*archives, *lists, truth, meta)]
     if not given or strange:
-        came = f"{strange[0]}" if strange else "nothing"
+        given_instead = f"{strange[0]} is not a data set" if strange else "no paths given"
         kinds = f"folders, tar files ({' '.join(TARS)}), zip or Parquet files, or a list of images ({', '.join(LISTS)})"
-        raise InputError(f"{came}: expected {kinds}")
+        raise InputError(f"{given_instead}: expected {kinds}")
     request = _Request(
         folders=folders,
         archives=archives,
@@ -190,25 +199,26 @@ def _request(
     if lists:
         return _list_request(request, lists, root, categories)
     if root is not None or categories is not None:
-        raise InputError("root and categories go with a list of images (.txt): none is given")
+        raise InputError("root and categories are only for a list of images (.txt), and none is given")
     if (truth is None) != (meta is None) or (truth and (len(folders) + len(archives) != 1 or split)):
         raise InputError(f"expected ImageNet's validation images (a folder or tar), {TRUTH} and {META}, and no split")
     if len({PARQUET if (kind := path.suffix.lower()) == PARQUET else kind == ZIP for path in archives}) > 1:
-        raise InputError("tar, zip and Parquet files together: expected one kind")
+        raise InputError("tar, zip and Parquet files cannot be combined: give files of one kind")
     if folders and archives:
-        raise InputError("folders and tar, zip or Parquet files together: expected one kind")
+        raise InputError("folders cannot be combined with tar, zip or Parquet files: give one kind")
     return request
 
 
 def _list_request(request: _Request, lists: list[Path], root: Path | None, categories: Path | None) -> _Request:
     if len(lists) > 1 or request.archives or request.truth or len(request.folders) + (root is not None) > 1:
-        raise InputError(f"{lists[0].name} is a list of images: expected it and the one folder that it is about")
+        raise InputError(f"{lists[0].name} is a list of images: give it together with at most one folder")
     if request.split is not None:
-        message = f"{lists[0].name} is a list of images, which has no parts train and val"
+        message = f"{lists[0].name} is a list of images, which has no splits: omit the split {request.split}"
         raise NoSplitError(message, others=())
     beside = sorted(lists[0].parent.glob("categories*.txt"))
     if categories is None and len(beside) > 1:
-        raise InputError(f"{few([path.name for path in beside])} beside {lists[0].name}: say which are its categories")
+        names = few([path.name for path in beside])
+        raise InputError(f"{lists[0].name} has several categories files next to it, {names}: give one as categories")
     categories = categories or next(iter(beside), None)
     folder = _resolved(root) if root is not None else next(iter(request.folders), lists[0].parent)
     if not folder.is_dir():
@@ -225,7 +235,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _kit(given: list[Path]) -> list[Path]:
-    """Replace ImageNet's development kit by its two files that are needed."""
+    """Replace the folder of ImageNet's development kit by the two files that are needed."""
     return [
         file
         for path in given
@@ -234,7 +244,7 @@ def _kit(given: list[Path]) -> list[Path]:
 
 
 def _around(paths: Sequence[Path], split: str | None) -> list[Path]:
-    """Return the folders that may contain files with names of classes."""
+    """Return the folders that may contain files with class names."""
     folders = [path for path in paths if path.is_dir()]
     inside = [folder / split for folder in folders if split]
     return [*inside, *folders, *(path.parent for path in paths)]
@@ -252,7 +262,7 @@ def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
 
 
 def _list_files(request: _Request, title: str, cache: Path, watch: Watch) -> Listing:
-    """List a data set of any kind."""
+    """List a data set of any format."""
     flat = request.truth is not None
     if request.list is not None and request.root is not None:
         return _list_named(request.list, request.root, request.categories, request, watch)
@@ -274,7 +284,7 @@ def _list_files(request: _Request, title: str, cache: Path, watch: Watch) -> Lis
 
 
 def _list_named(file: Path, root: Path, categories: Path | None, request: _Request, watch: Watch) -> Listing:
-    """List the images that a file names."""
+    """List the images in a list file of any format."""
     if file.suffix.lower() == JSON:
         return list_coco(file, root, watch)
     if has_header(file):
@@ -318,11 +328,13 @@ def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
         stem = os.fsdecode(listing.name(index)).rpartition("/")[2].rpartition(".")[0]
         image = stem.removeprefix(VALIDATION_IMAGE)
         if image == stem or not image.isdecimal() or not 1 <= int(image) <= len(lines):
-            raise InputError(f"{printable(stem)}: expected {VALIDATION_IMAGE}1 .. {len(lines)}, as {truth.name} has")
+            raise InputError(
+                f"image {printable(stem)}: expected {VALIDATION_IMAGE}1 .. {len(lines)}, as in {truth.name}"
+            )
         if lines[int(image) - 1] not in synset:
             raise InputError(f"{truth.name}, line {int(image)}: {meta.name} has no class {lines[int(image) - 1]}")
         labels[index] = rank[synset[lines[int(image) - 1]]]
     if len(labels) != len(lines):
-        raise InputError(f"{listing.title} has {len(labels):,} images, {truth.name} {len(lines):,} lines")
+        raise InputError(f"{listing.title} has {len(labels):,} images, but {truth.name} has {len(lines):,} lines")
     classes = told_apart([shown[name] for name in folders], folders)
     return replace(listing, labels=labels, classes=classes, folders=folders, file_states=file_states)

@@ -1,4 +1,4 @@
-"""Data sets made from others: chosen images, an artificial long tail, images set aside, labels of other classes."""
+"""Data sets derived from others: subsets, an artificial long tail, held-out images, and relabelled sources."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -15,22 +15,27 @@ Indices = NDArray[np.int64]
 
 
 class Subset:
-    """A subset of a source, as a `Source` of its own.
+    """A `Source` with some images of another, like `torch.utils.data.Subset`.
+
+    Example::
+
+        train, held = held_out(source.labels, count=50, seed=0)
+        train_set, val_set = Subset(source, train), Subset(source, held)
 
     Args:
-        source: contains the images.
+        source: source of the images.
         indices: (m,) indices in the source; image i of the subset is image `indices[i]` of the source.
 
     Raises:
-        InputError: no indices, or one that the source does not have.
+        InputError: there are no indices, or one is out of range.
     """
 
     def __init__(self, source: Source, indices: ArrayLike) -> None:
         indices = np.asarray(indices)
         if indices.ndim != 1 or not indices.size or not np.issubdtype(indices.dtype, np.integer):
-            raise InputError(f"image numbers of shape {indices.shape}, {indices.dtype}: expected some, whole, in a row")
+            raise InputError(f"indices are {indices.dtype} {indices.shape}: expected integers (m,), at least one")
         if indices.min() < 0 or indices.max() >= len(source):
-            raise InputError(f"image numbers {indices.min()} .. {indices.max()}: expected 0 .. {len(source) - 1}")
+            raise InputError(f"indices {indices.min()} .. {indices.max()}: expected 0 .. {len(source) - 1}")
         self.source = source
         self.indices: Indices = indices.astype(np.int64)
         self.title: str = source.title
@@ -49,23 +54,23 @@ class Subset:
         return self.source.read(int(self.indices[index]))
 
     def size(self, index: int) -> int:
-        """Return the size of an encoded image in bytes, where the source knows it."""
+        """Return the size of an encoded image in bytes, if the source has `size`."""
         return self.source.size(int(self.indices[index]))  # pyright: ignore[reportAttributeAccessIssue]
 
     def name(self, index: int) -> str:
-        """Return the path of an image, for messages and lists."""
+        """Return the path of an image for messages and lists."""
         return self.source.name(int(self.indices[index]))
 
 
 class Relabelled:
-    """A source with labels in the order of other classes, as a `Source` of its own.
+    """A `Source` with the labels of another in the order of other classes.
 
     Args:
-        source: contains the images.
-        wanted: classes, such as those of the training images.
+        source: source of the images.
+        wanted: classes that define the labels, such as those of the training images.
 
     Raises:
-        InputError: a class with images that is not among them.
+        InputError: a class with images is not among them.
     """
 
     def __init__(self, source: Source, wanted: Classes) -> None:
@@ -88,30 +93,30 @@ class Relabelled:
         return self.source.read(index)
 
     def name(self, index: int) -> str:
-        """Return the path of an image, for messages and lists."""
+        """Return the path of an image for messages and lists."""
         return self.source.name(index)
 
 
 def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Indices:
-    """Choose images so that class sizes fall exponentially, from the largest class's to that divided by `ratio`.
+    """Choose images so that class sizes decrease exponentially, from the largest class's to 1 / `ratio` of it.
 
-    The order of the classes is drawn from the seed. A class that has fewer images than it may keep keeps them all;
-    every class that has any keeps at least one.
+    The order of the classes is drawn from the seed. A class with fewer images than its new size keeps all of them;
+    every class with images keeps at least one.
 
     Args:
         labels: (n,) class indices from 0.
-        ratio: largest to smallest class, at least 1.
-        seed: 0 or more; the same seed keeps the same images.
+        ratio: size of the largest class divided by that of the smallest, at least 1.
+        seed: at least 0; the same seed keeps the same images.
 
     Returns:
-        Indices (m,) of the images to keep, rising.
+        Indices (m,) of the images to keep, in ascending order.
 
     Raises:
-        InputError: a ratio below 1, a negative seed, or images without labels.
+        InputError: the ratio is below 1, the seed is negative, or images have no labels.
     """
     labels = np.asarray(labels)
     if not 1 <= ratio < np.inf or seed < 0:
-        raise InputError(f"long tail of ratio {ratio:g} and seed {seed}: expected a ratio of at least 1, a seed from 0")
+        raise InputError(f"long tail with ratio {ratio:g} and seed {seed}: expected a ratio >= 1 and a seed >= 0")
     members = [group for group in _members(labels) if len(group)]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(members))
     largest = max(len(group) for group in members)
@@ -124,20 +129,27 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Indices:
 
 
 def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, Indices]:
-    """Set images of each class aside, chosen by the seed; return the rising indices of the others and of these.
+    """Hold out images of each class, chosen by the seed.
 
-    `count` is their number, or below 1 their share, which is rounded, and at least one image.
+    Args:
+        labels: (n,) class indices from 0.
+        count: images of each class to hold out or, below 1, their share of the class, rounded to at least one image.
+        seed: at least 0; the same seed holds out the same images.
+
+    Returns:
+        Indices of the remaining images, and of the held-out images, both in ascending order.
 
     Raises:
-        InputError: a count of 0 or less, a negative seed, images without labels, or a class that would be left empty.
+        InputError: the count is not positive, the seed is negative, images have no labels, or a class would be left
+            without images.
     """
     if count <= 0 or seed < 0:
-        raise InputError(f"{count} images of each class to set aside, seed {seed}: expected at least 1, a seed from 0")
+        raise InputError(f"cannot hold out {count} images per class with seed {seed}: expected count > 0 and seed >= 0")
     stay, aside = list[Indices](), list[Indices]()
     for label, members in enumerate(_members(np.asarray(labels))):
         size = int(count) if count >= 1 else max(1, round(count * len(members)))
         if 0 < len(members) <= size:
-            raise InputError(f"class {label} has {len(members)} images: {size} set aside would leave none")
+            raise InputError(f"class {label} has {len(members)} images: holding out {size} would leave none")
         order = np.random.Generator(np.random.PCG64([seed, label])).permutation(members)
         aside.append(order[:size])
         stay.append(order[size:])
@@ -145,8 +157,8 @@ def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, In
 
 
 def _members(labels: NDArray[np.integer]) -> list[Indices]:
-    """Return the rising image indices of each class."""
+    """Return the image indices of each class, in ascending order."""
     if not labels.size or labels.min() < 0:
-        raise InputError("images without labels cannot be chosen by class")
+        raise InputError("cannot choose images by class: some have no label")
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.cumsum(np.bincount(labels))[:-1])

@@ -1,4 +1,4 @@
-"""Layers of Caffe and modules of PyTorch in the same words: equal words mean that they compute the same."""
+"""Descriptions of Caffe layers and PyTorch modules. Equal descriptions mean that the computation is the same."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ PLAIN = {  # layers without parameters
 
 
 def describe(layer: Layer) -> str:
-    """Describe the computation of a layer of a prototxt, with everything that our modules cannot do."""
+    """Describe the computation of a layer in a prototxt, including options that our modules do not support."""
     message = layer.message
     match layer.type:
         case "Convolution":
@@ -34,7 +34,7 @@ def describe(layer: Layer) -> str:
             axis = options.concat_dim if options.HasField("concat_dim") else options.axis
             return f"a concatenation along axis {axis}"
         case "Flatten":
-            options = getattr(message, "flatten_param", None)  # the old form has none
+            options = getattr(message, "flatten_param", None)  # absent in the old format
             unusual = options is not None and (options.axis != 1 or options.end_axis not in (-1, 3))
             return _joined("flattening", {"of other axes": unusual})
         case "Softmax":
@@ -44,7 +44,7 @@ def describe(layer: Layer) -> str:
 
 
 def describe_module(module: nn.Module) -> str:
-    """Describe the computation of a module of Model B."""
+    """Describe the computation of a module of model B."""
     match module:
         case nn.Conv2d():
             kernel, stride, padding = _sides(module.kernel_size), _sides(module.stride), _sides(module.padding)
@@ -54,11 +54,11 @@ def describe_module(module: nn.Module) -> str:
         case nn.MaxPool2d():
             return max_pooling(module.kernel_size)  # pyright: ignore[reportArgumentType] (Model B's are square)
         case _:
-            raise TypeError(f"no words for {type(module).__name__}")
+            raise TypeError(f"no description of {type(module).__name__}")
 
 
 def max_pooling(size: int) -> str:
-    """Describe Model B's max pooling, with windows of `size` pixels side by side, also in its pyramid."""
+    """Describe the max pooling of model B and its pyramid, with adjacent windows of `size` pixels."""
     return f"max pooling of {size}x{size}, stride {size}x{size}"
 
 
@@ -89,7 +89,7 @@ def _pooling(options: Any) -> str:
 
 
 def _pair(options: Any, name: str, default: int) -> tuple[int, int]:
-    """Return height and width of a kernel, stride or padding, for which Caffe has three notations."""
+    """Return height and width of a kernel, stride or padding. Caffe has three notations for them."""
     if options.HasField(f"{name}_h") or options.HasField(f"{name}_w"):
         return getattr(options, f"{name}_h"), getattr(options, f"{name}_w")
     field = "kernel_size" if name == "kernel" else name

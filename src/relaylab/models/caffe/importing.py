@@ -1,4 +1,4 @@
-"""Import of the authors' released Model B, from Caffe's two files to a model file of ours."""
+"""Import of the authors' released model B from its two Caffe files."""
 
 import hashlib
 import re
@@ -22,27 +22,32 @@ from relaylab.models.file import InputConfig, ModelFile
 from relaylab.outside.showing import brief
 from relaylab.recipes.schema import NetworkConfig
 
-MEAN = (105.448, 113.768, 116.052)  # the authors', of blue, green and red, 0 to 255
-RESIZE, CROP = 256, 224  # the authors', in pixels
-MOST_CLASSES, MOST_FILTERS, MOST_PIXELS = 1_000_000, 2048, 8192  # beyond them a file is damaged
-LARGEST_LIST = 16 << 20  # bytes of a file with classes
+MEAN = (105.448, 113.768, 116.052)  # the authors' means of blue, green and red, 0 to 255
+RESIZE, CROP = 256, 224  # the authors' sizes in pixels
+MOST_CLASSES, MOST_FILTERS, MOST_PIXELS = 1_000_000, 2048, 8192  # larger values mean that the file is damaged
+LARGEST_LIST = 16 << 20  # bytes of a file with class names
 WEIGHTS = ("weight", "bias")  # in the order of a layer's blobs
 
 
 def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) -> ModelFile:
-    """Read Model B as the authors released it.
+    """Import model B from the authors' release.
 
-    Width, classes, image size and pyramid are read off the prototxt. Channels are BGR, with values from 0 to 255. The
-    mean and the size before the crop are the prototxt's if it says them, otherwise the authors'.
+    Width, classes, image size and pyramid are taken from the prototxt. Channels are BGR, with values from 0 to 255. The
+    mean and the resize are those of the prototxt if given, otherwise the authors'.
+
+    Example::
+
+        model = import_caffe(Path("Places2-401-CNN.prototxt"), Path("Places2-401-CNN.caffemodel"))
+        save_model(Path("model-b.safetensors"), model)
 
     Args:
-        prototxt: the network's definition.
-        caffemodel: its weights; as much memory as twice its size is needed.
-        classes: a file with a class's name on each line, or NAME NUMBER as in the lists of Places; without it the
-            classes are called "class 0" and so on.
+        prototxt: definition of the network.
+        caffemodel: weights; importing needs twice their size in memory.
+        classes: file with one class name per line, or NAME INDEX as in the lists of Places; None names the classes
+            "class 0", "class 1" and so on.
 
     Raises:
-        InputError: a file that is missing, damaged or of another kind, or a network that is not Model B.
+        InputError: a file is missing, damaged or of another kind, or the network is not model B.
     """
     caffe = read_network(prototxt)
     layers, images = follow(caffe)
@@ -88,14 +93,14 @@ def _network_config(path: Path, layers: Mapping[str, Layer], source: Source) -> 
 
 
 def _bins(path: Path, layers: Mapping[str, Layer], side: int) -> tuple[int, ...]:
-    """Return the bins along a side of the pyramid's grids, the finest first, on a map of `side` pixels."""
+    """Return the bins along a side of each grid of the pyramid on a map of `side` pixels, finest grid first."""
     grids = [layers[name] for name in layers if re.fullmatch(rf"{re.escape(GRIDS)}\.\d+", name)]
     bins = [-(-side // window(grid)) if window(grid) else 0 for grid in grids]
     for b, grid in zip(bins, grids, strict=True):
         if not b or describe(grid) != max_pooling(pyramid.window(b, side)):
             raise InputError(
                 f"{path}: layer {brief(grid.name)!r} is {describe(grid)}, where Model B has max pooling of a "
-                f"{side}x{side} map into a grid, with windows side by side; {ADVICE}"
+                f"{side}x{side} map into a grid, with adjacent windows; {ADVICE}"
             )
     if bins != sorted(set(bins)):
         raise InputError(
@@ -106,9 +111,9 @@ def _bins(path: Path, layers: Mapping[str, Layer], side: int) -> tuple[int, ...]
 
 
 def _compare(path: Path, layers: dict[str, Layer], model: nn.Module) -> None:
-    """Raise InputError if a layer computes something else than its counterpart in our model."""
+    """Raise InputError if the computation of a layer differs from its counterpart in our model."""
     modules = dict(model.named_modules())
-    for place in reversed(layers):  # from the images on, so that the first deviation is named
+    for place in reversed(layers):  # from the input upwards, so that the first difference is reported
         layer = layers[place]
         if layer.type in ("Convolution", "InnerProduct", "Pooling") and place in modules:
             expected = describe_module(modules[place])
@@ -134,26 +139,28 @@ def _input_config(path: Path, source: Source, size: int) -> InputConfig:
 
 
 def _state(path: Path, layers: Mapping[str, Layer], weights: dict[str, Blobs], model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict in the order of the model's own; `weights` is emptied to save memory."""
+    """Return the state dict in the model's order. `weights` is emptied to save memory."""
     own, state = model.state_dict(), dict[str, Tensor]()
     for place in dict.fromkeys(key.rpartition(".")[0] for key in own):
         name = layers[place].name
         where = f"{path}: layer {brief(name)!r}"
         if name not in weights:
-            raise InputError(f"{where} is missing: expected its weights; is the file cut off, or another network's?")
+            raise InputError(f"{where} is missing: expected its weights; is the file truncated, or of another network?")
         blobs = weights.pop(name)
         if len(blobs) != len(WEIGHTS):
-            raise InputError(f"{where} has {len(blobs)} blobs: expected two, weights and biases; is the file cut off?")
+            raise InputError(
+                f"{where} has {len(blobs)} blobs: expected two, weights and biases; is the file truncated?"
+            )
         for kind, blob in zip(WEIGHTS, blobs, strict=True):
             state[f"{place}.{kind}"] = _tensor(f"{where}, {kind}", blob, tuple(own[f"{place}.{kind}"].shape))
     return state
 
 
 def _tensor(where: str, blob: NDArray[np.float32], shape: tuple[int, ...]) -> Tensor:
-    if _without_ones(blob.shape) != _without_ones(shape):  # old files have four sides for everything
-        raise InputError(f"{where}: shape {blob.shape}, expected {shape}; the prototxt and the caffemodel do not agree")
+    if _without_ones(blob.shape) != _without_ones(shape):  # in old files, every blob has four dimensions
+        raise InputError(f"{where}: shape {blob.shape}, expected {shape}; the prototxt and the caffemodel do not match")
     if not np.isfinite(blob).all():
-        raise InputError(f"{where}: holds numbers that are infinite or not a number; is the file damaged?")
+        raise InputError(f"{where} has values that are infinite or NaN; is the file damaged?")
     return torch.from_numpy(blob.reshape(shape).copy())
 
 
@@ -165,16 +172,16 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _class_names(path: Path | None, count: int) -> tuple[str, ...]:
     if path is None:
-        return tuple(f"class {number}" for number in range(count))
-    data = read_limited(path, LARGEST_LIST, "expected a list of classes' names")
+        return tuple(f"class {label}" for label in range(count))
+    data = read_limited(path, LARGEST_LIST, "expected a list of class names")
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not text: expected a class's name on each line") from None
+        raise InputError(f"{path} is not text: expected one class name per line") from None
     numbered = bool(lines) and all(name_and_number(line)[0] for line in lines)
     names = read_categories(path) if numbered else tuple(without_letter(line) for line in lines)
     if len(names) != count:
-        raise InputError(f"{path} has {len(names)} class names: expected {count}, as the network has outputs")
+        raise InputError(f"{path} has {len(names)} class names: expected {count}, the number of the network's outputs")
     return names
 
 

@@ -1,6 +1,6 @@
-"""Matching of a Caffe network with the structure of Model B, from its scores back to its images.
+"""Matching of a Caffe network with the structure of model B, from the scores back to the images.
 
-Backwards, since every blob has one maker while several layers may read it. Names of layers do not matter.
+It goes backwards because every blob is produced by one layer but may be read by several. Layer names do not matter.
 """
 
 from relaylab.data.sources.listing import few
@@ -14,12 +14,12 @@ GRIDS = "segment4.spp"
 
 
 class Trail:
-    """The layers of a network that have been matched with Model B, and those that are left.
+    """The layers of a network that have been matched with model B, and the remaining ones.
 
     Attributes:
         network: the network.
-        found: layers by their names in our model. The layers of the pyramid are numbered.
-        left: layers that have not been reached, by number of the blob that they make.
+        found: matched layers by their names in our model. The layers of the pyramid are numbered.
+        left: layers that have not been reached, by the number of the blob that they produce.
     """
 
     def __init__(self, network: Network) -> None:
@@ -36,13 +36,14 @@ class Trail:
         return f"{self.network.path}: layer {brief(layer.name)!r}"
 
     def kind(self, blob: int) -> str:
-        """Return the type of the layer that makes a blob; empty for images."""
+        """Return the type of the layer that produces a blob; empty for images."""
         return self._makers[blob].type if blob in self._makers else ""
 
     def fork(self, blob: int, kind: str, place: str) -> tuple[int, ...]:
-        """Step back from a blob over the layer of this type that makes it; return the blobs that the layer reads.
+        """Step back from a blob over the layer that produces it; return the blobs that the layer reads.
 
-        The layer is recorded in `found` under `place`, its name in our model. Another type raises InputError.
+        The layer is recorded in `found` under `place`, its name in our model. Raises InputError if its type is not
+        `kind`.
         """
         layer = self._makers.get(blob)
         if layer is None:
@@ -53,27 +54,27 @@ class Trail:
         if layer.type != kind:
             raise InputError(f"{self.where(layer)} is {describe(layer)}, where Model B has {kind} ({place}); {ADVICE}")
         if blob not in self.left:
-            raise InputError(f"{self.where(layer)} is used twice, for {place} too; {ADVICE}")
+            raise InputError(f"{self.where(layer)} is used twice, the second time for {place}; {ADVICE}")
         del self.left[blob]
         self.found[place] = layer
         return layer.bottoms
 
     def back(self, blob: int, kind: str, place: str) -> int:
-        """Step back as `fork` does, over a layer with one input; several raise InputError."""
+        """Step back like `fork` over a layer with a single input; raise InputError if it has several."""
         bottoms = self.fork(blob, kind, place)
         if len(bottoms) != 1:
             raise InputError(f"{self.where(self.found[place])} reads {len(bottoms)} blobs: expected one; {ADVICE}")
         return bottoms[0]
 
     def convolution(self, blob: int, place: str) -> int:
-        """Step back over ReLU and convolution; `place` ends with the convolution's number in its branch."""
+        """Step back over a ReLU and a convolution; `place` ends with the convolution's number in its branch."""
         stem, _, number = place.rpartition(".")
         blob = self.back(blob, "ReLU", f"{stem}.{int(number) + 1}")
         return self.back(blob, "Convolution", place)
 
 
 def follow(network: Network) -> tuple[dict[str, Layer], int]:
-    """Find Model B's layers; return them by their names in our model, and the number of the images' blob.
+    """Find the layers of model B. Return them by their names in our model, and the number of the images' blob.
 
     Raises:
         InputError: the network has another structure. Kernels, filters and strides are not compared.

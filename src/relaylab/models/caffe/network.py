@@ -1,4 +1,4 @@
-"""A prototxt as a graph: layers with numbered blobs, so that in-place layers are not special."""
+"""A prototxt as a graph of layers. Blobs are numbered, so that in-place layers need no special treatment."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from relaylab.models.caffe.schema import PHASE_TEST, V1_TYPES
 from relaylab.outside.showing import brief
 
 MOST_TOPS = 100  # of a layer that reads images
-RENAMED = {"Relu": "ReLU"}  # of the types that the old form has in capitals
+RENAMED = {"Relu": "ReLU"}  # types that are in capitals in the old format
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer.
+    """A layer.
 
     Attributes:
-        name: the same as in the caffemodel.
-        type: such as "Convolution".
+        name: name, as in the caffemodel.
+        type: type, such as "Convolution".
         bottoms: numbers of the blobs that it reads.
-        tops: numbers of the blobs that it makes. An in-place layer makes a new one.
-        message: parameters, by Caffe's names.
+        tops: numbers of the blobs that it produces. An in-place layer produces a new one.
+        message: parameters under Caffe's names.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A blob that no layer makes, or one that reads images.
+    """An input blob, or the output of a layer that reads images.
 
     Attributes:
-        name: of the blob.
+        name: name of the blob.
         size: (channels, height, width), as far as the file gives it.
-        mean: of each channel, 0 to 255, in Caffe's order BGR; None if the file does not give it.
+        mean: mean of each channel, 0 to 255, in Caffe's BGR order; None if the file does not give it.
         resize: (height, width) before the crop; None if the file does not give it.
     """
 
@@ -55,9 +55,9 @@ class Network:
     """The network of a prototxt in its test phase.
 
     Attributes:
-        path: the prototxt, for errors.
-        layers: in the order of the file, without those that read images or only measure.
-        sources: blobs that contain images, by number.
+        path: path of the prototxt, for error messages.
+        layers: layers in file order, without data layers, losses and metrics.
+        sources: input blobs by number.
     """
 
     path: Path
@@ -69,42 +69,42 @@ def read_network(path: Path) -> Network:
     """Read a prototxt.
 
     Raises:
-        InputError: it cannot be read, is another kind of file, or its layers are not connected.
+        InputError: the file cannot be read or is of another kind, or its layers are not connected.
     """
     message = read_prototxt(path)
     layers = list[Layer]()
     sources = dict[int, Source]()
-    current = dict[str, int]()  # by name, the blob that a later layer reads
+    current = dict[str, int]()  # number of the latest blob of each name, which later layers read
     for count, (name, size) in enumerate(_inputs(message, path)):
         current[name] = count
         sources[count] = Source(name, size)
     count = len(sources)
-    for each in (*message.layers, *message.layer):
-        if not _in_test_phase(each):
+    for entry in (*message.layers, *message.layer):
+        if not _in_test_phase(entry):
             continue
-        layer, where = _type(each), f"{path}: layer {brief(each.name)!r}"
-        for name in each.bottom:
+        kind, where = _type(entry), f"{path}: layer {brief(entry.name)!r}"
+        for name in entry.bottom:
             if name not in current:
-                raise InputError(f"{where} reads {brief(name)!r}, which no layer before it makes")
-        bottoms = tuple(current[name] for name in each.bottom)
-        below = set(each.bottom)
-        for name in each.top:
+                raise InputError(f"{where} reads {brief(name)!r}, which no earlier layer produces")
+        bottoms = tuple(current[name] for name in entry.bottom)
+        below = set(entry.bottom)
+        for name in entry.top:
             if name in current and name not in below:
-                raise InputError(f"{where} makes {brief(name)!r}, as another layer before it does")
+                raise InputError(f"{where} produces {brief(name)!r}, which an earlier layer also produces")
             current[name] = count
             count += 1
-        tops = tuple(current[name] for name in each.top)
+        tops = tuple(current[name] for name in entry.top)
         if not bottoms:
-            if len(each.top) > MOST_TOPS:
-                raise InputError(f"{where} makes {len(each.top):,} blobs: expected images and labels")
-            sources |= {top: _source(each, name, where) for top, name in zip(tops, each.top, strict=True)}
-        elif not _only_measures(layer):
-            layers.append(Layer(each.name, layer, bottoms, tops, each))
+            if len(entry.top) > MOST_TOPS:
+                raise InputError(f"{where} produces {len(entry.top):,} blobs: expected images and labels")
+            sources |= {top: _source(entry, name, where) for top, name in zip(tops, entry.top, strict=True)}
+        elif not _only_measures(kind):
+            layers.append(Layer(entry.name, kind, bottoms, tops, entry))
     return Network(path, tuple(layers), sources)
 
 
 def _inputs(message: Any, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Return the inputs that have no layer: names, and sizes without the batch's."""
+    """Yield the inputs that are not layers: names, and sizes without the batch dimension."""
     for number, name in enumerate(message.input):
         if number < len(message.input_shape):
             yield name, tuple(message.input_shape[number].dim)[1:]
