@@ -170,7 +170,7 @@ def test_the_readme_quotes_the_runs() -> None:
         assert ("collapsed" in top1) == ("collapsed" in line)
 
 
-def test_the_readme_quotes_32_pixels() -> None:
+def test_the_page_quotes_32_pixels() -> None:
     top1 = {(run.arm, run.seed): run.top1 for run in read_findings("32px")}
 
     def lead(arm: str, base: str) -> str:
@@ -178,12 +178,12 @@ def test_the_readme_quotes_32_pixels() -> None:
 
     at_19 = lead("vgg-equal-rate/19-relay", "vgg/19-standard")
     at_25 = lead("vgg-equal-rate/25-relay", "vgg/25-standard")
-    text = " ".join(README.read_text().split())
+    text = " ".join(page.PAGE.read_text().split())
     relay, standard = "model-b-cores/relay", "model-b-cores/standard"
     model_b = difference_text([top1[relay, seed] - top1[standard, seed] for seed in (3, 4, 5)])
-    assert f"on model B at 32 pixels too ({model_b})" in text
-    assert f"with relay VGG-19 and VGG-25 did better by {at_19} and {at_25} points" in text
-    assert f"ResNet-50, with batch normalisation, worse by {lead('resnet50/standard', 'resnet50/relay')} after" in text
+    assert f"{model_b} on model B at 32" in text
+    assert f"relay has {at_19} points less with 19 layers, and {at_25} with 25" in text
+    assert f"did worse on ResNet-50**, by {lead('resnet50/standard', 'resnet50/relay')} points" in text
 
 
 def test_links_of_the_page_and_the_readme_exist() -> None:
