@@ -41,11 +41,11 @@ from relaylab.data.sources.classes import Classes
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
 from relaylab.recipes.schema import Recipe
-from relaylab.train import runs
+from relaylab.train import requests
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages
 from relaylab.train.loop import Trainer
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records
 from relaylab.train.seeding import seed_all
 from relaylab.train.segments import segments_of
@@ -133,8 +133,8 @@ class Ours:
 
     def __init__(self, settings: Settings, images: RunImages, folder: Path) -> None:
         recipe = settings.recipe
-        config = TrainConfig(accelerator=settings.device, precision=settings.precision, seed=SEED)
-        request = runs.Request(config, recipe, folder)
+        config = TrainOptions(accelerator=settings.device, precision=settings.precision, seed=SEED)
+        request = requests.Request(config, recipe, folder)
         fabric = make_fabric(config)
         self.trainer: Trainer = assemble(fabric, request, images, segments_of(recipe), StopRequest())
         self.trainer.records = Records(folder, 0)
@@ -144,12 +144,12 @@ class Ours:
 
     def step(self) -> None:
         """One update without a look at the gradients."""
-        self.trainer.config = self.without
+        self.trainer.options = self.without
         self.trainer.step(self.batches)
 
     def looking_step(self) -> None:
         """One update with a look."""
-        self.trainer.config = self.with_looks
+        self.trainer.options = self.with_looks
         self.trainer.step(self.batches)
 
 
@@ -227,7 +227,7 @@ def measure(settings: Settings) -> Figures:
         looks = {"without": ours.step, "with": ours.looking_step}
         times = interleave(looks, rounds=settings.rounds, budget_s=settings.looks_budget_s, warmup=1)
         found = ratio(times["with"], times["without"])
-        every = TrainConfig().diagnose_every
+        every = TrainOptions().diagnose_every
         figures |= {
             "look_in_steps": found.median - 1,
             "look_in_steps_error": found.error,
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": SEED,
         "model": f"{settings.recipe.name}, {settings.view.size} pixels",
         "batch": settings.recipe.optimizer.batch_size,
-        "looks_every": TrainConfig().diagnose_every,
+        "looks_every": TrainOptions().diagnose_every,
         "keeps_memory": keeps,
         "elapsed_s": round(time.perf_counter() - started, 1),
     }

@@ -27,8 +27,8 @@ from relaylab.models.small import small_vgg
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.schema import Recipe
-from relaylab.train import runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 
 SCHEMES = ("standard", "multi_loss", "relay")
@@ -107,8 +107,8 @@ def test_all_schemes_see_the_same_batches_and_masks(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(session, "build_relay", watched)
     for scheme in SCHEMES:
         changes = (*TINY, "optimizer.iterations=4", "optimizer.evaluate_every=4", "optimizer.lr=1e-9")
-        config = TrainConfig(recipe="digits", changes=(*changes, f"scheme={scheme}"), out=tmp_path / scheme)
-        session.train(runs.understand(config))
+        config = TrainOptions(recipe="digits", changes=(*changes, f"scheme={scheme}"), out=tmp_path / scheme)
+        session.train(requests.resolve(config))
     for scheme in ("multi_loss", "relay"):
         assert len(seen[scheme]) == len(seen["standard"]) > 8
         images = list(zip(seen[scheme][::2], seen["standard"][::2], strict=True))
@@ -197,11 +197,11 @@ def test_decoding_once_and_as_needed_train_to_the_same_figures(tmp_path: Path) -
     changes += ("optimizer.iterations=8", "optimizer.evaluate_every=4", "optimizer.batch_size=8")
     lines: list[list[dict[str, Any]]] = []
     for images in ("memory", "disk"):
-        config = TrainConfig(
+        config = TrainOptions(
             recipe="photos", data=(tree,), changes=changes, images=images, workers=1, out=tmp_path / images, log_every=4
         )
-        session.train(runs.understand(config))
-        found = read_metrics(tmp_path / images / runs.METRICS)
+        session.train(requests.resolve(config))
+        found = read_metrics(tmp_path / images / run_folder.METRICS)
         times = ("images_per_s", "data_wait", "seconds")
         lines.append([{name: value for name, value in line.items() if name not in times} for line in found])
     assert lines[0] == lines[1]
@@ -230,8 +230,8 @@ def test_data_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_run_of_the_digits_outlives_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAYLAB_CACHE", str(tmp_path / "cache"))
     changes = (*TINY, "optimizer.iterations=2", "optimizer.evaluate_every=1")
-    session.train(runs.understand(TrainConfig(recipe="digits", changes=changes, out=tmp_path / "run")))
+    session.train(requests.resolve(TrainOptions(recipe="digits", changes=changes, out=tmp_path / "run")))
     digits_tar().unlink()
-    request = runs.understand(TrainConfig(resume=str(tmp_path / "run")))
-    assert request.config.data == (digits_tar(),)
-    assert request.config.data[0].exists()
+    request = requests.resolve(TrainOptions(resume=str(tmp_path / "run")))
+    assert request.options.data == (digits_tar(),)
+    assert request.options.data[0].exists()

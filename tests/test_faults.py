@@ -30,8 +30,8 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 import fault_runs
 from relaybackprop import RelayLoss
 from relaylab.errors import LabError, NonFiniteLossError
-from relaylab.train import checkpoint, loop, runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import checkpoint, loop, requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after, train
 
@@ -67,7 +67,7 @@ def wait_for(child: BaseProcess) -> int:
 
 
 def newest_step(out: Path) -> int:
-    path = next(checkpoint.newest(out / runs.CHECKPOINTS), None)
+    path = next(checkpoint.newest(out / run_folder.CHECKPOINTS), None)
     return 0 if path is None else checkpoint.step_of(path) or 0
 
 
@@ -89,8 +89,8 @@ def reference(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def halfway(reference: Path, tmp_path: Path) -> Path:
     """A run that was cut off after its second checkpoint."""
     run = shutil.copytree(reference, tmp_path / "run")
-    shutil.rmtree(run / runs.CHECKPOINTS / "step-00000012")
-    (run / runs.MODEL).unlink()
+    shutil.rmtree(run / run_folder.CHECKPOINTS / "step-00000012")
+    (run / run_folder.MODEL).unlink()
     return run
 
 
@@ -122,7 +122,7 @@ def test_kill_9_at_random_moments(
         assert child.exitcode is None, "it was over before it could be killed: give it more iterations"
         child.kill()
         child.join()
-        folder = tmp_path / "run" / runs.CHECKPOINTS
+        folder = tmp_path / "run" / run_folder.CHECKPOINTS
         cut_saves += any(folder.glob(".unfinished-*"))
         for path in checkpoint.newest(folder):
             checkpoint.check(path)  # whatever has its name is whole
@@ -141,13 +141,16 @@ def test_kill_9_at_random_moments(
 
 def test_a_full_disk(halfway: Path, reference: Path, tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
     """The system itself refuses to write on: a real error from the library that writes the tensors."""
-    half = (halfway / runs.CHECKPOINTS / "step-00000008" / checkpoint.MODEL).stat().st_size // 2
+    half = (halfway / run_folder.CHECKPOINTS / "step-00000008" / checkpoint.MODEL).stat().st_size // 2
     child = start(["train", "--resume", str(halfway)], half)
     assert wait_for(child) == 1
     told = (tmp_path / "log").read_text()
     assert "cannot write the checkpoint" in told
     assert "step-00000012" in told
-    assert [path.name for path in sorted((halfway / runs.CHECKPOINTS).iterdir())] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in sorted((halfway / run_folder.CHECKPOINTS).iterdir())] == [
+        "step-00000004",
+        "step-00000008",
+    ]
     go_on(halfway)
     assert_as_reference(halfway, reference)
 
@@ -188,8 +191,10 @@ def test_a_save_that_fails_at_any_of_its_steps(
             patch.setattr(Path, "write_text", write)
         with pytest.raises(checkpoint.SaveError, match=r"step-00000012: No space left on device .* MB free"):
             go_on(halfway)
-    assert checkpoint.newest_whole(halfway / runs.CHECKPOINTS) == halfway / runs.CHECKPOINTS / "step-00000008"
-    assert not list((halfway / runs.CHECKPOINTS).glob(".*")), "the half-written files are gone: they take space"
+    assert (
+        checkpoint.newest_whole(halfway / run_folder.CHECKPOINTS) == halfway / run_folder.CHECKPOINTS / "step-00000008"
+    )
+    assert not list((halfway / run_folder.CHECKPOINTS).glob(".*")), "the half-written files are gone: they take space"
     go_on(halfway)
     assert_as_reference(halfway, reference)
 
@@ -270,9 +275,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     damage: str, halfway: Path, reference: Path
 ) -> None:
-    DAMAGE[damage](halfway / runs.CHECKPOINTS / "step-00000008")
+    DAMAGE[damage](halfway / run_folder.CHECKPOINTS / "step-00000008")
     go_on(halfway)
-    told = (halfway / runs.LOG).read_text()
+    told = (halfway / run_folder.LOG).read_text()
     assert "step-00000008" in told
     assert "the checkpoint before it is tried" in told
     assert "resuming from step 4" in told
@@ -280,21 +285,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
 
 
 def test_a_damaged_checkpoint_that_is_named_is_an_error(halfway: Path) -> None:
-    path = halfway / runs.CHECKPOINTS / "step-00000008"
+    path = halfway / run_folder.CHECKPOINTS / "step-00000008"
     flip(path / checkpoint.MODEL)
     with pytest.raises(LabError, match=r"model.safetensors is damaged or was changed"):
         go_on(path)
 
 
 def test_only_damaged_checkpoints_are_an_error(halfway: Path) -> None:
-    for path in checkpoint.newest(halfway / runs.CHECKPOINTS):
+    for path in checkpoint.newest(halfway / run_folder.CHECKPOINTS):
         flip(path / checkpoint.OPTIMIZER)
     with pytest.raises(LabError, match=r"no checkpoint in .* is whole: start a new run"):
         go_on(halfway)
 
 
 def test_nothing_is_unpickled(halfway: Path) -> None:
-    path = halfway / runs.CHECKPOINTS / "step-00000008"
+    path = halfway / run_folder.CHECKPOINTS / "step-00000008"
     pickled(path)
     with pytest.raises(LabError, match=r"step-00000008 cannot be read"):
         go_on(path)
@@ -306,8 +311,8 @@ def test_nothing_is_unpickled(halfway: Path) -> None:
 def test_a_checkpoint_of_another_network_is_refused(halfway: Path, tiny_images: Path, tmp_path: Path) -> None:
     changes = ("network.width=8",)
     train(tiny_images, tmp_path / "wide", changes=changes)
-    wide = tmp_path / "wide" / runs.CHECKPOINTS / "step-00000012"
-    shutil.copytree(wide, halfway / runs.CHECKPOINTS / wide.name)
+    wide = tmp_path / "wide" / run_folder.CHECKPOINTS / "step-00000012"
+    shutil.copytree(wide, halfway / run_folder.CHECKPOINTS / wide.name)
     with pytest.raises(LabError, match=r"is of another recipe than table3-model-a-relay"):
         go_on(halfway)
 
@@ -324,7 +329,7 @@ def test_a_workers_death_costs_nothing(tiny_images: Path, tmp_path: Path, monkey
     monkeypatch.setattr(loop.Trainer, "step", step)
     train(tiny_images, tmp_path / "run", images="disk", workers=2)
     assert_as_reference(tmp_path / "run", tmp_path / "whole")
-    assert "new ones are started" in (tmp_path / "run" / runs.LOG).read_text()
+    assert "new ones are started" in (tmp_path / "run" / run_folder.LOG).read_text()
 
 
 @pytest.mark.slow
@@ -371,7 +376,7 @@ def test_an_error_that_would_come_again_is_not_tried_again(tiny_images: Path, tm
     )
     assert run.returncode == 1, run.stderr
     assert run.stderr.count("not finite: the loss primary") == 1, run.stderr
-    assert len(json.loads((tmp_path / "run" / runs.ENVIRONMENT).read_text())["starts"]) == 1
+    assert len(json.loads((tmp_path / "run" / run_folder.ENVIRONMENT).read_text())["starts"]) == 1
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update(
@@ -468,7 +473,7 @@ def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
 
 
 def test_two_processes_on_one_run(halfway: Path, tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
-    with runs.locked(halfway):
+    with run_folder.locked(halfway):
         assert wait_for(start(["train", "--resume", str(halfway)])) == 2
     assert "another process is training the run in" in (tmp_path / "log").read_text()
     assert wait_for(start(["train", "--resume", str(halfway)])) == 0, "the lock goes with the process"
@@ -480,9 +485,9 @@ def test_a_stop_while_a_validation_is_due_does_not_skip_it(
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
         train(tiny_images, tmp_path / "run")
-    state = checkpoint.read_state(tmp_path / "run" / runs.CHECKPOINTS / "step-00000008")
+    state = checkpoint.read_state(tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000008")
     assert state["validated"] == 4
-    session.train(runs.understand(TrainConfig(resume=str(tmp_path / "run"))))
+    session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "run"))))
     assert_as_reference(tmp_path / "run", reference)
 
 

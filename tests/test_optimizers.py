@@ -17,9 +17,9 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import OptimizerConfig, Recipe
-from relaylab.train import checkpoint, loop, runs, session
+from relaylab.train import checkpoint, loop, requests, run_folder, session
 from relaylab.train.optimizers import OPTIMIZERS, build_optimizer, parameter_groups, state_tensors
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.schedule import learning_rate
 from relaylab.train.seeding import seed_all
 from relaylab.train.segments import segments_of
@@ -103,7 +103,7 @@ def test_adamw_is_torchs_bit_for_bit(tiny_images: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(loop.Trainer, "backward", backward)
     out = tmp_path / "run"
     train(tiny_images, out, short=True, changes=changes, diagnose_every=0)
-    recipe = runs.recipe_of(out)
+    recipe = requests.recipe_of(out)
     config = recipe.optimizer
     assert config.betas == (0.9, 0.95)
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         train(tiny_images, tmp_path / "stopped", **options)
-    assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "stopped")))).finished
+    assert session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "stopped")))).finished
     assert_identical(final(tmp_path / "stopped"), final(tmp_path / "whole"))
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "whole")
     kept = {name.rpartition("/")[2] for name in final(tmp_path / "whole") if name.startswith("optimizer/")}
@@ -182,23 +182,23 @@ def test_a_run_of_an_earlier_version_resumes(
         "loss.function", "loss.label_smoothing", "loss.class_weights",
     )  # fmt: skip
     forget_values(tmp_path / "old", later)
-    assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "old")))).finished
+    assert session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "old")))).finished
     assert_identical(final(tmp_path / "old"), final(tmp_path / "whole"))
     train(tiny_images, tmp_path / "other", changes=("optimizer.algorithm=adamw",))
     forget_values(tmp_path / "other", later)
     with pytest.raises(InputError, match=r"optimizer.algorithm was 'sgd' and is 'adamw'"):
-        runs.recipe_of(tmp_path / "other")
+        requests.recipe_of(tmp_path / "other")
 
 
 def forget_values(run: Path, names: Sequence[str]) -> None:
     """Remove values from all that a run has stored of its recipe; a checkpoint's sums are renewed."""
-    config = json.loads((run / runs.CONFIG).read_text())
+    config = json.loads((run / run_folder.CONFIG).read_text())
     stored = config["recipe"]["values"]
     config["recipe"]["values"] = {name: value for name, value in stored.items() if name not in names}
     assert len(config["recipe"]["values"]) == len(stored) - len(names)
-    (run / runs.CONFIG).write_text(json.dumps(config))
-    for path in checkpoint.newest(run / runs.CHECKPOINTS):
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
+    for path in checkpoint.newest(run / run_folder.CHECKPOINTS):
         found = checkpoint.read(path)
         values = {name: value for name, value in found.state["recipe"].items() if name not in names}
         state = {name: value for name, value in found.state.items() if name != "format"} | {"recipe": values}
-        checkpoint.write(run / runs.CHECKPOINTS, checkpoint.Checkpoint(found.model, found.optimizer, state))
+        checkpoint.write(run / run_folder.CHECKPOINTS, checkpoint.Checkpoint(found.model, found.optimizer, state))

@@ -23,8 +23,8 @@ from relaylab.report.page import question, render_page
 from relaylab.report.style import layer_name
 from relaylab.report.summary import failure_table, papers_table, recipe_table, summary
 from relaylab.tables import Table
-from relaylab.train import runs
-from relaylab.train.options import TrainConfig
+from relaylab.train import run_folder
+from relaylab.train.options import TrainOptions
 
 RECIPE = "table3-model-a-relay"
 TOP1 = {
@@ -40,13 +40,13 @@ def make_run(folder: Path, scheme: str, seed: int, top1: float, *, scale: str = 
     classes = options.pop("classes", 8)
     if scale == "tiny":
         changes = (f"network.num_classes={classes}", *changes)
-    config = TrainConfig(recipe=RECIPE, scale=scale, changes=changes, seed=seed, data=(Path("/data/places"),))  # pyright: ignore
+    config = TrainOptions(recipe=RECIPE, scale=scale, changes=changes, seed=seed, data=(Path("/data/places"),))  # pyright: ignore
     recipe, problems = with_changes(at_scale(find_recipe(RECIPE), config.scale), changes)
     assert not problems
     run = folder / f"{scheme.replace('_', '-')}-s{seed}"
     run.mkdir(parents=True)
     counts = {"train": [10 * (label + 1) for label in range(classes)], "val": [5] * classes}
-    runs.describe(run, config, recipe, {"classes": [f"class {n}" for n in range(classes)], "counts": counts})
+    run_folder.write_config(run, config, recipe, {"classes": [f"class {n}" for n in range(classes)], "counts": counts})
     start = {
         "started_at": "now",
         "device": "cpu",
@@ -55,10 +55,10 @@ def make_run(folder: Path, scheme: str, seed: int, top1: float, *, scale: str = 
         "versions": {},
         "command": ["relaylab"],
     }
-    (run / runs.ENVIRONMENT).write_text(json.dumps({"starts": [start]}))
+    (run / run_folder.ENVIRONMENT).write_text(json.dumps({"starts": [start]}))
     step = recipe.optimizer.iterations
     line = {"kind": "val", "step": step, "top1": top1, "top5": top1 / 2, "loss": 1.5, "seconds": 20.0 + seed}
-    (run / runs.METRICS).write_text(json.dumps(line) + "\n")
+    (run / run_folder.METRICS).write_text(json.dumps(line) + "\n")
     return run
 
 
@@ -123,7 +123,7 @@ def test_top_5_is_left_out_where_it_is_always_right(tmp_path: Path) -> None:
 def test_averaged_weights_have_columns_of_their_own(tmp_path: Path) -> None:
     make_comparison(tmp_path)
     assert not any("averaged" in name for name in summary(open_runs([tmp_path])).header)
-    for file in tmp_path.glob(f"*/{runs.METRICS}"):
+    for file in tmp_path.glob(f"*/{run_folder.METRICS}"):
         line = json.loads(file.read_text())
         file.write_text(json.dumps({**line, "ema_top1": line["top1"] - 1, "ema_top5": 2.0, "ema_loss": 1.0}) + "\n")
     comparison = open_runs([tmp_path])
@@ -164,7 +164,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     failed = tmp_path / "multi-loss-s1"
     failure = {"kind": "diverged", "step": 7, "error": "step 8: not finite: the loss primary"}
     (failed / "failure.json").write_text(json.dumps(failure))
-    (failed / runs.METRICS).write_text("")
+    (failed / run_folder.METRICS).write_text("")
     early = tmp_path / "isolated-s0"  # it failed before its configuration was written
     early.mkdir()
     (early / "failure.json").write_text(json.dumps({"kind": "failed", "step": 0, "error": "out of memory"}))
@@ -185,7 +185,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     page = render_page(comparison)
     assert "2 of 3 seeds; 1 diverged" in page.replace("\u00a0", " ")
     assert "Failed runs, left out: 1 of multi-loss, 1 of isolated windows." in page
-    (failed / runs.MODEL).write_text("it has been run again, to its end")
+    (failed / run_folder.MODEL).write_text("it has been run again, to its end")
     with pytest.raises(InputError, match="empty run"):
         open_runs([tmp_path])
 
@@ -197,12 +197,12 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"different recipes \(plan.auxiliary.aux.weight\)"):
         open_runs([one, other])
     failed = make_run(tmp_path / "c", "relay", 2, 51.0, changes=("optimizer.momentum=0.5",))
-    (failed / runs.MODEL).unlink(missing_ok=True)
+    (failed / run_folder.MODEL).unlink(missing_ok=True)
     (failed / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
     with pytest.raises(InputError, match=r"which failed, and .* have different recipes \(optimizer.momentum\)"):
         open_runs([one, failed])
     same = make_run(tmp_path / "d", "relay", 0, 51.0)
-    (same / runs.MODEL).unlink(missing_ok=True)
+    (same / run_folder.MODEL).unlink(missing_ok=True)
     (same / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
     with pytest.raises(InputError, match="another run of the same scheme and seed"):
         open_runs([one, same])
@@ -253,16 +253,16 @@ def test_training_images_are_shown_on_demand(tmp_path: Path, capsys: pytest.Capt
             (data / split / f"{label:03d}_a_b{label}").mkdir(parents=True)
             Image.new("RGB", (40, 30), (20 * label, 0, 0)).save(data / split / f"{label:03d}_a_b{label}" / "0.png")
     run = make_run(tmp_path / "runs", "relay", 0, 50.0)
-    config = json.loads((run / runs.CONFIG).read_text())
+    config = json.loads((run / run_folder.CONFIG).read_text())
     config["options"]["data"] = [str(data)]
-    (run / runs.CONFIG).write_text(json.dumps(config))
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     page = tmp_path / "page.html"
     assert main(["report", str(run), "--out", str(page)]) == 0
     assert "Training images of the class" not in page.read_text()
     assert main(["report", str(run), "--images", "--out", str(page)]) == 0
     assert page.read_text().count("Training images of the class") == 8
     config["options"]["data"] = [str(tmp_path / "gone")]
-    (run / runs.CONFIG).write_text(json.dumps(config))
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     assert main(["report", str(run), "--images", "--out", str(page)]) == 0
     assert "No sample images:" in page.read_text()
     capsys.readouterr()

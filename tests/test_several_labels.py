@@ -30,9 +30,9 @@ from relaylab.report.comparison import open_runs
 from relaylab.report.page import render_page
 from relaylab.report.summary import summary, verdict_of
 from relaylab.report.verdict import guessed_precision_error
-from relaylab.train import runs, session
+from relaylab.train import requests, run_folder, session
 from relaylab.train.metrics import average_precision, deciding
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after
@@ -60,12 +60,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(root: Path, out: Path, *changes: str, **options: Any) -> TrainConfig:
+def config_of(root: Path, out: Path, *changes: str, **options: Any) -> TrainOptions:
     """Options of a run, with `changes` in place of those by default."""
     values = dict(text.split("=") for text in (*NETWORK, *LABELS, *SHORT, *changes))
     given: dict[str, Any] = {"log_every": 4, "diagnose_every": 0, "workers": 0, **options}
     given = {"val_data": (root / "images", root / "val.csv"), **given}
-    return TrainConfig(
+    return TrainOptions(
         recipe="digits",
         data=(root / "images", root / "train.csv"),
         out=out,
@@ -75,7 +75,7 @@ def config_of(root: Path, out: Path, *changes: str, **options: Any) -> TrainConf
 
 
 def train(root: Path, out: Path, *changes: str, **options: Any) -> session.Outcome:
-    return session.train(runs.understand(config_of(root, out, *changes, **options)))
+    return session.train(requests.resolve(config_of(root, out, *changes, **options)))
 
 
 def test_average_precision_by_hand() -> None:
@@ -162,10 +162,10 @@ def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_learns(images: Path, tmp_path: Path) -> None:
     outcome = train(images, tmp_path, "optimizer.iterations=160", "optimizer.evaluate_every=80")
-    lines = read_metrics(tmp_path / runs.METRICS)
+    lines = read_metrics(tmp_path / run_folder.METRICS)
     losses = [line["loss"]["primary"] for line in lines if line["kind"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
-    counts = json.loads((tmp_path / runs.CONFIG).read_text())
+    counts = json.loads((tmp_path / run_folder.CONFIG).read_text())
     assert counts["images"] == {"train": 64, "val": 23}
     guess = guessed_precision_error(counts["counts"]["val"], 23)
     assert 40 < guess < 80
@@ -174,13 +174,15 @@ def test_training_learns(images: Path, tmp_path: Path) -> None:
 
 
 def test_the_records_of_a_run(images: Path, reference: Path) -> None:
-    lines = read_metrics(reference / runs.METRICS)
+    lines = read_metrics(reference / run_folder.METRICS)
     kinds = {line["kind"]: line for line in lines}
     assert set(kinds["val"]) == {"kind", "step", "map_error", "map", "loss", "seconds"}
     assert not {"top1", "top5", "map"} & set(kinds["train"])
     assert deciding(kinds["val"]).title == "100 - mean average precision"
-    assert f"step 12: val. mean average precision {kinds['val']['map']:.2f} %" in (reference / runs.LOG).read_text()
-    model = read_model(reference / runs.MODEL)
+    assert (
+        f"step 12: val. mean average precision {kinds['val']['map']:.2f} %" in (reference / run_folder.LOG).read_text()
+    )
+    model = read_model(reference / run_folder.MODEL)
     assert model.has_several_labels
     assert model.about.endswith(f"val. mean average precision {kinds['val']['map']:.2f} %")
     source = open_source([images / "images", images / "val.csv"], classes=CLASSES)
@@ -252,7 +254,7 @@ def test_both_parts_have_several_labels_and_some_are_positive(images: Path, tmp_
 
 def test_images_are_set_aside_from_all_alike(images: Path, tmp_path: Path) -> None:
     outcome = train(images, tmp_path / "run", "images.held_out=0.25", val_data=())
-    about = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    about = json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())
     assert about["images"] == {"train": 48, "val": 16}
     assert "map" in outcome.last
 

@@ -23,12 +23,12 @@ from relaylab.models.building import build_relay
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.train import checkpoint, runs, segments, validation
+from relaylab.train import checkpoint, requests, segments, validation
 from relaylab.train import gradients as diagnosis
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages, open_images
 from relaylab.train.normalisation import has_local_batch_norm
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
 from relaylab.train.signals import StopRequest
@@ -45,7 +45,7 @@ def test_the_validation_loss_is_the_mean_over_images() -> None:
     part = InMemory(DecodedImages(images, labels, tuple("abcdefg")), View(size=4, short_side=4))
     relay = Relay(nn.Sequential(nn.Flatten(), nn.Linear(48, 7)), Plan())
     augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
-    fabric = make_fabric(TrainConfig(recipe="x", accelerator="cpu"))
+    fabric = make_fabric(TrainOptions(recipe="x", accelerator="cpu"))
     found = validation.Validation(part, augment, nn.CrossEntropyLoss(), fabric)(relay)
     with torch.no_grad():
         scores = relay.model.double()(images.permute(0, 3, 1, 2).double() / 64)
@@ -62,16 +62,16 @@ def test_the_validation_loss_is_the_mean_over_images() -> None:
 
 def test_batch_normalisation_over_single_images_is_looked_at_before_the_first_step() -> None:
     resnet, inception = (at_scale(find_recipe(f"table6-{name}-relay"), "tiny") for name in ("resnet50", "inception-v3"))
-    four = TrainConfig(recipe="x", accumulate=4)
-    assert runs.batch_problems(resnet, four, 1) == [], "its last map has more than one place"
+    four = TrainOptions(recipe="x", accumulate=4)
+    assert requests.batch_problems(resnet, four, 1) == [], "its last map has more than one place"
     assert has_local_batch_norm(build_relay(resnet, shadow=True))
     assert not has_local_batch_norm(build_relay(RELAY, shadow=True))
-    assert runs.batch_problems(RELAY, four, 1) == []
-    (problem,) = runs.batch_problems(inception, TrainConfig(recipe="x", accumulate=2), 2)
+    assert requests.batch_problems(RELAY, four, 1) == []
+    (problem,) = requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 2)
     assert "normalises one value per channel" in problem
-    synchronised = TrainConfig(recipe="x", accumulate=2, batch_norm="synchronised")
-    assert runs.batch_problems(inception, synchronised, 2) == [], "two processes have two values"
-    assert runs.batch_problems(inception, TrainConfig(recipe="x", accumulate=2), 1) == []
+    synchronised = TrainOptions(recipe="x", accumulate=2, batch_norm="synchronised")
+    assert requests.batch_problems(inception, synchronised, 2) == [], "two processes have two values"
+    assert requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 1) == []
 
 
 @pytest.mark.parametrize(
@@ -358,8 +358,8 @@ def test_sums_on_another_device_are_the_same() -> None:
 
 
 def opened(images: Path, where: str, *changes: str) -> RunImages:
-    config = TrainConfig(recipe=RELAY.name, scale="tiny", data=(images,), changes=changes, images=where)  # pyright: ignore
-    return open_images(runs.understand(config).recipe, config, device=torch.device("cpu"), first=nullcontext())
+    config = TrainOptions(recipe=RELAY.name, scale="tiny", data=(images,), changes=changes, images=where)  # pyright: ignore
+    return open_images(requests.resolve(config).recipe, config, device=torch.device("cpu"), first=nullcontext())
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])

@@ -18,9 +18,9 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.report.comparison import open_runs
 from relaylab.report.summary import summary
-from relaylab.train import jobs, runs
+from relaylab.train import jobs, requests, run_folder
 from relaylab.train.failures import Failure
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.trials import Search
 from relaylab.train.tuning import (
     FILE,
@@ -164,8 +164,8 @@ def test_short_trials_have_a_short_schedule(tmp_path: Path, changes: list[str], 
     recipe, problems = with_changes(DIGITS, changes)
     assert not problems
     grid = axes("optimizer.warmup=20,40")
-    search = Search(tmp_path, recipe, TrainConfig(recipe="digits", changes=tuple(changes)), grid, 0.2, 0.25)
-    trained = runs.understand(search.options("relay", ("40",))).recipe
+    search = Search(tmp_path, recipe, TrainOptions(recipe="digits", changes=tuple(changes)), grid, 0.2, 0.25)
+    trained = requests.resolve(search.options("relay", ("40",))).recipe
     values = {name.rpartition(".")[2]: value for name, value, _ in trained.fields() if name.startswith("optimizer.")}
     assert {**values, **expected} == values
     assert values["warmup"] == 10
@@ -238,15 +238,17 @@ def test_each_scheme_is_compared_at_its_own_values(
     assert "beside it" in err, "an extension is logged"
     for scheme, choice in tuning.choices.items():
         run = whole / f"{scheme}-s1"
-        values = runs.read_run(run).recipe.values
+        values = run_folder.read_run(run).recipe.values
         assert {key: f"{values[key.replace('*', 'aux')]:g}" for key in choice.values} == choice.values
         assert values["optimizer.iterations"] == 8
         assert "images.set_aside" not in values
-        trial = next((whole / FOLDER / scheme).glob(f"*/{runs.CONFIG}"))
+        trial = next((whole / FOLDER / scheme).glob(f"*/{run_folder.CONFIG}"))
         stored = json.loads(trial.read_text())
         assert stored["recipe"]["values"]["images.set_aside"] == 0.2
         assert stored["recipe"]["values"]["optimizer.iterations"] == 4
-        assert sum(stored["counts"]["train"]) + sum(stored["counts"]["val"]) == sum(runs.read_run(run).counts["train"])
+        assert sum(stored["counts"]["train"]) + sum(stored["counts"]["val"]) == sum(
+            run_folder.read_run(run).counts["train"]
+        )
     results = json.loads((whole / "comparison.json").read_text())
     assert results["tuning"]["choices"].keys() == {"standard", "relay"}
     assert results["differences"][0]["ours"] == "relay"
@@ -265,8 +267,8 @@ def test_each_scheme_is_compared_at_its_own_values(
             assert "Stopped while tuning. The same command resumes." in capsys.readouterr().out
     assert cli.main(words_of(halted, "--jobs", "1", *grid)) == 0
     assert (halted / FILE).read_bytes() == (whole / FILE).read_bytes()
-    models = sorted(path.relative_to(whole) for path in whole.rglob(runs.MODEL))
-    assert models == sorted(path.relative_to(halted) for path in halted.rglob(runs.MODEL))
+    models = sorted(path.relative_to(whole) for path in whole.rglob(run_folder.MODEL))
+    assert models == sorted(path.relative_to(halted) for path in halted.rglob(run_folder.MODEL))
     assert len(models) > 10
     for model in models:
         assert (halted / model).read_bytes() == (whole / model).read_bytes(), model
@@ -275,7 +277,7 @@ def test_each_scheme_is_compared_at_its_own_values(
 def test_a_grid_of_one_value_needs_no_trials(tmp_path: Path) -> None:
     assert cli.main(words_of(tmp_path, "--tune", "optimizer.lr=0.03", "--set", *SHORT)) == 0
     assert not (tmp_path / FOLDER).exists()
-    assert runs.read_run(tmp_path / "relay-s0").recipe.values["optimizer.lr"] == 0.03
+    assert run_folder.read_run(tmp_path / "relay-s0").recipe.values["optimizer.lr"] == 0.03
 
 
 def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(
@@ -298,7 +300,7 @@ def test_a_trial_that_fails_is_named_and_can_be_resumed(
 ) -> None:
     from relaylab.train.failures import write_failure
 
-    def train_all(configs: dict[str, runs.TrainConfig], **_: object) -> bool:
+    def train_all(configs: dict[str, TrainOptions], **_: object) -> bool:
         for config in configs.values():
             assert config.out is not None
             config.out.mkdir(parents=True)

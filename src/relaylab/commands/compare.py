@@ -14,7 +14,7 @@ from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder
 from relaylab.options import Folder, Listed, Number, listed, too_small
 from relaylab.recipes.schema import SCHEMES
-from relaylab.train.options import Engine, TrainConfig, name_of
+from relaylab.train.options import RuntimeOptions, TrainOptions, name_of
 
 if TYPE_CHECKING:
     from relaylab.recipes.schema import Recipe
@@ -25,7 +25,7 @@ Tune = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=A,B,... [KEY=A,B,..
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions(Engine):
+class CompareOptions(RuntimeOptions):
     """Train a recipe under several schemes and seeds, in one table.
 
     Runs that exist already are resumed. A run that diverges or fails is reported, and the others continue.
@@ -76,18 +76,18 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
         InputError: wrong options or images, before anything is trained.
         LabError: a trial of the tuning failed.
     """
-    from relaylab.train import failures, runs
+    from relaylab.train import failures, requests, run_folder
     from relaylab.train.many import is_missing, shared_by, train_many
     from relaylab.train.trials import Search, tune
 
     _check_folder(folder)
     members = _members(options, folder)
     first = next(iter(members.values()))
-    request = runs.understand(dataclasses.replace(first, out=None, resume=None))
+    request = requests.resolve(dataclasses.replace(first, out=None, resume=None))
     axes = _axes(options, request.recipe)
-    shared = shared_by(folder, request.config, request.recipe, len(members))
+    shared = shared_by(folder, request.options, request.recipe, len(members))
 
-    def train(configs: "Mapping[str, TrainConfig]", iterations: int) -> bool:
+    def train(configs: "Mapping[str, TrainOptions]", iterations: int) -> bool:
         return train_many(configs, shared, at_once=options.jobs, iterations=iterations)
 
     if axes:
@@ -100,18 +100,18 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
             (scheme, seed): dataclasses.replace(config, changes=(*config.changes, *tuning.choices[scheme].changes))
             for (scheme, seed), config in members.items()
         }
-    requests = {key: runs.understand(member) for key, member in members.items()}
-    folders = {key: folder / runs.member_name(*key) for key in members}
-    missing = {folders[key].name: request.config for key, request in requests.items() if is_missing(folders[key])}
+    requests = {key: requests.resolve(member) for key, member in members.items()}
+    folders = {key: folder / run_folder.member_name(*key) for key in members}
+    missing = {folders[key].name: request.options for key, request in requests.items() if is_missing(folders[key])}
     if not missing:
         print("All runs have ended already.", file=sys.stderr)
     if missing and not train(missing, next(iter(requests.values())).recipe.optimizer.iterations):
-        done = sum((path / runs.MODEL).is_file() for path in folders.values())
+        done = sum((path / run_folder.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")
         return None
     from relaylab.report.comparison import open_runs
 
-    ended = {key for key, path in folders.items() if (path / runs.MODEL).is_file() or failures.read_failure(path)}
+    ended = {key for key, path in folders.items() if (path / run_folder.MODEL).is_file() or failures.read_failure(path)}
     comparison = open_runs([folders[key] for key in members if key in ended], may_fail=True)
     reason = failures.Failure("failed", 0, "it wrote no result; the disk may be full")
     lost = dict.fromkeys((key for key in members if key not in ended), reason)
@@ -142,11 +142,11 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
 
 def _check_folder(folder: Path) -> None:
     """Check that a folder is empty or holds an earlier comparison."""
-    from relaylab.train import runs
+    from relaylab.train import run_folder
     from relaylab.train.tuning import FOLDER
 
     inside = list(folder.iterdir())
-    if inside and not any(runs.member_of(path) or path.name == FOLDER for path in inside):
+    if inside and not any(run_folder.parse_member_name(path) or path.name == FOLDER for path in inside):
         raise InputError(f"{folder} is not empty and holds no comparison; give a new folder with --out")
 
 
@@ -184,7 +184,7 @@ def listed_seeds(text: str) -> tuple[list[int], list[str]]:
     return [int(part) for part in parts], []
 
 
-def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig]":
+def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainOptions]":
     """Return the options of each run."""
     schemes, wrong_schemes = listed_schemes(options.schemes)
     seeds, wrong_seeds = listed_seeds(options.seeds)
@@ -195,13 +195,13 @@ def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig
     if options.devices > 1 and options.jobs not in (None, 1):
         problems.append(f"--jobs {options.jobs} with --devices {options.devices}: expected one of them to be 1")
     raise_all(problems)
-    from relaylab.train import runs
+    from relaylab.train import run_folder
 
-    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(Engine)}
-    members: dict[Member, TrainConfig] = {}
+    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(RuntimeOptions)}
+    members: dict[Member, TrainOptions] = {}
     for seed, scheme in itertools.product(seeds, schemes):
         shared["changes"] = (*options.changes, f"scheme={scheme}")
-        members[scheme, seed] = TrainConfig(
-            **shared, seed=seed, out=folder / runs.member_name(scheme, seed), resume="auto"
+        members[scheme, seed] = TrainOptions(
+            **shared, seed=seed, out=folder / run_folder.member_name(scheme, seed), resume="auto"
         )
     return members

@@ -8,7 +8,7 @@ from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder, write_text
 from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems, too_small
 from relaylab.recipes.scales import stored_side
-from relaylab.train.options import Changes, Engine
+from relaylab.train.options import Changes, RuntimeOptions
 
 if TYPE_CHECKING:
     from relaylab.recipes.schema import Recipe
@@ -117,7 +117,9 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
     from relaylab.data.sources.source import targets_of
     from relaylab.train.images import check_classes, chosen_numbers, open_sources
 
-    train, val = open_sources(Engine(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images)
+    train, val = open_sources(
+        RuntimeOptions(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images
+    )
     if targets_of(train) is not None:
         advice = "relaylab recipes new writes a recipe for several labels, which relaylab compare trains"
         raise InputError(f"{train.title}: the demo is for images of one class each; {advice}")

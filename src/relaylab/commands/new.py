@@ -87,14 +87,14 @@ def main(options: NewOptions) -> int:
     from relaylab.recipes.files import to_toml
     from relaylab.recipes.schema import ImagesConfig, NetworkConfig
     from relaylab.train.images import check_classes, chosen_numbers, groups_of, open_sources
-    from relaylab.train.options import Engine
+    from relaylab.train.options import RuntimeOptions
     from relaylab.train.proposal import Wishes, propose
 
     held = int(options.hold_out) if options.hold_out is not None and options.hold_out >= 1 else options.hold_out
     images = ImagesConfig(data_set="any", short_side=1, sampling="shuffled", held_out=held, val_split=options.val_split)
     network = located(ARCHITECTURE, options.network)
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
-    train, val = open_sources(Engine(data=options.data, val_data=options.val_data), images)
+    train, val = open_sources(RuntimeOptions(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
     chosen, _ = chosen_numbers(images, groups_of(train))
     findings = Survey()

@@ -107,7 +107,7 @@ def figure(options: FigureOptions) -> int:
     from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, window_figure
     from relaylab.report.style import write_figure
     from relaylab.train.records import metrics_of
-    from relaylab.train.runs import recipe_of, title_of
+    from relaylab.train.requests import recipe_of, title_of
 
     path = writable(options.out or Path(f"figure{options.number}.svg"), suffixes=PICTURES)
     sources = list(options.sources)

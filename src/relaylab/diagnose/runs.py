@@ -19,7 +19,7 @@ from relaylab.models.building import build_relay
 from relaylab.models.file import ModelFile, read_model
 from relaylab.progress import Task, progress
 from relaylab.report.comparison import Run, open_runs
-from relaylab.train import checkpoint, runs
+from relaylab.train import checkpoint, run_folder
 from relaylab.train.segments import segments_of
 
 BATCH, LEAST = 50, 8
@@ -72,7 +72,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def _newest(folder: Path) -> Path:
-    path = checkpoint.newest_whole(folder / runs.CHECKPOINTS)
+    path = checkpoint.newest_whole(folder / run_folder.CHECKPOINTS)
     if path is None:
         raise InputError(f"{folder} has no whole checkpoint, and model files have no auxiliary heads: train it again")
     return path
@@ -83,7 +83,7 @@ def _step_of(path: Path) -> int:
 
 
 def _model_of(each: Run) -> Path:
-    file, folder = each.folder / runs.MODEL, each.folder
+    file, folder = each.folder / run_folder.MODEL, each.folder
     if not file.is_file():
         raise InputError(f"the run in {folder} is unfinished; to complete it: relaylab train --resume {folder}")
     return file

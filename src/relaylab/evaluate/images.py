@@ -15,7 +15,7 @@ from relaylab.evaluate.trained import Trained
 from relaylab.models.file import ModelFile
 from relaylab.progress import progress
 from relaylab.train.images import CHOICE_SEED, open_training
-from relaylab.train.options import Engine
+from relaylab.train.options import RuntimeOptions
 
 
 def open_images(
@@ -63,7 +63,7 @@ def held_out_images(about: Mapping[str, Any]) -> Source | None:
     if count is None:
         return None
     data, val_data = (tuple(map(Path, about[name])) for name in ("data", "val_data"))
-    train = open_training(Engine(data=data, val_data=val_data))
+    train = open_training(RuntimeOptions(data=data, val_data=val_data))
     return Thinned(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from relaylab.errors import InputError, raise_all
-from relaylab.train import runs
+from relaylab.train import run_folder
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def find_trained(paths: Sequence[Path], *, most: int | None = None) -> list[Trai
 
 def _members(path: Path) -> list[Path]:
     """A run, or the runs of a comparison."""
-    if not path.is_dir() or (path / runs.CONFIG).exists():
+    if not path.is_dir() or (path / run_folder.CONFIG).exists():
         return [path]
-    return sorted(file.parent for file in path.glob(f"*/{runs.CONFIG}")) or [path]
+    return sorted(file.parent for file in path.glob(f"*/{run_folder.CONFIG}")) or [path]
 
 
 def _open(path: Path) -> Trained:
@@ -84,11 +84,13 @@ def _open(path: Path) -> Trained:
         return Trained(path.stem, path, None, {})
     if not path.exists():
         raise InputError(f"no such file or folder: {path}")
-    if not (path / runs.CONFIG).is_file():
-        raise InputError(f"{path} holds no run: expected {runs.CONFIG}, as `relaylab train` writes it, or a model file")
-    if not (path / runs.MODEL).is_file():
+    if not (path / run_folder.CONFIG).is_file():
+        raise InputError(
+            f"{path} holds no run: expected {run_folder.CONFIG}, as `relaylab train` writes it, or a model file"
+        )
+    if not (path / run_folder.MODEL).is_file():
         raise InputError(f"the run in {path} is unfinished; to complete it: relaylab train --resume {path}")
-    return Trained(path.resolve().name, path / runs.MODEL, path, describe_run(path))
+    return Trained(path.resolve().name, path / run_folder.MODEL, path, describe_run(path))
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
@@ -97,9 +99,9 @@ def describe_run(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: its configuration cannot be read.
     """
-    recipe = runs.kept_recipe(folder)
-    about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": runs.values_of(recipe)}
-    options = runs.read_run(folder).options
+    recipe = run_folder.stored_recipe(folder)
+    about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": run_folder.values_of(recipe)}
+    options = run_folder.read_run(folder).options
     about |= {"seed": options.seed, "scale": options.scale, "changes": list(options.changes)}
     return about | {"data": list(map(str, options.data)), "val_data": list(map(str, options.val_data))}
 

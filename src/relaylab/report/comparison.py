@@ -10,7 +10,7 @@ from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
 from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
 from relaylab.report.verdict import chance_error, guessed_precision_error
-from relaylab.train import runs
+from relaylab.train import requests, run_folder
 from relaylab.train.failures import FILE, Failure, read_failure
 from relaylab.train.metrics import MEASURES, TOP, Measure, measures_of
 from relaylab.train.records import metrics_of
@@ -112,7 +112,7 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
     """
     folders: list[Path] = []
     for path in paths:
-        inside = {file.parent for name in (runs.CONFIG, FILE) for file in path.glob(f"*/{name}")}
+        inside = {file.parent for name in (run_folder.CONFIG, FILE) for file in path.glob(f"*/{name}")}
         folders += [path] if _is_run(path) or not inside else sorted(inside)
     if not folders and not may_fail:
         raise InputError("no runs are given: name folders of runs, or of comparisons")
@@ -151,38 +151,38 @@ def _tuning_of(found: Sequence[Run], failed: Collection[Member]) -> Tuning | Non
 
 
 def _is_run(path: Path) -> bool:
-    return (path / runs.CONFIG).exists() or (path / FILE).exists()
+    return (path / run_folder.CONFIG).exists() or (path / FILE).exists()
 
 
 def _has_failed(folder: Path) -> bool:
-    return (folder / FILE).is_file() and not (folder / runs.MODEL).exists()
+    return (folder / FILE).is_file() and not (folder / run_folder.MODEL).exists()
 
 
 def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
     failure = read_failure(folder)
     if failure is None:
         raise InputError(f"{folder / FILE} cannot be read: it is damaged; remove it, and train the run again")
-    if (folder / runs.CONFIG).is_file():
+    if (folder / run_folder.CONFIG).is_file():
         about = describe_run(folder)
         tuning = read_tuning(folder.parent)
         problem = None if first is None else _difference(about, first.about, tuning.names if tuning else ())
         if first is not None and problem is not None:
             raise InputError(f"{folder}, which failed, and {first.folder} have {problem}")
         return (about["values"]["scheme"], about["seed"]), failure
-    member = runs.member_of(folder)  # it failed before it began
+    member = run_folder.parse_member_name(folder)  # it failed before it began
     if member is None:
-        raise InputError(f"{folder} holds {FILE} but no {runs.CONFIG}: scheme and seed are not known")
+        raise InputError(f"{folder} holds {FILE} but no {run_folder.CONFIG}: scheme and seed are not known")
     return member, failure
 
 
 def _open(folder: Path) -> Run:
-    recipe, about, metrics = runs.recipe_of(folder), describe_run(folder), metrics_of(folder)
+    recipe, about, metrics = requests.recipe_of(folder), describe_run(folder), metrics_of(folder)
     if not any(line["kind"] == "val" for line in metrics):
         raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
-    stored, tuning = runs.read_run(folder), read_tuning(folder.parent)
+    stored, tuning = run_folder.read_run(folder), read_tuning(folder.parent)
     tuning = tuning if tuning and tuning.is_of(recipe) else None  # which other runs in the folder may have
     sizes = stored.images or {split: sum(each) for split, each in stored.counts.items()}
-    starts = runs.starts_of(folder) or [{}]
+    starts = run_folder.read_starts(folder) or [{}]
     return Run(folder, recipe, about, stored.classes, stored.counts, sizes, metrics, starts, {}, tuning)
 
 

@@ -15,7 +15,7 @@ from relaylab.report.comparison import Run
 from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import plain
 from relaylab.train.images import open_training
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 
 CLASSES, EACH = 10, 4  # that are shown, and images of each
 TILE, GAP = 80, 4  # pixels
@@ -30,7 +30,7 @@ def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
     """Return a strip of training images for each class with its name, or the reason why there are none."""
     data, val_data = (tuple(map(Path, run.about[name])) for name in ("data", "val_data"))
     try:
-        source = open_training(TrainConfig(data=data, val_data=val_data))
+        source = open_training(TrainOptions(data=data, val_data=val_data))
         labels, targets, strips = np.asarray(source.labels), targets_of(source), list[tuple[str, str]]()
         for label, name in enumerate(run.classes[:CLASSES]):
             has_label = labels == label if targets is None else targets[:, label]

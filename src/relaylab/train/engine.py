@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from relaybackprop import Relay
 from relaylab.errors import FAILED, INTERRUPTED, InputError
-from relaylab.train.options import Engine
+from relaylab.train.options import RuntimeOptions
 from relaylab.train.torchrun import FAILURE, environment_number, is_launched, noted_failure
 
 
-def launch(config: Engine, arguments: Sequence[str]) -> int:
+def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
     """Run this command line in one process for each device, by torchrun, and wait for them.
 
     Returns:
@@ -35,14 +35,14 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    options = ["--standalone", f"--nproc-per-node={config.devices}", f"--max-restarts={config.restarts}"]
+    flags = ["--standalone", f"--nproc-per-node={options.devices}", f"--max-restarts={options.restarts}"]
     # Otherwise restarted processes find the addresses of those that died, and wait for them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.devices)))
     with tempfile.TemporaryDirectory(prefix="relaylab-") as folder:
         os.environ[FAILURE] = str(Path(folder) / "failure")
         try:
-            run(get_args_parser().parse_args([*options, "-m", "relaylab", *arguments]))
+            run(get_args_parser().parse_args([*flags, "-m", "relaylab", *arguments]))
         except SignalException:
             return INTERRUPTED
         except ChildFailedError as error:
@@ -55,38 +55,38 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
     return failed or 0
 
 
-def make_fabric(config: Engine) -> Fabric:
+def make_fabric(options: RuntimeOptions) -> Fabric:
     """Create the engine of this process, alone or one of those that torchrun has started.
 
     Raises:
         InputError: devices, precision or batch normalisation that this machine does not have.
     """
     has_gpu = torch.cuda.is_available()
-    if config.accelerator == "cuda" and not has_gpu:
+    if options.accelerator == "cuda" and not has_gpu:
         raise InputError("--accelerator cuda: there is no GPU that PyTorch can use here")
-    device = "cuda" if has_gpu and config.accelerator != "cpu" else "cpu"
+    device = "cuda" if has_gpu and options.accelerator != "cpu" else "cpu"
     world, here = (environment_number(name, 1) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():
         raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs here")
-    if config.batch_norm == "synchronised" and device == "cpu":
+    if options.batch_norm == "synchronised" and device == "cpu":
         raise InputError("--batch-norm synchronised needs GPUs; take local, or train with one device")
     fabric = Fabric(
         accelerator=device,
         devices=here,
         num_nodes=max(1, world // here),
-        strategy=_strategy(config, device, world),
-        plugins=_precision(config, device),
+        strategy=_strategy(options, device, world),
+        plugins=_precision(options, device),
     )
     fabric.launch()
     return fabric
 
 
-def _strategy(config: Engine, device: str, world: int) -> Strategy | str:
+def _strategy(options: RuntimeOptions, device: str, world: int) -> Strategy | str:
     if world == 1:
-        if config.strategy == "fsdp":
+        if options.strategy == "fsdp":
             raise InputError("--strategy fsdp divides a network among several devices; give --devices")
         return SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
-    if config.strategy == "fsdp":
+    if options.strategy == "fsdp":
         return ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
     return DDPStrategy(process_group_backend="nccl" if device == "cuda" else "gloo", gradient_as_bucket_view=True)
 
@@ -101,8 +101,8 @@ def _shard(relay: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return relay
 
 
-def _precision(config: Engine, device: str) -> Precision:
-    match config.precision:
+def _precision(options: RuntimeOptions, device: str) -> Precision:
+    match options.precision:
         case "32":
             return Precision()
         case "bf16":

@@ -33,7 +33,7 @@ from relaylab.errors import InputError, LabError, raise_all
 from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe, value_text
-from relaylab.train.options import Engine, TrainConfig
+from relaylab.train.options import RuntimeOptions, TrainOptions
 
 log = logging.getLogger("relaylab.train")
 
@@ -110,7 +110,7 @@ class RunImages:
 
 def open_images(
     recipe: Recipe,
-    config: TrainConfig,
+    options: TrainOptions,
     *,
     device: torch.device,
     devices_here: int = 1,
@@ -129,9 +129,9 @@ def open_images(
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
     """
     view = view_of(recipe)
-    workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
+    workers = max(1, available_cores() // devices_here) if options.workers is None else options.workers
     with first:
-        train, val = open_sources(config, recipe.images) if sources is None else _checked_sources(*sources)
+        train, val = open_sources(options, recipe.images) if sources is None else _checked_sources(*sources)
         check_images(recipe, train, val)
         for source in dict.fromkeys((train, val)):
             skipped = getattr(source, "skipped", ())
@@ -140,7 +140,7 @@ def open_images(
         chosen, held = chosen_numbers(recipe.images, groups_of(train))
         val = val if held is None else Thinned(train, held)
         train = train if chosen is None else Thinned(train, chosen)
-        in_memory = fits_memory(config, (train, val), view, devices_here)
+        in_memory = fits_memory(options, (train, val), view, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
             parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
@@ -211,11 +211,11 @@ class Stream:
         self._loader.load_state_dict(state)
 
 
-def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
+def open_sources(options: RuntimeOptions, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
     """Open the training and validation images, with the same labels for the same classes.
 
     Args:
-        config: paths.
+        options: paths.
         images: of the recipe, which says what to validate on. Where it holds training images out, those are the
             second ones, too: `chosen_numbers` chooses among them.
 
@@ -223,15 +223,15 @@ def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[In
         InputError: a path or its contents that cannot be used.
     """
     if images is not None and images.held_out is not None:
-        train = open_training(config)
+        train = open_training(options)
         return train, train
-    if config.val_data:
-        train = open_source(config.data, split=None, watch=progress)
-        return train, open_source(config.val_data, split=None, classes=train.identity, watch=progress)
+    if options.val_data:
+        train = open_source(options.data, split=None, watch=progress)
+        return train, open_source(options.val_data, split=None, classes=train.identity, watch=progress)
     try:
-        train = open_source(config.data, split="train", watch=progress)
+        train = open_source(options.data, split="train", watch=progress)
         split = (images and images.val_split) or "val"
-        return train, open_source(config.data, split=split, classes=train.identity, watch=progress)
+        return train, open_source(options.data, split=split, classes=train.identity, watch=progress)
     except NoSplitError as error:
         raise InputError(f"{error}; {_advice(error.others)}") from None
 
@@ -249,18 +249,18 @@ def _checked_sources(train: Source, val: Source) -> tuple[Source, Source]:
     return train, train if val is train else open_source(val, classes=classes_of(train))
 
 
-def open_training(config: Engine) -> IndexedImages:
+def open_training(options: RuntimeOptions) -> IndexedImages:
     """Open the training images: the part train, or all where the data have no parts.
 
     Raises:
         InputError: a path or its contents that cannot be used.
     """
     try:
-        return open_source(config.data, split=None if config.val_data else "train", watch=progress)
+        return open_source(options.data, split=None if options.val_data else "train", watch=progress)
     except NoSplitError as error:
         if error.others:
             raise
-        return open_source(config.data, split=None, watch=progress)
+        return open_source(options.data, split=None, watch=progress)
 
 
 def check_classes(train: Source, val: Source) -> None:
@@ -370,13 +370,13 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
     return chosen, held
 
 
-def fits_memory(config: Engine, sources: Sequence[Source], view: View, copies: int) -> bool:
+def fits_memory(options: RuntimeOptions, sources: Sequence[Source], view: View, copies: int) -> bool:
     """Return whether all images are decoded once and kept in memory: as `--images` says, or if they fit.
 
     Each of `copies` processes on this machine holds all of them.
     """
-    if config.images != "auto":
-        return config.images == "memory"
+    if options.images != "auto":
+        return options.images == "memory"
     needed = sum(len(source) for source in sources) * 3 * view.short_side**2
     return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 

@@ -31,7 +31,7 @@ from typing import Literal
 from relaylab.errors import InputError, LabError
 from relaylab.progress import progress
 from relaylab.train.failures import Failure, read_failure, write_failure
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.signals import StopRequest, receiving
 
 WAY = multiprocessing.get_context("forkserver")
@@ -67,11 +67,11 @@ def start_server() -> None:
     forkserver.ensure_running()
 
 
-def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | None, iterations: int) -> bool:
+def train_all(runs: Mapping[str, TrainOptions], *, jobs: int, threads: int | None, iterations: int) -> bool:
     """Train runs, several at once. See Note [Jobs].
 
     Args:
-        configs: the options of each run by name; `out` is its folder.
+        runs: the options of each run by name; `out` is its folder.
         jobs: maximum number of processes at once.
         threads: PyTorch's number of threads in each process; None for its default.
         iterations: of each run.
@@ -83,17 +83,17 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
     Raises:
         InputError: a run could not begin. The others were stopped.
     """
-    waiting, running, ended = list(configs), list[_Job](), list[_Job]()
+    waiting, running, ended = list(runs), list[_Job](), list[_Job]()
     with ExitStack() as stack:
         stop = stack.enter_context(receiving())
         lock = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relaylab-")))
-        task = stack.enter_context(progress("train", iterations * len(configs), every_s=SECONDS_BETWEEN_LINES))
+        task = stack.enter_context(progress("train", iterations * len(runs), every_s=SECONDS_BETWEEN_LINES))
         stack.callback(_end_all, running, signal.SIGKILL)
         is_passed_on = False
         while running or (waiting and not stop):
             while waiting and len(running) < jobs and not stop:
                 name = waiting.pop(0)
-                running.append(_start(name, configs[name], threads, lock))
+                running.append(_start(name, runs[name], threads, lock))
             if stop and not is_passed_on:
                 is_passed_on = True
                 _end_all(running, signal.SIGTERM)
@@ -103,25 +103,25 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
                 running.remove(job)
                 ended.append(job)
                 text = _settle(job, is_stopping=bool(stop))
-                print(f"{len(ended)} of {len(configs)}: {job.name}: {text}", file=sys.stderr)
+                print(f"{len(ended)} of {len(runs)}: {job.name}: {text}", file=sys.stderr)
                 if job.last.end == "refused":
                     stop.signal = "refused"
             shown = "; ".join(f"{job.name} {job.last.step / iterations:.0%}" for job in running)
             steps = sum(job.last.step for job in (*running, *ended)) - before
-            task.advance(steps, f"{len(ended)}/{len(configs)} runs done; {shown}")
+            task.advance(steps, f"{len(ended)}/{len(runs)} runs done; {shown}")
     refused = [job.last.error for job in ended if job.last.end == "refused"]
     if refused:
         raise InputError(refused[0])
     return not (stop and (waiting or any(job.last.end == "stopped" for job in ended)))
 
 
-def _start(name: str, config: TrainConfig, threads: int | None, lock: Path) -> _Job:
-    assert config.out is not None
+def _start(name: str, options: TrainOptions, threads: int | None, lock: Path) -> _Job:
+    assert options.out is not None
     pipe, its_end = WAY.Pipe(duplex=False)
-    process = WAY.Process(target=_work, args=(config, threads, its_end, lock, dict(os.environ)), name=name)
+    process = WAY.Process(target=_work, args=(options, threads, its_end, lock, dict(os.environ)), name=name)
     process.start()
     its_end.close()
-    return _Job(name, config.out, process, pipe, _Report(0))
+    return _Job(name, options.out, process, pipe, _Report(0))
 
 
 def _receive(job: _Job) -> bool:
@@ -200,11 +200,13 @@ def _last_text(last: Mapping[str, float]) -> str:
     return f"{measure.title} {last[measure.name]:.2f} %"
 
 
-def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]) -> None:
+def _work(
+    options: TrainOptions, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]
+) -> None:
     """Train one run: the main function of its process."""
     import torch
 
-    from relaylab.train import runs, session
+    from relaylab.train import requests, run_folder, session
     from relaylab.train.signals import stopping
 
     os.environ.update(environment)
@@ -214,7 +216,7 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
         reporter = _Reporter(pipe, stop)
         with redirect_stderr(reporter):
             try:
-                request, first = runs.understand(config), runs.locked(lock, wait=True)
+                request, first = requests.resolve(options), run_folder.locked(lock, wait=True)
                 outcome = session.train(request, task=reporter, first=first, stop=stop)
             except Exception as error:  # any failure of one run is a result of the comparison
                 if not isinstance(error, LabError):

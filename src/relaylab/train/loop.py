@@ -37,9 +37,9 @@ from relaylab.train.engine import scaler_of, whole
 from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import deciding, result_text, top_errors
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, Values
-from relaylab.train.runs import values_of
+from relaylab.train.run_folder import values_of
 from relaylab.train.schedule import learning_rate
 from relaylab.train.seeding import seed_all
 from relaylab.train.segments import Segments
@@ -72,7 +72,7 @@ class Trainer:
     criterion: RelayLoss
     optimizer: Any
     recipe: Recipe
-    config: TrainConfig
+    options: TrainOptions
     segments: Segments
     stream: Stream
     augment: Augmentation
@@ -101,7 +101,7 @@ class Trainer:
         batches = iter(self.stream)
         self.module.train()
         stopping, saved = False, progress.step
-        save_every = self.config.save_every or self.recipe.optimizer.evaluate_every
+        save_every = self.options.save_every or self.recipe.optimizer.evaluate_every
         while True:
             is_last = progress.step == total
             due = is_last or (progress.step > 0 and progress.step % self.recipe.optimizer.evaluate_every == 0)
@@ -122,12 +122,12 @@ class Trainer:
 
     def step(self, batches: Iterator[Batch]) -> bool:
         """Make one update; return whether a stop is requested."""
-        recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.config.accumulate
-        seed_all(self.config.seed, progress.step, fabric.global_rank)
+        recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.options.accumulate
+        seed_all(self.options.seed, progress.step, fabric.global_rank)
         rate = learning_rate(recipe.optimizer, progress.step, progress.plateau.drops)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        every = self.config.diagnose_every
+        every = self.options.diagnose_every
         measures = every > 0 and (progress.step + 1) % every == 0
         cosines: diagnosis.Groups = {}
         totals: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ class Trainer:
             self.average.update(progress.step)
         size = recipe.optimizer.batch_size
         self.task.advance(1, self.meter.text(size))
-        if progress.step % self.config.log_every == 0:
+        if progress.step % self.options.log_every == 0:
             self.record("train", progress.step, {**self.meter.values(size), "lr": rate})
             self.meter.reset()
         return stopping
@@ -163,9 +163,9 @@ class Trainer:
             images' own labels, where mixed images have others.
         """
         images, targets = self.mixing(self.augment(batch.images, batch.draws), batch.labels, batch.draws)
-        if self.config.memory_format == "contiguous":
+        if self.options.memory_format == "contiguous":
             images = images.contiguous()
-        if self.config.early_release:
+        if self.options.early_release:
             with self.fabric.autocast():
                 result = self.relay.forward_backward(
                     images, target=targets, loss=self.criterion, scale=self.scaled, sync=is_last
@@ -180,7 +180,7 @@ class Trainer:
             scale = self.scaler.get_scale() if self.scaler else 1.0
             scaled = {name: scale * loss for name, loss in weighted.items()}
             angles = diagnosis.overlap_cosines(self.relay, scaled, self.segments)
-        self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.config.accumulate)
+        self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.options.accumulate)
         detached = {name: loss.detach() for name, loss in losses.items()}
         return {**detached, **self.errors(output.primary, batch.labels)}, angles
 
@@ -191,7 +191,7 @@ class Trainer:
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Scale the loss of one part of a batch for its backward pass."""
-        loss = loss / self.config.accumulate
+        loss = loss / self.options.accumulate
         return loss if self.scaler is None else cast(Tensor, self.scaler.scale(loss))
 
     def check_and_count(self, metrics: Mapping[str, Tensor]) -> tuple[float, bool]:
@@ -292,7 +292,7 @@ class Trainer:
                 path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, moments, self.state_dict()))
                 best = [int(self.progress.best["step"])] if self.progress.best else []
                 is_finished = self.progress.validated == self.recipe.optimizer.iterations
-                checkpoint.thin_out(self.checkpoints, self.config.keep or (1 if is_finished else 2), best)
+                checkpoint.thin_out(self.checkpoints, self.options.keep or (1 if is_finished else 2), best)
                 log.debug("saved %s", path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "meter": self.meter.state_dict(),
-            "seed": self.config.seed,
+            "seed": self.options.seed,
             "processes": self.fabric.world_size,
             "recipe": values_of(self.recipe),
         }
@@ -327,6 +327,6 @@ class Trainer:
     @property
     def can_see_angles(self) -> bool:
         """Whether angles can be measured. See Note [Diagnosis] 3 in `relaylab.train.gradients`."""
-        config = self.config
-        has_graph = not config.compile and not config.early_release and config.strategy != "fsdp"
+        options = self.options
+        has_graph = not options.compile and not options.early_release and options.strategy != "fsdp"
         return has_graph and self.records is not None

@@ -11,9 +11,9 @@ import torch
 from relaylab.errors import INTERRUPTED, WRONG_INPUT, InputError
 from relaylab.files import available_cores
 from relaylab.recipes.schema import Recipe
-from relaylab.train import engine, images, jobs, runs
+from relaylab.train import engine, images, jobs, requests, run_folder
 from relaylab.train.failures import Failure, read_failure, write_failure
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.segments import segments_of
 from relaylab.train.tuning import FOLDER
 
@@ -31,14 +31,14 @@ class Shared:
     threads: int | None
 
 
-def shared_by(folder: Path, config: TrainConfig, recipe: Recipe, count: int) -> Shared:
+def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -> Shared:
     """Check the images and the network of a comparison, and return what its runs share.
 
     If the folder holds a run already, also of an earlier command, that run decides.
 
     Args:
         folder: of the comparison.
-        config: the options of one of its runs.
+        options: the options of one of its runs.
         recipe: of that run.
         count: number of runs.
 
@@ -46,28 +46,28 @@ def shared_by(folder: Path, config: TrainConfig, recipe: Recipe, count: int) -> 
         InputError: images or a network that cannot be trained.
     """
     jobs.start_server()
-    files = sorted([*folder.glob(f"*/{runs.CONFIG}"), *folder.glob(f"{FOLDER}/*/*/{runs.CONFIG}")])
+    files = sorted([*folder.glob(f"*/{run_folder.CONFIG}"), *folder.glob(f"{FOLDER}/*/*/{run_folder.CONFIG}")])
     begun = files[0].parent if files else None
     cores = available_cores()
     segments_of(recipe)  # which builds the network: an unknown one is an error before any process starts
-    train, val = images.open_sources(config, recipe.images)
+    train, val = images.open_sources(options, recipe.images)
     images.check_images(recipe, train, val)
     if begun is not None:
-        config = dataclasses.replace(config, images=runs.read_run(begun).options.images)
-    in_memory = images.fits_memory(config, (train, val), images.view_of(recipe), min(cores, count))
+        options = dataclasses.replace(options, images=run_folder.read_run(begun).options.images)
+    in_memory = images.fits_memory(options, (train, val), images.view_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
-    if config.accelerator != "cpu" and torch.cuda.is_available():
+    if options.accelerator != "cpu" and torch.cuda.is_available():
         return Shared(where, None)
     threads = min(torch.get_num_threads(), max(1, cores // count))
-    starts = runs.starts_of(begun) if begun is not None else []
+    starts = run_folder.read_starts(begun) if begun is not None else []
     return Shared(where, min(starts[0]["threads"], cores) if starts else threads)
 
 
-def train_many(configs: Mapping[str, TrainConfig], shared: Shared, *, at_once: int | None, iterations: int) -> bool:
+def train_many(runs: Mapping[str, TrainOptions], shared: Shared, *, at_once: int | None, iterations: int) -> bool:
     """Train runs that are missing.
 
     Args:
-        configs: the options of each run by name; `out` is its folder. All have the same number of devices.
+        runs: the options of each run by name; `out` is its folder. All have the same number of devices.
         shared: by all runs of the comparison.
         at_once: processes at once; None for as many as the cores allow, or one with a GPU.
         iterations: of each run.
@@ -78,36 +78,39 @@ def train_many(configs: Mapping[str, TrainConfig], shared: Shared, *, at_once: i
     Raises:
         InputError: a run could not begin.
     """
-    if next(iter(configs.values())).devices > 1:
-        return _train_in_turn(configs)
+    if next(iter(runs.values())).devices > 1:
+        return _train_in_turn(runs)
     fitting = 1 if shared.threads is None else max(1, available_cores() // shared.threads)
-    at_once = min(at_once or fitting, len(configs))
+    at_once = min(at_once or fitting, len(runs))
     workers = max(1, available_cores() // at_once)
     complete = {
         name: dataclasses.replace(
-            config, images=shared.images, workers=workers if config.workers is None else config.workers, resume="auto"
+            options,
+            images=shared.images,
+            workers=workers if options.workers is None else options.workers,
+            resume="auto",
         )
-        for name, config in configs.items()
+        for name, options in runs.items()
     }
     return jobs.train_all(complete, jobs=at_once, threads=shared.threads, iterations=iterations)
 
 
-def _train_in_turn(configs: Mapping[str, TrainConfig]) -> bool:
+def _train_in_turn(runs: Mapping[str, TrainOptions]) -> bool:
     """Train with several devices, whose processes torchrun starts; False if a run was stopped."""
-    for number, (name, config) in enumerate(configs.items(), 1):
-        assert config.out is not None
-        print(f"run {number} of {len(configs)}: {name}", file=sys.stderr, flush=True)
-        code = engine.launch(config, runs.arguments_of(config))
+    for number, (name, options) in enumerate(runs.items(), 1):
+        assert options.out is not None
+        print(f"run {number} of {len(runs)}: {name}", file=sys.stderr, flush=True)
+        code = engine.launch(options, requests.arguments_of(options))
         if code == INTERRUPTED:
             return False
         if code == WRONG_INPUT:
-            raise InputError(f"the run in {config.out} could not begin: see the error above")
-        if code and read_failure(config.out) is None:
-            config.out.mkdir(parents=True, exist_ok=True)
-            write_failure(config.out, Failure("failed", 0, f"its processes ended with exit code {code}"))
+            raise InputError(f"the run in {options.out} could not begin: see the error above")
+        if code and read_failure(options.out) is None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_failure(options.out, Failure("failed", 0, f"its processes ended with exit code {code}"))
     return True
 
 
 def is_missing(folder: Path) -> bool:
     """Return whether a run has to be trained: it has neither finished nor diverged."""
-    return not (folder / runs.MODEL).is_file() and getattr(read_failure(folder), "kind", None) != "diverged"
+    return not (folder / run_folder.MODEL).is_file() and getattr(read_failure(folder), "kind", None) != "diverged"

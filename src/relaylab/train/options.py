@@ -18,7 +18,7 @@ Resume = Annotated[str | None, tyro.conf.arg(metavar="auto|PATH", help_behavior_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class RunOptions:
     """What is trained, and on which images."""
 
     recipe: Name = None
@@ -40,7 +40,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine(Subject):
+class RuntimeOptions(RunOptions):
     """Training and monitoring options that are not part of the recipe."""
 
     devices: int = 1
@@ -95,7 +95,7 @@ class Engine(Subject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(Engine):
+class TrainOptions(RuntimeOptions):
     """Train a recipe, or resume a run.
 
     Training can be stopped at any time (Ctrl-C, SIGTERM, a power cut) and continues with --resume.
@@ -117,16 +117,16 @@ class TrainConfig(Engine):
     given: Annotated[frozenset[str], tyro.conf.Suppress] = field(default=frozenset(), compare=False)
 
 
-def engine_problems(config: Engine) -> list[str]:
+def option_problems(options: RuntimeOptions) -> list[str]:
     """Return error messages for numbers that are too small and options that exclude each other."""
     least = {"devices": 1, "restarts": 0, "accumulate": 1, "workers": 0, "save_every": 1, "keep": 1}
-    problems = too_small(config, **least, log_every=1, diagnose_every=0, seed=0)
-    if config.early_release and config.strategy == "fsdp":
+    problems = too_small(options, **least, log_every=1, diagnose_every=0, seed=0)
+    if options.early_release and options.strategy == "fsdp":
         problems.append("--early-release needs whole parameters on each device: leave out --strategy fsdp")
     return problems
 
 
-def name_of(options: Subject) -> str:
+def name_of(options: RunOptions) -> str:
     """Return the name of a recipe, or of its file, with its scale."""
     name = Path(options.recipe).stem if options.recipe and is_file(options.recipe) else f"{options.recipe}"
     return name if options.scale == "paper" else f"{name}-{options.scale}"

@@ -16,7 +16,7 @@ from relaylab.files import write_text
 from relaylab.outside.folders import open_for_writing
 from relaylab.outside.reading import LARGEST, DamagedFileError, parse, read_bytes, typed
 from relaylab.outside.showing import terminal
-from relaylab.train.runs import LOG, METRICS, TENSORBOARD
+from relaylab.train.run_folder import LOG, METRICS, TENSORBOARD
 
 Values = Mapping[str, Any]
 
