@@ -111,7 +111,7 @@ def test_a_run_with_an_average_resumes_bit_for_bit(
         assert torch.equal(tensor, stored[own]), name
         assert torch.equal(raw.state[name], stored[f"model/model.{name}"]), name
     assert f"top-1 {whole.last['ema_top1']:.2f} %" in average.about
-    assert "with averaged weights: val. error top-1" in (tmp_path / "whole" / run_folder.LOG).read_text()
+    assert "averaged weights: val. error top-1" in (tmp_path / "whole" / run_folder.LOG).read_text()
 
 
 def test_an_average_changes_nothing_in_the_training(

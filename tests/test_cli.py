@@ -69,11 +69,22 @@ def test_help_lists_what_there_is(arguments: list[str]) -> None:
 def test_groups_of_commands_have_a_list_and_nearest_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", "--help"]) == 0
     out = capsys.readouterr().out
+    assert "usage: relaylab recipes [COMMAND] [OPTIONS]" in out
+    assert re.search(r"^  recipes +List the built-in recipes", out, re.MULTILINE)
     assert "recipes show" in out
     assert "demo" not in out
     for words, nearest in {("recipes", "shwo", "digits"): "recipes show", ("data", "chek"): "data check"}.items():
         assert cli.main(list(words)) == 2
         assert f"unknown command '{words[0]} {words[1]}'; nearest: {nearest}" in capsys.readouterr().err
+
+
+def test_help_texts_have_no_line_breaks_of_the_source(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "WebDataset shards, Parquet files" in capsys.readouterr().out
 
 
 def test_options_are_given_in_both_spellings() -> None:

@@ -190,5 +190,5 @@ def test_inspect_says_what_was_read(tmp_path: Path, listed: Open, capsys: pytest
     assert "3 images in 2 classes" in out
     assert "images by file, classes by labels; ignored: age, size" in out
     assert "several labels for an image, divided by semicolons or bars" in out
-    assert "several labels      1\n" in out
+    assert "multi-label         1\n" in out
     assert "images per class    1 (b) to 3 (a)" in out

@@ -110,9 +110,9 @@ def test_figures_on_scores_that_can_be_counted_by_hand() -> None:
     np.testing.assert_array_equal(per_class, [50, 100, np.nan, 0])
     assert confusion(scores, labels).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(misses(scores, labels, 2), [0, 100, 0, 0])
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match="are NaN"):
         error_rates(scores * float("nan"), labels)
-    with pytest.raises(InputError, match="without a label"):
+    with pytest.raises(InputError, match="unlabelled images have no error"):
         error_rates(scores, labels - 1)
     with pytest.raises(InputError, match="3 rows of scores for 4 images"):
         error_rates(scores[:3], labels)
@@ -165,7 +165,7 @@ def test_ensembles() -> None:
     product = (a.exp() * b.exp()).sqrt()
     assert_close(combined([a, b], "product").exp(), product / product.sum(dim=1, keepdim=True))
     assert_close(combined([a, b], "learnt-weights", torch.tensor([0.25, 0.75])).exp(), a.exp() / 4 + 3 * b.exp() / 4)
-    with pytest.raises(InputError, match="learnt first"):
+    with pytest.raises(InputError, match="fit them first"):
         combined([a, b], "learnt-weights")
     with pytest.raises(InputError, match="same images"):
         combined([a, b[:3]], "average")
@@ -198,7 +198,7 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
     folder = ScoreFolder(tmp_path, images)
     folder.add("net", {"sha256": "s"})
     scores = torch.randn(len(images), 4).log_softmax(1)
-    with pytest.raises(InputError, match="no whole scores of net"):
+    with pytest.raises(InputError, match="no complete dense scores of net"):
         folder.protocol("net", "dense")
     for number, chunk in enumerate(folder.chunks):
         folder.write("net", "dense-32", number, scores[list(chunk)])
@@ -207,18 +207,18 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
     assert_close(again.read("net", "dense-32"), scores, rtol=1e-3, atol=1e-3)
     assert_close(again.protocol("net", "dense"), again.read("net", "dense-32"))
     assert again.protocols("net") == ["dense"]
-    with pytest.raises(InputError, match="by single-crop; there are those by dense"):
+    with pytest.raises(InputError, match=r"no complete single-crop scores of net \(there are dense\)"):
         again.protocol("net", "single-crop")
     for number, chunk in enumerate(folder.chunks):
         folder.write("net", "dense-32-flip", number, scores[list(chunk)].roll(1, dims=1))
     assert folder.passes_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
-    with pytest.raises(InputError, match=r"not numbers, the first of 0\.jpg"):
+    with pytest.raises(InputError, match=r"are NaN, first of 0\.jpg"):
         folder.write("net", "dense-36", 0, scores[:CHUNK] * float("nan"))
     with pytest.raises(InputError, match="other weights"):
         folder.add("net", {"sha256": "another"})
-    with pytest.raises(InputError, match="take another folder"):
+    with pytest.raises(InputError, match="give another folder"):
         ScoreFolder(tmp_path, images_of(CHUNK + 10, fingerprint="g"))
-    with pytest.raises(InputError, match="holds no scores"):
+    with pytest.raises(InputError, match="has no scores"):
         ScoreFolder(tmp_path / "nothing")
 
 
@@ -234,8 +234,8 @@ def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
     for changed, tensors, message in [
         ({"model": "t"}, content, "another network"),
         ({"images": "g"}, content, "other images"),
-        ({}, {"log_probabilities": torch.zeros(20, 5).half()}, "another shape"),
-        ({}, {"log_probabilities": torch.full((20, 4), float("nan")).half()}, "not numbers"),
+        ({}, {"log_probabilities": torch.zeros(20, 5).half()}, "does not have scores of shape"),
+        ({}, {"log_probabilities": torch.full((20, 4), float("nan")).half()}, "has NaN scores"),
     ]:
         save_file(tensors, file, header | changed)
         with pytest.raises(InputError, match=message):
@@ -252,7 +252,7 @@ def test_images_that_were_written_over_are_noticed(tmp_path: Path, tiny_images: 
     ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "copy")))  # the same images elsewhere
     path = next(path for path in (tmp_path / "val").rglob("*") if path.is_file())
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(InputError, match="images have been written over since"):
+    with pytest.raises(InputError, match="file sizes of images have changed since"):
         ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "val")))
 
 
@@ -328,7 +328,7 @@ def test_networks_are_compared_with_standard_bp_or_the_one_named(
     def compared(*more: str) -> dict[str, str]:
         assert main([*command, *more]) == 0
         rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        column = rows[0].index("compared with")
+        column = rows[0].index("baseline")
         return {row[0]: (row[column] if len(row) > column else "") for row in rows[2:]}
 
     assert compared() == {"relay": "standard (standard BP)", "standard": ""}
@@ -404,15 +404,15 @@ def test_the_command_refuses_what_it_cannot_do(
     for arguments, message in [
         ([], "no runs given"),
         (["nowhere"], "no such file or folder"),
-        ([str(empty)], "holds no run"),
+        ([str(empty)], "is not a run: expected a folder with config.json, or a model file"),
         ([str(unfinished)], "is unfinished; to complete it: relaylab train --resume"),
         ([relay, relay], "more than once"),
         ([relay, str(other)], "different classes"),
         ([str(other)], "--data is required"),
         ([relay, "--protocol", "dens"], "unknown protocol 'dens'; nearest: dense"),
         ([relay, "--ensemble", "product"], "at least two networks"),
-        ([relay, "--scales", "224"], "--scales and --flip apply to dense testing only"),
-        ([relay, "--protocol", "dense", "--scales", "big"], "expected pixels"),
+        ([relay, "--scales", "224"], "--scales and --flip require the dense protocol"),
+        ([relay, "--protocol", "dense", "--scales", "big"], "expected sizes in pixels"),
         ([relay, "--protocol", "dense", "--scales", "16"], "crops of 32 pixels"),
         ([relay, "--batch-size", "0"], "--batch-size must be at least 1"),
     ]:

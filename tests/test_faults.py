@@ -192,7 +192,7 @@ def test_a_save_that_fails_at_any_of_its_steps(
         with pytest.raises(checkpoint.SaveError, match=r"step-00000012: No space left on device .* MB free"):
             go_on(halfway)
     assert (
-        checkpoint.newest_whole(halfway / run_folder.CHECKPOINTS) == halfway / run_folder.CHECKPOINTS / "step-00000008"
+        checkpoint.newest_valid(halfway / run_folder.CHECKPOINTS) == halfway / run_folder.CHECKPOINTS / "step-00000008"
     )
     assert not list((halfway / run_folder.CHECKPOINTS).glob(".*")), "the half-written files are gone: they take space"
     go_on(halfway)
@@ -279,7 +279,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     go_on(halfway)
     told = (halfway / run_folder.LOG).read_text()
     assert "step-00000008" in told
-    assert "the checkpoint before it is tried" in told
+    assert "trying the previous checkpoint" in told
     assert "resuming from step 4" in told
     assert_as_reference(halfway, reference)
 
@@ -287,14 +287,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
 def test_a_damaged_checkpoint_that_is_named_is_an_error(halfway: Path) -> None:
     path = halfway / run_folder.CHECKPOINTS / "step-00000008"
     flip(path / checkpoint.MODEL)
-    with pytest.raises(LabError, match=r"model.safetensors is damaged or was changed"):
+    with pytest.raises(LabError, match=r"model.safetensors is damaged or modified"):
         go_on(path)
 
 
 def test_only_damaged_checkpoints_are_an_error(halfway: Path) -> None:
     for path in checkpoint.newest(halfway / run_folder.CHECKPOINTS):
         flip(path / checkpoint.OPTIMIZER)
-    with pytest.raises(LabError, match=r"no checkpoint in .* is whole: start a new run"):
+    with pytest.raises(LabError, match=r"all checkpoints in .* are damaged: start a new run"):
         go_on(halfway)
 
 
@@ -313,7 +313,7 @@ def test_a_checkpoint_of_another_network_is_refused(halfway: Path, tiny_images: 
     train(tiny_images, tmp_path / "wide", changes=changes)
     wide = tmp_path / "wide" / run_folder.CHECKPOINTS / "step-00000012"
     shutil.copytree(wide, halfway / run_folder.CHECKPOINTS / wide.name)
-    with pytest.raises(LabError, match=r"is of another recipe than table3-model-a-relay"):
+    with pytest.raises(LabError, match=r"does not match the recipe table3-model-a-relay"):
         go_on(halfway)
 
 
@@ -375,7 +375,7 @@ def test_an_error_that_would_come_again_is_not_tried_again(tiny_images: Path, tm
         [sys.executable, "-m", "relaylab", *given], env=environment, capture_output=True, text=True, timeout=LONG
     )
     assert run.returncode == 1, run.stderr
-    assert run.stderr.count("not finite: the loss primary") == 1, run.stderr
+    assert run.stderr.count("non-finite values in the loss primary") == 1, run.stderr
     assert len(json.loads((tmp_path / "run" / run_folder.ENVIRONMENT).read_text())["starts"]) == 1
 
 
@@ -406,7 +406,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(
         patch.setattr(loop.Trainer, "step", watched)
         with pytest.raises(
             NonFiniteLossError,
-            match=r"step 10: not finite: the loss aux and the gradients of segment aux, aux\+primary",
+            match=r"step 10: non-finite values in the loss aux and the gradients of segment aux, aux\+primary",
         ):
             go_on(halfway)
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0]), "a weight has changed"
@@ -428,7 +428,7 @@ def test_a_gradient_that_is_not_finite_is_found_with_its_segment(
     monkeypatch.setattr(loop.Trainer, "backward", backward)
     with pytest.raises(
         NonFiniteLossError,
-        match=r"step 9: not finite: the gradients of segment primary \(from model.segment5.conv2.weight on\)",
+        match=r"step 9: non-finite values in the gradients of segment primary \(from model.segment5.conv2.weight on\)",
     ):
         go_on(halfway)
     assert newest_step(halfway) == 8
@@ -442,7 +442,7 @@ def test_a_rate_that_is_too_high_is_an_exit_code_and_a_line(
     arguments = words(tiny_images, tmp_path / "run")
     assert cli.main([*arguments, "optimizer.lr=1e30"]) == 1
     told = capsys.readouterr().err
-    assert "not finite: the loss primary" in told
+    assert "non-finite values in the loss primary" in told
     assert "try a smaller optimizer.lr" in told
 
 
@@ -498,6 +498,6 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(halfway: Path, monkey
         return original(self, *args) | {"loss": float("nan")}
 
     monkeypatch.setattr(Validation, "__call__", lost)
-    with pytest.raises(NonFiniteLossError, match="step 8: the loss on the validation images is nan; try a smaller"):
+    with pytest.raises(NonFiniteLossError, match="step 8: the validation loss is nan; try a smaller"):
         go_on(halfway)
     assert newest_step(halfway) == 8

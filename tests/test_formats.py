@@ -731,5 +731,5 @@ def test_training_on_sources_and_resuming(tmp_path: Path, own_source: Any) -> No
     assert outcome.last["top1"] < 50
     resumed = session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "run")), images=(train, val)))
     assert resumed.last == outcome.last
-    with pytest.raises(InputError, match="given as sources and as paths"):
+    with pytest.raises(InputError, match="given both as sources and as paths"):
         requests.resolve(TrainOptions(recipe="digits", data=(tmp_path,)), images=(train, val))

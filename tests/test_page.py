@@ -186,7 +186,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     assert "2 of 3 seeds; 1 diverged" in page.replace("\u00a0", " ")
     assert "Failed runs, left out: 1 of multi-loss, 1 of isolated windows." in page
     (failed / run_folder.MODEL).write_text("it has been run again, to its end")
-    with pytest.raises(InputError, match="empty run"):
+    with pytest.raises(InputError, match="has no metrics"):
         open_runs([tmp_path])
 
 

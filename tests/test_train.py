@@ -366,24 +366,27 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
     [
         ((), "a recipe is required"),
         (("table3-model-a-rely",), "nearest: table3-model-a-relay"),
-        (("table4-model-a-relay",), "train that one"),
+        (
+            ("table4-model-a-relay",),
+            "trained by table3-model-a-relay: train table3-model-a-relay",
+        ),
         (("table3-model-a-relay", "--set", "optimizer.lr=inf"), "expected a finite number, above 0"),
         (("table3-model-a-relay", "--set", "optimizer.segment_lr.auxiliary=2"), "there are aux, aux+primary, primary"),
         (("table3-model-a-relay", "--set", "network.num_classes=7"), "has 5 classes, and the recipe's network 7"),
-        (("table3-model-a-relay", "--batch-norm", "synchronised"), "needs GPUs"),
+        (("table3-model-a-relay", "--batch-norm", "synchronised"), "requires GPUs"),
         (("table3-model-a-relay", "--strategy", "fsdp"), "several devices"),
         (("table3-model-a-relay", "--accelerator", "cuda"), "no GPU"),
         (("table3-model-a-relay", "--devices", "3"), "must be divisible by devices x accumulate (3 x 1)"),
         (
             ("table3-model-a-relay", "--accumulate", "4", "--set", "augmentation.cutmix=1"),
-            "optimizer.batch_size 4 leaves one image to each part of it: take at least 2 x devices x accumulate",
+            "optimizer.batch_size 4 leaves one image per micro-batch: use at least 2 x devices x accumulate",
         ),
         (
             ("table6-inception-v3-relay", "--accumulate", "4"),
-            "each part of a batch is one image, and model.Mixed_7a.branch3x3_2.bn then normalises one value",
+            "with one image per micro-batch, model.Mixed_7a.branch3x3_2.bn would normalise a single value",
         ),
         (("table3-model-a-relay", "--resume", "nowhere"), "no such run or checkpoint"),
-        (("table3-model-a-relay", "--resume", "."), "expected a run's folder"),
+        (("table3-model-a-relay", "--resume", "."), "expected the folder of a run"),
     ],
 )
 def test_bad_input_is_explained_before_the_first_step(
@@ -408,13 +411,13 @@ def test_missing_images_and_missing_space_are_told_before_the_first_step(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", "table3-model-a-relay") == 2
-    assert "--data is missing" in capsys.readouterr().err
+    assert "--data is required" in capsys.readouterr().err
     assert run("train", "table3-model-a-relay", "--data", tmp_path / "nowhere") == 2
     assert "no such file or folder" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
-    with pytest.raises(InputError, match=r"checkpoints need .* MB free: make room"):
+    with pytest.raises(InputError, match=r"checkpoints need .* MB free: free some space"):
         train(tiny_images, tmp_path / "run")
     monkeypatch.undo()
     assert train(tiny_images, tmp_path / "run", resume="auto").finished, "the folder can be used again"
@@ -449,7 +452,7 @@ def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference
 
 
 def test_what_a_run_is_cannot_change_when_it_goes_on(tiny_images: Path, tmp_path: Path, reference: Path) -> None:
-    with pytest.raises(InputError, match=r"has seed 0, not 3: that cannot change"):
+    with pytest.raises(InputError, match=r"has seed 0, not 3: this option cannot change when a run resumes"):
         go_on(reference, seed=3)
     with pytest.raises(InputError, match="has seed 0, not 3: give another --out"):
         train(tiny_images, reference, seed=3, resume="auto")
@@ -541,7 +544,7 @@ def test_early_release_trains_to_the_same_parameters(
 
 
 def test_early_release_needs_whole_parameters(tiny_images: Path) -> None:
-    with pytest.raises(InputError, match=r"--early-release needs whole parameters"):
+    with pytest.raises(InputError, match=r"--early-release does not support --strategy fsdp"):
         requests.resolve(config_of(tiny_images, early_release=True, strategy="fsdp", devices=2))
 
 

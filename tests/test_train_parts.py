@@ -23,8 +23,7 @@ from relaylab.models.building import build_relay
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.train import checkpoint, requests, segments, validation
-from relaylab.train import gradients as diagnosis
+from relaylab.train import checkpoint, gradients, requests, segments, validation
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages, open_images
 from relaylab.train.normalisation import has_local_batch_norm
@@ -68,7 +67,7 @@ def test_batch_normalisation_over_single_images_is_looked_at_before_the_first_st
     assert not has_local_batch_norm(build_relay(RELAY, shadow=True))
     assert requests.batch_problems(RELAY, four, 1) == []
     (problem,) = requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 2)
-    assert "normalises one value per channel" in problem
+    assert "would normalise a single value per channel" in problem
     synchronised = TrainOptions(recipe="x", accumulate=2, batch_norm="synchronised")
     assert requests.batch_problems(inception, synchronised, 2) == [], "two processes have two values"
     assert requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 1) == []
@@ -235,7 +234,7 @@ def test_angles_are_those_of_the_losses_own_gradients_and_training_goes_on_as_wi
     output = relay(images)
     losses = criterion.terms(output, labels)
     weighted = {name: relay.plan.weights[name] * loss for name, loss in losses.items()}
-    angles = diagnosis.overlap_cosines(relay, weighted, found)
+    angles = gradients.overlap_cosines(relay, weighted, found)
     sum(weighted.values()).backward()
     seen = {name: p.grad.clone() for name, p in relay.named_parameters()}
     # The same network, by hand: no windows, but only the overlap is looked at, where each window lets its loss through.
@@ -258,14 +257,14 @@ def test_angles_are_those_of_the_losses_own_gradients_and_training_goes_on_as_wi
 def test_sizes_are_mean_magnitudes_by_layer_and_segment() -> None:
     relay, criterion, found, images, labels = small_relay()
     criterion(relay(images), labels).backward()
-    layers, by_segment = diagnosis.sizes(relay, found)
+    layers, by_segment = gradients.magnitudes(relay, found)
     weight = relay.model[1][0].weight
     assert layers["1.0"]["gradient"] == pytest.approx(weight.grad.abs().mean().item(), rel=1e-12)
     assert layers["1.0"]["ratio"] == pytest.approx((weight.grad.abs().mean() / weight.abs().mean()).item(), rel=1e-12)
     own = [p for number in (1, 2) for p in relay.model[number].parameters()]
-    gradients, weights = (torch.cat([t.flatten() for t in ts]).abs() for ts in ([p.grad for p in own], own))
-    assert by_segment["aux+primary"]["gradient"] == pytest.approx(gradients.mean().item(), rel=1e-12)
-    assert by_segment["aux+primary"]["ratio"] == pytest.approx((gradients.sum() / weights.sum()).item(), rel=1e-12)
+    grads, weights = (torch.cat([t.flatten() for t in ts]).abs() for ts in ([p.grad for p in own], own))
+    assert by_segment["aux+primary"]["gradient"] == pytest.approx(grads.mean().item(), rel=1e-12)
+    assert by_segment["aux+primary"]["ratio"] == pytest.approx((grads.sum() / weights.sum()).item(), rel=1e-12)
     assert set(by_segment) == set(found.losses)
     assert "1.0.bias" not in layers
     assert len(layers) == 6
@@ -301,9 +300,9 @@ def test_a_checkpoint_comes_back_as_it_was_and_old_ones_go(tmp_path: Path) -> No
     assert found.model["w"].tolist() == [4, 4]
     assert found.optimizer["w/m"].tolist() == [1.0]
     assert dict(found.state) == {"format": checkpoint.FORMAT, "step": 4, "x": 0.1}
-    checkpoint.thin_out(tmp_path, 2, [2])
+    checkpoint.prune(tmp_path, 2, [2])
     assert [checkpoint.step_of(path) for path in checkpoint.newest(tmp_path)] == [8, 6, 2]
-    assert checkpoint.newest_whole(tmp_path) == checkpoint.path_of(tmp_path, 8)
+    assert checkpoint.newest_valid(tmp_path) == checkpoint.path_of(tmp_path, 8)
     (tmp_path / ".unfinished-step-00000010").mkdir()
     checkpoint.write(tmp_path, checkpoint.Checkpoint(*tensors, {"step": 8}))  # over itself
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 6, 8)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -121,12 +122,12 @@ def search_texts(grid: tuple[Axis, ...], errors: dict[Point, float]) -> tuple[Ch
         ("optimizer.rate=1,2", "no value optimizer.rate; nearest: optimizer"),
         ("optimizer.lr=1,fast", "expected a number"),
         ("optimizer.lr=0,1", "optimizer.lr is 0.0: expected a finite number, above 0"),
-        ("plan.*.wait=1,2", "no value of the recipe has such a name"),
-        ("images.held_out=1,2", "all schemes have the same images"),
-        ("image*.short_side=40,50", "all schemes have the same images"),
-        ("optimizer.iterations=8,16", "all schemes have the same images, classes and iterations"),
+        ("plan.*.wait=1,2", "unknown value of the recipe; nearest: "),
+        ("images.held_out=1,2", "schemes, images, classes and iterations cannot be tuned"),
+        ("image*.short_side=40,50", "schemes, images, classes and iterations cannot be tuned"),
+        ("optimizer.iterations=8,16", "schemes, images, classes and iterations cannot be tuned"),
         ("optimizer.lr=0.001,1e-3,0.01", "0.001 and 1e-3 are the same value"),
-        ("scheme=relay,standard", "name schemes with --schemes"),
+        ("scheme=relay,standard", "use --schemes to choose schemes"),
     ],
 )
 def test_wrong_grids_are_errors(text: str, message: str) -> None:
@@ -165,7 +166,7 @@ def test_short_trials_have_a_short_schedule(tmp_path: Path, changes: list[str], 
     assert not problems
     grid = axes("optimizer.warmup=20,40")
     search = Search(tmp_path, recipe, TrainOptions(recipe="digits", changes=tuple(changes)), grid, 0.2, 0.25)
-    trained = requests.resolve(search.options("relay", ("40",))).recipe
+    trained = requests.resolve(search.trial_options("relay", ("40",))).recipe
     values = {name.rpartition(".")[2]: value for name, value, _ in trained.fields() if name.startswith("optimizer.")}
     assert {**values, **expected} == values
     assert values["warmup"] == 10
@@ -235,7 +236,7 @@ def test_each_scheme_is_compared_at_its_own_values(
     out, err = capsys.readouterr()
     tuning = read_tuning(whole)
     assert tuning is not None
-    assert "beside it" in err, "an extension is logged"
+    assert re.search("best so far is .*; next: ", err), "an extension is logged"
     for scheme, choice in tuning.choices.items():
         run = whole / f"{scheme}-s1"
         values = run_folder.read_run(run).recipe.values
@@ -264,7 +265,7 @@ def test_each_scheme_is_compared_at_its_own_values(
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "train_all", stopping_after(count))
             assert cli.main(words_of(halted, *grid)) == 130
-            assert "Stopped while tuning. The same command resumes." in capsys.readouterr().out
+            assert "Stopped while tuning. Run the same command again to resume." in capsys.readouterr().out
     assert cli.main(words_of(halted, "--jobs", "1", *grid)) == 0
     assert (halted / FILE).read_bytes() == (whole / FILE).read_bytes()
     models = sorted(path.relative_to(whole) for path in whole.rglob(run_folder.MODEL))
@@ -285,10 +286,10 @@ def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(
 ) -> None:
     for more, message in [
         (["--tune", "optimizer.lr=0.1,0.2", "--set", "optimizer.lr=1"], "--tune optimizer.lr and --set optimizer.lr"),
-        (["--tune", "optimizer.lr=0.1,0.2", "--tune-share", "2"], "--tune-share 2: expected a share"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--tune-share", "2"], "--tune-share 2: expected a fraction"),
         (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "0"], "--tune-hold-out 0: expected"),
         (["--tune", "optimizer.lr=a,0.2"], "optimizer.lr=a: expected a number"),
-        (["--tune", "optimizer.lr=0.1,0.2", "--set", "images.set_aside=0.1"], "images.set_aside is set, and --tune"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--set", "images.set_aside=0.1"], "--tune sets images.set_aside itself"),
     ]:
         assert cli.main(words_of(tmp_path / "out", *more)) == 2
         assert message in capsys.readouterr().err

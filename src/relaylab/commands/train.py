@@ -1,4 +1,4 @@
-"""`relaylab train`: one recipe, one scheme, one seed."""
+"""`relaylab train`: train a recipe with one seed, or resume a run."""
 
 from relaylab.errors import INTERRUPTED, LabError
 from relaylab.train.options import TrainOptions
@@ -9,7 +9,7 @@ def main(options: TrainOptions) -> int:
     from relaylab.train import requests, torchrun
 
     if torchrun.restart_count() and torchrun.noted_failure() is not None:
-        return 0  # the failure would repeat, and the launching command knows of it
+        return 0  # the failure would repeat; the launching command reports it
     try:
         request = requests.resolve(options, {*options.given, "recipe"} if options.given else None)
         if request.options.devices > 1 and not torchrun.is_launched():

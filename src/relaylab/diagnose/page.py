@@ -1,4 +1,4 @@
-"""The page about information by layer: a picture, tables, and their limits."""
+"""The HTML page on information by layer: figure, tables, and limitations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[str, Any]) -> Path:
-    """Write the metrics, the picture and the page, and return the page's path.
+    """Write the results, the figure and the page, and return the path of the page.
 
     Args:
-        folder: that exists.
-        runs: readings by name.
-        about: "schemes" by name, "entropy" in bits, and other facts to keep.
+        folder: an existing folder.
+        runs: readings of each run by name.
+        about: "schemes" by name, "entropy" in bits, and further entries to store.
     """
     schemes = about["schemes"]
     metrics = {**about, "runs": {name: [asdict(each) for each in own] for name, own in runs.items()}}
@@ -40,7 +40,7 @@ def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[st
     text = render_template(
         "relaylab.diagnose",
         "page.html.j2",
-        title="How much of the class can be read from each layer?",
+        title="Class information in each layer",
         picture=svg_uri(picture),
         about=about,
         tables={name: render(table, "html") for name, table in tables.items()},
@@ -50,7 +50,7 @@ def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[st
 
 
 def table_of(title: str, readings: Sequence[Reading]) -> Table:
-    """Return one run's readings: a row for each layer, in brackets where the loss does not train it."""
+    """Return the readings of a run as a table, one row per layer; in brackets if the loss does not train the layer."""
     sources = sorted(dict.fromkeys(each.source for each in readings), key=lambda source: source != ACTIVATIONS)
     cells = {(e.layer, e.source): e.bits.text() if e.trained else f"({e.bits.text()})" for e in readings}
     layers = dict.fromkeys(each.layer for each in readings)
@@ -60,7 +60,7 @@ def table_of(title: str, readings: Sequence[Reading]) -> Table:
 
 
 def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entropy: float) -> Figure:
-    """Draw bits by layer, gradients above, activations below, with a colour for each scheme, a marker for each loss."""
+    """Plot bits by layer: gradients above, activations below; a colour per scheme, a marker per loss."""
     readings = [each for own in runs.values() for each in own]
     layers = list(dict.fromkeys(each.layer for each in readings))
     place = {layer: number for number, layer in enumerate(layers)}
@@ -77,7 +77,7 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
                 _line(above, [e for e in parts if e.trained], place, color=colour, marker=marker, label=label)
             activations = [each for each in own if each.source == ACTIVATIONS]
             _line(below, activations, place, color=colour, marker="o", label=picture(f"{method} ({name})"))
-        for panel, title in ((above, "Gradients of single images, by loss"), (below, "Activations")):
+        for panel, title in ((above, "Per-image gradients, by loss"), (below, "Activations")):
             panel.set_title(title)
             panel.set_ylabel("bits about the class")
             for level in (0, entropy):

@@ -1,4 +1,4 @@
-"""Readings of the class from the networks of runs: their newest checkpoints, on their validation images."""
+"""Probe the networks of runs: their newest checkpoints, on validation images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ BATCH, LEAST = 50, 8
 def read_runs(
     folders: Sequence[Path], data: Sequence[Path], images: int, seed: int
 ) -> tuple[dict[str, list[Reading]], dict[str, Any]]:
-    """Return the readings of each run, and facts for the page.
+    """Probe each run, and return its readings, and further values for the page.
 
     Args:
-        folders: of runs, or of comparisons.
-        data: images; empty for those of the first run.
-        images: number of validation images, as many of each class.
-        seed: of the projection and of the halves.
+        folders: of runs or comparisons.
+        data: paths of images; empty for those of the first run.
+        images: number of validation images, the same number of each class.
+        seed: of the projections and of the split into halves.
     """
-    found = open_runs(folders).runs
-    runs = dict(zip(names_of([each.folder for each in found]), found, strict=True))
-    checkpoints = {name: _newest(each.folder) for name, each in runs.items()}
+    opened = open_runs(folders).runs
+    runs = dict(zip(names_of([run.folder for run in opened]), opened, strict=True))
+    checkpoints = {name: _newest(run.folder) for name, run in runs.items()}
     source, numbers = _images(data, images, found[0], read_model(_model_of(found[0])))
     labels = torch.tensor([int(source.labels[number]) for number in numbers])
     readings: dict[str, list[Reading]] = {}
@@ -62,7 +62,7 @@ def read_runs(
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' own names, with as much of their paths as tells them apart."""
+    """Return the names of folders, with as many parent folders as needed to make them unique."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -72,9 +72,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def _newest(folder: Path) -> Path:
-    path = checkpoint.newest_whole(folder / run_folder.CHECKPOINTS)
+    path = checkpoint.newest_valid(folder / run_folder.CHECKPOINTS)
     if path is None:
-        raise InputError(f"{folder} has no whole checkpoint, and model files have no auxiliary heads: train it again")
+        raise InputError(f"{folder} has no valid checkpoint, and model files have no auxiliary heads: train it again")
     return path
 
 
@@ -90,15 +90,15 @@ def _model_of(each: Run) -> Path:
 
 
 def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
-    """Open the validation images, and choose as many of each class."""
+    """Open the validation images, and choose the same number of each class."""
     if model.has_several_labels:
-        raise InputError(f"{first.folder}: its images have several labels; the probe reads the class of an image")
+        raise InputError(f"{first.folder}: multi-label images are not supported")
     source = open_split(data, first.about, None, model.identity)
     labels = np.asarray(source.labels)
     classes = np.unique(labels)
     each = images // len(classes)
     if each < LEAST:
-        raise InputError(f"--images {images}: {len(classes)} classes need at least {LEAST * len(classes)}")
+        raise InputError(f"--images {images}: expected at least {LEAST * len(classes)} for {len(classes)} classes")
     numbers = sorted(int(n) for label in classes for n in np.flatnonzero(labels == label)[:each])
     return source, numbers
 

@@ -85,9 +85,7 @@ def _open(path: Path) -> Trained:
     if not path.exists():
         raise InputError(f"no such file or folder: {path}")
     if not (path / run_folder.CONFIG).is_file():
-        raise InputError(
-            f"{path} holds no run: expected {run_folder.CONFIG}, as `relaylab train` writes it, or a model file"
-        )
+        raise InputError(f"{path} is not a run: expected a folder with {run_folder.CONFIG}, or a model file")
     if not (path / run_folder.MODEL).is_file():
         raise InputError(f"the run in {path} is unfinished; to complete it: relaylab train --resume {path}")
     return Trained(path.resolve().name, path / run_folder.MODEL, path, describe_run(path))

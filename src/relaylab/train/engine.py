@@ -1,4 +1,4 @@
-"""Devices, precision and processes: Lightning Fabric for the loop, and its launch by torchrun."""
+"""Devices, precision and processes: Lightning Fabric, launched by torchrun."""
 
 import os
 import sys
@@ -26,17 +26,17 @@ from relaylab.train.torchrun import FAILURE, environment_number, is_launched, no
 
 
 def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
-    """Run this command line in one process for each device, by torchrun, and wait for them.
+    """Run a command line with torchrun, in one process per device, and wait for the processes.
 
     Returns:
-        The exit code: that of the first process that failed, 130 after a signal, else 0.
+        The exit code: that of the first failed process, 130 after a signal, otherwise 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
     flags = ["--standalone", f"--nproc-per-node={options.devices}", f"--max-restarts={options.restarts}"]
-    # Otherwise restarted processes find the addresses of those that died, and wait for them.
+    # Otherwise restarted processes find the addresses of dead ones in the store, and wait for them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.devices)))
     with tempfile.TemporaryDirectory(prefix="relaylab-") as folder:
@@ -47,7 +47,7 @@ def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
             return INTERRUPTED
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            print(f"relaylab: process {rank} has ended with exit code {failure.exitcode}; see above", file=sys.stderr)
+            print(f"relaylab: process {rank} exited with code {failure.exitcode}; see the error above", file=sys.stderr)
             return noted_failure() or FAILED
         finally:
             failed = noted_failure()
@@ -56,20 +56,20 @@ def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
 
 
 def make_fabric(options: RuntimeOptions) -> Fabric:
-    """Create the engine of this process, alone or one of those that torchrun has started.
+    """Create the Fabric of this process, which may be one of several started by torchrun.
 
     Raises:
-        InputError: devices, precision or batch normalisation that this machine does not have.
+        InputError: devices or batch normalisation that this machine does not support.
     """
     has_gpu = torch.cuda.is_available()
     if options.accelerator == "cuda" and not has_gpu:
-        raise InputError("--accelerator cuda: there is no GPU that PyTorch can use here")
+        raise InputError("--accelerator cuda: PyTorch finds no GPU on this machine")
     device = "cuda" if has_gpu and options.accelerator != "cpu" else "cpu"
     world, here = (environment_number(name, 1) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():
-        raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs here")
+        raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs on this machine")
     if options.batch_norm == "synchronised" and device == "cpu":
-        raise InputError("--batch-norm synchronised needs GPUs; take local, or train with one device")
+        raise InputError("--batch-norm synchronised requires GPUs: use --batch-norm local, or one device")
     fabric = Fabric(
         accelerator=device,
         devices=here,
@@ -84,7 +84,7 @@ def make_fabric(options: RuntimeOptions) -> Fabric:
 def _strategy(options: RuntimeOptions, device: str, world: int) -> Strategy | str:
     if world == 1:
         if options.strategy == "fsdp":
-            raise InputError("--strategy fsdp divides a network among several devices; give --devices")
+            raise InputError("--strategy fsdp requires several devices: set --devices")
         return SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
     if options.strategy == "fsdp":
         return ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
@@ -92,7 +92,7 @@ def _strategy(options: RuntimeOptions, device: str, world: int) -> Strategy | st
 
 
 def _shard(relay: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Apply FSDP2 to each part of the network, to the heads, and to the whole."""
+    """Apply FSDP2 to each child of the network, to each head, and to the whole module."""
     assert isinstance(relay, Relay)
     for part in (*relay.model.children(), *relay.heads.values()):
         if any(True for _ in part.parameters()):
@@ -107,15 +107,15 @@ def _precision(options: RuntimeOptions, device: str) -> Precision:
             return Precision()
         case "bf16":
             return MixedPrecision("bf16-mixed", device)
-        case "fp16":  # given the scaler, Fabric does not insist on a GPU
+        case "fp16":  # with an explicit scaler, Fabric does not require a GPU
             return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
 
 
 @contextmanager
-def looking() -> Iterator[None]:
-    """Allow `torch.autograd.grad` within the block, for gradients that no update uses.
+def allow_autograd_grad() -> Iterator[None]:
+    """Allow `torch.autograd.grad` within the block, for gradients that the update does not use.
 
-    With mixed precision, Fabric refuses backward passes that it has not started: their losses might lack the scale.
+    With mixed precision, Fabric rejects backward passes that it did not start, since their losses might be unscaled.
     """
     before = wrappers._in_fabric_backward  # pyright: ignore[reportPrivateUsage]
     wrappers._in_fabric_backward = True
@@ -132,5 +132,5 @@ def scaler_of(fabric: Fabric) -> "torch.amp.GradScaler | None":
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, in all processes together; others are returned as they are."""
+    """Gather a sharded tensor, a collective; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Several runs of one comparison: what they share, and their training, at once or one after another."""
+"""Train the runs of a comparison with shared settings, concurrently or one after another."""
 
 import dataclasses
 import sys
@@ -20,11 +20,11 @@ from relaylab.train.tuning import FOLDER
 
 @dataclass(frozen=True)
 class Shared:
-    """Settings that all runs of a comparison share, so that no result depends on the number of jobs.
+    """Settings that all runs of a comparison share, so that results do not depend on the number of jobs.
 
     Attributes:
         images: "memory" or "disk".
-        threads: of each process; None for PyTorch's default, on a GPU.
+        threads: number of PyTorch threads per process; None for the default, on a GPU.
     """
 
     images: str
@@ -32,9 +32,9 @@ class Shared:
 
 
 def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -> Shared:
-    """Check the images and the network of a comparison, and return what its runs share.
+    """Check the images and the network of a comparison, and return the settings that its runs share.
 
-    If the folder holds a run already, also of an earlier command, that run decides.
+    If the folder already contains a run, its settings are reused.
 
     Args:
         folder: of the comparison.
@@ -43,45 +43,45 @@ def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -
         count: number of runs.
 
     Raises:
-        InputError: images or a network that cannot be trained.
+        InputError: the images or the network cannot be trained.
     """
     jobs.start_server()
     files = sorted([*folder.glob(f"*/{run_folder.CONFIG}"), *folder.glob(f"{FOLDER}/*/*/{run_folder.CONFIG}")])
-    begun = files[0].parent if files else None
+    existing = files[0].parent if files else None
     cores = available_cores()
-    segments_of(recipe)  # which builds the network: an unknown one is an error before any process starts
+    segments_of(recipe)  # builds the network, so that an unknown one is an error before any process starts
     train, val = images.open_sources(options, recipe.images)
     images.check_images(recipe, train, val)
-    if begun is not None:
-        options = dataclasses.replace(options, images=run_folder.read_run(begun).options.images)
+    if existing is not None:
+        options = dataclasses.replace(options, images=run_folder.read_run(existing).options.images)
     in_memory = images.fits_memory(options, (train, val), images.view_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
     if options.accelerator != "cpu" and torch.cuda.is_available():
         return Shared(where, None)
     threads = min(torch.get_num_threads(), max(1, cores // count))
-    starts = run_folder.read_starts(begun) if begun is not None else []
+    starts = run_folder.read_starts(existing) if existing is not None else []
     return Shared(where, min(starts[0]["threads"], cores) if starts else threads)
 
 
 def train_many(runs: Mapping[str, TrainOptions], shared: Shared, *, at_once: int | None, iterations: int) -> bool:
-    """Train runs that are missing.
+    """Train the missing runs of a comparison.
 
     Args:
         runs: the options of each run by name; `out` is its folder. All have the same number of devices.
         shared: by all runs of the comparison.
-        at_once: processes at once; None for as many as the cores allow, or one with a GPU.
+        at_once: number of concurrent processes; None for as many as the cores allow, or one with a GPU.
         iterations: of each run.
 
     Returns:
         False if a signal stopped the runs. A run that failed has `failure.json` in its folder.
 
     Raises:
-        InputError: a run could not begin.
+        InputError: a run could not start.
     """
     if next(iter(runs.values())).devices > 1:
         return _train_in_turn(runs)
-    fitting = 1 if shared.threads is None else max(1, available_cores() // shared.threads)
-    at_once = min(at_once or fitting, len(runs))
+    most = 1 if shared.threads is None else max(1, available_cores() // shared.threads)
+    at_once = min(at_once or most, len(runs))
     workers = max(1, available_cores() // at_once)
     complete = {
         name: dataclasses.replace(
@@ -96,7 +96,7 @@ def train_many(runs: Mapping[str, TrainOptions], shared: Shared, *, at_once: int
 
 
 def _train_in_turn(runs: Mapping[str, TrainOptions]) -> bool:
-    """Train with several devices, whose processes torchrun starts; False if a run was stopped."""
+    """Train one run at a time on several devices, with torchrun; False if a run was stopped."""
     for number, (name, options) in enumerate(runs.items(), 1):
         assert options.out is not None
         print(f"run {number} of {len(runs)}: {name}", file=sys.stderr, flush=True)
@@ -104,13 +104,13 @@ def _train_in_turn(runs: Mapping[str, TrainOptions]) -> bool:
         if code == INTERRUPTED:
             return False
         if code == WRONG_INPUT:
-            raise InputError(f"the run in {options.out} could not begin: see the error above")
+            raise InputError(f"the run in {options.out} could not start: see the error above")
         if code and read_failure(options.out) is None:
             options.out.mkdir(parents=True, exist_ok=True)
-            write_failure(options.out, Failure("failed", 0, f"its processes ended with exit code {code}"))
+            write_failure(options.out, Failure("failed", 0, f"its processes exited with code {code}"))
     return True
 
 
 def is_missing(folder: Path) -> bool:
-    """Return whether a run has to be trained: it has neither finished nor diverged."""
+    """Return whether a run has neither finished nor diverged, so that it has to be trained."""
     return not (folder / run_folder.MODEL).is_file() and getattr(read_failure(folder), "kind", None) != "diverged"

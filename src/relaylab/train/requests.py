@@ -23,10 +23,14 @@ FIXED = ("recipe", "scale", "changes", "seed", "precision", "batch_norm", "image
 
 @dataclass(frozen=True)
 class Request:
-    """A training: complete options, the recipe with its changes, and the run and checkpoint to resume.
+    """A request to train: complete options, the recipe with its overrides, and the run to resume.
 
-    The folder is None for a new run, and the checkpoint is None for the newest valid one. Training and validation
-    `images` of the caller's own take the place of paths.
+    Attributes:
+        options: complete options.
+        recipe: at its scale, with overrides applied.
+        folder: of the run to resume; None for a new run.
+        checkpoint: to resume from; None for the newest valid one.
+        images: training and validation images, in place of paths.
     """
 
     options: TrainOptions
@@ -39,17 +43,21 @@ class Request:
 def resolve(
     options: TrainOptions, given: Collection[str] | None = None, *, images: tuple[Source, Source] | None = None
 ) -> Request:
-    """Derive the recipe and the run from the options. Reads files, but writes none.
+    """Resolve options to a request. Reads files, but writes none.
 
     Args:
-        options: options.
-        given: names of the options that the user set, which override those of a run that resumes; None for all that
+        options: the options.
+        given: names of the options that the user set, which override those of a resumed run; None for all options that
             differ from their defaults.
-        images: training and validation images, in place of paths in the options. A run does not record them: give them
+        images: training and validation images, in place of paths in the options. A run does not record them: pass them
             again to resume it.
 
     Raises:
-        InputError: all problems with the options, at once.
+        InputError: invalid options; the message lists all problems.
+
+    Example:
+        >>> request = resolve(TrainOptions(recipe="digits"))
+        >>> outcome = relaylab.train.session.train(request)
     """
     options = _with_absolute_paths(options)
     if given is None:
@@ -60,35 +68,37 @@ def resolve(
     recipe, problems = _recipe_of(options)
     options = options if images is not None else _with_digits(options, recipe)
     if images is not None and (options.data or options.val_data):
-        problems.append("images are given as sources and as paths: expected one of both")
+        problems.append("images are given both as sources and as paths: pass only one of them")
     elif not options.data and recipe is not None and images is None:
-        problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
+        problems.append("--data is required: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
     recipe = _checked(recipe, problems + path_problems((*options.data, *options.val_data)))
     if options.resume == "auto":
-        folder = _newest_alike(options, recipe)
+        folder = _find_matching(options, recipe)
         if folder is not None:
             return Request(_merged(options, folder, given), recipe, folder, images=images)
     elif options.out is not None and (options.out / CONFIG).exists() and not restart_count():
-        resume = f"resume it with --resume {options.out}, or take another --out"
+        resume = f"resume it with --resume {options.out}, or give another --out"
         raise InputError(f"{options.out} already contains a run; {resume}")
     return Request(options, recipe, images=images)
 
 
 def _with_absolute_paths(options: TrainOptions) -> TrainOptions:
-    """The options with the absolute paths of the recipe's files, so that the run can resume in any folder."""
+    """Make the paths of recipe files absolute, so that the run can be resumed from any working directory."""
     changes = tuple(map(with_absolute_paths, options.changes))
     recipe = str(Path(options.recipe).absolute()) if options.recipe and is_file(options.recipe) else options.recipe
     return dataclasses.replace(options, recipe=recipe, changes=changes)
 
 
 def _recipe_of(options: TrainOptions, folder: Path | None = None) -> tuple[Recipe | None, list[str]]:
-    """The recipe at its scale with its changes, and all problems with it and with the options.
+    """Return the recipe with its overrides, or None, and error messages about the recipe and the options.
 
-    A run, in `folder`, keeps the recipe of a file as it was.
+    Args:
+        options: the options.
+        folder: of the run to resume, whose stored recipe is used in place of a recipe file.
     """
     problems = option_problems(options)
     if options.recipe is None:
-        return None, ["a recipe is required: 'relaylab recipes' lists them; or --resume PATH", *problems]
+        return None, ["a recipe is required (`relaylab recipes` lists them), or --resume PATH", *problems]
     if folder is not None and is_file(options.recipe):
         recipe = stored_recipe(folder)
         return recipe, problems + batch_problems(recipe, options, options.devices)
@@ -97,17 +107,19 @@ def _recipe_of(options: TrainOptions, folder: Path | None = None) -> tuple[Recip
     except InputError as error:
         return None, [str(error), *problems]
     if recipe.trained_as is not None:
-        problems.append(f"{recipe.name} tests the network that {recipe.trained_as} trains: train that one")
-    recipe, wrong = with_changes(recipe, options.changes)
+        problems.append(
+            f"{recipe.name} evaluates the network trained by {recipe.trained_as}: train {recipe.trained_as}"
+        )
+    recipe, invalid = with_changes(recipe, options.changes)
     problems += path_problems([Path(recipe.network.pretrained)] if recipe.network.pretrained and folder is None else [])
     if folder is None:
         _allow(recipe)
-    problems += wrong or recipe_problems(recipe)
+    problems += invalid or recipe_problems(recipe)
     return recipe, problems + batch_problems(recipe, options, options.devices)
 
 
 def _allow(recipe: Recipe) -> None:
-    """Note that the user has named a network's code."""
+    """Trust the network code that the user has named."""
     if recipe.network.is_code:
         from relaylab.models.named import allow  # imports torch
 
@@ -115,7 +127,13 @@ def _allow(recipe: Recipe) -> None:
 
 
 def batch_problems(recipe: Recipe, options: TrainOptions, devices: int) -> list[str]:
-    """Return an error message if the recipe's batch cannot be divided evenly, or into parts that can be used."""
+    """Return error messages if the batch cannot be split evenly, or the micro-batches are too small.
+
+    Args:
+        recipe: the recipe.
+        options: with the number of micro-batches per device.
+        devices: number of processes.
+    """
     size, parts = recipe.optimizer.batch_size, max(1, devices * options.accumulate)
     divisor = f"devices x accumulate ({devices} x {options.accumulate})"
     if size % parts:
@@ -126,8 +144,8 @@ def batch_problems(recipe: Recipe, options: TrainOptions, devices: int) -> list[
     mixes = [name for name in ("mixup", "cutmix") if getattr(recipe.augmentation, name)]
     if mixes:
         problems.append(
-            f"augmentation.{mixes[0]} mixes images of one batch, and optimizer.batch_size {size} leaves one image to "
-            f"each part of it: take at least 2 x {divisor}, or --set augmentation.{mixes[0]}=0"
+            f"augmentation.{mixes[0]} mixes the images of a micro-batch, and optimizer.batch_size {size} leaves one "
+            f"image per micro-batch: use at least 2 x {divisor}, or --set augmentation.{mixes[0]}=0"
         )
     if options.batch_norm == "local" or devices == 1:
         from relaylab.train.normalisation import single_image_problem  # imports torch
@@ -144,7 +162,7 @@ def _checked(recipe: Recipe | None, problems: list[str]) -> Recipe:
 
 
 def _with_digits(options: TrainOptions, recipe: Recipe | None) -> TrainOptions:
-    """The options with the embedded digits as images, if the recipe is for them and the user names no others."""
+    """Use the packaged digits as images, if the recipe is for them and the user has given no others."""
     if recipe is None or recipe.images.data_set != "digits" or options.val_data:
         return options
     is_lost = len(options.data) == 1 and options.data[0].name == digits.NAME and not options.data[0].exists()
@@ -160,24 +178,24 @@ def _resumed(
     if not path.exists():
         raise InputError(f"--resume {path}: no such run or checkpoint")
     if not (folder / CONFIG).is_file():
-        raise InputError(f"--resume {path}: expected a run's folder, with {CONFIG}, or one of its checkpoints")
+        raise InputError(f"--resume {path}: expected the folder of a run, with {CONFIG}, or one of its checkpoints")
     merged = _merged(options, folder, given)
     recipe, problems = _recipe_of(merged, folder)
     merged = merged if images is not None else _with_digits(merged, recipe)
     moved = path_problems((*merged.data, *merged.val_data))
-    problems += [f"{problem}; if the images have moved, say where to with --data" for problem in moved]
+    problems += [f"{problem}; if the images have moved, give their new path with --data" for problem in moved]
     recipe = _checked(recipe, problems)
     _check_recipe(recipe, folder)
     return Request(merged, recipe, folder, checkpoint, images)
 
 
 def _merged(options: TrainOptions, folder: Path, given: Collection[str]) -> TrainOptions:
-    """The options of a run, overridden by the given ones that may change."""
+    """Return the options of a run, overridden by the given ones that may change."""
     stored = read_run(folder).options
     raise_all(
         [
             f"the run in {folder} has {name} {getattr(stored, name)!r}, not {getattr(options, name)!r}: "
-            "that cannot change"
+            "this option cannot change when a run resumes"
             for name in _different(options, stored)
             if name in given
         ]
@@ -187,24 +205,24 @@ def _merged(options: TrainOptions, folder: Path, given: Collection[str]) -> Trai
 
 
 def _different(options: TrainOptions, stored: TrainOptions) -> list[str]:
-    """The fixed options that differ from those of a run; where the images are kept, "auto" accepts either."""
+    """Return the fixed options that differ from those of a run; images "auto" matches memory and disk."""
     names = [name for name in FIXED if getattr(options, name) not in (getattr(stored, name), None)]
     return [name for name in names if name != "images" or options.images != "auto"]
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse a recipe whose code has changed since the run began."""
+    """Raise an InputError if a recipe has changed since the run started."""
     stored = read_run(folder).recipe.values
     if changes := value_changes(stored, recipe, folder / CONFIG):
-        raise InputError(f"recipe {recipe.name} is not what the run in {folder} trains: {'; '.join(changes[:5])}")
+        raise InputError(f"recipe {recipe.name} differs from that of the run in {folder}: {'; '.join(changes[:5])}")
 
 
-def _newest_alike(options: TrainOptions, recipe: Recipe) -> Path | None:
-    """The newest run of the same options and recipe; an error if --out names a run of others."""
+def _find_matching(options: TrainOptions, recipe: Recipe) -> Path | None:
+    """Return the newest run with the same options and recipe; raise an error if --out contains a different run."""
     for folder in candidates(options):
         if (folder / CONFIG).is_file():
             try:
-                _check_alike(options, recipe, folder)
+                _check_matching(options, recipe, folder)
                 return folder
             except InputError:
                 if options.out is not None:
@@ -212,25 +230,26 @@ def _newest_alike(options: TrainOptions, recipe: Recipe) -> Path | None:
     return None
 
 
-def _check_alike(options: TrainOptions, recipe: Recipe, folder: Path) -> None:
+def _check_matching(options: TrainOptions, recipe: Recipe, folder: Path) -> None:
     stored = read_run(folder).options
-    other = _different(options, stored) + (["data"] if _paths(options) != _paths(stored) else [])
-    if other:
-        told = [f"{name} {getattr(stored, name)!r}, not {getattr(options, name)!r}" for name in other if name in FIXED]
-        told += ["other images"] if "data" in other else []
-        raise InputError(f"the run in {folder} has {'; '.join(told)}: give another --out, or remove that folder")
+    differences = [
+        f"{name} {getattr(stored, name)!r}, not {getattr(options, name)!r}" for name in _different(options, stored)
+    ]
+    differences += ["different images"] if _paths(options) != _paths(stored) else []
+    if differences:
+        reason = "; ".join(differences)
+        raise InputError(f"the run in {folder} has {reason}: give another --out, or remove that folder")
     _check_recipe(recipe, folder)
 
 
 def _paths(options: TrainOptions) -> list[Path]:
-    from relaylab.data.sources.digits import NAME  # the same images, wherever the cache is
-
+    """Return the absolute paths of the images; the packaged digits are the same in any cache folder."""
     paths = (*options.data, Path("--"), *options.val_data)
-    return [Path(NAME) if path.name == NAME else path.absolute() for path in paths]
+    return [Path(digits.NAME) if path.name == digits.NAME else path.absolute() for path in paths]
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """Return the recipe that the run in a folder trains, at its scale and with its changes.
+    """Return the recipe of a run, at its scale and with its overrides.
 
     Raises:
         InputError: the run cannot be read, or the recipe has changed since.
@@ -241,16 +260,16 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def title_of(folder: Path) -> str:
-    """Return a run's scheme and name.
+    """Return the title of a run: its scheme and folder name.
 
     Raises:
-        InputError: the folder does not hold a run.
+        InputError: the folder does not contain a run.
     """
     return f"{SCHEMES[recipe_of(folder).scheme]} ({folder.resolve().name})"
 
 
 def arguments_of(options: TrainOptions) -> list[str]:
-    """Return the command line that sets these options."""
+    """Return the command line that sets the given options."""
     arguments = ["train", *([] if options.recipe is None else [options.recipe])]
     for entry in dataclasses.fields(options):
         value = getattr(options, entry.name)

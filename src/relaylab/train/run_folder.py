@@ -2,13 +2,13 @@
 
 runs/RECIPE/TIME-sSEED/
 config.json        options, and every value of the recipe with its source
-environment.json   machine and versions, an entry for each start
-metrics.jsonl      metrics of training, validation and gradients, one JSON object on each line
+environment.json   machine and versions, one entry per start
+metrics.jsonl      metrics of training, validation and gradients, one JSON object per line
 tensorboard/       the same for TensorBoard
 log.txt
 checkpoints/       see relaylab.train.checkpoint
 model.safetensors  the trained network; see relaylab.models.file
-model.ema.safetensors  the same with averaged weights, with optimizer.ema_decay
+model.ema.safetensors  the same with averaged weights, if optimizer.ema_decay is set
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ CONFIG, ENVIRONMENT, METRICS, LOG = "config.json", "environment.json", "metrics.
 CHECKPOINTS, TENSORBOARD, MODEL = "checkpoints", "tensorboard", "model.safetensors"
 AVERAGED = "model.ema.safetensors"
 LOCK = ".lock"
-BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FILE)  # the files of a run that failed before its first step
+BEFORE_THE_FIRST_STEP = (LOCK, LOG, ENVIRONMENT, FILE)  # files written before the first step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRecipe:
-    """A run's recipe as it was when the run began: values by dotted name, and their sources."""
+    """The recipe of a run when it started: values by dotted name, and their sources."""
 
     name: str
     row: str
@@ -54,15 +54,15 @@ class StoredRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """A run's configuration, as `write_config` writes it.
+    """The configuration of a run, as written by `write_config`.
 
     Attributes:
-        options: with the names that values of earlier versions have now.
-        recipe: that it trains.
-        classes: display names.
-        keys: the classes' keys; None in runs of earlier versions.
-        counts: images of each class by split.
-        images: their number by split, where it is not the sum of those.
+        options: options, with renamed values of earlier versions under their current names.
+        recipe: recipe of the run.
+        classes: display names of the classes.
+        keys: keys of the classes; None in runs of earlier versions.
+        counts: number of images per class, by split.
+        images: number of images by split, for multi-label images.
     """
 
     options: TrainOptions
@@ -74,14 +74,14 @@ class StoredRun:
 
 
 def read_run(folder: Path) -> StoredRun:
-    """Read a run's configuration.
+    """Read the configuration of a run.
 
     Raises:
-        InputError: the folder holds no run, or the file is damaged.
+        InputError: the folder does not contain a run, or the file is damaged.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise InputError(f"{folder} holds no run: expected {CONFIG}, as `relaylab train` writes it")
+        raise InputError(f"{folder} is not a run: expected the folder of a run, with {CONFIG}")
     run = read_json(path, StoredRun)
     if problems := option_problems(run.options):
         raise DamagedFileError(f"{path} is damaged, or not what relaylab writes: {'; '.join(problems)}")
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> StoredRun:
 
 
 def stored_recipe(folder: Path) -> Recipe:
-    """Return the recipe that a run has stored, which may be that of an earlier version.
+    """Return the recipe stored in the folder of a run, possibly by an earlier version.
 
     Raises:
         InputError: the run cannot be read.
@@ -101,7 +101,7 @@ def stored_recipe(folder: Path) -> Recipe:
 
 
 def _decoded(values: Mapping[str, Any], sources: Mapping[str, str], path: Path) -> Recipe:
-    """The recipe of stored values. Values that the version that stored them did not have are the defaults."""
+    """Decode the stored values of a recipe; values that an earlier version did not have get their defaults."""
     problems: list[str] = []
     values, sources = ({current_name(name): value for name, value in stored.items()} for stored in (values, sources))
     recipe = decode_recipe(nested(values), sources, problems)
@@ -110,15 +110,15 @@ def _decoded(values: Mapping[str, Any], sources: Mapping[str, str], path: Path) 
 
 
 def value_changes(stored: Mapping[str, Any], recipe: Recipe, path: Path) -> list[str]:
-    """Return a sentence for each value of a recipe that differs from those that a run has stored.
+    """Return a description of each value of a recipe that differs from the stored values of a run.
 
     Args:
-        stored: values by dotted name, perhaps of an earlier version.
-        recipe: to compare them with.
-        path: of the file that they are from, for errors.
+        stored: values by dotted name, possibly from an earlier version.
+        recipe: the recipe to compare.
+        path: file of the stored values, for errors.
 
     Raises:
-        InputError: stored values that are not a recipe's.
+        InputError: the stored values are not a valid recipe.
     """
     head = {"name": recipe.name, "row": recipe.row}
     before, now = values_of(_decoded({**head, **stored}, {}, path)), values_of(recipe)
@@ -130,12 +130,12 @@ def value_changes(stored: Mapping[str, Any], recipe: Recipe, path: Path) -> list
 
 
 def values_of(recipe: Recipe) -> dict[str, Any]:
-    """Return all values of a recipe by their dotted names, with JSON's types."""
+    """Return all values of a recipe by dotted name, as JSON types."""
     return json.loads(json.dumps({name: value for name, value, _ in recipe.fields()}))
 
 
 def write_config(folder: Path, options: TrainOptions, recipe: Recipe, about: Mapping[str, Any]) -> None:
-    """Write the configuration of a new run: its values, with absolute paths, its recipe, and further entries."""
+    """Write the configuration of a new run: options with absolute paths, recipe, and further entries `about` it."""
     values = dataclasses.asdict(options) | {"out": None, "resume": None}
     values |= {name: [str(path.absolute()) for path in getattr(options, name)] for name in ("data", "val_data")}
     del values["given"]
@@ -145,12 +145,12 @@ def write_config(folder: Path, options: TrainOptions, recipe: Recipe, about: Map
 
 
 def member_name(scheme: str, seed: int) -> str:
-    """Return the name of a run's folder in that of its comparison."""
+    """Return the folder name of a run of a comparison, such as "relay-s0"."""
     return f"{scheme.replace('_', '-')}-s{seed}"
 
 
 def parse_member_name(folder: Path) -> tuple[str, int] | None:
-    """Return the scheme and the seed that `member_name` gave a folder; None for any other folder."""
+    """Return the scheme and the seed in a folder name from `member_name`; None for other folders."""
     scheme, _, seed = folder.resolve().name.rpartition("-s")
     scheme = scheme.replace("-", "_")
     return (scheme, int(seed)) if scheme in SCHEMES and seed.isdecimal() else None
@@ -160,7 +160,7 @@ def new_folder(options: TrainOptions) -> Path:
     """Create the folder of a new run.
 
     Raises:
-        InputError: it is not empty, or cannot be created.
+        InputError: the folder is not empty, or cannot be created.
     """
     try:
         if options.out is not None:
@@ -178,18 +178,18 @@ def new_folder(options: TrainOptions) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise InputError(f"cannot make a folder for the run: {error}") from None
+        raise InputError(f"cannot create a folder for the run: {error}") from None
 
 
 def candidates(options: TrainOptions) -> list[Path]:
-    """The folders that may hold an earlier run of these options, the newest first."""
+    """Return the folders that may contain an earlier run with these options, newest first."""
     return [options.out] if options.out is not None else sorted((ROOT / name_of(options)).glob("*"), reverse=True)
 
 
 def find_launch(options: TrainOptions, launch: str) -> Path | None:
-    """Return the run that the processes of this launch trained before they restarted."""
-    found = (path for path in candidates(options) if any(start.get("launch") == launch for start in read_starts(path)))
-    return next(found, None)
+    """Return the run that the processes of this torchrun launch trained before they restarted, if any."""
+    folders = candidates(options)
+    return next((path for path in folders if any(start.get("launch") == launch for start in read_starts(path))), None)
 
 
 def remove_unstarted(folder: Path) -> None:
@@ -204,7 +204,7 @@ def remove_unstarted(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """The entries of a start that are used; others are for people."""
+    """The entries of a start that are read again; further ones are informational."""
 
     versions: dict[str, str]
     threads: int
@@ -226,17 +226,17 @@ class _Starts:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the environments that a run was started in, the first one first."""
+    """Return the environments in which a run was started, in order; empty if the file is damaged."""
     try:
-        found = read_json(folder / ENVIRONMENT, dict[str, Any])
-        typed(found, _Starts, str(folder / ENVIRONMENT))
-        return found["starts"]
-    except DamagedFileError:  # no numbers depend on it
+        values = read_json(folder / ENVIRONMENT, dict[str, Any])
+        typed(values, _Starts, str(folder / ENVIRONMENT))
+        return values["starts"]
+    except DamagedFileError:  # results do not depend on it
         return []
 
 
 def record_start(folder: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
-    """Add this start to a run's environment, and warn of versions that have changed since the last start."""
+    """Append this start to the environment of a run, and warn if versions have changed since the last start."""
     starts = read_starts(folder)
     here = environment()
     versions: dict[str, str] = here["versions"]
@@ -246,11 +246,7 @@ def record_start(folder: Path, recipe: Recipe, about: Mapping[str, Any]) -> None
     before: dict[str, str] = starts[-1]["versions"] if starts else versions
     for name, version in versions.items():
         if (old := before.get(name)) not in (version, None):
-            effect = (
-                "the network may be another one"
-                if name in of_network
-                else "the numbers may differ in their last digits"
-            )
+            effect = "the network may differ" if name in of_network else "results may differ by rounding"
             log.warning("%s %s now, %s before: %s", name, version, old, effect)
     starts.append({"started_at": now, "command": command, **about, **here})
     write_text(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=2) + "\n")
@@ -258,9 +254,9 @@ def record_start(folder: Path, recipe: Recipe, about: Mapping[str, Any]) -> None
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Lock a folder. The system releases the lock when the process ends, however it ends.
+    """Lock a folder within the block. The operating system releases the lock when the process ends.
 
-    Forked processes do not inherit locks of this kind: a loader's worker may outlive a process that is killed.
+    Forked processes do not inherit this kind of lock: data-loading workers may outlive a killed process.
 
     Raises:
         InputError: another process holds the lock, and `wait` is false.

@@ -1,4 +1,4 @@
-"""A training from its options to its model file: checks before the first step, the loop, and how it ended."""
+"""Train a request in this process: set-up and checks, the training loop, and the model file."""
 
 import logging
 import shlex
@@ -48,14 +48,15 @@ SECONDS_BETWEEN_LINES = 20.0  # where stderr is not a terminal
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a training.
+    """The outcome of a training run.
 
     Attributes:
-        finished: whether the recipe's last iteration was reached.
-        interrupted: whether a stop was requested, even during the last validation.
-        step: updates made.
+        folder: of the run.
+        finished: whether the last iteration of the recipe was reached.
+        interrupted: whether a stop was requested, even if only during the last validation.
+        step: number of updates made.
         last: step, errors and loss of the last validation.
-        best: the same of the validation with the lowest error.
+        best: step, errors and loss of the validation with the lowest error.
     """
 
     folder: Path
@@ -73,17 +74,21 @@ def train(
     first: AbstractContextManager[object] | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
-    """Train in this process, which may be one of several that torchrun has started.
+    """Train in this process, which may be one of several started by torchrun.
 
     Args:
         request: from `relaylab.train.requests.resolve`.
-        task: shows the progress; None for a bar or lines on stderr. With a task, stderr shows only the log's warnings.
-        first: entered while images are listed and decoded, for callers that train several runs at once.
-        stop: of the caller, if it handles the signals.
+        task: reports progress; None for a bar or lines on stderr. With a task, only warnings are logged to stderr.
+        first: a lock held while images are listed and decoded, for callers that train several runs concurrently.
+        stop: the caller's stop request, if the caller handles signals.
 
     Raises:
-        InputError: invalid options or images, or a machine that cannot train them, before the first step.
-        LabError: a later failure; the run can resume from its last checkpoint.
+        InputError: invalid options or images, or insufficient hardware; raised before the first step.
+        LabError: a later failure; the run can be resumed from its last checkpoint.
+
+    Example:
+        >>> outcome = train(resolve(TrainOptions(recipe="digits")))
+        >>> outcome.folder / "model.safetensors"
     """
     fabric = make_fabric(request.options)
     with ExitStack() as stack:
@@ -94,8 +99,8 @@ def train(
 
 
 def _agree(fabric: Fabric, request: requests.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to resume from, which the first process finds and broadcasts."""
-    found: tuple[Path, Path | None] | None = None
+    """Return the folder and the checkpoint to resume from, chosen by the first process and broadcast to the others."""
+    agreed: tuple[Path, Path | None] | None = None
     if fabric.is_global_zero:
         folder = request.folder
         if folder is None and restart_count():
@@ -106,25 +111,25 @@ def _agree(fabric: Fabric, request: requests.Request, stack: ExitStack, level: i
         stack.enter_context(logging_to(folder, level))
         (folder / failures.FILE).unlink(missing_ok=True)
         run_folder.record_start(folder, request.recipe, {"launch": launch_id(), **_where(fabric, request.options)})
-        found = folder, _newest(folder, request)
+        agreed = folder, _newest(folder, request)
     else:
         stack.enter_context(logging_to(None))
-    return cast("tuple[Path, Path | None]", fabric.broadcast(found))
+    return cast("tuple[Path, Path | None]", fabric.broadcast(agreed))
 
 
 def _newest(folder: Path, request: requests.Request) -> Path | None:
     if request.checkpoint is not None and not restart_count():
         checkpoint.check(request.checkpoint)
         return request.checkpoint
-    path = checkpoint.newest_whole(folder / run_folder.CHECKPOINTS)
+    path = checkpoint.newest_valid(folder / run_folder.CHECKPOINTS)
     if path is None and any(checkpoint.newest(folder / run_folder.CHECKPOINTS)):
-        raise LabError(f"no checkpoint in {folder / run_folder.CHECKPOINTS} is whole: start a new run")
+        raise LabError(f"all checkpoints in {folder / run_folder.CHECKPOINTS} are damaged: start a new run")
     return path
 
 
 @contextmanager
 def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Log an error, and remove the folder of a run that has not begun."""
+    """Log errors, and remove the folder of a run that failed before it started."""
     try:
         yield
     except (OSError, LabError) as error:
@@ -134,7 +139,7 @@ def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
             run_folder.remove_unstarted(folder)
         raise failure from None
     except Exception:
-        log.exception("an unexpected error")  # in the log alone: the command line shows one line
+        log.exception("an unexpected error")  # only in the log file: the command line prints one line
         raise
 
 
@@ -175,7 +180,7 @@ def _train(
             "counts": images.counts(),
             "view": asdict(images.view),
         }
-        if images.has_several_labels:  # counts are then of labels
+        if images.has_several_labels:  # "counts" are then of labels, not images
             about["images"] = images.sizes()
         about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
         run_folder.write_config(folder, kept, recipe, about)
@@ -216,27 +221,29 @@ def _train(
 def assemble(
     fabric: Fabric, request: requests.Request, images: RunImages, segments: Segments, stop: StopRequest
 ) -> Trainer:
-    """Build a training with fresh weights, which the seed determines; it has no records yet.
+    """Build a trainer with initial weights, which the seed determines, and without records.
 
     Raises:
-        InputError: a batch that cannot be divided among the processes.
+        InputError: the batch cannot be divided among the processes.
     """
     options, recipe = request.options, request.recipe
-    torch.manual_seed(options.seed)  # all processes and all schemes begin with the same network
+    torch.manual_seed(options.seed)  # the same initial weights in all processes and for all schemes
     relay = build_relay(recipe)
     if recipe.network.pretrained and request.checkpoint is None:
         for line in load_pretrained(relay.model, Path(recipe.network.pretrained)):
             log.info("%s", line)
     if options.batch_norm == "synchronised" and fabric.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(relay)
-    if options.memory_format == "channels-last" and options.strategy != "fsdp":  # which cannot divide such parameters
+    if (
+        options.memory_format == "channels-last" and options.strategy != "fsdp"
+    ):  # FSDP cannot shard channels-last parameters
         relay.to(memory_format=torch.channels_last)  # pyright: ignore
     relay.to(fabric.device)
     for name in segments.parameters(UNTRAINED):  # DDP would wait for their gradients
         relay.get_parameter(name).requires_grad_(False)
     if options.compile:
         compiled = compile_outside_overlaps(relay, segments)
-        log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
+        log.info("compiled: %s", ", ".join(compiled) or "nothing: all modules contain an overlap or a window boundary")
     module = fabric.setup_module(relay)
     optimizer = build_optimizer(relay, segments, recipe.optimizer)
     criterion = build_criterion(recipe.loss, images.counts()["train"]).to(fabric.device)
@@ -267,47 +274,45 @@ def assemble(
 
 
 def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
-    """Load a checkpoint, if there is one; return its state."""
+    """Load the checkpoint, if any, and return its state."""
     if path is None:
         return {}
-    found = checkpoint.read(path)
-    typed(found.state, State, str(path / checkpoint.STATE))
-    if changes := run_folder.value_changes(found.state["recipe"], trainer.recipe, path):
-        raise InputError(f"{path} is of another recipe than {trainer.recipe.name}: {'; '.join(changes[:5])}")
-    moments = {name: tensor for name, tensor in found.optimizer.items() if not name.endswith(averaging.SUFFIX)}
-    load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, moments)
+    loaded = checkpoint.read(path)
+    typed(loaded.state, State, str(path / checkpoint.STATE))
+    if changes := run_folder.value_changes(loaded.state["recipe"], trainer.recipe, path):
+        raise InputError(f"{path} does not match the recipe {trainer.recipe.name}: {'; '.join(changes[:5])}")
+    moments = {name: tensor for name, tensor in loaded.optimizer.items() if not name.endswith(averaging.SUFFIX)}
+    load_tensors(trainer.relay, trainer.optimizer.optimizer, loaded.model, moments)
     if trainer.average is not None:
-        trainer.average.load(found.optimizer)
+        trainer.average.load(loaded.optimizer)
     try:
-        trainer.load_state_dict(found.state)
+        trainer.load_state_dict(loaded.state)
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         if isinstance(error, LabError):
             raise
-        raise InputError(f"{path}: its state does not fit this training: {type(error).__name__}: {error}") from None
-    return found.state
+        raise InputError(f"{path} does not match this run: {type(error).__name__}: {error}") from None
+    return loaded.state
 
 
 def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any]) -> None:
     recipe = trainer.recipe
     parts = trainer.fabric.world_size * trainer.options.accumulate
     if parts == recipe.optimizer.batch_size and has_local_batch_norm(trainer.relay):
-        log.warning(
-            "each part of a batch is one image, over which batch normalisation takes its statistics; %s", REMEDY
-        )
+        log.warning("batch normalisation computes its statistics over micro-batches of one image; %s", REMEDY)
     if UNTRAINED in segments.losses:
         log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
     if state:
         log.info("resuming from step %d of %s", trainer.progress.step, folder)
         now, before = trainer.fabric.world_size, state["processes"]
         if now != before:
-            effect = "Sums are added in another order, and dropout has other masks"
-            log.warning("processes: %d now, %d before. %s", now, before, effect)
+            effect = "the order of summation and the dropout masks differ"
+            log.warning("processes: %d now, %d before: %s", now, before, effect)
     else:
         log.info("%s, %s, seed %d: %s", recipe.name, SCHEMES[recipe.scheme], trainer.options.seed, folder)
 
 
 def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> AbstractContextManager[Task]:
-    """The caller's task, or a progress bar in the first process."""
+    """Return the caller's task, or a progress bar in the first process."""
     if task is not None:
         task.advance(done)
     if task is not None or not is_first:
@@ -324,23 +329,23 @@ def _where(fabric: Fabric, options: TrainOptions) -> dict[str, Any]:
 
 
 def _check_space(folder: Path, trainer: Trainer) -> None:
-    """Refuse to start, rather than fail after hours, where two checkpoints would not fit on the disk."""
+    """Raise an InputError if the disk has no space for two checkpoints, rather than fail after hours of training."""
     averages = trainer.average is not None
     copies = 1 + state_tensors(trainer.recipe.optimizer) + averages
     needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * copies
     needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers()) * (1 + averages)
     free = shutil.disk_usage(folder).free
-    if free < needed * 2:  # the old one is removed after the new one is written
+    if free < needed * 2:  # the old checkpoint is removed after the new one is written
         raise InputError(
             f"checkpoints need {needed * 2 / 1e6:,.0f} MB (two of {needed / 1e6:,.0f} MB); {folder} has "
-            f"{free / 1e6:,.0f} MB free: make room, or take another folder with --out"
+            f"{free / 1e6:,.0f} MB free: free some space, or give another folder with --out"
         )
 
 
 def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = "") -> None:
-    """Write the trained network without its heads, for `relaylab predict` and `relaylab export`.
+    """Write the model file: the trained network without its auxiliary heads.
 
-    `prefix` is that of the names of its errors.
+    `prefix` selects the metrics of averaged weights.
     """
     relay, recipe = trainer.relay, trainer.recipe
     assert isinstance(relay, Relay)

@@ -1,4 +1,4 @@
-"""The runs of a tuning: trained in rounds, for all schemes together, until each scheme's best point is enclosed."""
+"""Run a tuning: train trials of all schemes in rounds until each scheme's best point is enclosed."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,20 +36,20 @@ from relaylab.train.tuning import (
 )
 
 TrainMany = Callable[[Mapping[str, TrainOptions], int], bool]
-"""Trains runs by name, of so many iterations each; returns False if a signal stopped them."""
+"""Trains runs, given their options by name and their iterations; returns False if a signal stopped them."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """A tuning to carry out.
+    """The specification of a tuning.
 
     Attributes:
         folder: of the comparison.
-        recipe: with the user's changes.
-        base: options of one of the comparison's runs; its seed, scheme and folder are replaced.
+        recipe: with the user's overrides.
+        base: options of a run of the comparison; trials replace its seed, scheme and folder.
         axes: of the grid.
-        images: of each class to set aside, their share or number.
-        share: length of the trials, as a share of the recipe's iterations.
+        images: images of each class to hold out: a fraction, or a number.
+        share: length of a trial, as a fraction of the recipe's iterations.
     """
 
     folder: Path
@@ -88,18 +88,18 @@ class Search:
 
 
 def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | None:
-    """Train the trials that are missing, and return each scheme's choice; None after SIGINT or SIGTERM.
+    """Train the missing trials, and return the chosen values of each scheme; None after SIGINT or SIGTERM.
 
-    A scheme with nothing to choose is not tuned.
+    A scheme without alternatives is not tuned.
 
     Raises:
-        InputError: a trial could not begin, or the folder has one of other images, options or values.
-        LabError: a trial failed other than by divergence.
+        InputError: a trial could not start, or an existing one has different images, options or values.
+        LabError: a trial failed for a reason other than divergence.
     """
     trials = {scheme: list[Trial]() for scheme in schemes}
     while due := [(scheme, point) for scheme in schemes for point in _due(search, scheme, trials[scheme])]:
         due_options = {pair: search.trial_options(*pair) for pair in due}
-        # Those that have ended, too: a trial of other images, options or values must not decide.
+        # Also resolve finished trials: those with other images, options or values must not be reused.
         recipes = [requests.resolve(options).recipe for options in due_options.values()]
         missing = {_title(search, *pair): due_options[pair] for pair in due if is_missing(search.path(*pair))}
         if missing and not train(missing, recipes[0].optimizer.iterations):
@@ -113,8 +113,8 @@ def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | N
 
 
 def _earlier(search: Search) -> dict[str, Choice]:
-    """Return the choices of earlier commands, by trials of the same length and images."""
-    with suppress(InputError):  # a damaged file, which is written anew
+    """Return the choices of earlier commands whose trials have the same length and images."""
+    with suppress(InputError):  # a damaged file will be overwritten
         earlier = read_tuning(search.folder)
         if earlier is not None and (earlier.seed, earlier.images, earlier.share) == (SEED, search.images, search.share):
             return dict(earlier.choices)
@@ -122,7 +122,7 @@ def _earlier(search: Search) -> dict[str, Choice]:
 
 
 def _due(search: Search, scheme: str, trials: Sequence[Trial]) -> list[Point]:
-    """Return the points to train next; none where there is nothing to choose. What is beyond the grid is logged."""
+    """Return the points to train next, or none without alternatives. Points beyond the grid are printed."""
     axes = of_scheme(search.axes, scheme)
     if not any(len(axis.values) > 1 for axis in axes):
         return []
@@ -130,20 +130,19 @@ def _due(search: Search, scheme: str, trials: Sequence[Trial]) -> list[Point]:
     new = [name_of(axes, point) for point in points if is_missing(search.path(scheme, point))]
     if trials and new:
         best = name_of(axes, choice_of(axes, trials).point)
-        print(
-            f"{SCHEME_NAMES[scheme]}: {best} is the best so far; trying {' and '.join(new)} beside it", file=sys.stderr
-        )
+        print(f"{SCHEME_NAMES[scheme]}: best so far is {best}; next: {' and '.join(new)}", file=sys.stderr)
     return points
 
 
 def _choice(search: Search, scheme: str, trials: Sequence[Trial]) -> Choice:
     axes = of_scheme(search.axes, scheme)
-    if not trials:  # nothing to choose: the only value of each axis
+    if not trials:  # no alternatives: the only value of each axis
         return Choice(axes, (), tuple(axis.values[0] for axis in axes), True)
     choice = choice_of(axes, trials)
     if not choice.enclosed:
         print(
-            f"{SCHEME_NAMES[scheme]}: the best point is at the end of what was tried: {choice.values}", file=sys.stderr
+            f"{SCHEME_NAMES[scheme]}: the best point is at the edge of the tried values: {choice.values}",
+            file=sys.stderr,
         )
     return choice
 
@@ -158,7 +157,7 @@ def _trial(search: Search, scheme: str, point: Point) -> Trial:
     if is_missing(folder):
         failure = read_failure(folder)
         reason = failure.text if failure else "it wrote no result; the disk may be full"
-        raise LabError(f"tuning, {_title(search, scheme, point)}: {reason}. The same command resumes it.")
+        raise LabError(f"tuning, {_title(search, scheme, point)}: {reason}. Run the same command again to resume it.")
     if not (folder / run_folder.MODEL).is_file():
         return Trial(point)
     last = [line for line in metrics_of(folder) if line["kind"] == "val"][-1]
