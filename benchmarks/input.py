@@ -46,7 +46,7 @@ from benchmarks.measure import (
 from benchmarks.plain_crops import plain_training_crop
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import OrderedBatches
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import Workers, training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.index import IndexedImages, write_index
@@ -110,8 +110,8 @@ def write_photographs(folder: Path, count: int) -> list[str]:
     originals += [skimage_data.coffee(), skimage_data.rocket(), skimage_data.chelsea()]
     rng = np.random.default_rng(SEED)
     names: list[str] = []
-    for number in range(count):
-        image = Image.fromarray(originals[number % len(originals)])
+    for index in range(count):
+        image = Image.fromarray(originals[index % len(originals)])
         width, height = (500, 375) if rng.random() < 0.75 else (375, 500)
         # Never blown up by more than a quarter, so that there is detail to decode.
         scale = rng.uniform(0.8, 1.0) * min(image.width / width, image.height / height, 1.0)
@@ -119,7 +119,7 @@ def write_photographs(folder: Path, count: int) -> list[str]:
         left = int(rng.integers(image.width - across + 1))
         top = int(rng.integers(image.height - down + 1))
         cut = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down))
-        name = f"class{number % 20:02}/{number:06}.jpg"
+        name = f"class{index % 20:02}/{index:06}.jpg"
         (folder / name).parent.mkdir(exist_ok=True)
         cut.save(folder / name, quality=int(rng.integers(75, 96)), subsampling="4:2:0")
         names.append(name)
@@ -140,7 +140,7 @@ def indexed(folder: Path, names: Sequence[str], entries: int, index: Path) -> In
     sizes = np.tile(np.array([len(name) for name in encoded]), repeats)[:entries]
     bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32)
     blob = np.tile(np.frombuffer(b"".join(encoded), np.uint8), repeats)[: int(bounds[-1])]
-    classes = tuple(f"class {number}" for number in range(CLASSES))
+    classes = tuple(f"class {label}" for label in range(CLASSES))
     listing = Listing(
         title="photographs",
         classes=classes,
@@ -152,7 +152,7 @@ def indexed(folder: Path, names: Sequence[str], entries: int, index: Path) -> In
         place=np.zeros(entries, np.uint16),
         spans=None,
         ignored={},
-        stamps=(),
+        file_states=(),
     )
     write_index(index, listing)
     return IndexedImages(index)
@@ -171,8 +171,8 @@ class BareDecoding(Dataset[int]):
 
     def __getitems__(self, pairs: NDArray[np.int64]) -> int:
         """Decode a batch."""
-        for number in pairs[:, 1].tolist():
-            simplejpeg.decode_jpeg(self.files[number], fastdct=False, fastupsample=False, buffer=self.buffer)
+        for index in pairs[:, 1].tolist():
+            simplejpeg.decode_jpeg(self.files[index], fastdct=False, fastupsample=False, buffer=self.buffer)
         return len(pairs)
 
 
@@ -200,7 +200,7 @@ def torchvision_loader(folder: Path, settings: Settings, workers: int) -> "DataL
 def our_loader(source: IndexedImages, settings: Settings, workers: int) -> Any:
     """Ours, as a training would make it."""
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=settings.images)
-    return training_loader(source, sampler, View(), batch_size=settings.batch, workers=workers, seed=SEED)
+    return training_loader(source, sampler, CropSpec(), batch_size=settings.batch, workers=workers, seed=SEED)
 
 
 def check_pixels(source: IndexedImages) -> float:
@@ -213,10 +213,10 @@ def check_pixels(source: IndexedImages) -> float:
         WrongPixelsError: too low.
     """
     sampler = ClassAwareSampler(source.labels, seed=SEED, num_samples=32)
-    batch = next(iter(training_loader(source, sampler, View(), batch_size=32, seed=SEED)))
+    batch = next(iter(training_loader(source, sampler, CropSpec(), batch_size=32, seed=SEED)))
     worst = np.inf
-    for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
-        expected = plain_training_crop(source.read(number), View(), seed=SEED, draw=draw)
+    for image, draw, index in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
+        expected = plain_training_crop(source.read(index), CropSpec(), seed=SEED, draw=draw)
         error = np.mean((image.numpy().astype(float) - expected) ** 2)
         worst = min(worst, 10 * np.log10(255**2 / max(error, 1e-12)))
     if worst < LEAST_PSNR:

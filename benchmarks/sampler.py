@@ -113,7 +113,7 @@ def measure_batches(labels: NDArray[np.int16]) -> Figures:
     """Ours and, from the same stream, what contiguous slices of an epoch for each rank would give."""
     each, whole = BATCH // RANKS, ClassAwareSampler(labels)
     interleaved = [ClassAwareSampler(labels, rank=rank, num_replicas=RANKS) for rank in range(RANKS)]
-    ours = [sampler.draw(sampler.numbers(0, BATCHES * each)) for sampler in interleaved]
+    ours = [sampler.draw(sampler.global_draws(0, BATCHES * each)) for sampler in interleaved]
     slices = [whole.draw(np.arange(BATCHES * each) + rank * (IMAGES // RANKS)) for rank in range(RANKS)]
     return {
         "distinct_classes_per_batch": distinct_classes(labels, ours),

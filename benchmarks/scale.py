@@ -4,8 +4,8 @@
 
 The model is a schedule of tasks: each takes a device (or a link) for a time and waits for others, in a fixed order.
 Times of computing are operations, counted by `relaybackprop.cost`, over a rate; times of communication are bytes over a
-bandwidth, plus a latency. docs/scale.md lists the assumptions. The check: two processes on this machine, whose rate,
-bandwidth and latency are measured apart from each other, and whose steps are then predicted and measured.
+bandwidth, plus a latency. docs/method/scale.md lists the assumptions. The check: two processes on this machine, whose
+rate, bandwidth and latency are measured apart from each other, and whose steps are then predicted and measured.
 
 Figures: `check_*_predicted` is the predicted time of a step over the measured one; `*_n*_efficiency_a` the images per
 second and GPU over those of a single GPU that trains by multi-loss.

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from benchmarks.measure import Figures, Target, environment, interleave, keep_memory, parse_arguments, publish, ratio
 from relaybackprop import Relay
-from relaylab.data.geometry import View
+from relaylab.data.datasets import InMemoryDataset
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import DecodedImages, decoded_statistics
-from relaylab.data.parts import InMemory
 from relaylab.data.sources.classes import Classes
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
@@ -53,7 +53,7 @@ from relaylab.train.session import assemble
 from relaylab.train.signals import StopRequest
 
 SEED = 0
-VIEW = View(size=64, short_side=72)
+SPEC = CropSpec(size=64, short_side=72)
 GPU_TOLERANCE = 0.05  # of the way that the parameters have moved: there sums are added in any order
 LOOP_LIMIT, LOOKS_LIMIT, STALL_LIMIT = 0.97, 0.02, 0.01
 STALL_STEPS = 1000
@@ -71,7 +71,7 @@ class Settings:
         device: of both loops; "cpu" or "cuda".
         precision: of both loops; "32" or "bf16".
         recipe: what is trained, with the network as it is for large images.
-        view: crops of the images in memory. The network takes any size.
+        crop_spec: crops of the images in memory. The network takes any size.
         images: in memory.
         check_steps: after which both loops have to have the same parameters.
         steps: in one measurement of a loop.
@@ -84,7 +84,7 @@ class Settings:
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["32", "bf16"] = "32"
     recipe: Recipe
-    view: View = VIEW
+    crop_spec: CropSpec = SPEC
     images: int = 512
     check_steps: int = 3
     steps: int = 3
@@ -153,15 +153,19 @@ class Ours:
         self.trainer.step(self.batches)
 
 
-def random_images(recipe: Recipe, view: View, count: int) -> RunImages:
+def random_images(recipe: Recipe, crop_spec: CropSpec, count: int) -> RunImages:
     """Noise in as many classes as the recipe has, as far as there are images."""
     classes = tuple(f"class {label}" for label in range(min(count, recipe.network.num_classes)))
     generator = torch.Generator().manual_seed(SEED)
-    pixels = torch.randint(0, 256, (count, view.short_side, view.short_side, 3), dtype=torch.uint8, generator=generator)
-    part = InMemory(DecodedImages(pixels, torch.arange(count) % len(classes), classes), view)
-    val = part.some(np.arange(len(classes), dtype=np.int64))
+    pixels = torch.randint(
+        0, 256, (count, crop_spec.short_side, crop_spec.short_side, 3), dtype=torch.uint8, generator=generator
+    )
+    dataset = InMemoryDataset(DecodedImages(pixels, torch.arange(count) % len(classes), classes), crop_spec)
+    val = dataset.subset(np.arange(len(classes), dtype=np.int64))
     identity = Classes.of(classes)
-    return RunImages(part, val, view, decoded_statistics(part.decoded, view), in_memory=True, identity=identity)
+    return RunImages(
+        dataset, val, crop_spec, decoded_statistics(dataset.decoded, crop_spec), in_memory=True, identity=identity
+    )
 
 
 def check(ours: Ours, bare: Bare, steps: int) -> None:
@@ -195,7 +199,7 @@ def check(ours: Ours, bare: Bare, steps: int) -> None:
 def loops(settings: Settings) -> Iterator[tuple[Ours, Bare]]:
     """Both loops, checked, with a folder for ours while they are needed."""
     with tempfile.TemporaryDirectory(prefix="relaylab-train-") as folder:
-        images = random_images(settings.recipe, settings.view, settings.images)
+        images = random_images(settings.recipe, settings.crop_spec, settings.images)
         ours, bare = Ours(settings, images, Path(folder)), Bare(settings, images)
         try:
             check(ours, bare, settings.check_steps)
@@ -278,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "train",
         "quick": arguments.quick,
         "seed": SEED,
-        "model": f"{settings.recipe.name}, {settings.view.size} pixels",
+        "model": f"{settings.recipe.name}, {settings.crop_spec.size} pixels",
         "batch": settings.recipe.optimizer.batch_size,
         "looks_every": TrainOptions().diagnose_every,
         "keeps_memory": keeps,

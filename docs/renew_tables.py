@@ -1,9 +1,8 @@
-"""The tables of docs/reproduce.md, made from the recipes themselves.
+"""Generates the tables of docs/reference from the recipes.
 
-python docs/renew_tables.py docs/reproduce.md    # replaces the text between the page's markers
+python docs/renew_tables.py    # replaces the text between the markers of the pages
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from relaylab.recipes.schema import Recipe, value_text
 from relaylab.report.costs import cost_table
 from relaylab.tables import Table, markdown_lines, renewed
 
+PAGES = tuple(sorted((Path(__file__).parent / "reference").glob("*.md")))
 # One of each kind; the other rows of a table differ from it in network, scheme and evaluation.
 KINDS = {
     "places2": "table3-model-a-relay",
@@ -45,7 +45,7 @@ def fields(recipe: Recipe) -> Table:
 
 
 def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
-    """Return the text between the markers of the page, by their names."""
+    """Return the text between the markers of the pages, by their names."""
     recipes = list(PAPER.values())
     tables: dict[str, Callable[[], Table]] = {"rows": rows}
     for kind, name in KINDS.items():
@@ -55,6 +55,13 @@ def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
     return {name: lambda make=make: markdown_lines(make(), is_marked=True) for name, make in tables.items()}
 
 
+def page_of(name: str) -> Path:
+    """Return the page that has a marker of this name."""
+    (page,) = (path for path in PAGES if f"<!-- {name} -->" in path.read_text(encoding="utf-8"))
+    return page
+
+
 if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    write_text(file, renewed(file.read_text(encoding="utf-8"), {name: make() for name, make in sections().items()}))
+    for name, make in sections().items():
+        page = page_of(name)
+        write_text(page, renewed(page.read_text(encoding="utf-8"), {name: make()}))

@@ -1,4 +1,4 @@
-"""The first check of docs/evidence.md: its recipes, and the tables and figures drawn from its results.
+"""The first check of docs/evidence/first-check.md: its recipes, and the tables and figures drawn from its results.
 
-python -m experiments.page    # redraw the tables of docs/evidence.md and the figures of results/
+python -m experiments.page    # redraw the tables of docs/evidence/first-check.md and the figures of results/
 """

@@ -1,4 +1,4 @@
-"""The figures of docs/evidence.md: learning rates, the errors of each arm, and learning curves."""
+"""The figures of docs/evidence/first-check.md: learning rates, the errors of each arm, and learning curves."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Redraws the tables of docs/evidence.md and the figures of results/ from results/evidence-SIZE.json.
+"""Redraws the tables of docs/evidence/first-check.md and the figures of results/ from results/evidence-SIZE.json.
 
 python -m experiments.page
 """
@@ -18,7 +18,7 @@ from relaylab.report.verdict import difference_text, mean_text
 from relaylab.tables import Table, markdown_lines, renewed
 from relaylab.train.images import CHOICE_SEED
 
-PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+PAGE = Path(__file__).parents[1] / "docs" / "evidence" / "first-check.md"
 TABLES: dict[Size, tuple[str, ...]] = {"32px": tuple(STUDIES), "64px": ("model-a",)}
 
 

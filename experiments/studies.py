@@ -1,4 +1,4 @@
-"""The studies of docs/evidence.md: which runs each table and figure compares."""
+"""The studies of docs/evidence/first-check.md: which runs each table and figure compares."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -22,11 +22,11 @@ from relaylab.data.augment import (
     random_shifts,
 )
 from relaylab.data.decode import decode
-from relaylab.data.geometry import View, cut_window, training_window
+from relaylab.data.geometry import CropSpec, cut_window, training_window
 from relaylab.data.keyed import uniforms
 from relaylab.errors import InputError
 
-SMALL = View(size=56, short_side=64)
+SMALL = CropSpec(size=56, short_side=64)
 DRAWS = np.arange(12)
 
 
@@ -37,11 +37,11 @@ def photograph(name: str, width: int, height: int, quality: int = 90) -> bytes:
     return file.getvalue()
 
 
-def crop(data: bytes, view: View, seed: int, draw: int) -> torch.Tensor:
-    pixels = decode(data, short_side=view.short_side if view.reduced_decoding else None)
-    out = torch.empty(view.size, view.size, 3, dtype=torch.uint8)
+def crop(data: bytes, spec: CropSpec, seed: int, draw: int) -> torch.Tensor:
+    pixels = decode(data, short_side=spec.short_side if spec.reduced_decoding else None)
+    out = torch.empty(spec.size, spec.size, 3, dtype=torch.uint8)
     place = uniforms(seed, [draw], 2)[0]
-    cut_window(pixels, training_window(view, *pixels.shape[:2], *place), out)
+    cut_window(pixels, training_window(spec, *pixels.shape[:2], *place), out)
     return out
 
 
@@ -56,9 +56,9 @@ def test_fast_crops_are_pillows(name: str, width: int, height: int, monkeypatch:
     for fast in (geometry.FAST_RESIZE, False):
         monkeypatch.setattr(geometry, "FAST_RESIZE", fast)
         for draw in range(4):
-            ours = crop(data, View(), 3, draw).numpy()
-            assert psnr(ours, plain_training_crop(data, View(), seed=3, draw=draw)) >= 55
-            assert psnr(ours, plain_training_crop(data, View(), seed=3, draw=draw + 4)) < 30
+            ours = crop(data, CropSpec(), 3, draw).numpy()
+            assert psnr(ours, plain_training_crop(data, CropSpec(), seed=3, draw=draw)) >= 55
+            assert psnr(ours, plain_training_crop(data, CropSpec(), seed=3, draw=draw + 4)) < 30
 
 
 def test_resize_is_pillows_to_a_level() -> None:
@@ -76,12 +76,12 @@ def test_resize_is_pillows_to_a_level() -> None:
 )
 def test_reduced_decoding_acts_and_stays_close(name: str, size: int, side: int, short: int) -> None:
     data = photograph(name, 640, 427)
-    view = View(size=size, short_side=side, reduced_decoding=True)
+    spec = CropSpec(size=size, short_side=side, reduced_decoding=True)
     pixels = decode(data, short_side=side)
     assert min(pixels.shape[:2]) == short  # a quarter and a half
     out = torch.empty(size, size, 3, dtype=torch.uint8)
-    geometry.cut_box(pixels, geometry.centre_box(view, *pixels.shape[:2]), out)
-    assert 32 <= psnr(out.numpy(), plain_centre_crop(data, view)) < 60
+    geometry.cut_box(pixels, geometry.centre_box(spec, *pixels.shape[:2]), out)
+    assert 32 <= psnr(out.numpy(), plain_centre_crop(data, spec)) < 60
 
 
 def test_the_arithmetic_is_the_plain_one() -> None:

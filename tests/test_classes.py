@@ -65,17 +65,22 @@ def test_classes_match_by_key(own: Classes, wanted: Classes, used: Sequence[int]
 @pytest.mark.parametrize(
     ("own", "wanted", "used", "message"),
     [
-        (folders("c", "a"), folders("a", "b"), [0, 1], "others has classes that were not asked for: c; .* a, b"),
-        (folders("11", "12"), DIGITS, [0, 1], "not asked for: 11, 12; expected are the 11 classes 0, 1, 10"),
-        (numbered(), folders("3", "5", "7"), [0, 1, 2], "labels that were not asked for: 0, 1, 2; .* 3, 5, 7"),
-        (numbered(), folders("1st", "2", "3"), [0, 1], "labels that were not asked for: 0, 1; .* 1st, 2, 3"),
-        (numbered(), folders("a", "b"), [2], "labels that were not asked for: 2; .* a, b"),
-        (folders("a", "b"), numbered(), [0, 1], "not asked for: a, b; expected are the 11 classes 0, 1, 2"),
-        (numbered("cat", "dog"), numbered("bus", "zoo"), [0, 1], "not asked for: cat, dog"),
-        (folders("crane"), CRANES, [0], "not asked for: crane; .* several classes are called crane: name the folders"),
+        (folders("c", "a"), folders("a", "b"), [0, 1], "others has unexpected classes: c; .* a, b"),
+        (folders("11", "12"), DIGITS, [0, 1], "unexpected classes: 11, 12; expected the 11 classes 0, 1, 10"),
+        (numbered(), folders("3", "5", "7"), [0, 1, 2], "unexpected labels: 0, 1, 2; .* 3, 5, 7"),
+        (numbered(), folders("1st", "2", "3"), [0, 1], "unexpected labels: 0, 1; .* 1st, 2, 3"),
+        (numbered(), folders("a", "b"), [2], "unexpected labels: 2; .* a, b"),
+        (folders("a", "b"), numbered(), [0, 1], "unexpected classes: a, b; expected the 11 classes 0, 1, 2"),
+        (numbered("cat", "dog"), numbered("bus", "zoo"), [0, 1], "unexpected classes: cat, dog"),
+        (
+            folders("crane"),
+            CRANES,
+            [0],
+            "unexpected classes: crane; .* several classes are called crane: name the folders",
+        ),
         (folders("crane"), Classes(CRANES.keys, ("tench", "crane", "crane")), [0], "several classes are called crane"),
         (folders("Bus"), folders("bus"), [0], "'Bus' and 'bus' differ only in case"),
-        (folders("n1"), folders("tench", "crane"), [0], "put the file with the names"),
+        (folders("n1"), folders("tench", "crane"), [0], "add the file with the names"),
     ],
 )
 def test_classes_that_cannot_be_matched_are_refused(
@@ -88,7 +93,7 @@ def test_classes_that_cannot_be_matched_are_refused(
 def test_a_guess_by_rank_is_told() -> None:
     places, remark = match(numbered(), folders("n2", "n1"), title="val.txt", used=[0, 1])
     assert places[:2] == (0, 1)
-    assert "val.txt gives its classes no names: label 0 is taken for n2" in remark
+    assert "val.txt has no class names: label 0 is taken to be n2" in remark
 
 
 def test_names_that_look_alike() -> None:
@@ -204,7 +209,7 @@ def test_other_numbers_are_refused(
     picture(tmp_path / "others/12/1.png", 1)
     command = ["eval", str(digits_run), "--out", str(tmp_path / "scores"), "--split", "all", "--workers", "0"]
     assert main([*command, "--data", str(tmp_path / "others")]) == 2
-    assert "not asked for: 11, 12; expected are the 11 classes 0, 1, 10" in capsys.readouterr().err
+    assert "unexpected classes: 11, 12; expected the 11 classes 0, 1, 10" in capsys.readouterr().err
     assert not (tmp_path / "scores").exists()
 
 
@@ -339,7 +344,7 @@ def test_a_guess_is_logged_on_each_opening(tmp_path: Path, caplog: pytest.LogCap
         with caplog.at_level(logging.WARNING):
             source = open_source(tmp_path / "val.txt", classes=["n1", "n2"])
         assert source.labels.tolist() == [1]
-        assert "label 0 is taken for n1" in caplog.text
+        assert "label 0 is taken to be n1" in caplog.text
 
 
 def test_submissions_have_the_official_labels(tmp_path: Path) -> None:

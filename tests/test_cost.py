@@ -137,7 +137,7 @@ def test_agrees_with_the_benchmark_which_cuts_the_network_by_hand(
 
 
 def test_resnet50_costs_what_the_method_says(counted: Callable[[str], tuple[Subject, Cost]]) -> None:
-    """docs/method.md: 1.086 and 1.069, at 224 pixels."""
+    """docs/method/index.md: 1.086 and 1.069, at 224 pixels."""
     subject, found = counted("resnet50")
     assert found.ratios["relay"] == pytest.approx(1.0859, abs=1e-4)
     assert found.ratios["lower_bound"] == pytest.approx(1.0690, abs=1e-4)

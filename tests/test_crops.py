@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 from relaylab.data.augment import ERASED_AREAS, ERASED_RATIOS, Augmentation, Column, random_erasures
 from relaylab.data.boxes import NUMBERS, central_box, random_box
 from relaylab.data.crops import WINDOWS, Crops
-from relaylab.data.geometry import View, cut_window
+from relaylab.data.geometry import CropSpec, cut_window
 from relaylab.data.keyed import keys, seeded
 from relaylab.data.mixing import MIXES, Mixing
 from relaylab.data.policies import POLICIES, Policy, apply_policy
@@ -24,13 +24,13 @@ from relaylab.recipes.schema import AugmentationConfig
 
 DRAWS = np.arange(20_000)
 FLOWER = np.array(load_sample_image("flower.jpg"))  # 427 x 640
-VIEW = View(size=56, short_side=64)
+SPEC = CropSpec(size=56, short_side=64)
 
 
-def crop_of(crops: Crops, draw: int, pixels: np.ndarray = FLOWER, view: View = VIEW) -> torch.Tensor:
-    out = torch.empty(view.size, view.size, 3, dtype=torch.uint8)
-    numbers = crops.numbers(3, [draw])[0].tolist()
-    cut_window(pixels, crops.window(view, *pixels.shape[:2], numbers), out)
+def crop_of(crops: Crops, draw: int, pixels: np.ndarray = FLOWER, spec: CropSpec = SPEC) -> torch.Tensor:
+    out = torch.empty(spec.size, spec.size, 3, dtype=torch.uint8)
+    numbers = crops.random_numbers(3, [draw])[0].tolist()
+    cut_window(pixels, crops.window(spec, *pixels.shape[:2], numbers), out)
     return out
 
 
@@ -54,7 +54,7 @@ def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray, least: float 
 def test_resized_crops_have_torchvisions_distribution(height: int, width: int) -> None:
     """Of left, top, width, height, area and aspect ratio; in the long image most attempts fail."""
     crops = Crops(kind="resized")
-    ours = np.array([crops.window(VIEW, height, width, row) for row in crops.numbers(0, DRAWS[:6000]).tolist()])
+    ours = np.array([crops.window(SPEC, height, width, row) for row in crops.random_numbers(0, DRAWS[:6000]).tolist()])
     found = torchvisions(v2.RandomResizedCrop(56), height, width, 6000)
     theirs = np.array([[each[name] for name in ("left", "top", "width", "height")] for each in found])
 
@@ -66,7 +66,7 @@ def test_resized_crops_have_torchvisions_distribution(height: int, width: int) -
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= [width, height]).all()
     other = Crops(kind="resized", areas=(0.3, 1.0))
-    wrong = np.array([other.window(VIEW, height, width, row) for row in other.numbers(0, DRAWS[:6000]).tolist()])
+    wrong = np.array([other.window(SPEC, height, width, row) for row in other.random_numbers(0, DRAWS[:6000]).tolist()])
     with pytest.raises(AssertionError, match="p ="):  # negative control
         assert_same_distribution(columns(wrong), columns(theirs))
 
@@ -76,7 +76,7 @@ def test_where_no_attempt_fits_the_central_box_is_torchvisions(height: int, widt
     transform = v2.RandomResizedCrop(56, scale=(1.0, 1.0))
     (found,) = torchvisions(transform, height, width, 1)
     crops = Crops(kind="resized", areas=(1.0, 1.0))
-    left, top, across, down = crops.window(VIEW, height, width, crops.numbers(0, [5])[0].tolist())
+    left, top, across, down = crops.window(SPEC, height, width, crops.random_numbers(0, [5])[0].tolist())
     assert (left, top, across, down) == (found["left"], found["top"], found["width"], found["height"])
     assert (left, top, across, down) == central_box(height, width, (3 / 4, 4 / 3))
 
@@ -84,7 +84,7 @@ def test_where_no_attempt_fits_the_central_box_is_torchvisions(height: int, widt
 def test_a_resized_crop_has_torchvisions_pixels() -> None:
     crops, image = Crops(kind="resized"), torch.from_numpy(FLOWER).permute(2, 0, 1)
     for draw in range(20):
-        left, top, width, height = crops.window(VIEW, 427, 640, crops.numbers(3, [draw])[0].tolist())
+        left, top, width, height = crops.window(SPEC, 427, 640, crops.random_numbers(3, [draw])[0].tolist())
         expected = functional.resized_crop(image, top, left, height, width, [56, 56]).permute(1, 2, 0)
         assert (crop_of(crops, draw).int() - expected.int()).abs().max() <= 1
         moved = functional.resized_crop(image, top, left, height - 9, width, [56, 56]).permute(1, 2, 0)
@@ -95,14 +95,14 @@ def test_a_resized_crop_has_torchvisions_pixels() -> None:
 def test_padding_is_torchvisions_pad(kind: str) -> None:
     """For an image of the size that it is resized to; windows of a padded image lie inside it, and reach every edge."""
     small = np.ascontiguousarray(FLOWER[:32, 100:132])
-    view, padded = View(size=32, short_side=32), Crops(kind=kind, padding=4)
+    spec, padded = CropSpec(size=32, short_side=32), Crops(kind=kind, padding=4)
     image = functional.pad(torch.from_numpy(small).permute(2, 0, 1), [4])
     corners = set()
     for draw in range(400):
-        left, top, width, height = padded.window(view, 32, 32, padded.numbers(3, [draw])[0].tolist())
+        left, top, width, height = padded.window(spec, 32, 32, padded.random_numbers(3, [draw])[0].tolist())
         corners.add((left, top))
         expected = functional.resized_crop(image, top + 4, left + 4, height, width, [32, 32]).permute(1, 2, 0)
-        assert (crop_of(padded, draw, small, view).int() - expected.int()).abs().max() <= 1
+        assert (crop_of(padded, draw, small, spec).int() - expected.int()).abs().max() <= 1
     assert min(corners)[0] == -4
     assert len(corners) > 70
     if kind == "window":
@@ -111,8 +111,8 @@ def test_padding_is_torchvisions_pad(kind: str) -> None:
 
 def test_padding_grows_with_the_source() -> None:
     crops = Crops(padding=4)
-    assert crops.window(View(size=32, short_side=32), 320, 640, [0.0, 0.0]) == (-40, -40, 320, 320)
-    assert crops.window(View(size=32, short_side=32), 320, 640, [1 - 2**-53, 1 - 2**-53]) == (360, 40, 320, 320)
+    assert crops.window(CropSpec(size=32, short_side=32), 320, 640, [0.0, 0.0]) == (-40, -40, 320, 320)
+    assert crops.window(CropSpec(size=32, short_side=32), 320, 640, [1 - 2**-53, 1 - 2**-53]) == (360, 40, 320, 320)
 
 
 def test_boxes_that_have_to_be_smaller_are() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("simplejpeg", reason="needs the lab extra")
 from relaylab.cli import main
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.opening import open_source
-from relaylab.data.sources.subset import Thinned
+from relaylab.data.sources.subset import Subset
 from relaylab.errors import InputError
 from test_sources import names, write
 
@@ -92,7 +92,7 @@ def test_classes_are_those_of_the_training_set(listed: Open) -> None:
     train = listed("file,label\n0000.jpg,dog\n0001.jpg,cat\n0002.jpg,ant\n")
     val = listed("file,label\n0003.jpg,dog\n", "val.csv", classes=train.folders)
     assert (val.classes, val.labels.tolist()) == (("ant", "cat", "dog"), [2])
-    with pytest.raises(InputError, match="has classes that were not asked for: owl"):
+    with pytest.raises(InputError, match="has unexpected classes: owl"):
         listed("file,label\n0003.jpg,owl\n", "val.csv", classes=train.folders)
 
 
@@ -133,7 +133,7 @@ def test_targets_follow_the_classes_and_the_images(listed: Open) -> None:
     assert other.targets is not None
     assert source.targets.tolist() == [[0, 1], [1, 1], [0, 0]]
     assert other.targets.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]
-    part = Thinned(source, [2, 1])
+    part = Subset(source, [2, 1])
     assert part.targets is not None
     assert part.targets.tolist() == [[0, 0], [1, 1]]
     assert source.fingerprint != listed(text.replace("0002,0,0", "0002,1,0")).fingerprint

@@ -13,8 +13,8 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 from PIL import Image
 
 from relaylab import cli
-from relaylab.data import survey
-from relaylab.data.survey import kind, spread
+from relaylab.data import scan
+from relaylab.data.scan import kind, spread
 
 
 def encoded(kind: str = "JPEG", size: tuple[int, int] = (60, 40), mode: str = "RGB", **options: object) -> bytes:
@@ -97,15 +97,15 @@ def test_check_of_good_images(tree: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_found_before_ctrl_c_is_kept(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = survey.Survey.add
+    add = scan.ScanResults.add
 
-    def interrupted(self: survey.Survey, other: survey.Survey) -> None:
+    def interrupted(self: scan.ScanResults, other: scan.ScanResults) -> None:
         if self.examined:
             raise KeyboardInterrupt
         add(self, other)
 
-    monkeypatch.setattr(survey, "BATCH", 4)
-    monkeypatch.setattr(survey.Survey, "add", interrupted)
+    monkeypatch.setattr(scan, "BATCH", 4)
+    monkeypatch.setattr(scan.ScanResults, "add", interrupted)
     out = tmp_path / "out"
     assert cli.main(["data", "check", str(tree), "--split", "train", "--out", str(out), "--workers", "0"]) == 130
     facts = json.loads((out / "train" / "summary.json").read_text())

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from relaylab.data import decode as decoding
 from relaylab.data.decode import decode, decode_checked
 from relaylab.data.faults import ImageFault
-from relaylab.data.geometry import View, centre_box, cut_box, training_window
+from relaylab.data.geometry import CropSpec, centre_box, cut_box, training_window
 
 # Four quarters of different colours: every way to turn it wrongly shows.
 COLOURS = np.array([[[200, 40, 40], [40, 200, 40]], [[40, 40, 200], [200, 200, 40]]], np.uint8)
@@ -251,17 +251,17 @@ def test_reduced_decoding_of_both_decoders(width: int, height: int, short_side: 
     ("width", "height"),
     [(500, 375), (375, 500), (256, 256), (257, 300), (72, 72), (613, 99), (31, 900), (1, 1), (3, 200)],
 )
-@pytest.mark.parametrize("view", [View(), View(size=64, short_side=72), View(size=31, short_side=40)])
-def test_centre_crops_are_torchvisions(width: int, height: int, view: View) -> None:
+@pytest.mark.parametrize("crop_spec", [CropSpec(), CropSpec(size=64, short_side=72), CropSpec(size=31, short_side=40)])
+def test_centre_crops_are_torchvisions(width: int, height: int, crop_spec: CropSpec) -> None:
     transforms = pytest.importorskip("torchvision.transforms.v2")
     image = photograph(width, height)
-    expected = np.array(transforms.CenterCrop(view.size)(transforms.Resize(view.short_side)(image)))
-    out = torch.empty(view.size, view.size, 3, dtype=torch.uint8)
-    cut_box(np.array(image), centre_box(view, height, width), out)
+    expected = np.array(transforms.CenterCrop(crop_spec.size)(transforms.Resize(crop_spec.short_side)(image)))
+    out = torch.empty(crop_spec.size, crop_spec.size, 3, dtype=torch.uint8)
+    cut_box(np.array(image), centre_box(crop_spec, height, width), out)
     assert np.abs(out.numpy().astype(int) - expected).max() <= 1
     if min(width, height) > 200:  # half a pixel of the result to the side, the difference shows
-        left, top, right, bottom = centre_box(view, height, width)
-        half = (right - left) / view.size / 2
+        left, top, right, bottom = centre_box(crop_spec, height, width)
+        half = (right - left) / crop_spec.size / 2
         cut_box(np.array(image), (left + half, top, right + half, bottom), out)
         assert np.abs(out.numpy().astype(int) - expected).max() > 8
 
@@ -270,14 +270,14 @@ def test_centre_crops_are_torchvisions(width: int, height: int, view: View) -> N
 def test_very_long_images_take_no_more_memory_than_others(height: int, width: int) -> None:
     pixels = decode(encoded(np.full((height, width, 3), 50, np.uint8), "PNG"))
     out = torch.empty(224, 224, 3, dtype=torch.uint8)
-    cut_box(pixels, centre_box(View(), height, width), out)
+    cut_box(pixels, centre_box(CropSpec(), height, width), out)
     assert (out == 50).all()
-    assert training_window(View(), height, width, 0.99999, 0.99999) == (width - 1, height - 1, 1, 1)
+    assert training_window(CropSpec(), height, width, 0.99999, 0.99999) == (width - 1, height - 1, 1, 1)
 
 
 def test_training_windows_lie_inside_and_reach_every_edge() -> None:
     for height, width in ((375, 500), (256, 256), (72, 99), (1, 1)):
-        corners = {place: training_window(View(), height, width, place, place) for place in (0.0, 1 - 2**-53)}
+        corners = {place: training_window(CropSpec(), height, width, place, place) for place in (0.0, 1 - 2**-53)}
         side = corners[0.0][2]
         assert corners[0.0] == (0, 0, side, side)
         assert corners[1 - 2**-53] == (width - side, height - side, side, side)

@@ -1,4 +1,4 @@
-"""docs/evidence.md, the README and the figures say what results/evidence-SIZE.json has; the recipes are its runs'."""
+"""The page of the first check, the README and the figures say what results/evidence-SIZE.json has."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from relaylab.tables import markdown_lines, renewed
 from relaylab.train import requests
 from relaylab.train.options import TrainOptions
 
-README = page.PAGE.parents[1] / "README.md"
+README = page.PAGE.parents[2] / "README.md"
 RECIPES = sorted((Path(page.__file__).parent / "recipes").glob("*.toml"))
 
 # By recipe file: the recipe of the package that it is taken from, what is changed in it, and the runs at its rate.

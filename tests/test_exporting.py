@@ -17,7 +17,7 @@ pytest.importorskip("safetensors", reason="needs the lab extra")
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.errors import InputError
 from relaylab.evaluate.predict import Prediction, crop_of, find_pictures, network_of, open_network, predict
 from relaylab.models.building import build_network, build_relay
@@ -337,7 +337,7 @@ def test_crops_are_those_of_torchvision(size: tuple[int, int], tmp_path: Path) -
     picture = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     picture.save(tmp_path / "x.png")
     config = InputConfig(resize=256, crop=224, mean=MEAN)
-    assert View(size=config.crop, short_side=config.resize).short_side == 256
+    assert CropSpec(size=config.crop, short_side=config.resize).short_side == 256
     for how, target in (("shorter side", 256), ("both sides", (256, 256))):
         expected = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(target, antialias=True)(picture))).float()
         # `how` comes from a list of plain strings, which pyright does not take for the literals that they are.

@@ -98,7 +98,7 @@ def test_two_folders_of_one_split(kind: str, tmp_path: Path, opened: Open) -> No
     files = {f"{split}/bus/{split}.jpg": b"1" for split in ("train", "val", "validation")}
     path = stored(tmp_path, kind, files)
     assert len(opened(path, split="train")) == 1
-    with pytest.raises(InputError, match="several folders that may be the split val: val, validation; rename"):
+    with pytest.raises(InputError, match="several files or folders for the split val: val, validation; keep one"):
         opened(path, split="val")
 
 
@@ -168,7 +168,7 @@ CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
         (lambda path: patched(path, CENTRAL, 10, b"\x0c"), "neither stored nor deflated"),
         (lambda path: patched(path, CENTRAL, 42, b"\0\0\0\0"), "damaged or cut short at bus/2.jpg|at bus/1.jpg"),
         (lambda path: patched(path, LOCAL, 0, b"xxxx", last=False), "damaged or cut short at bus/1.jpg"),
-        (lambda path: packed(path, {"../1.jpg": b""}), "leads out of it, ../1.jpg: refused"),
+        (lambda path: packed(path, {"../1.jpg": b""}), "whose path leads out of it, ../1.jpg: refused"),
         (lambda path: packed(path, {"bus/1.md": b""}), "has no images"),
     ],
 )
@@ -259,7 +259,7 @@ def test_a_folder_of_shards_with_splits(tmp_path: Path, opened: Open) -> None:
     ("members", "message"),
     [
         ({"1.jpg": b"", "1.cls": b"0", "1.png": b""}, "several images with one key: 1.jpg and 1.png"),
-        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b""}, "2.cls is ''; expected a class number or name"),
+        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b""}, "2.cls is ''; expected a class index or name"),
         ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b""}, "1 of 2 images have no label, such as 2.jpg"),
         ({"1.jpg": b"", "1.cls": b"-3"}, "has the label -3; expected 0 .. 999999"),
         ({"1.jpg": b"", "1.cls": b"5000000000"}, "has the label 5000000000; expected 0 .. 999999"),
@@ -408,9 +408,9 @@ def test_parquet_that_is_wrong(tmp_path: Path, opened: Open) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cases: dict[str, tuple[dict[str, list[Any]], str]] = {
         "none": ({"text": ["a"]}, r"no column of encoded images; .* Columns: text \(string\)"),
-        "two": ({"left": [b"1"], "right": [b"2"]}, "several columns of images, left, right"),
-        "null": ({"image": [b"1", None]}, "row 1 has no bytes"),
-        "float": ({"image": [b"1"], "label": [0.5]}, r"column label: 0.5; expected class numbers or names"),
+        "two": ({"left": [b"1"], "right": [b"2"]}, "several image columns, left, right"),
+        "null": ({"image": [b"1", None]}, "row 1 has no image bytes"),
+        "float": ({"image": [b"1"], "label": [0.5]}, r"column label holds 0.5; expected class indices or names"),
         "some": ({"image": [b"1", b"2"], "label": [None, 3]}, "1 of 2 images have no label"),
     }
     for name, (columns, message) in cases.items():
@@ -423,7 +423,7 @@ def test_parquet_that_is_wrong(tmp_path: Path, opened: Open) -> None:
     with pytest.raises(InputError, match=r"cannot read cut.parquet as a Parquet file"):
         opened(tmp_path / "cut.parquet")
     other = parquet(tmp_path / "other.parquet", [0, 1], ["a", "b"])
-    with pytest.raises(InputError, match=r"other.parquet: it has other columns or classes than whole.parquet"):
+    with pytest.raises(InputError, match=r"other.parquet: its columns or classes differ from those of whole.parquet"):
         opened(whole, other)
 
 
@@ -489,13 +489,15 @@ def test_places365_as_it_comes(tmp_path: Path, opened: Open) -> None:
     with pytest.raises(SplitNeededError, match="train, val, test"):
         opened(root)
     write(root, {"val_256/v1.jpg": "small"})
-    with pytest.raises(InputError, match="several files or folders for the split val: val_large, val_256; give a list"):
+    with pytest.raises(
+        InputError, match="several files or folders for the split val: val_large, val_256; keep one of them, or"
+    ):
         opened(root, split="val")
 
 
 def test_places365_without_its_images(tmp_path: Path, opened: Open) -> None:
     root = write(tmp_path / "places", {name: text for name, text in PLACES.items() if name.endswith(".txt")})
-    with pytest.raises(InputError, match=r"has places365_val.txt, and none of the folders val_large, val_256"):
+    with pytest.raises(InputError, match=r"has places365_val.txt but none of the folders val_large, val_256"):
         opened(root, split="val")
 
 
@@ -581,7 +583,7 @@ def test_inaturalist_2021_with_its_small_training_set(tmp_path: Path, opened: Op
     assert train.folders == ("00003_Animalia", "00007_Animalia")
     assert train.classes == ("Name 3", "Name 7")
     write(root, {"train/00003_Animalia/11.jpg": "", "train/00003_Animalia/12.jpg": ""})
-    with pytest.raises(InputError, match=r"for the split train: train.json, train_mini.json; give"):
+    with pytest.raises(InputError, match=r"for the split train: train.json, train_mini.json; keep one"):
         opened(root, split="train")
     assert content(opened(root / "train_mini.json", root)) == content(train)
 
@@ -599,10 +601,10 @@ def test_coco_with_several_categories(tmp_path: Path, opened: Open) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "is not JSON with images, annotations and categories"),
-        ('{"images": [{"id": 1}]}', "is not JSON with images"),
+        ("[]", r"is not in COCO.s format \(images, annotations, categories\)"),
+        ('{"images": [{"id": 1}]}', "is not in COCO.s format"),
         ('{"images": []}', "no images in"),
-        (coco(annotations=[(11, 5)]), "has no category 5"),
+        (coco(annotations=[(11, 5)]), "an annotation with the unknown category 5"),
         (coco(annotations=[(11, 3)]), "1 of 2 images have no label, such as 12.jpg"),
         (coco("../"), "leads out of"),
         (coco("x/"), r"2 of the 2 images of a.json are not in .*: x/11.jpg, x/12.jpg"),
@@ -621,10 +623,10 @@ def test_json_that_is_wrong(text: str, message: str, tmp_path: Path, opened: Ope
     ("files", "message"),
     [
         (["a/1.heic", "a/2.HEIC"], r"it has 2 .heic. For HEIC and camera raw files: convert them to JPEG"),
-        (["a/1.mp4"], "For videos: take frames"),
+        (["a/1.mp4"], "For videos: extract frames"),
         (["a/1.dcm", "b/2.dcm", "notes.txt"], "For DICOM files: convert them to PNG"),
         (["x.tar", "y.tar"], "it has 2 .tar. For tar or zip files: give these files instead of the folder"),
-        (["x.npy", "y.h5"], r"write a Source \(docs/data.md"),
+        (["x.npy", "y.h5"], r"write a Source \(docs/how-to/data.md"),
         (["a/list.csv"], "For lists: give the list"),
         (["a/README"], "it has 1 without extension"),
         (["a/.hidden"], "it has no files"),
@@ -641,8 +643,8 @@ def test_what_a_folder_without_images_has(files: list[str], message: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def own_source() -> Any:
-    """The class of docs/data.md."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    """The class of docs/how-to/data.md."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "data.md").read_text(), re.DOTALL)
     code = next(block for block in blocks if "class ArrayImages" in block)
     assert len(code.splitlines()) <= 42
     module = types.ModuleType("array_images")
@@ -672,16 +674,16 @@ def test_a_source_of_ones_own(tmp_path: Path, own_source: Any) -> None:
     assert (other.labels.tolist(), list(other.classes)) == ([2, 0, 0], ["dog", "bird", "cat"])
     assert other.read(1) == source.read(1)
     assert other.fingerprint != source.fingerprint
-    with pytest.raises(InputError, match="classes that were not asked for: cat"):
+    with pytest.raises(InputError, match="unexpected classes: cat"):
         open_source(source, classes=["dog", "bird"])
 
 
 def test_a_source_is_loaded_by_workers(tmp_path: Path, own_source: Any) -> None:
-    from relaylab.data.geometry import View
+    from relaylab.data.geometry import CropSpec
     from relaylab.data.loader import evaluation_loader
 
     source = arrays(tmp_path / "a", [0, 1, 1, 0], own_source, ["cat", "dog"])
-    batches = list(evaluation_loader(source, View(size=8, short_side=10), batch_size=2, workers=1))
+    batches = list(evaluation_loader(source, CropSpec(size=8, short_side=10), batch_size=2, workers=1))
     assert [batch.labels.tolist() for batch in batches] == [[0, 1], [1, 0]]
 
 
@@ -705,7 +707,7 @@ def test_what_is_no_source() -> None:
     class Half:
         labels = np.zeros(1, np.int16)
 
-        def read(self, number: int) -> bytes:
+        def read(self, index: int) -> bytes:
             return b""
 
     with pytest.raises(InputError, match="Half is not a Source: it has no title, classes, fingerprint, name, __len__"):

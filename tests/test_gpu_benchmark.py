@@ -202,7 +202,7 @@ def test_resnet32_has_its_layers_and_windows() -> None:
     assert len([layer for layer in layers if getattr(layer, "kernel_size", None) != (1, 1)]) == 32
     made = recipe(4, 1, iterations=10)
     allow(made.network)
-    assert build_relay(made, shadow=True).plan.auxiliary.keys() == {"aux0", "aux1", "aux2"}
+    assert build_relay(made, on_meta=True).plan.auxiliary.keys() == {"aux0", "aux1", "aux2"}
     overlaps = segments_of(made).overlaps
     assert overlaps.keys() == {"aux0+aux1", "aux1+aux2", "aux2+primary"}
     assert all(name.startswith("model.unit3.") for name in segments_of(made).parameters("aux0+aux1"))

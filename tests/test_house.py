@@ -151,8 +151,8 @@ def test_the_data_pages_python_runs(
         folder = tmp_path / "places2" / "train" / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         image.new("RGB", (340, 260), (9 * number, 90, 30)).save(folder / f"{number}.jpg")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
-    first, mixed = blocks[0], next(block for block in blocks if "Mixing" in block)
+    pages = [(ROOT / "docs" / "how-to" / name).read_text() for name in ("loaders.md", "augmentation.md")]
+    first, mixed = (re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0] for page in pages)
     show = "\nprint(images.shape, images.dtype)\n"
     code = (first + show + mixed + show + "print(targets.shape)").replace(
         "batch_size=256, workers=8", "batch_size=4, workers=0"

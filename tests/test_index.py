@@ -44,7 +44,7 @@ def synthetic(count: int) -> Listing:
         place=np.zeros(count, np.uint16),
         spans=np.stack([numbers * 1024, np.full(count, 1000)], axis=1),
         ignored={},
-        stamps=(),
+        file_states=(),
     )
 
 

@@ -69,7 +69,7 @@ def test_each_layer_has_the_factor_of_its_depth_and_heads_have_one() -> None:
 def test_factors_of_layers_and_segments_multiply() -> None:
     plain, decayed = recipe_of(), recipe_of("optimizer.layer_decay=0.5", "optimizer.segment_lr.aux=3")
     segments = segments_of(plain)
-    relay = build_relay(plain, shadow=True)
+    relay = build_relay(plain, on_meta=True)
     names = {id(parameter): name for name, parameter in relay.named_parameters()}
 
     def factors(recipe: Recipe) -> dict[str, float]:

@@ -22,19 +22,19 @@ from relaylab.data import loader as loading
 from relaylab.data import memory
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
 from relaylab.data.crops import Crops
+from relaylab.data.datasets import OnDiskDataset
 from relaylab.data.decode import decode_checked
 from relaylab.data.faults import Fault, FaultLog, TooManyFaultsError
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import decode_all, memory_evaluation_loader, memory_training_loader
-from relaylab.data.parts import OnDisk
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.opening import open_source
 from relaylab.data.statistics import compute, image_statistics
 from relaylab.errors import InputError
 
-VIEW = View(size=32, short_side=36)
+SPEC = CropSpec(size=32, short_side=36)
 CLASSES = ("abbey", "beach", "canyon")
 
 
@@ -50,19 +50,19 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         self.reads += 1
-        data = self.files[number]
+        data = self.files[index]
         if isinstance(data, str):
             raise OSError(2, data)
         return data
 
-    def name(self, number: int) -> str:
-        return f"{self.classes[self.labels[number]]}/{number}.jpg"
+    def name(self, index: int) -> str:
+        return f"{self.classes[self.labels[index]]}/{index}.jpg"
 
 
-def picture(number: int, width: int, height: int) -> bytes:
-    rng = np.random.default_rng(number)
+def picture(index: int, width: int, height: int) -> bytes:
+    rng = np.random.default_rng(index)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
     file = io.BytesIO()
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -79,12 +79,12 @@ def sampler(source: InMemory, num_samples: int = 40) -> ClassAwareSampler:
 
 
 def loader(source: InMemory, workers: int = 0, **options: Any) -> TrainingLoader:
-    return training_loader(source, sampler(source), VIEW, batch_size=8, workers=workers, seed=9, **options)
+    return training_loader(source, sampler(source), SPEC, batch_size=8, workers=workers, seed=9, **options)
 
 
 def assert_same(one: Iterable[Batch], other: Iterable[Batch]) -> None:
     for a, b in zip(one, other, strict=True):
-        for field in ("images", "labels", "draws", "numbers"):
+        for field in ("images", "labels", "draws", "indices"):
             assert torch.equal(getattr(a, field), getattr(b, field)), field
         assert a.faults == b.faults
 
@@ -102,17 +102,17 @@ def batches(source: InMemory) -> list[Batch]:
 def test_batches_are_what_the_draws_say(source: InMemory, batches: list[Batch]) -> None:
     assert [len(batch) for batch in batches] == [8] * 5
     draws = torch.cat([batch.draws for batch in batches])
-    numbers = torch.cat([batch.numbers for batch in batches])
+    numbers = torch.cat([batch.indices for batch in batches])
     assert draws.tolist() == list(range(40))
     assert numbers.tolist() == sampler(source).draw(np.arange(40)).tolist()
     moved = 0
     for batch in batches:
         assert batch.images.dtype == torch.uint8
-        assert batch.labels.tolist() == source.labels[batch.numbers.numpy()].tolist()
-        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
-            expected = plain_training_crop(source.read(number), VIEW, seed=9, draw=draw).astype(int)
+        assert batch.labels.tolist() == source.labels[batch.indices.numpy()].tolist()
+        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
+            expected = plain_training_crop(source.read(number), SPEC, seed=9, draw=draw).astype(int)
             assert np.abs(image.numpy() - expected)[1:-1, 1:-1].max() <= 1  # see Note [Windows] 3
-            other = plain_training_crop(source.read(number), VIEW, seed=9, draw=draw + 1).astype(int)
+            other = plain_training_crop(source.read(number), SPEC, seed=9, draw=draw + 1).astype(int)
             moved += int(np.abs(image.numpy() - other)[1:-1, 1:-1].max() > 5)
     assert moved > 30  # of 40; there are not many windows, and some draws have the same
 
@@ -144,26 +144,26 @@ def test_a_stream_that_is_broken_off_goes_on(source: InMemory, batches: list[Bat
     assert_same(fresh, batches[2:])
     assert fresh.position == 40
     with pytest.raises(InputError, match="seed"):
-        training_loader(source, ClassAwareSampler(source.labels, seed=5), VIEW, batch_size=8).load_state_dict(state)
+        training_loader(source, ClassAwareSampler(source.labels, seed=5), SPEC, batch_size=8).load_state_dict(state)
 
 
 def test_seeds_differ(source: InMemory, batches: list[Batch]) -> None:
-    other = training_loader(source, sampler(source), VIEW, batch_size=8, seed=10)
+    other = training_loader(source, sampler(source), SPEC, batch_size=8, seed=10)
     for a, b in zip(other, batches, strict=True):
-        assert torch.equal(a.numbers, b.numbers)
+        assert torch.equal(a.indices, b.indices)
         assert not torch.equal(a.images, b.images)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_goes_through_all_images_in_order(source: InMemory, workers: int) -> None:
-    made = evaluation_loader(source, VIEW, batch_size=8, workers=workers)
+    made = evaluation_loader(source, SPEC, batch_size=8, workers=workers)
     assert len(made) == 4
     for _ in range(2):
         found = list(made)
         assert [len(batch) for batch in found] == [8, 8, 8, 6]
-        assert torch.cat([batch.numbers for batch in found]).tolist() == list(range(30))
+        assert torch.cat([batch.indices for batch in found]).tolist() == list(range(30))
         for number, image in enumerate(torch.cat([batch.images for batch in found])):
-            expected = plain_centre_crop(source.read(number), VIEW).astype(int)
+            expected = plain_centre_crop(source.read(number), SPEC).astype(int)
             assert np.abs(image.numpy() - expected).max() <= 2  # see Note [Windows] 4
 
 
@@ -171,7 +171,7 @@ def test_evaluation_goes_through_all_images_in_order(source: InMemory, workers: 
 def test_evaluation_names_what_it_cannot_read(workers: int) -> None:
     source = pictures()
     source.files[20] = b"not an image"
-    made = evaluation_loader(source, VIEW, batch_size=8, workers=workers)
+    made = evaluation_loader(source, SPEC, batch_size=8, workers=workers)
     with pytest.raises(
         InputError, match=r"^unreadable image canyon/20\.jpg: no image of a known format; .*needs all images$"
     ):
@@ -191,21 +191,21 @@ def test_unreadable_images_are_replaced_by_the_draw(damaged: InMemory, batches: 
     made = list(loader(damaged))
     assert_same(loader(damaged, 2), made)
     faults = [fault for batch in made for fault in batch.faults]
-    assert {fault.number for fault in faults} == {4, 7, 10, 12}
-    assert {fault.reason for fault in faults if fault.number == 12} == {"No such file or directory"}
+    assert {fault.index for fault in faults} == {4, 7, 10, 12}
+    assert {fault.reason for fault in faults if fault.index == 12} == {"No such file or directory"}
     replaced = {fault.draw: fault for fault in faults}
     for batch, whole in zip(made, batches, strict=True):
         assert torch.equal(batch.labels, whole.labels)  # the class stays
         for row, draw in enumerate(batch.draws.tolist()):
-            number = int(batch.numbers[row])
+            number = int(batch.indices[row])
             if draw in replaced:
-                assert replaced[draw].replacement == number != int(whole.numbers[row])
+                assert replaced[draw].replacement == number != int(whole.indices[row])
                 assert damaged.labels[number] == batch.labels[row]
-                expected = plain_training_crop(damaged.read(number), VIEW, seed=9, draw=draw).astype(int)
+                expected = plain_training_crop(damaged.read(number), SPEC, seed=9, draw=draw).astype(int)
                 assert np.abs(batch.images[row].numpy() - expected)[1:-1, 1:-1].max() <= 1
             else:
                 assert torch.equal(batch.images[row], whole.images[row])
-    assert len({replaced[draw].replacement for draw in replaced if replaced[draw].number == 4}) > 1
+    assert len({replaced[draw].replacement for draw in replaced if replaced[draw].index == 4}) > 1
 
 
 def test_faults_are_counted_once_and_logged_by_name(damaged: InMemory, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,13 +238,13 @@ def test_too_many_faults_stop_the_work(tmp_path: Path) -> None:
         source.files[number] = b""
     source.files[3] = "gone"
     file = tmp_path / "faults.txt"
-    made = training_loader(source, sampler(source, 240), VIEW, batch_size=8, fault_file=file, max_fault_share=0.0)
+    made = training_loader(source, sampler(source, 240), SPEC, batch_size=8, fault_file=file, max_fault_share=0.0)
     with pytest.raises(TooManyFaultsError, match=r"^11 unreadable images, 10 allowed: .*; and 1 more; .*faults\.txt$"):
         list(made)
     assert file.read_text().splitlines() == made.faults.lines()
     assert len(made.faults) == 11
     assert [path.name for path in tmp_path.iterdir()] == ["faults.txt"]
-    enough = training_loader(source, sampler(source, 240), VIEW, batch_size=8, max_fault_share=0.2)
+    enough = training_loader(source, sampler(source, 240), SPEC, batch_size=8, max_fault_share=0.2)
     list(enough)
     assert len(enough.faults) == 12
 
@@ -269,20 +269,23 @@ def test_too_little_shared_memory_is_said_before(source: InMemory, monkeypatch: 
 
 
 def test_batch_sizes_are_checked(source: InMemory) -> None:
-    for make in (lambda: OrderedBatches([1], 0), lambda: training_loader(source, sampler(source), VIEW, batch_size=0)):
+    for make in (
+        lambda: OrderedBatches([1], 0),
+        lambda: training_loader(source, sampler(source), SPEC, batch_size=0),
+    ):
         with pytest.raises(InputError, match="batch_size must be at least 1"):
             make()
 
 
 def centre_crops(source: InMemory, numbers: Iterable[int]) -> np.ndarray:
     numbers = np.array(list(numbers))
-    batch = ImageBatches(source, VIEW, training=False).__getitems__(np.stack([numbers, numbers], 1))
+    batch = ImageBatches(source, SPEC, training=False).__getitems__(np.stack([numbers, numbers], 1))
     assert isinstance(batch, Batch)
     return batch.images.numpy().astype(np.float64)
 
 
 def test_statistics_are_those_of_float64(source: InMemory) -> None:
-    found = compute(source, VIEW)
+    found = compute(source, SPEC)
     crops = centre_crops(source, range(30))
     pixels = crops.reshape(-1, 3)
     np.testing.assert_allclose(found.mean_image, crops.mean(0), rtol=1e-6)
@@ -298,7 +301,7 @@ def test_statistics_are_those_of_float64(source: InMemory) -> None:
 
 @pytest.mark.parametrize(("workers", "batch_size"), [(0, 7), (2, 4), (1, 64)])
 def test_statistics_do_not_depend_on_how_they_are_made(source: InMemory, workers: int, batch_size: int) -> None:
-    one, other = compute(source, VIEW), compute(source, VIEW, workers=workers, batch_size=batch_size)
+    one, other = compute(source, SPEC), compute(source, SPEC, workers=workers, batch_size=batch_size)
     np.testing.assert_array_equal(one.sums, other.sums)
     np.testing.assert_array_equal(one.products, other.products)
 
@@ -311,16 +314,16 @@ def test_a_limit_takes_images_spread_evenly(source: InMemory) -> None:
             self.done += count
 
     task = Counted()
-    found = compute(source, VIEW, limit=10, task=task, batch_size=4)
+    found = compute(source, SPEC, limit=10, task=task, batch_size=4)
     np.testing.assert_array_equal(found.sums, centre_crops(source, range(0, 30, 3)).sum(0))
     assert (found.count, task.done) == (10, 10)
-    assert compute(source, VIEW, limit=99).count == 30
+    assert compute(source, SPEC, limit=99).count == 30
     with pytest.raises(InputError, match="limit must be at least 1"):
-        image_statistics(source, VIEW, key="k", folder=Path(), limit=0)
+        image_statistics(source, SPEC, key="k", folder=Path(), limit=0)
 
 
 def test_statistics_leave_unreadable_images_out_and_name_them(damaged: InMemory) -> None:
-    found = compute(damaged, VIEW, batch_size=5)
+    found = compute(damaged, SPEC, batch_size=5)
     whole = [number for number in range(30) if number not in (4, 7, 10, 12)]
     np.testing.assert_array_equal(found.sums, centre_crops(damaged, whole).sum(0))
     np.testing.assert_allclose(found.std, centre_crops(damaged, whole).reshape(-1, 3).std(0), rtol=1e-12)
@@ -328,21 +331,21 @@ def test_statistics_leave_unreadable_images_out_and_name_them(damaged: InMemory)
     assert found.unreadable == ("beach/4.jpg", "beach/7.jpg", "beach/10.jpg", "abbey/12.jpg")
     damaged.files = [b""] * 30
     with pytest.raises(InputError, match=r"none of 30 images can be read: abbey/0\.jpg: the file is empty"):
-        compute(damaged, VIEW)
+        compute(damaged, SPEC)
 
 
 def test_statistics_are_kept(damaged: InMemory, tmp_path: Path) -> None:
     def made(**options: Any) -> bool:
         before = damaged.reads
-        known = {"key": "fingerprint", "folder": tmp_path / "cache", "view": VIEW} | options
-        found = image_statistics(damaged, known.pop("view"), **known)
+        known = {"key": "fingerprint", "folder": tmp_path / "cache", "crop_spec": SPEC} | options
+        found = image_statistics(damaged, known.pop("crop_spec"), **known)
         assert len(found.unreadable) == 4 or "limit" in options
         return damaged.reads > before
 
     assert made()
     assert not made()
     assert not made(workers=1, batch_size=3)
-    for change in ({"key": "other"}, {"view": View(size=30, short_side=36)}, {"limit": 5}):
+    for change in ({"key": "other"}, {"crop_spec": CropSpec(size=30, short_side=36)}, {"limit": 5}):
         assert made(**change)
         assert not made(**change)
     files = list((tmp_path / "cache").iterdir())
@@ -357,17 +360,17 @@ def test_statistics_are_kept(damaged: InMemory, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_memory_gives_the_same_batches_as_files(workers: int) -> None:
     source = pictures(square=True)
-    decoded = decode_all(source, VIEW, workers=workers)
-    made = memory_training_loader(decoded, sampler(source), VIEW, batch_size=8, seed=9)
+    decoded = decode_all(source, SPEC, workers=workers)
+    made = memory_training_loader(decoded, sampler(source), SPEC, batch_size=8, seed=9)
     assert len(made) == 5
     from_files = loader(source)
     assert_same(made, from_files)
-    assert_same(memory_evaluation_loader(decoded, VIEW, batch_size=8), evaluation_loader(source, VIEW, batch_size=8))
+    assert_same(memory_evaluation_loader(decoded, SPEC, batch_size=8), evaluation_loader(source, SPEC, batch_size=8))
     state = loader(source)
     next(iter(state))
     made.load_state_dict(state.state_dict())
     assert next(iter(made)).draws[0] == 8
-    shifted = memory_training_loader(decoded, sampler(source), VIEW, batch_size=8, seed=8)
+    shifted = memory_training_loader(decoded, sampler(source), SPEC, batch_size=8, seed=8)
     assert not torch.equal(next(iter(shifted)).images, next(iter(loader(source))).images)
 
 
@@ -383,11 +386,11 @@ CROPS = {
 @pytest.mark.parametrize("kind", CROPS)
 def test_all_kinds_of_crops_are_functions_of_the_draw(kind: str) -> None:
     """However many workers and images in a batch there are, from files and from memory, and after a resume."""
-    source, options = pictures(square=True), {"view": VIEW, "seed": 9, "crops": CROPS[kind]}
+    source, options = pictures(square=True), {"crop_spec": SPEC, "seed": 9, "crops": CROPS[kind]}
     expected = list(training_loader(source, sampler(source), batch_size=8, **options))
     state = torch.get_rng_state()
     assert_same(training_loader(source, sampler(source), batch_size=8, workers=2, **options), expected)
-    decoded = decode_all(source, VIEW)
+    decoded = decode_all(source, SPEC)
     made = memory_training_loader(decoded, sampler(source), batch_size=8, **options)
     assert_same(made, expected)
     alone = torch.cat([batch.images for batch in training_loader(source, sampler(source), batch_size=1, **options)])
@@ -407,7 +410,7 @@ def test_all_kinds_of_crops_are_functions_of_the_draw(kind: str) -> None:
 
 
 def test_unreadable_images_are_replaced_by_crops_of_the_same_kind(damaged: InMemory) -> None:
-    options = {"view": VIEW, "seed": 9, "crops": CROPS["all"], "batch_size": 8, "max_fault_share": 0.5}
+    options = {"crop_spec": SPEC, "seed": 9, "crops": CROPS["all"], "batch_size": 8, "max_fault_share": 0.5}
     expected = list(training_loader(damaged, sampler(damaged), **options))
     assert any(batch.faults for batch in expected)
     assert_same(training_loader(damaged, sampler(damaged), workers=2, **options), expected)
@@ -415,30 +418,30 @@ def test_unreadable_images_are_replaced_by_crops_of_the_same_kind(damaged: InMem
 
 def test_evaluation_has_neither_padding_nor_policies(source: InMemory) -> None:
     pairs = np.stack([np.arange(6)] * 2, 1)
-    plain = ImageBatches(source, VIEW, training=False).__getitems__(pairs)
-    crops = ImageBatches(source, VIEW, training=False, crops=CROPS["all"]).__getitems__(pairs)
+    plain = ImageBatches(source, SPEC, training=False).__getitems__(pairs)
+    crops = ImageBatches(source, SPEC, training=False, crops=CROPS["all"]).__getitems__(pairs)
     assert_same([crops], [plain])
 
 
 def test_memory_holds_the_centre_squares(source: InMemory) -> None:
-    decoded = decode_all(source, VIEW)
+    decoded = decode_all(source, SPEC)
     assert decoded.images.shape == (30, 36, 36, 3)
     assert decoded.labels.tolist() == source.labels.tolist()
     for number in range(30):
-        expected = plain_centre_crop(source.read(number), View(size=36, short_side=36)).astype(int)
+        expected = plain_centre_crop(source.read(number), CropSpec(size=36, short_side=36)).astype(int)
         assert np.abs(decoded.images[number].numpy() - expected).max() <= 2
     with pytest.raises(InputError, match="decoded images of 36 x 36 for a shorter side of 40"):
-        memory_evaluation_loader(decoded, View(size=32, short_side=40), batch_size=8)
+        memory_evaluation_loader(decoded, CropSpec(size=32, short_side=40), batch_size=8)
 
 
 def test_memory_says_what_is_missing(damaged: InMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"unreadable image beach/4\.jpg: .*, and 3 more; `relaylab data check`"):
-        decode_all(damaged, VIEW)
+        decode_all(damaged, SPEC)
     reads = damaged.reads
     assert reads == 30  # all have been tried
     monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
     with pytest.raises(InputError, match=r"30 images of 36 x 36 need 0\.00 GB; 0\.00 GB of memory are free on cpu"):
-        decode_all(damaged, VIEW)
+        decode_all(damaged, SPEC)
     assert damaged.reads == reads
 
 
@@ -446,7 +449,7 @@ def test_memory_says_what_is_missing(damaged: InMemory, monkeypatch: pytest.Monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_holds_and_cuts_the_same() -> None:
     source = pictures(square=True)
-    made = memory_training_loader(decode_all(source, VIEW, device="cuda"), sampler(source), VIEW, batch_size=8, seed=9)
+    made = memory_training_loader(decode_all(source, SPEC, device="cuda"), sampler(source), SPEC, batch_size=8, seed=9)
     assert all(batch.images.is_cuda for batch in made)
     made.load_state_dict(loader(source).state_dict())
     assert_same([batch.to("cpu") for batch in made], loader(source))
@@ -469,19 +472,19 @@ def test_real_scenes(shared_data: Path) -> None:
         pixels, complaint = decode_checked(data)
         assert complaint is None
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    source, view = InMemory(list(files), [i % 3 for i in range(60)]), View(size=64, short_side=72)
-    decoded = decode_all(source, view)
-    streamed = training_loader(source, sampler(source, 60), view, batch_size=20, seed=2)
-    kept = memory_training_loader(decoded, sampler(source, 60), view, batch_size=20, seed=2)
+    source, crop_spec = InMemory(list(files), [i % 3 for i in range(60)]), CropSpec(size=64, short_side=72)
+    decoded = decode_all(source, crop_spec)
+    streamed = training_loader(source, sampler(source, 60), crop_spec, batch_size=20, seed=2)
+    kept = memory_training_loader(decoded, sampler(source, 60), crop_spec, batch_size=20, seed=2)
     for batch, other in zip(streamed, kept, strict=True):
         assert torch.equal(batch.images, other.images)
-        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.numbers.tolist(), strict=True):
-            expected = plain_training_crop(files[number], view, seed=2, draw=draw)
+        for image, draw, number in zip(batch.images, batch.draws.tolist(), batch.indices.tolist(), strict=True):
+            expected = plain_training_crop(files[number], crop_spec, seed=2, draw=draw)
             np.testing.assert_array_equal(image.numpy(), expected)
 
 
 def test_only_one_iterator_at_a_time(source: InMemory) -> None:
-    loader = training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    loader = training_loader(source, ClassAwareSampler(source.labels), SPEC, batch_size=4)
     first = iter(loader)
     next(first)
     second = iter(loader)
@@ -494,14 +497,14 @@ def test_only_one_iterator_at_a_time(source: InMemory) -> None:
 @pytest.mark.parametrize("options", [{"workers": -1}, {"prefetch": 0}, {"start": "nope"}, {"max_fault_share": 2.0}])
 def test_options_are_checked(options: dict, source: InMemory) -> None:
     with pytest.raises(InputError, match=r"expected|must be"):
-        training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4, **options)
+        training_loader(source, ClassAwareSampler(source.labels), SPEC, batch_size=4, **options)
 
 
 def test_a_state_moves_from_memory_to_files(source: InMemory) -> None:
-    decoded = decode_all(source, VIEW)
-    memory_loader = memory_training_loader(decoded, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    decoded = decode_all(source, SPEC)
+    memory_loader = memory_training_loader(decoded, ClassAwareSampler(source.labels), SPEC, batch_size=4)
     next(iter(memory_loader))
-    files = training_loader(source, ClassAwareSampler(source.labels), VIEW, batch_size=4)
+    files = training_loader(source, ClassAwareSampler(source.labels), SPEC, batch_size=4)
     files.load_state_dict(memory_loader.state_dict())
     assert files.position == 4
 
@@ -513,8 +516,8 @@ def test_statistics_notice_images_that_are_written_over(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (30, 30, 30)).save(path)
 
     def mean() -> float:
-        part = OnDisk(open_source(tmp_path / "data"), View(size=8, short_side=8), workers=0)
-        return float(part.statistics().mean.mean())
+        dataset = OnDiskDataset(open_source(tmp_path / "data"), CropSpec(size=8, short_side=8), workers=0)
+        return float(dataset.statistics().mean.mean())
 
     assert mean() == 30
     for path in (tmp_path / "data").rglob("*.png"):

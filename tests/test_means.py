@@ -18,9 +18,9 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaybackprop import Plan, Relay
 from relaylab.data.augment import Augmentation
-from relaylab.data.geometry import View
+from relaylab.data.datasets import InMemoryDataset
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import DecodedImages, decoded_statistics
-from relaylab.data.parts import InMemory
 from relaylab.evaluate.ensembles import combined
 from relaylab.evaluate.error_rates import error_rates, per_class_errors
 from relaylab.train.meter import Meter
@@ -41,9 +41,9 @@ def network() -> Relay:
 
 
 def validated(fabric: Any, count: int = COUNT) -> dict[str, float]:
-    part = InMemory(images(count), View(size=4, short_side=4))
+    dataset = InMemoryDataset(images(count), CropSpec(size=4, short_side=4))
     augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
-    return Validation(part, augment, nn.CrossEntropyLoss(), fabric)(network())
+    return Validation(dataset, augment, nn.CrossEntropyLoss(), fabric)(network())
 
 
 def by_hand(count: int = COUNT) -> dict[str, float]:
@@ -121,7 +121,7 @@ def test_error_rates_and_ensembles() -> None:
 
 
 def test_statistics_of_images() -> None:
-    found = decoded_statistics(images(), View(size=4, short_side=4))
+    found = decoded_statistics(images(), CropSpec(size=4, short_side=4))
     pixels = images().images.double().reshape(-1, 3)
     np.testing.assert_allclose(found.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.std(0, correction=0), rtol=1e-12)

@@ -16,7 +16,7 @@ from relaylab import cli
 from relaylab.recipes import RECIPES
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.scales import at_scale
-from relaylab.recipes.schema import Dial, value_text
+from relaylab.recipes.schema import Scale, value_text
 
 Captured = pytest.CaptureFixture[str]
 
@@ -177,7 +177,7 @@ def test_an_ensemble_and_a_name_that_is_a_folder(capsys: Captured, tmp_path: Pat
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_values_are_printed_as_set_takes_them(name: str, scale: Dial) -> None:
+def test_values_are_printed_as_set_takes_them(name: str, scale: Scale) -> None:
     recipe = at_scale(RECIPES[name], scale)
     shown = [(field, value, value_text(value)) for field, value, _ in recipe.fields()]
     kinds = {field: text for field, _, text in shown if field.endswith(".kind")}

@@ -1,6 +1,10 @@
 """The paper's networks: sizes, orders and shapes that the paper and the authors' release fix, and their windows."""
 
+import copy
+import dataclasses
 import itertools
+import math
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -11,13 +15,14 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 import torchvision
 
 from oracle import assert_same, expected_gradients, relay_gradients
-from relaybackprop import LinearHead, Plan, Relay, Window
+from relaybackprop import LinearHead, Plan, Relay, Window, heads
 from relaylab import models
 from relaylab.errors import InputError
 from relaylab.models.building import build_head, build_heads, build_network, build_plan, head_inputs
+from relaylab.models.layers import set_gain
 from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid
-from relaylab.recipes import RECIPES, windows
+from relaylab.recipes import RECIPES, schema, windows
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import AuxiliaryConfig, NetworkConfig, PlanConfig, PrimaryConfig, changed
 
@@ -395,3 +400,34 @@ def test_a_window_of_ones_own() -> None:
     )
     plan = build_plan(config)
     assert plan == Plan(Window(after="segment1"), {"aux": Window(top="segment2", weight=0.5)})
+
+
+@pytest.mark.parametrize("gain", ["quiet", None])
+@pytest.mark.parametrize("name", ["table3-model-a-relay", "table3-model-b-relay", "figure2-vgg19-relay"])
+def test_a_quiet_gain_starts_near_the_loss_of_guessing(name: str, gain: Literal["quiet"] | None) -> None:
+    torch.manual_seed(0)
+    network = dataclasses.replace(at_scale(RECIPES[name], "small").network, gain=gain)
+    model = build_network(network).eval()
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(
+            model(torch.randn(32, 3, network.image_size, network.image_size)), torch.arange(32)
+        ).item()
+    guessing = math.log(network.num_classes)
+    assert loss < guessing * 1.1 if gain else loss > guessing * 1.1
+
+
+def test_gains_are_of_the_last_layer_alone() -> None:
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 5))
+    after = copy.deepcopy(before)
+    set_gain(after, "he", 5)
+    assert torch.equal(after[0].weight, before[0].weight)
+    assert float(after[1].weight.detach().std()) == pytest.approx((2 / 300) ** 0.5, rel=0.1)
+    set_gain(after, "default", 5)
+    assert float(after[1].weight.detach().abs().max()) <= 300**-0.5
+    with pytest.raises(InputError, match="needs a linear or convolutional layer with 7 outputs"):
+        set_gain(after, "quiet", 7)
+
+
+def test_recipes_and_heads_have_the_same_gains() -> None:
+    assert get_args(schema.Gain) == get_args(heads.Gain)

@@ -25,7 +25,7 @@ from caffe_files import THIN, random_state, write_pair
 from mutations import ALLOWED, Kind
 from relaylab.cli import main
 from relaylab.data import decode as decoding
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import Source
 from relaylab.data.statistics import image_statistics
@@ -131,7 +131,7 @@ def read_names(folder: Path) -> Any:
 def read_caches(folder: Path, data: Path) -> Any:
     """Read a data set that is whole with a cache that may be damaged."""
     source = open_source(data, cache=folder)
-    found = image_statistics(source, View(size=8, short_side=8), key="k", folder=folder / "sums")
+    found = image_statistics(source, CropSpec(size=8, short_side=8), key="k", folder=folder / "sums")
     read = contents(source)
     source.close()
     return read, found.count, found.mean.tolist(), found.unreadable

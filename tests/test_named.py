@@ -15,7 +15,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from relaybackprop.heads import LinearHead, TokenHead  # noqa: E402
 from relaylab.errors import InputError  # noqa: E402
-from relaylab.models.building import build_network, build_relay, build_shadow  # noqa: E402
+from relaylab.models.building import build_meta_network, build_network, build_relay  # noqa: E402
 from relaylab.models.named import allow  # noqa: E402
 from relaylab.models.pretrained import load_pretrained  # noqa: E402
 from relaylab.recipes import find_recipe  # noqa: E402
@@ -77,10 +77,10 @@ def test_a_function_of_a_file_gets_the_classes_and_the_options(file: Path) -> No
     assert model.get_parameter("0.0.weight").shape[0] == 6
 
 
-def test_the_shadow_of_a_network_that_needs_values_leaves_the_random_numbers_alone(file: Path) -> None:
+def test_the_meta_copy_of_a_network_that_needs_values_leaves_the_random_numbers_alone(file: Path) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert all(parameter.is_meta for parameter in build_shadow(allowed(file, "small")).parameters())
+    assert all(parameter.is_meta for parameter in build_meta_network(allowed(file, "small")).parameters())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -122,7 +122,7 @@ def test_wrong_networks_are_explained(file: Path, architecture: str, options: di
     network = config(architecture.replace("FILE", str(file)), **options)
     allow(network)
     with pytest.raises(InputError, match=message):
-        build_shadow(network)
+        build_meta_network(network)
 
 
 def test_code_that_fails_to_import_is_an_error_of_its_file(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def recipe_of(*texts: str, name: str = "table3-model-a-relay") -> Recipe:
 
 def groups_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """By parameter, its group's values."""
-    relay = build_relay(recipe, shadow=True)
+    relay = build_relay(recipe, on_meta=True)
     groups = parameter_groups(relay, segments_of(recipe), recipe.optimizer)
     by_id = {id(parameter): group for group in groups for parameter in group["params"]}
     return {name: by_id[id(parameter)] for name, parameter in relay.named_parameters()}
@@ -58,7 +58,7 @@ def test_the_tensors_that_an_optimizer_keeps_are_counted(changes: tuple[str, ...
 def test_every_optimizer_keeps_the_decay_of_its_groups() -> None:
     """Each parameter group decides on weight decay: a build function must not override it."""
     recipe = recipe_of("optimizer.weight_decay=0.25", "optimizer.decay_norms_and_biases=false")
-    relay, segments = build_relay(recipe, shadow=True), segments_of(recipe)
+    relay, segments = build_relay(recipe, on_meta=True), segments_of(recipe)
     for name in OPTIMIZERS:
         config = recipe_of(*PLAIN, "optimizer.weight_decay=0.25", f"optimizer.algorithm={name}").optimizer
         optimizer = build_optimizer(relay, segments, config)
@@ -71,7 +71,7 @@ def test_norms_and_biases_are_spared_from_weight_decay_only_if_asked() -> None:
     spared = groups_of(recipe_of("optimizer.weight_decay=0.5", "optimizer.decay_norms_and_biases=false"))
     for name, group in spared.items():
         assert group["weight_decay"] == (0.0 if name.endswith("bias") else 0.5), name
-    relayed = build_relay(recipe_of(), shadow=True)
+    relayed = build_relay(recipe_of(), on_meta=True)
     assert set(spared) == {name for name, _ in relayed.named_parameters()}  # heads too
 
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("msgspec", reason="needs the lab extra")
 
 from relaylab.errors import InputError
-from relaylab.files import replacing, write_text
+from relaylab.files import atomic_write, write_text
 from relaylab.outside.folders import is_our_own, open_for_writing, refuse_links, sweep
 from relaylab.outside.reading import DamagedFileError, parse, read_bytes, read_json
 
@@ -137,7 +137,7 @@ def test_the_users_umask_is_respected(umask: int, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
-    with pytest.raises(OSError, match="No space left on device") as found, replacing(tmp_path / "model") as _:
+    with pytest.raises(OSError, match="No space left on device") as found, atomic_write(tmp_path / "model") as _:
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
     assert found.value.filename == str(tmp_path / "model")
     assert not list(tmp_path.iterdir())

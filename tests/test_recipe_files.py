@@ -13,8 +13,8 @@ from relaylab.errors import InputError
 from relaylab.recipes import RECIPES, find_recipe
 from relaylab.recipes.changes import located, with_changes
 from relaylab.recipes.files import read_recipe, to_toml
-from relaylab.recipes.scales import DIALS, at_scale
-from relaylab.recipes.schema import Dial, Recipe
+from relaylab.recipes.scales import SCALES, at_scale
+from relaylab.recipes.schema import Recipe, Scale
 from relaylab.train import loop, requests, session
 from relaylab.train.options import TrainOptions
 
@@ -28,10 +28,10 @@ def written(recipe: Recipe, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dial", DIALS)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_the_same_after_a_round_trip(name: str, dial: Dial, tmp_path: Path) -> None:
-    recipe = at_scale(RECIPES[name], dial)
+def test_every_recipe_is_the_same_after_a_round_trip(name: str, scale: Scale, tmp_path: Path) -> None:
+    recipe = at_scale(RECIPES[name], scale)
     again = read_recipe(written(recipe, tmp_path / "recipe.toml"))
     assert list(again.fields()) == list(recipe.fields())
     parts = ("name", "row", "network", "plan", "scheme", "images", "optimizer", "evaluation", "reported", "trained_as")

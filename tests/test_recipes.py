@@ -11,14 +11,14 @@ pytest.importorskip("torchvision", reason="needs the lab extra")
 
 from relaybackprop import Relay, reach
 from relaylab.data.augment import Augmentation
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import training_loader
 from relaylab.data.sampling import ClassAwareSampler
 from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
 from relaylab.models.building import NETWORKS, build_criterion, build_relay
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
-from relaylab.recipes.scales import DIALS, at_scale
+from relaylab.recipes.scales import SCALES, at_scale
 from relaylab.recipes.schema import Recipe, changed
 
 # Top-1 and top-5 errors of the trained rows, typed from the paper's tables once more.
@@ -66,10 +66,10 @@ def test_margins_over_standard_bp_are_the_papers() -> None:
         assert got == pytest.approx(expected, abs=0.021)  # the paper's own brackets are off by up to 0.02
 
 
-@pytest.mark.parametrize("dial", DIALS)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_value_has_a_source_and_every_source_a_value(name: str, dial: str) -> None:
-    recipe = at_scale(RECIPES[name], dial)  # type: ignore[arg-type]
+def test_every_value_has_a_source_and_every_source_a_value(name: str, scale: str) -> None:
+    recipe = at_scale(RECIPES[name], scale)  # type: ignore[arg-type]
     fields = list(recipe.fields())
     assert len(fields) > 25
     for field, _, source in fields:
@@ -194,8 +194,8 @@ def test_two_steps_on_real_scenes_at_small_size(architecture: str, shared_data: 
     relay = build_relay(recipe)
     criterion, optimizer = build_criterion(recipe.loss), sgd(recipe, relay)
     sampler = ClassAwareSampler(np.asarray(source.labels), seed=0)
-    view = View(size=recipe.network.image_size, short_side=recipe.images.short_side)
-    loader = training_loader(source, sampler, view, batch_size=4, seed=0)
+    crop_spec = CropSpec(size=recipe.network.image_size, short_side=recipe.images.short_side)
+    loader = training_loader(source, sampler, crop_spec, batch_size=4, seed=0)
     augment = Augmentation(torch.full((3,), 112.0), torch.full((3,), 66.0), seed=0, flip=recipe.augmentation.flip)
     losses = []
     for batch, _ in zip(loader, range(2), strict=False):

@@ -1,4 +1,4 @@
-"""docs/reproduce.md says what the recipes say."""
+"""docs/reference says what the recipes say."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("torchvision", reason="needs the lab extra")
 
-from docs.renew_tables import sections
+from docs.renew_tables import page_of, sections
 from relaylab.errors import InputError
 from relaylab.recipes import ENSEMBLES, PAPER
 from relaylab.tables import renewed
 
-PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "paper.md"
 
 
 COSTLY = ("cost", "cost-small")  # every network's passes are counted
@@ -22,10 +22,10 @@ COSTLY = ("cost", "cost-small")  # every network's passes are counted
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in COSTLY else name for name in sections()]
 )
 def test_tables_are_those_of_the_recipes(name: str) -> None:
-    page = PAGE.read_text()
+    page = page_of(name).read_text()
     table = sections()[name]()
     assert len(table) > 5
-    assert renewed(page, {name: table}) == page, "run: python docs/renew_tables.py docs/reproduce.md"
+    assert renewed(page, {name: table}) == page, "run: python docs/renew_tables.py"
     assert renewed(page, {name: [*table[:-1], "| something else |"]}) != page
 
 
@@ -37,7 +37,7 @@ def test_a_lost_marker_is_found_out() -> None:
 def test_every_recipe_and_every_deviation_is_on_the_page() -> None:
     page = PAGE.read_text()
     assert all(f"`{name}`" in page for name in (*PAPER, *ENSEMBLES))
-    sources = "".join(path.read_text() for path in (PAGE.parents[1] / "src" / "relaylab").rglob("*.py"))
+    sources = "".join(path.read_text() for path in (PAGE.parents[2] / "src" / "relaylab").rglob("*.py"))
     for deviation in re.findall(r"DEVIATION\(([\w-]+)\)", sources):
         assert f"| {deviation} |" in page
 

@@ -1,4 +1,4 @@
-"""The model of many GPUs by hand, the simulated link of the benchmark of averaging, and the tables of docs/scale.md."""
+"""The model of many GPUs by hand, the simulated link of the benchmark of averaging, and docs/method/scale.md."""
 
 import json
 import re
@@ -79,8 +79,8 @@ def test_the_benchmark_of_averaging_in_miniature(tmp_path: Path, monkeypatch: py
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the first table behind some words of docs/scale.md, without its heading."""
-    text = (ROOT / "docs" / "scale.md").read_text()
+    """The cells of the first table behind some words of docs/method/scale.md, without its heading."""
+    text = (ROOT / "docs" / "method" / "scale.md").read_text()
     table = re.search(r"(^\|.*\n)+", text[text.index(heading) :], re.MULTILINE)
     assert table is not None
     lines = table.group().splitlines()[2:]

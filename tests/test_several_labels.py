@@ -17,10 +17,10 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from relaylab import cli
-from relaylab.data.geometry import View
+from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import evaluation_loader, training_loader
 from relaylab.data.memory import decode_all
-from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.sampling import ShuffledSampler
 from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
@@ -94,28 +94,28 @@ def test_average_precision_is_scikit_learns() -> None:
     assert average_precision(torch.from_numpy(scores), torch.from_numpy(targets)) == pytest.approx(expected)
 
 
-def parts(images: Path) -> tuple[Part, Part]:
+def datasets(images: Path) -> tuple[ImageDataset, ImageDataset]:
     source = open_source([images / "images", images / "val.csv"])
-    view = View(size=8, short_side=10)
-    return InMemory(decode_all(source, view), view), OnDisk(source, view, workers=0)
+    crop_spec = CropSpec(size=8, short_side=10)
+    return InMemoryDataset(decode_all(source, crop_spec), crop_spec), OnDiskDataset(source, crop_spec, workers=0)
 
 
 def test_batches_carry_the_targets_of_their_images(images: Path) -> None:
-    for part in parts(images):
+    for dataset in datasets(images):
         sampler = ShuffledSampler(np.zeros(23, np.int64), seed=0)
-        for batch in (next(iter(part.training(sampler, 9, 0))), next(iter(part.evaluation(9)))):
+        for batch in (next(iter(dataset.training(sampler, 9, 0))), next(iter(dataset.evaluation(9)))):
             assert (batch.labels.dtype, batch.labels.shape) == (torch.float32, (9, 3))
             bright = batch.images.float().mean(dim=(1, 2)) > 120
             assert torch.equal(batch.labels > 0, bright)
-            assert torch.equal(batch.labels, torch.from_numpy(part.labels[batch.numbers.numpy()]).float())
-        some = part.some(np.array([4, 2]))
-        assert np.array_equal(some.labels, part.labels[[4, 2]])
+            assert torch.equal(batch.labels, torch.from_numpy(dataset.labels[batch.indices.numpy()]).float())
+        subset = dataset.subset(np.array([4, 2]))
+        assert np.array_equal(subset.labels, dataset.labels[[4, 2]])
 
 
 def test_workers_send_targets(images: Path) -> None:
     source = open_source([images / "images", images / "val.csv"])
-    view = View(size=8, short_side=10)
-    here, there = (evaluation_loader(source, view, batch_size=12, workers=workers) for workers in (0, 1))
+    crop_spec = CropSpec(size=8, short_side=10)
+    here, there = (evaluation_loader(source, crop_spec, batch_size=12, workers=workers) for workers in (0, 1))
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one.labels, other.labels)
 
@@ -128,14 +128,14 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
     (tmp_path / "list.csv").write_text("image,a,b\nbad,1,1\n0,0,1\n1,0,0\n")
     source = open_source([tmp_path / "images", tmp_path / "list.csv"])
     sampler = ShuffledSampler(np.zeros(3, np.int64), seed=0)
-    batch = next(iter(training_loader(source, sampler, View(size=8, short_side=10), batch_size=3)))
-    assert [fault.number for fault in batch.faults] == [0]
+    batch = next(iter(training_loader(source, sampler, CropSpec(size=8, short_side=10), batch_size=3)))
+    assert [fault.index for fault in batch.faults] == [0]
     assert source.targets is not None
-    assert torch.equal(batch.labels, torch.from_numpy(source.targets[batch.numbers.numpy()]).float())
-    assert 0 not in batch.numbers.tolist()
+    assert torch.equal(batch.labels, torch.from_numpy(source.targets[batch.indices.numpy()]).float())
+    assert 0 not in batch.indices.tolist()
     (tmp_path / "only.csv").write_text("image,labels\nbad,a;b\n")
     only = open_source([tmp_path / "images", tmp_path / "only.csv"])
-    loader = training_loader(only, ShuffledSampler([0], seed=0), View(size=8, short_side=10), batch_size=1)
+    loader = training_loader(only, ShuffledSampler([0], seed=0), CropSpec(size=8, short_side=10), batch_size=1)
     with pytest.raises(InputError, match=r"^\S*bad.png cannot be read"):
         next(iter(loader))
 
@@ -143,12 +143,12 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_scores_of_all_processes_come_in_the_images_order(ranks: int, images: Path) -> None:
     """Some processes have an image more than others, which evaluate the first one in its place."""
-    part, scores = parts(images)[0], torch.arange(69.0).view(23, 3)
+    dataset, scores = datasets(images)[0], torch.arange(69.0).view(23, 3)
     shares = [[*range(rank, 23, ranks)] for rank in range(ranks)]
     every = torch.stack([scores[share + [0] * (len(shares[0]) - len(share))] for share in shares])
     for rank in range(ranks):
         fabric: Any = SimpleNamespace(world_size=ranks, global_rank=rank, all_gather=lambda _own: every)
-        validation = Validation(part, torch.nn.Identity(), torch.nn.Identity(), fabric)  # pyright: ignore
+        validation = Validation(dataset, torch.nn.Identity(), torch.nn.Identity(), fabric)  # pyright: ignore
         kept = [every[rank, :2], every[rank, 2:]]  # of two batches
         assert torch.equal(validation._gathered(kept), scores)  # pyright: ignore[reportPrivateUsage]
 
@@ -186,7 +186,7 @@ def test_the_records_of_a_run(images: Path, reference: Path) -> None:
     assert model.has_several_labels
     assert model.about.endswith(f"val. mean average precision {kinds['val']['map']:.2f} %")
     source = open_source([images / "images", images / "val.csv"], classes=CLASSES)
-    batch = next(iter(evaluation_loader(source, View(size=8, short_side=10), batch_size=23)))
+    batch = next(iter(evaluation_loader(source, CropSpec(size=8, short_side=10), batch_size=23)))
     scores = model.model()(Scorer(model).normalised(batch.images))
     assert source.targets is not None
     expected = 100 * average_precision_score(source.targets, scores.detach().numpy())

@@ -59,6 +59,12 @@ def test_the_program_starts_from_the_recipes_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5))
 
 
+def test_the_program_starts_at_the_recipes_gains() -> None:
+    found = run(recipe_with("network.gain=quiet", "plan.auxiliary.aux.gain=quiet", "optimizer.lr=1e-12"))
+    for layer in (found["model"].classifier.fc3, list(found["heads"]["aux"].children())[-1]):
+        assert float(layer.weight.detach().std()) == pytest.approx(0.1 / layer.in_features**0.5, rel=0.2)
+
+
 @pytest.mark.usefixtures("own_imports")
 @pytest.mark.parametrize("name", ["net.py", "my-net.py"])
 def test_networks_of_files_are_imported_from_them(tmp_path: Path, name: str) -> None:

@@ -17,9 +17,9 @@ from relaylab.recipes.scales import at_scale
 def tiny() -> benchmark.Settings:
     recipe = at_scale(find_recipe("table3-model-a-relay"), "tiny")
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, iterations=1000))
-    view = benchmark.View(size=32, short_side=36)
+    crop_spec = benchmark.CropSpec(size=32, short_side=36)
     small = {"images": 20, "steps": 2, "rounds": 3, "loop_budget_s": 1, "looks_budget_s": 1, "saves": 2}
-    return benchmark.Settings(recipe=recipe, view=view, check_steps=2, **small)
+    return benchmark.Settings(recipe=recipe, crop_spec=crop_spec, check_steps=2, **small)
 
 
 def test_the_benchmark_in_miniature(

@@ -15,9 +15,9 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 from relaybackprop import Plan, Relay, RelayLoss, Window
 from relaylab.data import statistics
 from relaylab.data.augment import Augmentation
-from relaylab.data.geometry import View
+from relaylab.data.datasets import InMemoryDataset, OnDiskDataset
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import DecodedImages
-from relaylab.data.parts import InMemory, OnDisk
 from relaylab.errors import InputError
 from relaylab.models.building import build_relay
 from relaylab.recipes import changes, find_recipe
@@ -41,11 +41,11 @@ def test_the_validation_loss_is_the_mean_over_images() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (65, 4, 4, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 7, (65,), generator=generator)
-    part = InMemory(DecodedImages(images, labels, tuple("abcdefg")), View(size=4, short_side=4))
+    dataset = InMemoryDataset(DecodedImages(images, labels, tuple("abcdefg")), CropSpec(size=4, short_side=4))
     relay = Relay(nn.Sequential(nn.Flatten(), nn.Linear(48, 7)), Plan())
     augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
     fabric = make_fabric(TrainOptions(recipe="x", accelerator="cpu"))
-    found = validation.Validation(part, augment, nn.CrossEntropyLoss(), fabric)(relay)
+    found = validation.Validation(dataset, augment, nn.CrossEntropyLoss(), fabric)(relay)
     with torch.no_grad():
         scores = relay.model.double()(images.permute(0, 3, 1, 2).double() / 64)
     losses = nn.functional.cross_entropy(scores, labels, reduction="none")
@@ -338,14 +338,14 @@ def test_a_second_ctrl_c_stops_at_once_but_not_the_same_one_passed_on() -> None:
 
 
 def test_batches_of_validation_images_fit_the_device_and_the_images() -> None:
-    def part(size: int) -> InMemory:
+    def dataset(size: int) -> InMemoryDataset:
         decoded = DecodedImages(torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1).long(), ("a",))
-        return InMemory(decoded, View(size=size, short_side=size))
+        return InMemoryDataset(decoded, CropSpec(size=size, short_side=size))
 
     gpu = torch.device("cuda")
-    assert [validation.batch_size(part(size), gpu) for size in (64, 224, 512)] == [1000, 81, 64]
-    assert validation.batch_size(part(64), torch.device("cpu")) == 64
-    on_disk = OnDisk(part, View(size=64, short_side=64), workers=1)  # pyright: ignore
+    assert [validation.batch_size(dataset(size), gpu) for size in (64, 224, 512)] == [1000, 81, 64]
+    assert validation.batch_size(dataset(64), torch.device("cpu")) == 64
+    on_disk = OnDiskDataset(dataset, CropSpec(size=64, short_side=64), workers=1)  # pyright: ignore
     assert validation.batch_size(on_disk, gpu) == 64
 
 

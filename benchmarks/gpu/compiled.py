@@ -58,15 +58,15 @@ def measure(session: Session, settings: Settings, size: str) -> None:
                 session.skip(ENTRY, [name], reason)
 
 
-def contenders(subject: Subject, shadow: Subject, backend: str) -> dict[str, Step]:
-    """Return eager and compiled contenders on the same weights; `shadow` is the subject on the meta device."""
+def contenders(subject: Subject, meta_copy: Subject, backend: str) -> dict[str, Step]:
+    """Return eager and compiled contenders on the same weights; `meta_copy` is the subject on the meta device."""
     s, criterion = subject, nn.CrossEntropyLoss()
     loss = RelayLoss(criterion)
     relay = Relay(s.model, s.plan, {"aux": s.head})
     whole, outside = twin(s.model), twin(relay)
     whole.compile(backend=backend)
     with torch.random.fork_rng(devices=[]):
-        segments = segments_from(Relay(shadow.model, s.plan, {"aux": shadow.head}), shadow.images)
+        segments = segments_from(Relay(meta_copy.model, s.plan, {"aux": meta_copy.head}), meta_copy.images)
     compile_outside_overlaps(outside, segments, backend=backend)
 
     def standard(model: nn.Module) -> Step:
@@ -111,13 +111,13 @@ def check(subject: Subject, steps: dict[str, Step], name: str) -> None:
         )
 
 
-def time(subject: Subject, shadow: Subject, settings: Settings, device: str) -> dict[str, Figures]:
+def time(subject: Subject, meta_copy: Subject, settings: Settings, device: str) -> dict[str, Figures]:
     """Return the figures of the compiled contenders.
 
     Raises:
         WrongGradientsError: one of them computes other gradients than it claims.
     """
-    plain = contenders(subject, shadow, settings.backend)
+    plain = contenders(subject, meta_copy, settings.backend)
     for name in CONTENDERS:
         check(subject, plain, name)
     steps = {name: in_half_precision(step, subject.images) for name, step in plain.items()}
@@ -154,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cast(Any, torch)._dynamo.config.recompile_limit = 64
     build = settings.networks[network]
     subject = channels_last(build(settings.pixels, int(batch), settings.width, device))
-    shadow = build(settings.pixels, 2, settings.width, "meta")
-    write_text(Path(file), json.dumps(time(subject, shadow, settings, device)))
+    meta_copy = build(settings.pixels, 2, settings.width, "meta")
+    write_text(Path(file), json.dumps(time(subject, meta_copy, settings, device)))
 
 
 if __name__ == "__main__":

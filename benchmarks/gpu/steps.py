@@ -126,11 +126,11 @@ def _check_and_weigh(session: Session, network: str, subject: Subject) -> dict[s
 def prepare(settings: Settings, build: Build, device: str) -> Prepared:
     """Build a network with its batch, and count FLOPs."""
     with dry_run():
-        shadow = build(settings.pixels, 2, settings.width, "meta")
-        counted = steps_of(shadow)
+        meta_copy = build(settings.pixels, 2, settings.width, "meta")
+        counted = steps_of(meta_copy)
         counted["early_release"]()  # searches the graph
         flops = {name: count_flops(step) for name, step in counted.items()}
-        flops["lower_bound"] = engine.flops(shadow)["lower_bound"]
+        flops["lower_bound"] = engine.flops(meta_copy)["lower_bound"]
     batch = settings.batch or third_of_card(settings, build, device)
     return Prepared(channels_last(build(settings.pixels, batch, settings.width, device)), flops)
 

@@ -15,8 +15,8 @@ from benchmarks import train
 from benchmarks.gpu.session import Session, WrongGradientsError
 from benchmarks.gpu.settings import Settings
 from benchmarks.measure import Figures, interleave, ratio
-from relaylab.data.geometry import View
-from relaylab.data.parts import OnDisk
+from relaylab.data.datasets import OnDiskDataset
+from relaylab.data.geometry import CropSpec
 from relaylab.data.sources.classes import classes_of
 from relaylab.data.sources.opening import open_source
 from relaylab.train.images import RunImages
@@ -42,7 +42,7 @@ def sized(session: Session, settings: Settings) -> train.Settings:
         device=device,
         precision="bf16" if device == "cuda" else "32",
         recipe=settings.recipe,
-        view=View(size=settings.recipe.network.image_size, short_side=settings.side),
+        crop_spec=CropSpec(size=settings.recipe.network.image_size, short_side=settings.side),
         images=settings.images,
         check_steps=CHECK_STEPS,
         steps=settings.steps,
@@ -111,10 +111,13 @@ def images_on_disk(session: Session, settings: Settings) -> Iterator[tuple[RunIm
         folder = Path(name)
         write_photographs(folder / "images", settings.files, min(settings.files // 2, own.recipe.network.num_classes))
         source = open_source((folder / "images",), split=None)
-        part = OnDisk(source, own.view, settings.workers, pin_memory=session.device == "cuda")
+        dataset = OnDiskDataset(source, own.crop_spec, settings.workers, pin_memory=session.device == "cuda")
         identity = classes_of(source)
         (folder / "run").mkdir()
-        yield RunImages(part, part, own.view, part.statistics(), in_memory=False, identity=identity), folder / "run"
+        yield (
+            RunImages(dataset, dataset, own.crop_spec, dataset.statistics(), in_memory=False, identity=identity),
+            folder / "run",
+        )
 
 
 def write_photographs(folder: Path, count: int, classes: int) -> None:

@@ -65,7 +65,7 @@ class AuxiliaryHead(nn.Module):
         self.dropout = nn.Dropout(0.7)
         self.fc2 = nn.Linear(hidden, classes)
         self.relu = nn.ReLU()
-        _initialise(self.fc2, gain)
+        initialise_last(self.fc2, gain)
 
     def forward(self, features: Tensor) -> Tensor:
         """Class scores (batch, classes) of a feature map."""
@@ -92,7 +92,7 @@ class LinearHead(nn.Module):
         self.channels = channels
         self.layout: Layout | None = _check_option("layout", layout, ("channels_first", "channels_last", None))
         self.fc = nn.Linear(channels, classes)
-        _initialise(self.fc, gain)
+        initialise_last(self.fc, gain)
 
     def forward(self, features: Tensor) -> Tensor:
         """Class scores (batch, classes) of the features."""
@@ -122,7 +122,7 @@ class TokenHead(nn.Module):
         self.pool: Pool | None = pool
         self.norm = nn.LayerNorm(channels)
         self.fc = nn.Linear(channels, classes)
-        _initialise(self.fc, gain)
+        initialise_last(self.fc, gain)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores of the tokens, pooled or for each."""
@@ -163,7 +163,7 @@ class DenseHead(nn.Module):
         self.channels, self.size = channels, size
         self.layout: Layout | None = _check_option("layout", layout, ("channels_first", "channels_last", None))
         self.conv = nn.Conv1d(channels, classes, kernel_size=1)
-        _initialise(self.conv, gain)
+        initialise_last(self.conv, gain)
 
     def forward(self, features: Tensor) -> Tensor:
         """Class scores (batch, classes, *size) of a map."""
@@ -202,11 +202,18 @@ def _check_option(name: str, value: _T, allowed: tuple[_T, ...]) -> _T:
     return value
 
 
-def _initialise(layer: nn.Linear | nn.Conv1d, gain: Gain) -> None:
+def initialise_last(layer: nn.Linear | nn.Conv1d | nn.Conv2d, gain: Gain) -> None:
+    """Initialise the layer that computes class scores, in place.
+
+    Args:
+        layer: the last layer of a head or a network.
+        gain: "default" keeps PyTorch's initialisation; "he" draws weights of variance 2 / fan-in; "quiet" draws small
+            ones, so that the loss starts within a few per cent of guessing. The bias becomes 0, except for "default".
+    """
     _check_option("gain", gain, ("default", "he", "quiet"))
     if gain == "default":
         return
-    fan_in = layer.weight.shape[1]
+    fan_in = layer.weight[0].numel()
     nn.init.normal_(layer.weight, std=(2**0.5 if gain == "he" else QUIET) / fan_in**0.5)
     if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
         nn.init.zeros_(layer.bias)

@@ -51,9 +51,9 @@ class Relay(nn.Module):
     own state-dict keys, and can be used, saved or exported.
 
     An overlap of G losses with different lower ends costs G input-gradient passes and one weight-gradient pass;
-    everything else costs what standard backpropagation costs (docs/method.md). Full-backward hooks of modules in an
-    overlap fire once per pass; parameters' hooks always fire once. A relay has the methods that timm and transformers
-    call on a model, such as `no_weight_decay`, if its model has them (`relaybackprop.forwarded`).
+    everything else costs what standard backpropagation costs (docs/method/index.md). Full-backward hooks of modules in
+    an overlap fire once per pass; parameters' hooks always fire once. A relay has the methods that timm and
+    transformers call on a model, such as `no_weight_decay`, if its model has them (`relaybackprop.forwarded`).
 
     Args:
         model: any module. It must call each boundary module once per training forward pass, except for modules that

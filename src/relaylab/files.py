@@ -19,7 +19,7 @@ ROOT = Path("runs")  # default folder of everything that commands write
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file and rename it into place, so that an interrupted write leaves the old file intact."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:NAME]}.", suffix=PART)
     os.fchmod(descriptor, 0o666 & ~_umask())  # such a file is readable by its owner only
@@ -45,7 +45,7 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8; bytes of file names that are not Unicode get a backslash."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

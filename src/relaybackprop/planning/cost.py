@@ -196,7 +196,7 @@ def _schemes(plan: Plan, order: Sequence[Boundary]) -> dict[str, Plan]:
 
 
 def _least(schemes: Mapping[str, Spent], cut: Spent) -> int:
-    """Return the fewest operations of a part (see Cost in docs/method.md). In `cut`, layers below ends are frozen."""
+    """Return the fewest operations of a part (see docs/method/index.md). In `cut`, layers below ends are frozen."""
     if RELAY not in schemes:
         return schemes[STANDARD].flops
     # Without the gradients that the ordinary pass computes for a window's end and a junction drops.

@@ -60,36 +60,36 @@ class CheckOptions(DataOptions):
 def inspect(options: InspectOptions) -> int:
     """Print and write a summary of each split."""
     raise_all(too_small(options, sample=1))
-    _survey(options, options.sample)
+    _scan(options, options.sample)
     return 0
 
 
 def check(options: CheckOptions) -> int:
     """Decode every image of each split. The exit code is 1 if some are unreadable or damaged."""
-    return FAILED if _survey(options, None) else 0
+    return FAILED if _scan(options, None) else 0
 
 
-def _survey(options: DataOptions, limit: int | None) -> int:
-    """Survey one split after another, into summary.json, balance.svg and bad-images.txt; return the bad images."""
+def _scan(options: DataOptions, limit: int | None) -> int:
+    """Scan each split and write summary.json, balance.svg and bad-images.txt; return the bad images."""
     if not options.paths:
         raise InputError("no images given: pass a folder, tar, zip or Parquet files, or a list of images")
     raise_all(too_small(options, workers=0))
     bad = 0
     with new_folder(options.out, ROOT / "data" / timestamp()) as folder:
-        from relaylab.data.survey import Survey, spread, summary, survey
+        from relaylab.data.scan import ScanResults, scan, spread, summary
         from relaylab.progress import progress
 
         for split, source in _sources(options):
-            numbers, findings = spread(len(source), limit), Survey()
+            numbers, results = spread(len(source), limit), ScanResults()
             try:
                 with progress("decoding", len(numbers)) as task:
-                    survey(source, findings, limit=limit, workers=options.workers, task=task)
+                    scan(source, results, limit=limit, workers=options.workers, task=task)
             finally:  # keep the results of an interrupted scan, which may have taken hours
-                facts = summary(source, findings)
+                facts = summary(source, results)
                 here = folder / split if split else folder
                 _write(here, facts, split)
                 print(f"{describe(facts, split)}\nFiles: {here.resolve()}\n")
-            bad += len(findings.unreadable) + len(findings.damaged)
+            bad += len(results.unreadable) + len(results.damaged)
     return bad
 
 

@@ -27,7 +27,7 @@ class DemoOptions:
 
     data: Images = ()
     """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; with --val-data, training images in any
-    format of docs/data.md (default: the handwritten digits)."""
+    format of docs/how-to/data.md (default: the handwritten digits)."""
 
     val_data: Images = ()
     """Validation images, if --data has training images only."""
@@ -115,7 +115,7 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
 
     from relaylab.data.sources.digits import digits_tar
     from relaylab.data.sources.source import targets_of
-    from relaylab.train.images import check_classes, chosen_numbers, open_sources
+    from relaylab.train.images import check_classes, chosen_indices, open_sources
 
     train, val = open_sources(
         RuntimeOptions(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images
@@ -125,7 +125,7 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
         raise InputError(f"{train.title}: the demo does not support multi-label images; {advice}")
     check_classes(train, val)
     labels = np.asarray(train.labels)
-    chosen, _ = chosen_numbers(recipe.images, labels)
+    chosen, _ = chosen_indices(recipe.images, labels)
     count = len(labels) if chosen is None else len(chosen)
     epoch = max(1, count // recipe.optimizer.batch_size)
     return {

@@ -79,7 +79,7 @@ class ImportCaffeOptions:
 def draw(options: DrawOptions) -> int:
     """Write the drawing as SVG and PNG, and the table as Markdown."""
     with new_folder(options.out, ROOT / "draw", may_hold=True) as folder:
-        from relaylab.models.building import build_plan, build_shadow
+        from relaylab.models.building import build_meta_network, build_plan
         from relaylab.report.network import draw_network
         from relaylab.report.stages import layer_table, stages_of
         from relaylab.report.style import write_figure
@@ -87,7 +87,7 @@ def draw(options: DrawOptions) -> int:
 
         recipe = named_recipe(options.name, options.scale)
         stages, losses = stages_of(
-            build_shadow(recipe.network), build_plan(recipe.plan, recipe.scheme), recipe.network.image_size
+            build_meta_network(recipe.network), build_plan(recipe.plan, recipe.scheme), recipe.network.image_size
         )
         figure = draw_network(stages, losses, recipe.row)
         table = "\n".join(markdown_lines(layer_table(stages, losses, recipe.row))) + "\n"

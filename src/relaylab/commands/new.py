@@ -82,12 +82,12 @@ def main(options: NewOptions) -> int:
     out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
     if out.exists():
         raise InputError(f"{out} already exists: give another --out, or remove it")
-    from relaylab.data.survey import Survey, survey
+    from relaylab.data.scan import ScanResults, scan
     from relaylab.models.named import allow
     from relaylab.progress import progress
     from relaylab.recipes.files import to_toml
     from relaylab.recipes.schema import ImagesConfig, NetworkConfig
-    from relaylab.train.images import check_classes, chosen_numbers, groups_of, open_sources
+    from relaylab.train.images import check_classes, chosen_indices, groups_of, open_sources
     from relaylab.train.options import RuntimeOptions
     from relaylab.train.proposal import Wishes, propose
 
@@ -97,12 +97,12 @@ def main(options: NewOptions) -> int:
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
     train, val = open_sources(RuntimeOptions(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
-    chosen, _ = chosen_numbers(images, groups_of(train))
-    findings = Survey()
+    chosen, _ = chosen_indices(images, groups_of(train))
+    results = ScanResults()
     with progress("decoding", min(SAMPLE, len(train))) as task:
-        survey(train, findings, limit=SAMPLE, task=task)
-    if not findings.widths:
-        raise InputError(f"{train.title}: none of {findings.examined} images can be read; run `relaylab data check`")
+        scan(train, results, limit=SAMPLE, task=task)
+    if not results.widths:
+        raise InputError(f"{train.title}: none of {results.examined} images can be read; run `relaylab data check`")
     wishes = Wishes(
         name=out.stem,
         epochs=options.epochs,
@@ -114,7 +114,7 @@ def main(options: NewOptions) -> int:
         pretrained=options.pretrained and os.path.relpath(options.pretrained.resolve(), out.absolute().parent),
         options={key: plain_value(value) for key, _, value in pairs},
     )
-    proposal = propose(network, train, images, len(train) if chosen is None else len(chosen), findings, wishes)
+    proposal = propose(network, train, images, len(train) if chosen is None else len(chosen), results, wishes)
     write_text(out, to_toml(proposal.recipe, proposal.notes))
     command = ["train", str(out), "--data", *map(str, options.data)]
     if options.val_data:

@@ -9,7 +9,7 @@ from relaylab.options import Name
 from relaylab.recipes import ENSEMBLES, RECIPES, find_recipe
 from relaylab.recipes.changes import ARCHITECTURE, located
 from relaylab.recipes.files import to_toml
-from relaylab.recipes.schema import Dial, Errors, NetworkConfig, Recipe, value_text
+from relaylab.recipes.schema import NetworkConfig, Recipe, ReportedErrors, Scale, value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,7 @@ class ListOptions:
 class AtScale:
     """Option --scale."""
 
-    scale: Dial = "paper"
+    scale: Scale = "paper"
     """Size of the experiment: the paper's, reduced for MiniPlaces (small), or minimal for tests (tiny)."""
 
 
@@ -97,7 +97,7 @@ def show(options: ShowOptions) -> int:
     return 0
 
 
-def named_recipe(name: str, scale: Dial) -> Recipe:
+def named_recipe(name: str, scale: Scale) -> Recipe:
     """Return the recipe that the user has named, and trust its network code."""
     from relaylab.models.named import allow
 
@@ -130,7 +130,7 @@ def _show_ensemble(name: str) -> int:
     return 0
 
 
-def _errors(errors: Errors | None) -> tuple[str, str]:
+def _errors(errors: ReportedErrors | None) -> tuple[str, str]:
     rates = (None, None) if errors is None else (errors.top1, errors.top5)
     mark = " (test)" if errors is not None and errors.split == "test" else ""
     top1, top5 = ("" if rate is None else f"{rate:.2f}{mark}" for rate in rates)

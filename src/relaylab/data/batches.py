@@ -24,7 +24,7 @@ from relaylab.data.buffers import BufferPool
 from relaylab.data.crops import Crops
 from relaylab.data.decode import decode
 from relaylab.data.faults import Fault, ImageFault
-from relaylab.data.geometry import View, centre_box, cut_box, cut_window
+from relaylab.data.geometry import CropSpec, centre_box, cut_box, cut_window
 from relaylab.data.keyed import uniforms
 from relaylab.data.sources.source import UNLABELLED, Source, targets_of
 from relaylab.errors import InputError, LabError
@@ -43,14 +43,14 @@ class Batch:
         labels: int64 (n,); `UNLABELLED` in a test set. Where images may have several labels, float32 (n, classes) of 0
             and 1. On the images' device.
         draws: int64 (n,), on the CPU: the draws that chose the images; in evaluation the images' indices.
-        numbers: int64 (n,), on the CPU: indices of the images in their source, after replacements.
+        indices: int64 (n,), on the CPU: indices of the images in their source, after replacements.
         faults: images that could not be read.
     """
 
     images: Tensor
     labels: Tensor
     draws: Tensor
-    numbers: Tensor
+    indices: Tensor
     faults: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
@@ -72,13 +72,13 @@ class Columns:
 
     labels: NDArray[np.int64] | NDArray[np.float32]
     draws: NDArray[np.int64]
-    numbers: NDArray[np.int64]
+    indices: NDArray[np.int64]
     faults: tuple[Fault, ...]
 
     def batch(self, images: Tensor) -> Batch:
         """Return the batch of these images."""
-        labels, draws, numbers = map(torch.from_numpy, (self.labels, self.draws, self.numbers))
-        return Batch(images, labels, draws, numbers, self.faults)
+        labels, draws, indices = map(torch.from_numpy, (self.labels, self.draws, self.indices))
+        return Batch(images, labels, draws, indices, self.faults)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class ImageBatches(Dataset[Batch]):
 
     Args:
         source: encoded images.
-        view: size of the crops.
+        crop_spec: size of the crops.
         training: random windows, and other images in place of unreadable ones; otherwise centre crops, with rows of
             zeros for unreadable images.
         seed: of the training crops.
@@ -115,9 +115,9 @@ class ImageBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: Source, view: View, *, training: bool, seed: int = 0, crops: Crops | None = None
+        self, source: Source, crop_spec: CropSpec, *, training: bool, seed: int = 0, crops: Crops | None = None
     ) -> None:
-        self.source, self.view, self.training, self.seed = source, view, training, seed
+        self.source, self.crop_spec, self.training, self.seed = source, crop_spec, training, seed
         self.crops = crops or Crops()
         self.pool: BufferPool | None = None
 
@@ -128,7 +128,7 @@ class ImageBatches(Dataset[Batch]):
                 assert self.pool is not None, "a request for a slot needs a pool"
                 slot, pairs = request
                 return Delivery(self.pool.key, slot, self.fill(pairs, self.pool.images[slot]))
-            images = torch.empty(len(request), self.view.size, self.view.size, 3, dtype=torch.uint8)
+            images = torch.empty(len(request), self.crop_spec.size, self.crop_spec.size, 3, dtype=torch.uint8)
             return self.fill(request, images).batch(images)
         except LabError as error:
             return error
@@ -143,20 +143,20 @@ class ImageBatches(Dataset[Batch]):
         Raises:
             InputError: in training, a class of which no image can be read.
         """
-        draws, numbers = np.array(pairs).T.copy()
-        labels = np.asarray(self.source.labels[numbers]).astype(np.int64)
-        places = self.crops.numbers(self.seed, draws).tolist()
+        draws, indices = np.array(pairs).T.copy()
+        labels = np.asarray(self.source.labels[indices]).astype(np.int64)
+        places = self.crops.random_numbers(self.seed, draws).tolist()
         faults: list[Fault] = []
-        asked = numbers.tolist()
+        asked = indices.tolist()
         for first in range(0, len(asked), READ_AT_ONCE):
             # Reading and decoding in turns would throw each other's code and data out of the processor's caches.
             some = asked[first : first + READ_AT_ONCE]
-            for row, (number, data) in enumerate(zip(some, list(map(self._read, some)), strict=True), first):
-                fault = self._cut(number, data, places[row], images[row])
+            for row, (index, data) in enumerate(zip(some, list(map(self._read, some)), strict=True), first):
+                fault = self._cut(index, data, places[row], images[row])
                 if fault is None:
                     continue
                 if self.training:
-                    numbers[row], tried = self._replace(fault, int(draws[row]), places[row], images[row])
+                    indices[row], tried = self._replace(fault, int(draws[row]), places[row], images[row])
                     faults += tried
                 else:
                     images[row] = 0
@@ -164,28 +164,28 @@ class ImageBatches(Dataset[Batch]):
         if self.training:
             self.crops.finish(images, self.seed, draws)
         targets = targets_of(self.source)
-        truth = labels if targets is None else targets[numbers].astype(np.float32)  # of the images in their stead
-        return Columns(truth, draws, numbers, tuple(faults))
+        truth = labels if targets is None else targets[indices].astype(np.float32)  # of the images in their stead
+        return Columns(truth, draws, indices, tuple(faults))
 
-    def _read(self, number: int) -> bytes | OSError:
+    def _read(self, index: int) -> bytes | OSError:
         try:
-            return self.source.read(number)
+            return self.source.read(index)
         except OSError as error:
             return error
 
-    def _cut(self, number: int, data: bytes | OSError, place: Sequence[float], out: Tensor) -> Fault | None:
+    def _cut(self, index: int, data: bytes | OSError, place: Sequence[float], out: Tensor) -> Fault | None:
         """Decode an image and cut its window into `out`, or return why that is impossible."""
         if isinstance(data, OSError):
-            return Fault(number, self.source.name(number), data.strerror or str(data))
+            return Fault(index, self.source.name(index), data.strerror or str(data))
         try:
-            pixels = decode(data, short_side=self.view.short_side if self.view.reduced_decoding else None)
+            pixels = decode(data, short_side=self.crop_spec.short_side if self.crop_spec.reduced_decoding else None)
         except ImageFault as error:
-            return Fault(number, self.source.name(number), str(error))
+            return Fault(index, self.source.name(index), str(error))
         height, width, _ = pixels.shape
         if self.training:
-            cut_window(pixels, self.crops.window(self.view, height, width, place), out)
+            cut_window(pixels, self.crops.window(self.crop_spec, height, width, place), out)
         else:
-            cut_box(pixels, centre_box(self.view, height, width), out)
+            cut_box(pixels, centre_box(self.crop_spec, height, width), out)
         return None
 
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
@@ -193,18 +193,18 @@ class ImageBatches(Dataset[Batch]):
 
         Images that may have several labels are of no class, and any other one takes their place.
         """
-        label = self.source.labels[fault.number]
+        label = self.source.labels[fault.index]
         others = np.flatnonzero(self.source.labels == label)
-        others = others[others != fault.number]
+        others = others[others != fault.index]
         faults = [fault]
         for chance in uniforms(self.seed, [draw], Column.REPLACEMENT + ATTEMPTS)[0, Column.REPLACEMENT :]:
             if not len(others):
                 break
             at = int(chance * len(others))
-            number = int(others[at])
-            another = self._cut(number, self._read(number), place, out)
+            index = int(others[at])
+            another = self._cut(index, self._read(index), place, out)
             if another is None:
-                return number, [replace(fault, draw=draw, replacement=number) for fault in faults]
+                return index, [replace(fault, draw=draw, replacement=index) for fault in faults]
             faults.append(another)
             others = np.delete(others, at)
         of_class, what = ("", "them") if label == UNLABELLED else (f"class {self.source.classes[label]}: ", "the class")
@@ -226,15 +226,15 @@ class OrderedBatches:
     A batch size below 1 raises InputError.
     """
 
-    def __init__(self, numbers: Sequence[int] | NDArray[np.int64], batch_size: int) -> None:
+    def __init__(self, indices: Sequence[int] | NDArray[np.int64], batch_size: int) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        self.numbers, self.batch_size = numbers, batch_size
+        self.indices, self.batch_size = indices, batch_size
 
     def __len__(self) -> int:
-        return math.ceil(len(self.numbers) / self.batch_size)
+        return math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[Pairs]:
-        for first in range(0, len(self.numbers), self.batch_size):
-            numbers = np.asarray(self.numbers[first : first + self.batch_size], np.int64)
-            yield np.stack([numbers, numbers], axis=1)
+        for first in range(0, len(self.indices), self.batch_size):
+            indices = np.asarray(self.indices[first : first + self.batch_size], np.int64)
+            yield np.stack([indices, indices], axis=1)

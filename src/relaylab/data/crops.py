@@ -20,7 +20,7 @@ from torch import Tensor
 
 from relaylab.data.augment import Column
 from relaylab.data.boxes import NUMBERS, Range, central_box, random_box
-from relaylab.data.geometry import View, Window, training_window
+from relaylab.data.geometry import CropSpec, Window, training_window
 from relaylab.data.keyed import uniforms
 from relaylab.data.policies import Policy, apply_policy
 from relaylab.errors import InputError, nearest
@@ -56,25 +56,25 @@ class Crops:
         """Whether windows of an image whose shorter side is `short_side` have another size than the crop."""
         return self.kind != "window"
 
-    def numbers(self, seed: int, draws: ArrayLike) -> NDArray[np.float64]:
+    def random_numbers(self, seed: int, draws: ArrayLike) -> NDArray[np.float64]:
         """Return the random numbers (n, ...) of n draws that choose their windows."""
         columns = WINDOWS[self.kind].columns
         return uniforms(seed, draws, columns.stop)[:, columns.start :]
 
-    def window(self, view: View, height: int, width: int, numbers: Sequence[float]) -> Window:
+    def window(self, spec: CropSpec, height: int, width: int, numbers: Sequence[float]) -> Window:
         """Return the window of an image, in its own pixels; with padding it may be partly outside of the image.
 
         Args:
-            view: sizes.
+            spec: sizes.
             height: of the image.
             width: of the image.
-            numbers: a row of `numbers`.
+            numbers: a row of `random_numbers`.
         """
-        return WINDOWS[self.kind].choose(self, view, height, width, numbers)
+        return WINDOWS[self.kind].choose(self, spec, height, width, numbers)
 
-    def edge(self, view: View, height: int, width: int) -> int:
+    def edge(self, spec: CropSpec, height: int, width: int) -> int:
         """Return the width of the padding in an image's own pixels."""
-        return (2 * self.padding * min(height, width) + view.short_side) // (2 * view.short_side)  # rounded
+        return (2 * self.padding * min(height, width) + spec.short_side) // (2 * spec.short_side)  # rounded
 
     def finish(self, images: Tensor, seed: int, draws: ArrayLike) -> None:
         """Apply the policy, if there is one, to crops in place; see `apply_policy`."""
@@ -86,16 +86,16 @@ class Choice(NamedTuple):
     """A way to choose windows: the columns of a draw's random numbers that it takes, and the function of them."""
 
     columns: range
-    choose: Callable[[Crops, View, int, int, Sequence[float]], Window]
+    choose: Callable[[Crops, CropSpec, int, int, Sequence[float]], Window]
 
 
-def _window(crops: Crops, view: View, height: int, width: int, numbers: Sequence[float]) -> Window:
+def _window(crops: Crops, spec: CropSpec, height: int, width: int, numbers: Sequence[float]) -> Window:
     across, down = numbers
-    return training_window(view, height, width, across, down, edge=crops.edge(view, height, width))
+    return training_window(spec, height, width, across, down, edge=crops.edge(spec, height, width))
 
 
-def _resized(crops: Crops, view: View, height: int, width: int, numbers: Sequence[float]) -> Window:
-    edge = crops.edge(view, height, width)
+def _resized(crops: Crops, spec: CropSpec, height: int, width: int, numbers: Sequence[float]) -> Window:
+    edge = crops.edge(spec, height, width)
     height, width = height + 2 * edge, width + 2 * edge
     box = random_box(numbers, height, width, crops.areas, crops.ratios)
     left, top, across, down = box or central_box(height, width, crops.ratios)

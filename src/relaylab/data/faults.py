@@ -24,14 +24,14 @@ class Fault:
     """An image that could not be read or decoded.
 
     Attributes:
-        number: index in its source.
+        index: index in its source.
         name: its path, for messages.
         reason: why it could not be read.
         draw: the draw that asked for it; None outside training.
         replacement: index of the image used instead; None outside training.
     """
 
-    number: int
+    index: int
     name: str
     reason: str
     draw: int | None = None
@@ -68,9 +68,9 @@ class FaultLog:
             TooManyFaultsError: more distinct images than allowed.
         """
         for fault in faults:
-            if fault.number in self._reasons:
+            if fault.index in self._reasons:
                 continue
-            self._reasons[fault.number] = fault.name, fault.reason
+            self._reasons[fault.index] = fault.name, fault.reason
             log.warning("unreadable image %s: %s", fault.name, fault.reason)
         if len(self) > self.limit:
             first = "; ".join(f"{name} ({reason})" for name, reason in list(self._reasons.values())[:NAMED])

@@ -40,7 +40,7 @@ FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or p
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class View:
+class CropSpec:
     """Size and scale of the network's input (the paper's section 5.1).
 
     Attributes:
@@ -64,25 +64,25 @@ class View:
             )
 
 
-def training_window(view: View, height: int, width: int, across: float, down: float, edge: int = 0) -> Window:
+def training_window(spec: CropSpec, height: int, width: int, across: float, down: float, edge: int = 0) -> Window:
     """Return the square of a training crop, in pixels of the source. See Note [Windows] 2.
 
     `across` and `down`, in [0, 1), place it between left and right, top and bottom; uniform numbers give uniform
     positions. It may lie up to `edge` pixels outside of the image.
     """
-    side = max(1, (2 * view.size * min(height, width) + view.short_side) // (2 * view.short_side))  # rounded
+    side = max(1, (2 * spec.size * min(height, width) + spec.short_side) // (2 * spec.short_side))  # rounded
     left, top = (int(place * (end + 2 * edge - side + 1)) - edge for place, end in ((across, width), (down, height)))
     return left, top, side, side
 
 
-def centre_box(view: View, height: int, width: int) -> Box:
+def centre_box(spec: CropSpec, height: int, width: int) -> Box:
     """Return the centre crop's box (left, top, right, bottom) in fractional source pixels. See Note [Windows] 4."""
     short = min(height, width)
-    resized = [view.short_side * side // short for side in (width, height)]  # torchvision's rounding
-    offsets = [round((side - view.size) / 2) for side in resized]  # and again
+    resized = [spec.short_side * side // short for side in (width, height)]  # torchvision's rounding
+    offsets = [round((side - spec.size) / 2) for side in resized]  # and again
     scales = width / resized[0], height / resized[1]
     left, top = (offset * scale for offset, scale in zip(offsets, scales, strict=True))
-    return left, top, left + view.size * scales[0], top + view.size * scales[1]
+    return left, top, left + spec.size * scales[0], top + spec.size * scales[1]
 
 
 def cut_window(pixels: Pixels, window: Window, out: Tensor) -> None:

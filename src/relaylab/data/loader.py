@@ -22,7 +22,7 @@ from relaylab.data.batches import Batch, Delivery, ImageBatches, OrderedBatches
 from relaylab.data.buffers import BufferPool, SlottedBatches
 from relaylab.data.crops import Crops
 from relaylab.data.faults import FaultLog
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.sampling import DrawBatches, KeyedSampler
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError, LabError
@@ -155,7 +155,7 @@ class EvaluationLoader:
 def training_loader(
     source: Source,
     sampler: KeyedSampler,
-    view: View,
+    crop_spec: CropSpec,
     *,
     batch_size: int,
     workers: int = 0,
@@ -172,7 +172,7 @@ def training_loader(
     Args:
         source: encoded images.
         sampler: chooses images; its position is where the stream begins.
-        view: size of the crops.
+        crop_spec: size of the crops.
         batch_size: images in a batch of this rank.
         workers: processes that decode; 0 decodes in this process.
         seed: of the crops; give `Augmentation` the same.
@@ -188,13 +188,13 @@ def training_loader(
     """
     draws = DrawBatches(sampler, batch_size)
     with_workers = Workers(count=workers, prefetch=prefetch, pin_memory=pin_memory, start=start)
-    dataset = ImageBatches(source, view, training=True, seed=seed, crops=crops)
+    dataset = ImageBatches(source, crop_spec, training=True, seed=seed, crops=crops)
     faults = FaultLog(len(source), max_share=max_fault_share, file=fault_file)
     return TrainingLoader(_batches(dataset, draws, with_workers, keep=True), draws, faults)
 
 
 def evaluation_loader(
-    source: Source, view: View, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+    source: Source, crop_spec: CropSpec, *, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> EvaluationLoader:
     """Load centre crops of all images in order; the arguments are those of `training_loader`.
 
@@ -205,7 +205,7 @@ def evaluation_loader(
     ordered = OrderedBatches(range(len(source)), batch_size)
 
     def batches() -> Iterator[Batch]:  # iterations share no processes
-        return _batches(ImageBatches(source, view, training=False), ordered, with_workers)()
+        return _batches(ImageBatches(source, crop_spec, training=False), ordered, with_workers)()
 
     return EvaluationLoader(batches, len(ordered))
 
@@ -216,7 +216,7 @@ def _batches(
     """Set up workers; return a function that iterates over their batches, copied out of their slots."""
     slotted = None
     if workers.count:
-        slots, size = workers.count * workers.prefetch + 1, dataset.view.size
+        slots, size = workers.count * workers.prefetch + 1, dataset.crop_spec.size
         _check_shared_memory(slots * batches.batch_size * 3 * size**2)
         dataset.pool = BufferPool(slots, batches.batch_size, size)
         slotted = SlottedBatches(batches, slots)

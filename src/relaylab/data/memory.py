@@ -12,7 +12,7 @@ from torch import Tensor
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
 from relaylab.data.crops import Crops
 from relaylab.data.faults import Fault, FaultLog
-from relaylab.data.geometry import View, centre_box, cut_window
+from relaylab.data.geometry import CropSpec, centre_box, cut_window
 from relaylab.data.loader import EvaluationLoader, TrainingLoader, Workers
 from relaylab.data.sampling import DrawBatches, KeyedSampler
 from relaylab.data.sources.source import Source, targets_of
@@ -43,7 +43,7 @@ class DecodedImages:
 
 def decode_all(
     source: Source,
-    view: View,
+    crop_spec: CropSpec,
     *,
     device: torch.device | str = "cpu",
     workers: int = 0,
@@ -54,7 +54,7 @@ def decode_all(
 
     Args:
         source: encoded images.
-        view: its `short_side` is the side of the squares; the crop is taken later.
+        crop_spec: its `short_side` is the side of the squares; the crop is taken later.
         device: holds the images.
         workers: processes that decode; 0 decodes in this process.
         faults: log of unreadable images, which are then left out; None makes them an error.
@@ -64,7 +64,7 @@ def decode_all(
         InputError: too little memory, or unreadable images, after all have been tried.
         TooManyFaultsError: more unreadable images than `faults` allows.
     """
-    side = view.short_side
+    side = crop_spec.short_side
     needed, free = len(source) * side * side * 3, free_memory(device)
     if needed > SHARE * free:
         raise InputError(
@@ -76,7 +76,7 @@ def decode_all(
     labels = torch.empty(len(source), dtype=torch.int64, device=device)
     if targets is not None:
         labels = torch.empty(targets.shape, dtype=torch.float32, device=device)
-    dataset = ImageBatches(source, replace(view, size=side), training=False)
+    dataset = ImageBatches(source, replace(crop_spec, size=side), training=False)
     found: list[Fault] = []
     done = 0
     for batch in Workers(count=workers).loader(dataset, OrderedBatches(range(len(source)), 64)):
@@ -94,7 +94,7 @@ def decode_all(
             )
         faults.record(found)
         good = torch.ones(len(source), dtype=torch.bool, device=device)
-        good[[fault.number for fault in found]] = False
+        good[[fault.index for fault in found]] = False
         images, labels = images[good], labels[good]
     return DecodedImages(images, labels, tuple(source.classes))
 
@@ -108,7 +108,7 @@ def free_memory(device: torch.device | str) -> int:
 def memory_training_loader(
     decoded: DecodedImages,
     sampler: KeyedSampler,
-    view: View,
+    crop_spec: CropSpec,
     *,
     batch_size: int,
     seed: int = 0,
@@ -116,26 +116,26 @@ def memory_training_loader(
 ) -> TrainingLoader:
     """Load random crops of decoded images, as `relaylab.data.loader.training_loader` does from files.
 
-    For square images whose side is the view's shorter side, the crops are the same as that loader's. Resized crops and
-    policies are computed on the CPU, by this process, wherever the images are.
+    For square images whose side is the crop spec's `short_side`, the crops are the same as that loader's. Resized crops
+    and policies are computed on the CPU, by this process, wherever the images are.
 
     Raises:
-        InputError: images of another side than the view's, or a batch size below 1.
+        InputError: images whose side is not the crop spec's `short_side`, or a batch size below 1.
     """
-    _check_side(decoded, view)
+    _check_side(decoded, crop_spec)
     draws = DrawBatches(sampler, batch_size)
     crops = crops or Crops()
 
     def batches() -> Iterator[Batch]:
         for pairs in draws:
-            chosen, numbers = torch.from_numpy(pairs.T.copy())
-            places = crops.numbers(seed, pairs[:, 0])
+            chosen, indices = torch.from_numpy(pairs.T.copy())
+            places = crops.random_numbers(seed, pairs[:, 0])
             if crops.are_resized:
-                batch = _cut(decoded, view, chosen, numbers, crops, places)
+                batch = _cut(decoded, crop_spec, chosen, indices, crops, places)
             else:
-                spare = view.short_side + 2 * crops.padding - view.size + 1
+                spare = crop_spec.short_side + 2 * crops.padding - crop_spec.size + 1
                 corners = torch.from_numpy((places * spare).astype(np.int64) - crops.padding)
-                batch = _gather(decoded, view.size, chosen, numbers, corners, is_padded=crops.padding > 0)
+                batch = _gather(decoded, crop_spec.size, chosen, indices, corners, is_padded=crops.padding > 0)
             if crops.policy is not None:
                 images = batch.images.cpu()
                 crops.finish(images, seed, pairs[:, 0])
@@ -145,61 +145,71 @@ def memory_training_loader(
     return TrainingLoader(batches, draws, FaultLog(len(decoded)))
 
 
-def memory_evaluation_loader(decoded: DecodedImages, view: View, *, batch_size: int) -> EvaluationLoader:
+def memory_evaluation_loader(decoded: DecodedImages, crop_spec: CropSpec, *, batch_size: int) -> EvaluationLoader:
     """Load centre crops of all decoded images in order.
 
     Raises:
-        InputError: images of another side than the view's, or a batch size below 1.
+        InputError: images whose side is not the crop spec's `short_side`, or a batch size below 1.
     """
-    _check_side(decoded, view)
+    _check_side(decoded, crop_spec)
     ordered = OrderedBatches(range(len(decoded)), batch_size)
 
     def batches() -> Iterator[Batch]:
-        side, size = view.short_side, view.size
-        offset = int(centre_box(view, side, side)[0])
+        side, size = crop_spec.short_side, crop_spec.size
+        offset = int(centre_box(crop_spec, side, side)[0])
         images = decoded.images[:, offset : offset + size, offset : offset + size]
         for pairs in ordered:
-            numbers = torch.from_numpy(pairs[:, 0].copy())
-            rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
-            yield Batch(images[rows].contiguous(), decoded.labels[rows], numbers, numbers)
+            indices = torch.from_numpy(pairs[:, 0].copy())
+            rows = slice(int(indices[0]), int(indices[-1]) + 1)
+            yield Batch(images[rows].contiguous(), decoded.labels[rows], indices, indices)
 
     return EvaluationLoader(batches, len(ordered))
 
 
-def decoded_statistics(decoded: DecodedImages, view: View) -> ImageStatistics:
+def decoded_statistics(decoded: DecodedImages, crop_spec: CropSpec) -> ImageStatistics:
     """Return the statistics of decoded images' centre crops, as `relaylab.data.statistics.compute` does from files."""
-    sums, products = np.zeros((view.size, view.size, 3), np.int64), np.zeros((3, 3), np.int64)
-    for batch in memory_evaluation_loader(decoded, view, batch_size=1024):
+    sums, products = np.zeros((crop_spec.size, crop_spec.size, 3), np.int64), np.zeros((3, 3), np.int64)
+    for batch in memory_evaluation_loader(decoded, crop_spec, batch_size=1024):
         batch_sums, batch_products = sum_batch(batch.images)
         sums += batch_sums
         products += batch_products
     return ImageStatistics(sums, products, len(decoded))
 
 
-def _check_side(decoded: DecodedImages, view: View) -> None:
+def _check_side(decoded: DecodedImages, crop_spec: CropSpec) -> None:
     side = decoded.images.shape[1]
-    if side != view.short_side:
-        raise InputError(f"decoded images of {side} x {side} for a shorter side of {view.short_side}: decode them anew")
+    if side != crop_spec.short_side:
+        raise InputError(
+            f"decoded images of {side} x {side} for a shorter side of {crop_spec.short_side}: decode them anew"
+        )
 
 
 def _cut(
-    decoded: DecodedImages, view: View, draws: Tensor, numbers: Tensor, crops: Crops, places: NDArray[np.float64]
+    decoded: DecodedImages,
+    crop_spec: CropSpec,
+    draws: Tensor,
+    indices: Tensor,
+    crops: Crops,
+    places: NDArray[np.float64],
 ) -> Batch:
     """Cut and resize windows one by one, on the CPU."""
-    rows = numbers.to(decoded.images.device)
-    squares, images = decoded.images[rows].cpu().numpy(), torch.empty(len(rows), view.size, view.size, 3).byte()
+    rows = indices.to(decoded.images.device)
+    squares, images = (
+        decoded.images[rows].cpu().numpy(),
+        torch.empty(len(rows), crop_spec.size, crop_spec.size, 3).byte(),
+    )
     for square, place, out in zip(squares, places.tolist(), images, strict=True):
-        cut_window(square, crops.window(view, view.short_side, view.short_side, place), out)
-    return Batch(images.to(decoded.images.device), decoded.labels[rows], draws, numbers)
+        cut_window(square, crops.window(crop_spec, crop_spec.short_side, crop_spec.short_side, place), out)
+    return Batch(images.to(decoded.images.device), decoded.labels[rows], draws, indices)
 
 
 def _gather(
-    decoded: DecodedImages, size: int, draws: Tensor, numbers: Tensor, corners: Tensor, *, is_padded: bool
+    decoded: DecodedImages, size: int, draws: Tensor, indices: Tensor, corners: Tensor, *, is_padded: bool
 ) -> Batch:
     """Cut windows out of images by one gather on their device; what is outside of a padded image is black."""
     device, side = decoded.images.device, decoded.images.shape[1]
     # One copy to the device, from pinned memory: the host does not wait for it.
-    where = torch.cat([numbers[:, None], corners], dim=1)
+    where = torch.cat([indices[:, None], corners], dim=1)
     if device.type == "cuda":
         where = where.pin_memory()
     rows, left, top = where.to(device, non_blocking=True).unbind(1)
@@ -207,8 +217,8 @@ def _gather(
     across, down = left[:, None] + pixels, top[:, None] + pixels
     if not is_padded:
         images = decoded.images[rows[:, None, None], down[:, :, None], across[:, None, :]]
-        return Batch(images, decoded.labels[rows], draws, numbers)
+        return Batch(images, decoded.labels[rows], draws, indices)
     nearest = across.clamp(0, side - 1), down.clamp(0, side - 1)
     images = decoded.images[rows[:, None, None], nearest[1][:, :, None], nearest[0][:, None, :]]
     inside = (down == nearest[1])[:, :, None] & (across == nearest[0])[:, None, :]
-    return Batch(images * inside[..., None], decoded.labels[rows], draws, numbers)
+    return Batch(images * inside[..., None], decoded.labels[rows], draws, indices)

@@ -78,7 +78,7 @@ class KeyedSampler(Sampler[int]):
         return self._block_end - length_hint(self._block)
 
     @abstractmethod
-    def draw(self, numbers: Integers) -> Integers:
+    def draw(self, draws: Integers) -> Integers:
         """Return the image indices (n,) of draws (n,) of the stream of all ranks: a pure function of the seed."""
 
     def __len__(self) -> int:
@@ -90,10 +90,10 @@ class KeyedSampler(Sampler[int]):
             begin = self.position
             self._block_end = min(begin + BLOCK, end)
             # The iterator of a list knows how much is left of it: counting each draw here would halve the speed.
-            self._block = iter(self.draw(self.numbers(begin, self._block_end)).tolist())
+            self._block = iter(self.draw(self.global_draws(begin, self._block_end)).tolist())
             yield from self._block
 
-    def numbers(self, begin: int, end: int) -> Integers:
+    def global_draws(self, begin: int, end: int) -> Integers:
         """Return the global draw numbers of this rank's draws begin .. end - 1."""
         return np.arange(begin, end, dtype=np.int64) * self.num_replicas + self.rank
 
@@ -139,9 +139,9 @@ class KeyedSampler(Sampler[int]):
 class ShuffledSampler(KeyedSampler):
     """Every image once in each pass over the data, in a new order each time: instance-balanced."""
 
-    def draw(self, numbers: Integers) -> Integers:
+    def draw(self, draws: Integers) -> Integers:
         """Return the image indices of draws; see `KeyedSampler.draw`."""
-        cycles, positions = np.divmod(numbers, self.num_images)
+        cycles, positions = np.divmod(draws, self.num_images)
         return permute(positions, self.num_images, keys(self.seed, SHUFFLE, cycles))
 
 
@@ -155,8 +155,8 @@ class ClassAwareSampler(KeyedSampler):
         super().__init__(labels, **options)
         empty = np.flatnonzero(self.counts == 0)
         if len(empty):
-            classes = options.get("classes") or [f"class {number}" for number in range(len(self.counts))]
-            names = few([str(classes[number]) for number in empty], 5)
+            classes = options.get("classes") or [f"class {label}" for label in range(len(self.counts))]
+            names = few([str(classes[label]) for label in empty], 5)
             raise InputError(f"classes without images: {names}; leave them out or give them images")
         self._order = _by_class(np.asarray(labels), self.counts)
         self._starts = np.cumsum(self.counts) - self.counts
@@ -168,10 +168,10 @@ class ClassAwareSampler(KeyedSampler):
         """Return the turns (C,) of each class in a cycle, at least 1, for the images (C,) of each class."""
         return np.ones_like(counts)
 
-    def draw(self, numbers: Integers) -> Integers:
+    def draw(self, draws: Integers) -> Integers:
         """Return the image indices of draws; see `KeyedSampler.draw`."""
         length = int(self._ends[-1])
-        cycles, positions = np.divmod(numbers, length)
+        cycles, positions = np.divmod(draws, length)
         slots = permute(positions, length, keys(self.seed, CYCLE, cycles))
         if length == len(self.counts):  # one turn each
             label, earlier = slots, cycles
@@ -222,11 +222,11 @@ class DrawBatches(Sampler[Any]):
         end = (self.sampler.position // epoch + 1) * epoch
         at_once = max(1, BLOCK // self.batch_size) * self.batch_size
         while (begin := self.sampler.position) < end:
-            numbers = self.sampler.numbers(begin, min(begin + at_once, end))
-            draws = np.stack([numbers, self.sampler.draw(numbers)], axis=1)
-            for first in range(0, len(draws), self.batch_size):
-                self.sampler.seek(begin + min(first + self.batch_size, len(draws)))
-                yield draws[first : first + self.batch_size]
+            draws = self.sampler.global_draws(begin, min(begin + at_once, end))
+            pairs = np.stack([draws, self.sampler.draw(draws)], axis=1)
+            for first in range(0, len(pairs), self.batch_size):
+                self.sampler.seek(begin + min(first + self.batch_size, len(pairs)))
+                yield pairs[first : first + self.batch_size]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the sampler."""

@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 from relaylab.data.augment import ColourComponents
 from relaylab.data.batches import ImageBatches, OrderedBatches, Pairs, spread
 from relaylab.data.faults import Fault
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import Workers
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.outside.folders import is_our_own
@@ -89,7 +89,7 @@ class ImageStatistics:
 
 def image_statistics(
     source: Source,
-    view: View,
+    crop_spec: CropSpec,
     *,
     key: str,
     folder: Path,
@@ -102,7 +102,7 @@ def image_statistics(
 
     Args:
         source: encoded images.
-        view: size of the centre crops.
+        crop_spec: size of the centre crops.
         key: identifies the data, such as its index's fingerprint. Other data need another key.
         folder: keeps the sums.
         limit: take so many images, evenly spread, instead of all.
@@ -115,14 +115,14 @@ def image_statistics(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
-    about = {"format": FORMAT, "key": key, "view": json.dumps(asdict(view)), "limit": str(limit)}
+    about = {"format": FORMAT, "key": key, "view": json.dumps(asdict(crop_spec)), "limit": str(limit)}
     about["images"] = str(len(source))
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     file = folder / f"statistics-{digest}.safetensors"
-    statistics = _read(file, about, view.size)
+    statistics = _read(file, about, crop_spec.size)
     if statistics is None:
-        statistics = compute(source, view, limit=limit, workers=workers, batch_size=batch_size, task=task)
-        with written(file) as temporary:
+        statistics = compute(source, crop_spec, limit=limit, workers=workers, batch_size=batch_size, task=task)
+        with atomic_cache_write(file) as temporary:
             count = np.array([statistics.count])
             tensors = {"sums": statistics.sums, "products": statistics.products, "count": count}
             unreadable = json.dumps(statistics.unreadable)
@@ -133,7 +133,7 @@ def image_statistics(
 
 def compute(
     source: Source,
-    view: View,
+    crop_spec: CropSpec,
     *,
     limit: int | None = None,
     workers: int = 0,
@@ -141,21 +141,21 @@ def compute(
     task: Task | None = None,
 ) -> ImageStatistics:
     """Compute the statistics as `image_statistics` does, without a cache; raises InputError if no image can be read."""
-    numbers = spread(len(source), limit)
-    sums, products = np.zeros((view.size, view.size, 3), np.int64), np.zeros((3, 3), np.int64)
+    indices = spread(len(source), limit)
+    sums, products = np.zeros((crop_spec.size, crop_spec.size, 3), np.int64), np.zeros((3, 3), np.int64)
     faults: list[Fault] = []
-    dataset = _BatchSums(ImageBatches(source, view, training=False))
-    batches = OrderedBatches(numbers, batch_size)
+    dataset = _BatchSums(ImageBatches(source, crop_spec, training=False))
+    batches = OrderedBatches(indices, batch_size)
     for count, batch_sums, batch_products, batch_faults in Workers(count=workers).loader(dataset, batches):
         sums += batch_sums
         products += batch_products
         faults += batch_faults
         if task is not None:
             task.advance(count)
-    if len(faults) == len(numbers):
+    if len(faults) == len(indices):
         first = f": {faults[0].name}: {faults[0].reason}" if faults else ""
-        raise InputError(f"none of {len(numbers)} images can be read{first}")
-    return ImageStatistics(sums, products, len(numbers) - len(faults), tuple(fault.name for fault in faults))
+        raise InputError(f"none of {len(indices)} images can be read{first}")
+    return ImageStatistics(sums, products, len(indices) - len(faults), tuple(fault.name for fault in faults))
 
 
 class _BatchSums(Dataset[Any]):
@@ -166,7 +166,7 @@ class _BatchSums(Dataset[Any]):
 
     def __getitems__(self, pairs: Pairs) -> tuple[int, NDArray[np.int32], Sums, tuple[Fault, ...]]:
         """Return count, sums, products and faults. Unreadable images are rows of zeros, which add nothing."""
-        size = self.crops.view.size
+        size = self.crops.crop_spec.size
         images = torch.empty(len(pairs), size, size, 3, dtype=torch.uint8)
         faults = self.crops.fill(pairs, images).faults
         return len(pairs), *sum_batch(images), faults

@@ -39,7 +39,7 @@ def read_runs(
     opened = open_runs(folders).runs
     runs = dict(zip(names_of([run.folder for run in opened]), opened, strict=True))
     checkpoints = {name: _newest(run.folder) for name, run in runs.items()}
-    source, numbers = _images(data, images, found[0], read_model(_model_of(found[0])))
+    source, numbers = _images(data, images, opened[0], read_model(_model_of(opened[0])))
     labels = torch.tensor([int(source.labels[number]) for number in numbers])
     readings: dict[str, list[Reading]] = {}
     for name, each in runs.items():

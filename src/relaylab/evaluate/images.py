@@ -8,7 +8,7 @@ from relaylab.data.sources.classes import Classes, classes_of, match
 from relaylab.data.sources.listing import NoSplitError
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import Source
-from relaylab.data.sources.subset import Thinned, held_out
+from relaylab.data.sources.subset import Subset, held_out
 from relaylab.errors import InputError
 from relaylab.evaluate.scores import ScoreFolder, describe_images
 from relaylab.evaluate.trained import Trained
@@ -64,7 +64,7 @@ def held_out_images(about: Mapping[str, Any]) -> Source | None:
         return None
     data, val_data = (tuple(map(Path, about[name])) for name in ("data", "val_data"))
     train = open_training(RuntimeOptions(data=data, val_data=val_data))
-    return Thinned(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
+    return Subset(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
 
 
 def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Classes) -> Source:

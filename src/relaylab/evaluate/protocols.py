@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from relaylab.data.geometry import Pixels, View, centre_box, cut_box, resized
+from relaylab.data.geometry import CropSpec, Pixels, centre_box, cut_box, resized
 from relaylab.errors import InputError
 from relaylab.models.file import InputConfig
 
@@ -100,7 +100,7 @@ def _centre(pixels: Pixels, config: InputConfig) -> tuple[float, float, float, f
     """The box of the centre crop."""
     height, width = pixels.shape[:2]
     if config.how == "shorter side":
-        return centre_box(View(size=config.crop, short_side=config.resize), height, width)
+        return centre_box(CropSpec(size=config.crop, short_side=config.resize), height, width)
     margin, across, down = (config.resize - config.crop) // 2, width / config.resize, height / config.resize
     far = margin + config.crop
     return margin * across, margin * down, far * across, far * down

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from relaylab.data.sources.classes import Classes, classes_of
+from relaylab.data.sources.file_states import sample
 from relaylab.data.sources.source import UNLABELLED, Source
-from relaylab.data.sources.stamps import sample
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import PROTOCOLS, Kind, average
 from relaylab.files import write_text

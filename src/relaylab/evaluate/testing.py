@@ -18,7 +18,7 @@ from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.protocols import Pass, average, cut, mirrored
 from relaylab.evaluate.scores import ScoreFolder
-from relaylab.models.building import build_shadow
+from relaylab.models.building import build_meta_network
 from relaylab.models.dense import dense
 from relaylab.models.export import mean_of
 from relaylab.models.file import InputConfig, ModelFile
@@ -167,7 +167,7 @@ def check_dense(model: ModelFile) -> None:
     Raises:
         InputError: it has none.
     """
-    network, size = build_shadow(model.network), model.input.crop
+    network, size = build_meta_network(model.network), model.input.crop
     slid = dense(network, map_size=_map_size(network, size))
     if model.network.is_named:
         try:

@@ -1,5 +1,6 @@
 """From a recipe's plain values to networks, plans, heads and losses."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from relaybackprop import AuxiliaryHead, LinearHead, Plan, Relay, RelayError, Re
 from relaybackprop.engine.hooks import find_module
 from relaylab import models
 from relaylab.errors import InputError, nearest
-from relaylab.models.layers import initialise
+from relaylab.models.layers import initialise, set_gain
 from relaylab.models.losses import BinaryCrossEntropy, WeightedCrossEntropy, class_weights
 from relaylab.models.named import build_named
 from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, LossConfig, NetworkConfig, PlanConfig, Recipe
@@ -50,9 +51,16 @@ def build_network(config: NetworkConfig) -> nn.Module:
     """Build a network with fresh weights.
 
     Raises:
-        InputError: an unknown architecture, an option that it lacks, fewer than two classes, or images that are too
-            small.
+        InputError: an unknown architecture, an option that it lacks, fewer than two classes, images that are too
+            small, or a gain for a network without a last layer that computes the class scores.
     """
+    model = _build_network(config)
+    if config.gain is not None:
+        set_gain(model, config.gain, config.num_classes)
+    return model
+
+
+def _build_network(config: NetworkConfig) -> nn.Module:
     name = config.architecture
     if not config.is_named and name not in NETWORKS:
         others = f"{', '.join(f'{place}:NAME' for place in LIBRARIES)}, package.module:function, file.py:function"
@@ -91,7 +99,7 @@ def _check_sizes(config: NetworkConfig) -> None:
         raise InputError(f"num_classes is {config.num_classes}: a classifier needs at least 2")
 
 
-def build_shadow(config: NetworkConfig) -> nn.Module:
+def build_meta_network(config: NetworkConfig) -> nn.Module:
     """Build a network on the meta device, where it has shapes only, and check a network of other code by its output.
 
     Raises:
@@ -162,19 +170,22 @@ def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     shaped = {name: window for name, window in plan.auxiliary.items() if window.head != AUTO}
     shapes = head_inputs(replace(plan, auxiliary=shaped), network, model) if shaped else {}
-    return {
-        name: _fitting_head(window, network, model)
-        if window.head == AUTO
-        else build_head(window.head, shapes[name], network.num_classes, batch_norm)
-        for name, window in plan.auxiliary.items()
-    }
+    heads: dict[str, nn.Module] = {}
+    for name, window in plan.auxiliary.items():
+        if window.head == AUTO:
+            heads[name] = _fitting_head(window, network, model)
+        else:
+            heads[name] = build_head(window.head, shapes[name], network.num_classes, batch_norm)
+        if window.gain is not None:
+            set_gain(heads[name], window.gain, network.num_classes)
+    return heads
 
 
 def _fitting_head(window: AuxiliaryConfig, network: NetworkConfig, model: nn.Module) -> nn.Module:
     """Build the head that `relaybackprop.head_for` chooses."""
     images = torch.empty(2, 3, network.image_size, network.image_size, device="meta")
     plan = Plan(auxiliary={AUTO: Window(top=window.top)})
-    return head_for(model, plan, images, network.num_classes, gain=window.gain or "default")[AUTO]
+    return head_for(model, plan, images, network.num_classes)[AUTO]
 
 
 def _googlenet(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
@@ -199,8 +210,20 @@ def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn
     return InceptionAux(channels, num_classes)
 
 
+def _conv(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn.Module:
+    channels, hidden = shape[0], 128
+    layers = OrderedDict[str, nn.Module](conv=nn.Conv2d(channels, channels, 3, padding=1, bias=not batch_norm))
+    layers["norm"] = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
+    layers |= {"relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    layers |= {"fc1": nn.Linear(channels, hidden), "relu1": nn.ReLU(), "fc2": nn.Linear(hidden, num_classes)}
+    head = nn.Sequential(layers)
+    initialise(head)
+    return head
+
+
 AUTO = "auto"  # the head that fits: `relaybackprop.head_for`
 HEADS: Mapping[str, Callable[[tuple[int, ...], int, bool], nn.Module]] = {
+    "conv": _conv,  # a 3x3 convolution and two linear layers, "1c2f" in papers on local learning (Wang et al., 2021)
     "googlenet": _googlenet,  # `relaybackprop.AuxiliaryHead`, our default
     "inception": _inception,  # torchvision's of Inception-v3, always with batch normalisation
     "linear": _linear,  # `relaybackprop.LinearHead`
@@ -228,7 +251,7 @@ def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: 
 
 def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape (c, h, w) of the map that each auxiliary head reads, by loss, without computing anything."""
-    twin = build_shadow(network) if any(p.device.type != "meta" for p in model.parameters()) else model
+    twin = build_meta_network(network) if any(p.device.type != "meta" for p in model.parameters()) else model
     shapes: dict[str, tuple[int, ...]] = {}
     for name, window in plan.auxiliary.items():
 
@@ -241,17 +264,17 @@ def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
     return shapes
 
 
-def build_relay(recipe: Recipe, *, shadow: bool = False) -> Relay:
+def build_relay(recipe: Recipe, *, on_meta: bool = False) -> Relay:
     """Build a recipe's network and heads under its plan, with fresh weights from the default random generator.
 
-    With `shadow` they are on the meta device; see `build_shadow`.
+    With `on_meta` they are on the meta device; see `build_meta_network`.
 
     Raises:
         InputError: values that are inconsistent.
     """
-    model = build_shadow(recipe.network) if shadow else build_network(recipe.network)
+    model = build_meta_network(recipe.network) if on_meta else build_network(recipe.network)
     try:
-        with torch.device("meta") if shadow else nullcontext():
+        with torch.device("meta") if on_meta else nullcontext():
             plan = build_plan(recipe.plan, recipe.scheme)
             return Relay(model, plan, build_heads(recipe.plan, recipe.network, model) if plan.auxiliary else None)
     except RelayError as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from relaylab.files import replacing
+from relaylab.files import atomic_write
 from relaylab.models.file import ModelFile, network_values, save_model
 
 Format = Literal["safetensors", "pt2", "onnx"]
@@ -82,7 +82,7 @@ def about(model: ModelFile) -> dict[str, str]:
 def _write_program(path: Path, model: ModelFile) -> None:
     module, example = _module_and_example(model)
     program = torch.export.export(module, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         with temporary.open("wb") as file:
             torch.export.save(program, file, extra_files=about(model))
 
@@ -102,7 +102,7 @@ def _write_onnx(path: Path, model: ModelFile) -> None:
         )
     onnx = cast(torch.onnx.ONNXProgram, onnx)
     onnx.model.metadata_props.update(about(model))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         onnx.save(temporary, external_data=False)  # the paper's networks stay below ONNX's 2 GB
 
 

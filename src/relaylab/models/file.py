@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import few
 from relaylab.errors import InputError
-from relaylab.files import replacing
-from relaylab.models.building import build_network, build_shadow
+from relaylab.files import atomic_write
+from relaylab.models.building import build_meta_network, build_network
 from relaylab.outside.reading import DamagedFileError, parse, typed
 from relaylab.outside.showing import reason
 from relaylab.recipes.schema import NetworkConfig
@@ -189,7 +189,7 @@ def save_model(path: Path, model: ModelFile) -> None:
         OSError: it cannot be written.
     """
     with torch.device("meta"):
-        load_state(build_shadow(model.network), {key: torch.empty_like(t) for key, t in model.state.items()})
+        load_state(build_meta_network(model.network), {key: torch.empty_like(t) for key, t in model.state.items()})
     header = {
         "format": FORMAT,
         "network": network_values(model.network),
@@ -216,7 +216,7 @@ def network_values(network: NetworkConfig) -> dict[str, Any]:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
     """Write a safetensors file atomically, with a hash of its content in its header."""
     kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(kept, temporary, header | {HASH: _hash(kept, header)})
 
 

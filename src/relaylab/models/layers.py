@@ -4,6 +4,9 @@ from collections import OrderedDict
 
 from torch import nn
 
+from relaybackprop.heads import Gain, initialise_last
+from relaylab.errors import InputError
+
 DROPOUT = 0.5  # the paper's, section 5.1
 
 
@@ -33,3 +36,22 @@ def initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def set_gain(module: nn.Module, gain: Gain, num_classes: int) -> None:
+    """Initialise the last layer of a network or head anew, in place; see `relaybackprop.heads.initialise_last`.
+
+    Raises:
+        InputError: no linear or convolutional layer has `num_classes` outputs.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    last = next((layer for layer in reversed(layers) if layer.weight.shape[0] == num_classes), None)
+    if last is None:
+        raise InputError(
+            f"gain {gain!r} needs a linear or convolutional layer with {num_classes} outputs, and "
+            f"{type(module).__name__} has none; leave the gain out"
+        )
+    if gain == "default":
+        last.reset_parameters()
+    else:
+        initialise_last(last, gain)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from relaylab.data.sources.cache import cache_folder, written
+from relaylab.data.sources.cache import atomic_cache_write, cache_folder
 from relaylab.errors import InputError, nearest
 from relaylab.outside.folders import is_our_own
 from relaylab.outside.reading import LARGEST, read_bytes
@@ -37,7 +37,7 @@ def allow(network: NetworkConfig) -> None:
     """Note that the user has named a network. See Note [Code that the user names]."""
     name, names = network.architecture, _allowed()
     if network.is_code and name not in names:
-        with written(cache_folder() / ALLOWED) as temporary:
+        with atomic_cache_write(cache_folder() / ALLOWED) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in [*names, name]), encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from relaylab.errors import InputError, nearest
 from relaylab.recipes import digits, imagenet, places2
 from relaylab.recipes.files import SUFFIX, is_file, read_recipe
 from relaylab.recipes.scales import at_scale
-from relaylab.recipes.schema import Dial, Ensemble, Recipe
+from relaylab.recipes.schema import Ensemble, Recipe, Scale
 
 __all__ = ["ENSEMBLES", "PAPER", "RECIPES", "find_recipe"]
 
@@ -17,7 +17,7 @@ for _ensemble in ENSEMBLES.values():
 RECIPES: dict[str, Recipe] = {**PAPER, **{recipe.name: recipe for recipe in digits.ROWS}}
 
 
-def find_recipe(name: str, scale: Dial = "paper") -> Recipe:
+def find_recipe(name: str, scale: Scale = "paper") -> Recipe:
     """Return the recipe of a name or of a file, at a scale.
 
     Raises:

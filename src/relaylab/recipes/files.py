@@ -12,7 +12,7 @@ from relaylab.errors import InputError
 from relaylab.outside.reading import read_bytes
 from relaylab.recipes.changes import ARCHITECTURE, PRETRAINED, located
 from relaylab.recipes.decoding import DEFAULT, decode_recipe, flat
-from relaylab.recipes.schema import GROUPS, Errors, Recipe
+from relaylab.recipes.schema import GROUPS, Recipe, ReportedErrors
 
 SUFFIX = ".toml"
 LARGEST_FILE = 1 << 20  # bytes
@@ -122,7 +122,7 @@ def _tables(recipe: Recipe) -> dict[str, list[tuple[str, Any, str]]]:
     return tables
 
 
-def _errors(reported: Errors) -> list[str]:
+def _errors(reported: ReportedErrors) -> list[str]:
     values = {"top1": reported.top1, "top5": reported.top5, "split": reported.split}
     return [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
 

@@ -8,7 +8,6 @@ from relaylab.recipes.schema import (
     UNMENTIONED,
     AugmentationConfig,
     DecayConfig,
-    Errors,
     EvaluationConfig,
     ImagesConfig,
     LossConfig,
@@ -16,6 +15,7 @@ from relaylab.recipes.schema import (
     OptimizerConfig,
     PlateauConfig,
     Recipe,
+    ReportedErrors,
     Scheme,
 )
 
@@ -51,7 +51,7 @@ def _vgg(depth: int, top1: float, top5: float) -> Recipe:
         augmentation=AugmentationConfig(mean="channel"),
         optimizer=OptimizerConfig(lr=0.01, weight_decay=0.0005, iterations=370_000, schedule=schedule),
         evaluation=EvaluationConfig(protocol="dense", scales=(224, 256, 288)),
-        reported=Errors(top1=top1, top5=top5),
+        reported=ReportedErrors(top1=top1, top5=top5),
         sources={
             **SHARED,
             "network": "[5], configurations B, D and E",
@@ -79,7 +79,7 @@ def _resnet50(scheme: Scheme, method: str, top1: float, top5: float) -> Recipe:
         augmentation=AugmentationConfig(),
         optimizer=OptimizerConfig(lr=0.1, weight_decay=0.0001, iterations=600_000, schedule=schedule),
         evaluation=EvaluationConfig(protocol="dense", scales=(224, 256, 384, 480, 640)),
-        reported=Errors(top1=top1, top5=top5),
+        reported=ReportedErrors(top1=top1, top5=top5),
         sources={
             **SHARED,
             "plan.auxiliary.aux.head": "ours: its layers are not given; GoogLeNet's, with batch normalisation",
@@ -111,7 +111,7 @@ def _inception_v3(scheme: Scheme, name: str, method: str, top1: float, top5: flo
         ),
         loss=LossConfig(label_smoothing=0.1),
         evaluation=EvaluationConfig(protocol="dense", scales=(299, 342, 384, 427, 512)),
-        reported=Errors(top1=top1, top5=top5),
+        reported=ReportedErrors(top1=top1, top5=top5),
         sources={
             **SHARED,
             "network.image_size": "[26], section 6",

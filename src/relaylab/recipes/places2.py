@@ -9,7 +9,6 @@ from relaylab.recipes.schema import (
     UNMENTIONED,
     AugmentationConfig,
     Ensemble,
-    Errors,
     EvaluationConfig,
     ImagesConfig,
     NetworkConfig,
@@ -17,6 +16,7 @@ from relaylab.recipes.schema import (
     PlanConfig,
     PlateauConfig,
     Recipe,
+    ReportedErrors,
     Scheme,
     changed,
 )
@@ -49,7 +49,7 @@ def _places2(
     architecture: str,
     plan: PlanConfig,
     scheme: Scheme,
-    reported: Errors,
+    reported: ReportedErrors,
     pyramid: tuple[int, ...] | None = (7, 3, 2, 1),
 ) -> Recipe:
     return Recipe(
@@ -72,7 +72,7 @@ def _table3(letter: str, scheme: Scheme, top1: float, top5: float) -> Recipe:
     plan = windows.MODEL_A if letter == "A" else windows.MODEL_B
     name = f"table3-model-{letter.lower()}-{scheme.replace('_', '-')}"
     row = f"Table 3, model {letter}, {SCHEMES[scheme]}"
-    recipe = _places2(name, row, architecture, plan, scheme, Errors(top1=top1, top5=top5))
+    recipe = _places2(name, row, architecture, plan, scheme, ReportedErrors(top1=top1, top5=top5))
     if letter == "A":
         filters = "the paper, section 5.1 (VGGNet-19 plus three layers); Table 2 prints 256 filters on 14x14 maps"
         recipe = replace(recipe, sources={**recipe.sources, "network.architecture": filters})
@@ -82,13 +82,13 @@ def _table3(letter: str, scheme: Scheme, top1: float, top5: float) -> Recipe:
 def _dense(recipe: Recipe, top1: float, top5: float) -> Recipe:
     name, row = recipe.name.replace("table3", "table4"), recipe.row.replace("Table 3", "Table 4")
     dense = changed(recipe, "the paper, section 5.1", {"evaluation": DENSE})
-    return replace(dense, name=name, row=row, reported=Errors(top1=top1, top5=top5), trained_as=recipe.name)
+    return replace(dense, name=name, row=row, reported=ReportedErrors(top1=top1, top5=top5), trained_as=recipe.name)
 
 
 def _table1(depth: int, top1: float, top5: float) -> Recipe:
     architecture = f"vgg{depth}"
     name, row = f"table1-vgg{depth}-places2", f"Table 1, VGGNet-{depth}, Places2"
-    errors = Errors(top1=top1, top5=top5)
+    errors = ReportedErrors(top1=top1, top5=top5)
     recipe = _places2(name, row, architecture, windows.vgg(depth), "standard", errors, pyramid=None)
     sources = {
         **recipe.sources,
@@ -151,8 +151,8 @@ ENSEMBLE = Ensemble(  # "five models of different architectures and input scales
     row="Table 5, WM (model ensemble)",
     members=(TABLE_4[2], TABLE_4[5], _enlarged(_A), _enlarged(_B), _printed(TABLE_4[2])),
     combine="product",
-    reported=Errors(top5=16.87, split="test"),
-    validation=Errors(top5=15.74),
+    reported=ReportedErrors(top5=16.87, split="test"),
+    validation=ReportedErrors(top5=15.74),
     sources={
         "members": "ours: the paper says five models of different architectures and input scales, not which",
         "combine": "ILSVRC 2015's result page: product 16.87, learnt weights 16.87, mean 16.89",

@@ -3,9 +3,9 @@
 from typing import Any
 
 from relaylab.errors import InputError
-from relaylab.recipes.schema import Dial, Recipe, StepsConfig, changed
+from relaylab.recipes.schema import Recipe, Scale, StepsConfig, changed
 
-DIALS: tuple[Dial, ...] = ("paper", "small", "tiny")
+SCALES: tuple[Scale, ...] = ("paper", "small", "tiny")
 
 SMALL: dict[str, Any] = {
     "network.num_classes": 100,
@@ -32,17 +32,17 @@ TINY: dict[str, Any] = {
 TINY_WIDTH, TINY_PYRAMID = 4, (2, 1)
 
 
-def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
+def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
     """Return a row of the paper at another size: depth, stages, windows, method and rates stay.
 
     "small" is for MiniPlaces, 100 classes of Places2 in crops of 64 of 72 pixels; "tiny" for tests, two steps on any
     five classes.
     """
-    if dial == "paper":
+    if scale == "paper":
         return recipe
-    if dial not in DIALS:
-        raise InputError(f"unknown scale {dial!r}: expected one of {', '.join(DIALS)}")
-    is_small = dial == "small"
+    if scale not in SCALES:
+        raise InputError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
+    is_small = scale == "small"
     values = dict(SMALL if is_small else TINY)
     if recipe.network.width is not None:
         values["network.width"] = SMALL_WIDTH if is_small else TINY_WIDTH
@@ -52,10 +52,10 @@ def at_scale(recipe: Recipe, dial: Dial) -> Recipe:
         values["images.sampling"] = recipe.images.sampling
     least, by = values["network.image_size"], values["images.short_side"] / recipe.images.short_side
     values["evaluation.scales"] = tuple(max(least, round(side * by)) for side in recipe.evaluation.scales)
-    smaller = changed(recipe, f"ours: the {dial} scale", values)
+    smaller = changed(recipe, f"ours: the {scale} scale", values)
     too_large = [name for name, window in recipe.plan.auxiliary.items() if window.head == "inception"]
     heads = {f"plan.auxiliary.{name}.head": "googlenet" for name in too_large}
-    return changed(smaller, f"ours: the {dial} scale; Inception's own needs a map of 17 pixels", heads)
+    return changed(smaller, f"ours: the {scale} scale; Inception's own needs a map of 17 pixels", heads)
 
 
 def stored_side(size: int) -> int:

@@ -27,7 +27,8 @@ SCHEMES: Mapping[str, str] = {  # the paper's names for tables, in their order
 SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for sentences, legends and headers
 GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "loss", "evaluation")  # of values
 Sampling = Literal["class-aware", "shuffled", "square-root"]
-Dial = Literal["paper", "small", "tiny"]
+Gain = Literal["default", "he", "quiet"]  # as in relaybackprop.heads; a test compares the two
+Scale = Literal["paper", "small", "tiny"]
 LIBRARIES = ("timm", "torchvision")  # whose networks have names
 UNMENTIONED = (  # values that no paper of the tables mentions, of methods that came later
     "augmentation.crop_scale", "augmentation.crop_ratio", "augmentation.padding", "augmentation.policy",
@@ -56,6 +57,9 @@ class NetworkConfig:
     """Convolutions in each segment of the small VGG."""
     pyramid: tuple[int, ...] | None = None
     """Bins along a side of each grid of the spatial pyramid; models A and B have one."""
+    gain: Gain | None = None
+    """Initialisation of the last layer: "he" draws weights of variance 2 / fan-in, as the paper's networks do by
+    themselves; "quiet" draws small ones, so that training starts near the loss of guessing; "default" is PyTorch's."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of a network of other code, beside num_classes: numbers, text, true, false, lists of these."""
     pretrained: str | None = None
@@ -92,8 +96,8 @@ class AuxiliaryConfig:
     weight: float = 0.3
     head: str = "googlenet"
     """A name in `relaylab.models.building.HEADS`, or "auto" for the one that fits what it reads."""
-    gain: Literal["default", "he", "quiet"] | None = None
-    """Initialisation of the last layer of an "auto" head; see `relaybackprop.AuxiliaryHead`."""
+    gain: Gain | None = None
+    """Initialisation of the head's last layer, as `network.gain`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +266,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errors:
+class ReportedErrors:
     """Error rates in per cent."""
 
     top1: float | None = None
@@ -285,7 +289,7 @@ class Recipe:
     optimizer: OptimizerConfig
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig
-    reported: Errors | None = None
+    reported: ReportedErrors | None = None
     """The paper's errors."""
     trained_as: str | None = None
     """The recipe whose trained network this one tests; None if it trains its own."""
@@ -318,9 +322,9 @@ class Ensemble:
     members: tuple[Recipe, ...]
     combine: Literal["average", "product", "learnt weights"]
     """Weights are learnt on the validation images."""
-    reported: Errors
+    reported: ReportedErrors
     """The paper's error on the test images."""
-    validation: Errors
+    validation: ReportedErrors
     """The paper's error on the validation images (section 5.1)."""
     sources: Mapping[str, str]
 

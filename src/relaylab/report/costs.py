@@ -46,7 +46,7 @@ def cost_of(recipe: Recipe) -> Cost:
         InputError: a network, heads or windows that do not go together.
     """
     size = recipe.network.image_size
-    relay = build_relay(replace(recipe, scheme="relay" if recipe.plan.auxiliary else "standard"), shadow=True)
+    relay = build_relay(replace(recipe, scheme="relay" if recipe.plan.auxiliary else "standard"), on_meta=True)
     try:
         return cost(
             relay.model, relay.plan, torch.empty(BATCH, 3, size, size, device="meta"), dict(relay.heads.items())

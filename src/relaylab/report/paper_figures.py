@@ -21,7 +21,7 @@ from relaylab.data.geometry import Pixels
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
 from relaylab.evaluate.predict import Prediction
-from relaylab.models.building import build_plan, build_shadow
+from relaylab.models.building import build_meta_network, build_plan
 from relaylab.outside.showing import picture
 from relaylab.recipes.schema import Recipe
 from relaylab.report.network import draw_network
@@ -103,7 +103,7 @@ def _by_layer(line: Mapping[str, Any], names: Sequence[str], quantity: str) -> N
 def window_figure(recipe: Recipe, title: str) -> Figure:
     """Draw Figure 2: the network with its segments, heads and windows under the recipe's scheme."""
     stages, losses = stages_of(
-        build_shadow(recipe.network), build_plan(recipe.plan, recipe.scheme), recipe.network.image_size
+        build_meta_network(recipe.network), build_plan(recipe.plan, recipe.scheme), recipe.network.image_size
     )
     return draw_network(stages, losses, title, room_for_heads=True)
 

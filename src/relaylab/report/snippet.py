@@ -29,6 +29,10 @@ def snippet(recipe: Recipe) -> str:
     loss_imports, loss = _loss(recipe.loss)
     method = {"multi_loss": ".multi_loss()", "isolated": ".isolated()"}.get(recipe.scheme, "")
     names = sorted({"Plan", "Relay", "RelayLoss", "Window", *head_imports})
+    gains = [("model", config.gain), *((f'heads["{name}"]', own.gain) for name, own in recipe.plan.auxiliary.items())]
+    gain_lines = [f'set_gain({module}, "{gain}", {config.num_classes})' for module, gain in gains if gain is not None]
+    if gain_lines:
+        imports = [*imports, "from relaylab.models.layers import set_gain"]
     lines = [
         *(["import sys"] if "" in imports else []),
         *(["from pathlib import Path"] if config.pretrained else []),
@@ -44,6 +48,7 @@ def snippet(recipe: Recipe) -> str:
         f"example = torch.randn(2, 3, {size}, {size})  # a batch of your images",
         f"plan = {_plan(recipe.plan)}{method}",
         *heads,
+        *gain_lines,
         "relay = Relay(model, plan, heads)",
         f"criterion = RelayLoss({loss})",
         *([] if recipe.optimizer.decay_norms_and_biases else ["# The run spared norms and biases the weight decay."]),
@@ -108,11 +113,9 @@ def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
 def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
     """Return the names to import and the lines that build the heads."""
     classes, auxiliary = recipe.network.num_classes, recipe.plan.auxiliary
-    gains = [own.gain for own in auxiliary.values()]
-    if all(own.head == AUTO for own in auxiliary.values()) and len(set(gains)) == 1:
-        gain = f', gain="{gains[0]}"' if gains[0] else ""
-        return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes}{gain})"]
-    heads = {name: _call(head, classes) for name, head in build_relay(recipe, shadow=True).heads.items()}
+    if all(own.head == AUTO for own in auxiliary.values()):
+        return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes})"]
+    heads = {name: _call(head, classes) for name, head in build_relay(recipe, on_meta=True).heads.items()}
     imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}
     pairs = (f'"{name}": {call}' for name, call in heads.items())
     return imports, [f"heads = {{{', '.join(pairs)}}}"]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from relaylab.files import replacing
+from relaylab.files import atomic_write
 from relaylab.outside.showing import picture
 
 INK = "#1c1c1c"
@@ -92,7 +92,7 @@ def figure_text(figure: Figure) -> str:
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, as SVG or PNG by the path's suffix, the same bytes each time."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    with rc_context(STYLE), _without_warnings(), replacing(path) as temporary:
+    with rc_context(STYLE), _without_warnings(), atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
 
 

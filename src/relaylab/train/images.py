@@ -15,11 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.crops import Crops
+from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.faults import FaultLog
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.memory import decode_all, free_memory
 from relaylab.data.mixing import MIXES, Mixing
-from relaylab.data.parts import InMemory, OnDisk, Part
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
 from relaylab.data.sources.classes import Classes, classes_of, look_alikes
@@ -27,7 +27,7 @@ from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
-from relaylab.data.sources.subset import Numbers, Thinned, held_out, long_tail
+from relaylab.data.sources.subset import Indices, Subset, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
 from relaylab.errors import InputError, LabError, raise_all
 from relaylab.files import available_cores
@@ -55,9 +55,9 @@ class RunImages:
         in_memory: whether all are decoded once; crops are then cut from images already resized.
     """
 
-    train: Part
-    val: Part
-    view: View
+    train: ImageDataset
+    val: ImageDataset
+    crop_spec: CropSpec
     statistics: ImageStatistics
     in_memory: bool
     identity: Classes
@@ -128,7 +128,7 @@ def open_images(
     Raises:
         InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
     """
-    view = view_of(recipe)
+    crop_spec = crop_spec_of(recipe)
     workers = max(1, available_cores() // devices_here) if options.workers is None else options.workers
     with first:
         train, val = open_sources(options, recipe.images) if sources is None else _checked_sources(*sources)
@@ -137,21 +137,22 @@ def open_images(
             skipped = getattr(source, "skipped", ())
             if skipped:
                 log.info("%s: folders passed over: %s", source.title, few(list(skipped)))
-        chosen, held = chosen_numbers(recipe.images, groups_of(train))
-        val = val if held is None else Thinned(train, held)
-        train = train if chosen is None else Thinned(train, chosen)
-        in_memory = fits_memory(options, (train, val), view, devices_here)
+        chosen, held = chosen_indices(recipe.images, groups_of(train))
+        val = val if held is None else Subset(train, held)
+        train = train if chosen is None else Subset(train, chosen)
+        in_memory = fits_memory(options, (train, val), crop_spec, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
-            parts: list[Part] = [OnDisk(source, view, workers, pin, fault_file) for source in (train, val)]
-            return RunImages(parts[0], parts[1], view, parts[0].statistics(), in_memory, classes_of(train))
-    parts = list(_decoded(train, val, view, workers, fault_file))
-    return RunImages(parts[0], parts[1], view, parts[0].statistics(), in_memory, classes_of(train))
+            datasets = [OnDiskDataset(source, crop_spec, workers, pin, fault_file) for source in (train, val)]
+            statistics = datasets[0].statistics()
+            return RunImages(datasets[0], datasets[1], crop_spec, statistics, in_memory, classes_of(train))
+    decoded = list(_decoded(train, val, crop_spec, workers, fault_file))
+    return RunImages(decoded[0], decoded[1], crop_spec, decoded[0].statistics(), in_memory, classes_of(train))
 
 
-def view_of(recipe: Recipe) -> View:
+def crop_spec_of(recipe: Recipe) -> CropSpec:
     """Return the sizes of a recipe's images and crops."""
-    return View(size=recipe.network.image_size, short_side=recipe.images.short_side)
+    return CropSpec(size=recipe.network.image_size, short_side=recipe.images.short_side)
 
 
 def crops_of(recipe: Recipe) -> Crops:
@@ -174,8 +175,8 @@ def mixing_of(recipe: Recipe, seed: int) -> Mixing:
 class Stream:
     """Training batches, to the end of the sampler's draws; worker processes that die are replaced."""
 
-    def __init__(self, part: Part, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
-        self._make = partial(part.training, sampler, batch_size, seed, crops)
+    def __init__(self, dataset: ImageDataset, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
+        self._make = partial(dataset.training, sampler, batch_size, seed, crops)
         self._loader = self._make()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -217,7 +218,7 @@ def open_sources(options: RuntimeOptions, images: ImagesConfig | None = None) ->
     Args:
         options: paths.
         images: of the recipe, which says what to validate on. Where it holds training images out, those are the
-            second ones, too: `chosen_numbers` chooses among them.
+            second ones, too: `chosen_indices` chooses among them.
 
     Raises:
         InputError: a path or its contents that cannot be used.
@@ -350,7 +351,7 @@ def groups_of(source: Source) -> Labels:
     return source.labels if targets_of(source) is None else np.zeros(len(source), np.int16)
 
 
-def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | None, Numbers | None]:
+def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | None, Indices | None]:
     """Return the indices of the training images that a recipe trains on, and of those it validates with instead.
 
     The labels, (n,), are those of all training images. Indices are sorted; None stands for all training images, and
@@ -370,19 +371,21 @@ def chosen_numbers(config: ImagesConfig, labels: ArrayLike) -> tuple[Numbers | N
     return chosen, held
 
 
-def fits_memory(options: RuntimeOptions, sources: Sequence[Source], view: View, copies: int) -> bool:
+def fits_memory(options: RuntimeOptions, sources: Sequence[Source], crop_spec: CropSpec, copies: int) -> bool:
     """Return whether all images are decoded once and kept in memory: as `--images` says, or if they fit.
 
     Each of `copies` processes on this machine holds all of them.
     """
     if options.images != "auto":
         return options.images == "memory"
-    needed = sum(len(source) for source in sources) * 3 * view.short_side**2
+    needed = sum(len(source) for source in sources) * 3 * crop_spec.short_side**2
     return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 
 
-def _decoded(train: Source, val: Source, view: View, workers: int, fault_file: Path | None) -> Iterator[InMemory]:
+def _decoded(
+    train: Source, val: Source, crop_spec: CropSpec, workers: int, fault_file: Path | None
+) -> Iterator[InMemoryDataset]:
     with progress("decoding", len(train) + len(val)) as task:
         for source, faults in ((train, FaultLog(len(train), file=fault_file)), (val, None)):
             enough = min(workers, len(source) // IMAGES_PER_PROCESS)
-            yield InMemory(decode_all(source, view, workers=enough, faults=faults, task=task), view)
+            yield InMemoryDataset(decode_all(source, crop_spec, workers=enough, faults=faults, task=task), crop_spec)

@@ -54,7 +54,7 @@ def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -
     images.check_images(recipe, train, val)
     if existing is not None:
         options = dataclasses.replace(options, images=run_folder.read_run(existing).options.images)
-    in_memory = images.fits_memory(options, (train, val), images.view_of(recipe), min(cores, count))
+    in_memory = images.fits_memory(options, (train, val), images.crop_spec_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
     if options.accelerator != "cpu" and torch.cuda.is_available():
         return Shared(where, None)

@@ -20,7 +20,7 @@ def single_image_problem(recipe: Recipe) -> str | None:
     size = recipe.network.image_size
     last = ""
     try:
-        relay = build_relay(recipe, shadow=True).train()
+        relay = build_relay(recipe, on_meta=True).train()
     except InputError:
         return None  # other checks report errors of the recipe
 

@@ -8,7 +8,7 @@ import tyro
 
 from relaylab.options import Folder, Images, Number, Switch, too_small
 from relaylab.recipes.files import is_file
-from relaylab.recipes.schema import Dial
+from relaylab.recipes.schema import Scale
 
 Name = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help_behavior_hint="")]
 Changes = Annotated[
@@ -27,12 +27,12 @@ class RunOptions:
     data: Images = ()
     """Training and validation images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset
     shards, Parquet files, or Places365, iNaturalist or Tiny ImageNet as distributed. With --val-data, training images
-    in any format of docs/data.md. Patterns such as 'shard-{000..146}.tar' are expanded."""
+    in any format of docs/how-to/data.md. Patterns such as 'shard-{000..146}.tar' are expanded."""
 
     val_data: Images = ()
     """Validation images, if --data has training images only."""
 
-    scale: Dial = "paper"
+    scale: Scale = "paper"
     """Size of the experiment: the paper's, reduced for MiniPlaces (small), or minimal for tests (tiny)."""
 
     changes: Changes = ()

@@ -14,10 +14,10 @@ from torch import nn
 from relaybackprop import RelayError, cost, head_for, suggest_plan
 from relaybackprop.plan import Plan, Window
 from relaybackprop.planning.cost import EARLY_RELEASE
+from relaylab.data.scan import ScanResults
 from relaylab.data.sources.source import Source, class_counts, targets_of
-from relaylab.data.survey import Survey
 from relaylab.errors import InputError
-from relaylab.models.building import build_shadow
+from relaylab.models.building import build_meta_network
 from relaylab.recipes.decoding import decode_recipe, nested
 from relaylab.recipes.scales import stored_side
 from relaylab.recipes.schema import SCHEME_NAMES, ImagesConfig, NetworkConfig, Recipe
@@ -69,7 +69,7 @@ class Proposal:
 
 
 def propose(
-    network: str, train: Source, images: ImagesConfig, chosen: int, findings: Survey, wishes: Wishes
+    network: str, train: Source, images: ImagesConfig, chosen: int, results: ScanResults, wishes: Wishes
 ) -> Proposal:
     """Propose a recipe.
 
@@ -78,13 +78,13 @@ def propose(
         train: all training images.
         images: which of them are held out, and what is validated on; the rest of it is chosen here.
         chosen: number of images to train on.
-        findings: on some of the images.
+        results: on some of the images.
         wishes: of the user.
 
     Raises:
         InputError: a network that cannot be built, or that does not take the images.
     """
-    values = _sizes(findings, wishes) | _images(train, images)
+    values = _sizes(results, wishes) | _images(train, images)
     values |= _crops(values["network.image_size"][0])
     size, batch = values["network.image_size"][0], wishes.batch_size or _batch_size(chosen)
     config = NetworkConfig(
@@ -110,12 +110,12 @@ def propose(
     recipe = decode_recipe(nested(plain) | head, sources, problems)
     assert not problems, problems
     rest = "Values that are not in the file have the defaults that `relaylab recipes show` prints for it."
-    notes[""] = [*_wrapped(_about(wishes.network, train, chosen, findings)), "", *notes[""], "", rest, ""]
+    notes[""] = [*_wrapped(_about(wishes.network, train, chosen, results)), "", *notes[""], "", rest, ""]
     return Proposal(recipe, notes)
 
 
-def _sizes(findings: Survey, wishes: Wishes) -> dict[str, Value]:
-    sides = np.minimum(findings.widths, findings.heights)
+def _sizes(results: ScanResults, wishes: Wishes) -> dict[str, Value]:
+    sides = np.minimum(results.widths, results.heights)
     median = int(np.median(sides))
     size = wishes.size or min(LARGEST, max(STEP, median // STEP * STEP))
     given = (
@@ -241,12 +241,12 @@ def _fine_tuning(values: Mapping[str, Value], model: nn.Module, file: str) -> di
 def _fitting(config: NetworkConfig) -> tuple[NetworkConfig, nn.Module]:
     """Return a network that takes the crops, on the meta device; one for images of one size is built for that size."""
     try:
-        return config, build_shadow(config)
+        return config, build_meta_network(config)
     except InputError as error:
         for option in SIZE_OPTIONS if config.is_named else ():
             sized = replace(config, options={**config.options, option: config.image_size})
             try:
-                return sized, build_shadow(sized)
+                return sized, build_meta_network(sized)
             except InputError:
                 continue
         raise error from None
@@ -262,7 +262,7 @@ def _windows(
         costs = _costs(model, suggested.plan, example, chosen)
     except RelayError as error:
         said = f"No windows: relaybackprop finds none for this network: {error} Only standard backpropagation is left; "
-        said += "docs/method.md says how to write windows by hand."
+        said += "docs/method/windows.md says how to write windows by hand."
         return {"scheme": ("standard", "no windows were found")}, {"": _wrapped(said)}
     values: dict[str, Value] = {"scheme": ("relay", "the paper's method; relaylab compare trains the others, too")}
     for name, window in {"primary": suggested.plan.primary, **suggested.plan.auxiliary}.items():
@@ -297,11 +297,11 @@ def _costs(model: nn.Module, plan: Plan, example: torch.Tensor, heads: Mapping[s
     return lines
 
 
-def _about(network: str, train: Source, chosen: int, findings: Survey) -> str:
+def _about(network: str, train: Source, chosen: int, results: ScanResults) -> str:
     counts = class_counts(train)
-    sides = np.minimum(findings.widths, findings.heights)
-    bad = len(findings.unreadable) + len(findings.damaged)
-    faults = f" {bad} of {findings.examined:,} decoded images are damaged: relaylab data check." if bad else ""
+    sides = np.minimum(results.widths, results.heights)
+    bad = len(results.unreadable) + len(results.damaged)
+    faults = f" {bad} of {results.examined:,} decoded images are damaged: relaylab data check." if bad else ""
     within = "in" if targets_of(train) is None else "with several labels, from"
     return (
         f"{network} on {train.title}: {chosen:,} images to train on, {within} {len(train.classes)} classes of "

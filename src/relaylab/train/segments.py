@@ -43,7 +43,7 @@ def segments_of(recipe: Recipe) -> Segments:
         InputError: the network, heads and windows do not match.
     """
     size = recipe.network.image_size
-    relay = build_relay(recipe, shadow=True)
+    relay = build_relay(recipe, on_meta=True)
     try:
         return segments_from(relay, torch.empty(2, 3, size, size, device="meta"))
     except RelayError as error:

@@ -178,7 +178,7 @@ def _train(
             "classes": images.classes,
             "keys": images.identity.keys,
             "counts": images.counts(),
-            "view": asdict(images.view),
+            "view": asdict(images.crop_spec),
         }
         if images.has_several_labels:  # "counts" are then of labels, not images
             about["images"] = images.sizes()

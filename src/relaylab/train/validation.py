@@ -11,18 +11,18 @@ from torch import Tensor, distributed, nn
 from relaybackprop import Relay
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
-from relaylab.data.parts import InMemory, Part
+from relaylab.data.datasets import ImageDataset, InMemoryDataset
 from relaylab.train.metrics import MAP, MAP_ERROR, TOP, average_precision, label_ranks
 
 CPU_BATCH = 64  # images; larger batches exceed the caches
 GPU_PIXELS = 1000 * 64**2  # of a batch: enough to keep a GPU busy, and less memory than a training step
 
 
-def batch_size(part: Part, device: torch.device) -> int:
+def batch_size(dataset: ImageDataset, device: torch.device) -> int:
     """Return the batch size for validation: small where workers decode, with several batches for each in memory."""
-    if device.type == "cpu" or not isinstance(part, InMemory):
+    if device.type == "cpu" or not isinstance(dataset, InMemoryDataset):
         return CPU_BATCH
-    return max(CPU_BATCH, GPU_PIXELS // part.view.size**2)
+    return max(CPU_BATCH, GPU_PIXELS // dataset.crop_spec.size**2)
 
 
 class Validation:
@@ -32,14 +32,14 @@ class Validation:
     means over images. Average precision, where images have several labels, needs all scores in every process.
     """
 
-    def __init__(self, part: Part, augment: Augmentation, criterion: nn.Module, fabric: Fabric):
-        self._labels, ranks = part.labels, fabric.world_size
+    def __init__(self, dataset: ImageDataset, augment: Augmentation, criterion: nn.Module, fabric: Fabric):
+        self._labels, ranks = dataset.labels, fabric.world_size
         count = len(self._labels)
         share = np.arange(fabric.global_rank, count, ranks, dtype=np.int64)
         self._own, self._count = len(share), count
         # Every process has as many images, padded with the first: FSDP gathers parameters in each forward pass.
         padded = np.concatenate([share, np.zeros(-(-count // ranks) - len(share), np.int64)])
-        self._part = part.some(padded) if ranks > 1 else part
+        self._dataset = dataset.subset(padded) if ranks > 1 else dataset
         self._augment, self._criterion, self._fabric = augment, criterion, fabric
 
     def read_all(self) -> None:
@@ -52,7 +52,7 @@ class Validation:
             pass
 
     def _batches(self) -> Iterable[Batch]:
-        return self._part.evaluation(batch_size(self._part, self._fabric.device))
+        return self._dataset.evaluation(batch_size(self._dataset, self._fabric.device))
 
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
         """Return the errors in per cent, and the mean loss over all images. The mode is restored.

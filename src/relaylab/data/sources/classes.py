@@ -1,14 +1,14 @@
-"""The identity of classes, and how those of one data set match those of another set or of a network.
+"""Class identities, and matching the classes of a data set with those of another data set or of a network.
 
 Note [Classes]
-1. A class is known by its key: its folder's name, the synset, or the category that a list gives; where a list gives
-   nothing else, its label. Keys are unique. Names are for people.
-2. Two sets match by the first of these that covers all classes with images: the keys of both; the keys of one and the
-   names of the other, or the names of both, as far as they are unique.
-3. A list without names has only numbers. It matches another list by label, and folders by the numbers that they are
-   called, if all of them are called by numbers.
-4. A list without names and folders called by words match by rank: label 3 is the fourth folder, as in ImageNet's lists.
-   Nothing can confirm that, so the user is told.
+1. A class is identified by its key: the folder name, the synset, the category in a list or, if a list has no names, the
+   label. Keys are unique. Names are for display.
+2. Two sets are matched by the first of these that covers all classes with images: the keys of both; the keys of one and
+   the names of the other; the names of both. Names count only if they are unique.
+3. A list without names has only numbers. It matches another list by label, and class folders by number if all folder
+   names are numbers.
+4. A list without names matches folders with other names by rank: label 3 is the fourth folder, as in ImageNet's lists.
+   Nothing can confirm that, so the user gets a warning.
 """
 
 import unicodedata
@@ -32,7 +32,7 @@ class Classes:
         numbered: whether the labels are those of a list, so that they mean the same in other lists of its kind.
 
     Raises:
-        InputError: a key twice, or not as many names.
+        InputError: a key occurs twice, or there are not as many names as keys.
     """
 
     keys: tuple[str, ...]
@@ -42,23 +42,23 @@ class Classes:
     def __post_init__(self) -> None:
         if len(set(self.keys)) < len(self.keys):
             repeated = sorted({key for key in self.keys if self.keys.count(key) > 1})
-            raise InputError(f"classes: {few(repeated)} more than once; give the classes' folders or other unique keys")
+            raise InputError(f"classes: {few(repeated)} more than once; give class folders or other unique keys")
         if len(self.names) != len(self.keys):
             raise InputError(f"{len(self.names)} class names for {len(self.keys)} classes")
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "Classes":
-        """Return the classes that are known by name only; "class 0", "class 1", ... are numbers."""
+        """Return classes that have only names; "class 0", "class 1", ... count as numbers."""
         names = tuple(names)
-        if names == tuple(f"class {number}" for number in range(len(names))):
+        if names == tuple(f"class {label}" for label in range(len(names))):
             return cls(tuple(map(str, range(len(names)))), names, numbered=True)
         return cls(names, names)
 
     @classmethod
     def stored(cls, names: Sequence[str], keys: Sequence[str] | None, *, numbered: bool) -> "Classes":
-        """Return the classes of a file; those of earlier versions have no keys, and perhaps the same name twice."""
+        """Return the classes stored in a file. Files of earlier versions have no keys, and may repeat names."""
         if keys is None and len(set(names)) < len(names):
-            keys = [f"{name} (output {number})" for number, name in enumerate(names)]
+            keys = [f"{name} (output {label})" for label, name in enumerate(names)]
         if keys is None:
             known = cls.of(names)
             return replace(known, numbered=known.numbered or numbered)
@@ -66,12 +66,12 @@ class Classes:
 
     @property
     def has_only_numbers(self) -> bool:
-        """Whether these are the classes of a list that gives them no names."""
+        """Whether these are the classes of a list without names."""
         return self.numbered and all(key == str(label) for label, key in enumerate(self.keys))
 
     @property
     def numbers(self) -> tuple[int, ...] | None:
-        """The number of each class: its label in a list, else its folder's name; None if these are not all numbers."""
+        """The number of each class: its label in a list, else its folder name; None if not all of them are numbers."""
         if self.numbered:
             return tuple(range(len(self.keys)))
         if not all(key.isdecimal() and len(key) < 10 for key in self.keys):
@@ -81,7 +81,7 @@ class Classes:
 
 
 def classes_of(source: Source) -> Classes:
-    """Return the classes of a data set; a source of another kind may know them by name only."""
+    """Return the classes of a data set; a source without `identity` has only their names."""
     found = getattr(source, "identity", None)
     return found if isinstance(found, Classes) else Classes.of(source.classes)
 
@@ -89,19 +89,19 @@ def classes_of(source: Source) -> Classes:
 def match(
     own: Classes, wanted: Classes, *, title: str, used: Iterable[int] | None = None
 ) -> tuple[tuple[int, ...], str]:
-    """Find each class of a data set among other classes. See Note [Classes].
+    """Match the classes of a data set with other classes. See Note [Classes].
 
     Args:
-        own: of the data set.
-        wanted: those to find them among, in the order that labels shall have.
-        title: of the data set, for messages.
-        used: labels that have images; None for all. Other classes need not be found.
+        own: classes of the data set.
+        wanted: classes to match, in the order of the resulting labels.
+        title: display name of the data set, for messages.
+        used: labels that have images; None for all. Other classes need no match.
 
     Returns:
-        The index among `wanted` of each class, or UNLABELLED; and a remark for the user, empty if there is none.
+        The index in `wanted` of each class, or UNLABELLED; and a remark for the user, which may be empty.
 
     Raises:
-        InputError: a class that is not among them; both sides are named.
+        InputError: a class has no match. The message names the classes of both sides.
     """
     needed = range(len(own.keys)) if used is None else sorted(set(used))
     if own.has_only_numbers or wanted.has_only_numbers:
@@ -115,13 +115,13 @@ def match(
         found = _places(theirs, ours, needed)
         if found is not None:
             return found, ""
-    if told_apart(wanted.names, own.keys) == own.names:  # of a file without keys, where two classes have one name
+    if told_apart(wanted.names, own.keys) == own.names:  # a file without keys in which two classes have the same name
         return tuple(range(len(own.keys))), ""
     raise _unknown(own, wanted, [label for label in needed if own.keys[label] not in wanted.keys], title)
 
 
 def _places(theirs: Sequence[str], ours: Sequence[str], needed: Iterable[int]) -> tuple[int, ...] | None:
-    """Return the place of each text among others; None if one that is needed is absent, or not unique."""
+    """Return the index in `ours` of each text in `theirs`; None if a needed text is missing or not unique."""
     counts = dict.fromkeys((*theirs, *ours), 0)
     for text in ours:
         counts[text] += 1
@@ -133,15 +133,15 @@ def _places(theirs: Sequence[str], ours: Sequence[str], needed: Iterable[int]) -
 
 
 def _match_numbers(own: Classes, wanted: Classes, needed: Sequence[int], title: str) -> tuple[tuple[int, ...], str]:
-    """See Note [Classes] 3 and 4."""
+    """Match classes of which one side has only numbers. See Note [Classes] 3 and 4."""
     theirs, ours, remark = own.numbers, wanted.numbers, ""
     if theirs is None:
         raise _unknown(own, wanted, needed, title)
     if ours is None and not any(key.isdecimal() for key in wanted.keys):
         ours = tuple(range(len(wanted.keys)))
         remark = (
-            f"{title} gives its classes no names: label 0 is taken for {few(wanted.keys[:1])}, and so on by the order "
-            "of the names; a categories.txt with a line NAME LABEL for each class, beside the list, confirms that"
+            f"{title} has no class names: label 0 is taken to be {few(wanted.keys[:1])}, and so on in the order of the "
+            "names; to confirm this, add a categories.txt with a line NAME LABEL per class to the list's folder"
         )
     places = {number: place for place, number in enumerate(ours or ())}
     strange = [label for label in needed if theirs[label] not in places]
@@ -151,29 +151,29 @@ def _match_numbers(own: Classes, wanted: Classes, needed: Sequence[int], title: 
 
 
 def _unknown(own: Classes, wanted: Classes, labels: Sequence[int], title: str) -> InputError:
-    """Return the error for classes that are not among others."""
+    """Return the error for classes without a match."""
     labels = labels or range(len(own.keys))
     strange, expected = [own.keys[label] for label in labels], list(wanted.keys)
     what = "labels" if own.has_only_numbers else "classes"
     return InputError(
-        f"{title} has {what} that were not asked for: {few(strange)}; expected are the {len(expected):,} classes "
+        f"{title} has unexpected {what}: {few(strange)}; expected the {len(expected):,} classes "
         f"{few(expected)}{_advice(own, wanted, strange)}"
     )
 
 
 def _advice(own: Classes, wanted: Classes, strange: Sequence[str]) -> str:
-    """Return what to do about classes that are not among others; empty if there is nothing particular."""
+    """Return advice on classes without a match, to append to the error; it may be empty."""
     alike = look_alikes(strange, wanted.keys)
     if alike:
         return f"; {alike[0]}"
-    # Names that occur twice have their keys behind them; see `told_apart`.
+    # Repeated names are followed by their keys; see `told_apart`.
     plain = [name.removesuffix(f" ({key})") for key, name in _pairs(wanted)]
     ambiguous = [name for name in strange if plain.count(name) > 1]
     if ambiguous:
-        return f"; several classes are called {few(ambiguous)}: name the folders by their keys"
+        return f"; several classes are called {few(ambiguous)}: name the folders by key"
     if wanted.keys == wanted.names and not own.has_only_numbers:
-        names = "(classes.txt, synset_words.txt)"
-        return f"; if they are the same classes by other names, put the file with the names {names} beside the folders"
+        names = "(classes.txt, synset_words.txt) next to the folders"
+        return f"; if these are the same classes under other names, add the file with the names {names}"
     return ""
 
 
@@ -224,7 +224,7 @@ def look_alikes(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def _squeezed(name: str) -> str:
-    """Remove what does not show: white space at the ends, repeated, or of other widths; formatting characters."""
+    """Remove formatting characters, and white space that is repeated, at the ends or of other widths."""
     return " ".join("".join(c for c in name if unicodedata.category(c) != "Cf").split())
 
 

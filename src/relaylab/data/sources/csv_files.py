@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relaylab.data.sources.class_names import names_beside, read_categories
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image
 from relaylab.data.sources.lists import kinds_in, tidy_name
 from relaylab.data.sources.source import UNLABELLED
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import in_order, unique_keys
 from relaylab.errors import InputError
 from relaylab.outside.reading import bounded_lines, open_regular
@@ -138,7 +138,7 @@ def list_csv(
         InputError: columns that cannot be told apart, a damaged line, empty labels, or missing files.
     """
     rows, files = Rows(), _Files(root)
-    rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
+    rows.file_states += [file_state(file), *([file_state(categories)] if categories else [])]
     columns = _columns(file, files)
     with watch("reading the list", file.stat().st_size) as task:
         values, value_of = _read(file, columns, files, rows, task)
@@ -340,5 +340,5 @@ def _places(
 
 
 def _display_names(keys: tuple[str, ...], named: Sequence[Path], rows: Rows) -> tuple[str, ...]:
-    shown: Mapping[str, str] = names_beside(named, keys, rows.stamps)
+    shown: Mapping[str, str] = names_beside(named, keys, rows.file_states)
     return tuple(shown.get(key, key) for key in keys)

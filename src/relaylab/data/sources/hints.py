@@ -1,4 +1,4 @@
-"""Error messages for folders without readable images: what they contain instead, and what to do with it."""
+"""The error message for folders without readable images: the files they contain instead, and what to do with them."""
 
 import os
 from collections import Counter
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
-MOST_FILES = 20_000  # that are looked at
+MOST_FILES = 20_000  # that are counted
 MOST_KINDS = 5
-OWN_SOURCE = "write a Source (docs/data.md#a-source-of-your-own)"
+OWN_SOURCE = "write a Source (docs/how-to/data.md#a-source-of-your-own)"
 ADVICE = {
     "HEIC and camera raw files": (
         ".heic .heif .jxl .dng .cr2 .cr3 .nef .arw",
-        "convert them to JPEG or PNG, such as by ImageMagick: magick mogrify -format jpg FILES",
+        "convert them to JPEG or PNG, for example with ImageMagick: magick mogrify -format jpg FILES",
     ),
-    "videos": (".mp4 .avi .mov .mkv .webm .mpg .mpeg", "take frames: ffmpeg -i VIDEO -vf fps=1 CLASS/NAME-%05d.jpg"),
+    "videos": (".mp4 .avi .mov .mkv .webm .mpg .mpeg", "extract frames: ffmpeg -i VIDEO -vf fps=1 CLASS/NAME-%05d.jpg"),
     "DICOM files": (".dcm .dicom", f"convert them to PNG with pydicom, or {OWN_SOURCE}"),
     "tar or zip files": (".tar .gz .xz .bz2 .zst .tgz .zip", "give these files instead of the folder"),
     "Parquet files": (".parquet", "give these files instead of the folder"),
@@ -22,7 +22,7 @@ ADVICE = {
         ".npy .npz .h5 .hdf5 .mat .tfrecord .mdb .lmdb .beton .pkl .pt .bin .arrow .rec",
         f"write the images to CLASS/IMAGE, or {OWN_SOURCE}",
     ),
-    "lists": (".csv .tsv .txt .json", "give the list, too, where it says which images are in which class"),
+    "lists": (".csv .tsv .txt .json", "give the list as well, if it names the class of each image"),
 }
 
 
@@ -35,8 +35,8 @@ def no_images(title: object, roots: Sequence[Path]) -> str:
         return f"{expected}; it has no files"
     kinds = [f"{count:,} {kind or 'without extension'}" for kind, count in found.most_common(MOST_KINDS)]
     more = " and others" if len(found) > MOST_KINDS else ""
-    most = max(ADVICE, key=lambda kind: sum(found[one] for one in ADVICE[kind][0].split()))
-    has_most = any(found[one] for one in ADVICE[most][0].split())
+    most = max(ADVICE, key=lambda kind: sum(found[extension] for extension in ADVICE[kind][0].split()))
+    has_most = any(found[extension] for extension in ADVICE[most][0].split())
     advice = f". For {most}: {ADVICE[most][1]}" if has_most else ""
     return f"{expected}; it has {', '.join(kinds)}{more}{advice}"
 

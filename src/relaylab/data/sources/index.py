@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write
 from relaylab.data.sources.classes import Classes
+from relaylab.data.sources.file_states import FileState, image_state, is_recent, stale, unsettled
 from relaylab.data.sources.listing import Listing, Place, inflate, printable
 from relaylab.data.sources.source import LARGEST_FILE, UNLABELLED, Labels, Targets
-from relaylab.data.sources.stamps import Stamp, image_state, is_recent, stale, unsettled
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular, parse, read_bytes, typed
 
@@ -53,7 +53,7 @@ class _About:
     ignored: dict[str, int]
     skipped: dict[str, int]
     images: str
-    stamps: tuple[Stamp, ...]
+    stamps: tuple[FileState, ...]  # `Listing.file_states`, under the key of indexes on disk
     settled: bool
     content: str
     notes: tuple[str, ...] = ()
@@ -87,8 +87,8 @@ def write_index(path: Path, listing: Listing) -> None:
         "ignored": listing.ignored,
         "skipped": {printable(name): count for name, count in listing.skipped.items()},
         "images": state,
-        "stamps": listing.stamps,
-        "settled": not unsettled(listing.stamps) and not is_recent(latest),
+        "stamps": listing.file_states,
+        "settled": not unsettled(listing.file_states) and not is_recent(latest),
     }
     if listing.notes:
         about["notes"] = listing.notes
@@ -104,7 +104,7 @@ def write_index(path: Path, listing: Listing) -> None:
     for name in CHECKED:
         if name in tensors:
             total = zlib.crc32(np.ascontiguousarray(tensors[name]).data.cast("B"), total)
-    with written(path) as file:
+    with atomic_cache_write(path) as file:
         save_file(tensors, file, metadata={"format": FORMAT, "about": text, "crc32": str(total)})
 
 
@@ -149,10 +149,10 @@ class IndexedImages:
 
     def _open(self, fresh: bool) -> None:
         descriptor = self._descriptor(str(self._path))
-        self._stamp = _state(descriptor)
+        self._index_state = _state(descriptor)
         self._tensors, text, crc = _header(descriptor, str(self._path))
         about = parse(text, _About, str(self._path))
-        self._stamps = {one.path: one for one in about.stamps}
+        self._file_states = {one.path: one for one in about.stamps}
         self.places = about.places
         changed = f"the index {self._path} is of data that have changed since"
         if fresh:
@@ -205,11 +205,11 @@ class IndexedImages:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._path, "stamp": self._stamp}
+        return {"path": self._path, "state": self._index_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
-        if self._stamp != state["stamp"]:  # image 7 may be another image now
+        if self._index_state != state["state"]:  # image 7 may be another image now
             raise UnusableIndexError(f"the index {self._path} was made anew while it was in use; start again")
 
     def __del__(self) -> None:
@@ -220,11 +220,11 @@ class IndexedImages:
         for path in list(self.__dict__.get("_descriptors", ())):
             os.close(self._descriptors.pop(path))
 
-    def size(self, number: int) -> int:
+    def size(self, index: int) -> int:
         """Return the size of an encoded image in bytes, without reading it; raises OSError if it is not there."""
         if "spans" in self._tensors:
-            return self._inflated(number) or int(self._rows("spans", number)[0][1])
-        return os.stat(self._image_path(number)).st_size  # noqa: PTH116 (thousands of them)
+            return self._inflated(index) or int(self._rows("spans", index)[0][1])
+        return os.stat(self._image_path(index)).st_size  # noqa: PTH116 (thousands of them)
 
     def _are_changed(self, state: str) -> bool:
         """Return whether image files have been written over."""
@@ -233,8 +233,8 @@ class IndexedImages:
         places, names = self._mapped("place"), self._mapped("names")
         bounds = self._mapped("bounds")
 
-        def path_of(number: int) -> str:
-            return _path(self.places[places[number]], names[bounds[number] : bounds[number + 1]].tobytes())
+        def path_of(index: int) -> str:
+            return _path(self.places[places[index]], names[bounds[index] : bounds[index + 1]].tobytes())
 
         return image_state(len(places), path_of)[0] != state
 
@@ -244,52 +244,52 @@ class IndexedImages:
         with open(self._descriptor(str(self._path)), "rb", closefd=False) as file:
             return np.memmap(file, dtype, "r", offset, shape).view(np.ndarray)
 
-    def _image_path(self, number: int) -> str:
-        return _path(self.places[int(self._rows("place", number)[0])], self.relative_name(number))
+    def _image_path(self, index: int) -> str:
+        return _path(self.places[int(self._rows("place", index)[0])], self.relative_name(index))
 
-    def relative_name(self, number: int) -> bytes:
+    def relative_name(self, index: int) -> bytes:
         """Return the name of an image below its place, as in lists; raises IndexError if there is no such image."""
-        start, stop = self._rows("bounds", number, 2).tolist()
+        start, stop = self._rows("bounds", index, 2).tolist()
         return _pread(self._descriptor(str(self._path)), stop - start, self._tensors["names"][2] + start, self._path)
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
-        place = self.places[int(self._rows("place", number)[0])]
-        return printable(os.fsencode(place.shown) + b"/" + self.relative_name(number))
+        place = self.places[int(self._rows("place", index)[0])]
+        return printable(os.fsencode(place.shown) + b"/" + self.relative_name(index))
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Return the encoded bytes of an image.
 
         Raises:
             IndexError: there is no such image.
             OSError: it cannot be read, or has changed since it was indexed.
         """
-        place = self.places[int(self._rows("place", number)[0])]
+        place = self.places[int(self._rows("place", index)[0])]
         if "spans" not in self._tensors:
-            return read_bytes(_path(place, self.relative_name(number)), LARGEST_FILE)
-        offset, size = self._rows("spans", number)[0].tolist()
+            return read_bytes(_path(place, self.relative_name(index)), LARGEST_FILE)
+        offset, size = self._rows("spans", index)[0].tolist()
         if size > LARGEST_FILE:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {LARGEST_FILE:,} are read", place.path)
         descriptor = self._descriptor(place.path)
         data = _pread(descriptor, size, offset, place.path)
         self._check_unchanged(descriptor, place.path)  # after it: what has been read is from before a change
-        inflated = self._inflated(number)
+        inflated = self._inflated(index)
         return inflate(data, inflated, place.shown) if inflated else data
 
-    def _inflated(self, number: int) -> int:
-        return int(self._rows("inflated", number)[0]) if "inflated" in self._tensors else 0
+    def _inflated(self, index: int) -> int:
+        return int(self._rows("inflated", index)[0]) if "inflated" in self._tensors else 0
 
-    def _rows(self, tensor: str, number: int, count: int = 1) -> NDArray[Any]:
+    def _rows(self, tensor: str, index: int, count: int = 1) -> NDArray[Any]:
         """Read `count` rows of a tensor from the file."""
         dtype, shape, offset = self._tensors[tensor]
-        if not 0 <= number <= shape[0] - count:
-            raise IndexError(f"image {number}: expected 0 .. {len(self) - 1}")
+        if not 0 <= index <= shape[0] - count:
+            raise IndexError(f"image {index}: expected 0 .. {len(self) - 1}")
         row = dtype.itemsize * math.prod(shape[1:])
-        data = _pread(self._descriptor(str(self._path)), count * row, offset + int(number) * row, self._path)
+        data = _pread(self._descriptor(str(self._path)), count * row, offset + int(index) * row, self._path)
         return np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
     def _check_unchanged(self, descriptor: int, path: str) -> None:
-        known = self.__dict__.get("_stamps", {}).get(path)
+        known = self.__dict__.get("_file_states", {}).get(path)
         if known is not None and _state(descriptor)[:2] != (known.size, known.mtime_ns):
             raise OSError(5, "the file has changed since it was indexed", path)
 

@@ -1,9 +1,9 @@
-"""Data sets as their authors distribute them, recognised by the files in their folder, and folders of shards.
+"""Recognise data sets in their authors' layout by the files in their folder, and folders of shards.
 
 Note [Layouts]
-1. A layout is a function of a folder that returns its splits, or nothing where the folder is of another kind. `LAYOUTS`
-   has them all; the first that recognises the folder counts.
-2. Where two files or folders may be meant, the error names both and the commands to choose.
+1. A layout is a function that takes a folder and returns its splits, or an empty mapping if it does not recognise the
+   folder. The first layout in `LAYOUTS` that recognises the folder is used.
+2. If a split has several candidate files or folders, the error names them and the options to choose one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 from relaylab.data.sources.coco import is_coco
 from relaylab.data.sources.listing import few, is_image, is_system_folder
 from relaylab.data.sources.shards import are_shards
-from relaylab.data.sources.splits import split_of, split_of_file
+from relaylab.data.sources.splits import only_one, split_of, split_of_file
 from relaylab.errors import InputError
 
 PARQUET = ".parquet"
@@ -29,19 +29,19 @@ PLACES_FOLDERS = {
     "val": ("val_large", "val_256"),
     "test": ("test_large", "test_256"),
 }
-ANNOTATIONS = ("", "annotations")  # folders of COCO's files
+ANNOTATIONS = ("", "annotations")  # folders that hold COCO's files
 MOST_FOLDERS, DEEPEST = 20, 3  # that are searched for shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A split of a layout: a list and the folder that it is about, a tree, or shards.
+class SplitFiles:
+    """The files of one split: a list with its folder, a tree, or shards.
 
     Attributes:
-        files: a list, or Parquet files, or tar files; none for a tree.
-        folder: of the tree, or that the list is about.
-        categories: file with the names of the list's classes.
-        flat: whether the tree has no classes.
+        files: the list, Parquet files or tar files; empty for a tree.
+        folder: the tree's root, or the folder that the list's names are relative to.
+        categories: file with the class names of the list.
+        flat: whether the images of the tree are not in class folders.
     """
 
     files: tuple[Path, ...] = ()
@@ -50,62 +50,62 @@ class Part:
     flat: bool = False
 
 
-Parts = Mapping[str, Part | Callable[[], Part]]
-Layout = Callable[[Path], Parts]
+Splits = Mapping[str, SplitFiles | Callable[[], SplitFiles]]
+Layout = Callable[[Path], Splits]
 
 
-def places365(folder: Path) -> Parts:
-    """Recognise Places365: lists beside data_large_standard/, val_large/ and the like."""
-    lists = {split: _there(folder, names) for split, names in PLACES_LISTS.items()}
+def places365(folder: Path) -> Splits:
+    """Recognise Places365: lists next to data_large_standard/, val_large/ and similar folders."""
+    lists = {split: _existing(folder, names) for split, names in PLACES_LISTS.items()}
     categories = folder / PLACES_CATEGORIES
 
-    def part(split: str) -> Part:
-        path = _only(lists[split], folder, split)
-        roots = _there(folder, PLACES_FOLDERS[split])
+    def files_of(split: str) -> SplitFiles:
+        path = only_one(lists[split], split, folder)
+        roots = _existing(folder, PLACES_FOLDERS[split])
         if not roots:
             raise InputError(
-                f"{folder} has {path.name}, and none of the folders {', '.join(PLACES_FOLDERS[split])}; "
-                "give the list and the folder that it is about"
+                f"{folder} has {path.name} but none of the folders {', '.join(PLACES_FOLDERS[split])}; "
+                "give the list and its image folder"
             )
-        root = _only(roots, folder, split)
-        return Part(files=(path,), folder=root, categories=categories if categories.is_file() else None)
+        root = only_one(roots, split, folder)
+        return SplitFiles(files=(path,), folder=root, categories=categories if categories.is_file() else None)
 
-    return {split: lambda split=split: part(split) for split, found in lists.items() if found}
+    return {split: lambda split=split: files_of(split) for split, existing in lists.items() if existing}
 
 
-def tiny_imagenet(folder: Path) -> Parts:
-    """Recognise Tiny ImageNet, whose validation images lie in one folder beside their list."""
+def tiny_imagenet(folder: Path) -> Splits:
+    """Recognise Tiny ImageNet, whose validation images are in one folder with a list."""
     if not (folder / "val" / TINY).is_file():
         return {}
-    parts: dict[str, Part | Callable[[], Part]] = {}
+    splits: dict[str, SplitFiles | Callable[[], SplitFiles]] = {}
     if (folder / "train").is_dir():
-        parts["train"] = Part(folder=folder / "train")
-    parts["val"] = Part(files=(folder / "val" / TINY,), folder=folder / "val" / "images")
+        splits["train"] = SplitFiles(folder=folder / "train")
+    splits["val"] = SplitFiles(files=(folder / "val" / TINY,), folder=folder / "val" / "images")
     if (folder / "test" / "images").is_dir():
-        parts["test"] = Part(folder=folder / "test" / "images", flat=True)
-    return parts
+        splits["test"] = SplitFiles(folder=folder / "test" / "images", flat=True)
+    return splits
 
 
-def annotated(folder: Path) -> Parts:
-    """Recognise COCO's JSON files for splits, as of iNaturalist: train2017.json, train_mini.json and the like."""
-    found: dict[str, list[Path]] = {}
+def annotated(folder: Path) -> Splits:
+    """Recognise one COCO JSON file per split, as in iNaturalist: train2017.json, train_mini.json and so on."""
+    annotations: dict[str, list[Path]] = {}
     for file in (file for place in ANNOTATIONS for file in sorted((folder / place).glob("*.json"))):
         split = split_of(file.stem.removeprefix("instances_"))
         if split and is_coco(file):
-            found.setdefault(split, []).append(file)
+            annotations.setdefault(split, []).append(file)
 
-    def part(split: str) -> Part:
-        files = found[split]
+    def files_of(split: str) -> SplitFiles:
+        files = annotations[split]
         present = [file for file in files if (folder / file.stem.removeprefix("instances_")).is_dir()]
-        return Part(files=(_only(present or files, folder, split),), folder=folder)
+        return SplitFiles(files=(only_one(present or files, split, folder),), folder=folder)
 
-    return {split: lambda split=split: part(split) for split in found}
+    return {split: lambda split=split: files_of(split) for split in annotations}
 
 
-def packed(folder: Path) -> Parts:
-    """Recognise a folder of Parquet files or of WebDataset shards, with splits in the names of files or folders.
+def packed(folder: Path) -> Splits:
+    """Recognise a folder of Parquet files or WebDataset shards whose file or folder names give the split.
 
-    The split "" has the files whose names say nothing.
+    Files without a split in their name are under "".
     """
     files = _packed_files(folder, 0) or []
     parquet = [file for file in files if file.suffix.lower() == PARQUET]
@@ -116,33 +116,24 @@ def packed(folder: Path) -> Parts:
         groups.setdefault(split_of_file(file.relative_to(folder)) or "", []).append(file)
     sets = {_set(file.relative_to(folder)) for file in chosen}
     if len(sets) > 1:
-        raise InputError(f"{folder} has several data sets: {few(sorted(sets))}; give the folder of one")
-    return {split: Part(files=tuple(group)) for split, group in groups.items()}
+        raise InputError(f"{folder} has several data sets: {few(sorted(sets))}; give the folder of one of them")
+    return {split: SplitFiles(files=tuple(group)) for split, group in groups.items()}
 
 
 LAYOUTS: Sequence[Layout] = (places365, tiny_imagenet, annotated, packed)
 
 
-def recognised(folder: Path) -> Parts:
-    """Return the splits of a folder that has one of the layouts; nothing for others."""
-    return next((parts for layout in LAYOUTS if (parts := layout(folder))), {})
+def recognised(folder: Path) -> Splits:
+    """Return the splits of a folder in one of the `LAYOUTS`; an empty mapping for any other folder."""
+    return next((splits for layout in LAYOUTS if (splits := layout(folder))), {})
 
 
-def _there(folder: Path, names: Sequence[str]) -> list[Path]:
+def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder / name for name in names if (folder / name).exists()]
 
 
-def _only(paths: Sequence[Path], folder: Path, split: str) -> Path:
-    if len(paths) > 1:
-        raise InputError(
-            f"{folder} has several files or folders for the split {split}: {few([path.name for path in paths])}; give "
-            "a list and its folder with --data, and those for validation with --val-data"
-        )
-    return paths[0]
-
-
 def _packed_files(folder: Path, depth: int) -> list[Path] | None:
-    """Return the tar and Parquet files in and below a folder; None as soon as there is an image."""
+    """Return the tar and Parquet files in and below a folder, or None if it also holds images."""
     entries = sorted(path for path in folder.iterdir() if not is_system_folder(path.name))
     if any(is_image(path.name) for path in entries):
         return None
@@ -159,5 +150,5 @@ def _packed_files(folder: Path, depth: int) -> list[Path] | None:
 
 
 def _set(path: Path) -> str:
-    """Return the folders around a file except those of splits, by which Hugging Face tells configurations apart."""
+    """Return a file's parent folders without those of splits: Hugging Face's name for a configuration."""
     return "/".join(name for name in path.parts[:-1] if not split_of(name))

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from relaylab.data.sources.file_states import FileState
 from relaylab.data.sources.source import UNLABELLED, Labels, Targets
-from relaylab.data.sources.stamps import Stamp
 from relaylab.errors import InputError
 from relaylab.outside.showing import brief, printable
 from relaylab.progress import Silent, Task
@@ -94,7 +94,7 @@ class Listing:
             None if all are.
         ignored: number of ignored files, by extension.
         skipped: number of ignored folders, by name; see `is_system_folder`.
-        stamps: fingerprints of everything that was read.
+        file_states: fingerprints of everything that was read.
         numbered: whether the labels are those of a list.
         remark: for the user, on how the classes were matched; empty if there is none.
         targets: (n, classes) uint8, 1 for each of an image's labels, where an image may have several or none; `labels`
@@ -112,7 +112,7 @@ class Listing:
     place: NDArray[np.uint16]
     spans: NDArray[np.int64] | None
     ignored: Mapping[str, int]
-    stamps: tuple[Stamp, ...]
+    file_states: tuple[FileState, ...]
     numbered: bool = False
     remark: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -120,9 +120,9 @@ class Listing:
     notes: tuple[str, ...] = ()
     inflated: NDArray[np.int64] | None = None
 
-    def name(self, number: int) -> bytes:
+    def name(self, index: int) -> bytes:
         """Return the name of an image below its place."""
-        return self.names[int(self.bounds[number]) : int(self.bounds[number + 1])].tobytes()
+        return self.names[int(self.bounds[index]) : int(self.bounds[index + 1])].tobytes()
 
 
 class Rows:
@@ -133,7 +133,7 @@ class Rows:
         self.keys: dict[str, int] = {}  # by class folder, in the order in which they are found
         self.ignored: Counter[str] = Counter()
         self.skipped: set[str] = set()  # paths of folders
-        self.stamps: list[Stamp] = []
+        self.file_states: list[FileState] = []
         self.notes: list[str] = []  # for the user
         self._names = bytearray()
         self._bounds = array("Q", [0])
@@ -182,9 +182,9 @@ class Rows:
             if self.name(first) == self.name(second):
                 raise InputError(f"{title} has {printable(self.name(first))} more than once")
 
-    def name(self, number: int) -> bytes:
+    def name(self, index: int) -> bytes:
         """Return the name of an image that was added."""
-        return bytes(self._names[self._bounds[number] : self._bounds[number + 1]])
+        return bytes(self._names[self._bounds[index] : self._bounds[index + 1]])
 
     def listing(self, title: str, keys: Collection[str], shown: Mapping[str, str], places: Sequence[Place]) -> Listing:
         """Return all images in order, with labels by the rank of the classes' keys. See Note [Listing] 2.
@@ -226,7 +226,7 @@ class Rows:
             spans=np.frombuffer(self._spans, np.int64).reshape(-1, 2) if self._spans else None,
             inflated=np.frombuffer(self._inflated, np.int64) if any(self._inflated) else None,
             ignored=dict(self.ignored),
-            stamps=tuple(self.stamps),
+            file_states=tuple(self.file_states),
             numbered=numbered,
             skipped=dict(Counter(path.rpartition("/")[2] for path in self.skipped).most_common(FOLDERS_NAMED)),
             notes=tuple(self.notes),
@@ -236,7 +236,7 @@ class Rows:
         """Refuse a tree such as Places' a/abbey, b/bakery, whose letters would be read as classes."""
         if self.found and folders and all(len(folder) == 1 and folder.isalpha() for folder in folders):
             some = range(0, self.found, max(1, self.found // 100))
-            if all(len(self.name(number).split(b"/")[-2]) > 1 for number in some):
+            if all(len(self.name(index).split(b"/")[-2]) > 1 for index in some):
                 raise InputError(
                     f"{title} is sorted by letters ({folders[0]}/CLASS/IMAGE), as Places is: give its list too"
                 )
@@ -250,9 +250,9 @@ def _sorted(listing: Listing) -> Listing:
     order = np.empty(len(by_class), np.int64)
     position = 0
     for members in np.split(by_class, edges):
-        named = [(*listing.name(number).rpartition(b"/")[::2], number) for number in members.tolist()]
+        named = [(*listing.name(index).rpartition(b"/")[::2], index) for index in members.tolist()]
         named.sort()
-        order[position : position + len(named)] = [number for _, _, number in named]
+        order[position : position + len(named)] = [index for _, _, index in named]
         position += len(named)
         blob += b"".join(folder + b"/" + file if folder else file for folder, file, _ in named)
     lengths = np.diff(listing.bounds)[order]

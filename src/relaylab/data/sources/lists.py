@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from relaylab.data.sources.class_names import names_beside, read_categories, without_letter
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image
 from relaylab.data.sources.source import UNLABELLED
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.trees import refuse_to_leave
 from relaylab.data.sources.valued import unique_keys
 from relaylab.errors import InputError
@@ -35,7 +35,7 @@ def list_file(file: Path, root: Path, categories: Path | None, named: list[Path]
             missing files.
     """
     rows = Rows()
-    rows.stamps += [stamp(file), *([stamp(categories)] if categories else [])]
+    rows.file_states += [file_state(file), *([file_state(categories)] if categories else [])]
     classes = read_categories(categories) if categories else None
     keys = unique_keys(classes or ())
     folder_of = _read(file, root, rows, classes, watch)
@@ -120,16 +120,16 @@ def check_files(file: Path, root: Path, rows: Rows, watch: Watch) -> None:
     missing: list[tuple[int, str]] = []
     with watch("looking for the files", len(folders)) as task:
         for name, members in zip(folders, np.split(order, np.cumsum(np.bincount(folder))[:-1]), strict=True):
-            numbers = members.tolist()
+            indices = members.tolist()
             kinds = kinds_in(os.fsencode(root) + b"/" + name, os.fsencode(root))
-            for number in numbers:
-                kind = kinds.get(rows.name(number).rpartition(b"/")[2], "")
+            for index in indices:
+                kind = kinds.get(rows.name(index).rpartition(b"/")[2], "")
                 if kind != "file":
-                    missing.append((number, " (is a folder)" if kind == "folder" else ""))
+                    missing.append((index, " (is a folder)" if kind == "folder" else ""))
             task.advance()
     if missing:
         missing.sort()
-        names = [brief(rows.name(number)) + what for number, what in missing[:3]] + [""] * (len(missing) - 3)
+        names = [brief(rows.name(index)) + what for index, what in missing[:3]] + [""] * (len(missing) - 3)
         raise InputError(
             f"{len(missing):,} of the {rows.found:,} images of {file.name} are not in {root}: {few(names)};"
             " name the folder that the list is about"
@@ -170,7 +170,7 @@ def _names(
     if not len(folders) == len(folder_of) == len(set(folders.values())):
         folders = {}
     keys = {label: without_letter(folder) for label, folder in folders.items()}
-    shown = names_beside(named, keys.values(), rows.stamps) if keys else {}
+    shown = names_beside(named, keys.values(), rows.file_states) if keys else {}
     names = {label: shown.get(key, key) for label, key in keys.items()}
     unique = unique_keys([keys.get(label, str(label)) for label in labels])
     return unique, tuple(names.get(label, f"class {label}") for label in labels)

@@ -17,8 +17,9 @@ from relaylab.data.sources.class_names import files_beside, read_truth, synset_n
 from relaylab.data.sources.classes import Classes, relabelled
 from relaylab.data.sources.coco import list_coco
 from relaylab.data.sources.csv_files import CSV, has_header, list_csv
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.index import IndexedImages, UnusableIndexError, write_index
-from relaylab.data.sources.layouts import PARQUET, Part, recognised
+from relaylab.data.sources.layouts import PARQUET, SplitFiles, recognised
 from relaylab.data.sources.listing import (
     SPLITS,
     Listing,
@@ -34,7 +35,6 @@ from relaylab.data.sources.parquet import list_parquet
 from relaylab.data.sources.shards import are_shards, list_shards
 from relaylab.data.sources.source import Source, check_source, is_source
 from relaylab.data.sources.splits import chosen, split_of_file
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.subset import Relabelled
 from relaylab.data.sources.tabbed import is_tabbed, list_tabbed
 from relaylab.data.sources.trees import list_trees
@@ -111,7 +111,8 @@ def open_source(
         paths: of the data set. One or more folder trees or tar files, CLASS/**/IMAGE or with {train,val,test}/
             above. Or a list file, `NAME LABEL` per line or a CSV file with a header, with the folder that it is about.
             Or, for ImageNet's validation images, their folder or tar, ILSVRC2012_validation_ground_truth.txt and
-            meta.mat, the latter two also as the folder of the development kit. docs/data.md has all formats. Patterns
+            meta.mat, the latter two also as the folder of the development kit. docs/how-to/data.md has all formats.
+            Patterns
             such as `shard-{000..003}.tar` stand for several files. A `Source` is checked and returned; with `classes`,
             labelled by these.
         split: train, val or test where the tree or tar has them. A test split may be without classes.
@@ -260,16 +261,16 @@ def _list_files(request: _Request, title: str, cache: Path, watch: Watch) -> Lis
     layout = recognised(request.folders[0]) if len(request.folders) == 1 and not flat else {}
     if not layout:
         return list_trees(request.folders, title, request.split, request.named, watch, flat=flat)
-    part = chosen(layout, request.split, request.folders[0])
-    part = part if isinstance(part, Part) else part()
-    if part.files and part.folder is not None:
-        listing = _list_named(part.files[0], part.folder, part.categories, request, watch)
-    elif part.folder is not None:
-        listing = list_trees([part.folder], title, None, request.named, watch, flat=part.flat)
+    entry = chosen(layout, request.split, request.folders[0])
+    entry = entry if isinstance(entry, SplitFiles) else entry()
+    if entry.files and entry.folder is not None:
+        listing = _list_named(entry.files[0], entry.folder, entry.categories, request, watch)
+    elif entry.folder is not None:
+        listing = list_trees([entry.folder], title, None, request.named, watch, flat=entry.flat)
     else:
-        listing = _list_shards(part.files, title, request, cache, watch)
-    folders = dict.fromkeys((request.folders[0], *(file.parent for file in part.files)))
-    return replace(listing, stamps=(*listing.stamps, *map(stamp, folders)))
+        listing = _list_shards(entry.files, title, request, cache, watch)
+    folders = dict.fromkeys((request.folders[0], *(file.parent for file in entry.files)))
+    return replace(listing, file_states=(*listing.file_states, *map(file_state, folders)))
 
 
 def _list_named(file: Path, root: Path, categories: Path | None, request: _Request, watch: Watch) -> Listing:
@@ -288,10 +289,10 @@ def _list_archives(archives: Sequence[Path], title: str, request: _Request, cach
     """List tar, zip or Parquet files."""
     kind = archives[0].suffix.lower()
     if kind == PARQUET or (request.truth is None and kind != ZIP and are_shards(archives[0])):
-        parts: dict[str, list[Path]] = {}
+        by_split: dict[str, list[Path]] = {}
         for path in archives:
-            parts.setdefault(split_of_file(path.name) or "", []).append(path)
-        return _list_shards(chosen(parts, request.split, title), title, request, cache, watch)
+            by_split.setdefault(split_of_file(path.name) or "", []).append(path)
+        return _list_shards(chosen(by_split, request.split, title), title, request, cache, watch)
     members = zip_members if kind == ZIP else tar_members
     flat = request.truth is not None
     with removing_refused(archives, cache):
@@ -307,21 +308,21 @@ def _list_shards(files: Sequence[Path], title: str, request: _Request, cache: Pa
 
 def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
     """Label ImageNet's validation images: image k has the class on line k."""
-    stamps = (*listing.stamps, stamp(truth), stamp(meta))
+    file_states = (*listing.file_states, file_state(truth), file_state(meta))
     synset, shown = synset_numbers(meta)
     lines = read_truth(truth)
     folders = tuple(sorted(shown))
     rank = {name: label for label, name in enumerate(folders)}
     labels = np.full(len(listing.labels), -1, np.int16)
-    for number in range(len(labels)):
-        stem = os.fsdecode(listing.name(number)).rpartition("/")[2].rpartition(".")[0]
+    for index in range(len(labels)):
+        stem = os.fsdecode(listing.name(index)).rpartition("/")[2].rpartition(".")[0]
         image = stem.removeprefix(VALIDATION_IMAGE)
         if image == stem or not image.isdecimal() or not 1 <= int(image) <= len(lines):
             raise InputError(f"{printable(stem)}: expected {VALIDATION_IMAGE}1 .. {len(lines)}, as {truth.name} has")
         if lines[int(image) - 1] not in synset:
             raise InputError(f"{truth.name}, line {int(image)}: {meta.name} has no class {lines[int(image) - 1]}")
-        labels[number] = rank[synset[lines[int(image) - 1]]]
+        labels[index] = rank[synset[lines[int(image) - 1]]]
     if len(labels) != len(lines):
         raise InputError(f"{listing.title} has {len(labels):,} images, {truth.name} {len(lines):,} lines")
     classes = told_apart([shown[name] for name in folders], folders)
-    return replace(listing, labels=labels, classes=classes, folders=folders, stamps=stamps)
+    return replace(listing, labels=labels, classes=classes, folders=folders, file_states=file_states)

@@ -1,14 +1,14 @@
-"""Parquet files of images, as Hugging Face's `datasets` writes them: a column of encoded images, one of labels.
+"""Parquet files as Hugging Face's `datasets` writes them: a column of encoded images and a column of labels.
 
 Note [Parquet]
-1. The images are in the column of structs with `bytes` and `path`, or of binary values. The labels are in the column
-   that the schema's metadata describes as ClassLabel, else in one of `LABELS`: numbers, text or lists of either.
-2. Where the column of images is not compressed, as recent versions of `datasets` write it, images are read in place.
-   Otherwise it is compressed by Snappy in pages of a megabyte or more, so an image cannot be read without its
-   neighbours, and random access would decompress each page many times. The images are then copied once to a plain
-   file in the cache, as compressed tars are, and read from there by offset.
-3. pyarrow reads the columns from mapped memory, a batch of rows at a time. Nothing is unpickled, and no extension type
-   is used.
+1. The image column holds structs with `bytes` and `path`, or binary values. The label column is the one that the
+   schema's metadata describes as ClassLabel, else one named in `LABELS`; it holds numbers, text or lists of either.
+2. If the image column is not compressed, as recent versions of `datasets` write it, images are read in place.
+   Otherwise it is compressed by Snappy in pages of a megabyte or more: an image cannot be read without its neighbours,
+   and random access would decompress each page many times. The images are then copied once to a plain file in the
+   cache, as compressed tars are, and read from there by offset.
+3. pyarrow reads the columns from mapped memory, a batch of rows at a time. Nothing is unpickled, and no extension
+   types are used.
 """
 
 import json
@@ -18,14 +18,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
-from relaylab.data.sources.cache import written
+from relaylab.data.sources.cache import atomic_cache_write, cached_copy, remove_outdated
 from relaylab.data.sources.class_names import numbered_names
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, printable
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
@@ -34,13 +33,13 @@ from relaylab.progress import Task
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "pixel_values")
 LABELS = ("label", "labels", "fine_label", "class", "cls", "category", "target", "class_name", "label_name", "scene")
 ROWS_AT_ONCE = 64
-LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # unpacked bytes to each packed one; and as many whatever the ratio
+LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size; at least so many bytes
 _OffsetOf = Callable[[bytes], int]
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns that are read, and the names of the classes, if the file has them."""
+    """The image and label columns, the class names if the file has them, and the other columns."""
 
     image: str
     label: str | None
@@ -55,34 +54,34 @@ class _Columns:
 
 
 def list_parquet(files: Sequence[Path], title: str, named: Sequence[Path], watch: Watch, *, cache: Path) -> Listing:
-    """List the images of Parquet files, in their order. See Note [Parquet].
+    """List the images of Parquet files, in file order. See Note [Parquet].
 
-    Names of numbered classes are the schema's, or those of a classnames.txt or labels.txt beside the files; files in
-    `named` have display names of synsets. Images of compressed files are copied to `cache`.
+    Class names come from the schema, or from a classnames.txt or labels.txt in the files' folder. Files in `named` give
+    display names of synsets. Images of compressed files are copied to `cache`.
 
     Raises:
-        InputError: pyarrow is not installed; a file that is damaged or has no column of images; files with different
-            columns; or no space in the cache.
+        InputError: pyarrow is not installed; a file is damaged or has no image column; files differ in their columns;
+            or the cache has no space.
     """
     pq = _pyarrow()
     rows, values, places = Rows(), Values(), list[Place]()
     columns: _Columns | None = None
-    for number, path in enumerate(files):
-        rows.stamps.append(stamp(path))
+    for place, path in enumerate(files):
+        rows.file_states.append(file_state(path))
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
-                own = _columns(file)
-                if columns is not None and own != columns:
-                    raise InputError(f"it has other columns or classes than {files[0].name}: {own.note}")
-                columns = own
-                places.append(_list_file(file, path, number, own, rows, values, watch, cache))
+                found = _columns(file)
+                if columns is not None and found != columns:
+                    raise InputError(f"its columns or classes differ from those of {files[0].name}: {found.note}")
+                columns = found
+                places.append(_list_file(file, path, place, found, rows, values, watch, cache))
         except InputError as error:
             raise InputError(f"{path.name}: {error}") from None
-        except (ValueError, OSError, KeyError, NotImplementedError, MemoryError) as error:  # pyarrow's are of these
+        except (ValueError, OSError, KeyError, NotImplementedError, MemoryError) as error:  # bases of pyarrow's errors
             reason = printable(str(error).partition("\n")[0])
             raise InputError(f"cannot read {path.name} as a Parquet file: {reason}") from None
-    assert columns is not None, "there is a file"
-    names = columns.names or numbered_names(files, rows.stamps)
+    assert columns is not None, "there is at least one file"
+    names = columns.names or numbered_names(files, rows.file_states)
     return replace(values.listing(rows, title, places, names=names, named=named), notes=(columns.note,))
 
 
@@ -95,7 +94,7 @@ def _pyarrow() -> Any:
 
 
 def _columns(file: Any) -> _Columns:
-    """Tell the columns apart. See Note [Parquet] 1."""
+    """Find the image and label columns. See Note [Parquet] 1."""
     schema = file.schema_arrow
     features = _features(schema.metadata or {})
     kinds = {field.name: str(field.type) for field in schema}
@@ -104,8 +103,8 @@ def _columns(file: Any) -> _Columns:
     image = next((name for name in IMAGES if name in images), images[0] if len(images) == 1 else None)
     columns = ", ".join(f"{printable(name)} ({kind})" for name, kind in list(kinds.items())[:8])
     if image is None:
-        found = f"several columns of images, {few(images)}" if images else "no column of encoded images"
-        raise InputError(f"it has {found}; expected one, such as image, of bytes and path. Columns: {columns}")
+        found = f"several image columns, {few(images)}" if images else "no column of encoded images"
+        raise InputError(f"it has {found}; expected one, such as `image` with bytes and path. Columns: {columns}")
     described = [name for name in kinds if "names" in features.get(name, {})]
     candidates = [*(name for name in LABELS if name in kinds), *described]
     label = next((name for name in candidates if name in described), next(iter(candidates), None))
@@ -115,7 +114,7 @@ def _columns(file: Any) -> _Columns:
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """Return the features that Hugging Face keeps in a schema, those in lists without the list."""
+    """Return the features from Hugging Face's metadata in a schema; a list's feature is that of its items."""
     try:
         features: Any = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {name: one.get("feature", one) for name, one in features.items() if isinstance(one, dict)}
@@ -124,28 +123,29 @@ def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
 
 
 def _list_file(
-    file: Any, path: Path, number: int, columns: _Columns, rows: Rows, values: Values, watch: Watch, cache: Path
+    file: Any, path: Path, place: int, columns: _Columns, rows: Rows, values: Values, watch: Watch, cache: Path
 ) -> Place:
-    """Add the images of one file, and copy them to the cache if they are not there and cannot be read in place."""
+    """Add the images of one file; copy them to the cache if they cannot be read in place and have no copy yet."""
     with watch(f"listing {path.name}", file.metadata.num_rows) as task:
         plain = path
         found = _found(file, columns, _in_place(path), task) if _is_uncompressed(file, columns) else None
         if found is None:
-            plain = _copy_of(path, cache)
+            plain = cached_copy(file_state(path), cache / "parquet", ".images")
+            remove_outdated(plain)
             found = _found(file, columns, _copied(path, plain), task)
-    assert found is not None, "copies have an offset"
+    assert found is not None, "every copied image has an offset"
     for row, (offset, size, name, value) in enumerate(found):
-        rows.add(os.fsencode(f"{row}/{name.rpartition('/')[2]}" if name else f"{row}"), 0, number, (offset, size))
+        rows.add(os.fsencode(f"{row}/{name.rpartition('/')[2]}" if name else f"{row}"), 0, place, (offset, size))
         values.add(value)
     if plain != path:
-        rows.stamps.append(stamp(plain))
+        rows.file_states.append(file_state(plain))
     return Place(str(plain), str(path))
 
 
 def _found(
     file: Any, columns: _Columns, store: AbstractContextManager[_OffsetOf], task: Task
 ) -> list[tuple[int, int, str | None, Value]] | None:
-    """Return offset, size, path and label of all images; None if one has no offset in this store."""
+    """Return offset, size, path and label of every image; None if an image has no offset in this store."""
     found = list[tuple[int, int, str | None, Value]]()
     with store as offset_of:
         for data, name, value in _rows(file, columns):
@@ -160,9 +160,9 @@ def _found(
 
 def _is_uncompressed(file: Any, columns: _Columns) -> bool:
     groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-    parts = (group.column(place) for group in groups for place in range(group.num_columns))
+    chunks = (group.column(column) for group in groups for column in range(group.num_columns))
     return all(
-        part.compression == "UNCOMPRESSED" for part in parts if part.path_in_schema.split(".")[0] == columns.image
+        chunk.compression == "UNCOMPRESSED" for chunk in chunks if chunk.path_in_schema.split(".")[0] == columns.image
     )
 
 
@@ -170,8 +170,8 @@ def _is_uncompressed(file: Any, columns: _Columns) -> bool:
 def _in_place(path: Path) -> Iterator[_OffsetOf]:
     """Yield a function that returns the offset of the next image in the file itself, or -1.
 
-    Without compression, values are stored one after the other, so each is found where the last one ends or, behind
-    other columns, a little later. One that is not, as a repeated image in a dictionary, makes the file one to copy.
+    Without compression, values are stored in order, so each one is found where the last one ends or, after other
+    columns, a little later. If one is not found, such as a repeated image in a dictionary, the file has to be copied.
     """
     end = 0
     with (
@@ -190,20 +190,20 @@ def _in_place(path: Path) -> Iterator[_OffsetOf]:
 
 @contextmanager
 def _copied(path: Path, plain: Path) -> Iterator[_OffsetOf]:
-    """Yield a function that returns an image's offset in a file of images alone, to which it is written if that is new.
+    """Yield a function that returns an image's offset in the plain copy, and writes the image if the copy is new.
 
     Raises:
-        InputError: no space, far more bytes than the file has, or another size than that of the file that is there.
+        InputError: no space, far more bytes than the Parquet file has, or an existing copy of another size.
     """
     state, end = path.stat(), 0
     most = max(ALWAYS_UNPACKED, LARGEST_RATIO * state.st_size)
     with ExitStack() as stack:
         target: IO[bytes] | None = None
         if not plain.exists():
-            temporary = stack.enter_context(written(plain))
+            temporary = stack.enter_context(atomic_cache_write(plain))
             free = shutil.disk_usage(temporary.parent).free
             if free < state.st_size:
-                raise InputError(f"it needs {state.st_size:,} bytes in {plain.parent}: {free:,} are free")
+                raise InputError(f"it needs {state.st_size:,} bytes in {plain.parent}, which has {free:,} free")
             target = stack.enter_context(temporary.open("wb"))
 
         def offset_of(data: bytes) -> int:
@@ -212,18 +212,18 @@ def _copied(path: Path, plain: Path) -> Iterator[_OffsetOf]:
                 target.write(data)
             end += len(data)
             if end > most:
-                raise InputError(f"it unpacks to more than {LARGEST_RATIO} times its size, as no images do")
+                raise InputError(f"it unpacks to more than {LARGEST_RATIO} times its size, which images never do")
             return end - len(data)
 
         yield offset_of
-    os.utime(plain, ns=(state.st_mtime_ns, state.st_mtime_ns))  # as old as its content
+    os.utime(plain, ns=(state.st_mtime_ns, state.st_mtime_ns))  # the time of its content
     if plain.stat().st_size != end:
         plain.unlink()
-        raise InputError("its copy in the cache was damaged, and is removed: start again")
+        raise InputError("its copy in the cache was damaged and has been removed; rerun the command")
 
 
 def _rows(file: Any, columns: _Columns) -> Iterator[tuple[bytes, str | None, Value]]:
-    """Iterate over image, path and label of all rows; raises InputError for a row without an image."""
+    """Yield image, path and label of every row; raise InputError for a row without an image."""
     wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
     row = 0
     for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted, use_threads=False):
@@ -233,27 +233,17 @@ def _rows(file: Any, columns: _Columns) -> Iterator[tuple[bytes, str | None, Val
             fields = image if isinstance(image, dict) else {"bytes": image}
             if not fields.get("bytes"):
                 path = f", only the path {printable(str(fields['path']))}" if fields.get("path") else ""
-                raise InputError(f"row {row} has no bytes{path}; write the images into the file")
+                raise InputError(f"row {row} has no image bytes{path}; embed the images in the file")
             yield fields["bytes"], fields.get("path"), _value(label, columns.label)
             row += 1
 
 
 def _value(label: Any, column: str | None) -> Value:
     value = tuple(label) if isinstance(label, list) else label
-    parts = value if isinstance(value, tuple) else (value,)
-    if all(type(part) is int for part in parts) or all(type(part) is str for part in parts):
+    items = value if isinstance(value, tuple) else (value,)
+    if all(type(item) is int for item in items) or all(type(item) is str for item in items):
         return value
     if value is None:
         return None
-    raise InputError(f"column {printable(str(column))}: {printable(repr(label)[:40])}; expected class numbers or names")
-
-
-def _copy_of(path: Path, cache: Path) -> Path:
-    """Return the place in the cache for the images of a file in its present state, and remove older ones."""
-    state = stamp(path)
-    same, now = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (state.path, str(state[1:])))
-    plain = cache / "parquet" / f"{same}-{now}.images"
-    for older in plain.parent.glob(f"{same}-*.images"):
-        if older != plain:
-            older.unlink(missing_ok=True)
-    return plain
+    shown = printable(repr(label)[:40])
+    raise InputError(f"column {printable(str(column))} holds {shown}; expected class indices or names")

@@ -1,9 +1,9 @@
-"""WebDataset shards: tar files of KEY.jpg with KEY.cls, or with a label in KEY.json, read in place as other tars are.
+"""WebDataset shards: tar files of KEY.jpg and a label in KEY.cls or KEY.json, read in place like other tars.
 
 Note [Shards]
-1. As in WebDataset, the key of a member is its path up to the first dot of the file's name, and members of one key
-   lie side by side. `KEY.cls` counts before `KEY.json`; of the latter, the first of `FIELDS` that is there.
-2. A tar is a shard if one of its first members is an image with such a label beside it, or of the same key as one.
+1. As in WebDataset, the key of a member is its path up to the first dot of the file name, and members with the same key
+   are adjacent. `KEY.cls` takes precedence over `KEY.json`, from which the first field in `FIELDS` is read.
+2. A tar is a shard if its first members include an image and a label with the same key.
 """
 
 import json
@@ -18,8 +18,8 @@ from typing import Any
 
 from relaylab.data.sources.archives import DAMAGE, Member, beginning, member_bytes, tar_members, unpacked
 from relaylab.data.sources.class_names import numbered_names
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image, printable
-from relaylab.data.sources.stamps import stamp
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
@@ -37,7 +37,7 @@ FIELDS = (
     "labels",
 )
 LARGEST_LABEL_FILE = 1 << 20  # bytes
-PEEKED, PEEKED_BYTES = 64, 1 << 24  # members, and bytes of a tar, by which shards are told from other tars
+PEEKED, PEEKED_BYTES = 64, 1 << 24  # members and bytes that are read to distinguish shards from other tars
 MEMBERS_AT_ONCE = 1000
 
 
@@ -60,35 +60,35 @@ def are_shards(tar: Path) -> bool:
 
 
 def list_shards(tars: Sequence[Path], title: str, named: Sequence[Path], watch: Watch, *, cache: Path) -> Listing:
-    """List the images of WebDataset shards, in their order; see Note [Shards].
+    """List the images of WebDataset shards, in archive order. See Note [Shards].
 
-    Names of numbered classes are those of a classnames.txt or labels.txt beside the shards; files in `named` have
+    The names of numbered classes come from a classnames.txt or labels.txt in the shards' folder. Files in `named` give
     display names of synsets. Compressed tars are unpacked to `cache`.
 
     Raises:
-        InputError: a tar that is damaged, a label that cannot be read, a key with several images, or no images.
+        InputError: a tar is damaged, a label cannot be read, a key has several images, or there are no images.
     """
     rows, values, places = Rows(), Values(), list[Place]()
-    for number, tar in enumerate(tars):
-        rows.stamps.append(stamp(tar))
+    for place, tar in enumerate(tars):
+        rows.file_states.append(file_state(tar))
         plain = unpacked(tar, cache, watch)
         if plain != tar:
-            rows.stamps.append(stamp(plain))
+            rows.file_states.append(file_state(plain))
         places.append(Place(str(plain), str(tar)))
-        _list_shard(plain, tar.name, number, rows, values, watch)
-    return values.listing(rows, title, places, names=numbered_names(tars, rows.stamps), named=named)
+        _list_shard(plain, tar.name, place, rows, values, watch)
+    return values.listing(rows, title, places, names=numbered_names(tars, rows.file_states), named=named)
 
 
-def _list_shard(plain: Path, title: str, number: int, rows: Rows, values: Values, watch: Watch) -> None:
+def _list_shard(plain: Path, title: str, place: int, rows: Rows, values: Values, watch: Watch) -> None:
     with os.fdopen(open_regular(plain), "rb") as file, watch(f"listing {title}", plain.stat().st_size) as task:
         seen, current = 0, ""
         image: Member | None = None
-        found: dict[str, Value] = {}
+        labels: dict[str, Value] = {}  # by extension
 
         def finish() -> None:
             if image is not None:
-                rows.add(os.fsencode(image.path), 0, number, (image.offset, image.size))
-                values.add(found.get("cls", found.get("json")))
+                rows.add(os.fsencode(image.path), 0, place, (image.offset, image.size))
+                values.add(labels.get("cls", labels.get("json")))
 
         for count, member in enumerate(tar_members(file, title, rows)):
             if member.folder:
@@ -96,15 +96,15 @@ def _list_shard(plain: Path, title: str, number: int, rows: Rows, values: Values
             key, extension = _split(member.path)
             if key != current:
                 finish()
-                current, image, found = key, None, {}
+                current, image, labels = key, None, {}
             if is_image(member.path):
                 if image is not None:
                     names = f"{printable(image.path)} and {printable(member.path)}"
-                    raise InputError(f"{title} has several images with one key: {names}; expected one for each")
+                    raise InputError(f"{title} has several images with one key: {names}; expected one image per key")
                 image = member
             elif extension in ("cls", "json") and member.size <= LARGEST_LABEL_FILE:
                 data, where = member_bytes(file, member), f"{title}: {printable(member.path)}"
-                found[extension] = _number(data, where) if extension == "cls" else _field(data)
+                labels[extension] = _label(data, where) if extension == "cls" else _field(data)
             else:
                 rows.ignore(member.path)
             if count % MEMBERS_AT_ONCE == 0:
@@ -121,22 +121,22 @@ def _split(path: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _number(data: bytes, where: str) -> int | str:
-    """Return the label in a .cls file: a number, or else text."""
+def _label(data: bytes, where: str) -> int | str:
+    """Return the label in a .cls file: an integer if it is one, else text."""
     text = data.decode("utf-8", errors="replace").strip()
     if not text or len(text.splitlines()) > 1:
-        raise InputError(f"{where} is {printable(text[:40])!r}; expected a class number or name")
+        raise InputError(f"{where} is {printable(text[:40])!r}; expected a class index or name")
     return int(text) if text.lstrip("-").isdecimal() and len(text) < 12 else text
 
 
 def _field(data: bytes) -> Value:
-    """Return the label in a JSON file; None if it has none."""
+    """Return the label in a JSON file, or None if it has no label."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):
         return None
     value: Any = next((fields[name] for name in FIELDS if name in fields), None) if isinstance(fields, dict) else None
-    parts: Any = value if isinstance(value, list) else [value]
-    if not all(type(part) is int for part in parts) and not all(type(part) is str for part in parts):
+    items: Any = value if isinstance(value, list) else [value]
+    if not all(type(item) is int for item in items) and not all(type(item) is str for item in items):
         return None
-    return tuple(parts) if isinstance(value, list) else value
+    return tuple(items) if isinstance(value, list) else value

@@ -33,11 +33,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Return the encoded bytes of an image; raises OSError if it cannot be read."""
         ...
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """Return the path of an image, for messages and lists: printable whatever bytes the name is made of."""
         ...
 

@@ -1,16 +1,16 @@
-"""Splits under other spellings, and files of splits: `Validation/`, `val_256/`, `train-00000-of-00004.parquet`.
+"""Recognise splits by the names of folders and files: `Validation/`, `val_256/`, `train-00000-of-00004.parquet`.
 
 Note [Splits]
-1. The name of a folder is a split's if it is one of `WORDS`, in any case, with at most a number or one of `ADDITIONS`
-   behind it. `train_station` remains a class.
-2. Two folders of one split are an error; which of them is meant is not guessed.
-3. The name of a shard has the word anywhere, between separators: `imagenet-train-0003.tar`.
+1. A folder is a split's if its name is one of `WORDS`, in any case, optionally followed by a number or by one of
+   `ADDITIONS`. `train_station` is a class.
+2. Two folders for one split are an error: the program does not guess.
+3. In the name of a shard the word may be anywhere between separators: `imagenet-train-0003.tar`.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
-from typing import TypeVar
+from pathlib import Path, PurePath
+from typing import TypeVar, overload
 
 from relaylab.data.sources.listing import SPLITS, NoSplitError, SplitNeededError, few
 from relaylab.errors import InputError
@@ -24,13 +24,13 @@ _FOLDER = re.compile(rf"({_WORD})(?:[-_ .]?(?:\d{{1,9}}(?:x\d{{1,9}})?|{ADDITION
 
 
 def split_of(folder: str) -> str | None:
-    """Return the split that a folder's name means, one of `SPLITS`; None for other folders. See Note [Splits]."""
+    """Return the split that a folder's name stands for, one of `SPLITS`, or None. See Note [Splits]."""
     match = _FOLDER.fullmatch(folder)
     return SPLIT_OF[match[1].lower()] if match else None
 
 
 def split_of_file(path: PurePath | str) -> str | None:
-    """Return the split that the name of a file or, from the innermost one, of a folder around it means."""
+    """Return the split in the name of a file, else in that of its innermost parent folder with one, else None."""
     path = PurePath(path)
     words = (word for word in re.split(r"[-_. ]", path.name.lower()) if word in SPLIT_OF)
     inner_first = (split_of(folder) for folder in reversed(path.parts[:-1]))
@@ -38,7 +38,7 @@ def split_of_file(path: PurePath | str) -> str | None:
 
 
 def by_split(folders: Iterable[str]) -> dict[str, list[str]]:
-    """Group folders by their splits, in the order of `SPLITS`; other folders are left out."""
+    """Group the names of folders by split, in the order of `SPLITS`. Other folders are left out."""
     found: dict[str, list[str]] = {}
     for folder in folders:
         if split := split_of(folder):
@@ -46,39 +46,44 @@ def by_split(folders: Iterable[str]) -> dict[str, list[str]]:
     return {split: sorted(found[split]) for split in SPLITS if split in found}
 
 
-def only_one(folders: Sequence[str], split: str, title: object) -> str:
-    """Return the only folder of a split; raises InputError for several. See Note [Splits] 2."""
-    if len(folders) > 1:
+@overload
+def only_one(candidates: Sequence[str], split: str, title: object) -> str: ...
+@overload
+def only_one(candidates: Sequence[Path], split: str, title: object) -> Path: ...
+def only_one(candidates: Sequence[str] | Sequence[Path], split: str, title: object) -> str | Path:
+    """Return the only file or folder of a split; raise InputError if there are several. See Note [Splits] 2."""
+    if len(candidates) > 1:
+        names = [PurePath(candidate).name for candidate in candidates]
         raise InputError(
-            f"{title} has several folders that may be the split {split}: {few(folders)}; rename all but one, or give "
-            "the training folder with --data and the other with --val-data"
+            f"{title} has several files or folders for the split {split}: {few(names)}; keep one of them, or give the "
+            "right ones with --data (training) and --val-data (validation), a list together with its folder"
         )
-    return folders[0]
+    return candidates[0]
 
 
 def note_on(folder: str, split: str) -> list[str]:
-    """Return a note for the user on a folder that is not called like its split."""
+    """Return a note for the user if a folder's name differs from its split's, else no notes."""
     return [] if folder == split else [f"the split {split} is the folder {folder}"]
 
 
-def chosen(parts: Mapping[str, T], split: str | None, title: object) -> T:
-    """Return the part of a split; `split` may be None where there is one part only.
+def chosen(splits: Mapping[str, T], split: str | None, title: object) -> T:
+    """Return the entry of one split. `split` may be None if there is only one.
 
     Args:
-        parts: by split; "" has what does not say its split.
-        split: one of `SPLITS` or None.
+        splits: entries by split; "" has the files whose names do not give a split.
+        split: one of `SPLITS`, or None.
         title: of the data set, for messages.
 
     Raises:
-        SplitNeededError: no split is asked for, and there are several.
-        NoSplitError: there is no such part.
+        SplitNeededError: there are several splits and `split` is None.
+        NoSplitError: there is no such split.
     """
-    if split is None and len(parts) == 1:
-        return next(iter(parts.values()))
-    named = [name for name in SPLITS if name in parts]
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    named = [name for name in SPLITS if name in splits]
     if split is None:
         raise SplitNeededError(title, named)
-    if split not in parts:
+    if split not in splits:
         found = f"only {', '.join(named)}" if named else "nor any other split"
         raise NoSplitError(f"{title} has no images of the split {split}, {found}", others=named)
-    return parts[split]
+    return splits[split]

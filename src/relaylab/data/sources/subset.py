@@ -11,50 +11,50 @@ from relaylab.data.sources.listing import label_type
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, targets_of
 from relaylab.errors import InputError
 
-Numbers = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
-class Thinned:
+class Subset:
     """A subset of a source, as a `Source` of its own.
 
     Args:
         source: contains the images.
-        numbers: (m,) indices in the source; image i of the subset is image `numbers[i]` of the source.
+        indices: (m,) indices in the source; image i of the subset is image `indices[i]` of the source.
 
     Raises:
         InputError: no indices, or one that the source does not have.
     """
 
-    def __init__(self, source: Source, numbers: ArrayLike) -> None:
-        numbers = np.asarray(numbers)
-        if numbers.ndim != 1 or not numbers.size or not np.issubdtype(numbers.dtype, np.integer):
-            raise InputError(f"image numbers of shape {numbers.shape}, {numbers.dtype}: expected some, whole, in a row")
-        if numbers.min() < 0 or numbers.max() >= len(source):
-            raise InputError(f"image numbers {numbers.min()} .. {numbers.max()}: expected 0 .. {len(source) - 1}")
+    def __init__(self, source: Source, indices: ArrayLike) -> None:
+        indices = np.asarray(indices)
+        if indices.ndim != 1 or not indices.size or not np.issubdtype(indices.dtype, np.integer):
+            raise InputError(f"image numbers of shape {indices.shape}, {indices.dtype}: expected some, whole, in a row")
+        if indices.min() < 0 or indices.max() >= len(source):
+            raise InputError(f"image numbers {indices.min()} .. {indices.max()}: expected 0 .. {len(source) - 1}")
         self.source = source
-        self.numbers: Numbers = numbers.astype(np.int64)
+        self.indices: Indices = indices.astype(np.int64)
         self.title: str = source.title
         self.classes: Sequence[str] = source.classes
         self.identity = classes_of(source)
-        self.labels: Labels = source.labels[self.numbers]
+        self.labels: Labels = source.labels[self.indices]
         targets = targets_of(source)
-        self.targets = None if targets is None else targets[self.numbers]
-        self.fingerprint = sha256(source.fingerprint.encode() + self.numbers.tobytes()).hexdigest()[:32]
+        self.targets = None if targets is None else targets[self.indices]
+        self.fingerprint = sha256(source.fingerprint.encode() + self.indices.tobytes()).hexdigest()[:32]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Return the encoded bytes of an image; raises OSError if it cannot be read."""
-        return self.source.read(int(self.numbers[number]))
+        return self.source.read(int(self.indices[index]))
 
-    def size(self, number: int) -> int:
+    def size(self, index: int) -> int:
         """Return the size of an encoded image in bytes, where the source knows it."""
-        return self.source.size(int(self.numbers[number]))  # pyright: ignore[reportAttributeAccessIssue]
+        return self.source.size(int(self.indices[index]))  # pyright: ignore[reportAttributeAccessIssue]
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """Return the path of an image, for messages and lists."""
-        return self.source.name(int(self.numbers[number]))
+        return self.source.name(int(self.indices[index]))
 
 
 class Relabelled:
@@ -83,16 +83,16 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, number: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Return the encoded bytes of an image; raises OSError if it cannot be read."""
-        return self.source.read(number)
+        return self.source.read(index)
 
-    def name(self, number: int) -> str:
+    def name(self, index: int) -> str:
         """Return the path of an image, for messages and lists."""
-        return self.source.name(number)
+        return self.source.name(index)
 
 
-def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
+def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Indices:
     """Choose images so that class sizes fall exponentially, from the largest class's to that divided by `ratio`.
 
     The order of the classes is drawn from the seed. A class that has fewer images than it may keep keeps them all;
@@ -123,7 +123,7 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Numbers:
     return np.sort(np.concatenate(kept))
 
 
-def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Numbers, Numbers]:
+def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, Indices]:
     """Set images of each class aside, chosen by the seed; return the rising indices of the others and of these.
 
     `count` is their number, or below 1 their share, which is rounded, and at least one image.
@@ -133,18 +133,18 @@ def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Numbers, Nu
     """
     if count <= 0 or seed < 0:
         raise InputError(f"{count} images of each class to set aside, seed {seed}: expected at least 1, a seed from 0")
-    stay, aside = list[Numbers](), list[Numbers]()
+    stay, aside = list[Indices](), list[Indices]()
     for label, members in enumerate(_members(np.asarray(labels))):
-        number = int(count) if count >= 1 else max(1, round(count * len(members)))
-        if 0 < len(members) <= number:
-            raise InputError(f"class {label} has {len(members)} images: {number} set aside would leave none")
+        size = int(count) if count >= 1 else max(1, round(count * len(members)))
+        if 0 < len(members) <= size:
+            raise InputError(f"class {label} has {len(members)} images: {size} set aside would leave none")
         order = np.random.Generator(np.random.PCG64([seed, label])).permutation(members)
-        aside.append(order[:number])
-        stay.append(order[number:])
+        aside.append(order[:size])
+        stay.append(order[size:])
     return np.sort(np.concatenate(stay)), np.sort(np.concatenate(aside))
 
 
-def _members(labels: NDArray[np.integer]) -> list[Numbers]:
+def _members(labels: NDArray[np.integer]) -> list[Indices]:
     """Return the rising image indices of each class."""
     if not labels.size or labels.min() < 0:
         raise InputError("images without labels cannot be chosen by class")

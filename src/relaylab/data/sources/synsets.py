@@ -1,23 +1,23 @@
-"""Reader of a meta.mat, a process of its own: `python -m relaylab.data.sources.synsets FILE` prints JSON rows."""
+"""Reader of meta.mat, run in its own process: `python -m relaylab.data.sources.synsets FILE` prints JSON rows."""
 
 import json
 import resource
 import sys
 
-MEMORY = 4 << 30  # bytes of addresses
+MEMORY = 4 << 30  # bytes of address space
 
 
 def main(path: str) -> int:
-    """Print number, synset and name of each leaf of ImageNet's tree; return the exit code."""
+    """Print number, synset and name of each leaf of ImageNet's hierarchy; return the exit code."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from scipy.io import loadmat
 
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
-        leaves = [one for one in synsets.flat if int(one["num_children"]) == 0]
-        rows = [(int(one["ILSVRC2012_ID"]), str(one["WNID"]), str(one["words"])) for one in leaves]
-    except Exception as error:  # loadmat raises whatever the damage leads to
+        leaves = [entry for entry in synsets.flat if int(entry["num_children"]) == 0]
+        rows = [(int(leaf["ILSVRC2012_ID"]), str(leaf["WNID"]), str(leaf["words"])) for leaf in leaves]
+    except Exception as error:  # loadmat raises exceptions of any type for damaged files
         print(ascii(f"{type(error).__name__}: {error}"[:200])[1:-1], file=sys.stderr)
         return 1
     print(json.dumps(rows))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relaylab.data.sources.class_names import names_beside
+from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.hints import no_images
 from relaylab.data.sources.listing import (
     Listing,
@@ -19,30 +20,28 @@ from relaylab.data.sources.listing import (
 )
 from relaylab.data.sources.source import UNLABELLED
 from relaylab.data.sources.splits import by_split, note_on, only_one
-from relaylab.data.sources.stamps import stamp
 from relaylab.errors import InputError
-
-"""Names of a split's folder that other projects use."""
 
 
 def list_trees(
     roots: Sequence[Path], title: str, split: str | None, named: Iterable[Path], watch: Watch, *, flat: bool = False
 ) -> Listing:
-    """List the images of resolved folder trees; classes are the folders of all trees, and those of train and val.
+    """List the images of resolved folder trees. The classes are the class folders of all trees, in train and val.
 
-    Files in `named` give classes names; `flat` takes the images in the folders themselves, without classes.
+    Files in `named` give the display names of classes. With `flat`, images are directly in the folders, without
+    classes.
 
     Raises:
-        InputError: a tree without images or of another shape, one that cannot be read, or a link that leads out of it.
+        InputError: a tree has no images or another structure, cannot be read, or has a link that leads out of it.
     """
     rows, keys = Rows(), set[str]()
     walks: list[tuple[int, Path, Path, str | None]] = []
-    for number, root in enumerate(roots):
+    for place, root in enumerate(roots):
         base, classes, siblings = _shape(root, split, rows, flat)
         keys.update(classes, siblings)
-        walks += [(number, root, base, name) for name in classes or [None]]
+        walks += [(place, root, base, name) for name in classes or [None]]
     with watch("listing folders", len(walks)) as task:
-        for number, root, base, name in walks:
+        for place, root, base, name in walks:
             prefix = "" if base == root else f"{base.name}/"
             start = base if name is None else base / name
             label = UNLABELLED if name is None else rows.key(name)
@@ -50,16 +49,16 @@ def list_trees(
                 inside = folder[len(str(base)) + 1 :]
                 inside = f"{prefix}{inside}/" if inside else prefix
                 for file in files:
-                    rows.add(os.fsencode(inside + file), label, number)
+                    rows.add(os.fsencode(inside + file), label, place)
             task.advance(note=f"{rows.found:,} images")
     if not rows.found:
         raise InputError(no_images(title, roots))
-    shown = names_beside(named, keys, rows.stamps)
+    shown = names_beside(named, keys, rows.file_states)
     return rows.listing(title, keys, shown, [Place(str(root), str(root)) for root in roots])
 
 
 def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path, list[str], set[str]]:
-    """Return the folder of the classes, the classes, and those that only another split has."""
+    """Return the folder that holds the class folders, the classes, and the classes of the other splits."""
     tops, images = _scan(str(root), str(root), rows, count=False)
     if flat:
         return root, [], set()
@@ -69,8 +68,8 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
         if below:
             raise SplitNeededError(root, list(splits))
         if images and not tops:
-            raise InputError(f"{root} has images but no class folders: expected CLASS/IMAGE, or split test")
-        rows.ignore(*images)  # beside class folders, without a class
+            raise InputError(f"{root} has images but no class folders: expected CLASS/IMAGE, or --split test")
+        rows.ignore(*images)  # next to class folders, so without a class
         return root, tops, set()
     if split not in splits:
         if split == "test" and images and not tops:
@@ -85,7 +84,7 @@ def _shape(root: Path, split: str | None, rows: Rows, flat: bool) -> tuple[Path,
         raise InputError(f"{base} has images but no class folders: expected {base.name}/CLASS/IMAGE")
     rows.ignore(*(images if classes else ()))
     others = [name for other in ("train", "val") if other != split and classes for name in splits.get(other, ())]
-    # A class that only the training part has still has its number in the validation part.
+    # Labels agree between splits, even if a class has images in only one of them.
     siblings = {name for other in others for name in _scan(str(root / other), str(root), rows, count=False)[0]}
     return base, classes, siblings
 
@@ -95,23 +94,23 @@ def _has_folders(folder: Path, root: Path, rows: Rows) -> bool:
 
 
 def _walk(start: str, root: str, rows: Rows, *, deep: bool) -> list[tuple[str, list[str]]]:
-    """Return the folders at and below `start` with the names of their images, both in order."""
-    found: list[tuple[str, list[str]]] = []
+    """Return `start` and the folders below it with the names of their images, all sorted."""
+    visited: list[tuple[str, list[str]]] = []
     waiting: list[tuple[str, tuple[str, ...]]] = [(start, (os.path.realpath(start),))]
     while waiting:
         folder, trail = waiting.pop()
         folders, images = _scan(folder, root, rows)
-        found.append((folder, images))
+        visited.append((folder, images))
         for name in folders if deep else ():
             path = f"{folder}/{name}"
             if Path(path).is_symlink():
                 real = os.path.realpath(path)
-                if any(f"{one}/".startswith(f"{real}/") for one in (*trail, os.path.realpath(folder))):
-                    raise InputError(f"the link {printable(path)} leads back to itself; remove it")
+                if any(f"{parent}/".startswith(f"{real}/") for parent in (*trail, os.path.realpath(folder))):
+                    raise InputError(f"the link {printable(path)} leads back to a folder that contains it; remove it")
                 waiting.append((path, (*trail, real)))
             else:
                 waiting.append((path, trail))
-    return sorted(found)
+    return sorted(visited)
 
 
 def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[list[str], list[str]]:
@@ -119,7 +118,7 @@ def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[li
     folders: list[str] = []
     images: list[str] = []
     try:
-        seen = stamp(folder)  # before it is read: what changes meanwhile makes the index out of date
+        state = file_state(folder)  # before the scan: a change during the scan then makes the index outdated
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
@@ -137,16 +136,16 @@ def _scan(folder: str, root: str, rows: Rows, *, count: bool = True) -> tuple[li
                     rows.ignore(name)
     except OSError as error:
         raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from None
-    rows.stamps.append(seen)
+    rows.file_states.append(state)
     folders.sort()
     images.sort()
     return folders, images
 
 
 def refuse_to_leave(link: str, root: str) -> None:
-    """Raise InputError if a symbolic link leads out of the resolved folder `root`, or nowhere."""
+    """Raise InputError if a symbolic link is broken or leads out of the resolved folder `root`."""
     real = os.path.realpath(link)
     if not f"{real}/".startswith(f"{root.rstrip('/')}/"):
-        raise InputError(f"the link {printable(link)} leads out of {root}: copy what it names, or remove it")
+        raise InputError(f"the link {printable(link)} leads out of {root}: replace it by its target, or remove it")
     if not Path(real).exists():
-        raise InputError(f"the link {printable(link)} leads nowhere: remove it")
+        raise InputError(f"the link {printable(link)} is broken: its target does not exist; remove it")

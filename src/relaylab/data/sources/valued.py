@@ -1,11 +1,11 @@
-"""Listings of formats in which each image has the label as a value: a number, a name, or several of them.
+"""Listings of formats that store each image's label as a value: an integer, a name, or several of them.
 
 Note [Values]
-1. Whole numbers are labels. With the names of the classes these are their keys, otherwise the numbers themselves.
-2. Text is the key of a class. Classes have the order of the given names if these include all, else that of numbers or
-   text.
-3. As soon as one image has several labels, or none, the whole set has `targets`.
-4. None and -1 mean that there is no label: in all images, for a test set, or in none.
+1. Integers are labels. The keys of the classes are their names if these are known, otherwise the integers.
+2. Text is the key of a class. Classes are in the order of the given names if these include all keys, else in numerical
+   or alphabetical order.
+3. If any image has several labels, or an empty list of labels, the whole set has `targets`.
+4. None and -1 mean that an image has no label. Either all images have a label, or none has (a test set).
 """
 
 from array import array
@@ -42,14 +42,14 @@ class Values:
         """Return the listing of the images in `rows`. See Note [Values].
 
         Args:
-            rows: images, in the same order.
+            rows: the images, in the same order as the values.
             title: display name.
             places: folders or files that hold the images.
-            names: of the classes, in the order of their numbers; none if they are not known.
+            names: class names in the order of the labels; empty if they are not known.
             named: files with display names by key, such as those of synsets.
 
         Raises:
-            InputError: no images, images without a label among others, or a number beyond the names.
+            InputError: no images, only some images have a label, or a label is out of range.
         """
         values, value_of = list(self._different), np.frombuffer(self._of, np.int32)
         if not rows.found:
@@ -58,21 +58,21 @@ class Values:
             return self._unlabelled(rows, title, places, names)
         several = any(isinstance(value, tuple) for value in values)
         labels = [value if isinstance(value, tuple) else (value,) for value in values]
-        are_numbers = all(isinstance(label, int) for own in labels for label in own)
+        are_numbers = all(isinstance(label, int) for value in labels for label in value)
         keys = _number_keys(labels, names, title) if are_numbers else _text_keys(labels, names)
-        place_of = {key: place for place, key in enumerate(keys)}
-        own = [[label if isinstance(label, int) else place_of[f"{label}"] for label in each] for each in labels]
-        shown = names_beside(named, keys, rows.stamps)
+        index_of = {key: index for index, key in enumerate(keys)}
+        indices = [[label if isinstance(label, int) else index_of[f"{label}"] for label in value] for value in labels]
+        shown = names_beside(named, keys, rows.file_states)
         default = (name or f"class {key}" for name, key in zip(names or [""] * len(keys), keys, strict=True))
         classes = tuple(shown.get(key, name) for key, name in zip(keys, default if are_numbers else keys, strict=True))
-        is_single = not several or all(len(each) == 1 for each in own)
-        single = np.array([each[0] if is_single else UNLABELLED for each in own])[value_of]
+        is_single = not several or all(len(value) == 1 for value in indices)
+        single = np.array([value[0] if is_single else UNLABELLED for value in indices])[value_of]
         listing = rows.listed(title, classes, keys, places, single, numbered=are_numbers)
         if is_single:
             return listing
-        targets = np.zeros((len(own), len(keys)), np.uint8)
-        for row, each in enumerate(own):
-            targets[row, each] = 1
+        targets = np.zeros((len(indices), len(keys)), np.uint8)
+        for row, value in enumerate(indices):
+            targets[row, value] = 1
         return replace(listing, targets=targets[value_of])
 
     def _unlabelled(self, rows: Rows, title: str, places: Sequence[Place], names: Sequence[str]) -> Listing:
@@ -80,33 +80,33 @@ class Values:
         if len(without) < rows.found:
             raise InputError(
                 f"{title}: {len(without):,} of {rows.found:,} images have no label, such as "
-                f"{few([rows.name(number).decode(errors='backslashreplace') for number in without[:1]])}"
+                f"{few([rows.name(index).decode(errors='backslashreplace') for index in without[:1]])}"
             )
         labels = np.full(rows.found, UNLABELLED)
         return rows.listed(title, tuple(names), unique_keys(names), places, labels, numbered=bool(names))
 
 
 def _number_keys(labels: Sequence[tuple[object, ...]], names: Sequence[str], title: str) -> tuple[str, ...]:
-    numbers = {label for own in labels for label in own if isinstance(label, int)}
+    used = {label for value in labels for label in value if isinstance(label, int)}
     most = len(names) - 1 if names else LARGEST_LABEL
-    if min(numbers, default=0) < 0 or max(numbers, default=0) > most:
-        wrong = next(number for number in sorted(numbers) if not 0 <= number <= most)
+    if min(used, default=0) < 0 or max(used, default=0) > most:
+        wrong = next(label for label in sorted(used) if not 0 <= label <= most)
         raise InputError(f"{title} has the label {wrong}; expected 0 .. {most}")
-    return unique_keys(names) if names else tuple(map(str, range(max(numbers, default=0) + 1)))
+    return unique_keys(names) if names else tuple(map(str, range(max(used, default=0) + 1)))
 
 
 def _text_keys(labels: Sequence[tuple[object, ...]], names: Sequence[str]) -> tuple[str, ...]:
-    keys = {f"{label}" for own in labels for label in own}
+    keys = {f"{label}" for value in labels for label in value}
     return tuple(names) if keys <= set(names) and len(set(names)) == len(names) else in_order(keys)
 
 
 def in_order(keys: Collection[str]) -> tuple[str, ...]:
-    """Sort keys as numbers if all are numbers, else as text."""
+    """Sort keys numerically if all are numbers, else alphabetically."""
     are_numbers = all(key.isdecimal() for key in keys)
     return tuple(sorted(keys, key=int) if are_numbers else sorted(keys))
 
 
 def unique_keys(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys of numbered classes: their names, or the labels of those that have the same name."""
+    """Return the keys of numbered classes: the name of each class, or its label if its name is not unique."""
     counts = Counter(names)
     return tuple(name if counts[name] == 1 else str(label) for label, name in enumerate(names))

@@ -1,9 +1,9 @@
-"""Zip files, read in place: members that are stored as they are, and deflated ones, which are inflated when read.
+"""Zip files, read in place: stored members as they are, deflated members by inflating them on each read.
 
 Note [Zips]
-What a zip file claims is not believed: members may not overlap, none may lie outside of the file, and sizes after
-decompression are limited, as images hardly shrink. The data of a member begins behind a header of its own, whose
-length the directory at the end does not say.
+Sizes and offsets in a zip file are not trusted: members must not overlap or extend beyond the file, and sizes after
+decompression are limited, since images hardly compress. A member's data begins after its local header, whose length is
+not in the central directory.
 """
 
 import os
@@ -17,9 +17,9 @@ from relaylab.data.sources.archives import Member, inside_path, system_folder
 from relaylab.data.sources.listing import Rows, is_image, printable
 from relaylab.errors import InputError
 
-HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and further fields
+HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and the extra field
 SIGNATURE = b"PK\x03\x04"
-LARGEST_RATIO, ALWAYS_INFLATED = 200, 64 << 20  # inflated bytes to each deflated one; and as many whatever the ratio
+LARGEST_RATIO, ALWAYS_INFLATED = 200, 64 << 20  # limit: this many times the deflated size; at least so many bytes
 DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, OverflowError, struct.error)
 
 
@@ -27,11 +27,11 @@ def zip_members(file: IO[bytes], title: str, rows: Rows) -> Iterator[Member]:
     """Iterate over the files and folders of a zip file, in the order of their data.
 
     Raises:
-        InputError: it is damaged, or has a member that is refused. See Note [Zips].
+        InputError: the file is damaged, or has a member that is refused. See Note [Zips].
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = sorted(archive.infolist(), key=lambda one: one.header_offset)
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         size = os.fstat(file.fileno()).st_size
     except DAMAGE as error:
         raise InputError(f"cannot read {title} as a zip file: {error}") from None
@@ -66,18 +66,18 @@ def _start(file: IO[bytes], entry: zipfile.ZipInfo, title: str) -> int:
 
 
 def _check(entry: zipfile.ZipInfo, path: str, title: str) -> None:
-    """Raise InputError for a member that cannot be read in place."""
+    """Raise InputError if a member cannot be read in place."""
     where = f"{title}: {printable(path)}"
     if stat.S_ISLNK(entry.external_attr >> 16):
-        raise InputError(f"{where} is a link; make the zip file anew with whole files")
+        raise InputError(f"{where} is a link; recreate the zip file with regular files")
     if entry.flag_bits & 1:
-        raise InputError(f"{where} is encrypted; unpack the zip file, and give the folder")
+        raise InputError(f"{where} is encrypted; unpack the zip file and give the folder")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InputError(f"{where} is neither stored nor deflated; unpack the zip file")
+        raise InputError(f"{where} is neither stored nor deflated; unpack the zip file and give the folder")
     if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
-        raise InputError(f"{title} is damaged at {printable(path)}: it is stored, and has two sizes")
+        raise InputError(f"{title} is damaged at {printable(path)}: a stored member with two different sizes")
     if entry.file_size > max(ALWAYS_INFLATED, LARGEST_RATIO * entry.compress_size):
         raise InputError(
-            f"{where} would have {entry.file_size:,} bytes, more than {LARGEST_RATIO} times its size, as no image has; "
-            "if that is right, unpack the zip file"
+            f"{where} inflates to {entry.file_size:,} bytes, more than {LARGEST_RATIO} times its size, which images "
+            "never do; if that is right, unpack the zip file and give the folder"
         )

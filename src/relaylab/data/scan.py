@@ -23,7 +23,7 @@ BATCH = 32
 
 
 @dataclass
-class Survey:
+class ScanResults:
     """Findings on some images of a source.
 
     Attributes:
@@ -47,37 +47,37 @@ class Survey:
         """Number of images that were examined."""
         return len(self.file_sizes) + len(self.unreadable)
 
-    def add(self, other: "Survey") -> None:
-        """Add another survey's findings."""
+    def add(self, other: "ScanResults") -> None:
+        """Add the results of other images."""
         for name in ("widths", "heights", "file_sizes", "unreadable", "damaged"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds.update(other.kinds)
 
 
-class Examination(Dataset[Survey]):
+class ScanDataset(Dataset[ScanResults]):
     """A source's images, decoded and described a batch at a time."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitems__(self, pairs: NDArray[np.int64]) -> Survey:
-        """Survey the images whose indices are in the second column."""
-        survey = Survey()
-        for number in pairs[:, 1].tolist():
+    def __getitems__(self, pairs: NDArray[np.int64]) -> ScanResults:
+        """Scan the images whose indices are in the second column."""
+        results = ScanResults()
+        for index in pairs[:, 1].tolist():
             try:
-                data = self.source.read(number)
+                data = self.source.read(index)
                 pixels, complaint = decode_checked(data)
             except (ImageFault, OSError) as error:
                 reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-                survey.unreadable.append(Fault(number, self.source.name(number), reason))
+                results.unreadable.append(Fault(index, self.source.name(index), reason))
                 continue
             if complaint is not None:
-                survey.damaged.append(Fault(number, self.source.name(number), complaint))
-            survey.heights.append(pixels.shape[0])
-            survey.widths.append(pixels.shape[1])
-            survey.file_sizes.append(len(data))
-            survey.kinds[kind(data)] += 1
-        return survey
+                results.damaged.append(Fault(index, self.source.name(index), complaint))
+            results.heights.append(pixels.shape[0])
+            results.widths.append(pixels.shape[1])
+            results.file_sizes.append(len(data))
+            results.kinds[kind(data)] += 1
+        return results
 
 
 def kind(data: bytes) -> str:
@@ -107,9 +107,9 @@ def _is_animated(image: Image.Image) -> bool:
         return False
 
 
-def survey(
+def scan(
     source: Source,
-    findings: Survey,
+    results: ScanResults,
     *,
     limit: int | None = None,
     workers: int | None = None,
@@ -119,26 +119,26 @@ def survey(
 
     Args:
         source: encoded images.
-        findings: receives the findings batch by batch, so that an interruption keeps those so far.
+        results: receives the findings batch by batch, so that an interruption keeps those so far.
         limit: examine at most so many images, evenly spread; None for all.
         workers: processes that decode; None for one on each core.
         task: counts images and notes the bad ones.
     """
-    numbers = spread(len(source), limit)
-    workers = min(available_cores() if workers is None else workers, len(numbers) // BATCH)
-    for part in Workers(count=workers).loader(Examination(source), OrderedBatches(numbers, BATCH)):
-        findings.add(part)
-        bad = len(findings.unreadable) + len(findings.damaged)
+    indices = spread(len(source), limit)
+    workers = min(available_cores() if workers is None else workers, len(indices) // BATCH)
+    for part in Workers(count=workers).loader(ScanDataset(source), OrderedBatches(indices, BATCH)):
+        results.add(part)
+        bad = len(results.unreadable) + len(results.damaged)
         if task is not None:
             task.advance(part.examined, f"{bad} bad" if bad else None)
 
 
-def summary(source: Source, findings: Survey) -> dict[str, Any]:
+def summary(source: Source, results: ScanResults) -> dict[str, Any]:
     """Return the findings on a source as plain values, for JSON and tables."""
     targets = targets_of(source)
     counts = class_counts(source)
     unlabelled = source.labels < 0 if targets is None else ~targets.any(axis=1)
-    sides = np.minimum(findings.widths, findings.heights)
+    sides = np.minimum(results.widths, results.heights)
     return {
         "title": source.title,
         "images": len(source),
@@ -148,14 +148,14 @@ def summary(source: Source, findings: Survey) -> dict[str, Any]:
         "notes": list(getattr(source, "notes", ())),
         "ignored_files": dict(getattr(source, "ignored", {})),
         "ignored_folders": dict(getattr(source, "skipped", {})),
-        "examined": findings.examined,
-        "kinds": dict(findings.kinds.most_common()),
+        "examined": results.examined,
+        "kinds": dict(results.kinds.most_common()),
         "short_side": _spread_of(sides),
-        "width": _spread_of(findings.widths),
-        "height": _spread_of(findings.heights),
-        "file_bytes": _spread_of(findings.file_sizes),
-        "unreadable": [[fault.name, fault.reason] for fault in findings.unreadable],
-        "damaged": [[fault.name, fault.reason] for fault in findings.damaged],
+        "width": _spread_of(results.widths),
+        "height": _spread_of(results.heights),
+        "file_bytes": _spread_of(results.file_sizes),
+        "unreadable": [[fault.name, fault.reason] for fault in results.unreadable],
+        "damaged": [[fault.name, fault.reason] for fault in results.damaged],
     }
 
 

@@ -9,23 +9,23 @@ import torch
 from numpy.typing import NDArray
 
 from relaylab.data.crops import Crops
-from relaylab.data.geometry import View
+from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import EvaluationLoader, TrainingLoader, evaluation_loader, training_loader
 from relaylab.data.memory import DecodedImages, decoded_statistics, memory_evaluation_loader, memory_training_loader
 from relaylab.data.sampling import KeyedSampler
 from relaylab.data.sources.cache import cache_folder
 from relaylab.data.sources.source import Source, targets_of
-from relaylab.data.sources.subset import Thinned
+from relaylab.data.sources.subset import Subset
 from relaylab.data.statistics import ImageStatistics, image_statistics
 from relaylab.progress import progress
 
 
 @dataclass(frozen=True)
-class InMemory:
+class InMemoryDataset:
     """Labelled images that are decoded already."""
 
     decoded: DecodedImages
-    view: View
+    crop_spec: CropSpec
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -34,37 +34,39 @@ class InMemory:
 
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
         """Return a loader of random crops of the images that the sampler chooses."""
-        return memory_training_loader(self.decoded, sampler, self.view, batch_size=batch_size, seed=seed, crops=crops)
+        return memory_training_loader(
+            self.decoded, sampler, self.crop_spec, batch_size=batch_size, seed=seed, crops=crops
+        )
 
     def evaluation(self, batch_size: int) -> EvaluationLoader:
         """Return a loader of all centre crops in order."""
-        return memory_evaluation_loader(self.decoded, self.view, batch_size=batch_size)
+        return memory_evaluation_loader(self.decoded, self.crop_spec, batch_size=batch_size)
 
-    def some(self, numbers: NDArray[np.int64]) -> "InMemory":
+    def subset(self, indices: NDArray[np.int64]) -> "InMemoryDataset":
         """Return the images with these indices as a part of their own."""
-        rows = torch.from_numpy(numbers).to(self.decoded.labels.device)
+        rows = torch.from_numpy(indices).to(self.decoded.labels.device)
         decoded = DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes)
-        return InMemory(decoded, self.view)
+        return InMemoryDataset(decoded, self.crop_spec)
 
     def statistics(self) -> ImageStatistics:
         """Return the statistics of the centre crops."""
-        return decoded_statistics(self.decoded, self.view)
+        return decoded_statistics(self.decoded, self.crop_spec)
 
 
 @dataclass(frozen=True)
-class OnDisk:
-    """Labelled images that worker processes decode as they are needed; the methods are those of `InMemory`.
+class OnDiskDataset:
+    """Labelled images that worker processes decode as they are needed; the methods are those of `InMemoryDataset`.
 
     Attributes:
         source: encoded images.
-        view: size of the crops.
+        crop_spec: size of the crops.
         workers: processes that decode; 0 decodes in this process.
         pin_memory: for asynchronous copies to a GPU.
         fault_file: file for the list of unreadable images if there are too many.
     """
 
     source: Source
-    view: View
+    crop_spec: CropSpec
     workers: int
     pin_memory: bool = False
     fault_file: Path | None = None
@@ -80,7 +82,7 @@ class OnDisk:
         return training_loader(
             self.source,
             sampler,
-            self.view,
+            self.crop_spec,
             batch_size=batch_size,
             workers=self.workers,
             seed=seed,
@@ -92,18 +94,20 @@ class OnDisk:
     def evaluation(self, batch_size: int) -> EvaluationLoader:
         """Return a loader of all centre crops in order."""
         return evaluation_loader(
-            self.source, self.view, batch_size=batch_size, workers=self.workers, pin_memory=self.pin_memory
+            self.source, self.crop_spec, batch_size=batch_size, workers=self.workers, pin_memory=self.pin_memory
         )
 
-    def some(self, numbers: NDArray[np.int64]) -> "OnDisk":
+    def subset(self, indices: NDArray[np.int64]) -> "OnDiskDataset":
         """Return the images with these indices as a part of their own."""
-        return replace(self, source=Thinned(self.source, numbers))
+        return replace(self, source=Subset(self.source, indices))
 
     def statistics(self) -> ImageStatistics:
         """Return the statistics of the centre crops, computed once and kept in the cache."""
         key, folder = self.source.fingerprint, cache_folder() / "statistics"
         with progress("mean image", len(self.source)) as task:
-            return image_statistics(self.source, self.view, key=key, folder=folder, workers=self.workers, task=task)
+            return image_statistics(
+                self.source, self.crop_spec, key=key, folder=folder, workers=self.workers, task=task
+            )
 
 
-Part = InMemory | OnDisk
+ImageDataset = InMemoryDataset | OnDiskDataset

@@ -1,0 +1,95 @@
+"""Recipe files of the question "windows": a ResNet in K windows, each sharing its lowest blocks with the one below.
+
+python -m experiments.second.windows FOLDER    # writes windows-K-S.toml for each pair in ARMS
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+ARMS = ((2, 2), (4, 1), (4, 4), (8, 1), (8, 2), (15, 1), (15, 2), (15, 3))  # K windows, S shared blocks
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(5)]  # of ResNet-32
+
+RECIPE = """\
+# The second check, docs/evidence/second-check.md: ResNet-32 in {windows} windows.
+name = "windows-{windows}-{shared}"
+row = "ResNet-32, {windows} windows, {shared} shared blocks"
+scheme = "relay"
+
+[network]
+architecture = {architecture}
+num_classes = 10
+image_size = 16
+options = {{width = 8}}
+
+[plan.primary]
+bottom = "{primary}"
+{auxiliary}
+[images]
+data_set = "any"
+short_side = 16
+sampling = "shuffled"
+
+[augmentation]
+colour_shift = 0.0
+mean = "channel"
+divide = true
+padding = 2
+
+[optimizer]
+algorithm = "sgd"
+lr = 0.1
+momentum = 0.9
+weight_decay = 0.0005
+decay_norms_and_biases = false
+batch_size = 128
+iterations = 1872  # 12 epochs of 20,000 images
+evaluate_every = 312
+warmup = 156
+clip_norm = "none"
+
+[optimizer.schedule]
+kind = "cosine"
+
+[loss]
+function = "cross-entropy"
+
+[evaluation]
+protocol = "single crop"
+scales = [16]
+"""
+AUXILIARY = """
+[plan.auxiliary.w{number}]
+top = "{top}"{bottom}
+weight = 1.0
+head = "conv"
+"""
+
+
+def recipe(windows: int, shared: int) -> str:
+    """Return the text of a recipe file.
+
+    Args:
+        windows: number of windows, as equal in blocks as can be, the larger ones lowest.
+        shared: blocks that each window shares with the window below.
+    """
+    size, larger = divmod(len(BLOCKS), windows)
+    ends = [size * k + min(k, larger) for k in range(windows + 1)]
+    auxiliary = ""
+    for number, (start, end) in enumerate(itertools.pairwise(ends[:-1])):
+        bottom = f'\nbottom = "{BLOCKS[max(0, start - shared)]}"' if number else ""
+        auxiliary += AUXILIARY.format(number=number, top=BLOCKS[end - 1], bottom=bottom)
+    return RECIPE.format(
+        windows=windows,
+        shared=shared,
+        architecture=f'"{Path(__file__).with_name("networks.py")}:resnet"',
+        primary=BLOCKS[max(0, ends[-2] - shared)],
+        auxiliary=auxiliary,
+    )
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for windows, shared in ARMS:
+        (folder / f"windows-{windows}-{shared}.toml").write_text(recipe(windows, shared), encoding="utf-8")
