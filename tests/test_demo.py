@@ -160,7 +160,7 @@ def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: p
     captured = capsys.readouterr()
     printed, verdict, paths = captured.out.split("\n\n")
     table, (results_path, page) = printed.splitlines(), paths.splitlines()
-    methods = ["| standard BP", "| multi-loss", "| Relay BP", "| guessing"]
+    methods = ["| standard BP", "| multi-loss", "| Relay BP", "| chance level"]
     assert [line.split(" | ")[0] for line in table[2:]] == methods
     assert results_path == f"Results: {(out / 'comparison.md').resolve()}"
     sentences = verdict.splitlines()

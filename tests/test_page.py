@@ -76,10 +76,10 @@ def rows_of(table: Table) -> dict[str, dict[str, str]]:
 def test_relay_is_compared_with_standard_bp_and_multi_loss_and_each_difference_has_one_interval(tmp_path: Path) -> None:
     comparison = open_runs([make_comparison(tmp_path)])
     rows = rows_of(summary(comparison))
-    assert list(rows) == ["standard BP", "multi-loss", "Relay BP", "guessing"]
-    assert rows["standard BP"]["Relay BP minus this, top-1"] == "-2.00 [-2.25, -1.75]"
-    assert rows["multi-loss"]["Relay BP minus this, top-1"] == "-1.33 [-5.37, +2.71]"
-    assert rows["Relay BP"]["Relay BP minus this, top-1"] == ""
+    assert list(rows) == ["standard BP", "multi-loss", "Relay BP", "chance level"]
+    assert rows["standard BP"]["Relay BP minus this method, top-1"] == "-2.00 [-2.25, -1.75]"
+    assert rows["multi-loss"]["Relay BP minus this method, top-1"] == "-1.33 [-5.37, +2.71]"
+    assert rows["Relay BP"]["Relay BP minus this method, top-1"] == ""
     assert rows["Relay BP"]["top-1 error, %"] == "49.00 ± 0.95"
     page = render_page(comparison).replace("\u00a0", " ")
     intervals = re.findall(r"[+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", page)
@@ -87,14 +87,14 @@ def test_relay_is_compared_with_standard_bp_and_multi_loss_and_each_difference_h
         ["-2.00 [-2.25, -1.75]", "-1.33 [-5.37, +2.71]", "-1.00 [-1.12, -0.88]", "-0.67 [-2.69, +1.35]"]
     ), "two differences of two errors"
     assert "Relay BP is better than standard BP by 2.00 [1.75, 2.25] points." in page
-    assert "their 95 % confidence interval over seeds (t)" in page
-    assert page.index("Relay BP against multi-loss: undecided") < page.index("<table>") < page.index("<img")
+    assert "with 95 % confidence intervals over seeds (t) in brackets" in page
+    assert page.index("Relay BP vs multi-loss: inconclusive") < page.index("<table>") < page.index("<img")
     assert question(comparison) == "Does Relay BP train model A better than standard BP and multi-loss?"
 
 
 def test_guessing_has_a_row_and_a_line_where_it_is_in_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = open_runs([make_comparison(tmp_path)])
-    guessing = rows_of(summary(comparison))["guessing"]
+    guessing = rows_of(summary(comparison))["chance level"]
     assert (guessing["top-1 error, %"], guessing["top-5 error, %"]) == ("87.50", "37.50")
     drawn: list[list[str]] = []
     from relaylab.report import curves
@@ -110,8 +110,8 @@ def test_guessing_has_a_row_and_a_line_where_it_is_in_range(tmp_path: Path, monk
     monkeypatch.setattr(curves, "plot", look)
     metrics = {"relay": [comparison.runs[0].metrics]}
     for guess in (87.5, 55.0):
-        curves.curve_picture(metrics, "val", "top1", "", "", guess=guess)
-    assert drawn == [["Relay BP"], ["Relay BP", "guessing"]]
+        curves.curve_plot(metrics, "val", "top1", "", "", guess=guess)
+    assert drawn == [["Relay BP"], ["Relay BP", "chance level"]]
 
 
 def test_top_5_is_left_out_where_it_is_always_right(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_averaged_weights_have_columns_of_their_own(tmp_path: Path) -> None:
     comparison = open_runs([tmp_path])
     rows = rows_of(summary(comparison))
     assert rows["Relay BP"]["averaged weights, top-1 error, %"] == "48.00 ± 0.95"
-    assert rows["guessing"]["averaged weights, top-1 error, %"] == "87.50"
-    assert rows["standard BP"]["Relay BP minus this, averaged weights, top-1"] == "-2.00 [-2.25, -1.75]"
+    assert rows["chance level"]["averaged weights, top-1 error, %"] == "87.50"
+    assert rows["standard BP"]["Relay BP minus this method, averaged weights, top-1"] == "-2.00 [-2.25, -1.75]"
     assert "Validation error, averaged weights, top-1" in render_page(comparison)
 
 
@@ -143,8 +143,8 @@ def test_each_method_has_its_rate_seconds_and_flops(tmp_path: Path) -> None:
     assert rows["Relay BP"]["training time"] == "21 s"
     ratios = cost_of(comparison.runs[0].recipe).ratios
     assert 1 < ratios["relay"] < 3
-    assert rows["standard BP"]["FLOPs of a step"] == "100 %"
-    assert rows["Relay BP"]["FLOPs of a step"] == f"{100 * ratios['relay']:.0f} %"
+    assert rows["standard BP"]["FLOPs"] == "100 %"
+    assert rows["Relay BP"]["FLOPs"] == f"{100 * ratios['relay']:.0f} %"
 
 
 def test_values_of_the_command_line_have_it_as_their_source(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     comparison = open_runs([tmp_path])
     rows = rows_of(summary(comparison))
     assert rows["multi-loss"]["runs"] == "2 of 3 seeds; 1 diverged"
-    assert rows["multi-loss"]["Relay BP minus this, top-1"].startswith("-0.45 [")
+    assert rows["multi-loss"]["Relay BP minus this method, top-1"].startswith("-0.45 [")
     assert (rows["isolated windows"]["runs"], rows["isolated windows"]["top-1 error, %"]) == (
         "0 of 1 seed; 1 failed",
         "",
@@ -184,7 +184,7 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     )
     page = render_page(comparison)
     assert "2 of 3 seeds; 1 diverged" in page.replace("\u00a0", " ")
-    assert "Failed runs, left out: 1 of multi-loss, 1 of isolated windows." in page
+    assert "Failed runs, excluded: 1 of multi-loss, 1 of isolated windows." in page
     (failed / run_folder.MODEL).write_text("it has been run again, to its end")
     with pytest.raises(InputError, match="has no metrics"):
         open_runs([tmp_path])
@@ -204,7 +204,7 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     same = make_run(tmp_path / "d", "relay", 0, 51.0)
     (same / run_folder.MODEL).unlink(missing_ok=True)
     (same / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
-    with pytest.raises(InputError, match="another run of the same scheme and seed"):
+    with pytest.raises(InputError, match="more than one run has this scheme and seed"):
         open_runs([one, same])
 
 
@@ -214,7 +214,7 @@ def test_a_comparison_of_failures_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"all runs have failed.*Relay BP, seed 0: failed after step 3: it burst"):
         open_runs([tmp_path])
     (run / "failure.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"failure\.json is damaged: remove it"):
         open_runs([tmp_path])
 
 
@@ -225,7 +225,7 @@ def test_the_papers_rows_are_beside_ours_only_on_the_papers_task(tmp_path: Path)
     assert table is not None
     assert rows_of(table)["Relay BP (the paper)"]["top-1 error, %"] == "49.75 (+1.16)"
     page = render_page(small)
-    assert "A different task at a different scale: compare the signs, not the values." in page
+    assert "compare the signs of the differences, not their values." in page
     assert page.index("<details>") < page.index("49.75 (+1.16)")
     full = open_runs([make_comparison(tmp_path / "full", scale="paper", classes=401)])
     rows = rows_of(summary(full))
@@ -241,7 +241,7 @@ def test_the_balance_of_classes_is_shown(tmp_path: Path) -> None:
     assert draws_per_epoch(counts, "class-aware").tolist() == [21.25] * 4
     assert draws_per_epoch(counts, "square-root") == pytest.approx(85 * np.array([1, 2, 4, 8]) / 15)
     page = render_page(open_runs([make_comparison(tmp_path)]))
-    assert "how often each class is drawn in an epoch" in page
+    assert "draws per class in an epoch" in page
     assert "360 training and 40 validation images (one validation image" in page
     assert "Training images of the class" not in page, "images stay out unless they are asked for"
 

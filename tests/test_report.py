@@ -110,7 +110,7 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
     uneven = score_folder(tmp_path / "five")
     add(uneven, "a", 10, "dense-32")
     add(uneven, "b", 10, "dense-48", scheme="relay")
-    with pytest.raises(InputError, match="a was tested by dense-32, b by dense-48: test both alike"):
+    with pytest.raises(InputError, match="a was evaluated by dense-32, b by dense-48: evaluate both alike"):
         paper_table("4", [uneven])
 
 
@@ -229,8 +229,8 @@ def test_the_page_is_whole(tiny: Path, tmp_path: Path) -> None:
         "Table 3.",
         "Table 4.",
         "Table 5.",
-        "Most often confused",
-        "Every value of the recipe",
+        "Most confused classes",
+        "All values of the recipe",
     ):
         assert expected in text
     moved = tmp_path / "scores"
@@ -238,10 +238,10 @@ def test_the_page_is_whole(tiny: Path, tmp_path: Path) -> None:
     for file in moved.rglob("model.json"):
         file.write_text(file.read_text().replace('"data"', '"gone"'))
     assert main(["report", str(tiny / "runs"), "--scores", str(moved), "--out", str(page)]) == 0
-    assert "No photos: the images" in page.read_text(), "the images may be elsewhere by now"
+    assert "No example images: the images" in page.read_text(), "the images may be elsewhere by now"
     bare = tmp_path / "bare.html"
     assert main(["report", str(tiny / "runs"), "--out", str(bare)]) == 0
-    assert "need the scores of single images" in bare.read_text()
+    assert "require per-image scores" in bare.read_text()
 
 
 def test_the_page_refuses_runs_that_do_not_belong_together(

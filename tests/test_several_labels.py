@@ -282,8 +282,8 @@ def test_a_comparison_speaks_of_average_precision(compared: Path) -> None:
     assert table.rows[-1][:3] == ("guessing", "", f"{guess:.2f}")
     assert comparison.errors()["standard"][0] == run.last["map_error"]
     said = verdict_of(comparison)
-    basis = "95 % intervals over 2 paired seeds (t)"
-    assert f"Points are 100 - mean average precision, in per cent; {basis}; guessing has {guess:.2f} %." in said
+    basis = "95 % confidence intervals over 2 paired seeds (t)"
+    assert f"Points are 100 - mean average precision, in per cent; {basis}; chance level {guess:.2f} %." in said
     results = json.loads((compared / "comparison.json").read_text())
     assert results["guessing"] == pytest.approx(guess)
     assert "BinaryCrossEntropy()" in (compared / "relay.py").read_text()
@@ -291,7 +291,9 @@ def test_a_comparison_speaks_of_average_precision(compared: Path) -> None:
     text = (compared / "comparison.md").read_text()
     page = render_page(comparison, images=True)
     for shown in (text, page):
-        assert "top-1" not in shown.partition("The paper's own results")[0].partition("In your own loop")[0]
+        assert (
+            "top-1" not in shown.partition("Results of the paper")[0].partition("Use it in your own training loop")[0]
+        )
         assert "100 - mean average precision" in shown
     assert "23 validation images" in page
     assert "points of error)" not in page

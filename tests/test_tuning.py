@@ -256,8 +256,8 @@ def test_each_scheme_is_compared_at_its_own_values(
     assert results["verdict"][0] in out
     page = tmp_path / "page.html"
     assert cli.main(["report", str(whole), "--out", str(page)]) == 0
-    assert "Each method at its own values" in page.read_text()
-    assert "chosen by trials on images that were set aside" in page.read_text()
+    assert '<h2 id="tuning">Tuning</h2>' in page.read_text()
+    assert "tuned on held-out images (--tune)" in page.read_text()
     subprocess.run([sys.executable, str(whole / "relay.py")], check=True)
 
     # Stopped in the middle of the tuning, and resumed one at a time: the same bits.

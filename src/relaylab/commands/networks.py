@@ -107,7 +107,7 @@ def cost(options: CostOptions) -> int:
     recipes = [named_recipe(name, options.scale) for name in options.names or RECIPES]
     if not options.segments:
         print("\n".join(markdown_lines(cost_table(recipes))))
-        print("\nPer image of a training step. Saved activations are those kept for the backward pass.")
+        print("\nA training step, per image. Saved MB: activations kept for the backward pass.")
         return 0
     for recipe in distinct(recipes):
         print(f"{recipe.row}\n\n{cost_of(recipe)}\n")

@@ -1,4 +1,4 @@
-"""The cost of training steps as a table: parameters, FLOPs and activation memory, per network and scheme."""
+"""Tables of training cost: parameters, FLOPs and activation memory per network and scheme."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +18,9 @@ GIGA, MEGA = 1e9, 1e6
 
 
 def cost_table(recipes: Sequence[Recipe]) -> Table:
-    """Return the cost of a training step of each network with its heads, per image; equal costs share a row."""
+    """Return the cost per image of a training step of each network with its heads; equal costs share a row."""
     header = ("network", "parameters", "heads", *(f"GFLOPs, {SCHEME_NAMES[scheme]}" for scheme in SCHEMES))
-    header += ("lower bound", "relay / standard", "MB saved, standard", "multi-loss and relay")
+    header += ("lower bound", "Relay BP / standard BP", "saved MB, standard BP", "saved MB, multi-loss and Relay BP")
     rows: list[tuple[str, ...]] = []
     for recipe in distinct(recipes):
         found = cost_of(recipe)
@@ -40,10 +40,10 @@ def cost_table(recipes: Sequence[Recipe]) -> Table:
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """Return the cost of a training step of a recipe's plan for a batch of `BATCH` images. Nothing is computed.
+    """Predict the cost of a training step of a recipe for a batch of `BATCH` images, on the meta device.
 
     Raises:
-        InputError: a network, heads or windows that do not go together.
+        InputError: the network, heads and windows do not match.
     """
     size = recipe.network.image_size
     relay = build_relay(replace(recipe, scheme="relay" if recipe.plan.auxiliary else "standard"), on_meta=True)
@@ -56,5 +56,5 @@ def cost_of(recipe: Recipe) -> Cost:
 
 
 def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Return one recipe for each distinct network and plan."""
+    """Return one recipe per distinct network and plan."""
     return list({repr((recipe.network, recipe.plan)): recipe for recipe in reversed(recipes)}.values())[::-1]

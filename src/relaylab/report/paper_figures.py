@@ -1,4 +1,4 @@
-"""The paper's figures from runs: gradients by layer, networks with windows, photos with predictions."""
+"""The paper's figures from runs: gradients per layer, networks with windows, images with predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,34 +31,39 @@ from relaylab.report.style import BELOW_AXIS, STYLE, layer_name
 RIGHT = "#00664a"
 COLUMNS, ROWS = 4, 2
 TOP = 5
-MOST_TICKS = 30  # of a plot's axis with names
+MOST_TICKS = 30  # on an axis of layer names
 QUANTITIES = {"gradient": "mean |gradient|", "ratio": "mean |gradient| / mean |weight|"}
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo with a network's predictions."""
+    """An image with its true class and a network's predictions.
+
+    Attributes:
+        pixels: uint8 (h, w, 3).
+        truth: name of the true class.
+        guesses: names and probabilities of the most likely classes, most likely first.
+    """
 
     pixels: Pixels
     truth: str
     guesses: tuple[tuple[str, float], ...]
-    """Classes and their probabilities, the likeliest first."""
 
 
 def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str | None = None) -> Figure:
-    """Draw Figure 1: mean absolute gradient of each layer, and its ratio to the weights', a line for each iteration.
+    """Plot Figure 1: the mean absolute gradient of each layer, and its ratio to that of the weights.
 
     Args:
-        runs: for each title, the lines of a run's metrics.
-        only: a title whose panels alone are drawn, below each other, on the scales that all runs need.
+        runs: metrics of each run, by title.
+        only: title of the only run to plot, with the axis limits of all runs.
 
     Raises:
-        InputError: a run without gradient statistics.
+        InputError: a run has no gradient statistics.
     """
     probes = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
     for title, own in probes.items():
         if not own:
-            raise InputError(f"{title} has no gradient statistics: train it with --diagnose-every N, N at least 1")
+            raise InputError(f"{title} has no gradient statistics: train it with --diagnose-every N, at least 1")
     found = {
         (title, quantity): [_by_layer(line, list(own[-1]["layers"]), quantity) for line in own]
         for title, own in probes.items()
@@ -111,20 +116,20 @@ def window_figure(recipe: Recipe, title: str) -> Figure:
 def pick_photos(
     source: Source, classes: Sequence[str], log_probabilities: Tensor, *, right: bool, count: int = COLUMNS * ROWS
 ) -> list[Photo]:
-    """Return photos of different classes that are classified rightly or wrongly, as in Figures 3 and 4.
+    """Return correctly or incorrectly classified images, one per class, most confident first, as in Figures 3 and 4.
 
-    Rightly: the true class is the likeliest. Wrongly: it is not even among the five likeliest, as in the challenge
-    (with up to five classes, not the likeliest). The most confident predictions are first.
+    Correct: the true class is the most likely one. Incorrect: it is not among the five most likely classes (with up to
+    five classes: not the most likely one).
 
     Args:
-        source: of the photos.
-        classes: their names.
+        source: the images.
+        classes: names of the classes.
         log_probabilities: (images, classes).
-        right: rightly or wrongly classified ones.
-        count: of photos, at most; there may be none.
+        right: whether to return correctly classified images.
+        count: maximum number of images.
 
     Raises:
-        InputError: an unreadable photo.
+        InputError: an image is unreadable.
     """
     labels = torch.as_tensor(source.labels[:].astype("int64"))
     best = log_probabilities.topk(min(TOP, len(classes)), dim=1)
@@ -133,7 +138,7 @@ def pick_photos(
     candidates = (first if right else ~hit if len(classes) > TOP else ~first).nonzero().flatten()
     order = candidates[best.values[candidates, 0].argsort(descending=True, stable=True)]
     chosen: dict[int, int] = {}
-    for index in order.tolist():  # one of each class, the most confident
+    for index in order.tolist():  # the most confident of each class
         chosen.setdefault(int(labels[index]), index)
         if len(chosen) == count:
             break
@@ -150,7 +155,7 @@ def pick_photos(
 
 
 def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
-    """Draw Figures 3 and 4: photos with their class and the five likeliest, the true one in bold."""
+    """Plot Figures 3 and 4: images with their class and the five most likely classes, the true one in bold."""
     columns = min(COLUMNS, len(photos))
     rows = -(-len(photos) // columns)
     with rc_context({**STYLE, "axes.grid": False}):
@@ -174,15 +179,15 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
 
 
 def prediction_figure(predictions: Sequence[Prediction]) -> Figure:
-    """Draw images with their file names and the predicted classes."""
+    """Plot images with their file names and predicted classes."""
     photos: list[Photo] = []
     for each in predictions:
-        guesses = tuple((guess.name, guess.probability) for guess in each.guesses)
+        guesses = tuple((guess.name, guess.probability) for guess in each.guesses or each.below)
         photos.append(Photo(each.pixels, Path(each.name).name, guesses))
     return photo_figure(photos, "")
 
 
 def plain(name: str) -> str:
-    """Return a class's name without the number that some data sets put before it, and without underscores."""
+    """Return the name of a class without a leading number and underscores, such as "tree frog" for "31_tree_frog"."""
     number, mark, rest = name.partition("_")
     return (rest if mark and number.isdecimal() else name).replace("_", " ")

@@ -1,4 +1,4 @@
-"""A method with its network, plan, heads and optimizer as a short program, a start for one's own training loop."""
+"""Generate a short program with the network, plan, heads and optimizer of a recipe, for custom training loops."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from relaybackprop.heads import AuxiliaryHead, LinearHead, TokenHead
 from relaylab.models.building import AUTO, build_relay
 from relaylab.recipes.schema import LossConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
 
-CODE = "relay.py"  # in the folder of a comparison
+CODE = "relay.py"  # file in the folder of a comparison
 
 
 def snippet(recipe: Recipe) -> str:
     """Return a program that builds the network, plan, heads and optimizer of a recipe, and makes one update.
 
-    It runs as it is, on random images. Augmentation, schedule, clipping, class weights and averages are not in it, nor
-    are learning rates and weight decays of single parameters.
+    The program runs as is, on random images. It omits augmentation, schedule, clipping, class weights, weight averages,
+    and per-parameter learning rates and weight decays.
     """
     config, size = recipe.network, recipe.network.image_size
     imports, network = _network(config)
@@ -51,7 +51,7 @@ def snippet(recipe: Recipe) -> str:
         *gain_lines,
         "relay = Relay(model, plan, heads)",
         f"criterion = RelayLoss({loss})",
-        *([] if recipe.optimizer.decay_norms_and_biases else ["# The run spared norms and biases the weight decay."]),
+        *([] if recipe.optimizer.decay_norms_and_biases else ["# The run had no weight decay on norms and biases."]),
         f"optimizer = {_optimizer(recipe.optimizer)}",
         "",
         f"images, labels = example, torch.randint({config.num_classes}, (2,))  # in your loop: each batch",
@@ -66,7 +66,7 @@ def snippet(recipe: Recipe) -> str:
 
 
 def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
-    """Return the imports and the lines that build the network."""
+    """Return the imports and lines that build the network."""
     place, _, name = config.architecture.rpartition(":")
     options = "".join(f", {key}={_text(value)}" for key, value in config.options.items())
     match place:
@@ -102,7 +102,7 @@ def _plan(plan: PlanConfig) -> str:
 
 
 def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
-    """Format the modules of a window as arguments; several names are a tuple."""
+    """Format the arguments of a window; several names form a tuple."""
     parts = [f"top={_text(top)}"] if top else []
     parts += [f"bottom={_text(bottom)}"] if bottom else []
     if after:
@@ -111,7 +111,7 @@ def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
 
 
 def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
-    """Return the names to import and the lines that build the heads."""
+    """Return the imports and lines that build the heads."""
     classes, auxiliary = recipe.network.num_classes, recipe.plan.auxiliary
     if all(own.head == AUTO for own in auxiliary.values()):
         return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes})"]
@@ -122,7 +122,7 @@ def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
 
 
 def _call(head: nn.Module, classes: int) -> str:
-    """Return the call that builds a head of the same kind."""
+    """Return the call that builds an equal head."""
     match head:
         case LinearHead():
             return f"LinearHead({head.channels}, {classes})"
@@ -153,7 +153,7 @@ def _optimizer(config: OptimizerConfig) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as Python writes it, with the quotes of a formatter."""
+    """Return the repr of a value, with double quotes."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, tuple):
