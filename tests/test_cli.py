@@ -143,7 +143,7 @@ def test_options_out_of_range(
         ({"train__a": 0, "val__a": 0}, "no images in"),
         ({"train__a": 1, "train__b": 1, "val__a": 1, "val__c": 1}, "classes with train images but no val images: b"),
         ({"train__a": 1, "val__a": 1, "val__c": 1}, "classes with val images but no train images: c"),
-        ({"train__a": 2, "val__a": 2}, "one class only (a)"),
+        ({"train__a": 2, "val__a": 2}, "only one class (a)"),
     ],
 )
 def test_folders_that_are_no_data_set(

@@ -356,7 +356,7 @@ def test_a_run_is_exported_by_its_folder(tiny_runs: Path, tmp_path: Path, capsys
     )
     assert_close(dict(exported.state), dict(original.state), rtol=0, atol=0)
     assert main(["export", str(tiny_runs), "--out", str(tmp_path / "two")]) == 2
-    assert "holds 2 networks: name one of its runs" in capsys.readouterr().err
+    assert "contains 2 networks: pass one of its runs" in capsys.readouterr().err
 
 
 def test_an_interrupted_evaluation_goes_on(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,7 @@ def test_a_workers_death_costs_nothing(tiny_images: Path, tmp_path: Path, monkey
     monkeypatch.setattr(loop.Trainer, "step", step)
     train(tiny_images, tmp_path / "run", images="disk", workers=2)
     assert_as_reference(tmp_path / "run", tmp_path / "whole")
-    assert "new ones are started" in (tmp_path / "run" / run_folder.LOG).read_text()
+    assert "restarting the workers" in (tmp_path / "run" / run_folder.LOG).read_text()
 
 
 @pytest.mark.slow

@@ -52,9 +52,9 @@ def test_the_file_says_what_the_images_and_the_network_tell(
     assert "Next:   relaylab compare chain.toml --data" in capsys.readouterr().out
     text = (place / "chain.toml").read_text()
     assert '"net.py:chain"' in text
-    about = "60 images to train on, in 5 classes of 12 images; shorter sides of 40 pixels"
+    about = "60 training images, 5 classes of 12 images, shorter sides of 40 pixels"
     assert about in text.replace("\n# ", " ")
-    assert "# The windows are those of relaybackprop.suggest_plan:" in text
+    assert "# Windows from relaybackprop.suggest_plan:" in text
     for scheme in ("standard BP", "multi-loss", "Relay BP", "Relay BP, --early-release"):
         assert f"#   {scheme} " in text
     recipe = read_recipe(place / "chain.toml")
@@ -107,7 +107,7 @@ def test_a_network_that_no_plan_fits_is_left_standard_backpropagation(
 ) -> None:
     assert run("recipes", "new", "net.py:short", "--data", tiny_images, "--epochs", "1") == 0
     assert "relaylab train short.toml" in capsys.readouterr().out
-    assert "No windows: relaybackprop finds none for this network" in (place / "short.toml").read_text()
+    assert "No windows were found for this network" in (place / "short.toml").read_text()
     recipe = read_recipe(place / "short.toml")
     assert (recipe.scheme, recipe.plan.auxiliary) == ("standard", {})
     assert run("cost", "short.toml") == 0
@@ -245,7 +245,7 @@ def test_images_without_parts_are_divided_by_class(
     assert "--hold-out 0.2" in capsys.readouterr().err
     made = ("--data", images, "--hold-out", count, "--epochs", "1", "--out", "mine.toml")
     assert run("recipes", "new", "net.py:chain", *made) == 0
-    assert f"{60 - 5 * each} images to train on" in (place / "mine.toml").read_text()
+    assert f"{60 - 5 * each} training images" in (place / "mine.toml").read_text()
     assert run("train", "mine.toml", "--data", images, *TRAIN) == 0
     counts = json.loads((place / "run" / "config.json").read_text())["counts"]
     assert counts == {"train": [12 - each] * 5, "val": [each] * 5}

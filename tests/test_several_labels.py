@@ -245,7 +245,7 @@ def test_what_needs_one_class_for_each_image_is_refused(
 def test_both_parts_have_several_labels_and_some_are_positive(images: Path, tmp_path: Path) -> None:
     (tmp_path / "val.csv").write_text("image,red,green,blue\nval0,1,0,0\nval1,0,1,0\nval2,0,0,1\n")
     val_data = (images / "images", tmp_path / "val.csv")
-    with pytest.raises(InputError, match=r"images of train.csv have several labels, those of val.csv one each"):
+    with pytest.raises(InputError, match=r"images of train.csv are multi-label, those of val.csv single-label"):
         train(images, tmp_path / "run", val_data=val_data)
     (tmp_path / "val.csv").write_text("image,red,green,blue\nval0,0,0,0\n")
     with pytest.raises(InputError, match=r"val.csv: no validation image has a label"):
@@ -330,7 +330,7 @@ def test_evaluation_and_probes_refuse_with_a_reason(reference: Path, capsys: pyt
     assert cli.main(["eval", str(reference)]) == 2
     assert "is a multi-label network, which `relaylab eval` does not support" in capsys.readouterr().err
     assert cli.main(["diagnose", "information", str(reference)]) == 2
-    assert "its images have several labels; the probe reads the class of an image" in capsys.readouterr().err
+    assert "multi-label images are not supported" in capsys.readouterr().err
 
 
 def test_the_demo_refuses_with_a_reason(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +347,6 @@ def test_a_proposed_recipe_suits_several_labels(
     words = ["recipes", "new", "torchvision:resnet18", *data, "--hold-out=0.25", "--size=32"]
     assert cli.main([*words, "--out", str(tmp_path / "mine.toml")]) == 0
     text = (tmp_path / "mine.toml").read_text()
-    assert 'function = "binary"  # images have several labels, or none' in text
-    assert 'sampling = "shuffled"  # images have several labels, or none' in text
-    assert "48 images to train on, with several labels, from 3 classes of" in capsys.readouterr().out
+    assert 'function = "binary"  # the images are multi-label' in text
+    assert 'sampling = "shuffled"  # the images are multi-label' in text
+    assert "48 training images, multi-label, 3 classes of" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def main(options: NewOptions) -> int:
     from relaylab.recipes.schema import ImagesConfig, NetworkConfig
     from relaylab.train.images import check_classes, chosen_indices, groups_of, open_sources
     from relaylab.train.options import RuntimeOptions
-    from relaylab.train.proposal import Wishes, propose
+    from relaylab.train.proposal import Preferences, propose
 
     held = int(options.hold_out) if options.hold_out is not None and options.hold_out >= 1 else options.hold_out
     images = ImagesConfig(data_set="any", short_side=1, sampling="shuffled", held_out=held, val_split=options.val_split)
@@ -103,7 +103,7 @@ def main(options: NewOptions) -> int:
         scan(train, results, limit=SAMPLE, task=task)
     if not results.widths:
         raise InputError(f"{train.title}: none of {results.examined} images can be read; run `relaylab data check`")
-    wishes = Wishes(
+    preferences = Preferences(
         name=out.stem,
         epochs=options.epochs,
         size=options.size,
@@ -114,7 +114,7 @@ def main(options: NewOptions) -> int:
         pretrained=options.pretrained and os.path.relpath(options.pretrained.resolve(), out.absolute().parent),
         options={key: plain_value(value) for key, _, value in pairs},
     )
-    proposal = propose(network, train, images, len(train) if chosen is None else len(chosen), results, wishes)
+    proposal = propose(network, train, images, len(train) if chosen is None else len(chosen), results, preferences)
     write_text(out, to_toml(proposal.recipe, proposal.notes))
     command = ["train", str(out), "--data", *map(str, options.data)]
     if options.val_data:
