@@ -29,8 +29,8 @@ def rates_figure(findings: Sequence[Finding]) -> Figure:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for label, scheme in METHODS.items():
-        own = {run.rate: run.top1 for run in findings if run.arm.startswith(f"selection/{scheme}-")}
-        axes.plot(RATES, [own[rate] for rate in RATES], marker="o", linewidth=2, label=label, **_look(scheme))
+        errors = {run.rate: run.top1 for run in findings if run.arm.startswith(f"selection/{scheme}-")}
+        axes.plot(RATES, [errors[rate] for rate in RATES], marker="o", linewidth=2, label=label, **_look(scheme))
     axes.set_xscale("log")
     axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     axes.minorticks_off()
@@ -56,16 +56,16 @@ def errors_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figu
 
 
 def _errors_panel(axes: Axes, study: Study, findings: Sequence[Finding]) -> None:
-    for place, (label, arm) in enumerate(study.arms.items()):
-        own = study.runs(label, findings)
-        learnt = [run.top1 for run in own if not run.collapsed]
-        lost = len(own) - len(learnt)
-        note = "not run" if not own else f"{lost} of {len(own)} collapsed" if lost else ""
-        axes.text(1.01, place, note, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    for row, (label, arm) in enumerate(study.arms.items()):
+        runs = study.runs(label, findings)
+        learnt = [run.top1 for run in runs if not run.collapsed]
+        lost = len(runs) - len(learnt)
+        note = "not run" if not runs else f"{lost} of {len(runs)} collapsed" if lost else ""
+        axes.text(1.01, row, note, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
         if learnt:
             colour = SCHEME_COLOURS[scheme_of(arm)]
-            axes.plot(learnt, [place] * len(learnt), "o", color=colour, markersize=5, alpha=0.7)
-            axes.plot(statistics.fmean(learnt), place, "|", color=colour, markersize=18, markeredgewidth=2.5)
+            axes.plot(learnt, [row] * len(learnt), "o", color=colour, markersize=5, alpha=0.7)
+            axes.plot(statistics.fmean(learnt), row, "|", color=colour, markersize=18, markeredgewidth=2.5)
     axes.set_yticks(range(len(study.arms)), list(study.arms))
     axes.set_ylim(len(study.arms) - 0.5, -0.5)
     axes.margins(x=0.1)
@@ -80,14 +80,14 @@ def curves_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figu
     figure = Figure(figsize=(5.2 * len(studies), 3.8), layout="constrained")
     for axes, study in zip(figure.subplots(1, len(studies), squeeze=False, sharey=True)[0], studies, strict=True):
         for label, arm in study.arms.items():
-            own = study.runs(label, findings)
-            curves = [run.curve for run in own if not run.collapsed]
+            runs = study.runs(label, findings)
+            curves = [run.curve for run in runs if not run.collapsed]
             look = _look(scheme_of(arm))
             for curve in curves:
                 axes.plot(list(curve), list(curve.values()), color=look["color"], linewidth=0.8, alpha=0.3)
             steps = list(curves[0])
             means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-            counted = f"{label} ({len(curves)} of {len(own)} seeds)" if len(curves) < len(own) else label
+            counted = f"{label} ({len(curves)} of {len(runs)} seeds)" if len(curves) < len(runs) else label
             axes.plot(steps, means, linewidth=2.2, label=counted, **look)
         axes.set_title(study.title)
         axes.set_xlabel("iteration")

@@ -39,18 +39,18 @@ def study_table(study: Study, findings: Sequence[Finding]) -> Table:
     Collapsed runs are counted, and excluded from means and differences.
     """
     runs = {label: study.runs(label, findings) for label in study.arms}
-    learnt = {label: {run.seed: run for run in own if not run.collapsed} for label, own in runs.items()}
+    learnt = {label: {run.seed: run for run in arm_runs if not run.collapsed} for label, arm_runs in runs.items()}
     rows: list[tuple[str, ...]] = []
-    for label, own in runs.items():
-        if not own:
+    for label, arm_runs in runs.items():
+        if not arm_runs:
             continue
         ours = learnt[label]
         errors = [[getattr(run, top) for run in ours.values()] for top in ("top1", "top5")]
         cells = [mean_text(values) if values else "" for values in errors]
-        lost = len(own) - len(ours)
-        cells[0] += f" ({lost} of {len(own)} collapsed)" if lost else ""
+        lost = len(arm_runs) - len(ours)
+        cells[0] += f" ({lost} of {len(arm_runs)} collapsed)" if lost else ""
         cells += [_difference(ours, learnt[base]) if base != label else "" for base in study.against]
-        rows.append((label, f"{own[0].rate:g}", *(cell.strip() for cell in cells)))
+        rows.append((label, f"{arm_runs[0].rate:g}", *(cell.strip() for cell in cells)))
     header = ("", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against))
     return Table(study.title, header, tuple(rows))
 

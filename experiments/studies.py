@@ -29,8 +29,8 @@ class Study:
 
     def runs(self, label: str, findings: Sequence[Finding]) -> list[Finding]:
         """Return the runs of the arm with this label."""
-        own = [run for run in findings if run.arm == self.arms[label]]
-        return [run for run in own if self.seeds is None or run.seed in self.seeds]
+        arm_runs = [run for run in findings if run.arm == self.arms[label]]
+        return [run for run in arm_runs if self.seeds is None or run.seed in self.seeds]
 
 
 def _table3(group: str, title: str) -> Study:

@@ -80,9 +80,9 @@ def _scan(options: DataOptions, limit: int | None) -> int:
         from relaylab.progress import progress
 
         for split, source in _sources(options):
-            numbers, results = spread(len(source), limit), ScanResults()
+            indices, results = spread(len(source), limit), ScanResults()
             try:
-                with progress("decoding", len(numbers)) as task:
+                with progress("decoding", len(indices)) as task:
                     scan(source, results, limit=limit, workers=options.workers, task=task)
             finally:  # keep the results of an interrupted scan, which may have taken hours
                 facts = summary(source, results)
@@ -123,8 +123,8 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     if facts["unlabelled"] < facts["images"]:
         least, most = int(sizes.argmin()), int(sizes.argmax())
         ends = f"{sizes[least]:,} ({names[least]}) to {sizes[most]:,} ({names[most]})"
-        each = f"{sizes[most]:,}" if sizes[least] == sizes[most] else f"{ends}, median {np.median(sizes):,.0f}"
-        lines.append(f"  images per class    {each}")
+        per_class = f"{sizes[most]:,}" if sizes[least] == sizes[most] else f"{ends}, median {np.median(sizes):,.0f}"
+        lines.append(f"  images per class    {per_class}")
         empty = [names[label] for label in np.flatnonzero(sizes == 0)]
         if empty:
             more = "..." if len(empty) > SHOWN else ""

@@ -159,25 +159,25 @@ def main(options: EvaluateOptions) -> int:
     from relaylab.train.signals import stopping
 
     networks = find_trained(options.runs)
-    names = [each.name for each in networks]
+    names = [network.name for network in networks]
     if combine and len(networks) < 2:
         raise InputError("an ensemble needs at least two networks")
     device = device_of(options.accelerator)
-    models = {each.name: read_model(each.file) for each in networks}
+    models = {network.name: read_model(network.file) for network in networks}
     if several := [name for name, model in models.items() if model.has_several_labels]:
         raise InputError(
             f"{several[0]} is a multi-label network, which `relaylab eval` does not support: its mean average "
             "precision is in metrics.jsonl and in `relaylab report`; for single images, use `relaylab predict`"
         )
     passes: dict[str, list[Pass]] = {}
-    for each in networks:
-        taken, sides = models[each.name].input, scales or each.scales
-        passes[each.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
+    for network in networks:
+        taken, sides = models[network.name].input, scales or network.scales
+        passes[network.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
         if "dense" in kinds:
             try:
-                check_dense(models[each.name])
+                check_dense(models[network.name])
             except InputError as error:
-                raise InputError(f"{each.name}: {error}; remove dense from --protocol") from None
+                raise InputError(f"{network.name}: {error}; remove dense from --protocol") from None
     out = options.out or ROOT / "eval" / options.runs[0].resolve().name
     scored = [path.name for path in (out / SCORES).glob("*")]
     if options.against is not None and options.against not in {*names, *scored}:
@@ -188,14 +188,14 @@ def main(options: EvaluateOptions) -> int:
     workers = available_cores() if options.workers is None else options.workers
     total = len(source) * sum(map(len, passes.values()))
     with stopping() as stop, progress("evaluate", total) as task:
-        for each in networks:
-            name, model, own = each.name, models[each.name], passes[each.name]
-            folder.add(name, {"sha256": each.sha256(), "file": str(each.file.absolute()), **each.about})
-            if all(folder.has(name, p.name, i) for p in own for i in range(len(folder.chunks))):
-                task.advance(len(source) * len(own))
+        for network in networks:
+            name, model, views = network.name, models[network.name], passes[network.name]
+            folder.add(name, {"sha256": network.sha256(), "file": str(network.file.absolute()), **network.about})
+            if all(folder.has(name, p.name, i) for p in views for i in range(len(folder.chunks))):
+                task.advance(len(source) * len(views))
                 continue
             done = evaluate(
-                Scorer(model, device), source, folder, name, own,
+                Scorer(model, device), source, folder, name, views,
                 workers=workers, task=task, batch_size=options.batch_size, order=orders[name],
                 stopped=lambda: bool(stop),
             )  # fmt: skip
@@ -232,7 +232,7 @@ def predict(options: PredictOptions) -> int:
             printed.append({"image": picture.name, "error": str(result)})
             failed = WRONG_INPUT
             continue
-        printed.append({"image": result.name, "classes": [dataclasses.asdict(each) for each in result.guesses]})
+        printed.append({"image": result.name, "classes": [dataclasses.asdict(guess) for guess in result.guesses]})
         if path is not None:
             drawn.append(result)
         if options.format == "text":

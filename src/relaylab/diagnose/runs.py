@@ -39,22 +39,22 @@ def read_runs(
     opened = open_runs(folders).runs
     runs = dict(zip(names_of([run.folder for run in opened]), opened, strict=True))
     checkpoints = {name: _newest(run.folder) for name, run in runs.items()}
-    source, numbers = _images(data, images, opened[0], read_model(_model_of(opened[0])))
-    labels = torch.tensor([int(source.labels[number]) for number in numbers])
+    source, indices = _images(data, images, opened[0], read_model(_model_of(opened[0])))
+    labels = torch.tensor([int(source.labels[index]) for index in indices])
     readings: dict[str, list[Reading]] = {}
-    for name, each in runs.items():
-        model = read_model(_model_of(each))
-        relay = build_relay(each.recipe).eval()
+    for name, run in runs.items():
+        model = read_model(_model_of(run))
+        relay = build_relay(run.recipe).eval()
         relay.load_state_dict(checkpoint.read(checkpoints[name]).model)
-        with progress(f"images, {name}", len(numbers)) as task:
-            features = collect(relay, _batches(source, numbers, labels, model, task), seed=seed)
+        with progress(f"images, {name}", len(indices)) as task:
+            features = collect(relay, _batches(source, indices, labels, model, task), seed=seed)
         with progress(f"probes, {name}", len(features)) as task:
-            trained = trained_layers(segments_of(each.recipe))
+            trained = trained_layers(segments_of(run.recipe))
             readings[name] = read_all(features, labels, trained, seed=seed, task=task)
     about = {
-        "schemes": {name: each.recipe.scheme for name, each in runs.items()},
+        "schemes": {name: run.recipe.scheme for name, run in runs.items()},
         "checkpoints": {name: f"{name} at step {_step_of(path):,}" for name, path in checkpoints.items()},
-        "images": len(numbers),
+        "images": len(indices),
         "entropy": entropy_bits(labels.numpy()),
         "seed": seed,
     }
@@ -82,8 +82,8 @@ def _step_of(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def _model_of(each: Run) -> Path:
-    file, folder = each.folder / run_folder.MODEL, each.folder
+def _model_of(run: Run) -> Path:
+    file, folder = run.folder / run_folder.MODEL, run.folder
     if not file.is_file():
         raise InputError(f"the run in {folder} is unfinished; to complete it: relaylab train --resume {folder}")
     return file
@@ -96,20 +96,20 @@ def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> 
     source = open_split(data, first.about, None, model.identity)
     labels = np.asarray(source.labels)
     classes = np.unique(labels)
-    each = images // len(classes)
-    if each < LEAST:
+    per_class = images // len(classes)
+    if per_class < LEAST:
         raise InputError(f"--images {images}: expected at least {LEAST * len(classes)} for {len(classes)} classes")
-    numbers = sorted(int(n) for label in classes for n in np.flatnonzero(labels == label)[:each])
-    return source, numbers
+    indices = sorted(int(n) for label in classes for n in np.flatnonzero(labels == label)[:per_class])
+    return source, indices
 
 
 def _batches(
-    source: Source, numbers: Sequence[int], labels: Tensor, model: ModelFile, task: Task
+    source: Source, indices: Sequence[int], labels: Tensor, model: ModelFile, task: Task
 ) -> Iterator[tuple[Tensor, Tensor]]:
     scorer = Scorer(model)
     cuts = Cuts(source, [Pass("single-crop")], model.input)
-    for start in range(0, len(numbers), BATCH):
-        rows = cuts.__getitems__(numbers[start : start + BATCH])
+    for start in range(0, len(indices), BATCH):
+        rows = cuts.__getitems__(indices[start : start + BATCH])
         if isinstance(rows, InputError):
             raise rows
         images = torch.from_numpy(np.concatenate([views[0] for _, views in rows]))

@@ -67,28 +67,28 @@ def default_scales(config: InputConfig) -> list[int]:
     return list(dict.fromkeys(max(config.crop, round(scale * config.resize / OF)) for scale in SCALES))
 
 
-def cut(pixels: Pixels, each: Pass, config: InputConfig) -> Tensor:
+def cut(pixels: Pixels, view: Pass, config: InputConfig) -> Tensor:
     """Return the crops of an image, uint8 (h, w, 3), for a pass.
 
     Returns:
         uint8 (n, h, w, 3): one crop, five of them, or the whole image resized.
     """
     size = config.crop
-    if each.kind == "single-crop":
+    if view.kind == "single-crop":
         crop = torch.empty(size, size, 3, dtype=torch.uint8)
         cut_box(pixels, _centre(pixels, config), crop)
         return crop[None]
-    image = torch.from_numpy(resized(pixels, each.scale or config.resize, square=config.how == "both sides"))
-    if each.kind == "dense":
+    image = torch.from_numpy(resized(pixels, view.scale or config.resize, square=config.how == "both sides"))
+    if view.kind == "dense":
         return image[None]
     down, right = (length - size for length in image.shape[:2])
     corners = [(0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2))]
     return torch.stack([image[top : top + size, left : left + size] for top, left in corners])
 
 
-def mirrored(each: Pass) -> bool:
+def mirrored(view: Pass) -> bool:
     """Return whether a pass includes mirror images."""
-    return each.flip or each.kind == "ten-crop"
+    return view.flip or view.kind == "ten-crop"
 
 
 def average(log_probabilities: Tensor, dim: int) -> Tensor:

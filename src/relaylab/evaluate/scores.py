@@ -90,7 +90,7 @@ class ImageList:
 def describe_images(source: Source) -> ImageList:
     """Describe a data set. Image names are relative to their common parent folder."""
     labels = torch.as_tensor(source.labels[:].astype("int64"))
-    names, classes = [source.name(number) for number in range(len(source))], classes_of(source)
+    names, classes = [source.name(index) for index in range(len(source))], classes_of(source)
     shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
     names = tuple(name[shared:].removeprefix("/") for name in names)
     images = ImageList(source.title, "", classes.names, labels, names, classes.keys, classes.numbered)
@@ -100,7 +100,7 @@ def describe_images(source: Source) -> ImageList:
 def _contents(source: Source) -> str:
     size: Callable[[int], int] | None = getattr(source, "size", None)  # not all sources have it
     try:
-        sizes = [size(number) for number in sample(len(source))] if size else []
+        sizes = [size(index) for index in sample(len(source))] if size else []
     except (OSError, AttributeError):  # a missing image, reported when it is read; a subset of a source without sizes
         return ""
     return sha256(json.dumps(sizes).encode()).hexdigest()[:32] if sizes else ""
@@ -217,8 +217,8 @@ class ScoreFolder:
         for index, chunk in enumerate(self.chunks):
             shape = (len(chunk), len(self.images.classes))
             file = self._file(name, view, index)
-            tensors, found = read_tensors(file)
-            if found != header:
+            tensors, stored = read_tensors(file)
+            if stored != header:
                 raise InputError(f"{file} has scores of other images, or of another network or view")
             part = tensors.get("log_probabilities")
             if part is None or part.shape != shape:
@@ -279,12 +279,12 @@ def check_alike(folders: Sequence[ScoreFolder]) -> None:
             detail = next(
                 (f"{a} where the other has {b}" for a, b in zip(ours, theirs, strict=False) if a != b), "more"
             )
-            what = f"different classes ({len(ours)} and {len(theirs)}; {detail})"
+            reason = f"different classes ({len(ours)} and {len(theirs)}; {detail})"
         elif not one.is_same(two):
-            what = f"different images ({len(one)} of {one.title}, {len(two)} of {two.title})"
+            reason = f"different images ({len(one)} of {one.title}, {len(two)} of {two.title})"
         else:
             continue
-        raise InputError(f"{first.path} and {other.path} have {what}: they cannot be compared in one table")
+        raise InputError(f"{first.path} and {other.path} have {reason}: they cannot be compared in one table")
 
 
 def _read_images(path: Path) -> ImageList:

@@ -34,16 +34,16 @@ class Cuts(Dataset[Row]):
     def __init__(self, source: Source, passes: Sequence[Pass], config: InputConfig) -> None:
         self._source, self._passes, self._config = source, passes, config
 
-    def __getitems__(self, numbers: Sequence[int]) -> "list[Row] | InputError":
+    def __getitems__(self, indices: Sequence[int]) -> "list[Row] | InputError":
         """Return each image's index and, for each pass, uint8 (n, h, w, 3); an error if an image is unreadable."""
         rows: list[Row] = []
-        for number in numbers:
+        for index in indices:
             try:
-                pixels = decode(self._source.read(number))
+                pixels = decode(self._source.read(index))
             except (OSError, ImageFault) as error:
-                name = self._source.name(number)
+                name = self._source.name(index)
                 return InputError(f"unreadable image {name}: {error}; `relaylab data check` lists all of them")
-            rows.append((number, [cut(pixels, each, self._config).numpy() for each in self._passes]))
+            rows.append((index, [cut(pixels, view, self._config).numpy() for view in self._passes]))
         return rows
 
 
@@ -120,21 +120,23 @@ def evaluate(
     Raises:
         InputError: an image that cannot be read, or scores that are not numbers.
     """
-    for number, chunk in enumerate(folder.chunks):
-        missing = [each for each in passes if not folder.has(name, each.name, number)]
+    for chunk_index, chunk in enumerate(folder.chunks):
+        missing = [view for view in passes if not folder.has(name, view.name, chunk_index)]
         task.advance(len(chunk) * (len(passes) - len(missing)))
         if not missing:
             continue
         if stopped():
             return False
-        found = {each: torch.empty(len(chunk), len(folder.images.classes)) for each in missing}
+        results = {view: torch.empty(len(chunk), len(folder.images.classes)) for view in missing}
         for rows in _read(Cuts(source, missing, scorer.config), chunk, workers):
-            for place, each in enumerate(missing):
-                for numbers, images in _batches([(n, cuts[place]) for n, cuts in rows], scorer.config.crop, batch_size):
-                    found[each][[n - chunk.start for n in numbers]] = scorer(each, images)
-                    task.advance(len(numbers), note=f"{name} {each.name}")
-        for each, scores in found.items():
-            folder.write(name, each.name, number, scores if order is None else scores[:, order])
+            for position, view in enumerate(missing):
+                for indices, images in _batches(
+                    [(n, cuts[position]) for n, cuts in rows], scorer.config.crop, batch_size
+                ):
+                    results[view][[n - chunk.start for n in indices]] = scorer(view, images)
+                    task.advance(len(indices), note=f"{name} {view.name}")
+        for view, scores in results.items():
+            folder.write(name, view.name, chunk_index, scores if order is None else scores[:, order])
     return True
 
 
@@ -154,10 +156,10 @@ def _batches(
     for _, group in groupby(ordered, key=lambda row: row[1].shape):
         same = list(group)
         pixels = same[0][1].size // 3
-        several = max(1, batch_size * crop**2 // pixels)
-        for start in range(0, len(same), several):
-            numbers, images = zip(*same[start : start + several], strict=True)
-            yield numbers, torch.from_numpy(np.stack(images))
+        count = max(1, batch_size * crop**2 // pixels)
+        for start in range(0, len(same), count):
+            indices, images = zip(*same[start : start + count], strict=True)
+            yield indices, torch.from_numpy(np.stack(images))
 
 
 @torch.no_grad()

@@ -54,22 +54,22 @@ def find_trained(paths: Sequence[Path], *, most: int | None = None) -> list[Trai
         InputError: invalid paths; the message lists all problems.
     """
     problems: list[str] = []
-    found: list[Trained] = []
+    networks: list[Trained] = []
     for path in paths:
         for member in _members(path):
             try:
-                found.append(_open(member))
+                networks.append(_open(member))
             except InputError as error:
                 problems.append(str(error))
     if not paths:
         problems.append("no runs given: pass folders of runs, or model files")
-    files = [trained.file.resolve() for trained in found]
+    files = [trained.file.resolve() for trained in networks]
     problems += [f"{file} is given more than once" for file in dict.fromkeys(files) if files.count(file) > 1]
-    if most is not None and len(found) > most:
-        problems.append(f"{paths[0]} contains {len(found)} networks: pass one of its runs")
+    if most is not None and len(networks) > most:
+        problems.append(f"{paths[0]} contains {len(networks)} networks: pass one of its runs")
     raise_all(problems)
-    names = [trained.name for trained in found]
-    return [_distinct(trained) if names.count(trained.name) > 1 else trained for trained in found]
+    names = [trained.name for trained in networks]
+    return [_distinct(trained) if names.count(trained.name) > 1 else trained for trained in networks]
 
 
 def _members(path: Path) -> list[Path]:

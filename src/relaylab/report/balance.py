@@ -41,20 +41,20 @@ def balance_picture(
     """
     (bars, sizes), *lines = ((name, np.asarray(values)) for name, values in counts.items())
     order = np.argsort(-sizes, kind="stable")
-    places = np.arange(len(classes))
+    positions = np.arange(len(classes))
     is_named = len(classes) <= NAMED_CLASSES
 
     def draw(axes: Axes) -> None:
-        axes.bar(places, sizes[order], width=0.8 if is_named else 1.0, color=BAR_COLOUR, label=bars)
+        axes.bar(positions, sizes[order], width=0.8 if is_named else 1.0, color=BAR_COLOUR, label=bars)
         for colour, (name, values) in zip(LINE_COLOURS, lines, strict=False):
-            axes.plot(places, values[order], color=colour, linewidth=2, label=name)
+            axes.plot(positions, values[order], color=colour, linewidth=2, label=name)
         axes.set_ylim(bottom=0)
         axes.set_xlim(-0.6, len(classes) - 0.4)
         axes.grid(visible=False, axis="x")
         axes.set_axisbelow(True)
         if is_named:
             names = [picture(classes[int(label)][:24]) for label in order]
-            axes.set_xticks(places, names, **BELOW_AXIS)
+            axes.set_xticks(positions, names, **BELOW_AXIS)
         else:
             axes.set_xlabel(f"{len(classes)} classes, largest first")
 

@@ -133,37 +133,37 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
         folders += [path] if _is_run(path) or not inside else sorted(inside)
     if not folders and not may_fail:
         raise InputError("no runs given: pass folders of runs or comparisons")
-    found = [_open(folder) for folder in folders if not _has_failed(folder)]
+    opened = [_open(folder) for folder in folders if not _has_failed(folder)]
     failed: dict[Member, Failure] = {}
     for folder in filter(_has_failed, folders):
-        member, failure = _open_failure(folder, found[0] if found else None)
-        if member in failed or member in {(run.recipe.scheme, run.about["seed"]) for run in found}:
+        member, failure = _open_failure(folder, opened[0] if opened else None)
+        if member in failed or member in {(run.recipe.scheme, run.about["seed"]) for run in opened}:
             raise InputError(f"{folder}: more than one run has this scheme and seed")
         failed[member] = failure
-    if not found and not may_fail:
+    if not opened and not may_fail:
         reasons = "; ".join(Comparison([], failed).failure_texts)
         raise InputError(f"there is nothing to report, since all runs have failed: {reasons}")
-    for one, other in itertools.combinations(found, 2):
+    for one, other in itertools.combinations(opened, 2):
         _check_comparable(one, other)
-    validated = [{line["step"]: line for line in each.metrics if line["kind"] == "val"} for each in found]
+    validated = [{line["step"]: line for line in run.metrics if line["kind"] == "val"} for run in opened]
     steps = set.intersection(*map(set, validated)) if validated else {0}
     if not steps:
         raise InputError("no iteration was validated in all runs: resume them with `relaylab train --resume RUN`")
-    found = [replace(each, last=own[max(steps)]) for each, own in zip(found, validated, strict=True)]
-    places = {scheme: place for place, scheme in enumerate(SCHEMES)}
-    found.sort(key=lambda each: (places[each.recipe.scheme], each.about["seed"]))
-    members = sorted(failed, key=lambda member: (places[member[0]], member[1]))
-    return Comparison(found, {member: failed[member] for member in members}, _tuning_of(found, failed))
+    opened = [replace(run, last=lines[max(steps)]) for run, lines in zip(opened, validated, strict=True)]
+    order = {scheme: index for index, scheme in enumerate(SCHEMES)}
+    opened.sort(key=lambda run: (order[run.recipe.scheme], run.about["seed"]))
+    members = sorted(failed, key=lambda member: (order[member[0]], member[1]))
+    return Comparison(opened, {member: failed[member] for member in members}, _tuning_of(opened, failed))
 
 
-def _tuning_of(found: Sequence[Run], failed: Collection[Member]) -> Tuning | None:
+def _tuning_of(opened: Sequence[Run], failed: Collection[Member]) -> Tuning | None:
     """Return the tuning that all tuned runs share, restricted to their schemes; None if it differs."""
-    tunings = [each.tuning for each in found if each.tuning is not None]
-    if not tunings or any(each != tunings[0] for each in tunings):
+    tunings = [run.tuning for run in opened if run.tuning is not None]
+    if not tunings or any(run != tunings[0] for run in tunings):
         return None
-    untuned = {each.recipe.scheme for each in found if each.tuning is None}
-    schemes = {each.recipe.scheme for each in found} | {scheme for scheme, _ in failed}
-    choices = {name: own for name, own in tunings[0].choices.items() if name in schemes - untuned}
+    untuned = {run.recipe.scheme for run in opened if run.tuning is None}
+    schemes = {run.recipe.scheme for run in opened} | {scheme for scheme, _ in failed}
+    choices = {name: choice for name, choice in tunings[0].choices.items() if name in schemes - untuned}
     return replace(tunings[0], choices=choices)
 
 
@@ -198,7 +198,7 @@ def _open(folder: Path) -> Run:
         raise InputError(f"{folder} has no validation yet; to resume it: relaylab train --resume {folder}")
     stored, tuning = run_folder.read_run(folder), read_tuning(folder.parent)
     tuning = tuning if tuning and tuning.is_of(recipe) else None  # the tuning may belong to other runs in the folder
-    sizes = stored.images or {split: sum(each) for split, each in stored.counts.items()}
+    sizes = stored.images or {split: sum(counts) for split, counts in stored.counts.items()}
     starts = run_folder.read_starts(folder) or [{}]
     return Run(folder, recipe, about, stored.classes, stored.counts, sizes, metrics, starts, {}, tuning)
 
@@ -237,4 +237,8 @@ def different_values(one: Mapping[str, Any], other: Mapping[str, Any], free: Seq
 def joined(texts: Mapping[str, str]) -> str:
     """Join a text per scheme: once if all are equal, else with the names of the schemes."""
     names = {text: [SCHEME_NAMES[s] for s, other in texts.items() if other == text] for text in texts.values()}
-    return next(iter(names)) if len(names) == 1 else "; ".join(f"{', '.join(own)}: {t}" for t, own in names.items())
+    return (
+        next(iter(names))
+        if len(names) == 1
+        else "; ".join(f"{', '.join(schemes)}: {t}" for t, schemes in names.items())
+    )

@@ -23,16 +23,16 @@ def cost_table(recipes: Sequence[Recipe]) -> Table:
     header += ("lower bound", "Relay BP / standard BP", "saved MB, standard BP", "saved MB, multi-loss and Relay BP")
     rows: list[tuple[str, ...]] = []
     for recipe in distinct(recipes):
-        found = cost_of(recipe)
-        totals, network = found.totals, recipe.network
-        heads = sum(part.parameters for part in found.parts if part.name.startswith("head "))
-        parameters = sum(part.parameters for part in found.parts) - heads
+        predicted = cost_of(recipe)
+        totals, network = predicted.totals, recipe.network
+        heads = sum(part.parameters for part in predicted.parts if part.name.startswith("head "))
+        parameters = sum(part.parameters for part in predicted.parts) - heads
         branches = len(recipe.plan.auxiliary)
         name = f"{network.architecture}, {network.image_size} px, {network.num_classes} classes"
         name += f", {branches} branches" if branches > 1 else ""
         flops = [f"{totals[scheme].flops / GIGA / BATCH:.3g}" if scheme in totals else "" for scheme in SCHEMES]
         cells = [name, f"{parameters / MEGA:.1f} M", f"{heads / MEGA:.1f} M", *flops]
-        cells += [f"{found.lower_bound / GIGA / BATCH:.3g}", f"{found.ratios['relay']:.3f}" if branches else ""]
+        cells += [f"{predicted.lower_bound / GIGA / BATCH:.3g}", f"{predicted.ratios['relay']:.3f}" if branches else ""]
         saved = ("standard", *(["relay"] if branches else []))
         cells += [f"{totals[scheme].saved / MEGA / BATCH:.3g}" for scheme in saved]
         rows.append((*cells, *[""] * (2 - len(saved))))

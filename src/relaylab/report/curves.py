@@ -46,8 +46,10 @@ def curve_plot(
     """
 
     def draw(axes: Axes) -> None:
-        for scheme, own in runs.items():
-            rows = [{line["step"]: _at(line, quantity) for line in lines if line["kind"] == kind} for lines in own]
+        for scheme, scheme_runs in runs.items():
+            rows = [
+                {line["step"]: _at(line, quantity) for line in lines if line["kind"] == kind} for lines in scheme_runs
+            ]
             steps = sorted(set.intersection(*map(set, rows)))
             values = [[row[step] for row in rows] for step in steps]
             ends = list(map(min, values)), list(map(max, values))
@@ -65,8 +67,8 @@ def curve_plot(
 def cosine_plot(runs: Mapping[str, Sequence[Lines]]) -> str | None:
     """Plot the cosines between the losses' gradients in overlaps against iterations; None if there are none."""
     cosines: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for scheme, own in runs.items():
-        for line in (line for lines in own for line in lines if line["kind"] == "gradients"):
+    for scheme, scheme_runs in runs.items():
+        for line in (line for lines in scheme_runs for line in lines if line["kind"] == "gradients"):
             for pairs in line.get("cosines", {}).values():
                 for pair, cosine in pairs.items():
                     cosines.setdefault(scheme, {}).setdefault(pair, {}).setdefault(line["step"], []).append(cosine)

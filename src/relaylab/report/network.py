@@ -35,7 +35,7 @@ def draw_network(
         title: title of the figure.
         room_for_heads: reserve the width of a head even without heads, for figures side by side.
     """
-    colours = {loss.name: (PRIMARY, *AUXILIARY)[min(number, len(AUXILIARY))] for number, loss in enumerate(losses)}
+    colours = {loss.name: (PRIMARY, *AUXILIARY)[min(index, len(AUXILIARY))] for index, loss in enumerate(losses)}
     primary, *auxiliary = losses
     left = MARGIN + 50
     right = left + min(max(NARROW, 12 + LETTER * max(len(_words(stage)) for stage in stages)), WIDE)
@@ -53,25 +53,25 @@ def draw_network(
         if title:
             axes.text(MARGIN, height - 10, picture(title), fontsize=12, fontweight="bold", va="top", color=INK)
         axes.text(middle, 8, "image", ha="center", va="bottom", fontsize=10, color=INK)
-        for number, stage in enumerate(stages):
-            _stage(axes, stage, left, right - left, _floor(number), [colours[loss] for loss in stage.losses])
+        for index, stage in enumerate(stages):
+            _stage(axes, stage, left, right - left, _floor(index), [colours[loss] for loss in stage.losses])
         _arrow(axes, (middle, roof - GAP), (middle, roof + 4), INK, 1.4)
         _box(axes, (middle - 60, roof + 4), (120, 26), ["primary loss"], colours[primary.name][0])
         _window(axes, primary, (middle - 60, roof + 17), left - BAR, colours[primary.name][0])
         # From the highest down, so that the arrow to a lower head is drawn over the bar of a higher one.
-        for number, loss in reversed(list(enumerate(auxiliary))):
+        for index, loss in reversed(list(enumerate(auxiliary))):
             colour = colours[loss.name][0]
             level = _floor(loss.top) + HEIGHT + GAP / 2
             _arrow(axes, (middle, level), (heads, level), INK, 1.4)
             words = [f"head of {loss.name}", f"weight {loss.weight:g}"]
             _box(axes, (heads, level - HEAD[1] + 12), HEAD, words, colour)
-            bar = right + BAR * (len(auxiliary) - number)
+            bar = right + BAR * (len(auxiliary) - index)
             _window(axes, loss, (heads, level - HEAD[1] + 20), bar, colour)
     return figure
 
 
-def _floor(number: int) -> float:
-    return GROUND + (HEIGHT + GAP) * number
+def _floor(index: int) -> float:
+    return GROUND + (HEIGHT + GAP) * index
 
 
 def _words(stage: Stage) -> str:
@@ -82,8 +82,8 @@ def _stage(
     axes: Axes, stage: Stage, left: float, width: float, floor: float, colours: Sequence[tuple[str, str]]
 ) -> None:
     stripe = width / max(len(colours), 1)
-    for number, (_, tint) in enumerate(colours):  # a stripe in the colour of each loss that trains the stage
-        axes.add_patch(Rectangle((left + stripe * number, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
+    for index, (_, tint) in enumerate(colours):  # a stripe in the colour of each loss that trains the stage
+        axes.add_patch(Rectangle((left + stripe * index, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
     axes.add_patch(Rectangle((left, floor), width, HEIGHT, facecolor="none", edgecolor=INK, linewidth=1))
     middle, words = left + width / 2, _words(stage)
     axes.text(

@@ -42,13 +42,13 @@ def render_page(comparison: Comparison, scores: ScoreFolder | None = None, *, im
     by_scheme, first, metrics = comparison.by_scheme, comparison.runs[0], comparison.metrics
     classes = len(first.classes)
     curve, *more = (_error_curve(comparison, measure) for measure in comparison.measures)
-    if all(any(line["kind"] == "train" for line in each.metrics) for each in comparison.runs):
+    if all(any(line["kind"] == "train" for line in run.metrics) for run in comparison.runs):
         title = "Training loss, primary"
         more.append((title, svg_uri(curve_plot(metrics, "train", "loss.primary", title, "nats"))))
     more.append(("Validation loss", svg_uri(curve_plot(metrics, "val", "loss", "Validation loss", "nats"))))
-    probes = {SCHEME_NAMES[scheme]: own[0].metrics for scheme, own in by_scheme.items()}
+    probes = {SCHEME_NAMES[scheme]: scheme_runs[0].metrics for scheme, scheme_runs in by_scheme.items()}
     probes = {name: lines for name, lines in probes.items() if any(line["kind"] == "gradients" for line in lines)}
-    windows = {SCHEME_NAMES[scheme]: own[0].recipe for scheme, own in by_scheme.items()}
+    windows = {SCHEME_NAMES[scheme]: scheme_runs[0].recipe for scheme, scheme_runs in by_scheme.items()}
     cosines = cosine_plot(metrics)
     failures, papers = failure_table(comparison), papers_table(comparison)
     return render_template(
@@ -122,11 +122,11 @@ def question(comparison: Comparison) -> str:
 
 def _commands(comparison: Comparison) -> dict[str, list[str]]:
     """Return the runs by the command line that last started or resumed them."""
-    found: dict[str, list[str]] = {}
+    commands: dict[str, list[str]] = {}
     for run in comparison.runs:
         command = shlex.join(map(str, run.starts[-1].get("command", [])))
-        found.setdefault(command, []).append(run.folder.resolve().name)
-    return found
+        commands.setdefault(command, []).append(run.folder.resolve().name)
+    return commands
 
 
 def _network(comparison: Comparison) -> str:

@@ -61,16 +61,16 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str |
         InputError: a run has no gradient statistics.
     """
     probes = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
-    for title, own in probes.items():
-        if not own:
+    for title, probe in probes.items():
+        if not probe:
             raise InputError(f"{title} has no gradient statistics: train it with --diagnose-every N, at least 1")
-    found = {
-        (title, quantity): [_by_layer(line, list(own[-1]["layers"]), quantity) for line in own]
-        for title, own in probes.items()
+    series = {
+        (title, quantity): [_by_layer(line, list(probe[-1]["layers"]), quantity) for line in probe]
+        for title, probe in probes.items()
         for quantity in QUANTITIES
     }
     shown = [title for title in probes if only in (None, title)]
-    last = max(line["step"] for own in probes.values() for line in own)
+    last = max(line["step"] for probe in probes.values() for line in probe)
     colours, norm = colormaps["viridis"], Normalize(0, last * 1.1)
     size, shape = ((11, 3.1 * len(probes) + 0.6), (len(shown), 2)) if only is None else ((5.6, 6.6), (2, 1))
     with rc_context(STYLE):
@@ -78,9 +78,9 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str |
         axes = figure.subplots(*shape, squeeze=False).reshape(len(shown), 2)
         for row, title in zip(axes, shown, strict=True):
             for panel, (quantity, unit) in zip(row, QUANTITIES.items(), strict=True):
-                for line, values in zip(probes[title], found[title, quantity], strict=True):
+                for line, values in zip(probes[title], series[title, quantity], strict=True):
                     panel.plot(values, color=colours(norm(line["step"])), linewidth=1.2)
-                every = np.concatenate([values for key in found if key[1] == quantity for values in found[key]])
+                every = np.concatenate([values for key in series if key[1] == quantity for values in series[key]])
                 panel.set_ylim(0.8 * np.nanmin(every), 1.25 * np.nanmax(every))
                 panel.set_yscale("log")
                 panel.yaxis.set_minor_formatter(NullFormatter())
@@ -148,7 +148,7 @@ def pick_photos(
             pixels = decode(source.read(index))
         except (OSError, ImageFault) as error:
             raise InputError(f"unreadable image {source.name(index)}: {error}") from None
-        names = (classes[int(each)] for each in best.indices[index].tolist())
+        names = (classes[int(class_index)] for class_index in best.indices[index].tolist())
         guesses = tuple(zip(names, best.values[index].exp().tolist(), strict=True))
         photos.append(Photo(pixels, classes[label], guesses))
     return photos
@@ -164,30 +164,30 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
         panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.9, 1.5] * rows)
         for panel in panels.flat:
             panel.set_axis_off()
-        for number, photo in enumerate(photos):
-            row, column = divmod(number, columns)
+        for index, photo in enumerate(photos):
+            row, column = divmod(index, columns)
             panels[2 * row][column].imshow(photo.pixels, interpolation="lanczos")
             panels[2 * row][column].set_anchor("W")
             text = panels[2 * row + 1][column]
             text.text(0, 1.0, picture(plain(photo.truth)), fontsize=10.5, fontweight="bold", va="top")
-            for place, (name, share) in enumerate(photo.guesses, 1):
+            for rank, (name, share) in enumerate(photo.guesses, 1):
                 is_right = name == photo.truth
                 words = f"{100 * share:3.0f} %  {picture(plain(name))}" + ("  ✓" if is_right else "")
                 colour, weight = (RIGHT, "bold") if is_right else ("#333333", "normal")
-                text.text(0, 1.0 - 0.16 * place, words, fontsize=9.5, va="top", color=colour, fontweight=weight)
+                text.text(0, 1.0 - 0.16 * rank, words, fontsize=9.5, va="top", color=colour, fontweight=weight)
     return figure
 
 
 def prediction_figure(predictions: Sequence[Prediction]) -> Figure:
     """Plot images with their file names and predicted classes."""
     photos: list[Photo] = []
-    for each in predictions:
-        guesses = tuple((guess.name, guess.probability) for guess in each.guesses or each.below)
-        photos.append(Photo(each.pixels, Path(each.name).name, guesses))
+    for prediction in predictions:
+        guesses = tuple((guess.name, guess.probability) for guess in prediction.guesses or prediction.below)
+        photos.append(Photo(prediction.pixels, Path(prediction.name).name, guesses))
     return photo_figure(photos, "")
 
 
 def plain(name: str) -> str:
     """Return the name of a class without a leading number and underscores, such as "tree frog" for "31_tree_frog"."""
-    number, mark, rest = name.partition("_")
-    return (rest if mark and number.isdecimal() else name).replace("_", " ")
+    prefix, mark, rest = name.partition("_")
+    return (rest if mark and prefix.isdecimal() else name).replace("_", " ")

@@ -99,15 +99,15 @@ def paper_table(number: str, folders: Sequence[ScoreFolder]) -> Table:
     if number == "5":
         return _ensembles(folders)
     kind: Kind = "dense" if number in ("1", "4", "6") else "single-crop"
-    found = _entries(folders, kind)
+    entries = _entries(folders, kind)
     title = f"{'Sampling' if number == 'sampling' else f'Table {number}'}. {_about(folders[0], kind)}"
     table = {"1": _depth, "sampling": _sampling}.get(number)
-    return table(title, found) if table else _schemes(number, title, found)
+    return table(title, entries) if table else _schemes(number, title, entries)
 
 
 def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
     """Return all networks that have scores for a protocol."""
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for folder in folders:
         for name in folder.names():
             about = folder.about(name)
@@ -119,8 +119,8 @@ def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
             per_class = float(np.nanmean(per_class_errors(scores, labels)))
             top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
             passes = folder.passes_of(name, kind)
-            found.append(Entry(name, about["seed"], about["values"], top1, top5, per_class, passes))
-    return found
+            entries.append(Entry(name, about["seed"], about["values"], top1, top5, per_class, passes))
+    return entries
 
 
 def _as_table_6(entry: Entry) -> Entry:
@@ -129,13 +129,13 @@ def _as_table_6(entry: Entry) -> Entry:
     return replace(entry, values={**entry.values, "scheme": "standard"}) if is_own else entry
 
 
-def _check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
+def _check_column(column: Sequence[Entry], free: Sequence[str] = FREE) -> None:
     """Raise an InputError if two networks cannot share a column. See Note [Tables] 4."""
-    for one, two in itertools.combinations(found, 2):
+    for one, two in itertools.combinations(column, 2):
         if (one.seed, one.values) == (two.seed, two.values):
             raise InputError(f"{one.name} and {two.name} have the same recipe and seed: remove one of them")
-    for other in found[1:]:
-        first = found[0]
+    for other in column[1:]:
+        first = column[0]
         if first.passes != other.passes:
             tests = [", ".join(each.passes) for each in (first, other)]
             raise InputError(
@@ -149,24 +149,24 @@ def _check_column(found: Sequence[Entry], free: Sequence[str] = FREE) -> None:
             raise InputError(f"{first.name} and {other.name} cannot be compared in one column: {values}")
 
 
-def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
+def _schemes(number: str, title: str, entries: Sequence[Entry]) -> Table:
     if number == "6":
-        found = list(map(_as_table_6, found))
-    columns = {a: [entry for entry in found if entry.architecture == a] for a in COLUMNS[number]}
-    columns = {architecture: own for architecture, own in columns.items() if own}
+        entries = list(map(_as_table_6, entries))
+    columns = {a: [entry for entry in entries if entry.architecture == a] for a in COLUMNS[number]}
+    columns = {architecture: column for architecture, column in columns.items() if column}
     if not columns:
         kind = "single-crop" if number == "3" else "dense"
         raise InputError(f"no network for table {number}: expected {kind} scores of {_names(COLUMNS[number])}")
     notes: list[str] = []
-    for own in columns.values():
-        _check_column(own)
+    for column in columns.values():
+        _check_column(column)
     rows: list[tuple[str, ...]] = []
     for scheme, method in SCHEMES.items():
-        if not any(entry.scheme == scheme for own in columns.values() for entry in own):
+        if not any(entry.scheme == scheme for column in columns.values() for entry in column):
             continue
         cells = [method]
-        for architecture, own in columns.items():
-            ours, base = ([e for e in own if e.scheme == each] for each in (scheme, "standard"))
+        for architecture, column in columns.items():
+            ours, base = ([e for e in column if e.scheme == name] for name in (scheme, "standard"))
             cells += [_cell(ours, base, top) for top in TOPS]
             if scheme != "standard" and ours and base:
                 notes.append(_difference(f"{method} minus standard BP, {NAMES[architecture]}", ours, base))
@@ -176,14 +176,14 @@ def _schemes(number: str, title: str, found: Sequence[Entry]) -> Table:
     return Table(title, header, tuple(rows), tuple(notes))
 
 
-def _depth(title: str, found: Sequence[Entry]) -> Table:
-    own = [e for e in found if e.architecture in DEPTHS and e.scheme == "standard"]
-    if not own:
+def _depth(title: str, entries: Sequence[Entry]) -> Table:
+    column = [e for e in entries if e.architecture in DEPTHS and e.scheme == "standard"]
+    if not column:
         raise InputError(f"no network for table 1: expected dense scores of {_names(DEPTHS)}, trained by standard BP")
-    _check_column(own, (*FREE, "network.architecture"))
+    _check_column(column, (*FREE, "network.architecture"))
     rows: list[tuple[str, ...]] = []
     for architecture in DEPTHS:
-        ours = [entry for entry in own if entry.architecture == architecture]
+        ours = [entry for entry in column if entry.architecture == architecture]
         if ours:
             rows.append((NAMES[architecture], *(_cell(ours, [], top) for top in TOPS)))
     for recipe in _recipes("table1-"):
@@ -192,16 +192,16 @@ def _depth(title: str, found: Sequence[Entry]) -> Table:
     return Table(title, ("network", "top-1 error", "top-5 error"), tuple(rows))
 
 
-def _sampling(title: str, found: Sequence[Entry]) -> Table:
-    kinds = {kind: [entry for entry in found if entry.values["images.sampling"] == kind] for kind in SAMPLERS}
-    kinds = {kind: own for kind, own in kinds.items() if own}
+def _sampling(title: str, entries: Sequence[Entry]) -> Table:
+    kinds = {kind: [entry for entry in entries if entry.values["images.sampling"] == kind] for kind in SAMPLERS}
+    kinds = {kind: column for kind, column in kinds.items() if column}
     if len(kinds) < 2:
         raise InputError("the sampling table needs two kinds of sampling, such as class-aware and shuffled")
-    _check_column([entry for own in kinds.values() for entry in own], ("plan", "evaluation", "images.sampling"))
+    _check_column([entry for column in kinds.values() for entry in column], ("plan", "evaluation", "images.sampling"))
     rows: list[tuple[str, ...]] = []
-    for kind, own in kinds.items():
-        per_class = mean_text([entry.per_class for entry in own])
-        rows.append((SAMPLERS[kind], *(_cell(own, [], top) for top in TOPS), per_class))
+    for kind, column in kinds.items():
+        per_class = mean_text([entry.per_class for entry in column])
+        rows.append((SAMPLERS[kind], *(_cell(column, [], top) for top in TOPS), per_class))
     base, ours = kinds.get("shuffled"), kinds.get("class-aware")
     notes = [_difference("Class-aware minus plain sampling", ours, base)] if ours and base else []
     notes.append("The paper: class-aware sampling gains about 0.6 points of accuracy on Places2's validation images.")
@@ -229,18 +229,18 @@ def _cell(ours: Sequence[Entry], base: Sequence[Entry], top: str) -> str:
     text = mean_text([float(getattr(entry, top).mean()) for entry in ours])
     if not base or ours == base:
         return text
-    means = [statistics.fmean(getattr(entry, top).mean() for entry in each) for each in (base, ours)]
+    means = [statistics.fmean(getattr(entry, top).mean() for entry in group) for group in (base, ours)]
     return f"{text} ({means[0] - means[1]:+.2f})"
 
 
-def _difference(what: str, ours: Sequence[Entry], base: Sequence[Entry]) -> str:
+def _difference(title: str, ours: Sequence[Entry], base: Sequence[Entry]) -> str:
     """Return a note on a difference, with intervals over images; the cells have the spread over seeds."""
     texts: list[str] = []
     for top, name in TOPS.items():
-        misses_of = ([getattr(entry, top) for entry in each] for each in (ours, base))
+        misses_of = ([getattr(entry, top) for entry in group] for group in (ours, base))
         texts.append(f"{name} {difference(*misses_of).text(signed=True)}")
     seeds = len({entry.seed for entry in ours})
-    return f"{what}: {', '.join(texts)} (95 % intervals over images; {seeds} seed{'s' if seeds > 1 else ''})."
+    return f"{title}: {', '.join(texts)} (95 % intervals over images; {seeds} seed{'s' if seeds > 1 else ''})."
 
 
 def _reported(recipe: Recipe | None, base: Recipe | None) -> list[str]:
@@ -275,11 +275,11 @@ def _recipes(prefix: str) -> list[Recipe]:
 
 
 def _names(architectures: Iterable[str]) -> str:
-    return ", ".join(NAMES[each] for each in architectures)
+    return ", ".join(NAMES[architecture] for architecture in architectures)
 
 
 def _about(folder: ScoreFolder, kind: Kind | None) -> str:
-    how = {"single-crop": "Single-crop e", "dense": "Dense multi-scale e", None: "E"}[kind]
+    prefix = {"single-crop": "Single-crop e", "dense": "Dense multi-scale e", None: "E"}[kind]
     images = folder.images
-    what = f"{how}rror rates (%) on {len(images):,} images of {images.title}, {len(images.classes)} classes"
-    return f"{what}; in brackets, the improvement over standard BP; after ±, the standard deviation over seeds"
+    title = f"{prefix}rror rates (%) on {len(images):,} images of {images.title}, {len(images.classes)} classes"
+    return f"{title}; in brackets, the improvement over standard BP; after ±, the standard deviation over seeds"

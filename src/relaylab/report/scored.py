@@ -55,26 +55,28 @@ def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[
         scheme = about.get("values", {}).get("scheme")
         if kind in scores.protocols(name) and (scheme, about.get("seed")) in members:
             networks.setdefault(scheme, []).append(name)
-    own = {scheme: networks[scheme] for scheme in by_scheme if scheme in networks}
-    if not own:
+    by_method = {scheme: networks[scheme] for scheme in by_scheme if scheme in networks}
+    if not by_method:
         raise InputError(f"{scores.path} has no single-crop scores of these runs: run `relaylab eval RUN...`")
     classes, labels = scores.images.classes, scores.images.labels
-    shown = in_question(own) or next(iter(own))
-    network, gains = own[shown][0], None
-    counts = sum((confusion(scores.protocol(name, kind), labels) for name in own[shown]), start=np.zeros(1, np.int64))
+    shown = in_question(by_method) or next(iter(by_method))
+    network, gains = by_method[shown][0], None
+    counts = sum(
+        (confusion(scores.protocol(name, kind), labels) for name in by_method[shown]), start=np.zeros(1, np.int64)
+    )
     photos, missing = _photos(scores, network, kind)
 
     def errors_of(scheme: str) -> NDArray[np.float64]:
-        return np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in own[scheme]], axis=0)
+        return np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in by_method[scheme]], axis=0)
 
-    if "standard" in own and shown != "standard":
+    if "standard" in by_method and shown != "standard":
         gains = svg_uri(gain_plot(errors_of("standard") - errors_of(shown), classes))
     return {
         "title": scores.images.title,
         "tables": paper_tables(scores, papers_rows=is_papers_task(next(iter(by_scheme.values()))[0])),
         "method": SCHEME_NAMES[shown],
         "network": network,
-        "networks": len(own[shown]),
+        "networks": len(by_method[shown]),
         "photos": photos,
         "missing": missing,
         "confusion": svg_uri(confusion_plot(counts, classes)),
@@ -89,9 +91,10 @@ def _photos(scores: ScoreFolder, network: str, kind: Kind) -> tuple[dict[str, li
         source = images_of(scores, network)
     except InputError as error:  # the report is useful without example images
         return {}, str(error)
-    classes, found = scores.images.classes, scores.protocol(network, kind)
+    classes, log_probabilities = scores.images.classes, scores.protocol(network, kind)
     picked = {
-        what: pick_photos(source, classes, found, right=what == "correctly") for what in ("correctly", "incorrectly")
+        what: pick_photos(source, classes, log_probabilities, right=what == "correctly")
+        for what in ("correctly", "incorrectly")
     }
     return {what: [_photo(photo) for photo in photos] for what, photos in picked.items() if photos}, ""
 

@@ -67,9 +67,9 @@ def snippet(recipe: Recipe) -> str:
 
 def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
     """Return the imports and lines that build the network."""
-    place, _, name = config.architecture.rpartition(":")
+    module, _, name = config.architecture.rpartition(":")
     options = "".join(f", {key}={_text(value)}" for key, value in config.options.items())
-    match place:
+    match module:
         case "timm":
             return ["import timm"], [f'model = timm.create_model("{name}", num_classes={config.num_classes}{options})']
         case "torchvision":
@@ -82,21 +82,21 @@ def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
                 f'NETWORKS["{name}"].build(num_classes={config.num_classes}, image_size={config.image_size}{options})'
             )
             return ["from relaylab.models.building import NETWORKS"], [f"model = {call}"]
-        case _ if place.endswith(".py"):
-            path = Path(place)
+        case _ if module.endswith(".py"):
+            path = Path(module)
             lines = ["", f"sys.path.insert(0, {_text(str(path.parent))})", f"from {path.stem} import {name}"]
             if not path.stem.isidentifier():
                 lines[-1] = f"{name} = import_module({_text(path.stem)}).{name}"
                 lines.insert(0, "from importlib import import_module")
         case _:
-            lines = [f"from {place} import {name}"]
+            lines = [f"from {module} import {name}"]
     return lines, [f"model = {name}(num_classes={config.num_classes}{options})"]
 
 
 def _plan(plan: PlanConfig) -> str:
     auxiliary = (
-        f'"{name}": Window({_ends(own.bottom, own.after, own.top)}, weight={own.weight:g})'
-        for name, own in plan.auxiliary.items()
+        f'"{name}": Window({_ends(window.bottom, window.after, window.top)}, weight={window.weight:g})'
+        for name, window in plan.auxiliary.items()
     )
     return f"Plan(Window({_ends(plan.primary.bottom, plan.primary.after)}), {{{', '.join(auxiliary)}}})"
 
@@ -113,7 +113,7 @@ def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
 def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
     """Return the imports and lines that build the heads."""
     classes, auxiliary = recipe.network.num_classes, recipe.plan.auxiliary
-    if all(own.head == AUTO for own in auxiliary.values()):
+    if all(window.head == AUTO for window in auxiliary.values()):
         return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes})"]
     heads = {name: _call(head, classes) for name, head in build_relay(recipe, on_meta=True).heads.items()}
     imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}

@@ -86,13 +86,13 @@ def _results(comparison: Comparison, changes: Sequence[str], verdict: Sequence[s
     failures = [{"scheme": s, "seed": n, **asdict(failure)} for (s, n), failure in comparison.failures.items()]
     pairs = [
         {
-            **asdict(each),
-            "mean": statistics.fmean(each.values),
-            "interval": interval(each.values),
-            "decision": each.decision,
-            "text": each.text,
+            **asdict(difference),
+            "mean": statistics.fmean(difference.values),
+            "interval": interval(difference.values),
+            "decision": difference.decision,
+            "text": difference.text,
         }
-        for each in differences(comparison.errors())
+        for difference in differences(comparison.errors())
     ]
     return {
         "recipe": comparison.runs[0].recipe.name,
@@ -128,11 +128,11 @@ def code_of(comparison: Comparison) -> str | None:
 def summary(comparison: Comparison) -> Table:
     """Return the main table: errors and costs per method."""
     by_scheme, shown, first = comparison.by_scheme, comparison.measures, comparison.runs[0]
-    errors = {each.name: comparison.errors(each) for each in shown}
+    errors = {measure.name: comparison.errors(measure) for measure in shown}
     ours, costs = in_question(by_scheme), method_costs(comparison)
     paper = reported("3", [first.recipe.network.architecture]) if _has_papers_rows(first) else {}
-    header = ["method", "runs", *(f"{each.title}, %" for each in shown)]
-    header += [f"{SCHEME_NAMES[ours]} minus this method, {each.short}" for each in shown] if ours else []
+    header = ["method", "runs", *(f"{measure.title}, %" for measure in shown)]
+    header += [f"{SCHEME_NAMES[ours]} minus this method, {measure.short}" for measure in shown] if ours else []
     own_values = _tuned_values(comparison)
     tuned = list(next(iter(own_values.values()), {}))
     header += [
@@ -148,47 +148,47 @@ def summary(comparison: Comparison) -> Table:
 
     rows: list[tuple[str, ...]] = []
     for scheme in errors[comparison.measure.name]:
-        own = by_scheme.get(scheme, [])
-        cells = [mean_text([each.last[top] for each in own]) if own else "" for top in errors]
+        scheme_runs = by_scheme.get(scheme, [])
+        cells = [mean_text([measure.last[top] for measure in scheme_runs]) if scheme_runs else "" for top in errors]
         for top in errors if ours else ():
             pairs = paired_differences(errors[top][str(ours)], errors[top][scheme])
-            cells.append(difference_text(pairs) if own and scheme != ours else "")
+            cells.append(difference_text(pairs) if scheme_runs and scheme != ours else "")
         cost = costs.get(scheme, Cost())
-        cells.append(f"{own[0].recipe.optimizer.lr:g}" if own else "")
+        cells.append(f"{scheme_runs[0].recipe.optimizer.lr:g}" if scheme_runs else "")
         cells += [own_values.get(scheme, {}).get(key, "") for key in tuned]
         cells.append(_seconds_text(cost.seconds))
         cells += ["" if ratio is None else f"{100 * ratio:.0f} %" for ratio in (cost.flops, cost.memory)]
         rows.append(row(SCHEME_NAMES[scheme], _runs_text(comparison, scheme), cells))
         if scheme in paper:
             rows.append(row(f"{SCHEME_NAMES[scheme]} (the paper)", "", paper[scheme][: len(shown)]))
-    rows.append(row("chance level", "", [f"{comparison.guess(each):.2f}" for each in shown]))
+    rows.append(row("chance level", "", [f"{comparison.guess(measure):.2f}" for measure in shown]))
     return Table("Errors on the validation images", tuple(header), tuple(rows), _notes(comparison, ours))
 
 
 def method_costs(comparison: Comparison) -> dict[str, Cost]:
     """Return the cost of each method, for its own windows."""
-    found: dict[str, Cost] = {}
+    costs: dict[str, Cost] = {}
     cached: dict[str, StepCost | None] = {}
     base: StepCost | None = None  # of standard BP, whose network may have other values
-    for scheme, own in comparison.by_scheme.items():  # standard BP first
-        seconds = [each.last["seconds"] for each in own if "seconds" in each.last]
-        found[scheme] = Cost(statistics.fmean(seconds) if seconds else None)
-        plan = repr((own[0].recipe.network, own[0].recipe.plan))
+    for scheme, runs in comparison.by_scheme.items():  # standard BP first
+        seconds = [run.last["seconds"] for run in runs if "seconds" in run.last]
+        costs[scheme] = Cost(statistics.fmean(seconds) if seconds else None)
+        plan = repr((runs[0].recipe.network, runs[0].recipe.plan))
         if plan not in cached:
             try:
-                cached[plan] = cost_of(own[0].recipe)
+                cached[plan] = cost_of(runs[0].recipe)
             except InputError:  # the network can be trained, but its cost cannot be predicted
                 cached[plan] = None
         if (step := cached[plan]) is None:
             continue
-        base = base if base is not None and "standard" in found else step
-        is_early = scheme == "relay" and own[0].starts[-1].get("options", {}).get("early_release")
+        base = base if base is not None and "standard" in costs else step
+        is_early = scheme == "relay" and runs[0].starts[-1].get("options", {}).get("early_release")
         kind = EARLY_RELEASE if is_early and EARLY_RELEASE in step.peaks else scheme
         if kind in step.peaks:
             flops = step.totals[kind].flops / max(1, base.totals["standard"].flops)
             peak = step.peaks[kind] / max(1, base.peaks["standard"])
-            found[scheme] = replace(found[scheme], flops=flops, memory=peak)
-    return found
+            costs[scheme] = replace(costs[scheme], flops=flops, memory=peak)
+    return costs
 
 
 def _notes(comparison: Comparison, ours: str | None) -> tuple[str, ...]:
@@ -263,8 +263,8 @@ def papers_table(comparison: Comparison) -> Table | None:
 def failure_table(comparison: Comparison) -> Table | None:
     """Return a table of failed runs with their errors; None if there are none."""
     rows = [
-        (f"{SCHEME_NAMES[scheme]}, seed {seed}", each.kind, str(each.step), each.error)
-        for (scheme, seed), each in comparison.failures.items()
+        (f"{SCHEME_NAMES[scheme]}, seed {seed}", failure.kind, str(failure.step), failure.error)
+        for (scheme, seed), failure in comparison.failures.items()
     ]
     return Table("Failed runs", ("run", "outcome", "step", "error"), tuple(rows)) if rows else None
 
@@ -272,15 +272,15 @@ def failure_table(comparison: Comparison) -> Table | None:
 def recipe_table(comparison: Comparison) -> Table:
     """Return all values of the recipe with their sources, per scheme where they differ."""
     tuned = comparison.tuning.names if comparison.tuning else ()
-    fields = {scheme: own[0].recipe.fields() for scheme, own in comparison.by_scheme.items()}
-    found = {
-        scheme: {n: (value_text(value), TUNED if n in tuned else source) for n, value, source in own}
-        for scheme, own in fields.items()
+    fields = {scheme: named[0].recipe.fields() for scheme, named in comparison.by_scheme.items()}
+    texts = {
+        scheme: {n: (value_text(value), TUNED if n in tuned else source) for n, value, source in named}
+        for scheme, named in fields.items()
     }
-    names = dict.fromkeys(name for own in found.values() for name in own if name != "scheme")
+    names = dict.fromkeys(name for named in texts.values() for name in named if name != "scheme")
     rows: list[tuple[str, ...]] = []
     for name in names:
-        cells = {scheme: own[name] for scheme, own in found.items() if name in own}
+        cells = {scheme: named[name] for scheme, named in texts.items() if name in named}
         rows.append((name, *(joined({scheme: cell[i] for scheme, cell in cells.items()}) for i in (0, 1))))
     return Table(comparison.runs[0].recipe.name, ("name", "value", "source"), tuple(rows))
 
@@ -288,12 +288,12 @@ def recipe_table(comparison: Comparison) -> Table:
 def run_table(comparison: Comparison) -> Table:
     """Return the environment of each run: start time, machine and versions."""
     rows: list[tuple[str, ...]] = []
-    for each in comparison.runs:
-        start = each.starts[-1]
+    for run in comparison.runs:
+        start = run.starts[-1]
         versions: Mapping[str, str] = start.get("versions", {})
         where = f"{start.get('device')}, processes: {start.get('processes')}, threads: {start.get('threads')}"
         code = [f"{name} {version}" for name, version in versions.items()]
         code += [f"commit {start['commit']}"] if start.get("commit") else []
-        name, started = each.folder.resolve().name, str(each.starts[0].get("started_at", ""))
-        rows.append((name, str(each.last["step"]), started, where, ", ".join(code)))
+        name, started = run.folder.resolve().name, str(run.starts[0].get("started_at", ""))
+        rows.append((name, str(run.last["step"]), started, where, ", ".join(code)))
     return Table("Runs", ("run", "last step", "started", "machine", "versions"), tuple(rows))

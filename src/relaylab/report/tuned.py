@@ -50,18 +50,18 @@ def tuning_pictures(tuning: Tuning, measure: Measure) -> dict[str, str]:
 
 
 def _picture(tuning: Tuning, axis: Axis, measure: Measure) -> str:
-    curves = {scheme: own for scheme, choice in tuning.choices.items() if (own := _curve(choice, axis.key))}
-    values = {value for own in curves.values() for value in own}
+    curves = {scheme: curve for scheme, choice in tuning.choices.items() if (curve := _curve(choice, axis.key))}
+    values = {value for curve in curves.values() for value in curve}
     is_log = min(values) > 0
 
     def draw(axes: Axes) -> None:
-        errors = [error for own in curves.values() for error in own.values() if error is not None]
+        errors = [error for curve in curves.values() for error in curve.values() if error is not None]
         top = max(errors, default=100.0) + 0.08 * (max(errors, default=100.0) - min(errors, default=0.0) + 1)
-        for scheme, own in curves.items():
+        for scheme, curve in curves.items():
             look = {"color": SCHEME_COLOURS[scheme], "linestyle": SCHEME_DASHES[scheme], "linewidth": 2.0}
-            seen = {value: error for value, error in own.items() if error is not None}
+            seen = {value: error for value, error in curve.items() if error is not None}
             axes.plot(list(seen), list(seen.values()), marker="o", markersize=4, label=SCHEME_NAMES[scheme], **look)
-            lost = [value for value, error in own.items() if error is None]
+            lost = [value for value, error in curve.items() if error is None]
             axes.plot(lost, [top] * len(lost), marker="x", linestyle="", color=SCHEME_COLOURS[scheme], markersize=8)
             chosen = float(tuning.choices[scheme].values[axis.key])
             if chosen in seen:

@@ -159,13 +159,13 @@ def differences(results: Mapping[str, Errors]) -> list[Difference]:
 
     Isolated windows are compared with Relay BP, and with the others only if there is no Relay BP.
     """
-    found: list[Difference] = []
+    pairs: list[Difference] = []
     for ours, base in PAIRS:
         if ours == "isolated" and base != "relay" and "relay" in results:
             continue
         values = paired_differences(results.get(ours, {}), results.get(base, {}))
-        found += [Difference(ours, base, tuple(values))] if values else []
-    return found
+        pairs += [Difference(ours, base, tuple(values))] if values else []
+    return pairs
 
 
 def verdict(
@@ -183,15 +183,17 @@ def verdict(
         costs: costs by scheme.
         error: unit of the errors.
     """
-    found = differences(results)
-    if not found:
-        finished = [SCHEME_NAMES[scheme] for scheme, own in results.items() if any(v is not None for v in own.values())]
+    pairs = differences(results)
+    if not pairs:
+        finished = [
+            SCHEME_NAMES[scheme] for scheme, by_seed in results.items() if any(v is not None for v in by_seed.values())
+        ]
         reason = "have no seed in common" if len(finished) > 1 else "is the only finished method"
         subject = " and ".join(finished)
         text = f"No verdict: {subject} {reason}." if finished else "No verdict: no method has finished."
         return [text, *_failed(results)]
-    lines = [f"{each.text}.{_cost_text(each, costs or {})}" for each in found]
-    counts = sorted({len(each.values) for each in found if len(each.values) > 1}, reverse=True)
+    lines = [f"{pair.text}.{_cost_text(pair, costs or {})}" for pair in pairs]
+    counts = sorted({len(pair.values) for pair in pairs if len(pair.values) > 1}, reverse=True)
     basis = (
         [f"{100 * CONFIDENCE:.0f} % confidence intervals over {' and '.join(map(str, counts))} paired seeds (t)"]
         if counts
@@ -229,12 +231,15 @@ def _capital(text: str) -> str:
 
 def _not_learnt(results: Mapping[str, Errors], guess: float) -> list[str]:
     """Report the runs at chance level."""
-    lost = {scheme: sum(v is not None and v >= LEARNT * guess for v in own.values()) for scheme, own in results.items()}
+    lost = {
+        scheme: sum(v is not None and v >= LEARNT * guess for v in by_seed.values())
+        for scheme, by_seed in results.items()
+    }
     parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in lost.items() if count]
     return [f"Runs at chance level: {', '.join(parts)}."] if parts else []
 
 
 def _failed(results: Mapping[str, Errors]) -> list[str]:
-    counts = {scheme: sum(value is None for value in own.values()) for scheme, own in results.items()}
+    counts = {scheme: sum(value is None for value in by_seed.values()) for scheme, by_seed in results.items()}
     parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in counts.items() if count]
     return [f"Failed runs, excluded: {', '.join(parts)}."] if parts else []

@@ -28,11 +28,11 @@ def environment() -> dict[str, Any]:
 
 def network_versions(network: NetworkConfig) -> dict[str, str]:
     """Return the version of the library that defines a network, or the hash of its Python file."""
-    place = network.architecture.rpartition(":")[0]
-    if place in LIBRARIES:
-        return {place: metadata.version(place)}
-    if network.is_code and Path(place).is_file():
-        return {Path(place).name: sha256(Path(place).read_bytes()).hexdigest()[:12]}
+    module = network.architecture.rpartition(":")[0]
+    if module in LIBRARIES:
+        return {module: metadata.version(module)}
+    if network.is_code and Path(module).is_file():
+        return {Path(module).name: sha256(Path(module).read_bytes()).hexdigest()[:12]}
     return {}
 
 

@@ -278,7 +278,7 @@ def check_classes(train: Source, val: Source) -> None:
     if len(classes.keys) < 2:
         count = f"only one class ({classes.keys[0]})" if classes.keys else "no classes"
         raise InputError(f"{count} in {train.title}: expected at least 2")
-    in_train, in_val = (np.unique(np.asarray(each.labels)) for each in (train, val))
+    in_train, in_val = (np.unique(np.asarray(source.labels)) for source in (train, val))
     alone = {
         "train": [classes.keys[label] for label in np.setdiff1d(in_train, in_val) if label != UNLABELLED],
         "val": [classes.keys[label] for label in np.setdiff1d(in_val, in_train) if label != UNLABELLED],

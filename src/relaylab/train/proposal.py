@@ -289,9 +289,7 @@ def _ends(window: Window) -> Iterator[tuple[str, Value]]:
 def _costs(model: nn.Module, plan: Plan, example: torch.Tensor, heads: Mapping[str, nn.Module]) -> list[str]:
     predicted, batch = cost(model, plan, example, heads), len(example)
     names = {**SCHEME_NAMES, EARLY_RELEASE: "Relay BP, --early-release"}
-    lines = [
-        f"Predicted cost of a training step, batch size {batch}, float32 (details: relaylab cost --segments):"
-    ]
+    lines = [f"Predicted cost of a training step, batch size {batch}, float32 (details: relaylab cost --segments):"]
     for scheme, total in predicted.totals.items():
         flops, ratio = total.flops / 1e9 / batch, predicted.ratios[scheme]
         peak = f"peak memory {predicted.peaks[scheme] / 1e6:7,.0f} MB"

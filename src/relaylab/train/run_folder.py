@@ -168,15 +168,15 @@ def new_folder(options: TrainOptions) -> Path:
             if any(path.name not in BEFORE_THE_FIRST_STEP for path in options.out.iterdir()):
                 raise InputError(f"{options.out} is not empty; give a new folder with --out")
             return options.out
-        parent, stem, number = ROOT / name_of(options), f"{timestamp()}-s{options.seed}", 1
+        parent, stem, attempt = ROOT / name_of(options), f"{timestamp()}-s{options.seed}", 1
         parent.mkdir(parents=True, exist_ok=True)
         while True:  # several runs may start in the same second
-            folder = parent / (stem if number == 1 else f"{stem}-{number}")
+            folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
             try:
                 folder.mkdir()
                 return folder
             except FileExistsError:
-                number += 1
+                attempt += 1
     except OSError as error:
         raise InputError(f"cannot create a folder for the run: {error}") from None
 

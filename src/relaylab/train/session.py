@@ -173,7 +173,7 @@ def _train(
         sources=request.images,
     )
     if is_first and not (folder / run_folder.CONFIG).exists():
-        kept = replace(options, images="memory" if images.in_memory else "disk")
+        resolved = replace(options, images="memory" if images.in_memory else "disk")
         about = {
             "classes": images.classes,
             "keys": images.identity.keys,
@@ -183,7 +183,7 @@ def _train(
         if images.has_several_labels:  # "counts" are then of labels, not images
             about["images"] = images.sizes()
         about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
-        run_folder.write_config(folder, kept, recipe, about)
+        run_folder.write_config(folder, resolved, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
     if request.checkpoint is None and not images.in_memory:
         trainer.validation.read_all()

@@ -61,9 +61,9 @@ def receiving(others: Mapping[int, Any] = MappingProxyType({})) -> Iterator[Stop
         yield request  # only the main thread may set handlers
         return
     handlers: dict[int, Any] = {signal.SIGINT: request.receive, signal.SIGTERM: request.receive, **others}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -210,7 +210,9 @@ def choice_of(axes: Sequence[Axis], trials: Sequence[Trial]) -> Choice:
 
 def _ordered(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[Trial]:
     ladders = _ladders(axes, trials)
-    return sorted(trials, key=lambda trial: [own.index(text) for own, text in zip(ladders, trial.point, strict=True)])
+    return sorted(
+        trials, key=lambda trial: [ladder.index(text) for ladder, text in zip(ladders, trial.point, strict=True)]
+    )
 
 
 def _ladders(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[list[str]]:
