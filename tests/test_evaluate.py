@@ -21,7 +21,7 @@ from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import combined, fit_weights, halves
 from relaylab.evaluate.error_rates import confusion, difference, error_rates, interval, misses, per_class_errors
-from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
+from relaylab.evaluate.protocols import View, average, cut, default_scales, views_of
 from relaylab.evaluate.results import baseline
 from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike, describe_images
 from relaylab.evaluate.testing import Scorer
@@ -51,9 +51,9 @@ def test_default_scales_are_the_papers_in_proportion() -> None:
     assert default_scales(InputConfig(mean=MEAN)) == [224, 256, 320, 384, 448]
     assert default_scales(InputConfig(mean=MEAN, crop=64, resize=72)) == [64, 72, 90, 108, 126]
     with pytest.raises(InputError, match="crops of 224 pixels"):
-        passes_of("dense", InputConfig(mean=MEAN), [200])
+        views_of("dense", InputConfig(mean=MEAN), [200])
     with pytest.raises(InputError, match="unknown protocol"):
-        passes_of("sparse", InputConfig(mean=MEAN))  # pyright: ignore[reportArgumentType]
+        views_of("sparse", InputConfig(mean=MEAN))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("shape", [(80, 100), (100, 80), (64, 64)])
@@ -63,14 +63,14 @@ def test_what_passes_look_at_is_what_torchvision_cuts(shape: tuple[int, int]) ->
     image = vision.to_pil_image(pixels)
     resized = vision.resize(image, [36])  # pyright: ignore[reportArgumentType]
     expected = [np.asarray(each) for each in vision.five_crop(resized, [32])]  # pyright: ignore
-    ours = cut(pixels, Pass("ten-crop"), config).numpy()
+    ours = cut(pixels, View("ten-crop"), config).numpy()
     for crop, other in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(crop, other)
-    single = cut(pixels, Pass("single-crop"), config).numpy()
+    single = cut(pixels, View("single-crop"), config).numpy()
     assert np.abs(single[0].astype(int) - expected[4].astype(int)).max() <= 2
-    whole = cut(pixels, Pass("dense", 50), config).numpy()
+    whole = cut(pixels, View("dense", 50), config).numpy()
     np.testing.assert_array_equal(whole[0], np.asarray(vision.resize(image, [50])))  # pyright: ignore
-    square = cut(pixels, Pass("dense", 50), InputConfig(mean=MEAN, crop=32, resize=36, how="both sides"))
+    square = cut(pixels, View("dense", 50), InputConfig(mean=MEAN, crop=32, resize=36, how="both sides"))
     assert square.shape == (1, 50, 50, 3)
 
 
@@ -83,10 +83,10 @@ def test_scores_are_mean_probabilities_over_crops_and_mirror_images() -> None:
     ).view(3, 1, 1)
     with torch.no_grad():
         both = torch.stack([plain(view.flatten(0, 1)) for view in (x, x.flip(4))]).softmax(2).unflatten(1, (3, 5))
-    assert_close(scorer(Pass("ten-crop"), images).exp(), both.mean(dim=(0, 2)), rtol=1e-4, atol=1e-5)
+    assert_close(scorer(View("ten-crop"), images).exp(), both.mean(dim=(0, 2)), rtol=1e-4, atol=1e-5)
     first = images[:, :1]
-    assert_close(scorer(Pass("single-crop"), first).exp(), both[0, :, 0], rtol=1e-4, atol=1e-5)
-    assert_close(scorer(Pass("dense", 32, flip=True), first).exp(), both[:, :, 0].mean(0), rtol=1e-4, atol=1e-5)
+    assert_close(scorer(View("single-crop"), first).exp(), both[0, :, 0], rtol=1e-4, atol=1e-5)
+    assert_close(scorer(View("dense", 32, flip=True), first).exp(), both[:, :, 0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_channels_and_mean_images_are_those_of_the_network() -> None:
@@ -94,9 +94,9 @@ def test_channels_and_mean_images_are_those_of_the_network() -> None:
     images = torch.randint(0, 256, (2, 1, 32, 32, 3), dtype=torch.uint8)
     swapped = tiny_model(mean_image=mean_image, channels="BGR")
     straight = tiny_model(mean_image=mean_image)
-    ours = Scorer(swapped)(Pass("single-crop"), images.flip(4))
-    assert_close(ours, Scorer(straight)(Pass("single-crop"), images))
-    assert not torch.allclose(ours, Scorer(tiny_model())(Pass("single-crop"), images))
+    ours = Scorer(swapped)(View("single-crop"), images.flip(4))
+    assert_close(ours, Scorer(straight)(View("single-crop"), images))
+    assert not torch.allclose(ours, Scorer(tiny_model())(View("single-crop"), images))
 
 
 def test_figures_on_scores_that_can_be_counted_by_hand() -> None:
@@ -211,7 +211,7 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
         again.protocol("net", "single-crop")
     for number, chunk in enumerate(folder.chunks):
         folder.write("net", "dense-32-flip", number, scores[list(chunk)].roll(1, dims=1))
-    assert folder.passes_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
+    assert folder.views_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
     with pytest.raises(InputError, match=r"are NaN, first of 0\.jpg"):
         folder.write("net", "dense-36", 0, scores[:CHUNK] * float("nan"))
     with pytest.raises(InputError, match="other weights"):

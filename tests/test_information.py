@@ -120,7 +120,7 @@ def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "information"
     command = ["diagnose", "information", str(run), "--out", str(out)]
     assert main([*command, "--images", "20"]) == 2
-    assert "need at least 40" in capsys.readouterr().err
+    assert "--images 20: expected at least 40 for 5 classes" in capsys.readouterr().err
     assert not out.exists()
     assert main([*command, "--data", str(tiny_images), "--images", "40"]) == 0
     figures = json.loads((out / "information.json").read_text())

@@ -100,7 +100,7 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
         paper_table("3", [folder, score_folder(tmp_path / "two", fingerprint="g")])
     with pytest.raises(InputError, match="different classes"):
         paper_table("3", [folder, score_folder(tmp_path / "three", fingerprint="h", classes=7)])
-    with pytest.raises(InputError, match="no table 2"):
+    with pytest.raises(InputError, match="unknown table .2.: expected one of 1, 3"):
         paper_table("2", [folder])
     twice = score_folder(tmp_path / "four")
     add(twice, "a", 10)
@@ -169,7 +169,7 @@ def test_test_lists(tmp_path: Path) -> None:
     file.write_text("b.jpg\na.jpg 3\n\n")
     assert read_test_list(file) == ["b.jpg", "a.jpg"]
     file.write_text("b.jpg\nb.jpg\n")
-    with pytest.raises(InputError, match=r"line 2: b\.jpg was on line 1"):
+    with pytest.raises(InputError, match=r"line 2: b\.jpg is already on line 1"):
         read_test_list(file)
     file.write_text("\n")
     with pytest.raises(InputError, match="is empty"):

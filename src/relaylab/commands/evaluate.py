@@ -33,7 +33,7 @@ from relaylab.outside.showing import printable
 if TYPE_CHECKING:
     from relaylab.evaluate.ensembles import Combine
     from relaylab.evaluate.predict import Prediction
-    from relaylab.evaluate.protocols import Kind, Pass
+    from relaylab.evaluate.protocols import Kind, View
 
 MOST_DRAWN = 40  # images in one figure
 Pictures = Annotated[
@@ -149,7 +149,7 @@ def main(options: EvaluateOptions) -> int:
     """
     kinds, combine, scales = _listed(options)
     from relaylab.evaluate.images import open_images, output_orders
-    from relaylab.evaluate.protocols import passes_of
+    from relaylab.evaluate.protocols import views_of
     from relaylab.evaluate.results import ensemble_of, write
     from relaylab.evaluate.scores import SCORES, ScoreFolder, describe_images
     from relaylab.evaluate.testing import Scorer, check_dense, device_of, evaluate
@@ -169,10 +169,10 @@ def main(options: EvaluateOptions) -> int:
             f"{several[0]} is a multi-label network, which `relaylab eval` does not support: its mean average "
             "precision is in metrics.jsonl and in `relaylab report`; for single images, use `relaylab predict`"
         )
-    passes: dict[str, list[Pass]] = {}
+    views: dict[str, list[View]] = {}
     for network in networks:
         taken, sides = models[network.name].input, scales or network.scales
-        passes[network.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
+        views[network.name] = [p for kind in kinds for p in views_of(kind, taken, sides, flip=options.flip)]
         if "dense" in kinds:
             try:
                 check_dense(models[network.name])
@@ -186,16 +186,16 @@ def main(options: EvaluateOptions) -> int:
     source = open_images(options.data, options.split, networks, models)
     folder = ScoreFolder(out, describe_images(source))
     workers = available_cores() if options.workers is None else options.workers
-    total = len(source) * sum(map(len, passes.values()))
+    total = len(source) * sum(map(len, views.values()))
     with stopping() as stop, progress("evaluate", total) as task:
         for network in networks:
-            name, model, views = network.name, models[network.name], passes[network.name]
+            name, model, network_views = network.name, models[network.name], views[network.name]
             folder.add(name, {"sha256": network.sha256(), "file": str(network.file.absolute()), **network.about})
-            if all(folder.has(name, p.name, i) for p in views for i in range(len(folder.chunks))):
-                task.advance(len(source) * len(views))
+            if all(folder.has(name, p.name, i) for p in network_views for i in range(len(folder.chunks))):
+                task.advance(len(source) * len(network_views))
                 continue
             done = evaluate(
-                Scorer(model, device), source, folder, name, views,
+                Scorer(model, device), source, folder, name, network_views,
                 workers=workers, task=task, batch_size=options.batch_size, order=orders[name],
                 stopped=lambda: bool(stop),
             )  # fmt: skip

@@ -13,7 +13,7 @@ from relaylab.diagnose.information import Reading, collect, read_all, trained_la
 from relaylab.diagnose.probe import entropy_bits
 from relaylab.errors import InputError
 from relaylab.evaluate.images import open_split
-from relaylab.evaluate.protocols import Pass
+from relaylab.evaluate.protocols import View
 from relaylab.evaluate.testing import Cuts, Scorer
 from relaylab.models.building import build_relay
 from relaylab.models.file import ModelFile, read_model
@@ -107,7 +107,7 @@ def _batches(
     source: Source, indices: Sequence[int], labels: Tensor, model: ModelFile, task: Task
 ) -> Iterator[tuple[Tensor, Tensor]]:
     scorer = Scorer(model)
-    cuts = Cuts(source, [Pass("single-crop")], model.input)
+    cuts = Cuts(source, [View("single-crop")], model.input)
     for start in range(0, len(indices), BATCH):
         rows = cuts.__getitems__(indices[start : start + BATCH])
         if isinstance(rows, InputError):

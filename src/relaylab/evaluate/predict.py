@@ -19,7 +19,7 @@ from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import is_image, is_system_folder, told_apart
 from relaylab.data.sources.source import LARGEST_FILE
 from relaylab.errors import InputError
-from relaylab.evaluate.protocols import Pass, cut
+from relaylab.evaluate.protocols import View, cut
 from relaylab.evaluate.trained import find_trained
 from relaylab.models.export import Classifier
 from relaylab.models.file import InputConfig, ModelFile, read_model
@@ -185,7 +185,7 @@ def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Predictio
 
 def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
     """Return the centre crop of an image, uint8 (h, w, 3), as float32 (3, crop, crop), RGB, 0 to 255."""
-    return cut(pixels, Pass("single-crop"), config)[0].permute(2, 0, 1).float()
+    return cut(pixels, View("single-crop"), config)[0].permute(2, 0, 1).float()
 
 
 def _read(picture: Picture, config: InputConfig) -> _Read | InputError:

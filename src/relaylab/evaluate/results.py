@@ -117,7 +117,7 @@ def _table(
     for (name, kind), errors in rates.items():
         networks = {other: folder.about(other) for other, protocol in scores if protocol == kind}
         base = against if against in networks else baseline(name, networks)
-        scales = [view.removeprefix("dense-") for view in folder.passes_of(name, kind) if kind == "dense"]
+        scales = [view.removeprefix("dense-") for view in folder.views_of(name, kind) if kind == "dense"]
         protocol = f"{kind} {', '.join(scales)}".rstrip()
         cells = [name, protocol, errors.top1.text(), errors.top5.text(), f"{errors.mean_per_class:.2f}"]
         differences = ["", "", ""]

@@ -230,19 +230,19 @@ class ScoreFolder:
             parts.append(part.float())
         return torch.cat(parts)
 
-    def passes(self, name: str) -> list[str]:
+    def views(self, name: str) -> list[str]:
         """Return the complete views."""
         folders = sorted(path.name for path in (self.path / SCORES / name).iterdir() if path.is_dir())
         return [view for view in folders if all(self.has(name, view, i) for i in range(len(self.chunks)))]
 
     def protocols(self, name: str) -> list[Kind]:
         """Return the protocols with at least one complete view."""
-        complete = self.passes(name)
+        complete = self.views(name)
         return [kind for kind in PROTOCOLS if any(view.startswith(kind) for view in complete)]
 
-    def passes_of(self, name: str, kind: Kind) -> tuple[str, ...]:
+    def views_of(self, name: str, kind: Kind) -> tuple[str, ...]:
         """Return the complete views of a protocol; of a scale with and without mirroring, only the former."""
-        complete = [view for view in self.passes(name) if view.startswith(kind)]
+        complete = [view for view in self.views(name) if view.startswith(kind)]
         return tuple(view for view in complete if f"{view}-flip" not in complete)
 
     def protocol(self, name: str, kind: Kind) -> Tensor:
@@ -251,12 +251,12 @@ class ScoreFolder:
         Raises:
             InputError: there is no complete view, or one cannot be read; see `read`.
         """
-        passes = self.passes_of(name, kind)
-        if not passes:
+        views = self.views_of(name, kind)
+        if not views:
             others = f" (there are {', '.join(self.protocols(name))})" if self.protocols(name) else ""
             missing = f"no complete {kind} scores of {name}{others}"
             raise InputError(f"{self.path} has {missing}: run `relaylab eval --protocol {kind}`")
-        return average(torch.stack([self.read(name, view) for view in passes]), 0)
+        return average(torch.stack([self.read(name, view) for view in views]), 0)
 
     def _file(self, name: str, view: str, chunk: int) -> Path:
         return self.path / SCORES / name / view / f"{chunk:06d}.safetensors"

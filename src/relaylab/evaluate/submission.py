@@ -134,13 +134,13 @@ def submission_lines(
     repeated = [name for name, count in Counter(wanted).items() if count > 1]
     missing, extra = [name for name in wanted if name not in rows], [*(rows.keys() - set(wanted))]
     problems = [
-        f"{len(affected)} images {problem}: {', '.join(sorted(affected)[:NAMED])}{' ...' if len(affected) > NAMED else ''}"
-        for problem, affected in [
+        f"{len(images)} images {problem}: {', '.join(sorted(images)[:NAMED])}{' ...' if len(images) > NAMED else ''}"
+        for problem, images in [
             ("of the list have no scores", missing),
             ("have scores and are not in the list", extra),
             ("of the list have the same name in several folders", repeated),
         ]
-        if affected
+        if images
     ]
     if problems:
         raise InputError("; ".join(problems))

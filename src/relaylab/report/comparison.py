@@ -159,7 +159,7 @@ def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
 def _tuning_of(opened: Sequence[Run], failed: Collection[Member]) -> Tuning | None:
     """Return the tuning that all tuned runs share, restricted to their schemes; None if it differs."""
     tunings = [run.tuning for run in opened if run.tuning is not None]
-    if not tunings or any(run != tunings[0] for run in tunings):
+    if not tunings or any(tuning != tunings[0] for tuning in tunings):
         return None
     untuned = {run.recipe.scheme for run in opened if run.tuning is None}
     schemes = {run.recipe.scheme for run in opened} | {scheme for scheme, _ in failed}

@@ -62,7 +62,7 @@ class Entry:
         top1: per image, 100 if the most likely class is wrong, else 0.
         top5: per image, 100 if the true class is not among the five most likely ones, else 0.
         per_class: mean of the per-class top-1 errors.
-        passes: views of the evaluation.
+        views: views of the evaluation.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Entry:
     top1: Values
     top5: Values
     per_class: float
-    passes: tuple[str, ...]
+    views: tuple[str, ...]
 
     @property
     def architecture(self) -> str:
@@ -118,8 +118,8 @@ def _entries(folders: Iterable[ScoreFolder], kind: Kind) -> list[Entry]:
             scores, labels = folder.protocol(name, kind), folder.images.labels
             per_class = float(np.nanmean(per_class_errors(scores, labels)))
             top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
-            passes = folder.passes_of(name, kind)
-            entries.append(Entry(name, about["seed"], about["values"], top1, top5, per_class, passes))
+            views = folder.views_of(name, kind)
+            entries.append(Entry(name, about["seed"], about["values"], top1, top5, per_class, views))
     return entries
 
 
@@ -136,8 +136,8 @@ def _check_column(column: Sequence[Entry], free: Sequence[str] = FREE) -> None:
             raise InputError(f"{one.name} and {two.name} have the same recipe and seed: remove one of them")
     for other in column[1:]:
         first = column[0]
-        if first.passes != other.passes:
-            tests = [", ".join(each.passes) for each in (first, other)]
+        if first.views != other.views:
+            tests = [", ".join(each.views) for each in (first, other)]
             raise InputError(
                 f"{first.name} was evaluated by {tests[0]}, {other.name} by {tests[1]}: evaluate both alike"
             )

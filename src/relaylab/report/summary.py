@@ -149,7 +149,7 @@ def summary(comparison: Comparison) -> Table:
     rows: list[tuple[str, ...]] = []
     for scheme in errors[comparison.measure.name]:
         scheme_runs = by_scheme.get(scheme, [])
-        cells = [mean_text([measure.last[top] for measure in scheme_runs]) if scheme_runs else "" for top in errors]
+        cells = [mean_text([run.last[top] for run in scheme_runs]) if scheme_runs else "" for top in errors]
         for top in errors if ours else ():
             pairs = paired_differences(errors[top][str(ours)], errors[top][scheme])
             cells.append(difference_text(pairs) if scheme_runs and scheme != ours else "")
