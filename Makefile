@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 METHOD := $(patsubst %,tests/test_%.py,plan exact exact_random relay autograd errors house)
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test check lint types docs docs-serve bench clean
 
 demo: $(STAMP)  ## train standard BP, multi-loss and relay on handwritten digits and write a report
 	$(BIN)/relaylab demo $(ARGS)
@@ -16,12 +16,21 @@ test: $(STAMP)  ## the test suite on all cores, except the slow tests
 check: $(STAMP)  ## the tests of the method only
 	$(BIN)/python -m pytest -n auto --dist loadfile $(METHOD) $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff, and Markdown at 100 columns
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m docs.wrap --check  # python -m docs.wrap wraps them
 
 types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)  ## the documentation in build/site, which needs no network; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+
+docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs-serve: $(STAMP)  ## the documentation on http://127.0.0.1:8000, rebuilt when a page changes
+	$(BIN)/python -m mkdocs serve $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.engine $(ARGS)
@@ -34,4 +43,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build

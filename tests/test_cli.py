@@ -242,11 +242,11 @@ def test_work_of_a_moment_leaves_no_line_in_a_log(
         assert capsys.readouterr().err.splitlines() == lines
 
 
-def test_the_command_that_contributing_shows_works(
+def test_the_command_that_the_documentation_shows_works(
     image_tree: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One file and one line."""
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "extending.md").read_text()
     (code,) = re.findall(r"```python\n# src/relaylab/commands/count.py\n(.*?)```", text, re.DOTALL)
     module = types.ModuleType("relaylab.commands.count")
     monkeypatch.setitem(sys.modules, module.__name__, module)

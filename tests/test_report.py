@@ -100,7 +100,7 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
         paper_table("3", [folder, score_folder(tmp_path / "two", fingerprint="g")])
     with pytest.raises(InputError, match="different classes"):
         paper_table("3", [folder, score_folder(tmp_path / "three", fingerprint="h", classes=7)])
-    with pytest.raises(InputError, match="unknown table .2.: expected one of 1, 3"):
+    with pytest.raises(InputError, match=r"unknown table .2.: expected one of 1, 3"):
         paper_table("2", [folder])
     twice = score_folder(tmp_path / "four")
     add(twice, "a", 10)

@@ -275,7 +275,8 @@ def compared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_comparison_speaks_of_average_precision(compared: Path) -> None:
     comparison = open_runs([compared])
     table = summary(comparison)
-    assert table.header[:4] == ("method", "runs", "100 - mean average precision, %", "Relay BP minus this method, 100 - mAP")
+    measure = "100 - mean average precision, %"
+    assert table.header[:4] == ("method", "runs", measure, "Relay BP minus this method, 100 - mAP")
     run = comparison.runs[0]
     positives = [count / 23 for count in run.counts["val"]]
     guess = 100 - 100 * sum(positives) / 3

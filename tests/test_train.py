@@ -17,9 +17,6 @@ from safetensors.torch import load_file
 
 from relaybackprop import RelayLoss
 from relaylab import cli
-from relaylab.commands.compare import CompareOptions
-from relaylab.commands.new import NewOptions
-from relaylab.commands.recipes import ShowOptions
 from relaylab.errors import InputError
 from relaylab.models.file import read_model
 from relaylab.train import loop, requests, run_folder, session
@@ -480,31 +477,6 @@ def test_other_images_than_before_are_refused(
 
 
 PAGE = ROOT / "docs" / "how-to" / "train.md"
-PAGES = [PAGE.with_name(f"{name}.md") for name in ("train", "recipe-files", "resume", "learning-rates", "compare")]
-
-
-def test_the_training_pages_python_runs(
-    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "images").symlink_to(tiny_images)
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(block, {})
-    assert capsys.readouterr().out.startswith("True {'step': 2, 'top1': ")
-
-
-def test_the_training_pages_commands_have_these_options() -> None:
-    """Words that stand for the reader's own ones are left out."""
-    from relaylab.cli import parse
-
-    text = "".join(page.read_text() for page in PAGES)
-    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
-    assert len(lines) >= 10
-    for line in lines:
-        text = line.partition("#")[0].partition(">")[0].replace("--data ...", "--data x")
-        words = [word for word in text.split() if word != "..."]
-        assert words[0] == "relaylab", line
-        assert isinstance(parse(words[1:])[1], TrainOptions | CompareOptions | ShowOptions | NewOptions)
 
 
 def test_the_training_page_names_what_a_run_leaves_behind() -> None:
