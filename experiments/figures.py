@@ -14,7 +14,7 @@ from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, STYLE
 
 
 def figures(size: Size) -> dict[str, Figure]:
-    """Return the figures of a size by the last part of their file names."""
+    """Return the figures of an image size, by the last part of their file names."""
     findings = read_findings(size)
     with rc_context(STYLE):
         return {
@@ -25,7 +25,7 @@ def figures(size: Size) -> dict[str, Figure]:
 
 
 def rates_figure(findings: Sequence[Finding]) -> Figure:
-    """Plot top-1 errors on images set aside against the learning rate, a line for each scheme."""
+    """Plot the top-1 error on held-out images against the learning rate, one line per scheme."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for label, scheme in METHODS.items():
@@ -42,9 +42,9 @@ def rates_figure(findings: Sequence[Finding]) -> Figure:
 
 
 def errors_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figure:
-    """Plot the top-1 errors of each arm, a panel for each study: a point for each seed, a bar at their mean.
+    """Plot the top-1 errors of each arm, one panel per study: a point per seed, and a bar at the mean.
 
-    Collapsed runs are counted beside the panel.
+    Collapsed runs are counted next to the panel.
     """
     heights = [len(study.arms) + 1.5 for study in studies]
     figure = Figure(figsize=(8, 0.36 * sum(heights) + 0.4), layout="constrained")
@@ -73,9 +73,9 @@ def _errors_panel(axes: Axes, study: Study, findings: Sequence[Finding]) -> None
 
 
 def curves_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figure:
-    """Plot top-1 error against iterations, a panel for each study: the mean over seeds, and each seed faintly.
+    """Plot the top-1 error against iterations, one panel per study: the mean over seeds, and faint lines per seed.
 
-    Collapsed runs are left out, and the legend says so.
+    Collapsed runs are excluded, and counted in the legend.
     """
     figure = Figure(figsize=(5.2 * len(studies), 3.8), layout="constrained")
     for axes, study in zip(figure.subplots(1, len(studies), squeeze=False, sharey=True)[0], studies, strict=True):

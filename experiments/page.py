@@ -23,7 +23,7 @@ TABLES: dict[Size, tuple[str, ...]] = {"32px": tuple(STUDIES), "64px": ("model-a
 
 
 def sections() -> dict[str, list[str]]:
-    """Return the lines of each table of the page, by the table's marker."""
+    """Return the lines of each table of the page, by marker."""
     tables: dict[str, list[str]] = {}
     for size, names in TABLES.items():
         findings = read_findings(size)
@@ -34,7 +34,7 @@ def sections() -> dict[str, list[str]]:
 
 
 def study_table(study: Study, findings: Sequence[Finding]) -> Table:
-    """Return the errors of each arm that was run, and their differences paired by seed.
+    """Return the errors of each arm with runs, and the differences paired by seed.
 
     Collapsed runs are counted, and excluded from means and differences.
     """
@@ -61,7 +61,7 @@ def _difference(ours: dict[int, Finding], base: dict[int, Finding]) -> str:
 
 
 def thirds_table(findings: Sequence[Finding]) -> Table:
-    """Return top-1 errors on thirds of the classes: those with many training images, with some and with few."""
+    """Return the top-1 errors on thirds of the classes, by their number of training images."""
     study = STUDIES[f"tail-{TAIL}"]
     rows: list[tuple[str, ...]] = []
     for label in study.arms:

@@ -144,7 +144,7 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a folder is empty or holds an earlier comparison."""
+    """Check that a folder is empty or contains an earlier comparison."""
     from relaylab.train import run_folder
     from relaylab.train.tuning import FOLDER
 

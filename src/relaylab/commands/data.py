@@ -161,13 +161,13 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
 
 
 def _write(folder: Path, facts: dict[str, Any], split: str | None) -> None:
-    from relaylab.report.balance import balance_picture
+    from relaylab.report.balance import balance_plot
 
     files = {"summary.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
     if facts["images"] > facts["unlabelled"]:
         names, counts = zip(*facts["classes"], strict=True)
         title = f"{facts['title']}{f', {split}' if split else ''}: images per class"
-        files["balance.svg"] = balance_picture({"images": counts}, names, title=title, unit="images")
+        files["balance.svg"] = balance_plot({"images": counts}, names, title=title, unit="images")
     bad = [(kind, *fault) for kind in ("unreadable", "damaged") for fault in facts[kind]]
     files["bad-images.txt"] = "".join(f"{kind}\t{name}\t{reason}\n" for kind, name, reason in bad)
     try:

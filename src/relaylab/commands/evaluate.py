@@ -55,7 +55,7 @@ class EvaluateOptions:
     """Folders of finished runs or comparisons, or model files."""
 
     protocol: Listed = "single-crop"
-    """Evaluation protocols: single-crop (centre), ten-crop (corners and centre, each mirrored) and dense (the network
+    """Protocols: single-crop (centre), ten-crop (corners and centre, with mirror images) and dense (the network
     slides over whole images at several scales)."""
 
     scales: OptionalList = ""
@@ -75,7 +75,7 @@ class EvaluateOptions:
     data: Annotated[Images, MustExist] = ()
     """Images, as for `relaylab train` (default: those of the first run)."""
 
-    split: Literal["val", "test", "train", "all"] | None = None
+    split: Annotated[Literal["val", "test", "train", "all"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Split of the images; all for images without splits (default: the validation split of the first run, or its
     held-out images if there is none)."""
 

@@ -51,7 +51,7 @@ def error_rates(scores: Tensor, labels: Tensor) -> ErrorRates:
     """Compute error rates and their intervals.
 
     Args:
-        scores: (images, classes), higher for likelier classes.
+        scores: (images, classes), higher is more likely.
         labels: (images,) class indices.
 
     Raises:
@@ -65,7 +65,7 @@ def misses(scores: Tensor, labels: Tensor, top: int) -> Values:
     """Return 100 for each misclassified image and 0 for the others: the mean is the error rate in per cent.
 
     Args:
-        scores: (images, classes), higher for likelier classes.
+        scores: (images, classes), higher is more likely.
         labels: (images,) class indices.
         top: an image is correct if its label is among this many most likely classes.
 

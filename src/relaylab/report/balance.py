@@ -22,7 +22,7 @@ def draws_per_epoch(counts: ArrayLike, sampling: str) -> NDArray[np.float64]:
     return sizes.sum() * shares / shares.sum()
 
 
-def balance_picture(
+def balance_plot(
     counts: Mapping[str, ArrayLike],
     classes: Sequence[str],
     *,

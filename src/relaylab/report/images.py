@@ -10,7 +10,7 @@ from relaylab.data.faults import ImageFault
 from relaylab.data.sources import digits
 from relaylab.data.sources.source import targets_of
 from relaylab.errors import InputError
-from relaylab.report.balance import balance_picture, draws_per_epoch
+from relaylab.report.balance import balance_plot, draws_per_epoch
 from relaylab.report.comparison import Run
 from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import plain
@@ -60,4 +60,4 @@ def balance(run: Run) -> str | None:
     if sampling != "shuffled":
         counts[f"draws per epoch, {sampling} sampling"] = draws_per_epoch(sizes, sampling).tolist()
     names = [plain(name) for name in run.classes]
-    return svg_uri(balance_picture(counts, names, title="Training images per class", unit="images", size=(5.6, 4.0)))
+    return svg_uri(balance_plot(counts, names, title="Training images per class", unit="images", size=(5.6, 4.0)))

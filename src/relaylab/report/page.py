@@ -23,8 +23,8 @@ from relaylab.report.summary import (
     summary,
     verdict_of,
 )
-from relaylab.report.tuned import tuning_pictures, tuning_table
-from relaylab.report.verdict import in_question
+from relaylab.report.tuned import tuning_plots, tuning_table
+from relaylab.report.verdict import compared_scheme
 from relaylab.tables import Table, render
 from relaylab.train.metrics import TOP, Measure
 
@@ -96,9 +96,7 @@ def _tuning(comparison: Comparison) -> tuple[dict[str, str], str] | None:
     """Return the plots of the tuning as data URIs by tuned value, and the table of its trials."""
     if comparison.tuning is None:
         return None
-    pictures = {
-        key: svg_uri(picture) for key, picture in tuning_pictures(comparison.tuning, comparison.measure).items()
-    }
+    pictures = {key: svg_uri(picture) for key, picture in tuning_plots(comparison.tuning, comparison.measure).items()}
     return pictures, _html(tuning_table(comparison.tuning, comparison.guess(), comparison.measure))
 
 
@@ -112,7 +110,7 @@ def _error_curve(comparison: Comparison, measure: Measure) -> tuple[str, str]:
 def question(comparison: Comparison) -> str:
     """Return the title of the report: the question that the comparison answers."""
     schemes, network = comparison.errors(), _network(comparison)
-    ours = in_question(schemes)
+    ours = compared_scheme(schemes)
     if ours is None:
         return f"{network[0].upper()}{network[1:]} trained by {SCHEME_NAMES[next(iter(schemes))]}"
     *others, last = (SCHEME_NAMES[scheme] for scheme in schemes if scheme != ours)

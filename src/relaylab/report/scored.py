@@ -20,7 +20,7 @@ from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import Photo, pick_photos, plain
 from relaylab.report.paper_tables import paper_table
 from relaylab.report.summary import is_papers_task
-from relaylab.report.verdict import in_question
+from relaylab.report.verdict import compared_scheme
 from relaylab.tables import render
 
 PAIRS = 8  # most confused pairs of classes
@@ -59,7 +59,7 @@ def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[
     if not by_method:
         raise InputError(f"{scores.path} has no single-crop scores of these runs: run `relaylab eval RUN...`")
     classes, labels = scores.images.classes, scores.images.labels
-    shown = in_question(by_method) or next(iter(by_method))
+    shown = compared_scheme(by_method) or next(iter(by_method))
     network, gains = by_method[shown][0], None
     counts = sum(
         (confusion(scores.protocol(name, kind), labels) for name in by_method[shown]), start=np.zeros(1, np.int64)

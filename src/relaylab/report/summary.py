@@ -20,12 +20,12 @@ from relaylab.report.costs import cost_of
 from relaylab.report.curves import curve_plot
 from relaylab.report.paper_tables import COLUMNS, NAMES, reported, reported_rows
 from relaylab.report.snippet import CODE, snippet
-from relaylab.report.tuned import tuning_pictures, tuning_table
+from relaylab.report.tuned import tuning_plots, tuning_table
 from relaylab.report.verdict import (
     Cost,
+    compared_scheme,
     difference_text,
     differences,
-    in_question,
     interval,
     mean_text,
     paired_differences,
@@ -59,7 +59,7 @@ def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str
     if comparison.tuning is not None:
         trials = tuning_table(comparison.tuning, comparison.guess(), measure)
         text += [f"## {trials.title}\n", *markdown_lines(trials), "", *(f"{markdown(note)}\n" for note in trials.notes)]
-        for number, (key, picture) in enumerate(tuning_pictures(comparison.tuning, measure).items(), 1):
+        for number, (key, picture) in enumerate(tuning_plots(comparison.tuning, measure).items(), 1):
             pictures[f"tuning-{number}.svg"] = picture
             text.append(f"![Error of the trials against {key}](tuning-{number}.svg)\n")
     code = code_of(comparison)
@@ -121,7 +121,7 @@ def curve_title(measure: Measure) -> str:
 
 def code_of(comparison: Comparison) -> str | None:
     """Return the program of the compared method; None if no method with heads was trained."""
-    ours = in_question(comparison.by_scheme)
+    ours = compared_scheme(comparison.by_scheme)
     return None if ours is None else snippet(comparison.by_scheme[ours][0].recipe)
 
 
@@ -129,7 +129,7 @@ def summary(comparison: Comparison) -> Table:
     """Return the main table: errors and costs per method."""
     by_scheme, shown, first = comparison.by_scheme, comparison.measures, comparison.runs[0]
     errors = {measure.name: comparison.errors(measure) for measure in shown}
-    ours, costs = in_question(by_scheme), method_costs(comparison)
+    ours, costs = compared_scheme(by_scheme), method_costs(comparison)
     paper = reported("3", [first.recipe.network.architecture]) if _has_papers_rows(first) else {}
     header = ["method", "runs", *(f"{measure.title}, %" for measure in shown)]
     header += [f"{SCHEME_NAMES[ours]} minus this method, {measure.short}" for measure in shown] if ours else []

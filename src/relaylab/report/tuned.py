@@ -41,7 +41,7 @@ def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
     return f"{outcome}; added to the grid".lstrip("; ") if added else outcome
 
 
-def tuning_pictures(tuning: Tuning, measure: Measure) -> dict[str, str]:
+def tuning_plots(tuning: Tuning, measure: Measure) -> dict[str, str]:
     """Return a plot as SVG text for each numeric axis with several values, by key."""
     axes = {axis.key: axis for choice in tuning.choices.values() for axis in choice.axes}
     return {

@@ -149,7 +149,7 @@ def guessed_precision_error(positives: Sequence[int], images: int) -> float:
     return 100 - 100 * statistics.fmean(count / images for count in positives if count)
 
 
-def in_question(schemes: Collection[str]) -> str | None:
+def compared_scheme(schemes: Collection[str]) -> str | None:
     """Return the scheme that a comparison evaluates against the others; None if there is only one scheme."""
     return next((scheme for scheme in TREATMENTS if scheme in schemes and len(schemes) > 1), None)
 
