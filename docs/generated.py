@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from relaylab.cli import COMMANDS, _function
+from relaylab.cli import COMMANDS, load_command
 from relaylab.recipes import schema
 
 
@@ -26,7 +26,7 @@ def commands() -> str:
 
 
 def _command(name: str) -> Iterator[str]:
-    kind = _function(name)[1]
+    kind = load_command(name)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other description of the options
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)

@@ -1,4 +1,4 @@
-"""The moving average of weights: its values, its exchange, and its place in runs."""
+"""The moving average of weights: values, swapping, and use in runs."""
 
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def test_an_average_changes_nothing_in_the_training(
 def test_the_space_for_checkpoints_counts_every_tensor(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names the size that two checkpoints really have."""
+    """The error has the actual size of two checkpoints."""
     changes = ("optimizer.iterations=1", "optimizer.evaluate_every=1", *AVERAGED)
     train(tiny_images, tmp_path / "run", short=True, changes=changes)
     size = sum(tensor.nbytes for name, tensor in final(tmp_path / "run", 1).items() if not name.endswith("/step"))

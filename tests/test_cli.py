@@ -1,4 +1,4 @@
-"""The command line: quick to answer, and one clear line where the user went wrong."""
+"""The command line: start-up time, help, and one-line errors."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def relaylab(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def image_tree(tmp_path: Path) -> Make:
     def make(**files: int) -> Path:
-        """By `split__class`, so many images."""
+        """Create an image tree, given the number of images by `split__class`."""
         root = tmp_path / "tree"
         for place, count in files.items():
             folder = root / place.replace("__", "/")
@@ -98,11 +98,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a command that exits with 2."""
+    """Return the error line of a command that exits with 2."""
     assert cli.main(["demo", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    line = captured.err.splitlines()[-1]  # progress lines may stand above
+    line = captured.err.splitlines()[-1]  # progress lines may precede it
     assert line.startswith("relaylab: ")
     assert "Traceback" not in captured.err
     return line
@@ -190,7 +190,7 @@ def test_an_unknown_option_is_refused() -> None:
 
 
 def interrupt(process: subprocess.Popen[str]) -> str:
-    """Press Ctrl-C as people do: once more where nothing happens. Python drops one that comes within a destructor."""
+    """Send SIGINT repeatedly until the process ends. Python drops one that arrives within a destructor."""
     for _ in range(12):
         process.send_signal(signal.SIGINT)
         try:

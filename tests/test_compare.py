@@ -1,4 +1,4 @@
-"""Comparisons: what is missing is trained, several runs at once, and a run that fails is a result."""
+"""Comparisons: missing runs are trained concurrently, and failed runs are reported."""
 
 import json
 import multiprocessing
@@ -173,7 +173,7 @@ def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) ->
 
 
 def test_a_run_that_failed_before_it_began_is_tried_again(tmp_path: Path) -> None:
-    """As after a kill while images are decoded: the folder has no configuration yet."""
+    """As after a kill during decoding: the folder has no configuration yet."""
     words = words_of(tmp_path, "--schemes", "standard", "--seeds", "0")
     folder = tmp_path / "standard-s0"
     folder.mkdir()

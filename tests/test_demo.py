@@ -1,4 +1,4 @@
-"""The demo: fair starts, the embedded digits as a data set, changes that suit the user's images, and a page."""
+"""The demo: equal initial weights, the packaged digits, overrides for the user's images, and the report."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def recipe_of(name: str, *changes: str) -> Recipe:
 
 
 def scenes(root: Path, sizes: dict[str, int], side: int = 36) -> Path:
-    """Square photographs of noise, more or less bright."""
+    """Square noise images of different brightness."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
         for number, (name, count) in enumerate(sizes.items()):
@@ -113,7 +113,7 @@ def test_all_schemes_see_the_same_batches_and_masks(tmp_path: Path, monkeypatch:
         assert len(seen[scheme]) == len(seen["standard"]) > 8
         images = list(zip(seen[scheme][::2], seen["standard"][::2], strict=True))
         assert all(torch.equal(ours, theirs) for ours, theirs in images)
-    # Weights move by next to nothing at this rate, so masks can be compared where units are active.
+    # Weights hardly change at this rate, so masks can be compared where units are active.
     masks = [seen[scheme][7] for scheme in SCHEMES]  # of the last training step
     assert masks[0].any()
     assert torch.equal(masks[2], masks[1])
@@ -191,7 +191,7 @@ def test_the_demo_of_the_digits_names_and_shows_them(tmp_path: Path, capsys: pyt
 
 
 def test_decoding_once_and_as_needed_train_to_the_same_figures(tmp_path: Path) -> None:
-    """The crops of square images of the stored size are the same either way."""
+    """Crops of square images of the stored size are the same in both cases."""
     tree = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
     changes = (*TINY, "network.image_size=32", "images.short_side=36", "network.num_classes=2")
     changes += ("optimizer.iterations=8", "optimizer.evaluate_every=4", "optimizer.batch_size=8")

@@ -1,4 +1,4 @@
-"""Protocols, stored scores, figures and ensembles; and the command on a tiny run."""
+"""Protocols, stored scores, error rates and ensembles; and the command on a tiny run."""
 
 import json
 import os
@@ -288,7 +288,7 @@ def test_average_of_probabilities() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
-    """Two trained networks of the same classes."""
+    """Two trained networks with the same classes."""
     folder = tmp_path_factory.mktemp("runs")
     for scheme in ("standard", "relay"):
         options = ["--scale", "tiny", "--data", str(tiny_images), "--set", f"scheme={scheme}", "--workers", "0"]

@@ -1,4 +1,4 @@
-"""What may go wrong in training. Nothing is lost beyond the last checkpoint; nothing is silently different.
+"""Faults during training: nothing is lost beyond the last checkpoint, and nothing changes silently.
 
 The reference is always the uninterrupted run: all tensors bit by bit, and the metrics without their timings.
 """
@@ -39,7 +39,7 @@ LONG = 120.0  # seconds that a child may take on a busy machine
 
 
 def words(tree: Path, out: Path, iterations: int = 12, every: int = 4, *more: str) -> list[str]:
-    """The command line of what `test_train.train` does."""
+    """Return the command line equivalent to `test_train.train`."""
     given = ["train", "table3-model-a-relay", "--scale", "tiny", "--data", str(tree), "--out", str(out)]
     given += ["--workers", "0", "--log-every", "5", "--diagnose-every", "3", "--accelerator", "cpu", "--resume", "auto"]
     return [*given, *more, "--set", f"optimizer.iterations={iterations}", f"optimizer.evaluate_every={every}"]
@@ -47,7 +47,7 @@ def words(tree: Path, out: Path, iterations: int = 12, every: int = 4, *more: st
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
-    """Trainings in processes that end with the test."""
+    """Start training processes that end with the test."""
     children: list[BaseProcess] = []
 
     def begin(arguments: list[str], most_bytes: int | None = None) -> BaseProcess:
@@ -87,7 +87,7 @@ def reference(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def halfway(reference: Path, tmp_path: Path) -> Path:
-    """A run that was cut off after its second checkpoint."""
+    """A run that was interrupted after its second checkpoint."""
     run = shutil.copytree(reference, tmp_path / "run")
     shutil.rmtree(run / run_folder.CHECKPOINTS / "step-00000012")
     (run / run_folder.MODEL).unlink()
@@ -105,7 +105,7 @@ def assert_as_reference(out: Path, reference: Path) -> None:
 def test_kill_9_at_random_moments(
     kills: int, iterations: int, tiny_images: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
-    """A checkpoint after each step, so that about half of the moments lie within a save."""
+    """With a checkpoint after each step, about half of the kills occur during a save."""
     again = words(tiny_images, tmp_path / "run", iterations, 20, "--save-every", "1", "--keep", "3")
     plain = words(tiny_images, tmp_path / "reference", iterations, 20)
     assert wait_for(start(plain)) == 0
@@ -125,7 +125,7 @@ def test_kill_9_at_random_moments(
         folder = tmp_path / "run" / run_folder.CHECKPOINTS
         cut_saves += any(folder.glob(".unfinished-*"))
         for path in checkpoint.newest(folder):
-            checkpoint.check(path)  # whatever has its name is whole
+            checkpoint.check(path)  # a checkpoint under its final name is complete
         steps.append(newest_step(tmp_path / "run"))
     assert wait_for(start(again)) == 0
     assert steps == sorted(steps)
@@ -140,7 +140,7 @@ def test_kill_9_at_random_moments(
 
 
 def test_a_full_disk(halfway: Path, reference: Path, tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
-    """The system itself refuses to write on: a real error from the library that writes the tensors."""
+    """The operating system refuses the write: a real error of the library that writes tensors."""
     half = (halfway / run_folder.CHECKPOINTS / "step-00000008" / checkpoint.MODEL).stat().st_size // 2
     child = start(["train", "--resume", str(halfway)], half)
     assert wait_for(child) == 1
@@ -214,7 +214,7 @@ def test_metrics_that_cannot_be_written(halfway: Path, reference: Path, monkeypa
 
 
 class Evil:
-    """What a pickle in the place of a model file would do."""
+    """A pickle in place of a model file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -340,7 +340,7 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
     more = ("--devices", "2", "--save-every", "3")
     plain = words(tiny_images, tmp_path / "whole", 24, 12, *more)
     subprocess.run([*launcher, *plain], env=environment, capture_output=True, check=True, timeout=LONG)
-    # Neither --out nor --resume: the restarted processes have to find the run by themselves.
+    # Neither --out nor --resume: the restarted processes must find the run.
     given = words(tiny_images, tmp_path / "run", 24, 12, *more)
     for option in ("--out", "--resume"):
         del given[given.index(option) : given.index(option) + 2]
@@ -448,7 +448,7 @@ def test_a_rate_that_is_too_high_is_an_exit_code_and_a_line(
 
 @pytest.fixture(scope="module")
 def longer(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 80 iterations, in a process of its own as those that are compared with it."""
+    """A run of 80 iterations in its own process, like those compared with it."""
     folder = tmp_path_factory.mktemp("longer")
     assert wait_for(fault_runs.start(folder / "log", words(tiny_images, folder / "run", 80, 20))) == 0
     return folder / "run"

@@ -1,4 +1,4 @@
-"""What linear probes read: of made-up vectors, of single images' gradients against an oracle, and the command."""
+"""Linear probes: synthetic vectors, per-image gradients against an oracle, and the command."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_probes_find_what_is_there_and_nothing_else() -> None:
     some = readable_bits(made_up(400, 2, 0), made_up(400, 2, 1))
     nothing = readable_bits(made_up(400, 0, 0), made_up(400, 0, 1))
     assert nothing.value < 0.05 < some.low < some.high < told.value
-    # A probe that is tested on what it was fitted on finds information in noise: that is why there are two halves.
+    # A probe tested on its own training data finds information in noise; hence the two halves.
     random = np.random.default_rng(2)
     noise = random.normal(size=(100, 200)).astype(np.float32), random.integers(0, 8, 100)
     fresh = random.normal(size=(100, 200)).astype(np.float32), random.integers(0, 8, 100)

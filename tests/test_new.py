@@ -1,4 +1,4 @@
-"""`relaylab recipes new`, and what follows: networks of other code from images to an exported program."""
+"""`relaylab recipes new`, and custom networks from images to an exported program."""
 
 import json
 import shutil

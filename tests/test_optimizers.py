@@ -1,4 +1,4 @@
-"""Optimizers of recipes: exact updates, parameter groups, and what a checkpoint keeps of them."""
+"""Optimizers of recipes: exact updates, parameter groups, and checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def recipe_of(*texts: str, name: str = "table3-model-a-relay") -> Recipe:
 
 
 def groups_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """By parameter, its group's values."""
+    """Return the values of the parameter group of each parameter."""
     relay = build_relay(recipe, on_meta=True)
     groups = parameter_groups(relay, segments_of(recipe), recipe.optimizer)
     by_id = {id(parameter): group for group in groups for parameter in group["params"]}
@@ -90,7 +90,7 @@ def test_a_network_names_more_parameters_without_weight_decay() -> None:
 
 
 def test_adamw_is_torchs_bit_for_bit(tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three updates of a run, against a loop written by hand on the run's own batches."""
+    """Three updates of a run, against a handwritten loop on the same batches."""
     changes = (*PLAIN, *ADAMW, "optimizer.iterations=3", "optimizer.evaluate_every=3", "optimizer.eps=1e-6")
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = loop.Trainer.backward
@@ -172,7 +172,7 @@ def test_values_that_no_optimizer_takes_are_found(change: str) -> None:
 def test_a_run_of_an_earlier_version_resumes(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values that it has not stored are the defaults, which are what it trained with."""
+    """Values that were not stored get the defaults, with which the run was trained."""
     train(tiny_images, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -191,7 +191,7 @@ def test_a_run_of_an_earlier_version_resumes(
 
 
 def forget_values(run: Path, names: Sequence[str]) -> None:
-    """Remove values from all that a run has stored of its recipe; a checkpoint's sums are renewed."""
+    """Remove values from the stored recipe of a run, and update the checksums of its checkpoints."""
     config = json.loads((run / run_folder.CONFIG).read_text())
     stored = config["recipe"]["values"]
     config["recipe"]["values"] = {name: value for name, value in stored.items() if name not in names}

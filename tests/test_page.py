@@ -1,4 +1,4 @@
-"""The page about runs, from made-up run folders: intervals, guessing, sources, failures, the paper's rows, images."""
+"""The report, from synthetic run folders: intervals, chance level, sources, failures, rows of the paper, images."""
 
 import json
 import re
@@ -35,7 +35,7 @@ TOP1 = {
 
 
 def make_run(folder: Path, scheme: str, seed: int, top1: float, *, scale: str = "tiny", **options: Any) -> Path:
-    """A run's folder as training leaves it, with made-up errors."""
+    """Create a run folder as training leaves it, with synthetic errors."""
     changes = (*options.pop("changes", ()), f"scheme={scheme}")
     classes = options.pop("classes", 8)
     if scale == "tiny":

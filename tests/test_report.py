@@ -1,4 +1,4 @@
-"""The paper's tables and figures, submissions, and the page, from tiny runs and from made-up scores."""
+"""Tables and figures of the paper, submissions, and the report, from tiny runs and synthetic scores."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def score_folder(path: Path, *, fingerprint: str = "f", classes: int = 10) -> Sc
 
 
 def add(folder: ScoreFolder, name: str, wrong: int, each: str = "single-crop", **values: object) -> None:
-    """A network that takes the first images for the next class."""
+    """A network that misclassifies the first images as the next class."""
     known = {"network.architecture": "model_a", "scheme": "standard", "images.sampling": "class-aware", "a.b": 1}
     seed = values.pop("seed", 0)
     folder.add(name, {"sha256": name, "seed": seed, "values": {**known, **values}})
@@ -180,7 +180,7 @@ def test_test_lists(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
-    """A comparison of two schemes, and scores of it."""
+    """A comparison of two schemes, and its scores."""
     folder = tmp_path_factory.mktemp("report")
     options = ["--scale", "tiny", "--data", str(tiny_images), "--workers", "0", "--diagnose-every", "1"]
     options += ["--schemes", "standard,relay", "--seeds", "0", "--log-every", "1"]
@@ -295,7 +295,7 @@ def test_each_method_may_have_a_learning_rate_of_its_own(
 
 
 def cell(page: str, row: str, column: str) -> str:
-    """A cell of the page's first table."""
+    """Return a cell of the main table."""
     table = page[page.index("<table>") : page.index("</table>")]
     found = re.search(rf'<th scope="row">{re.escape(row)}</th>(.*?)</tr>', table)
     assert found is not None

@@ -1,4 +1,4 @@
-"""Images with several labels: targets, average precision, training, comparison, prediction, and what is refused."""
+"""Multi-label images: targets, average precision, training, comparison, prediction, and errors."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ SHORT = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 10x10 images whose bright channels are their labels, train.csv and val.csv; some have none."""
+    """A folder of 10x10 images, train.csv and val.csv. Bright channels are the labels; some images have none."""
     root, random = tmp_path_factory.mktemp("several"), np.random.default_rng(0)
     (root / "images").mkdir()
     for part, count in (("train", 64), ("val", 23)):
@@ -142,7 +142,7 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_scores_of_all_processes_come_in_the_images_order(ranks: int, images: Path) -> None:
-    """Some processes have an image more than others, which evaluate the first one in its place."""
+    """Some processes have one image more than others, which are padded with the first image."""
     dataset, scores = datasets(images)[0], torch.arange(69.0).view(23, 3)
     shares = [[*range(rank, 23, ranks)] for rank in range(ranks)]
     every = torch.stack([scores[share + [0] * (len(shares[0]) - len(share))] for share in shares])
@@ -261,7 +261,7 @@ def test_images_are_set_aside_from_all_alike(images: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def compared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two schemes at tuned rates."""
+    """A comparison of two schemes with tuned learning rates."""
     out = tmp_path_factory.mktemp("compared")
     data = ["--data", images / "images", images / "train.csv", "--val-data", images / "images", images / "val.csv"]
     words = ["compare", "digits", *data, "--set", *NETWORK, *LABELS, *SHORT, "--schemes=standard,relay", "--seeds=0,1"]

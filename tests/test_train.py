@@ -1,4 +1,4 @@
-"""Training recipes as a user would: exact resume, runs as folders, bad input, comparisons. All on the CPU, tiny."""
+"""End-to-end training of recipes: exact resume, run folders, invalid input, comparisons. Tiny, on the CPU."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def go_on(out: Path, **options: Any) -> session.Outcome:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """As Ctrl-C during that step would."""
+    """Request a stop at that step, as Ctrl-C would."""
     original = loop.Trainer.step
 
     def step(self: loop.Trainer, batches: Any) -> bool:
@@ -54,14 +54,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def final(out: Path, step: int = 12) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
+    """Return all tensors of a checkpoint."""
     folder = out / run_folder.CHECKPOINTS / f"step-{step:08d}"
     files = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
     return {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
 
 
 def assert_identical(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Bit by bit."""
+    """Assert that tensors are bitwise identical."""
     assert got.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(got[name], expected[name])]
     assert not different, f"{len(different)} of {len(expected)} tensors differ, {different[0]} first"
@@ -100,14 +100,14 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     kind: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parameters, momentum, buffers and metrics are those of the uninterrupted run, bit by bit."""
+    """Parameters, momentum, buffers and metrics are bitwise those of the uninterrupted run."""
     options, (steps, end, other) = KINDS[kind], (4, 6, 3) if "short" in KINDS[kind] else (6, 12, 8)
     whole = train(tiny_images, tmp_path / "whole", keep=9, **options)
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         stopped = train(tiny_images, tmp_path / "stopped", **options)
     assert (stopped.finished, stopped.step) == (False, steps)
-    torch.rand(7)  # the generators are elsewhere now
+    torch.rand(7)  # advance the generators
     resumed = go_on(tmp_path / "stopped")
     assert resumed.finished
     assert_identical(final(tmp_path / "stopped", end), final(tmp_path / "whole", end))
@@ -203,7 +203,7 @@ def test_from_disk_the_number_of_workers_may_change(
 def test_all_augmentation_changes_the_training(
     change: str, tiny_images: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each by itself; the evaluation of the first network, before any update, stays the same."""
+    """Each change alone; the evaluation of the initial network, before any update, is the same."""
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train(tiny_images, tmp_path / "run", changes=(change,), diagnose_every=0)
@@ -314,7 +314,7 @@ def test_the_model_file_holds_the_network_as_it_was_validated(
 
 
 def test_a_segments_factor_scales_its_learning_rate_alone(tiny_images: Path, tmp_path: Path) -> None:
-    """With a factor of 0 a segment stays as it began, and everything else moves."""
+    """With a factor of 0, a segment does not change, and everything else does."""
     train(tiny_images, tmp_path / "run", changes=("optimizer.segment_lr.aux=0",))
     torch.manual_seed(0)
     start = requests.resolve(config_of(tiny_images)).recipe
@@ -329,7 +329,7 @@ def test_a_segments_factor_scales_its_learning_rate_alone(tiny_images: Path, tmp
 
 
 def test_training_learns(tiny_images: Path, tmp_path: Path) -> None:
-    """Five colours, 60 updates: chance is 80 %."""
+    """Five colours, 60 updates; chance level is 80 %."""
     changes = ("optimizer.iterations=60", "optimizer.evaluate_every=60", "optimizer.batch_size=10", "scheme=relay")
     changes += ("network.width=8", "plan.auxiliary.aux.head=linear")
     outcome = train(tiny_images, tmp_path / "run", recipe="table1-vgg13-imagenet", short=True, changes=changes)
@@ -434,7 +434,7 @@ def test_an_unreadable_validation_image_is_found_before_the_first_step(
 def test_a_loss_that_reaches_nothing_of_a_layer_leaves_it_alone_and_says_so(
     tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The primary loss ends above the auxiliary one's head: what lies between them belongs to no window."""
+    """The primary window ends above the auxiliary head: the layers between them are in no window."""
     changes = ("plan.primary.bottom=segment5", "plan.auxiliary.aux.top=segment3")
     train(tiny_images, tmp_path / "run", changes=changes)
     assert "no loss reaches model.segment4" in capsys.readouterr().err

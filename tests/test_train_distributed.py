@@ -1,4 +1,4 @@
-"""Two processes under torchrun: the single process's result with the same global batch, and exact resume."""
+"""Two processes under torchrun: the result of a single process with the same global batch, and exact resume."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ TOLERANCE = 2e-5  # of the largest value of a tensor, in single precision: sums 
 
 @pytest.fixture(scope="module")
 def two(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with all scenarios' runs. One pair of processes runs them all: starting one takes seconds."""
+    """The folder of the runs of all scenarios, made by a single launch of two processes, which takes seconds."""
     folder = tmp_path_factory.mktemp("two")
     train_ranks.write_lists(tiny_images)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -79,7 +79,7 @@ def test_two_processes_go_on_exactly_after_a_stop(name: str, two: Path) -> None:
 
 
 def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Divided parameters are whole in a checkpoint."""
+    """Sharded parameters are unsharded in a checkpoint."""
     shutil.copytree(two / "fsdp", tmp_path / "run")
     path = tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000003"
     words = ["train", "--resume", str(path), "--strategy", "ddp", "--devices=1"]

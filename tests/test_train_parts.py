@@ -1,4 +1,4 @@
-"""The parts of the trainer by themselves: schedules, changes of recipes, segments, sizes and angles of gradients."""
+"""Unit tests of the trainer: schedules, recipe overrides, segments, gradient magnitudes and cosines."""
 
 import json
 import math
@@ -37,7 +37,7 @@ OPTIMIZER = replace(RELAY.optimizer, lr=1.0, iterations=100)
 
 
 def test_the_validation_loss_is_the_mean_over_images() -> None:
-    """With 65 images the last batch has one image."""
+    """With 65 images, the last batch has one image."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (65, 4, 4, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 7, (65,), generator=generator)
@@ -237,7 +237,7 @@ def test_angles_are_those_of_the_losses_own_gradients_and_training_goes_on_as_wi
     angles = gradients.overlap_cosines(relay, weighted, found)
     sum(weighted.values()).backward()
     seen = {name: p.grad.clone() for name, p in relay.named_parameters()}
-    # The same network, by hand: no windows, but only the overlap is looked at, where each window lets its loss through.
+    # The same network by hand, without windows: only the overlap is compared, which both losses reach.
     hidden = relay.model[2](relay.model[1](relay.model[0](images)))
     primary = nn.functional.cross_entropy(relay.model[4](relay.model[3](hidden)), labels)
     auxiliary = 0.3 * nn.functional.cross_entropy(relay.heads["aux"](hidden), labels)
@@ -276,7 +276,7 @@ def test_metrics_of_steps_without_a_checkpoint_are_dropped(tmp_path: Path) -> No
         records.write("train", step, {"loss": {"primary": 1.0 / step}, "top1": 50.0, "top5": 10.0})
     records.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')  # as after a kill
+        file.write('{"kind": "train", "st')  # as left by a killed process
     Records(tmp_path, 4).close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4]
 
@@ -304,7 +304,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_old_ones_go(tmp_path: Path) -> No
     assert [checkpoint.step_of(path) for path in checkpoint.newest(tmp_path)] == [8, 6, 2]
     assert checkpoint.newest_valid(tmp_path) == checkpoint.path_of(tmp_path, 8)
     (tmp_path / ".unfinished-step-00000010").mkdir()
-    checkpoint.write(tmp_path, checkpoint.Checkpoint(*tensors, {"step": 8}))  # over itself
+    checkpoint.write(tmp_path, checkpoint.Checkpoint(*tensors, {"step": 8}))  # overwrites itself
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 6, 8)]
 
 

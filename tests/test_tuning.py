@@ -1,4 +1,4 @@
-"""Tuning: grids that grow, choices, and `relaylab compare --tune` with its results."""
+"""Tuning: extension of grids, choices, and `relaylab compare --tune`."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def axes(*texts: str) -> tuple[Axis, ...]:
 
 
 def search(grid: tuple[Axis, ...], error: Callable[..., float | None]) -> tuple[Choice, int]:
-    """Train until nothing is left to train; return the choice and the number of trials."""
+    """Train all trials, and return the choice and the number of trials."""
     trials: list[Trial] = []
     while points := next_points(grid, trials, lambda _: True):
         assert len(trials) < 100
@@ -203,7 +203,7 @@ def test_the_report_names_only_values_that_were_chosen(tmp_path: Path, capsys: p
     assert cli.main(words_of(tmp_path, "--set", *SHORT, schemes="relay", seeds="1")) == 0, "without --tune"
     assert "weight" not in capsys.readouterr().out
     assert open_runs([tmp_path / "relay-s1"]).tuning is None
-    # The choices of schemes that a later command does not name are kept.
+    # Choices of schemes outside a later command are kept.
     assert cli.main(words_of(tmp_path, *tune, "--set", *SHORT, schemes="relay", seeds="0")) == 0
     tuning = read_tuning(tmp_path)
     assert tuning is not None
@@ -215,7 +215,7 @@ def words_of(out: Path, *more: str, schemes: str = "standard,relay", seeds: str 
 
 
 def stopping_after(count: int) -> Callable[..., bool]:
-    """Return a `train_all` that is stopped after so many runs."""
+    """Return a `train_all` that stops after a number of runs."""
     own, left = jobs.train_all, [count]
 
     def train_all(configs: dict[str, object], **options: object) -> bool:
@@ -260,7 +260,7 @@ def test_each_scheme_is_compared_at_its_own_values(
     assert "tuned on held-out images (--tune)" in page.read_text()
     subprocess.run([sys.executable, str(whole / "relay.py")], check=True)
 
-    # Stopped in the middle of the tuning, and resumed one at a time: the same bits.
+    # Stopped during tuning and resumed with one job: bitwise the same results.
     for count in (2, 5):
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "train_all", stopping_after(count))

@@ -1,4 +1,4 @@
-"""The verdict: a sentence for each pair of methods, and the intervals that it and the tables share."""
+"""The verdict: its sentence for each pair of methods, and the intervals."""
 
 import pytest
 from scipy import stats

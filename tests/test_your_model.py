@@ -1,4 +1,4 @@
-"""The example of a network of one's own: its recipe, and the commands of its README."""
+"""The custom network example: its recipe, and the commands of its README."""
 
 import json
 import re

@@ -122,7 +122,7 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     repeated = [word for word in rest if word.startswith("--") and rest.count(word) > 1]
     if repeated:  # tyro would keep only the last one
         raise InputError(f"{repeated[0]} is given more than once: list all its values after a single {repeated[0]}")
-    run, kind = _load(name)
+    run, kind = load_command(name)
     join_help_lines(kind)
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     options = tyro.cli(kind, prog=f"relaylab {name}", args=rest, config=config)
@@ -145,7 +145,7 @@ def overview(group: str = "") -> str:
     names = [name for name in COMMANDS if name != "recipes list"]  # an alias of `recipes`
     names = [name for name in names if not group or name == group or name.startswith(f"{group} ")]
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {(_load(name)[1].__doc__ or '').splitlines()[0]}" for name in names]
+    lines = [f"  {name:<{width}}  {(load_command(name)[1].__doc__ or '').splitlines()[0]}" for name in names]
     footer = (
         "'relaylab COMMAND --help' lists the options of a command, 'relaylab --version' prints the version.\n"
         "With --debug, any command prints the traceback of an error."
@@ -156,7 +156,7 @@ def overview(group: str = "") -> str:
     return "\n".join([usage, "", DESCRIPTION, "", "commands:", *lines, "", footer])
 
 
-def _load(name: str) -> tuple[Callable[[Any], int], type[Any]]:
+def load_command(name: str) -> tuple[Callable[[Any], int], type[Any]]:
     """Import a command, and return its function and the type of its options."""
     module, _, function = COMMANDS[name].partition(":")
     run = getattr(importlib.import_module(f"relaylab.commands.{module}"), function)

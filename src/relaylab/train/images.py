@@ -39,7 +39,7 @@ log = logging.getLogger("relaylab.train")
 
 MEMORY_SHARE = 0.5  # fraction of the free memory for decoded images; otherwise they are decoded on demand
 IMAGES_PER_PROCESS = 2000  # with fewer images, starting another process takes longer than decoding
-DEATHS = 3  # consecutive deaths of worker processes before an error
+DEATHS = 3  # consecutive deaths of worker processes that are tolerated
 LEAST_STD = 1.0  # minimum standard deviation of a channel
 SHOWN = 3  # similar class names in a message
 CHOICE_SEED = 0  # held-out images and rare classes do not depend on the seed of the run
