@@ -64,3 +64,50 @@ def check(page: Path, folder: Path) -> dict[str, Any]:
         assert found["used"] > 0.9, f"the width is not used at {size}: {found}"
         assert found["cells"] > 100, found
     return found
+
+
+# Opens all pages of a site in a frame as narrow as a phone, and says what the browser has made of each.
+FRAMES = """<body><script>
+const pages = PAGES, results = [];
+const luminance = text => { const [r, g, b] = text.match(/[0-9.]+/g).slice(0, 3).map(v => {
+  v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+(async () => {
+  for (const page of pages) {
+    const frame = document.createElement("iframe");
+    Object.assign(frame.style, {width: "390px", height: "900px", border: 0});
+    frame.src = page;
+    document.body.append(frame);
+    await new Promise(resolve => { frame.onload = resolve; });
+    await new Promise(resolve => setTimeout(resolve, 150)); // the theme lays out the page
+    const inside = frame.contentDocument, view = frame.contentWindow;
+    const ground = luminance(view.getComputedStyle(inside.body).backgroundColor);
+    const text = ["p", "td", "li", "a:not(.headerlink)"].map(tag => `.md-content ${tag}`).join(", ");
+    const contrast = [...inside.querySelectorAll(text)].map(e => {
+      const ink = luminance(view.getComputedStyle(e).color);
+      return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05); });
+    results.push({page, width: view.innerWidth, wide: inside.documentElement.scrollWidth,
+      missing: [...inside.images].filter(i => !(i.complete && i.naturalWidth > 0)).length,
+      contrast: Math.min(21, ...contrast), scheme: inside.body.dataset.mdColorScheme});
+    frame.remove();
+  }
+  document.title = JSON.stringify(results);
+})();
+</script>"""
+
+
+def framed(site: Path, pages: list[str], *, dark: bool) -> list[dict[str, Any]]:
+    """Return what the browser says of a site's pages on a phone; the site must be a folder that can be written."""
+    binary = chromium()
+    assert binary is not None
+    file = site / "frames.html"
+    file.write_text(FRAMES.replace("PAGES", json.dumps(pages)))
+    command = [binary, "--headless", "--no-sandbox", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command += [f"--user-data-dir={site.parent / f'frames{dark}'}", "--window-size=1280,1000"]
+    command += [f"--blink-settings=preferredColorScheme={int(not dark)}", "--virtual-time-budget=200000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=300, check=True
+    )
+    title = re.search(r"<title>(\[.*?\])</title>", done.stdout, re.DOTALL)
+    assert title is not None, done.stderr[-2000:]
+    return json.loads(title.group(1))

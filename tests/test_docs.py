@@ -246,26 +246,55 @@ def test_wrapping_keeps_what_a_page_says() -> None:
     assert wrap.wrapped("| a | b |\n```\n" + "x " * 90 + "\n```\n").splitlines()[2] == "x " * 90
 
 
-@pytest.mark.slow
-def test_the_site_is_built_and_can_be_searched_from_files(tmp_path: Path) -> None:
-    """--strict checks links and anchors, and docs/hooks.py that pages load nothing from elsewhere."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site. --strict checks links and anchors, and docs/hooks.py that pages load nothing from elsewhere."""
     pytest.importorskip("mkdocstrings", reason="needs the docs extra")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    for page in (
-        "index",
-        "reference/commands",
-        "results/engine",
-        "source/examples/plain_loop.py",
-        "contributing/index",
-    ):
-        assert (tmp_path / "site" / f"{page}.html").is_file(), page
-    if browser.chromium() is None:
-        pytest.skip("no Chromium")
-    url = f"{(tmp_path / 'site' / 'index.html').as_uri()}?q=suggest_plan"
-    command = [browser.chromium() or "", "--headless", "--no-sandbox", "--virtual-time-budget=20000", "--dump-dom", url]
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_has_pages_of_linked_files(site: Path) -> None:
+    for page in ("index", "reference/commands", "results/engine", "source/examples/plain_loop.py"):
+        assert (site / f"{page}.html").is_file(), page
+
+
+browsers = pytest.mark.skipif(browser.chromium() is None, reason="no Chromium")
+
+
+@pytest.mark.slow
+@browsers
+def test_the_site_can_be_searched_from_files(site: Path, tmp_path: Path) -> None:
+    url = f"{(site / 'index.html').as_uri()}?q=suggest_plan"
+    command = [browser.chromium() or "", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=20000", "--dump-dom", url]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     count = re.search(r'md-search-result__meta">(\d+) matching', shown)
     assert count is not None
     assert int(count[1]) >= 5
+
+
+@pytest.mark.slow
+@browsers
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_can_be_read_on_a_phone(site: Path, dark: bool) -> None:
+    pages = [path.relative_to(site).as_posix() for path in sorted(site.rglob("*.html"))]
+    pages = [page for page in pages if not page.startswith(("source/", "frames", "404"))]
+    for found in browser.framed(site, pages, dark=dark):
+        assert found["scheme"] == ("slate" if dark else "default")
+        assert found["wide"] == found["width"] == 390, found
+        assert found["missing"] == 0, found
+        assert found["contrast"] >= 4.5, found
+
+
+def test_ci_runs_the_documented_commands() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"run: \.ci/run$", workflow, re.MULTILINE)
+    commands = (ROOT / ".ci" / "run").read_text()
+    for target in ("lint", "types", "docs", "test"):
+        assert f"\nmake {target}" in commands, target
+        assert re.search(rf"^{target}: ", (ROOT / "Makefile").read_text(), re.MULTILINE), target
