@@ -50,7 +50,7 @@ def images_of(count: int, classes: int = 4, fingerprint: str = "f") -> ImageList
 def test_default_scales_are_the_papers_in_proportion() -> None:
     assert default_scales(InputConfig(mean=MEAN)) == [224, 256, 320, 384, 448]
     assert default_scales(InputConfig(mean=MEAN, crop=64, resize=72)) == [64, 72, 90, 108, 126]
-    with pytest.raises(InputError, match="crops of 224 pixels"):
+    with pytest.raises(InputError, match="scale 200: expected at least 224 pixels"):
         views_of("dense", InputConfig(mean=MEAN), [200])
     with pytest.raises(InputError, match="unknown protocol"):
         views_of("sparse", InputConfig(mean=MEAN))  # pyright: ignore[reportArgumentType]
@@ -413,7 +413,7 @@ def test_the_command_refuses_what_it_cannot_do(
         ([relay, "--ensemble", "product"], "at least two networks"),
         ([relay, "--scales", "224"], "--scales and --flip require the dense protocol"),
         ([relay, "--protocol", "dense", "--scales", "big"], "expected sizes in pixels"),
-        ([relay, "--protocol", "dense", "--scales", "16"], "crops of 32 pixels"),
+        ([relay, "--protocol", "dense", "--scales", "16"], "scale 16: expected at least 32 pixels"),
         ([relay, "--batch-size", "0"], "--batch-size must be at least 1"),
     ]:
         assert main(["eval", *arguments]) == 2, arguments

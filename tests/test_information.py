@@ -127,7 +127,7 @@ def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytes
     sources = {(each["source"], each["trained"]) for each in figures["runs"]["relay"]}
     assert sources == {("activations", True), ("primary", True), ("primary", False), ("aux", True)}
     page = (out / "information.html").read_text()
-    assert "<h3>Limits</h3>" in page
+    assert "<h3>Limitations</h3>" in page
     assert '<th scope="row">segment 4, conv 2</th>' in page
     assert "relay at step 2" in page
     assert not re.search(r"""<script|(?:src|href)=["'](?!data:|#)""", page), "self-contained"
@@ -135,4 +135,4 @@ def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytes
     for folder in (run / "checkpoints").iterdir():
         (folder / "SHA256SUMS").unlink()
     assert main(["diagnose", "information", str(run), "--out", str(tmp_path / "again")]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "no valid checkpoint" in capsys.readouterr().err

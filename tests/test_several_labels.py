@@ -226,7 +226,7 @@ def test_early_release_parts_and_images_on_disk_train_alike(
     [
         (
             "loss.function=cross-entropy",
-            r"loss.function is cross-entropy, .* train.csv has images .*: --set loss.function=b",
+            r"loss.function is cross-entropy, .* train.csv are multi-label: --set loss.function=b",
         ),
         ("images.sampling=class-aware", r"images.sampling is class-aware, .*: --set images.sampling=shuffled"),
         ("loss.class_weights=balanced", r"loss.class_weights is balanced, .*: --set loss.class_weights=none"),
@@ -280,7 +280,7 @@ def test_a_comparison_speaks_of_average_precision(compared: Path) -> None:
     run = comparison.runs[0]
     positives = [count / 23 for count in run.counts["val"]]
     guess = 100 - 100 * sum(positives) / 3
-    assert table.rows[-1][:3] == ("guessing", "", f"{guess:.2f}")
+    assert table.rows[-1][:3] == ("chance level", "", f"{guess:.2f}")
     assert comparison.errors()["standard"][0] == run.last["map_error"]
     said = verdict_of(comparison)
     basis = "95 % confidence intervals over 2 paired seeds (t)"

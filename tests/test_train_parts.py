@@ -63,8 +63,8 @@ def test_batch_normalisation_over_single_images_is_looked_at_before_the_first_st
     resnet, inception = (at_scale(find_recipe(f"table6-{name}-relay"), "tiny") for name in ("resnet50", "inception-v3"))
     four = TrainOptions(recipe="x", accumulate=4)
     assert requests.batch_problems(resnet, four, 1) == [], "its last map has more than one place"
-    assert has_local_batch_norm(build_relay(resnet, shadow=True))
-    assert not has_local_batch_norm(build_relay(RELAY, shadow=True))
+    assert has_local_batch_norm(build_relay(resnet, on_meta=True))
+    assert not has_local_batch_norm(build_relay(RELAY, on_meta=True))
     assert requests.batch_problems(RELAY, four, 1) == []
     (problem,) = requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 2)
     assert "would normalise a single value per channel" in problem
