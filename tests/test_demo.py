@@ -168,7 +168,7 @@ def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: p
         "Relay BP", "Relay BP", "Multi-loss",
     ]  # fmt: skip
     assert all(line.endswith(".") for line in sentences)
-    assert page == f"Page:    {(out / 'report.html').resolve()}"
+    assert page == f"Report:  {(out / 'report.html').resolve()}"
     assert "6 of 6: " in captured.err
     html = (out / "report.html").read_text()
     assert "<script" not in html
