@@ -40,12 +40,12 @@ from relaylab.data.sources.classes import Classes
 from relaylab.models.building import build_criterion, build_relay
 from relaylab.recipes import find_recipe
 from relaylab.recipes.schema import Recipe
-from relaylab.train import runs
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages
 from relaylab.train.loop import Trainer
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records
+from relaylab.train.requests import Request
 from relaylab.train.seeding import seed_all
 from relaylab.train.segments import segments_of
 from relaylab.train.session import assemble
@@ -132,8 +132,8 @@ class TrainerLoop:
 
     def __init__(self, settings: Settings, images: RunImages, folder: Path) -> None:
         recipe = settings.recipe
-        config = TrainConfig(accelerator=settings.device, precision=settings.precision, seed=SEED)
-        request = runs.Request(config, recipe, folder)
+        config = TrainOptions(accelerator=settings.device, precision=settings.precision, seed=SEED)
+        request = Request(config, recipe, folder)
         fabric = make_fabric(config)
         self.trainer: Trainer = assemble(fabric, request, images, segments_of(recipe), StopRequest())
         self.trainer.records = Records(folder, 0)
@@ -143,12 +143,12 @@ class TrainerLoop:
 
     def step(self) -> None:
         """Run one update without gradient statistics."""
-        self.trainer.config = self.without
+        self.trainer.options = self.without
         self.trainer.step(self.batches)
 
     def step_with_statistics(self) -> None:
         """Run one update with gradient statistics."""
-        self.trainer.config = self.with_statistics
+        self.trainer.options = self.with_statistics
         self.trainer.step(self.batches)
 
 
@@ -236,7 +236,7 @@ def measure(settings: Settings) -> Metrics:
         variants = {"without": ours.step, "with": ours.step_with_statistics}
         times = interleave(variants, rounds=settings.rounds, budget_s=settings.statistics_budget_s, warmup=1)
         result = ratio(times["with"], times["without"])
-        interval = TrainConfig().diagnose_every
+        interval = TrainOptions().diagnose_every
         metrics |= {
             "look_in_steps": result.median - 1,
             "look_in_steps_error": result.error,
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": SEED,
         "model": f"{settings.recipe.name}, {settings.crop_spec.size} pixels",
         "batch": settings.recipe.optimizer.batch_size,
-        "looks_every": TrainConfig().diagnose_every,
+        "looks_every": TrainOptions().diagnose_every,
         "keeps_memory": keeps,
         "elapsed_s": round(time.perf_counter() - started, 1),
     }

@@ -14,7 +14,7 @@ from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, STYLE
 
 
 def figures(size: Size) -> dict[str, Figure]:
-    """Return the figures of a size by the last part of their file names."""
+    """Return the figures of an image size, by the last part of their file names."""
     findings = read_findings(size)
     with rc_context(STYLE):
         return {
@@ -25,12 +25,12 @@ def figures(size: Size) -> dict[str, Figure]:
 
 
 def rates_figure(findings: Sequence[Finding]) -> Figure:
-    """Plot top-1 errors on images set aside against the learning rate, a line for each scheme."""
+    """Plot the top-1 error on held-out images against the learning rate, one line per scheme."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for label, scheme in METHODS.items():
-        own = {run.rate: run.top1 for run in findings if run.arm.startswith(f"selection/{scheme}-")}
-        axes.plot(RATES, [own[rate] for rate in RATES], marker="o", linewidth=2, label=label, **_look(scheme))
+        errors = {run.rate: run.top1 for run in findings if run.arm.startswith(f"selection/{scheme}-")}
+        axes.plot(RATES, [errors[rate] for rate in RATES], marker="o", linewidth=2, label=label, **_look(scheme))
     axes.set_xscale("log")
     axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     axes.minorticks_off()
@@ -42,9 +42,9 @@ def rates_figure(findings: Sequence[Finding]) -> Figure:
 
 
 def errors_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figure:
-    """Plot the top-1 errors of each arm, a panel for each study: a point for each seed, a bar at their mean.
+    """Plot the top-1 errors of each arm, one panel per study: a point per seed, and a bar at the mean.
 
-    Collapsed runs are counted beside the panel.
+    Collapsed runs are counted next to the panel.
     """
     heights = [len(study.arms) + 1.5 for study in studies]
     figure = Figure(figsize=(8, 0.36 * sum(heights) + 0.4), layout="constrained")
@@ -56,16 +56,16 @@ def errors_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figu
 
 
 def _errors_panel(axes: Axes, study: Study, findings: Sequence[Finding]) -> None:
-    for place, (label, arm) in enumerate(study.arms.items()):
-        own = study.runs(label, findings)
-        learnt = [run.top1 for run in own if not run.collapsed]
-        lost = len(own) - len(learnt)
-        note = "not run" if not own else f"{lost} of {len(own)} collapsed" if lost else ""
-        axes.text(1.01, place, note, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    for row, (label, arm) in enumerate(study.arms.items()):
+        runs = study.runs(label, findings)
+        learnt = [run.top1 for run in runs if not run.collapsed]
+        lost = len(runs) - len(learnt)
+        note = "not run" if not runs else f"{lost} of {len(runs)} collapsed" if lost else ""
+        axes.text(1.01, row, note, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
         if learnt:
             colour = SCHEME_COLOURS[scheme_of(arm)]
-            axes.plot(learnt, [place] * len(learnt), "o", color=colour, markersize=5, alpha=0.7)
-            axes.plot(statistics.fmean(learnt), place, "|", color=colour, markersize=18, markeredgewidth=2.5)
+            axes.plot(learnt, [row] * len(learnt), "o", color=colour, markersize=5, alpha=0.7)
+            axes.plot(statistics.fmean(learnt), row, "|", color=colour, markersize=18, markeredgewidth=2.5)
     axes.set_yticks(range(len(study.arms)), list(study.arms))
     axes.set_ylim(len(study.arms) - 0.5, -0.5)
     axes.margins(x=0.1)
@@ -73,21 +73,21 @@ def _errors_panel(axes: Axes, study: Study, findings: Sequence[Finding]) -> None
 
 
 def curves_figure(studies: Sequence[Study], findings: Sequence[Finding]) -> Figure:
-    """Plot top-1 error against iterations, a panel for each study: the mean over seeds, and each seed faintly.
+    """Plot the top-1 error against iterations, one panel per study: the mean over seeds, and faint lines per seed.
 
-    Collapsed runs are left out, and the legend says so.
+    Collapsed runs are excluded, and counted in the legend.
     """
     figure = Figure(figsize=(5.2 * len(studies), 3.8), layout="constrained")
     for axes, study in zip(figure.subplots(1, len(studies), squeeze=False, sharey=True)[0], studies, strict=True):
         for label, arm in study.arms.items():
-            own = study.runs(label, findings)
-            curves = [run.curve for run in own if not run.collapsed]
+            runs = study.runs(label, findings)
+            curves = [run.curve for run in runs if not run.collapsed]
             look = _look(scheme_of(arm))
             for curve in curves:
                 axes.plot(list(curve), list(curve.values()), color=look["color"], linewidth=0.8, alpha=0.3)
             steps = list(curves[0])
             means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-            counted = f"{label} ({len(curves)} of {len(own)} seeds)" if len(curves) < len(own) else label
+            counted = f"{label} ({len(curves)} of {len(runs)} seeds)" if len(curves) < len(runs) else label
             axes.plot(steps, means, linewidth=2.2, label=counted, **look)
         axes.set_title(study.title)
         axes.set_xlabel("iteration")

@@ -1,4 +1,4 @@
-"""The results of the first check: one finding for each finished run of results/evidence-SIZE.json."""
+"""The results of the first check: one finding per finished run in results/evidence-SIZE.json."""
 
 import json
 import re
@@ -21,14 +21,14 @@ class Finding:
     """The result of one run.
 
     Attributes:
-        arm: What was trained, as GROUP/NAME: "model-a/relay".
-        seed: Seed of the run.
-        rate: Learning rate.
-        top1: Validation error after the last iteration, in per cent.
-        top5: Top-5 error on the same images.
-        curve: Top-1 error by iteration.
-        by_class: Top-1 error on the validation images of each class.
-        gflops: Cost of a training step, per image.
+        arm: name of the configuration, GROUP/NAME, such as "model-a/relay".
+        seed: seed of the run.
+        rate: learning rate.
+        top1: top-1 validation error after the last iteration, in per cent.
+        top5: top-5 validation error after the last iteration, in per cent.
+        curve: top-1 error by iteration.
+        by_class: top-1 error per class.
+        gflops: cost of a training step, per image.
     """
 
     arm: str
@@ -42,7 +42,7 @@ class Finding:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the run ended at chance."""
+        """Whether the run ended at chance level."""
         return self.top1 >= COLLAPSED
 
 
@@ -54,7 +54,7 @@ def scheme_of(arm: str) -> str:
 
 
 def read_findings(size: Size) -> list[Finding]:
-    """Return the findings of all runs of a size that finished."""
+    """Return the findings of all finished runs of an image size."""
     values = json.loads((RESULTS / f"evidence-{size}.json").read_text(encoding="utf-8"))
     return [_finding(run) for run in values["runs"] if run["ended"]]
 

@@ -23,7 +23,7 @@ TABLES: dict[Size, tuple[str, ...]] = {"32px": tuple(STUDIES), "64px": ("model-a
 
 
 def sections() -> dict[str, list[str]]:
-    """Return the lines of each table of the page, by the table's marker."""
+    """Return the lines of each table of the page, by marker."""
     tables: dict[str, list[str]] = {}
     for size, names in TABLES.items():
         findings = read_findings(size)
@@ -34,23 +34,23 @@ def sections() -> dict[str, list[str]]:
 
 
 def study_table(study: Study, findings: Sequence[Finding]) -> Table:
-    """Return the errors of each arm that was run, and their differences paired by seed.
+    """Return the errors of each arm with runs, and the differences paired by seed.
 
     Collapsed runs are counted, and excluded from means and differences.
     """
     runs = {label: study.runs(label, findings) for label in study.arms}
-    learnt = {label: {run.seed: run for run in own if not run.collapsed} for label, own in runs.items()}
+    learnt = {label: {run.seed: run for run in arm_runs if not run.collapsed} for label, arm_runs in runs.items()}
     rows: list[tuple[str, ...]] = []
-    for label, own in runs.items():
-        if not own:
+    for label, arm_runs in runs.items():
+        if not arm_runs:
             continue
         ours = learnt[label]
         errors = [[getattr(run, top) for run in ours.values()] for top in ("top1", "top5")]
         cells = [mean_text(values) if values else "" for values in errors]
-        lost = len(own) - len(ours)
-        cells[0] += f" ({lost} of {len(own)} collapsed)" if lost else ""
+        lost = len(arm_runs) - len(ours)
+        cells[0] += f" ({lost} of {len(arm_runs)} collapsed)" if lost else ""
         cells += [_difference(ours, learnt[base]) if base != label else "" for base in study.against]
-        rows.append((label, f"{own[0].rate:g}", *(cell.strip() for cell in cells)))
+        rows.append((label, f"{arm_runs[0].rate:g}", *(cell.strip() for cell in cells)))
     header = ("", "rate", "top-1 error", "top-5 error", *(f"top-1 minus {base}" for base in study.against))
     return Table(study.title, header, tuple(rows))
 
@@ -61,7 +61,7 @@ def _difference(ours: dict[int, Finding], base: dict[int, Finding]) -> str:
 
 
 def thirds_table(findings: Sequence[Finding]) -> Table:
-    """Return top-1 errors on thirds of the classes: those with many training images, with some and with few."""
+    """Return the top-1 errors on thirds of the classes, by their number of training images."""
     study = STUDIES[f"tail-{TAIL}"]
     rows: list[tuple[str, ...]] = []
     for label in study.arms:

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from experiments.findings import Finding, Size
 
 METHODS = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay", "isolated windows": "isolated"}
-RATES = (0.005, 0.01, 0.02, 0.04, 0.08)  # the grid that learning rates were chosen from
+RATES = (0.005, 0.01, 0.02, 0.04, 0.08)  # grid of learning rates
 PER_CLASS = 900  # training images of MiniPlaces
-TAIL = 50  # largest to smallest class
+TAIL = 50  # ratio of the largest to the smallest class
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The comparison of a few arms.
+    """A comparison of several arms.
 
     Attributes:
-        title: Title of the table.
-        arms: Arms by their labels in the table.
-        against: Labels of the baselines; the table has a column of differences for each.
-        seeds: Seeds to compare; None for all.
+        title: title of the table.
+        arms: arms by label.
+        against: labels of the baselines, each with a column of differences.
+        seeds: seeds to compare; None for all.
     """
 
     title: str
@@ -29,8 +29,8 @@ class Study:
 
     def runs(self, label: str, findings: Sequence[Finding]) -> list[Finding]:
         """Return the runs of the arm with this label."""
-        own = [run for run in findings if run.arm == self.arms[label]]
-        return [run for run in own if self.seeds is None or run.seed in self.seeds]
+        arm_runs = [run for run in findings if run.arm == self.arms[label]]
+        return [run for run in arm_runs if self.seeds is None or run.seed in self.seeds]
 
 
 def _table3(group: str, title: str) -> Study:
@@ -134,6 +134,6 @@ STUDIES: Mapping[str, Study] = {
         against=("shuffled",),
     ),
 }
-# Studies whose errors are plotted, and those with learning curves, by size.
+# Studies in the plots of errors and of learning curves, by image size.
 PLOTTED: Mapping[Size, tuple[str, ...]] = {"32px": tuple(STUDIES), "64px": ("model-a", "weight")}
 CURVES: Mapping[Size, tuple[str, ...]] = {"32px": ("model-a", "model-b-cores"), "64px": ("model-a",)}

@@ -1,4 +1,4 @@
-"""The moving average of weights: its values, its exchange, and its place in runs."""
+"""The moving average of weights: values, swapping, and use in runs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaylab.errors import InputError
 from relaylab.models.file import read_model
-from relaylab.train import runs, session
+from relaylab.train import requests, run_folder, session
 from relaylab.train.averaging import Average
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from test_optimizers import ADAMW
 from test_train import SHORT, assert_identical, final, lines_of, stop_after, train
 
@@ -99,19 +99,19 @@ def test_a_run_with_an_average_resumes_bit_for_bit(
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         train(tiny_images, tmp_path / "stopped", **options)
-    assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "stopped")))).finished
+    assert session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "stopped")))).finished
     stored = final(tmp_path / "whole", end)
     assert_identical(final(tmp_path / "stopped", end), stored)
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "whole")
     assert {"ema_top1", "ema_top5", "ema_loss"} < whole.last.keys()
     assert whole.last["ema_loss"] != whole.last["loss"]
-    raw, average = (read_model(tmp_path / "stopped" / name) for name in (runs.MODEL, runs.AVERAGED))
+    raw, average = (read_model(tmp_path / "stopped" / name) for name in (run_folder.MODEL, run_folder.AVERAGED))
     for name, tensor in average.state.items():
         own = f"optimizer/model.{name}/ema" if tensor.is_floating_point() else f"model/model.{name}"
         assert torch.equal(tensor, stored[own]), name
         assert torch.equal(raw.state[name], stored[f"model/model.{name}"]), name
     assert f"top-1 {whole.last['ema_top1']:.2f} %" in average.about
-    assert "with averaged weights: val. error top-1" in (tmp_path / "whole" / runs.LOG).read_text()
+    assert "averaged weights: val. error top-1" in (tmp_path / "whole" / run_folder.LOG).read_text()
 
 
 def test_an_average_changes_nothing_in_the_training(
@@ -123,7 +123,7 @@ def test_an_average_changes_nothing_in_the_training(
     plain, averaged = final(tmp_path / "plain", 4), final(tmp_path / "averaged", 4)
     assert_identical({name: averaged[name] for name in plain}, plain)
     assert {name.rpartition("/")[2] for name in averaged.keys() - plain.keys()} == {"ema"}
-    assert not (tmp_path / "plain" / runs.AVERAGED).exists()
+    assert not (tmp_path / "plain" / run_folder.AVERAGED).exists()
     without = [{k: v for k, v in line.items() if not k.startswith("ema_")} for line in lines_of(tmp_path / "averaged")]
     assert without == lines_of(tmp_path / "plain")
 
@@ -131,7 +131,7 @@ def test_an_average_changes_nothing_in_the_training(
 def test_the_space_for_checkpoints_counts_every_tensor(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names the size that two checkpoints really have."""
+    """The error has the actual size of two checkpoints."""
     changes = ("optimizer.iterations=1", "optimizer.evaluate_every=1", *AVERAGED)
     train(tiny_images, tmp_path / "run", short=True, changes=changes)
     size = sum(tensor.nbytes for name, tensor in final(tmp_path / "run", 1).items() if not name.endswith("/step"))

@@ -1,4 +1,4 @@
-"""The command line: quick to answer, and one clear line where the user went wrong."""
+"""The command line: start-up time, help, and one-line errors."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def relaylab(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def image_tree(tmp_path: Path) -> Make:
     def make(**files: int) -> Path:
-        """By `split__class`, so many images."""
+        """Create an image tree, given the number of images by `split__class`."""
         root = tmp_path / "tree"
         for place, count in files.items():
             folder = root / place.replace("__", "/")
@@ -69,11 +69,22 @@ def test_help_lists_what_there_is(arguments: list[str]) -> None:
 def test_groups_of_commands_have_a_list_and_nearest_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", "--help"]) == 0
     out = capsys.readouterr().out
+    assert "usage: relaylab recipes [COMMAND] [OPTIONS]" in out
+    assert re.search(r"^  recipes +List the built-in recipes", out, re.MULTILINE)
     assert "recipes show" in out
     assert "demo" not in out
     for words, nearest in {("recipes", "shwo", "digits"): "recipes show", ("data", "chek"): "data check"}.items():
         assert cli.main(list(words)) == 2
         assert f"unknown command '{words[0]} {words[1]}'; nearest: {nearest}" in capsys.readouterr().err
+
+
+def test_help_texts_have_no_line_breaks_of_the_source(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "WebDataset shards, Parquet files" in capsys.readouterr().out
 
 
 def test_options_are_given_in_both_spellings() -> None:
@@ -87,11 +98,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a command that exits with 2."""
+    """Return the error line of a command that exits with 2."""
     assert cli.main(["demo", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    line = captured.err.splitlines()[-1]  # progress lines may stand above
+    line = captured.err.splitlines()[-1]  # progress lines may precede it
     assert line.startswith("relaylab: ")
     assert "Traceback" not in captured.err
     return line
@@ -132,7 +143,7 @@ def test_options_out_of_range(
         ({"train__a": 0, "val__a": 0}, "no images in"),
         ({"train__a": 1, "train__b": 1, "val__a": 1, "val__c": 1}, "classes with train images but no val images: b"),
         ({"train__a": 1, "val__a": 1, "val__c": 1}, "classes with val images but no train images: c"),
-        ({"train__a": 2, "val__a": 2}, "one class only (a)"),
+        ({"train__a": 2, "val__a": 2}, "only one class (a)"),
     ],
 )
 def test_folders_that_are_no_data_set(
@@ -179,7 +190,7 @@ def test_an_unknown_option_is_refused() -> None:
 
 
 def interrupt(process: subprocess.Popen[str]) -> str:
-    """Press Ctrl-C as people do: once more where nothing happens. Python drops one that comes within a destructor."""
+    """Send SIGINT repeatedly until the process ends. Python drops one that arrives within a destructor."""
     for _ in range(12):
         process.send_signal(signal.SIGINT)
         try:

@@ -1,4 +1,4 @@
-"""Comparisons: what is missing is trained, several runs at once, and a run that fails is a result."""
+"""Comparisons: missing runs are trained concurrently, and failed runs are reported."""
 
 import json
 import multiprocessing
@@ -18,8 +18,8 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaylab import cli
 from relaylab.commands import compare
-from relaylab.train import failures, jobs, many, runs
-from relaylab.train.options import TrainConfig
+from relaylab.train import failures, jobs, many, requests, run_folder
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 
 SMALL = ("network.width=2", "network.convs=1", "optimizer.batch_size=8")
@@ -32,7 +32,7 @@ def words_of(out: Path, *more: str, changes: tuple[str, ...] = SHORT) -> list[st
 
 
 def lines_of(run: Path) -> list[dict[str, object]]:
-    lines = read_metrics(run / runs.METRICS)
+    lines = read_metrics(run / run_folder.METRICS)
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
@@ -78,22 +78,22 @@ def test_two_at_once_stopped_and_resumed_give_the_bits_of_one_at_a_time(tmp_path
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     names = ("standard-s0", "relay-s0")
-    wait_until(lambda: all((both / name / runs.METRICS).is_file() for name in names))
-    wait_until(lambda: all((both / name / runs.METRICS).stat().st_size for name in names))
+    wait_until(lambda: all((both / name / run_folder.METRICS).is_file() for name in names))
+    wait_until(lambda: all((both / name / run_folder.METRICS).stat().st_size for name in names))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "The same command resumes" in out
+    assert "Run the same command again to resume the others." in out
     assert "Traceback" not in err
-    assert all(any((both / name / runs.CHECKPOINTS).iterdir()) for name in names), "the step was saved"
+    assert all(any((both / name / run_folder.CHECKPOINTS).iterdir()) for name in names), "the step was saved"
     assert not (both / "relay-s1").exists(), "nothing was started after the signal"
     assert cli.main(words_of(both, *more, "--jobs", "2", changes=changes)) == 0
     assert cli.main(words_of(alone, *more, "--jobs", "1", changes=changes)) == 0
     for name in ("standard-s0", "relay-s0", "standard-s1", "relay-s1"):
-        models = [(folder / name / runs.MODEL).read_bytes() for folder in (both, alone)]
+        models = [(folder / name / run_folder.MODEL).read_bytes() for folder in (both, alone)]
         assert models[0] == models[1], name
         assert lines_of(both / name) == lines_of(alone / name)
-    assert (alone / "relay-s0" / runs.MODEL).read_bytes() != (alone / "relay-s1" / runs.MODEL).read_bytes()
+    assert (alone / "relay-s0" / run_folder.MODEL).read_bytes() != (alone / "relay-s1" / run_folder.MODEL).read_bytes()
 
 
 def test_a_run_that_diverges_is_a_result_and_is_not_trained_again(
@@ -107,7 +107,7 @@ def test_a_run_that_diverges_is_a_result_and_is_not_trained_again(
         captured = capsys.readouterr()
         (row,) = [line for line in captured.out.splitlines() if line.startswith("| Relay BP")]
         assert row.startswith("| Relay BP | 0 of 2 seeds; 2 diverged |  |  |")
-        assert "Relay BP, seed 1: diverged after step 0: step 1: not finite" in captured.err
+        assert "Relay BP, seed 1: diverged after step 0: step 1: non-finite values in" in captured.err
         assert "would diverge again" in captured.err
         assert "| standard BP | 2 seeds |" in captured.out
         assert "Relay BP, seed 0: diverged" in (tmp_path / "comparison.md").read_text()
@@ -140,14 +140,14 @@ def test_runs_of_a_small_vgg_are_evaluated_and_other_folders_refused(
     assert cli.main([*words, "optimizer.momentum=0.5"]) == 2
     assert "give another --out, or remove that folder" in capsys.readouterr().err
     assert cli.main(["compare", "digits", "--out", scores]) == 2
-    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert "is not empty and does not contain a comparison" in capsys.readouterr().err
     assert cli.main(["compare", "digts"]) == 2
     assert capsys.readouterr().err == "relaylab: unknown recipe 'digts'; nearest: digits\n"
     assert cli.main([*words_of(tmp_path / "new"), "network.architecture=smal_vgg"]) == 2
     assert "unknown architecture 'smal_vgg'; nearest: small_vgg" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert cli.main(["compare", "digits", "--set", "optimizer.lr=1", "--set", "optimizer.momentum=0"]) == 2
-    assert "--set is given more than once: put all its values after one --set" in capsys.readouterr().err
+    assert "--set is given more than once: list all its values after a single --set" in capsys.readouterr().err
 
 
 def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) ->
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(cli.main(words)))
     thread.start()
-    metrics = tmp_path / "standard-s0" / runs.METRICS
+    metrics = tmp_path / "standard-s0" / run_folder.METRICS
     wait_until(lambda: metrics.is_file() and metrics.stat().st_size)
     (process,) = multiprocessing.active_children()
     assert process.name == "standard-s0"
@@ -167,22 +167,22 @@ def test_a_run_that_was_killed_is_a_result_and_is_tried_again(tmp_path: Path) ->
     assert failure is not None
     assert (failure.kind, failure.error) == ("failed", "its process was killed by SIGKILL")
     assert "| standard BP | 0 of 1 seed; 1 failed |" in (tmp_path / "comparison.md").read_text()
-    assert (tmp_path / "relay-s0" / runs.MODEL).is_file(), "the other run was not affected"
+    assert (tmp_path / "relay-s0" / run_folder.MODEL).is_file(), "the other run was not affected"
     assert cli.main(words) == 0
     assert failures.read_failure(tmp_path / "standard-s0") is None
 
 
 def test_a_run_that_failed_before_it_began_is_tried_again(tmp_path: Path) -> None:
-    """As after a kill while images are decoded: the folder has no configuration yet."""
+    """As after a kill during decoding: the folder has no configuration yet."""
     words = words_of(tmp_path, "--schemes", "standard", "--seeds", "0")
     folder = tmp_path / "standard-s0"
     folder.mkdir()
-    for name in (runs.LOCK, runs.LOG):
+    for name in (run_folder.LOCK, run_folder.LOG):
         (folder / name).write_text("")
-    (folder / runs.ENVIRONMENT).write_text('{"starts": []}')
+    (folder / run_folder.ENVIRONMENT).write_text('{"starts": []}')
     failures.write_failure(folder, failures.Failure("failed", 0, "its process was killed by SIGKILL"))
     assert cli.main(words) == 0
-    assert (folder / runs.MODEL).is_file()
+    assert (folder / run_folder.MODEL).is_file()
     assert failures.read_failure(folder) is None
 
 
@@ -230,7 +230,7 @@ def test_what_would_stop_every_run_is_an_error_and_leaves_nothing(
 def test_threads_depend_on_the_cores_and_on_the_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int | None, int]] = []
 
-    def train_all(configs: dict[str, TrainConfig], *, jobs: int, threads: int | None, iterations: int) -> None:
+    def train_all(configs: dict[str, TrainOptions], *, jobs: int, threads: int | None, iterations: int) -> None:
         seen.append((jobs, threads, len(configs)))
 
     monkeypatch.setattr(jobs, "train_all", train_all)
@@ -251,8 +251,8 @@ def test_lists_of_schemes_and_seeds() -> None:
 
 
 def test_a_comparisons_run_can_be_said_as_a_command() -> None:
-    config = TrainConfig(
+    config = TrainOptions(
         recipe="table3-model-a-relay", scale="tiny", data=(Path("images"),), changes=SHORT, workers=0, devices=2,
         out=Path("out"), precision="bf16", compile=True,
     )  # fmt: skip
-    assert cli.parse(runs.arguments_of(config))[1] == config
+    assert cli.parse(requests.arguments_of(config))[1] == config

@@ -192,5 +192,5 @@ def test_inspect_prints_the_columns_that_were_read(
     assert "3 images in 2 classes" in out
     assert "images by file, classes by labels; ignored: age, size" in out
     assert "several labels per image, separated by semicolons or bars" in out
-    assert "several labels      1\n" in out
+    assert "multi-label         1\n" in out
     assert "images per class    1 (b) to 3 (a)" in out

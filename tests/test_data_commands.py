@@ -56,8 +56,8 @@ def test_inspect_describes_the_data(tree: Path, tmp_path: Path, capsys: pytest.C
     assert "1 (quay) to 3 (bus)" in said
     assert "shorter side        40 pixels\n" in said
     assert "1 .md" in said
-    assert "folders passed over " in said
-    assert {"@eaDir", "#recycle"} == set(said.partition("folders passed over ")[2].splitlines()[0].split(", "))
+    assert "skipped folders     " in said
+    assert {"@eaDir", "#recycle"} == set(said.partition("skipped folders     ")[2].splitlines()[0].split(", "))
     assert "JPEG RGB, progressive" in said
     facts = json.loads((out / "train" / "summary.json").read_text())
     assert facts["classes"] == [["bus", 3], ["quay", 1], ["zoo", 2]]
@@ -133,7 +133,7 @@ def test_a_test_list_has_no_balance(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "out"
     paths = [str(tmp_path / "test.txt"), str(tmp_path / "images")]
     assert cli.main(["data", "inspect", *paths, "--out", str(out), "--workers", "0"]) == 0
-    assert "without a label     2" in capsys.readouterr().out
+    assert "unlabelled          2" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"summary.json", "bad-images.txt"}
 
 

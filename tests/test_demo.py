@@ -1,4 +1,4 @@
-"""The demo: fair starts, the embedded digits as a data set, changes that suit the user's images, and a page."""
+"""The demo: equal initial weights, the packaged digits, overrides for the user's images, and the report."""
 
 import io
 import json
@@ -27,8 +27,8 @@ from relaylab.models.small import small_vgg
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.schema import Recipe
-from relaylab.train import runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 
 SCHEMES = ("standard", "multi_loss", "relay")
@@ -42,7 +42,7 @@ def recipe_of(name: str, *changes: str) -> Recipe:
 
 
 def scenes(root: Path, sizes: dict[str, int], side: int = 36) -> Path:
-    """Square photographs of noise, more or less bright."""
+    """Square noise images of different brightness."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
         for number, (name, count) in enumerate(sizes.items()):
@@ -107,13 +107,13 @@ def test_all_schemes_see_the_same_batches_and_masks(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(session, "build_relay", watched)
     for scheme in SCHEMES:
         changes = (*TINY, "optimizer.iterations=4", "optimizer.evaluate_every=4", "optimizer.lr=1e-9")
-        config = TrainConfig(recipe="digits", changes=(*changes, f"scheme={scheme}"), out=tmp_path / scheme)
-        session.train(runs.understand(config))
+        config = TrainOptions(recipe="digits", changes=(*changes, f"scheme={scheme}"), out=tmp_path / scheme)
+        session.train(requests.resolve(config))
     for scheme in ("multi_loss", "relay"):
         assert len(seen[scheme]) == len(seen["standard"]) > 8
         images = list(zip(seen[scheme][::2], seen["standard"][::2], strict=True))
         assert all(torch.equal(ours, theirs) for ours, theirs in images)
-    # Weights move by next to nothing at this rate, so masks can be compared where units are active.
+    # Weights hardly change at this rate, so masks can be compared where units are active.
     masks = [seen[scheme][7] for scheme in SCHEMES]  # of the last training step
     assert masks[0].any()
     assert torch.equal(masks[2], masks[1])
@@ -160,7 +160,7 @@ def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: p
     captured = capsys.readouterr()
     printed, verdict, paths = captured.out.split("\n\n")
     table, (results_path, page) = printed.splitlines(), paths.splitlines()
-    methods = ["| standard BP", "| multi-loss", "| Relay BP", "| guessing"]
+    methods = ["| standard BP", "| multi-loss", "| Relay BP", "| chance level"]
     assert [line.split(" | ")[0] for line in table[2:]] == methods
     assert results_path == f"Results: {(out / 'comparison.md').resolve()}"
     sentences = verdict.splitlines()
@@ -168,7 +168,7 @@ def test_the_terminal_ends_with_table_verdict_and_page(tmp_path: Path, capsys: p
         "Relay BP", "Relay BP", "Multi-loss",
     ]  # fmt: skip
     assert all(line.endswith(".") for line in sentences)
-    assert page == f"Page:    {(out / 'report.html').resolve()}"
+    assert page == f"Report:  {(out / 'report.html').resolve()}"
     assert "6 of 6: " in captured.err
     html = (out / "report.html").read_text()
     assert "<script" not in html
@@ -191,17 +191,17 @@ def test_the_demo_of_the_digits_names_and_shows_them(tmp_path: Path, capsys: pyt
 
 
 def test_decoding_once_and_as_needed_train_to_the_same_figures(tmp_path: Path) -> None:
-    """The crops of square images of the stored size are the same either way."""
+    """Crops of square images of the stored size are the same in both cases."""
     tree = scenes(tmp_path / "data", {"bus": 12, "zoo": 20})
     changes = (*TINY, "network.image_size=32", "images.short_side=36", "network.num_classes=2")
     changes += ("optimizer.iterations=8", "optimizer.evaluate_every=4", "optimizer.batch_size=8")
     lines: list[list[dict[str, Any]]] = []
     for images in ("memory", "disk"):
-        config = TrainConfig(
+        config = TrainOptions(
             recipe="photos", data=(tree,), changes=changes, images=images, workers=1, out=tmp_path / images, log_every=4
         )
-        session.train(runs.understand(config))
-        found = read_metrics(tmp_path / images / runs.METRICS)
+        session.train(requests.resolve(config))
+        found = read_metrics(tmp_path / images / run_folder.METRICS)
         times = ("images_per_s", "data_wait", "seconds")
         lines.append([{name: value for name, value in line.items() if name not in times} for line in found])
     assert lines[0] == lines[1]
@@ -230,8 +230,8 @@ def test_data_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_run_of_the_digits_outlives_their_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAYLAB_CACHE", str(tmp_path / "cache"))
     changes = (*TINY, "optimizer.iterations=2", "optimizer.evaluate_every=1")
-    session.train(runs.understand(TrainConfig(recipe="digits", changes=changes, out=tmp_path / "run")))
+    session.train(requests.resolve(TrainOptions(recipe="digits", changes=changes, out=tmp_path / "run")))
     digits_tar().unlink()
-    request = runs.understand(TrainConfig(resume=str(tmp_path / "run")))
-    assert request.config.data == (digits_tar(),)
-    assert request.config.data[0].exists()
+    request = requests.resolve(TrainOptions(resume=str(tmp_path / "run")))
+    assert request.options.data == (digits_tar(),)
+    assert request.options.data[0].exists()

@@ -1,4 +1,4 @@
-"""Protocols, stored scores, figures and ensembles; and the command on a tiny run."""
+"""Protocols, stored scores, error rates and ensembles; and the command on a tiny run."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from relaylab.data.sources.opening import open_source
 from relaylab.errors import InputError
 from relaylab.evaluate.ensembles import combined, fit_weights, halves
 from relaylab.evaluate.error_rates import confusion, difference, error_rates, interval, misses, per_class_errors
-from relaylab.evaluate.protocols import Pass, average, cut, default_scales, passes_of
+from relaylab.evaluate.protocols import View, average, cut, default_scales, views_of
 from relaylab.evaluate.results import baseline
 from relaylab.evaluate.scores import CHUNK, ImageList, ScoreFolder, check_alike, describe_images
 from relaylab.evaluate.testing import Scorer
@@ -50,10 +50,10 @@ def images_of(count: int, classes: int = 4, fingerprint: str = "f") -> ImageList
 def test_default_scales_are_the_papers_in_proportion() -> None:
     assert default_scales(InputConfig(mean=MEAN)) == [224, 256, 320, 384, 448]
     assert default_scales(InputConfig(mean=MEAN, crop=64, resize=72)) == [64, 72, 90, 108, 126]
-    with pytest.raises(InputError, match="crops of 224 pixels"):
-        passes_of("dense", InputConfig(mean=MEAN), [200])
+    with pytest.raises(InputError, match="scale 200: expected at least 224 pixels"):
+        views_of("dense", InputConfig(mean=MEAN), [200])
     with pytest.raises(InputError, match="unknown protocol"):
-        passes_of("sparse", InputConfig(mean=MEAN))  # pyright: ignore[reportArgumentType]
+        views_of("sparse", InputConfig(mean=MEAN))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("shape", [(80, 100), (100, 80), (64, 64)])
@@ -63,14 +63,14 @@ def test_what_passes_look_at_is_what_torchvision_cuts(shape: tuple[int, int]) ->
     image = vision.to_pil_image(pixels)
     resized = vision.resize(image, [36])  # pyright: ignore[reportArgumentType]
     expected = [np.asarray(each) for each in vision.five_crop(resized, [32])]  # pyright: ignore
-    ours = cut(pixels, Pass("ten-crop"), config).numpy()
+    ours = cut(pixels, View("ten-crop"), config).numpy()
     for crop, other in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(crop, other)
-    single = cut(pixels, Pass("single-crop"), config).numpy()
+    single = cut(pixels, View("single-crop"), config).numpy()
     assert np.abs(single[0].astype(int) - expected[4].astype(int)).max() <= 2
-    whole = cut(pixels, Pass("dense", 50), config).numpy()
+    whole = cut(pixels, View("dense", 50), config).numpy()
     np.testing.assert_array_equal(whole[0], np.asarray(vision.resize(image, [50])))  # pyright: ignore
-    square = cut(pixels, Pass("dense", 50), InputConfig(mean=MEAN, crop=32, resize=36, how="both sides"))
+    square = cut(pixels, View("dense", 50), InputConfig(mean=MEAN, crop=32, resize=36, how="both sides"))
     assert square.shape == (1, 50, 50, 3)
 
 
@@ -83,10 +83,10 @@ def test_scores_are_mean_probabilities_over_crops_and_mirror_images() -> None:
     ).view(3, 1, 1)
     with torch.no_grad():
         both = torch.stack([plain(view.flatten(0, 1)) for view in (x, x.flip(4))]).softmax(2).unflatten(1, (3, 5))
-    assert_close(scorer(Pass("ten-crop"), images).exp(), both.mean(dim=(0, 2)), rtol=1e-4, atol=1e-5)
+    assert_close(scorer(View("ten-crop"), images).exp(), both.mean(dim=(0, 2)), rtol=1e-4, atol=1e-5)
     first = images[:, :1]
-    assert_close(scorer(Pass("single-crop"), first).exp(), both[0, :, 0], rtol=1e-4, atol=1e-5)
-    assert_close(scorer(Pass("dense", 32, flip=True), first).exp(), both[:, :, 0].mean(0), rtol=1e-4, atol=1e-5)
+    assert_close(scorer(View("single-crop"), first).exp(), both[0, :, 0], rtol=1e-4, atol=1e-5)
+    assert_close(scorer(View("dense", 32, flip=True), first).exp(), both[:, :, 0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_channels_and_mean_images_are_those_of_the_network() -> None:
@@ -94,9 +94,9 @@ def test_channels_and_mean_images_are_those_of_the_network() -> None:
     images = torch.randint(0, 256, (2, 1, 32, 32, 3), dtype=torch.uint8)
     swapped = tiny_model(mean_image=mean_image, channels="BGR")
     straight = tiny_model(mean_image=mean_image)
-    ours = Scorer(swapped)(Pass("single-crop"), images.flip(4))
-    assert_close(ours, Scorer(straight)(Pass("single-crop"), images))
-    assert not torch.allclose(ours, Scorer(tiny_model())(Pass("single-crop"), images))
+    ours = Scorer(swapped)(View("single-crop"), images.flip(4))
+    assert_close(ours, Scorer(straight)(View("single-crop"), images))
+    assert not torch.allclose(ours, Scorer(tiny_model())(View("single-crop"), images))
 
 
 def test_figures_on_scores_that_can_be_counted_by_hand() -> None:
@@ -110,9 +110,9 @@ def test_figures_on_scores_that_can_be_counted_by_hand() -> None:
     np.testing.assert_array_equal(per_class, [50, 100, np.nan, 0])
     assert confusion(scores, labels).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(misses(scores, labels, 2), [0, 100, 0, 0])
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match="are NaN"):
         error_rates(scores * float("nan"), labels)
-    with pytest.raises(InputError, match="without a label"):
+    with pytest.raises(InputError, match="unlabelled images have no error"):
         error_rates(scores, labels - 1)
     with pytest.raises(InputError, match="3 rows of scores for 4 images"):
         error_rates(scores[:3], labels)
@@ -165,7 +165,7 @@ def test_ensembles() -> None:
     product = (a.exp() * b.exp()).sqrt()
     assert_close(combined([a, b], "product").exp(), product / product.sum(dim=1, keepdim=True))
     assert_close(combined([a, b], "learnt-weights", torch.tensor([0.25, 0.75])).exp(), a.exp() / 4 + 3 * b.exp() / 4)
-    with pytest.raises(InputError, match="learnt first"):
+    with pytest.raises(InputError, match="fit them first"):
         combined([a, b], "learnt-weights")
     with pytest.raises(InputError, match="same images"):
         combined([a, b[:3]], "average")
@@ -198,7 +198,7 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
     folder = ScoreFolder(tmp_path, images)
     folder.add("net", {"sha256": "s"})
     scores = torch.randn(len(images), 4).log_softmax(1)
-    with pytest.raises(InputError, match="no whole scores of net"):
+    with pytest.raises(InputError, match="no complete dense scores of net"):
         folder.protocol("net", "dense")
     for number, chunk in enumerate(folder.chunks):
         folder.write("net", "dense-32", number, scores[list(chunk)])
@@ -207,18 +207,18 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
     assert_close(again.read("net", "dense-32"), scores, rtol=1e-3, atol=1e-3)
     assert_close(again.protocol("net", "dense"), again.read("net", "dense-32"))
     assert again.protocols("net") == ["dense"]
-    with pytest.raises(InputError, match="by single-crop; there are those by dense"):
+    with pytest.raises(InputError, match=r"no complete single-crop scores of net \(there are dense\)"):
         again.protocol("net", "single-crop")
     for number, chunk in enumerate(folder.chunks):
         folder.write("net", "dense-32-flip", number, scores[list(chunk)].roll(1, dims=1))
-    assert folder.passes_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
-    with pytest.raises(InputError, match=r"not numbers, the first of 0\.jpg"):
+    assert folder.views_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
+    with pytest.raises(InputError, match=r"are NaN, first of 0\.jpg"):
         folder.write("net", "dense-36", 0, scores[:CHUNK] * float("nan"))
     with pytest.raises(InputError, match="other weights"):
         folder.add("net", {"sha256": "another"})
-    with pytest.raises(InputError, match="take another folder"):
+    with pytest.raises(InputError, match="give another folder"):
         ScoreFolder(tmp_path, images_of(CHUNK + 10, fingerprint="g"))
-    with pytest.raises(InputError, match="holds no scores"):
+    with pytest.raises(InputError, match="has no scores"):
         ScoreFolder(tmp_path / "nothing")
 
 
@@ -234,8 +234,8 @@ def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
     for changed, tensors, message in [
         ({"model": "t"}, content, "another network"),
         ({"images": "g"}, content, "other images"),
-        ({}, {"log_probabilities": torch.zeros(20, 5).half()}, "another shape"),
-        ({}, {"log_probabilities": torch.full((20, 4), float("nan")).half()}, "not numbers"),
+        ({}, {"log_probabilities": torch.zeros(20, 5).half()}, "does not have scores of shape"),
+        ({}, {"log_probabilities": torch.full((20, 4), float("nan")).half()}, "has NaN scores"),
     ]:
         save_file(tensors, file, header | changed)
         with pytest.raises(InputError, match=message):
@@ -252,7 +252,7 @@ def test_images_that_were_written_over_are_noticed(tmp_path: Path, tiny_images: 
     ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "copy")))  # the same images elsewhere
     path = next(path for path in (tmp_path / "val").rglob("*") if path.is_file())
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(InputError, match="images have been written over since"):
+    with pytest.raises(InputError, match="file sizes of images have changed since"):
         ScoreFolder(tmp_path / "scores", describe_images(open_source(tmp_path / "val")))
 
 
@@ -288,7 +288,7 @@ def test_average_of_probabilities() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
-    """Two trained networks of the same classes."""
+    """Two trained networks with the same classes."""
     folder = tmp_path_factory.mktemp("runs")
     for scheme in ("standard", "relay"):
         options = ["--scale", "tiny", "--data", str(tiny_images), "--set", f"scheme={scheme}", "--workers", "0"]
@@ -328,7 +328,7 @@ def test_networks_are_compared_with_standard_bp_or_the_one_named(
     def compared(*more: str) -> dict[str, str]:
         assert main([*command, *more]) == 0
         rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        column = rows[0].index("compared with")
+        column = rows[0].index("baseline")
         return {row[0]: (row[column] if len(row) > column else "") for row in rows[2:]}
 
     assert compared() == {"relay": "standard (standard BP)", "standard": ""}
@@ -356,7 +356,7 @@ def test_a_run_is_exported_by_its_folder(tiny_runs: Path, tmp_path: Path, capsys
     )
     assert_close(dict(exported.state), dict(original.state), rtol=0, atol=0)
     assert main(["export", str(tiny_runs), "--out", str(tmp_path / "two")]) == 2
-    assert "holds 2 networks: name one of its runs" in capsys.readouterr().err
+    assert "contains 2 networks: pass one of its runs" in capsys.readouterr().err
 
 
 def test_an_interrupted_evaluation_goes_on(tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,16 +404,16 @@ def test_the_command_refuses_what_it_cannot_do(
     for arguments, message in [
         ([], "no runs given"),
         (["nowhere"], "no such file or folder"),
-        ([str(empty)], "holds no run"),
+        ([str(empty)], "is not a run: expected a folder with config.json, or a model file"),
         ([str(unfinished)], "is unfinished; to complete it: relaylab train --resume"),
         ([relay, relay], "more than once"),
         ([relay, str(other)], "different classes"),
         ([str(other)], "--data is required"),
         ([relay, "--protocol", "dens"], "unknown protocol 'dens'; nearest: dense"),
         ([relay, "--ensemble", "product"], "at least two networks"),
-        ([relay, "--scales", "224"], "--scales and --flip apply to dense testing only"),
-        ([relay, "--protocol", "dense", "--scales", "big"], "expected pixels"),
-        ([relay, "--protocol", "dense", "--scales", "16"], "crops of 32 pixels"),
+        ([relay, "--scales", "224"], "--scales and --flip require the dense protocol"),
+        ([relay, "--protocol", "dense", "--scales", "big"], "expected sizes in pixels"),
+        ([relay, "--protocol", "dense", "--scales", "16"], "scale 16: expected at least 32 pixels"),
         ([relay, "--batch-size", "0"], "--batch-size must be at least 1"),
     ]:
         assert main(["eval", *arguments]) == 2, arguments

@@ -18,8 +18,8 @@ from relaylab.recipes import find_recipe
 from relaylab.report.costs import BATCH, cost_of
 from relaylab.report.verdict import difference_text, mean_text
 from relaylab.tables import markdown_lines, renewed
-from relaylab.train import runs
-from relaylab.train.options import TrainConfig
+from relaylab.train import requests
+from relaylab.train.options import TrainOptions
 
 README = page.PAGE.parents[2] / "README.md"
 RECIPES = sorted((Path(page.__file__).parent / "recipes").glob("*.toml"))
@@ -203,8 +203,8 @@ def test_a_recipe_file_has_the_settings_of_the_first_check(path: Path, tiny_imag
     own = [f"optimizer.{rate}", f"optimizer.{length}", network]
     own += [f"optimizer.evaluate_every={int(length.partition('=')[2]) // 6}"]
     changes = (*own, *SHARED, *(AT_32 if size_of(path) == "32px" else ()))
-    expected = runs.understand(TrainConfig(recipe=base, scale="small", changes=changes, data=(tiny_images,))).recipe
-    recipe = runs.understand(TrainConfig(recipe=str(path), data=(tiny_images,))).recipe
+    expected = requests.resolve(TrainOptions(recipe=base, scale="small", changes=changes, data=(tiny_images,))).recipe
+    recipe = requests.resolve(TrainOptions(recipe=str(path), data=(tiny_images,))).recipe
     for part in ("network", "plan", "scheme", "images", "augmentation", "optimizer", "evaluation"):
         assert getattr(recipe, part) == getattr(expected, part), part
 

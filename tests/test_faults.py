@@ -1,4 +1,4 @@
-"""What may go wrong in training. Nothing is lost beyond the last checkpoint; nothing is silently different.
+"""Faults during training: nothing is lost beyond the last checkpoint, and nothing changes silently.
 
 The reference is always the uninterrupted run: all tensors bit by bit, and the metrics without their timings.
 """
@@ -30,8 +30,8 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 import fault_runs
 from relaybackprop import RelayLoss
 from relaylab.errors import LabError, NonFiniteLossError
-from relaylab.train import checkpoint, loop, runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import checkpoint, loop, requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after, train
 
@@ -39,7 +39,7 @@ LONG = 120.0  # seconds that a child may take on a busy machine
 
 
 def words(tree: Path, out: Path, iterations: int = 12, every: int = 4, *more: str) -> list[str]:
-    """The command line of what `test_train.train` does."""
+    """Return the command line equivalent to `test_train.train`."""
     given = ["train", "table3-model-a-relay", "--scale", "tiny", "--data", str(tree), "--out", str(out)]
     given += ["--workers", "0", "--log-every", "5", "--diagnose-every", "3", "--accelerator", "cpu", "--resume", "auto"]
     return [*given, *more, "--set", f"optimizer.iterations={iterations}", f"optimizer.evaluate_every={every}"]
@@ -47,7 +47,7 @@ def words(tree: Path, out: Path, iterations: int = 12, every: int = 4, *more: st
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
-    """Trainings in processes that end with the test."""
+    """Start training processes that end with the test."""
     children: list[BaseProcess] = []
 
     def begin(arguments: list[str], most_bytes: int | None = None) -> BaseProcess:
@@ -67,7 +67,7 @@ def wait_for(child: BaseProcess) -> int:
 
 
 def newest_step(out: Path) -> int:
-    path = next(checkpoint.newest(out / runs.CHECKPOINTS), None)
+    path = next(checkpoint.newest(out / run_folder.CHECKPOINTS), None)
     return 0 if path is None else checkpoint.step_of(path) or 0
 
 
@@ -87,10 +87,10 @@ def reference(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def halfway(reference: Path, tmp_path: Path) -> Path:
-    """A run that was cut off after its second checkpoint."""
+    """A run that was interrupted after its second checkpoint."""
     run = shutil.copytree(reference, tmp_path / "run")
-    shutil.rmtree(run / runs.CHECKPOINTS / "step-00000012")
-    (run / runs.MODEL).unlink()
+    shutil.rmtree(run / run_folder.CHECKPOINTS / "step-00000012")
+    (run / run_folder.MODEL).unlink()
     return run
 
 
@@ -105,7 +105,7 @@ def assert_as_reference(out: Path, reference: Path) -> None:
 def test_kill_9_at_random_moments(
     kills: int, iterations: int, tiny_images: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:
-    """A checkpoint after each step, so that about half of the moments lie within a save."""
+    """With a checkpoint after each step, about half of the kills occur during a save."""
     again = words(tiny_images, tmp_path / "run", iterations, 20, "--save-every", "1", "--keep", "3")
     plain = words(tiny_images, tmp_path / "reference", iterations, 20)
     assert wait_for(start(plain)) == 0
@@ -122,10 +122,10 @@ def test_kill_9_at_random_moments(
         assert child.exitcode is None, "it was over before it could be killed: give it more iterations"
         child.kill()
         child.join()
-        folder = tmp_path / "run" / runs.CHECKPOINTS
+        folder = tmp_path / "run" / run_folder.CHECKPOINTS
         cut_saves += any(folder.glob(".unfinished-*"))
         for path in checkpoint.newest(folder):
-            checkpoint.check(path)  # whatever has its name is whole
+            checkpoint.check(path)  # a checkpoint under its final name is complete
         steps.append(newest_step(tmp_path / "run"))
     assert wait_for(start(again)) == 0
     assert steps == sorted(steps)
@@ -140,14 +140,17 @@ def test_kill_9_at_random_moments(
 
 
 def test_a_full_disk(halfway: Path, reference: Path, tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
-    """The system itself refuses to write on: a real error from the library that writes the tensors."""
-    half = (halfway / runs.CHECKPOINTS / "step-00000008" / checkpoint.MODEL).stat().st_size // 2
+    """The operating system refuses the write: a real error of the library that writes tensors."""
+    half = (halfway / run_folder.CHECKPOINTS / "step-00000008" / checkpoint.MODEL).stat().st_size // 2
     child = start(["train", "--resume", str(halfway)], half)
     assert wait_for(child) == 1
     told = (tmp_path / "log").read_text()
     assert "cannot write the checkpoint" in told
     assert "step-00000012" in told
-    assert [path.name for path in sorted((halfway / runs.CHECKPOINTS).iterdir())] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in sorted((halfway / run_folder.CHECKPOINTS).iterdir())] == [
+        "step-00000004",
+        "step-00000008",
+    ]
     go_on(halfway)
     assert_as_reference(halfway, reference)
 
@@ -188,8 +191,10 @@ def test_a_save_that_fails_at_any_of_its_steps(
             patch.setattr(Path, "write_text", write)
         with pytest.raises(checkpoint.SaveError, match=r"step-00000012: No space left on device .* MB free"):
             go_on(halfway)
-    assert checkpoint.newest_whole(halfway / runs.CHECKPOINTS) == halfway / runs.CHECKPOINTS / "step-00000008"
-    assert not list((halfway / runs.CHECKPOINTS).glob(".*")), "the half-written files are gone: they take space"
+    assert (
+        checkpoint.newest_valid(halfway / run_folder.CHECKPOINTS) == halfway / run_folder.CHECKPOINTS / "step-00000008"
+    )
+    assert not list((halfway / run_folder.CHECKPOINTS).glob(".*")), "the half-written files are gone: they take space"
     go_on(halfway)
     assert_as_reference(halfway, reference)
 
@@ -209,7 +214,7 @@ def test_metrics_that_cannot_be_written(halfway: Path, reference: Path, monkeypa
 
 
 class Evil:
-    """What a pickle in the place of a model file would do."""
+    """A pickle in place of a model file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -270,31 +275,31 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     damage: str, halfway: Path, reference: Path
 ) -> None:
-    DAMAGE[damage](halfway / runs.CHECKPOINTS / "step-00000008")
+    DAMAGE[damage](halfway / run_folder.CHECKPOINTS / "step-00000008")
     go_on(halfway)
-    told = (halfway / runs.LOG).read_text()
+    told = (halfway / run_folder.LOG).read_text()
     assert "step-00000008" in told
-    assert "the checkpoint before it is tried" in told
+    assert "trying the previous checkpoint" in told
     assert "resuming from step 4" in told
     assert_as_reference(halfway, reference)
 
 
 def test_a_damaged_checkpoint_that_is_named_is_an_error(halfway: Path) -> None:
-    path = halfway / runs.CHECKPOINTS / "step-00000008"
+    path = halfway / run_folder.CHECKPOINTS / "step-00000008"
     flip(path / checkpoint.MODEL)
-    with pytest.raises(LabError, match=r"model.safetensors is damaged or was changed"):
+    with pytest.raises(LabError, match=r"model.safetensors is damaged or modified"):
         go_on(path)
 
 
 def test_only_damaged_checkpoints_are_an_error(halfway: Path) -> None:
-    for path in checkpoint.newest(halfway / runs.CHECKPOINTS):
+    for path in checkpoint.newest(halfway / run_folder.CHECKPOINTS):
         flip(path / checkpoint.OPTIMIZER)
-    with pytest.raises(LabError, match=r"no checkpoint in .* is whole: start a new run"):
+    with pytest.raises(LabError, match=r"all checkpoints in .* are damaged: start a new run"):
         go_on(halfway)
 
 
 def test_nothing_is_unpickled(halfway: Path) -> None:
-    path = halfway / runs.CHECKPOINTS / "step-00000008"
+    path = halfway / run_folder.CHECKPOINTS / "step-00000008"
     pickled(path)
     with pytest.raises(LabError, match=r"step-00000008 cannot be read"):
         go_on(path)
@@ -306,9 +311,9 @@ def test_nothing_is_unpickled(halfway: Path) -> None:
 def test_a_checkpoint_of_another_network_is_refused(halfway: Path, tiny_images: Path, tmp_path: Path) -> None:
     changes = ("network.width=8",)
     train(tiny_images, tmp_path / "wide", changes=changes)
-    wide = tmp_path / "wide" / runs.CHECKPOINTS / "step-00000012"
-    shutil.copytree(wide, halfway / runs.CHECKPOINTS / wide.name)
-    with pytest.raises(LabError, match=r"is of another recipe than table3-model-a-relay"):
+    wide = tmp_path / "wide" / run_folder.CHECKPOINTS / "step-00000012"
+    shutil.copytree(wide, halfway / run_folder.CHECKPOINTS / wide.name)
+    with pytest.raises(LabError, match=r"does not match the recipe table3-model-a-relay"):
         go_on(halfway)
 
 
@@ -324,7 +329,7 @@ def test_a_workers_death_costs_nothing(tiny_images: Path, tmp_path: Path, monkey
     monkeypatch.setattr(loop.Trainer, "step", step)
     train(tiny_images, tmp_path / "run", images="disk", workers=2)
     assert_as_reference(tmp_path / "run", tmp_path / "whole")
-    assert "new ones are started" in (tmp_path / "run" / runs.LOG).read_text()
+    assert "restarting the workers" in (tmp_path / "run" / run_folder.LOG).read_text()
 
 
 @pytest.mark.slow
@@ -335,7 +340,7 @@ def test_one_of_two_processes_dies_and_all_start_again(tiny_images: Path, tmp_pa
     more = ("--devices", "2", "--save-every", "3")
     plain = words(tiny_images, tmp_path / "whole", 24, 12, *more)
     subprocess.run([*launcher, *plain], env=environment, capture_output=True, check=True, timeout=LONG)
-    # Neither --out nor --resume: the restarted processes have to find the run by themselves.
+    # Neither --out nor --resume: the restarted processes must find the run.
     given = words(tiny_images, tmp_path / "run", 24, 12, *more)
     for option in ("--out", "--resume"):
         del given[given.index(option) : given.index(option) + 2]
@@ -370,8 +375,8 @@ def test_an_error_that_would_come_again_is_not_tried_again(tiny_images: Path, tm
         [sys.executable, "-m", "relaylab", *given], env=environment, capture_output=True, text=True, timeout=LONG
     )
     assert run.returncode == 1, run.stderr
-    assert run.stderr.count("not finite: the loss primary") == 1, run.stderr
-    assert len(json.loads((tmp_path / "run" / runs.ENVIRONMENT).read_text())["starts"]) == 1
+    assert run.stderr.count("non-finite values in the loss primary") == 1, run.stderr
+    assert len(json.loads((tmp_path / "run" / run_folder.ENVIRONMENT).read_text())["starts"]) == 1
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update(
@@ -401,7 +406,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(
         patch.setattr(loop.Trainer, "step", watched)
         with pytest.raises(
             NonFiniteLossError,
-            match=r"step 10: not finite: the loss aux and the gradients of segment aux, aux\+primary",
+            match=r"step 10: non-finite values in the loss aux and the gradients of segment aux, aux\+primary",
         ):
             go_on(halfway)
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0]), "a weight has changed"
@@ -423,7 +428,7 @@ def test_a_gradient_that_is_not_finite_is_found_with_its_segment(
     monkeypatch.setattr(loop.Trainer, "backward", backward)
     with pytest.raises(
         NonFiniteLossError,
-        match=r"step 9: not finite: the gradients of segment primary \(from model.segment5.conv2.weight on\)",
+        match=r"step 9: non-finite values in the gradients of segment primary \(from model.segment5.conv2.weight on\)",
     ):
         go_on(halfway)
     assert newest_step(halfway) == 8
@@ -437,13 +442,13 @@ def test_a_rate_that_is_too_high_is_an_exit_code_and_a_line(
     arguments = words(tiny_images, tmp_path / "run")
     assert cli.main([*arguments, "optimizer.lr=1e30"]) == 1
     told = capsys.readouterr().err
-    assert "not finite: the loss primary" in told
+    assert "non-finite values in the loss primary" in told
     assert "try a smaller optimizer.lr" in told
 
 
 @pytest.fixture(scope="module")
 def longer(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 80 iterations, in a process of its own as those that are compared with it."""
+    """A run of 80 iterations in its own process, like those compared with it."""
     folder = tmp_path_factory.mktemp("longer")
     assert wait_for(fault_runs.start(folder / "log", words(tiny_images, folder / "run", 80, 20))) == 0
     return folder / "run"
@@ -468,7 +473,7 @@ def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
 
 
 def test_two_processes_on_one_run(halfway: Path, tmp_path: Path, start: Callable[..., BaseProcess]) -> None:
-    with runs.locked(halfway):
+    with run_folder.locked(halfway):
         assert wait_for(start(["train", "--resume", str(halfway)])) == 2
     assert "another process is training the run in" in (tmp_path / "log").read_text()
     assert wait_for(start(["train", "--resume", str(halfway)])) == 0, "the lock goes with the process"
@@ -480,9 +485,9 @@ def test_a_stop_while_a_validation_is_due_does_not_skip_it(
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
         train(tiny_images, tmp_path / "run")
-    state = checkpoint.read_state(tmp_path / "run" / runs.CHECKPOINTS / "step-00000008")
+    state = checkpoint.read_state(tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000008")
     assert state["validated"] == 4
-    session.train(runs.understand(TrainConfig(resume=str(tmp_path / "run"))))
+    session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "run"))))
     assert_as_reference(tmp_path / "run", reference)
 
 
@@ -493,6 +498,6 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(halfway: Path, monkey
         return original(self, *args) | {"loss": float("nan")}
 
     monkeypatch.setattr(Validation, "__call__", lost)
-    with pytest.raises(NonFiniteLossError, match="step 8: the loss on the validation images is nan; try a smaller"):
+    with pytest.raises(NonFiniteLossError, match="step 8: the validation loss is nan; try a smaller"):
         go_on(halfway)
     assert newest_step(halfway) == 8

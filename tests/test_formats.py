@@ -717,8 +717,8 @@ def test_an_object_that_is_not_a_source_is_refused() -> None:
 
 
 def test_training_on_sources_and_resuming(tmp_path: Path, own_source: Any) -> None:
-    from relaylab.train import runs, session
-    from relaylab.train.options import TrainConfig
+    from relaylab.train import requests, session
+    from relaylab.train.options import TrainOptions
 
     train = arrays(tmp_path / "train", [0, 1] * 20, own_source, ["cat", "dog"])
     val = arrays(tmp_path / "val", [0, 1, 1, 1] * 3, own_source, ["dog", "cat"])
@@ -729,11 +729,11 @@ def test_training_on_sources_and_resuming(tmp_path: Path, own_source: Any) -> No
         "optimizer.evaluate_every=10",
         "augmentation.flip=false",
     )
-    config = TrainConfig(recipe="digits", changes=changes, **options)
-    outcome = session.train(runs.understand(config, images=(train, val)))
+    config = TrainOptions(recipe="digits", changes=changes, **options)
+    outcome = session.train(requests.resolve(config, images=(train, val)))
     assert outcome.finished
     assert outcome.last["top1"] < 50
-    resumed = session.train(runs.understand(TrainConfig(resume=str(tmp_path / "run")), images=(train, val)))
+    resumed = session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "run")), images=(train, val)))
     assert resumed.last == outcome.last
-    with pytest.raises(InputError, match="given as sources and as paths"):
-        runs.understand(TrainConfig(recipe="digits", data=(tmp_path,)), images=(train, val))
+    with pytest.raises(InputError, match="given both as sources and as paths"):
+        requests.resolve(TrainOptions(recipe="digits", data=(tmp_path,)), images=(train, val))

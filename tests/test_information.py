@@ -1,4 +1,4 @@
-"""What linear probes read: of made-up vectors, of single images' gradients against an oracle, and the command."""
+"""Linear probes: synthetic vectors, per-image gradients against an oracle, and the command."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_probes_find_what_is_there_and_nothing_else() -> None:
     some = readable_bits(made_up(400, 2, 0), made_up(400, 2, 1))
     nothing = readable_bits(made_up(400, 0, 0), made_up(400, 0, 1))
     assert nothing.value < 0.05 < some.low < some.high < told.value
-    # A probe that is tested on what it was fitted on finds information in noise: that is why there are two halves.
+    # A probe tested on its own training data finds information in noise; hence the two halves.
     random = np.random.default_rng(2)
     noise = random.normal(size=(100, 200)).astype(np.float32), random.integers(0, 8, 100)
     fresh = random.normal(size=(100, 200)).astype(np.float32), random.integers(0, 8, 100)
@@ -120,14 +120,14 @@ def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "information"
     command = ["diagnose", "information", str(run), "--out", str(out)]
     assert main([*command, "--images", "20"]) == 2
-    assert "need at least 40" in capsys.readouterr().err
+    assert "--images 20: expected at least 40 for 5 classes" in capsys.readouterr().err
     assert not out.exists()
     assert main([*command, "--data", str(tiny_images), "--images", "40"]) == 0
     figures = json.loads((out / "information.json").read_text())
     sources = {(each["source"], each["trained"]) for each in figures["runs"]["relay"]}
     assert sources == {("activations", True), ("primary", True), ("primary", False), ("aux", True)}
     page = (out / "information.html").read_text()
-    assert "<h3>Limits</h3>" in page
+    assert "<h3>Limitations</h3>" in page
     assert '<th scope="row">segment 4, conv 2</th>' in page
     assert "relay at step 2" in page
     assert not re.search(r"""<script|(?:src|href)=["'](?!data:|#)""", page), "self-contained"
@@ -135,4 +135,4 @@ def test_the_command_reads_runs(tiny_images: Path, tmp_path: Path, capsys: pytes
     for folder in (run / "checkpoints").iterdir():
         (folder / "SHA256SUMS").unlink()
     assert main(["diagnose", "information", str(run), "--out", str(tmp_path / "again")]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "no valid checkpoint" in capsys.readouterr().err

@@ -22,8 +22,8 @@ from relaylab.recipes.changes import with_changes
 from relaylab.recipes.files import read_recipe, to_toml
 from relaylab.recipes.imagenet import ROWS
 from relaylab.recipes.schema import LossConfig
-from relaylab.train import runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from test_optimizers import ADAMW
 from test_train import final, stop_after, train
 
@@ -128,15 +128,18 @@ def test_a_run_that_stored_the_old_name_resumes(
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         train(tiny_images, tmp_path / "run", changes=("loss.label_smoothing=0.1",))
-    for path in (tmp_path / "run" / runs.CONFIG, tmp_path / "run" / runs.CHECKPOINTS / "step-00000006" / "state.json"):
+    for path in (
+        tmp_path / "run" / run_folder.CONFIG,
+        tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000006" / "state.json",
+    ):
         text = path.read_text()
         assert "loss.label_smoothing" in text
         path.write_text(text.replace("loss.label_smoothing", "optimizer.label_smoothing"))
-    renew_sums(tmp_path / "run" / runs.CHECKPOINTS / "step-00000006")
-    stored = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    renew_sums(tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000006")
+    stored = json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())
     assert "optimizer.label_smoothing=0.1" in stored["options"]["changes"]
-    assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "run")))).finished
-    assert runs.recipe_of(tmp_path / "run").loss.label_smoothing == 0.1
+    assert session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "run")))).finished
+    assert requests.recipe_of(tmp_path / "run").loss.label_smoothing == 0.1
 
 
 def renew_sums(folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_import_export_predict(capsys: Captured, tmp_path: Path, monkeypatch: py
     assert f"Model B, {THIN.num_classes} classes" in out
     code, _, err = run(capsys, *command)
     assert code == 2
-    assert "b.safetensors exists; give another name with --out" in err
+    assert "b.safetensors already exists: give another --out" in err
     code, out, _ = run(capsys, "export", "b.safetensors", "--format", "safetensors", "pt2", "--out", "e")
     assert code == 0
     assert sorted(path.name for path in Path("e").iterdir()) == ["model.pt2", "model.safetensors"]
@@ -164,7 +164,7 @@ def test_an_ensemble_and_a_name_that_is_a_folder(capsys: Captured, tmp_path: Pat
     code, out, _ = run(capsys, "recipes", "show", "table5-ensemble")
     assert "16.87 % on the test images" in out
     code, _, err = run(capsys, "recipes", "show", "table5-ensemble", "--scale", "small")
-    assert (code, "show its members" in err) == (2, True)
+    assert (code, "use --scale small with its members" in err) == (2, True)
     code, _, err = run(capsys, "draw", "table5-ensembl", "--out", str(tmp_path))
     assert (code, "table5-ensemble" in err) == (2, True)
     (tmp_path / "table3-model-a-relay.svg").mkdir()
@@ -172,7 +172,7 @@ def test_an_ensemble_and_a_name_that_is_a_folder(capsys: Captured, tmp_path: Pat
     assert code == 2
     assert "cannot read or write" in err
     code, _, err = run(capsys, "predict", str(tmp_path), "x.jpg")
-    assert (code, "holds no run" in err) == (2, True)
+    assert (code, "is not a run" in err) == (2, True)
 
 
 @pytest.mark.parametrize("scale", ["paper", "small"])

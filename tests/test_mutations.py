@@ -37,8 +37,8 @@ from relaylab.models.caffe.importing import import_caffe
 from relaylab.outside.reading import typed
 from relaylab.recipes.files import read_recipe
 from relaylab.report.comparison import open_runs
-from relaylab.train import checkpoint, runs
-from relaylab.train.options import TrainConfig
+from relaylab.train import checkpoint, requests, run_folder
+from relaylab.train.options import TrainOptions
 from relaylab.train.state import Progress, State, load_tensors
 
 CASES = int(os.environ.get("RELAYLAB_MUTATIONS", 500))
@@ -100,7 +100,7 @@ def read_scores(folder: Path) -> Any:
 
 def read_run(folder: Path) -> Any:
     found = open_runs([folder])
-    runs.understand(TrainConfig(resume=str(folder)))
+    requests.resolve(TrainOptions(resume=str(folder)))
     return [(len(run.metrics), run.last) for run in found.runs]
 
 
@@ -117,7 +117,7 @@ def read_tampered(folder: Path, recipe: Any) -> None:
     (path / checkpoint.SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     found = checkpoint.read(path)
     typed(found.state, State, str(path))
-    runs.value_changes(found.state["recipe"], recipe, path)
+    run_folder.value_changes(found.state["recipe"], recipe, path)
     relay = build_relay(recipe)
     optimizer = torch.optim.SGD(relay.parameters(), lr=0.1, momentum=0.9)
     load_tensors(relay, optimizer, found.model, found.optimizer)
@@ -202,8 +202,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> dict[s
         if (run / name).exists():
             shutil.copy(run / name, model)
     checkpoints = base / "checkpoints"
-    shutil.copytree(run / runs.CHECKPOINTS, checkpoints)
-    recipe = runs.recipe_of(run)
+    shutil.copytree(run / run_folder.CHECKPOINTS, checkpoints)
+    recipe = requests.recipe_of(run)
     (base / "list").mkdir()
     data = tree_of(base / "list" / "data")
     (data / "list.txt").write_text("".join(f"{c}/{n}.jpg {label}\n" for label, c in enumerate("abc") for n in range(3)))

@@ -1,4 +1,4 @@
-"""`relaylab recipes new`, and what follows: networks of other code from images to an exported program."""
+"""`relaylab recipes new`, and custom networks from images to an exported program."""
 
 import json
 import shutil
@@ -52,9 +52,9 @@ def test_the_file_says_what_the_images_and_the_network_tell(
     assert "Next:   relaylab compare chain.toml --data" in capsys.readouterr().out
     text = (place / "chain.toml").read_text()
     assert '"net.py:chain"' in text
-    about = "60 images to train on, in 5 classes of 12 images; shorter sides of 40 pixels"
+    about = "60 training images, 5 classes of 12 images, shorter sides of 40 pixels"
     assert about in text.replace("\n# ", " ")
-    assert "# The windows are those of relaybackprop.suggest_plan:" in text
+    assert "# Windows from relaybackprop.suggest_plan:" in text
     for scheme in ("standard BP", "multi-loss", "Relay BP", "Relay BP, --early-release"):
         assert f"#   {scheme} " in text
     recipe = read_recipe(place / "chain.toml")
@@ -107,7 +107,7 @@ def test_a_network_that_no_plan_fits_is_left_standard_backpropagation(
 ) -> None:
     assert run("recipes", "new", "net.py:short", "--data", tiny_images, "--epochs", "1") == 0
     assert "relaylab train short.toml" in capsys.readouterr().out
-    assert "No windows: relaybackprop finds none for this network" in (place / "short.toml").read_text()
+    assert "No windows were found for this network" in (place / "short.toml").read_text()
     recipe = read_recipe(place / "short.toml")
     assert (recipe.scheme, recipe.plan.auxiliary) == ("standard", {})
     assert run("cost", "short.toml") == 0
@@ -120,7 +120,7 @@ def test_a_network_that_no_plan_fits_is_left_standard_backpropagation(
         (("timm:resnet81",), "timm has no model 'resnet81'"),
         (("net.py:chain", "--size", "4"), "--size must be at least 8"),
         (("net.py:chain", "--hold-out", "-1"), "--hold-out must be above 0"),
-        (("net.py:chain", "--hold-out", "2", "--val-split", "test"), "leave out --val-split"),
+        (("net.py:chain", "--hold-out", "2", "--val-split", "test"), "cannot be combined with --val-split"),
         (("net.py:chain", "--options", "width"), "--options width: expected KEY=VALUE"),
         (("net.py:chain", "--options", "widht=3"), "nearest: width"),
         (("net.py:chain", "--val-split", "test"), "has no test folder, only train, val"),
@@ -158,7 +158,7 @@ def test_the_optimizer_is_the_usual_one_of_the_networks_normalisation(place: Pat
 
 def test_an_existing_file_is_kept(place: Path, tiny_images: Path) -> None:
     (place / "chain.toml").write_text("mine")
-    with pytest.raises(InputError, match=r"chain.toml exists"):
+    with pytest.raises(InputError, match=r"chain.toml already exists"):
         main(NewOptions(network="net.py:chain", data=(tiny_images,)))
 
 
@@ -188,6 +188,7 @@ def test_from_images_to_an_exported_program(
     x = (images - torch.tensor(model.input.mean).view(3, 1, 1)) / torch.tensor(model.input.std).view(3, 1, 1)
     assert torch.allclose(program(images), model.model()(x), atol=1e-4)
     assert run("report", "run") == 0
+    assert Path("run/report.html").is_file()
     monkeypatch.setenv("RELAYLAB_CACHE", str(place / "another machine"))
     capsys.readouterr()
     for path in ("run", "out/model.safetensors"):
@@ -244,7 +245,7 @@ def test_images_without_parts_are_divided_by_class(
     assert "--hold-out 0.2" in capsys.readouterr().err
     made = ("--data", images, "--hold-out", count, "--epochs", "1", "--out", "mine.toml")
     assert run("recipes", "new", "net.py:chain", *made) == 0
-    assert f"{60 - 5 * each} images to train on" in (place / "mine.toml").read_text()
+    assert f"{60 - 5 * each} training images" in (place / "mine.toml").read_text()
     assert run("train", "mine.toml", "--data", images, *TRAIN) == 0
     counts = json.loads((place / "run" / "config.json").read_text())["counts"]
     assert counts == {"train": [12 - each] * 5, "val": [each] * 5}
@@ -275,7 +276,7 @@ def test_a_network_file_that_changes_is_told_when_a_run_resumes(
     (place / "net.py").write_text(dedent(NETWORK) + "\n# changed\n")
     capsys.readouterr()
     assert run("train", "--resume", "run") == 0
-    assert "before: the network may be another one" in capsys.readouterr().err
+    assert "before: the network may differ" in capsys.readouterr().err
 
 
 def test_a_network_that_cannot_be_drawn_is_an_error_of_one_line_and_has_a_page(
@@ -294,3 +295,4 @@ def test_a_network_that_cannot_be_drawn_is_an_error_of_one_line_and_has_a_page(
     assert run("draw", "mine.toml", "--out", "drawn") == 2
     assert "the network cannot be drawn: the modules form a knot: a chain is required" in capsys.readouterr().err
     assert run("report", "run") == 0
+    assert Path("run/report.html").is_file()

@@ -1,4 +1,4 @@
-"""Optimizers of recipes: exact updates, parameter groups, and what a checkpoint keeps of them."""
+"""Optimizers of recipes: exact updates, parameter groups, and checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_changes
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import OptimizerConfig, Recipe
-from relaylab.train import checkpoint, loop, runs, session
+from relaylab.train import checkpoint, loop, requests, run_folder, session
 from relaylab.train.optimizers import OPTIMIZERS, build_optimizer, parameter_groups, state_tensors
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.schedule import learning_rate
 from relaylab.train.seeding import seed_all
 from relaylab.train.segments import segments_of
@@ -37,7 +37,7 @@ def recipe_of(*texts: str, name: str = "table3-model-a-relay") -> Recipe:
 
 
 def groups_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """By parameter, its group's values."""
+    """Return the values of the parameter group of each parameter."""
     relay = build_relay(recipe, on_meta=True)
     groups = parameter_groups(relay, segments_of(recipe), recipe.optimizer)
     by_id = {id(parameter): group for group in groups for parameter in group["params"]}
@@ -90,7 +90,7 @@ def test_a_network_names_more_parameters_without_weight_decay() -> None:
 
 
 def test_adamw_is_torchs_bit_for_bit(tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three updates of a run, against a loop written by hand on the run's own batches."""
+    """Three updates of a run, against a handwritten loop on the same batches."""
     changes = (*PLAIN, *ADAMW, "optimizer.iterations=3", "optimizer.evaluate_every=3", "optimizer.eps=1e-6")
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = loop.Trainer.backward
@@ -103,7 +103,7 @@ def test_adamw_is_torchs_bit_for_bit(tiny_images: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(loop.Trainer, "backward", backward)
     out = tmp_path / "run"
     train(tiny_images, out, short=True, changes=changes, diagnose_every=0)
-    recipe = runs.recipe_of(out)
+    recipe = requests.recipe_of(out)
     config = recipe.optimizer
     assert config.betas == (0.9, 0.95)
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         train(tiny_images, tmp_path / "stopped", **options)
-    assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "stopped")))).finished
+    assert session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "stopped")))).finished
     assert_identical(final(tmp_path / "stopped"), final(tmp_path / "whole"))
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "whole")
     kept = {name.rpartition("/")[2] for name in final(tmp_path / "whole") if name.startswith("optimizer/")}
@@ -172,7 +172,7 @@ def test_values_that_no_optimizer_takes_are_found(change: str) -> None:
 def test_a_run_of_an_earlier_version_resumes(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values that it has not stored are the defaults, which are what it trained with."""
+    """Values that were not stored get the defaults, with which the run was trained."""
     train(tiny_images, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -182,23 +182,23 @@ def test_a_run_of_an_earlier_version_resumes(
         "loss.function", "loss.label_smoothing", "loss.class_weights",
     )  # fmt: skip
     forget_values(tmp_path / "old", later)
-    assert session.train(runs.understand(TrainConfig(resume=str(tmp_path / "old")))).finished
+    assert session.train(requests.resolve(TrainOptions(resume=str(tmp_path / "old")))).finished
     assert_identical(final(tmp_path / "old"), final(tmp_path / "whole"))
     train(tiny_images, tmp_path / "other", changes=("optimizer.algorithm=adamw",))
     forget_values(tmp_path / "other", later)
     with pytest.raises(InputError, match=r"optimizer.algorithm was 'sgd' and is 'adamw'"):
-        runs.recipe_of(tmp_path / "other")
+        requests.recipe_of(tmp_path / "other")
 
 
 def forget_values(run: Path, names: Sequence[str]) -> None:
-    """Remove values from all that a run has stored of its recipe; a checkpoint's sums are renewed."""
-    config = json.loads((run / runs.CONFIG).read_text())
+    """Remove values from the stored recipe of a run, and update the checksums of its checkpoints."""
+    config = json.loads((run / run_folder.CONFIG).read_text())
     stored = config["recipe"]["values"]
     config["recipe"]["values"] = {name: value for name, value in stored.items() if name not in names}
     assert len(config["recipe"]["values"]) == len(stored) - len(names)
-    (run / runs.CONFIG).write_text(json.dumps(config))
-    for path in checkpoint.newest(run / runs.CHECKPOINTS):
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
+    for path in checkpoint.newest(run / run_folder.CHECKPOINTS):
         found = checkpoint.read(path)
         values = {name: value for name, value in found.state["recipe"].items() if name not in names}
         state = {name: value for name, value in found.state.items() if name != "format"} | {"recipe": values}
-        checkpoint.write(run / runs.CHECKPOINTS, checkpoint.Checkpoint(found.model, found.optimizer, state))
+        checkpoint.write(run / run_folder.CHECKPOINTS, checkpoint.Checkpoint(found.model, found.optimizer, state))

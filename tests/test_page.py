@@ -1,4 +1,4 @@
-"""The page about runs, from made-up run folders: intervals, guessing, sources, failures, the paper's rows, images."""
+"""The report, from synthetic run folders: intervals, chance level, sources, failures, rows of the paper, images."""
 
 import json
 import re
@@ -23,8 +23,8 @@ from relaylab.report.page import question, render_page
 from relaylab.report.style import layer_name
 from relaylab.report.summary import failure_table, papers_table, recipe_table, summary
 from relaylab.tables import Table
-from relaylab.train import runs
-from relaylab.train.options import TrainConfig
+from relaylab.train import run_folder
+from relaylab.train.options import TrainOptions
 
 RECIPE = "table3-model-a-relay"
 TOP1 = {
@@ -35,18 +35,18 @@ TOP1 = {
 
 
 def make_run(folder: Path, scheme: str, seed: int, top1: float, *, scale: str = "tiny", **options: Any) -> Path:
-    """A run's folder as training leaves it, with made-up errors."""
+    """Create a run folder as training leaves it, with synthetic errors."""
     changes = (*options.pop("changes", ()), f"scheme={scheme}")
     classes = options.pop("classes", 8)
     if scale == "tiny":
         changes = (f"network.num_classes={classes}", *changes)
-    config = TrainConfig(recipe=RECIPE, scale=scale, changes=changes, seed=seed, data=(Path("/data/places"),))  # pyright: ignore
+    config = TrainOptions(recipe=RECIPE, scale=scale, changes=changes, seed=seed, data=(Path("/data/places"),))  # pyright: ignore
     recipe, problems = with_changes(at_scale(find_recipe(RECIPE), config.scale), changes)
     assert not problems
     run = folder / f"{scheme.replace('_', '-')}-s{seed}"
     run.mkdir(parents=True)
     counts = {"train": [10 * (label + 1) for label in range(classes)], "val": [5] * classes}
-    runs.describe(run, config, recipe, {"classes": [f"class {n}" for n in range(classes)], "counts": counts})
+    run_folder.write_config(run, config, recipe, {"classes": [f"class {n}" for n in range(classes)], "counts": counts})
     start = {
         "started_at": "now",
         "device": "cpu",
@@ -55,10 +55,10 @@ def make_run(folder: Path, scheme: str, seed: int, top1: float, *, scale: str = 
         "versions": {},
         "command": ["relaylab"],
     }
-    (run / runs.ENVIRONMENT).write_text(json.dumps({"starts": [start]}))
+    (run / run_folder.ENVIRONMENT).write_text(json.dumps({"starts": [start]}))
     step = recipe.optimizer.iterations
     line = {"kind": "val", "step": step, "top1": top1, "top5": top1 / 2, "loss": 1.5, "seconds": 20.0 + seed}
-    (run / runs.METRICS).write_text(json.dumps(line) + "\n")
+    (run / run_folder.METRICS).write_text(json.dumps(line) + "\n")
     return run
 
 
@@ -76,10 +76,10 @@ def rows_of(table: Table) -> dict[str, dict[str, str]]:
 def test_relay_is_compared_with_standard_bp_and_multi_loss_and_each_difference_has_one_interval(tmp_path: Path) -> None:
     comparison = open_runs([make_comparison(tmp_path)])
     rows = rows_of(summary(comparison))
-    assert list(rows) == ["standard BP", "multi-loss", "Relay BP", "guessing"]
-    assert rows["standard BP"]["Relay BP minus this, top-1"] == "-2.00 [-2.25, -1.75]"
-    assert rows["multi-loss"]["Relay BP minus this, top-1"] == "-1.33 [-5.37, +2.71]"
-    assert rows["Relay BP"]["Relay BP minus this, top-1"] == ""
+    assert list(rows) == ["standard BP", "multi-loss", "Relay BP", "chance level"]
+    assert rows["standard BP"]["Relay BP minus this method, top-1"] == "-2.00 [-2.25, -1.75]"
+    assert rows["multi-loss"]["Relay BP minus this method, top-1"] == "-1.33 [-5.37, +2.71]"
+    assert rows["Relay BP"]["Relay BP minus this method, top-1"] == ""
     assert rows["Relay BP"]["top-1 error, %"] == "49.00 ± 0.95"
     page = render_page(comparison).replace("\u00a0", " ")
     intervals = re.findall(r"[+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", page)
@@ -87,14 +87,14 @@ def test_relay_is_compared_with_standard_bp_and_multi_loss_and_each_difference_h
         ["-2.00 [-2.25, -1.75]", "-1.33 [-5.37, +2.71]", "-1.00 [-1.12, -0.88]", "-0.67 [-2.69, +1.35]"]
     ), "two differences of two errors"
     assert "Relay BP is better than standard BP by 2.00 [1.75, 2.25] points." in page
-    assert "their 95 % confidence interval over seeds (t)" in page
-    assert page.index("Relay BP against multi-loss: undecided") < page.index("<table>") < page.index("<img")
+    assert "with 95 % confidence intervals over seeds (t) in brackets" in page
+    assert page.index("Relay BP vs multi-loss: inconclusive") < page.index("<table>") < page.index("<img")
     assert question(comparison) == "Does Relay BP train model A better than standard BP and multi-loss?"
 
 
 def test_guessing_has_a_row_and_a_line_where_it_is_in_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = open_runs([make_comparison(tmp_path)])
-    guessing = rows_of(summary(comparison))["guessing"]
+    guessing = rows_of(summary(comparison))["chance level"]
     assert (guessing["top-1 error, %"], guessing["top-5 error, %"]) == ("87.50", "37.50")
     drawn: list[list[str]] = []
     from relaylab.report import curves
@@ -110,8 +110,8 @@ def test_guessing_has_a_row_and_a_line_where_it_is_in_range(tmp_path: Path, monk
     monkeypatch.setattr(curves, "plot", look)
     metrics = {"relay": [comparison.runs[0].metrics]}
     for guess in (87.5, 55.0):
-        curves.curve_picture(metrics, "val", "top1", "", "", guess=guess)
-    assert drawn == [["Relay BP"], ["Relay BP", "guessing"]]
+        curves.curve_plot(metrics, "val", "top1", "", "", guess=guess)
+    assert drawn == [["Relay BP"], ["Relay BP", "chance level"]]
 
 
 def test_top_5_is_left_out_where_it_is_always_right(tmp_path: Path) -> None:
@@ -123,14 +123,14 @@ def test_top_5_is_left_out_where_it_is_always_right(tmp_path: Path) -> None:
 def test_averaged_weights_have_columns_of_their_own(tmp_path: Path) -> None:
     make_comparison(tmp_path)
     assert not any("averaged" in name for name in summary(open_runs([tmp_path])).header)
-    for file in tmp_path.glob(f"*/{runs.METRICS}"):
+    for file in tmp_path.glob(f"*/{run_folder.METRICS}"):
         line = json.loads(file.read_text())
         file.write_text(json.dumps({**line, "ema_top1": line["top1"] - 1, "ema_top5": 2.0, "ema_loss": 1.0}) + "\n")
     comparison = open_runs([tmp_path])
     rows = rows_of(summary(comparison))
     assert rows["Relay BP"]["averaged weights, top-1 error, %"] == "48.00 ± 0.95"
-    assert rows["guessing"]["averaged weights, top-1 error, %"] == "87.50"
-    assert rows["standard BP"]["Relay BP minus this, averaged weights, top-1"] == "-2.00 [-2.25, -1.75]"
+    assert rows["chance level"]["averaged weights, top-1 error, %"] == "87.50"
+    assert rows["standard BP"]["Relay BP minus this method, averaged weights, top-1"] == "-2.00 [-2.25, -1.75]"
     assert "Validation error, averaged weights, top-1" in render_page(comparison)
 
 
@@ -143,8 +143,8 @@ def test_each_method_has_its_rate_seconds_and_flops(tmp_path: Path) -> None:
     assert rows["Relay BP"]["training time"] == "21 s"
     ratios = cost_of(comparison.runs[0].recipe).ratios
     assert 1 < ratios["relay"] < 3
-    assert rows["standard BP"]["FLOPs of a step"] == "100 %"
-    assert rows["Relay BP"]["FLOPs of a step"] == f"{100 * ratios['relay']:.0f} %"
+    assert rows["standard BP"]["FLOPs"] == "100 %"
+    assert rows["Relay BP"]["FLOPs"] == f"{100 * ratios['relay']:.0f} %"
 
 
 def test_values_of_the_command_line_have_it_as_their_source(tmp_path: Path) -> None:
@@ -164,14 +164,14 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     failed = tmp_path / "multi-loss-s1"
     failure = {"kind": "diverged", "step": 7, "error": "step 8: not finite: the loss primary"}
     (failed / "failure.json").write_text(json.dumps(failure))
-    (failed / runs.METRICS).write_text("")
+    (failed / run_folder.METRICS).write_text("")
     early = tmp_path / "isolated-s0"  # it failed before its configuration was written
     early.mkdir()
     (early / "failure.json").write_text(json.dumps({"kind": "failed", "step": 0, "error": "out of memory"}))
     comparison = open_runs([tmp_path])
     rows = rows_of(summary(comparison))
     assert rows["multi-loss"]["runs"] == "2 of 3 seeds; 1 diverged"
-    assert rows["multi-loss"]["Relay BP minus this, top-1"].startswith("-0.45 [")
+    assert rows["multi-loss"]["Relay BP minus this method, top-1"].startswith("-0.45 [")
     assert (rows["isolated windows"]["runs"], rows["isolated windows"]["top-1 error, %"]) == (
         "0 of 1 seed; 1 failed",
         "",
@@ -184,9 +184,9 @@ def test_failed_runs_are_results(tmp_path: Path) -> None:
     )
     page = render_page(comparison)
     assert "2 of 3 seeds; 1 diverged" in page.replace("\u00a0", " ")
-    assert "Failed runs, left out: 1 of multi-loss, 1 of isolated windows." in page
-    (failed / runs.MODEL).write_text("it has been run again, to its end")
-    with pytest.raises(InputError, match="empty run"):
+    assert "Failed runs, excluded: 1 of multi-loss, 1 of isolated windows." in page
+    (failed / run_folder.MODEL).write_text("it has been run again, to its end")
+    with pytest.raises(InputError, match="has no metrics"):
         open_runs([tmp_path])
 
 
@@ -197,14 +197,14 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"different recipes \(plan.auxiliary.aux.weight\)"):
         open_runs([one, other])
     failed = make_run(tmp_path / "c", "relay", 2, 51.0, changes=("optimizer.momentum=0.5",))
-    (failed / runs.MODEL).unlink(missing_ok=True)
+    (failed / run_folder.MODEL).unlink(missing_ok=True)
     (failed / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
     with pytest.raises(InputError, match=r"which failed, and .* have different recipes \(optimizer.momentum\)"):
         open_runs([one, failed])
     same = make_run(tmp_path / "d", "relay", 0, 51.0)
-    (same / runs.MODEL).unlink(missing_ok=True)
+    (same / run_folder.MODEL).unlink(missing_ok=True)
     (same / "failure.json").write_text(json.dumps({"kind": "failed", "step": 1, "error": "it burst"}))
-    with pytest.raises(InputError, match="another run of the same scheme and seed"):
+    with pytest.raises(InputError, match="more than one run has this scheme and seed"):
         open_runs([one, same])
 
 
@@ -214,7 +214,7 @@ def test_a_comparison_of_failures_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"all runs have failed.*Relay BP, seed 0: failed after step 3: it burst"):
         open_runs([tmp_path])
     (run / "failure.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"failure\.json is damaged: remove it"):
         open_runs([tmp_path])
 
 
@@ -225,7 +225,7 @@ def test_the_papers_rows_are_beside_ours_only_on_the_papers_task(tmp_path: Path)
     assert table is not None
     assert rows_of(table)["Relay BP (the paper)"]["top-1 error, %"] == "49.75 (+1.16)"
     page = render_page(small)
-    assert "A different task at a different scale: compare the signs, not the values." in page
+    assert "compare the signs of the differences, not their values." in page
     assert page.index("<details>") < page.index("49.75 (+1.16)")
     full = open_runs([make_comparison(tmp_path / "full", scale="paper", classes=401)])
     rows = rows_of(summary(full))
@@ -241,7 +241,7 @@ def test_the_balance_of_classes_is_shown(tmp_path: Path) -> None:
     assert draws_per_epoch(counts, "class-aware").tolist() == [21.25] * 4
     assert draws_per_epoch(counts, "square-root") == pytest.approx(85 * np.array([1, 2, 4, 8]) / 15)
     page = render_page(open_runs([make_comparison(tmp_path)]))
-    assert "how often each class is drawn in an epoch" in page
+    assert "draws per class in an epoch" in page
     assert "360 training and 40 validation images (one validation image" in page
     assert "Training images of the class" not in page, "images stay out unless they are asked for"
 
@@ -253,16 +253,16 @@ def test_training_images_are_shown_on_demand(tmp_path: Path, capsys: pytest.Capt
             (data / split / f"{label:03d}_a_b{label}").mkdir(parents=True)
             Image.new("RGB", (40, 30), (20 * label, 0, 0)).save(data / split / f"{label:03d}_a_b{label}" / "0.png")
     run = make_run(tmp_path / "runs", "relay", 0, 50.0)
-    config = json.loads((run / runs.CONFIG).read_text())
+    config = json.loads((run / run_folder.CONFIG).read_text())
     config["options"]["data"] = [str(data)]
-    (run / runs.CONFIG).write_text(json.dumps(config))
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     page = tmp_path / "page.html"
     assert main(["report", str(run), "--out", str(page)]) == 0
     assert "Training images of the class" not in page.read_text()
     assert main(["report", str(run), "--images", "--out", str(page)]) == 0
     assert page.read_text().count("Training images of the class") == 8
     config["options"]["data"] = [str(tmp_path / "gone")]
-    (run / runs.CONFIG).write_text(json.dumps(config))
+    (run / run_folder.CONFIG).write_text(json.dumps(config))
     assert main(["report", str(run), "--images", "--out", str(page)]) == 0
     assert "No sample images:" in page.read_text()
     capsys.readouterr()

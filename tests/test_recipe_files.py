@@ -15,8 +15,8 @@ from relaylab.recipes.changes import located, with_changes
 from relaylab.recipes.files import read_recipe, to_toml
 from relaylab.recipes.scales import SCALES, at_scale
 from relaylab.recipes.schema import Recipe, Scale
-from relaylab.train import loop, runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import loop, requests, session
+from relaylab.train.options import TrainOptions
 
 
 def run(*arguments: str | Path) -> int:
@@ -134,7 +134,7 @@ def test_a_run_keeps_its_recipe_when_the_file_changes(
 ) -> None:
     folder = tmp_path / "run"
     shared = {"data": (tiny_images,), "accelerator": "cpu", "workers": 0, "out": folder}
-    config = TrainConfig(recipe=str(file), changes=("optimizer.iterations=4",), **shared)
+    config = TrainOptions(recipe=str(file), changes=("optimizer.iterations=4",), **shared)
 
     class Stopped(Exception):
         pass
@@ -147,17 +147,17 @@ def test_a_run_keeps_its_recipe_when_the_file_changes(
         step = loop.Trainer.step
         patch.setattr(loop.Trainer, "step", lambda self, *given: (stop(self), step(self, *given))[1])
         with pytest.raises(Stopped):
-            session.train(runs.understand(config))
-    before = runs.recipe_of(folder)
+            session.train(requests.resolve(config))
+    before = requests.recipe_of(folder)
     file.write_text(file.read_text().replace("lr = 0.01", "lr = 0.5"))
     with pytest.raises(InputError, match=r"optimizer.lr was 0.01 and is 0.5"):
-        runs.understand(TrainConfig(recipe=str(file), changes=config.changes, resume="auto", **shared))
+        requests.resolve(TrainOptions(recipe=str(file), changes=config.changes, resume="auto", **shared))
     file.unlink()
-    assert runs.recipe_of(folder) == before
-    request = runs.understand(TrainConfig(resume=str(folder)))
+    assert requests.recipe_of(folder) == before
+    request = requests.resolve(TrainOptions(resume=str(folder)))
     assert (request.recipe.optimizer.lr, request.recipe.optimizer.iterations) == (0.01, 4)
     outcome = session.train(request)
-    whole = session.train(runs.understand(TrainConfig(recipe="table3-model-a-relay", scale="tiny", **{
+    whole = session.train(requests.resolve(TrainOptions(recipe="table3-model-a-relay", scale="tiny", **{
         **shared, "out": tmp_path / "whole", "changes": config.changes,
     })))  # fmt: skip
     assert outcome.finished

@@ -1,4 +1,4 @@
-"""The paper's tables and figures, submissions, and the page, from tiny runs and from made-up scores."""
+"""Tables and figures of the paper, submissions, and the report, from tiny runs and synthetic scores."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def score_folder(path: Path, *, fingerprint: str = "f", classes: int = 10) -> Sc
 
 
 def add(folder: ScoreFolder, name: str, wrong: int, each: str = "single-crop", **values: object) -> None:
-    """A network that takes the first images for the next class."""
+    """A network that misclassifies the first images as the next class."""
     known = {"network.architecture": "model_a", "scheme": "standard", "images.sampling": "class-aware", "a.b": 1}
     seed = values.pop("seed", 0)
     folder.add(name, {"sha256": name, "seed": seed, "values": {**known, **values}})
@@ -100,7 +100,7 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
         paper_table("3", [folder, score_folder(tmp_path / "two", fingerprint="g")])
     with pytest.raises(InputError, match="different classes"):
         paper_table("3", [folder, score_folder(tmp_path / "three", fingerprint="h", classes=7)])
-    with pytest.raises(InputError, match="no table 2"):
+    with pytest.raises(InputError, match=r"unknown table .2.: expected one of 1, 3"):
         paper_table("2", [folder])
     twice = score_folder(tmp_path / "four")
     add(twice, "a", 10)
@@ -110,7 +110,7 @@ def test_what_cannot_stand_in_one_table_is_refused(tmp_path: Path) -> None:
     uneven = score_folder(tmp_path / "five")
     add(uneven, "a", 10, "dense-32")
     add(uneven, "b", 10, "dense-48", scheme="relay")
-    with pytest.raises(InputError, match="a was tested by dense-32, b by dense-48: test both alike"):
+    with pytest.raises(InputError, match="a was evaluated by dense-32, b by dense-48: evaluate both alike"):
         paper_table("4", [uneven])
 
 
@@ -145,7 +145,7 @@ def test_submissions_are_in_the_official_order(name: str, first: int) -> None:
         with pytest.raises(InputError, match=message):
             check_submission(wrong, expected, 10, FORMATS[name])
     if name == "places2":
-        with pytest.raises(InputError, match="is about"):
+        with pytest.raises(InputError, match="line 1 starts with"):
             check_submission(lines[::-1], expected, 10, FORMATS[name])
 
 
@@ -156,11 +156,11 @@ def test_missing_and_extra_images_are_named() -> None:
         InputError, match=r"1 images of the list have no scores: d\.jpg; 1 images have scores .*: c\.jpg"
     ):
         submission_lines(names, made_up_scores(), ["a.jpg", "b.jpg", "d.jpg"], form)
-    with pytest.raises(InputError, match=r"two images are called a\.jpg: x/a\.jpg and y/a\.jpg"):
+    with pytest.raises(InputError, match=r"two images have the name a\.jpg: x/a\.jpg and y/a\.jpg"):
         submission_lines(["x/a.jpg", "y/a.jpg", "b.jpg"], made_up_scores(), ["a.jpg"], form)
     with pytest.raises(InputError, match="needs five labels"):
         submission_lines(names, made_up_scores()[:, :4], names, form)
-    with pytest.raises(InputError, match=r"not numbers, the first of a\.jpg"):
+    with pytest.raises(InputError, match=r"are NaN, first of a\.jpg"):
         submission_lines(names, made_up_scores() * float("nan"), names, form)
 
 
@@ -169,7 +169,7 @@ def test_test_lists(tmp_path: Path) -> None:
     file.write_text("b.jpg\na.jpg 3\n\n")
     assert read_test_list(file) == ["b.jpg", "a.jpg"]
     file.write_text("b.jpg\nb.jpg\n")
-    with pytest.raises(InputError, match=r"line 2: b\.jpg was on line 1"):
+    with pytest.raises(InputError, match=r"line 2: b\.jpg is already on line 1"):
         read_test_list(file)
     file.write_text("\n")
     with pytest.raises(InputError, match="is empty"):
@@ -180,7 +180,7 @@ def test_test_lists(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Path:
-    """A comparison of two schemes, and scores of it."""
+    """A comparison of two schemes, and its scores."""
     folder = tmp_path_factory.mktemp("report")
     options = ["--scale", "tiny", "--data", str(tiny_images), "--workers", "0", "--diagnose-every", "1"]
     options += ["--schemes", "standard,relay", "--seeds", "0", "--log-every", "1"]
@@ -229,8 +229,8 @@ def test_the_page_is_whole(tiny: Path, tmp_path: Path) -> None:
         "Table 3.",
         "Table 4.",
         "Table 5.",
-        "Most often confused",
-        "Every value of the recipe",
+        "Most confused classes",
+        "All values of the recipe",
     ):
         assert expected in text
     moved = tmp_path / "scores"
@@ -238,10 +238,10 @@ def test_the_page_is_whole(tiny: Path, tmp_path: Path) -> None:
     for file in moved.rglob("model.json"):
         file.write_text(file.read_text().replace('"data"', '"gone"'))
     assert main(["report", str(tiny / "runs"), "--scores", str(moved), "--out", str(page)]) == 0
-    assert "No photos: the images" in page.read_text(), "the images may be elsewhere by now"
+    assert "No example images: the images" in page.read_text(), "the images may be elsewhere by now"
     bare = tmp_path / "bare.html"
     assert main(["report", str(tiny / "runs"), "--out", str(bare)]) == 0
-    assert "need the scores of single images" in bare.read_text()
+    assert "require per-image scores" in bare.read_text()
 
 
 def test_the_page_refuses_runs_that_do_not_belong_together(
@@ -263,7 +263,7 @@ def test_the_page_refuses_runs_that_do_not_belong_together(
         assert main(["report", str(relay), str(other), "--out", str(tmp_path / "r.html")]) == 2
         assert message in capsys.readouterr().err
     assert main(["report", str(empty), "--out", str(tmp_path / "r.html")]) == 2
-    assert "holds an empty run" in capsys.readouterr().err
+    assert "has no metrics; train it first" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "r.html")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -295,7 +295,7 @@ def test_each_method_may_have_a_learning_rate_of_its_own(
 
 
 def cell(page: str, row: str, column: str) -> str:
-    """A cell of the page's first table."""
+    """Return a cell of the main table."""
     table = page[page.index("<table>") : page.index("</table>")]
     found = re.search(rf'<th scope="row">{re.escape(row)}</th>(.*?)</tr>', table)
     assert found is not None

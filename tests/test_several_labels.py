@@ -1,4 +1,4 @@
-"""Images with several labels: targets, average precision, training, comparison, prediction, and what is refused."""
+"""Multi-label images: targets, average precision, training, comparison, prediction, and errors."""
 
 import json
 import subprocess
@@ -30,9 +30,9 @@ from relaylab.report.comparison import open_runs
 from relaylab.report.page import render_page
 from relaylab.report.summary import summary, verdict_of
 from relaylab.report.verdict import guessed_precision_error
-from relaylab.train import runs, session
+from relaylab.train import requests, run_folder, session
 from relaylab.train.metrics import average_precision, deciding
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 from relaylab.train.validation import Validation
 from test_train import assert_identical, final, go_on, lines_of, stop_after
@@ -46,7 +46,7 @@ SHORT = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 10x10 images whose bright channels are their labels, train.csv and val.csv; some have none."""
+    """A folder of 10x10 images, train.csv and val.csv. Bright channels are the labels; some images have none."""
     root, random = tmp_path_factory.mktemp("several"), np.random.default_rng(0)
     (root / "images").mkdir()
     for part, count in (("train", 64), ("val", 23)):
@@ -60,12 +60,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(root: Path, out: Path, *changes: str, **options: Any) -> TrainConfig:
+def config_of(root: Path, out: Path, *changes: str, **options: Any) -> TrainOptions:
     """Options of a run, with `changes` in place of those by default."""
     values = dict(text.split("=") for text in (*NETWORK, *LABELS, *SHORT, *changes))
     given: dict[str, Any] = {"log_every": 4, "diagnose_every": 0, "workers": 0, **options}
     given = {"val_data": (root / "images", root / "val.csv"), **given}
-    return TrainConfig(
+    return TrainOptions(
         recipe="digits",
         data=(root / "images", root / "train.csv"),
         out=out,
@@ -75,7 +75,7 @@ def config_of(root: Path, out: Path, *changes: str, **options: Any) -> TrainConf
 
 
 def train(root: Path, out: Path, *changes: str, **options: Any) -> session.Outcome:
-    return session.train(runs.understand(config_of(root, out, *changes, **options)))
+    return session.train(requests.resolve(config_of(root, out, *changes, **options)))
 
 
 def test_average_precision_by_hand() -> None:
@@ -142,7 +142,7 @@ def test_an_unreadable_image_is_replaced_with_the_others_targets(images: Path, t
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_scores_of_all_processes_come_in_the_images_order(ranks: int, images: Path) -> None:
-    """Some processes have an image more than others, which evaluate the first one in its place."""
+    """Some processes have one image more than others, which are padded with the first image."""
     dataset, scores = datasets(images)[0], torch.arange(69.0).view(23, 3)
     shares = [[*range(rank, 23, ranks)] for rank in range(ranks)]
     every = torch.stack([scores[share + [0] * (len(shares[0]) - len(share))] for share in shares])
@@ -162,10 +162,10 @@ def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_learns(images: Path, tmp_path: Path) -> None:
     outcome = train(images, tmp_path, "optimizer.iterations=160", "optimizer.evaluate_every=80")
-    lines = read_metrics(tmp_path / runs.METRICS)
+    lines = read_metrics(tmp_path / run_folder.METRICS)
     losses = [line["loss"]["primary"] for line in lines if line["kind"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
-    counts = json.loads((tmp_path / runs.CONFIG).read_text())
+    counts = json.loads((tmp_path / run_folder.CONFIG).read_text())
     assert counts["images"] == {"train": 64, "val": 23}
     guess = guessed_precision_error(counts["counts"]["val"], 23)
     assert 40 < guess < 80
@@ -174,13 +174,15 @@ def test_training_learns(images: Path, tmp_path: Path) -> None:
 
 
 def test_the_records_of_a_run(images: Path, reference: Path) -> None:
-    lines = read_metrics(reference / runs.METRICS)
+    lines = read_metrics(reference / run_folder.METRICS)
     kinds = {line["kind"]: line for line in lines}
     assert set(kinds["val"]) == {"kind", "step", "map_error", "map", "loss", "seconds"}
     assert not {"top1", "top5", "map"} & set(kinds["train"])
     assert deciding(kinds["val"]).title == "100 - mean average precision"
-    assert f"step 12: val. mean average precision {kinds['val']['map']:.2f} %" in (reference / runs.LOG).read_text()
-    model = read_model(reference / runs.MODEL)
+    assert (
+        f"step 12: val. mean average precision {kinds['val']['map']:.2f} %" in (reference / run_folder.LOG).read_text()
+    )
+    model = read_model(reference / run_folder.MODEL)
     assert model.has_several_labels
     assert model.about.endswith(f"val. mean average precision {kinds['val']['map']:.2f} %")
     source = open_source([images / "images", images / "val.csv"], classes=CLASSES)
@@ -224,7 +226,7 @@ def test_early_release_parts_and_images_on_disk_train_alike(
     [
         (
             "loss.function=cross-entropy",
-            r"loss.function is cross-entropy, .* train.csv has images .*: --set loss.function=b",
+            r"loss.function is cross-entropy, .* train.csv are multi-label: --set loss.function=b",
         ),
         ("images.sampling=class-aware", r"images.sampling is class-aware, .*: --set images.sampling=shuffled"),
         ("loss.class_weights=balanced", r"loss.class_weights is balanced, .*: --set loss.class_weights=none"),
@@ -243,7 +245,7 @@ def test_what_needs_one_class_for_each_image_is_refused(
 def test_both_parts_have_several_labels_and_some_are_positive(images: Path, tmp_path: Path) -> None:
     (tmp_path / "val.csv").write_text("image,red,green,blue\nval0,1,0,0\nval1,0,1,0\nval2,0,0,1\n")
     val_data = (images / "images", tmp_path / "val.csv")
-    with pytest.raises(InputError, match=r"images of train.csv have several labels, those of val.csv one each"):
+    with pytest.raises(InputError, match=r"images of train.csv are multi-label, those of val.csv single-label"):
         train(images, tmp_path / "run", val_data=val_data)
     (tmp_path / "val.csv").write_text("image,red,green,blue\nval0,0,0,0\n")
     with pytest.raises(InputError, match=r"val.csv: no validation image has a label"):
@@ -252,14 +254,14 @@ def test_both_parts_have_several_labels_and_some_are_positive(images: Path, tmp_
 
 def test_images_are_set_aside_from_all_alike(images: Path, tmp_path: Path) -> None:
     outcome = train(images, tmp_path / "run", "images.held_out=0.25", val_data=())
-    about = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    about = json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())
     assert about["images"] == {"train": 48, "val": 16}
     assert "map" in outcome.last
 
 
 @pytest.fixture(scope="module")
 def compared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison of two schemes at tuned rates."""
+    """A comparison of two schemes with tuned learning rates."""
     out = tmp_path_factory.mktemp("compared")
     data = ["--data", images / "images", images / "train.csv", "--val-data", images / "images", images / "val.csv"]
     words = ["compare", "digits", *data, "--set", *NETWORK, *LABELS, *SHORT, "--schemes=standard,relay", "--seeds=0,1"]
@@ -273,15 +275,16 @@ def compared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_comparison_speaks_of_average_precision(compared: Path) -> None:
     comparison = open_runs([compared])
     table = summary(comparison)
-    assert table.header[:4] == ("method", "runs", "100 - mean average precision, %", "Relay BP minus this, 100 - mAP")
+    measure = "100 - mean average precision, %"
+    assert table.header[:4] == ("method", "runs", measure, "Relay BP minus this method, 100 - mAP")
     run = comparison.runs[0]
     positives = [count / 23 for count in run.counts["val"]]
     guess = 100 - 100 * sum(positives) / 3
-    assert table.rows[-1][:3] == ("guessing", "", f"{guess:.2f}")
+    assert table.rows[-1][:3] == ("chance level", "", f"{guess:.2f}")
     assert comparison.errors()["standard"][0] == run.last["map_error"]
     said = verdict_of(comparison)
-    basis = "95 % intervals over 2 paired seeds (t)"
-    assert f"Points are 100 - mean average precision, in per cent; {basis}; guessing has {guess:.2f} %." in said
+    basis = "95 % confidence intervals over 2 paired seeds (t)"
+    assert f"Points are 100 - mean average precision, in per cent; {basis}; chance level {guess:.2f} %." in said
     results = json.loads((compared / "comparison.json").read_text())
     assert results["guessing"] == pytest.approx(guess)
     assert "BinaryCrossEntropy()" in (compared / "relay.py").read_text()
@@ -289,7 +292,9 @@ def test_a_comparison_speaks_of_average_precision(compared: Path) -> None:
     text = (compared / "comparison.md").read_text()
     page = render_page(comparison, images=True)
     for shown in (text, page):
-        assert "top-1" not in shown.partition("The paper's own results")[0].partition("In your own loop")[0]
+        assert (
+            "top-1" not in shown.partition("Results of the paper")[0].partition("Use it in your own training loop")[0]
+        )
         assert "100 - mean average precision" in shown
     assert "23 validation images" in page
     assert "points of error)" not in page
@@ -316,21 +321,24 @@ def test_prediction_lists_the_classes_that_are_more_likely_than_not(
         assert {one["name"] for one in two["classes"]} == expected
         assert all(0.5 <= one["probability"] <= 1 for one in two["classes"])
     assert cli.main(["predict", str(tmp_path / "run"), *paths]) == 0
-    assert "no class has a probability of 50 % or more" in capsys.readouterr().out
+    _, _, none = capsys.readouterr().out.partition("no class has a probability of 50 % or more; the most likely:\n")
+    likely = [line.split() for line in none.splitlines()[: len(CLASSES)]]
+    assert {name for _, _, name in likely} == set(CLASSES)
+    assert 50 > float(likely[0][0]) >= float(likely[-1][0])
 
 
 def test_evaluation_and_probes_refuse_with_a_reason(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(reference)]) == 2
-    assert "was trained on images with several labels, which relaylab eval does not score" in capsys.readouterr().err
+    assert "is a multi-label network, which `relaylab eval` does not support" in capsys.readouterr().err
     assert cli.main(["diagnose", "information", str(reference)]) == 2
-    assert "its images have several labels; the probe reads the class of an image" in capsys.readouterr().err
+    assert "multi-label images are not supported" in capsys.readouterr().err
 
 
 def test_the_demo_refuses_with_a_reason(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [str(images / "images"), str(images / "train.csv")]
     val = [str(images / "images"), str(images / "val.csv")]
     assert cli.main(["demo", "--data", *data, "--val-data", *val, "--out", str(tmp_path / "demo")]) == 2
-    assert "the demo is for images of one class each; relaylab recipes new" in capsys.readouterr().err
+    assert "the demo does not support multi-label images; use `relaylab recipes new`" in capsys.readouterr().err
 
 
 def test_a_proposed_recipe_suits_several_labels(
@@ -340,6 +348,6 @@ def test_a_proposed_recipe_suits_several_labels(
     words = ["recipes", "new", "torchvision:resnet18", *data, "--hold-out=0.25", "--size=32"]
     assert cli.main([*words, "--out", str(tmp_path / "mine.toml")]) == 0
     text = (tmp_path / "mine.toml").read_text()
-    assert 'function = "binary"  # images have several labels, or none' in text
-    assert 'sampling = "shuffled"  # images have several labels, or none' in text
-    assert "48 images to train on, with several labels, from 3 classes of" in capsys.readouterr().out
+    assert 'function = "binary"  # the images are multi-label' in text
+    assert 'sampling = "shuffled"  # the images are multi-label' in text
+    assert "48 training images, multi-label, 3 classes of" in capsys.readouterr().out

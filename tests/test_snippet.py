@@ -1,4 +1,4 @@
-"""The program of a comparison's method: it runs, with the network, weights and optimizer of the recipe."""
+"""The generated program of a method: it runs, with the network, weights and optimizer of the recipe."""
 
 from pathlib import Path
 from typing import Any

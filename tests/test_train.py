@@ -1,4 +1,4 @@
-"""Training recipes as a user would: exact resume, runs as folders, bad input, comparisons. All on the CPU, tiny."""
+"""End-to-end training of recipes: exact resume, run folders, invalid input, comparisons. Tiny, on the CPU."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from relaybackprop import RelayLoss
 from relaylab import cli
 from relaylab.errors import InputError
 from relaylab.models.file import read_model
-from relaylab.train import loop, runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import loop, requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -28,22 +28,22 @@ STEPS = ("optimizer.iterations=12", "optimizer.evaluate_every=4")
 TIMES = ("images_per_s", "data_wait", "seconds")
 
 
-def config_of(tree: Path, **options: Any) -> TrainConfig:
+def config_of(tree: Path, **options: Any) -> TrainOptions:
     changes = (*(() if options.pop("short", False) else STEPS), *options.pop("changes", ()))
     given = {"recipe": "table3-model-a-relay", "log_every": 5, "diagnose_every": 3, "workers": 0, **options}
-    return TrainConfig(scale="tiny", data=(tree,), changes=changes, **given)
+    return TrainOptions(scale="tiny", data=(tree,), changes=changes, **given)
 
 
 def train(tree: Path, out: Path, **options: Any) -> session.Outcome:
-    return session.train(runs.understand(config_of(tree, out=out, **options)))
+    return session.train(requests.resolve(config_of(tree, out=out, **options)))
 
 
 def go_on(out: Path, **options: Any) -> session.Outcome:
-    return session.train(runs.understand(TrainConfig(resume=str(out), **options)))
+    return session.train(requests.resolve(TrainOptions(resume=str(out), **options)))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """As Ctrl-C during that step would."""
+    """Request a stop at that step, as Ctrl-C would."""
     original = loop.Trainer.step
 
     def step(self: loop.Trainer, batches: Any) -> bool:
@@ -54,14 +54,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def final(out: Path, step: int = 12) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    folder = out / runs.CHECKPOINTS / f"step-{step:08d}"
+    """Return all tensors of a checkpoint."""
+    folder = out / run_folder.CHECKPOINTS / f"step-{step:08d}"
     files = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
     return {f"{name}/{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
 
 
 def assert_identical(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Bit by bit."""
+    """Assert that tensors are bitwise identical."""
     assert got.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(got[name], expected[name])]
     assert not different, f"{len(different)} of {len(expected)} tensors differ, {different[0]} first"
@@ -69,7 +69,8 @@ def assert_identical(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(out / runs.METRICS)
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in read_metrics(out / run_folder.METRICS)
     ]
 
 
@@ -99,14 +100,14 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     kind: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parameters, momentum, buffers and metrics are those of the uninterrupted run, bit by bit."""
+    """Parameters, momentum, buffers and metrics are bitwise those of the uninterrupted run."""
     options, (steps, end, other) = KINDS[kind], (4, 6, 3) if "short" in KINDS[kind] else (6, 12, 8)
     whole = train(tiny_images, tmp_path / "whole", keep=9, **options)
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         stopped = train(tiny_images, tmp_path / "stopped", **options)
     assert (stopped.finished, stopped.step) == (False, steps)
-    torch.rand(7)  # the generators are elsewhere now
+    torch.rand(7)  # advance the generators
     resumed = go_on(tmp_path / "stopped")
     assert resumed.finished
     assert_identical(final(tmp_path / "stopped", end), final(tmp_path / "whole", end))
@@ -125,7 +126,7 @@ def reference(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_a_finished_run_keeps_its_last_and_its_best_checkpoint(tiny_images: Path, tmp_path: Path) -> None:
     outcome = train(tiny_images, tmp_path / "run")
-    kept = sorted(path.name for path in (tmp_path / "run" / runs.CHECKPOINTS).iterdir())
+    kept = sorted(path.name for path in (tmp_path / "run" / run_folder.CHECKPOINTS).iterdir())
     assert kept == sorted({"step-00000012", f"step-{int(outcome.best['step']):08d}"})
 
 
@@ -160,7 +161,7 @@ def test_the_checkpoint_with_the_least_error_is_kept(
     monkeypatch.setattr(Validation, "__call__", lambda *_: {"top1": next(errors), "top5": 0.0, "loss": 1.0})
     outcome = train(tiny_images, tmp_path / "run", short=True, save_every=5, keep=2, changes=(
         "optimizer.iterations=12", "optimizer.evaluate_every=2"))  # fmt: skip
-    steps = sorted(path.name for path in (tmp_path / "run" / runs.CHECKPOINTS).iterdir())
+    steps = sorted(path.name for path in (tmp_path / "run" / run_folder.CHECKPOINTS).iterdir())
     assert steps == ["step-00000004", "step-00000010", "step-00000012"]
     assert (outcome.best["step"], outcome.best["top1"], outcome.last["top1"]) == (4, 20.0, 90.0)
 
@@ -179,9 +180,9 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_scaled_down(
     monkeypatch.setattr(loop.Trainer, "backward", backward)
     outcome = train(tiny_images, tmp_path / "run", precision="fp16", log_every=3)
     assert outcome.finished
-    lines = read_metrics(tmp_path / "run" / runs.METRICS)
+    lines = read_metrics(tmp_path / "run" / run_folder.METRICS)
     assert [line["step"] for line in lines if line["kind"] == "gradients"] == [6, 9, 12]
-    state = json.loads((tmp_path / "run" / runs.CHECKPOINTS / "step-00000012" / "state.json").read_text())
+    state = json.loads((tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000012" / "state.json").read_text())
     assert state["scaler"]["scale"] < 65536
 
 
@@ -202,7 +203,7 @@ def test_from_disk_the_number_of_workers_may_change(
 def test_all_augmentation_changes_the_training(
     change: str, tiny_images: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each by itself; the evaluation of the first network, before any update, stays the same."""
+    """Each change alone; the evaluation of the initial network, before any update, is the same."""
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train(tiny_images, tmp_path / "run", changes=(change,), diagnose_every=0)
@@ -241,7 +242,7 @@ def test_mixed_images_are_trained_on_soft_targets_and_counted_by_their_own_label
 
 def test_a_run_goes_on_from_an_older_checkpoint_that_is_named(tmp_path: Path, reference: Path) -> None:
     shutil.copytree(reference, tmp_path / "run")
-    outcome = go_on(tmp_path / "run" / runs.CHECKPOINTS / "step-00000004")
+    outcome = go_on(tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000004")
     assert outcome.finished
     assert_identical(final(tmp_path / "run"), final(reference))
     assert lines_of(tmp_path / "run") == lines_of(reference)
@@ -253,36 +254,36 @@ def test_auto_takes_the_newest_run_of_these_options_or_begins(
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
-        first = session.train(runs.understand(config_of(tiny_images, resume="auto")))
-        other = session.train(runs.understand(config_of(tiny_images, resume="auto", seed=1)))
+        first = session.train(requests.resolve(config_of(tiny_images, resume="auto")))
+        other = session.train(requests.resolve(config_of(tiny_images, resume="auto", seed=1)))
     assert first.folder != other.folder
     assert first.folder.parent == Path("runs") / "table3-model-a-relay-tiny"
-    assert runs.understand(config_of(tiny_images, resume="auto", seed=2)).folder is None
-    assert runs.understand(config_of(tiny_images, resume="auto", precision="bf16")).folder is None
+    assert requests.resolve(config_of(tiny_images, resume="auto", seed=2)).folder is None
+    assert requests.resolve(config_of(tiny_images, resume="auto", precision="bf16")).folder is None
     changed = config_of(tiny_images, resume="auto", changes=("optimizer.lr=0.5",))
-    assert runs.understand(changed).folder is None
-    again = session.train(runs.understand(config_of(tiny_images, resume="auto")))
+    assert requests.resolve(changed).folder is None
+    again = session.train(requests.resolve(config_of(tiny_images, resume="auto")))
     assert (again.folder, again.finished) == (first.folder, True)
     assert_identical(final(first.folder), final(reference))
     before = sorted(path.stat().st_mtime_ns for path in first.folder.glob("checkpoints/*/*"))
-    assert session.train(runs.understand(config_of(tiny_images, resume="auto"))).finished, "nothing is left to do"
+    assert session.train(requests.resolve(config_of(tiny_images, resume="auto"))).finished, "nothing is left to do"
     assert sorted(path.stat().st_mtime_ns for path in first.folder.glob("checkpoints/*/*")) == before
 
 
 def test_what_a_run_leaves_behind(tiny_images: Path, reference: Path) -> None:
-    config = json.loads((reference / runs.CONFIG).read_text())
+    config = json.loads((reference / run_folder.CONFIG).read_text())
     assert config["recipe"]["values"]["optimizer.iterations"] == 12
     assert config["recipe"]["sources"]["optimizer.iterations"] == "the command line"
     assert config["options"]["data"] == [str(tiny_images)]
     assert config["options"]["images"] == "memory"
     assert config["classes"] == [f"class{label}" for label in range(5)]
     assert config["counts"] == {"train": [12] * 5, "val": [4] * 5}
-    (start,) = json.loads((reference / runs.ENVIRONMENT).read_text())["starts"]
+    (start,) = json.loads((reference / run_folder.ENVIRONMENT).read_text())["starts"]
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or start["versions"]["torch"]
     assert start["processes"] == 1
     if (ROOT / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{12}( with local changes)?", start["commit"])
-    lines = read_metrics(reference / runs.METRICS)
+    lines = read_metrics(reference / run_folder.METRICS)
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] != "gradients"] == [
         ("val", 4), ("train", 5), ("val", 8), ("train", 10), ("val", 12),
     ]  # fmt: skip
@@ -296,27 +297,27 @@ def test_what_a_run_leaves_behind(tiny_images: Path, reference: Path) -> None:
     assert 0 <= train_line["data_wait"] < 1
     seconds = [line["seconds"] for line in lines if line["kind"] == "val"]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
-    assert (reference / runs.LOG).read_text().count("val. error") == 3
-    assert list((reference / runs.TENSORBOARD).glob("events.out.*"))
+    assert (reference / run_folder.LOG).read_text().count("val. error") == 3
+    assert list((reference / run_folder.TENSORBOARD).glob("events.out.*"))
 
 
 def test_the_model_file_holds_the_network_as_it_was_validated(
     tiny_images: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = read_model(reference / runs.MODEL)
+    model = read_model(reference / run_folder.MODEL)
     trained = {key: t for key, t in final(reference).items() if key.startswith("model/model.")}
     assert {f"model/model.{key}" for key in model.state} == set(trained)
     assert all(torch.equal(tensor, trained[f"model/model.{key}"]) for key, tensor in model.state.items())
     assert "step 12" in model.about
-    assert cli.main(["predict", str(reference / runs.MODEL), str(tiny_images / "val" / "class1" / "0.png")]) == 0
+    assert cli.main(["predict", str(reference / run_folder.MODEL), str(tiny_images / "val" / "class1" / "0.png")]) == 0
     assert "class" in capsys.readouterr().out
 
 
 def test_a_segments_factor_scales_its_learning_rate_alone(tiny_images: Path, tmp_path: Path) -> None:
-    """With a factor of 0 a segment stays as it began, and everything else moves."""
+    """With a factor of 0, a segment does not change, and everything else does."""
     train(tiny_images, tmp_path / "run", changes=("optimizer.segment_lr.aux=0",))
     torch.manual_seed(0)
-    start = runs.understand(config_of(tiny_images)).recipe
+    start = requests.resolve(config_of(tiny_images)).recipe
     from relaylab.models.building import build_relay
     from relaylab.train.segments import segments_of
 
@@ -328,7 +329,7 @@ def test_a_segments_factor_scales_its_learning_rate_alone(tiny_images: Path, tmp
 
 
 def test_training_learns(tiny_images: Path, tmp_path: Path) -> None:
-    """Five colours, 60 updates: chance is 80 %."""
+    """Five colours, 60 updates; chance level is 80 %."""
     changes = ("optimizer.iterations=60", "optimizer.evaluate_every=60", "optimizer.batch_size=10", "scheme=relay")
     changes += ("network.width=8", "plan.auxiliary.aux.head=linear")
     outcome = train(tiny_images, tmp_path / "run", recipe="table1-vgg13-imagenet", short=True, changes=changes)
@@ -362,24 +363,27 @@ def test_all_that_is_wrong_with_the_options_is_told_at_once(
     [
         ((), "a recipe is required"),
         (("table3-model-a-rely",), "nearest: table3-model-a-relay"),
-        (("table4-model-a-relay",), "train that one"),
+        (
+            ("table4-model-a-relay",),
+            "trained by table3-model-a-relay: train table3-model-a-relay",
+        ),
         (("table3-model-a-relay", "--set", "optimizer.lr=inf"), "expected a finite number, above 0"),
         (("table3-model-a-relay", "--set", "optimizer.segment_lr.auxiliary=2"), "there are aux, aux+primary, primary"),
         (("table3-model-a-relay", "--set", "network.num_classes=7"), "has 5 classes, and the recipe's network 7"),
-        (("table3-model-a-relay", "--batch-norm", "synchronised"), "needs GPUs"),
+        (("table3-model-a-relay", "--batch-norm", "synchronised"), "requires GPUs"),
         (("table3-model-a-relay", "--strategy", "fsdp"), "several devices"),
         (("table3-model-a-relay", "--accelerator", "cuda"), "no GPU"),
         (("table3-model-a-relay", "--devices", "3"), "must be divisible by devices x accumulate (3 x 1)"),
         (
             ("table3-model-a-relay", "--accumulate", "4", "--set", "augmentation.cutmix=1"),
-            "optimizer.batch_size 4 leaves one image to each part of it: take at least 2 x devices x accumulate",
+            "optimizer.batch_size 4 leaves one image per micro-batch: use at least 2 x devices x accumulate",
         ),
         (
             ("table6-inception-v3-relay", "--accumulate", "4"),
-            "each part of a batch is one image, and model.Mixed_7a.branch3x3_2.bn then normalises one value",
+            "with one image per micro-batch, model.Mixed_7a.branch3x3_2.bn would normalise a single value",
         ),
         (("table3-model-a-relay", "--resume", "nowhere"), "no such run or checkpoint"),
-        (("table3-model-a-relay", "--resume", "."), "expected a run's folder"),
+        (("table3-model-a-relay", "--resume", "."), "expected the folder of a run"),
     ],
 )
 def test_bad_input_is_explained_before_the_first_step(
@@ -404,13 +408,13 @@ def test_missing_images_and_missing_space_are_told_before_the_first_step(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", "table3-model-a-relay") == 2
-    assert "--data is missing" in capsys.readouterr().err
+    assert "--data is required" in capsys.readouterr().err
     assert run("train", "table3-model-a-relay", "--data", tmp_path / "nowhere") == 2
     assert "no such file or folder" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(loop.Trainer, "step", lambda *_: pytest.fail("a step was made"))
-    with pytest.raises(InputError, match=r"checkpoints need .* MB free: make room"):
+    with pytest.raises(InputError, match=r"checkpoints need .* MB free: free some space"):
         train(tiny_images, tmp_path / "run")
     monkeypatch.undo()
     assert train(tiny_images, tmp_path / "run", resume="auto").finished, "the folder can be used again"
@@ -430,7 +434,7 @@ def test_an_unreadable_validation_image_is_found_before_the_first_step(
 def test_a_loss_that_reaches_nothing_of_a_layer_leaves_it_alone_and_says_so(
     tiny_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The primary loss ends above the auxiliary one's head: what lies between them belongs to no window."""
+    """The primary window ends above the auxiliary head: the layers between them are in no window."""
     changes = ("plan.primary.bottom=segment5", "plan.auxiliary.aux.top=segment3")
     train(tiny_images, tmp_path / "run", changes=changes)
     assert "no loss reaches model.segment4" in capsys.readouterr().err
@@ -445,17 +449,17 @@ def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference
 
 
 def test_what_a_run_is_cannot_change_when_it_goes_on(tiny_images: Path, tmp_path: Path, reference: Path) -> None:
-    with pytest.raises(InputError, match=r"has seed 0, not 3: that cannot change"):
+    with pytest.raises(InputError, match=r"has seed 0, not 3: this option cannot change when a run resumes"):
         go_on(reference, seed=3)
     with pytest.raises(InputError, match="has seed 0, not 3: give another --out"):
         train(tiny_images, reference, seed=3, resume="auto")
     shutil.copytree(reference, tmp_path / "run")
-    stored = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    stored = json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())
     stored["recipe"]["values"]["optimizer.momentum"] = 0.5
-    (tmp_path / "run" / runs.CONFIG).write_text(json.dumps(stored))
+    (tmp_path / "run" / run_folder.CONFIG).write_text(json.dumps(stored))
     with pytest.raises(InputError, match=r"optimizer.momentum was 0.5 and is 0.9"):
         go_on(tmp_path / "run")
-    (tmp_path / "run" / runs.CONFIG).write_text("{")
+    (tmp_path / "run" / run_folder.CONFIG).write_text("{")
     with pytest.raises(InputError, match=r"config.json is damaged"):
         go_on(tmp_path / "run")
 
@@ -477,7 +481,15 @@ PAGE = ROOT / "docs" / "how-to" / "train.md"
 
 def test_the_training_page_names_what_a_run_leaves_behind() -> None:
     text = PAGE.read_text()
-    for name in (runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.LOG, runs.CHECKPOINTS, runs.TENSORBOARD, runs.MODEL):
+    for name in (
+        run_folder.CONFIG,
+        run_folder.ENVIRONMENT,
+        run_folder.METRICS,
+        run_folder.LOG,
+        run_folder.CHECKPOINTS,
+        run_folder.TENSORBOARD,
+        run_folder.MODEL,
+    ):
         assert f"    {name}" in text, name
 
 
@@ -506,8 +518,8 @@ def test_early_release_trains_to_the_same_parameters(
 
 
 def test_early_release_needs_whole_parameters(tiny_images: Path) -> None:
-    with pytest.raises(InputError, match=r"--early-release needs whole parameters"):
-        runs.understand(config_of(tiny_images, early_release=True, strategy="fsdp", devices=2))
+    with pytest.raises(InputError, match=r"--early-release does not support --strategy fsdp"):
+        requests.resolve(config_of(tiny_images, early_release=True, strategy="fsdp", devices=2))
 
 
 @pytest.mark.filterwarnings("default")  # the compiler reads .grad of intermediate tensors, and warns itself of that
@@ -527,5 +539,5 @@ def test_compiled_layers_outside_of_overlaps_train_to_the_same_parameters(
     eager, compiled = final(tmp_path / "eager", 4), final(tmp_path / "compiled", 4)
     for name, tensor in eager.items():
         assert (compiled[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), name
-    looks = [line for line in read_metrics(tmp_path / "compiled" / runs.METRICS) if line["kind"] == "gradients"]
+    looks = [line for line in read_metrics(tmp_path / "compiled" / run_folder.METRICS) if line["kind"] == "gradients"]
     assert "cosines" not in looks[0], "angles need the graph twice"

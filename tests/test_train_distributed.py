@@ -1,4 +1,4 @@
-"""Two processes under torchrun: the single process's result with the same global batch, and exact resume."""
+"""Two processes under torchrun: the result of a single process with the same global batch, and exact resume."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 import train_ranks
 from relaylab.options import given_options
-from relaylab.train import runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import requests, run_folder, session
+from relaylab.train.options import TrainOptions
 from test_train import assert_identical, final, lines_of
 
 pytestmark = [
@@ -27,7 +27,7 @@ TOLERANCE = 2e-5  # of the largest value of a tensor, in single precision: sums 
 
 @pytest.fixture(scope="module")
 def two(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with all scenarios' runs. One pair of processes runs them all: starting one takes seconds."""
+    """The folder of the runs of all scenarios, made by a single launch of two processes, which takes seconds."""
     folder = tmp_path_factory.mktemp("two")
     train_ranks.write_lists(tiny_images)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -54,12 +54,12 @@ def test_two_processes_give_one_processs_parameters(
 ) -> None:
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, input: input)
     options = {"strategy": "ddp", "accumulate": 1, "early_release": False}
-    session.train(runs.understand(train_ranks.config_of(name, tiny_images, tmp_path / "one", **options)))
+    session.train(requests.resolve(train_ranks.config_of(name, tiny_images, tmp_path / "one", **options)))
     assert_close(final(two / name, 6), final(tmp_path / "one", 6))
     with pytest.raises(AssertionError):  # negative controls: one step less, and other images
         assert_close(final(two / name, 3), final(tmp_path / "one", 6))
     other = train_ranks.config_of(name, tiny_images, tmp_path / "other", **options, seed=1)
-    session.train(runs.understand(other))
+    session.train(requests.resolve(other))
     with pytest.raises(AssertionError):
         assert_close(final(two / name, 6), final(tmp_path / "other", 6))
     for one, both in zip(lines_of(tmp_path / "one"), lines_of(two / name), strict=True):
@@ -79,12 +79,12 @@ def test_two_processes_go_on_exactly_after_a_stop(name: str, two: Path) -> None:
 
 
 def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Divided parameters are whole in a checkpoint."""
+    """Sharded parameters are unsharded in a checkpoint."""
     shutil.copytree(two / "fsdp", tmp_path / "run")
-    path = tmp_path / "run" / runs.CHECKPOINTS / "step-00000003"
+    path = tmp_path / "run" / run_folder.CHECKPOINTS / "step-00000003"
     words = ["train", "--resume", str(path), "--strategy", "ddp", "--devices=1"]
-    request = runs.understand(TrainConfig(resume=str(path)), {*given_options(TrainConfig, words), "recipe"})
-    assert request.config.devices == 1
+    request = requests.resolve(TrainOptions(resume=str(path)), {*given_options(TrainOptions, words), "recipe"})
+    assert request.options.devices == 1
     outcome = session.train(request)
     assert outcome.finished
     assert "processes: 1 now, 2 before" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The parts of the trainer by themselves: schedules, changes of recipes, segments, sizes and angles of gradients."""
+"""Unit tests of the trainer: schedules, recipe overrides, segments, gradient magnitudes and cosines."""
 
 import json
 import math
@@ -23,12 +23,11 @@ from relaylab.models.building import build_relay
 from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
-from relaylab.train import checkpoint, runs, segments, validation
-from relaylab.train import gradients as diagnosis
+from relaylab.train import checkpoint, gradients, requests, segments, validation
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages, open_images
 from relaylab.train.normalisation import has_local_batch_norm
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, read_metrics
 from relaylab.train.schedule import Plateau, learning_rate
 from relaylab.train.signals import StopRequest
@@ -38,14 +37,14 @@ OPTIMIZER = replace(RELAY.optimizer, lr=1.0, iterations=100)
 
 
 def test_the_validation_loss_is_the_mean_over_images() -> None:
-    """With 65 images the last batch has one image."""
+    """With 65 images, the last batch has one image."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (65, 4, 4, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 7, (65,), generator=generator)
     dataset = InMemoryDataset(DecodedImages(images, labels, tuple("abcdefg")), CropSpec(size=4, short_side=4))
     relay = Relay(nn.Sequential(nn.Flatten(), nn.Linear(48, 7)), Plan())
     augment = Augmentation(torch.zeros(3), torch.full((3,), 64.0), seed=0, flip=False)
-    fabric = make_fabric(TrainConfig(recipe="x", accelerator="cpu"))
+    fabric = make_fabric(TrainOptions(recipe="x", accelerator="cpu"))
     found = validation.Validation(dataset, augment, nn.CrossEntropyLoss(), fabric)(relay)
     with torch.no_grad():
         scores = relay.model.double()(images.permute(0, 3, 1, 2).double() / 64)
@@ -62,16 +61,16 @@ def test_the_validation_loss_is_the_mean_over_images() -> None:
 
 def test_batch_normalisation_over_single_images_is_looked_at_before_the_first_step() -> None:
     resnet, inception = (at_scale(find_recipe(f"table6-{name}-relay"), "tiny") for name in ("resnet50", "inception-v3"))
-    four = TrainConfig(recipe="x", accumulate=4)
-    assert runs.batch_problems(resnet, four, 1) == [], "its last map has more than one place"
+    four = TrainOptions(recipe="x", accumulate=4)
+    assert requests.batch_problems(resnet, four, 1) == [], "its last map has more than one place"
     assert has_local_batch_norm(build_relay(resnet, on_meta=True))
     assert not has_local_batch_norm(build_relay(RELAY, on_meta=True))
-    assert runs.batch_problems(RELAY, four, 1) == []
-    (problem,) = runs.batch_problems(inception, TrainConfig(recipe="x", accumulate=2), 2)
-    assert "normalises one value per channel" in problem
-    synchronised = TrainConfig(recipe="x", accumulate=2, batch_norm="synchronised")
-    assert runs.batch_problems(inception, synchronised, 2) == [], "two processes have two values"
-    assert runs.batch_problems(inception, TrainConfig(recipe="x", accumulate=2), 1) == []
+    assert requests.batch_problems(RELAY, four, 1) == []
+    (problem,) = requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 2)
+    assert "would normalise a single value per channel" in problem
+    synchronised = TrainOptions(recipe="x", accumulate=2, batch_norm="synchronised")
+    assert requests.batch_problems(inception, synchronised, 2) == [], "two processes have two values"
+    assert requests.batch_problems(inception, TrainOptions(recipe="x", accumulate=2), 1) == []
 
 
 @pytest.mark.parametrize(
@@ -235,10 +234,10 @@ def test_angles_are_those_of_the_losses_own_gradients_and_training_goes_on_as_wi
     output = relay(images)
     losses = criterion.terms(output, labels)
     weighted = {name: relay.plan.weights[name] * loss for name, loss in losses.items()}
-    angles = diagnosis.overlap_cosines(relay, weighted, found)
+    angles = gradients.overlap_cosines(relay, weighted, found)
     sum(weighted.values()).backward()
     seen = {name: p.grad.clone() for name, p in relay.named_parameters()}
-    # The same network, by hand: no windows, but only the overlap is looked at, where each window lets its loss through.
+    # The same network by hand, without windows: only the overlap is compared, which both losses reach.
     hidden = relay.model[2](relay.model[1](relay.model[0](images)))
     primary = nn.functional.cross_entropy(relay.model[4](relay.model[3](hidden)), labels)
     auxiliary = 0.3 * nn.functional.cross_entropy(relay.heads["aux"](hidden), labels)
@@ -258,14 +257,14 @@ def test_angles_are_those_of_the_losses_own_gradients_and_training_goes_on_as_wi
 def test_sizes_are_mean_magnitudes_by_layer_and_segment() -> None:
     relay, criterion, found, images, labels = small_relay()
     criterion(relay(images), labels).backward()
-    layers, by_segment = diagnosis.sizes(relay, found)
+    layers, by_segment = gradients.magnitudes(relay, found)
     weight = relay.model[1][0].weight
     assert layers["1.0"]["gradient"] == pytest.approx(weight.grad.abs().mean().item(), rel=1e-12)
     assert layers["1.0"]["ratio"] == pytest.approx((weight.grad.abs().mean() / weight.abs().mean()).item(), rel=1e-12)
     own = [p for number in (1, 2) for p in relay.model[number].parameters()]
-    gradients, weights = (torch.cat([t.flatten() for t in ts]).abs() for ts in ([p.grad for p in own], own))
-    assert by_segment["aux+primary"]["gradient"] == pytest.approx(gradients.mean().item(), rel=1e-12)
-    assert by_segment["aux+primary"]["ratio"] == pytest.approx((gradients.sum() / weights.sum()).item(), rel=1e-12)
+    grads, weights = (torch.cat([t.flatten() for t in ts]).abs() for ts in ([p.grad for p in own], own))
+    assert by_segment["aux+primary"]["gradient"] == pytest.approx(grads.mean().item(), rel=1e-12)
+    assert by_segment["aux+primary"]["ratio"] == pytest.approx((grads.sum() / weights.sum()).item(), rel=1e-12)
     assert set(by_segment) == set(found.losses)
     assert "1.0.bias" not in layers
     assert len(layers) == 6
@@ -277,7 +276,7 @@ def test_metrics_of_steps_without_a_checkpoint_are_dropped(tmp_path: Path) -> No
         records.write("train", step, {"loss": {"primary": 1.0 / step}, "top1": 50.0, "top5": 10.0})
     records.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')  # as after a kill
+        file.write('{"kind": "train", "st')  # as left by a killed process
     Records(tmp_path, 4).close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4]
 
@@ -301,11 +300,11 @@ def test_a_checkpoint_comes_back_as_it_was_and_old_ones_go(tmp_path: Path) -> No
     assert found.model["w"].tolist() == [4, 4]
     assert found.optimizer["w/m"].tolist() == [1.0]
     assert dict(found.state) == {"format": checkpoint.FORMAT, "step": 4, "x": 0.1}
-    checkpoint.thin_out(tmp_path, 2, [2])
+    checkpoint.prune(tmp_path, 2, [2])
     assert [checkpoint.step_of(path) for path in checkpoint.newest(tmp_path)] == [8, 6, 2]
-    assert checkpoint.newest_whole(tmp_path) == checkpoint.path_of(tmp_path, 8)
+    assert checkpoint.newest_valid(tmp_path) == checkpoint.path_of(tmp_path, 8)
     (tmp_path / ".unfinished-step-00000010").mkdir()
-    checkpoint.write(tmp_path, checkpoint.Checkpoint(*tensors, {"step": 8}))  # over itself
+    checkpoint.write(tmp_path, checkpoint.Checkpoint(*tensors, {"step": 8}))  # overwrites itself
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 6, 8)]
 
 
@@ -358,8 +357,8 @@ def test_sums_on_another_device_are_the_same() -> None:
 
 
 def opened(images: Path, where: str, *changes: str) -> RunImages:
-    config = TrainConfig(recipe=RELAY.name, scale="tiny", data=(images,), changes=changes, images=where)  # pyright: ignore
-    return open_images(runs.understand(config).recipe, config, device=torch.device("cpu"), first=nullcontext())
+    config = TrainOptions(recipe=RELAY.name, scale="tiny", data=(images,), changes=changes, images=where)  # pyright: ignore
+    return open_images(requests.resolve(config).recipe, config, device=torch.device("cpu"), first=nullcontext())
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])

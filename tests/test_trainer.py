@@ -41,7 +41,7 @@ def vit() -> Relay:
 
 
 def bert() -> Relay:
-    """A masked language model, whose word embeddings are the weights of its last layer."""
+    """A masked language model with tied word embeddings and output weights."""
     config = transformers.BertConfig(
         vocab_size=WORDS, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -65,7 +65,7 @@ def over_words(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def trainer_of(example: ModuleType, relay: Relay, folder: Path, **options: Any) -> Any:
-    """Plain SGD of rate 1, one step over all rows unless options say otherwise."""
+    """Plain SGD with learning rate 1, one step over all rows unless options override it."""
     is_vit = isinstance(relay.model, transformers.ViTForImageClassification)
     defaults = {
         "per_device_train_batch_size": 8, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0,
@@ -80,14 +80,14 @@ def trainer_of(example: ModuleType, relay: Relay, folder: Path, **options: Any) 
 
 
 class Gradients(transformers.TrainerCallback):
-    """The gradients that the optimizer is given."""
+    """Return the gradients that the optimizer receives."""
 
     def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, *, model: Relay, **_: Any) -> None:
         self.seen = gradients_of(model)
 
 
 def gradients_in(example: ModuleType, relay: Relay, folder: Path, **options: Any) -> dict[str, Tensor]:
-    """Those of one update."""
+    """Return the gradients of one update."""
     trainer, gradients = trainer_of(example, relay, folder, **options), Gradients()
     trainer.add_callback(gradients)
     trainer.train()
@@ -95,7 +95,7 @@ def gradients_in(example: ModuleType, relay: Relay, folder: Path, **options: Any
 
 
 def by_definition(relay: Relay, plan: Plan | None = None) -> dict[str, Tensor]:
-    """The gradients over all rows at once."""
+    """Return the gradients over all rows in one batch."""
     vision = isinstance(relay.model, transformers.ViTForImageClassification)
     rows, criterion = (image_rows(), nn.functional.cross_entropy) if vision else (word_rows(), over_words)
     inputs = torch.stack([row["pixel_values" if vision else "input_ids"] for row in rows])
@@ -120,7 +120,7 @@ def by_definition(relay: Relay, plan: Plan | None = None) -> dict[str, Tensor]:
 def test_gradients_of_an_update(
     example: ModuleType, tmp_path: Path, build: Any, options: dict[str, bool], accumulated: int
 ) -> None:
-    """However the batch is accumulated, and with activation checkpointing, in float64."""
+    """For any gradient accumulation, and with activation checkpointing, in float64."""
     relay = build()
     expected, otherwise = by_definition(relay), by_definition(relay, relay.plan.multi_loss())
     sizes = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
@@ -133,7 +133,7 @@ def test_gradients_of_an_update(
 
 
 def test_a_model_that_seems_to_average_by_itself_gets_multiplied_gradients(example: ModuleType, tmp_path: Path) -> None:
-    """The negative control of accumulation: as Trainer does without `Relay.accepts_loss_kwargs`."""
+    """Negative control of accumulation: Trainer without `Relay.accepts_loss_kwargs`."""
     relay = vit()
     relay.accepts_loss_kwargs = True
     expected = by_definition(relay)
@@ -142,7 +142,7 @@ def test_a_model_that_seems_to_average_by_itself_gets_multiplied_gradients(examp
 
 
 def test_checkpoints_of_tied_weights(example: ModuleType, tmp_path: Path) -> None:
-    """They are saved, they resume to the same end, and they are still tied afterwards."""
+    """Tied weights are saved, resume to the same result, and remain tied."""
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.1}
     torch.manual_seed(0)
     whole = bert()
@@ -159,7 +159,7 @@ def test_checkpoints_of_tied_weights(example: ModuleType, tmp_path: Path) -> Non
 
 
 def test_without_copies_safetensors_refuses_tied_weights(example: ModuleType, tmp_path: Path) -> None:
-    """The negative control: when this fails, `RelayTrainer._save` has become unnecessary."""
+    """Negative control: if this fails, `RelayTrainer._save` is no longer needed."""
 
     class Uncured(example.RelayTrainer):
         _save = transformers.Trainer._save
@@ -180,7 +180,7 @@ def test_evaluation_is_the_plain_models(example: ModuleType, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_example_learns_and_resumes(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is stopped after an epoch and started again has the weights of the whole run, to the last bit."""
+    """A run that is stopped after an epoch and resumed has bitwise the weights of an uninterrupted run."""
     options = {"epochs": 2, "disable_tqdm": True, "use_cpu": True}
     error = example.main(str(tmp_path / "whole"), **options)
     assert error < 20.0  # per cent; chance is 90

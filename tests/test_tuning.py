@@ -1,7 +1,8 @@
-"""Tuning: grids that grow, choices, and `relaylab compare --tune` with its results."""
+"""Tuning: extension of grids, choices, and `relaylab compare --tune`."""
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.report.comparison import open_runs
 from relaylab.report.summary import summary
-from relaylab.train import jobs, runs
+from relaylab.train import jobs, requests, run_folder
 from relaylab.train.failures import Failure
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.trials import Search
 from relaylab.train.tuning import (
     FILE,
@@ -50,7 +51,7 @@ def axes(*texts: str) -> tuple[Axis, ...]:
 
 
 def search(grid: tuple[Axis, ...], error: Callable[..., float | None]) -> tuple[Choice, int]:
-    """Train until nothing is left to train; return the choice and the number of trials."""
+    """Train all trials, and return the choice and the number of trials."""
     trials: list[Trial] = []
     while points := next_points(grid, trials, lambda _: True):
         assert len(trials) < 100
@@ -121,12 +122,12 @@ def search_texts(grid: tuple[Axis, ...], errors: dict[Point, float]) -> tuple[Ch
         ("optimizer.rate=1,2", "no value optimizer.rate; nearest: optimizer"),
         ("optimizer.lr=1,fast", "expected a number"),
         ("optimizer.lr=0,1", "optimizer.lr is 0.0: expected a finite number, above 0"),
-        ("plan.*.wait=1,2", "no value of the recipe has such a name"),
-        ("images.held_out=1,2", "all schemes have the same images"),
-        ("image*.short_side=40,50", "all schemes have the same images"),
-        ("optimizer.iterations=8,16", "all schemes have the same images, classes and iterations"),
+        ("plan.*.wait=1,2", "unknown value of the recipe; nearest: "),
+        ("images.held_out=1,2", "schemes, images, classes and iterations cannot be tuned"),
+        ("image*.short_side=40,50", "schemes, images, classes and iterations cannot be tuned"),
+        ("optimizer.iterations=8,16", "schemes, images, classes and iterations cannot be tuned"),
         ("optimizer.lr=0.001,1e-3,0.01", "0.001 and 1e-3 are the same value"),
-        ("scheme=relay,standard", "name schemes with --schemes"),
+        ("scheme=relay,standard", "use --schemes to choose schemes"),
     ],
 )
 def test_wrong_grids_are_errors(text: str, message: str) -> None:
@@ -164,8 +165,8 @@ def test_short_trials_have_a_short_schedule(tmp_path: Path, changes: list[str], 
     recipe, problems = with_changes(DIGITS, changes)
     assert not problems
     grid = axes("optimizer.warmup=20,40")
-    search = Search(tmp_path, recipe, TrainConfig(recipe="digits", changes=tuple(changes)), grid, 0.2, 0.25)
-    trained = runs.understand(search.options("relay", ("40",))).recipe
+    search = Search(tmp_path, recipe, TrainOptions(recipe="digits", changes=tuple(changes)), grid, 0.2, 0.25)
+    trained = requests.resolve(search.trial_options("relay", ("40",))).recipe
     values = {name.rpartition(".")[2]: value for name, value, _ in trained.fields() if name.startswith("optimizer.")}
     assert {**values, **expected} == values
     assert values["warmup"] == 10
@@ -202,7 +203,7 @@ def test_the_report_names_only_values_that_were_chosen(tmp_path: Path, capsys: p
     assert cli.main(words_of(tmp_path, "--set", *SHORT, schemes="relay", seeds="1")) == 0, "without --tune"
     assert "weight" not in capsys.readouterr().out
     assert open_runs([tmp_path / "relay-s1"]).tuning is None
-    # The choices of schemes that a later command does not name are kept.
+    # Choices of schemes outside a later command are kept.
     assert cli.main(words_of(tmp_path, *tune, "--set", *SHORT, schemes="relay", seeds="0")) == 0
     tuning = read_tuning(tmp_path)
     assert tuning is not None
@@ -214,7 +215,7 @@ def words_of(out: Path, *more: str, schemes: str = "standard,relay", seeds: str 
 
 
 def stopping_after(count: int) -> Callable[..., bool]:
-    """Return a `train_all` that is stopped after so many runs."""
+    """Return a `train_all` that stops after a number of runs."""
     own, left = jobs.train_all, [count]
 
     def train_all(configs: dict[str, object], **options: object) -> bool:
@@ -235,38 +236,40 @@ def test_each_scheme_is_compared_at_its_own_values(
     out, err = capsys.readouterr()
     tuning = read_tuning(whole)
     assert tuning is not None
-    assert "beside it" in err, "an extension is logged"
+    assert re.search("best so far is .*; next: ", err), "an extension is logged"
     for scheme, choice in tuning.choices.items():
         run = whole / f"{scheme}-s1"
-        values = runs.read_run(run).recipe.values
+        values = run_folder.read_run(run).recipe.values
         assert {key: f"{values[key.replace('*', 'aux')]:g}" for key in choice.values} == choice.values
         assert values["optimizer.iterations"] == 8
         assert "images.set_aside" not in values
-        trial = next((whole / FOLDER / scheme).glob(f"*/{runs.CONFIG}"))
+        trial = next((whole / FOLDER / scheme).glob(f"*/{run_folder.CONFIG}"))
         stored = json.loads(trial.read_text())
         assert stored["recipe"]["values"]["images.set_aside"] == 0.2
         assert stored["recipe"]["values"]["optimizer.iterations"] == 4
-        assert sum(stored["counts"]["train"]) + sum(stored["counts"]["val"]) == sum(runs.read_run(run).counts["train"])
+        assert sum(stored["counts"]["train"]) + sum(stored["counts"]["val"]) == sum(
+            run_folder.read_run(run).counts["train"]
+        )
     results = json.loads((whole / "comparison.json").read_text())
     assert results["tuning"]["choices"].keys() == {"standard", "relay"}
     assert results["differences"][0]["ours"] == "relay"
     assert results["verdict"][0] in out
     page = tmp_path / "page.html"
     assert cli.main(["report", str(whole), "--out", str(page)]) == 0
-    assert "Each method at its own values" in page.read_text()
-    assert "chosen by trials on images that were set aside" in page.read_text()
+    assert '<h2 id="tuning">Tuning</h2>' in page.read_text()
+    assert "tuned on held-out images (--tune)" in page.read_text()
     subprocess.run([sys.executable, str(whole / "relay.py")], check=True)
 
-    # Stopped in the middle of the tuning, and resumed one at a time: the same bits.
+    # Stopped during tuning and resumed with one job: bitwise the same results.
     for count in (2, 5):
         with monkeypatch.context() as patch:
             patch.setattr(jobs, "train_all", stopping_after(count))
             assert cli.main(words_of(halted, *grid)) == 130
-            assert "Stopped while tuning. The same command resumes." in capsys.readouterr().out
+            assert "Stopped while tuning. Run the same command again to resume." in capsys.readouterr().out
     assert cli.main(words_of(halted, "--jobs", "1", *grid)) == 0
     assert (halted / FILE).read_bytes() == (whole / FILE).read_bytes()
-    models = sorted(path.relative_to(whole) for path in whole.rglob(runs.MODEL))
-    assert models == sorted(path.relative_to(halted) for path in halted.rglob(runs.MODEL))
+    models = sorted(path.relative_to(whole) for path in whole.rglob(run_folder.MODEL))
+    assert models == sorted(path.relative_to(halted) for path in halted.rglob(run_folder.MODEL))
     assert len(models) > 10
     for model in models:
         assert (halted / model).read_bytes() == (whole / model).read_bytes(), model
@@ -275,7 +278,7 @@ def test_each_scheme_is_compared_at_its_own_values(
 def test_a_grid_of_one_value_needs_no_trials(tmp_path: Path) -> None:
     assert cli.main(words_of(tmp_path, "--tune", "optimizer.lr=0.03", "--set", *SHORT)) == 0
     assert not (tmp_path / FOLDER).exists()
-    assert runs.read_run(tmp_path / "relay-s0").recipe.values["optimizer.lr"] == 0.03
+    assert run_folder.read_run(tmp_path / "relay-s0").recipe.values["optimizer.lr"] == 0.03
 
 
 def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(
@@ -283,10 +286,10 @@ def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(
 ) -> None:
     for more, message in [
         (["--tune", "optimizer.lr=0.1,0.2", "--set", "optimizer.lr=1"], "--tune optimizer.lr and --set optimizer.lr"),
-        (["--tune", "optimizer.lr=0.1,0.2", "--tune-share", "2"], "--tune-share 2: expected a share"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--tune-share", "2"], "--tune-share 2: expected a fraction"),
         (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "0"], "--tune-hold-out 0: expected"),
         (["--tune", "optimizer.lr=a,0.2"], "optimizer.lr=a: expected a number"),
-        (["--tune", "optimizer.lr=0.1,0.2", "--set", "images.set_aside=0.1"], "images.set_aside is set, and --tune"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--set", "images.set_aside=0.1"], "--tune sets images.set_aside itself"),
     ]:
         assert cli.main(words_of(tmp_path / "out", *more)) == 2
         assert message in capsys.readouterr().err
@@ -298,7 +301,7 @@ def test_a_trial_that_fails_is_named_and_can_be_resumed(
 ) -> None:
     from relaylab.train.failures import write_failure
 
-    def train_all(configs: dict[str, runs.TrainConfig], **_: object) -> bool:
+    def train_all(configs: dict[str, TrainOptions], **_: object) -> bool:
         for config in configs.values():
             assert config.out is not None
             config.out.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The example of a network of one's own: its recipe, and the commands of its README."""
+"""The custom network example: its recipe, and the commands of its README."""
 
 import json
 import re
@@ -79,6 +79,6 @@ def test_the_commands_of_the_readme_lead_to_a_verdict(
         if "--pretrained" in command:
             shutil.copy("comparison/relay-s0/model.safetensors", "weights.safetensors")
         assert cli.main(command.split()[1:]) == 0, command
-    assert "Relay BP against standard BP" in capsys.readouterr().out
-    assert "Each method at its own values" in Path("report.html").read_text()
+    assert "Relay BP vs standard BP" in capsys.readouterr().out
+    assert '<h2 id="tuning">Tuning</h2>' in Path("comparison/report.html").read_text()
     assert "averaged weights, top-1" in next(Path("runs").rglob("comparison.md")).read_text()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from relaylab.train import loop, runs, session
-from relaylab.train.options import TrainConfig
+from relaylab.train import loop, requests, session
+from relaylab.train.options import TrainOptions
 
 STEPS = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "network.num_classes=5")
 # Nothing random but the images, and nothing that sees the batch as a whole. A head of one layer has no dropout either.
@@ -35,12 +35,12 @@ STOPPED = ("mixing", "dropout", "dropout, from disk", "early release", "fsdp", "
 STOP_AT = 4
 
 
-def config_of(name: str, tree: Path, out: Path, **more: object) -> TrainConfig:
+def config_of(name: str, tree: Path, out: Path, **more: object) -> TrainOptions:
     """A scenario's options."""
     options = {"recipe": "table3-model-a-relay", "scale": "tiny", "data": (tree,), "workers": 0, **SCENARIOS[name]}
     if name == "several labels":
         options |= {"data": (tree, tree.parent / "train.csv"), "val_data": (tree, tree.parent / "val.csv")}
-    return TrainConfig(**{**options, "out": out, "accelerator": "cpu", "diagnose_every": 2, "keep": 9, **more})
+    return TrainOptions(**{**options, "out": out, "accelerator": "cpu", "diagnose_every": 2, "keep": 9, **more})
 
 
 def write_lists(tree: Path) -> None:
@@ -66,12 +66,12 @@ def main(tree: Path, folder: Path) -> None:
     for name in SCENARIOS:
         if not name.startswith("dropout"):
             without_dropout()
-        session.train(runs.understand(config_of(name, tree, folder / name)))
+        session.train(requests.resolve(config_of(name, tree, folder / name)))
         if name in STOPPED:
             loop.Trainer.step = stopping
-            session.train(runs.understand(config_of(name, tree, folder / f"{name}, stopped")))
+            session.train(requests.resolve(config_of(name, tree, folder / f"{name}, stopped")))
             loop.Trainer.step = original_step
-            session.train(runs.understand(TrainConfig(resume=str(folder / f"{name}, stopped"))))
+            session.train(requests.resolve(TrainOptions(resume=str(folder / f"{name}, stopped"))))
         torch.nn.Dropout.forward = original_dropout
     (folder / f"done-{torch.distributed.get_rank()}.json").write_text(json.dumps(list(SCENARIOS)))
 

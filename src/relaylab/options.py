@@ -1,8 +1,9 @@
 """Option types and checks shared by the commands. Does not import torch, so that `--help` is fast."""
 
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -57,6 +58,26 @@ def too_small(options: object, **least: int) -> list[str]:
     values = {name: getattr(options, name, None) for name in least}
     small = {name: value for name, value in values.items() if value is not None and value < least[name]}
     return [f"--{name.replace('_', '-')} must be at least {least[name]}, not {small[name]}" for name in small]
+
+
+@cache
+def join_help_lines(kind: type[Any]) -> None:
+    """Join the wrapped lines of the help texts of a dataclass of options.
+
+    tyro keeps the line breaks of attribute docstrings, because it looks for paragraphs before it removes indentation.
+    """
+    import docstring_parser
+
+    for base in kind.__mro__[:-1]:
+        try:
+            entries = docstring_parser.parse_from_object(base).params
+        except (OSError, TypeError):  # a class without a source file
+            continue
+        for entry in entries:
+            hint = inspect.get_annotations(base).get(entry.arg_name)
+            if hint is not None and not isinstance(hint, str):
+                text = " ".join((entry.description or "").split())
+                base.__annotations__[entry.arg_name] = Annotated[hint, tyro.conf.arg(help=text)]
 
 
 def writable(path: Path, option: str = "--out", suffixes: Sequence[str] = ()) -> Path:

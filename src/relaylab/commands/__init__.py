@@ -1,1 +1,1 @@
-"""The front door: a file for each group of commands, with their options, what they compose, and what they print."""
+"""The commands: one file for each group, with its options and its output."""

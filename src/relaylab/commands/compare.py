@@ -1,4 +1,4 @@
-"""`relaylab compare`: one recipe under several schemes and seeds."""
+"""`relaylab compare`: train one recipe under several schemes and seeds."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder
 from relaylab.options import Folder, Listed, Number, listed, too_small
 from relaylab.recipes.schema import SCHEMES
-from relaylab.train.options import Engine, TrainConfig, name_of
+from relaylab.train.options import RuntimeOptions, TrainOptions, name_of
 
 if TYPE_CHECKING:
     from relaylab.recipes.schema import Recipe
@@ -25,39 +25,39 @@ Tune = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=A,B,... [KEY=A,B,..
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions(Engine):
-    """Train a recipe under several schemes and seeds, in one table.
+class CompareOptions(RuntimeOptions):
+    """Train a recipe under several schemes and seeds, and compare the results.
 
-    Runs that exist already are resumed. A run that diverges or fails is reported, and the others continue.
+    Existing runs are resumed. A run that diverges or fails is reported, and the others continue.
     """
 
     schemes: Listed = "standard,multi-loss,relay"
-    """Schemes, in place of the recipe's."""
+    """Training schemes to compare: standard, multi-loss, relay, isolated."""
 
     seeds: Listed = "0,1,2"
-    """Seeds. A seed gives all schemes the same weights, batches, crops and dropout."""
+    """Seeds to train each scheme with. For one seed, all schemes have the same weights, batches, crops and dropout."""
 
     tune: Tune = ()
-    """First choose these values for each scheme by trials on training images that are set aside:
-    optimizer.lr=0.003,0.01,0.03 plan.auxiliary.*.weight=0.3,1. All schemes start from the same grid, which grows where
-    the best value is at its edge."""
+    """Before the comparison, tune these values for each scheme on held-out training images, such as
+    optimizer.lr=0.003,0.01,0.03 plan.auxiliary.*.weight=0.3,1. All schemes start from the same grid, which is extended
+    if the best value is at its edge."""
 
     tune_share: float = 1.0
-    """Length of the trials, as a share of the recipe's iterations."""
+    """Length of a tuning trial, as a fraction of the recipe's iterations."""
 
     tune_hold_out: Annotated[float, tyro.conf.arg(metavar="N")] = 0.2
-    """Training images that the trials set aside: a share of each class, or a number."""
+    """Training images held out for tuning: a fraction of each class if below 1, else images per class."""
 
     jobs: Number = None
-    """Runs at once, each in its own process. The results do not depend on it. (default: as many as the cores allow; 1
-    with a GPU)."""
+    """Number of concurrent runs, each in its own process; does not change the results (default: as many as the cores
+    allow; 1 with a GPU)."""
 
     out: Folder = None
-    """Folder of the comparison; it may hold the runs of an earlier one. (default: runs/compare/RECIPE)."""
+    """Folder of the comparison; may contain runs of an earlier one (default: runs/compare/RECIPE)."""
 
 
 def main(options: CompareOptions) -> int:
-    """Train the missing runs, then write and print the table."""
+    """Train the missing runs, then write and print the results."""
     with new_folder(options.out, ROOT / "compare" / name_of(options), may_hold=True) as folder:
         comparison = compare(options, folder)
         if comparison is None:
@@ -67,141 +67,146 @@ def main(options: CompareOptions) -> int:
 
 
 def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
-    """Choose each scheme's values with --tune, and train the runs that are missing in the folder of a comparison.
+    """Tune each scheme if requested, and train the runs that are missing in the folder of a comparison.
 
     Returns:
-        The results; None after SIGINT or SIGTERM, and then the same call resumes.
+        The results; None after SIGINT or SIGTERM, in which case the same call resumes.
 
     Raises:
-        InputError: wrong options or images, before anything is trained.
-        LabError: a trial of the tuning failed.
+        InputError: invalid options or images, before anything is trained.
+        LabError: a tuning trial failed.
     """
-    from relaylab.train import failures, runs
+    from relaylab.train import failures, requests, run_folder
     from relaylab.train.many import is_missing, shared_by, train_many
     from relaylab.train.trials import Search, tune
 
     _check_folder(folder)
     members = _members(options, folder)
     first = next(iter(members.values()))
-    request = runs.understand(dataclasses.replace(first, out=None, resume=None))
+    request = requests.resolve(dataclasses.replace(first, out=None, resume=None))
     axes = _axes(options, request.recipe)
-    shared = shared_by(folder, request.config, request.recipe, len(members))
+    shared = shared_by(folder, request.options, request.recipe, len(members))
 
-    def train(configs: "Mapping[str, TrainConfig]", iterations: int) -> bool:
+    def train(configs: "Mapping[str, TrainOptions]", iterations: int) -> bool:
         return train_many(configs, shared, at_once=options.jobs, iterations=iterations)
 
     if axes:
         search = Search(folder, request.recipe, first, axes, options.tune_hold_out, options.tune_share)
         tuning = tune(search, list(dict.fromkeys(scheme for scheme, _ in members)), train)
         if tuning is None:
-            print("Stopped while tuning. The same command resumes.")
+            print("Stopped while tuning. Run the same command again to resume.")
             return None
         members = {
             (scheme, seed): dataclasses.replace(config, changes=(*config.changes, *tuning.choices[scheme].changes))
             for (scheme, seed), config in members.items()
         }
-    requests = {key: runs.understand(member) for key, member in members.items()}
-    folders = {key: folder / runs.member_name(*key) for key in members}
-    missing = {folders[key].name: request.config for key, request in requests.items() if is_missing(folders[key])}
+    requests = {key: requests.resolve(member) for key, member in members.items()}
+    folders = {key: folder / run_folder.member_name(*key) for key in members}
+    missing = {folders[key].name: request.options for key, request in requests.items() if is_missing(folders[key])}
     if not missing:
-        print("All runs have ended already.", file=sys.stderr)
+        print("All runs have already ended.", file=sys.stderr)
     if missing and not train(missing, next(iter(requests.values())).recipe.optimizer.iterations):
-        done = sum((path / runs.MODEL).is_file() for path in folders.values())
-        print(f"Stopped: {done} of {len(members)} runs have finished. The same command resumes the others.")
+        done = sum((path / run_folder.MODEL).is_file() for path in folders.values())
+        print(f"Stopped: {done} of {len(members)} runs have finished. Run the same command again to resume the others.")
         return None
     from relaylab.report.comparison import open_runs
 
-    ended = {key for key, path in folders.items() if (path / runs.MODEL).is_file() or failures.read_failure(path)}
+    ended = {key for key, path in folders.items() if (path / run_folder.MODEL).is_file() or failures.read_failure(path)}
     comparison = open_runs([folders[key] for key in members if key in ended], may_fail=True)
-    reason = failures.Failure("failed", 0, "it wrote no result; the disk may be full")
-    lost = dict.fromkeys((key for key in members if key not in ended), reason)
+    failure = failures.Failure("failed", 0, "it wrote no result; the disk may be full")
+    lost = dict.fromkeys((key for key in members if key not in ended), failure)
     return dataclasses.replace(comparison, failures={**comparison.failures, **lost})
 
 
 def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
-    """Return the axes of --tune."""
+    """Return the axes of the tuning grid."""
     from relaylab.train.tuning import axes_of
 
     axes, problems = axes_of(options.tune, recipe)
     given = {change.partition("=")[0].strip() for change in options.changes}
     problems += [
-        f"--tune {axis.key} and --set {name}: give one of them" for axis in axes for name in axis.names if name in given
+        f"--tune {axis.key} and --set {name} set the same value: give only one of them"
+        for axis in axes
+        for name in axis.names
+        if name in given
     ]
     if axes and recipe.images.set_aside is not None:
         problems.append(
-            "images.set_aside is set, and --tune sets images aside for its trials: choose values by images that no "
-            "reported error is measured on; for validation images out of the training images, set images.held_out"
+            "--tune sets images.set_aside itself, for its trials: remove images.set_aside from the recipe; to hold out "
+            "training images for validation, set images.held_out"
         )
     if not 0 < options.tune_share <= 1:
-        problems.append(f"--tune-share {options.tune_share:g}: expected a share above 0, at most 1")
+        problems.append(f"--tune-share {options.tune_share:g}: expected a fraction above 0, at most 1")
     if options.tune_hold_out <= 0:
-        problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a share or a number above 0")
+        problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a fraction or a number above 0")
     raise_all(problems)
     return axes
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a folder is empty or holds an earlier comparison."""
-    from relaylab.train import runs
+    """Check that a folder is empty or contains an earlier comparison."""
+    from relaylab.train import run_folder
     from relaylab.train.tuning import FOLDER
 
     inside = list(folder.iterdir())
-    if inside and not any(runs.member_of(path) or path.name == FOLDER for path in inside):
-        raise InputError(f"{folder} is not empty and holds no comparison; give a new folder with --out")
+    if inside and not any(run_folder.parse_member_name(path) or path.name == FOLDER for path in inside):
+        raise InputError(f"{folder} is not empty and does not contain a comparison; give a new folder with --out")
 
 
 def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]) -> None:
-    """Write and print a comparison's table and its verdict, and name the runs that have failed."""
+    """Write and print a comparison's table and verdict, and report the failed runs on stderr."""
     from relaylab.report.summary import TABLE, write_comparison
     from relaylab.tables import markdown_lines
 
     if comparison.runs:
-        table, said = write_comparison(folder, comparison, changes)
-        print("\n".join([*markdown_lines(table), "", *said, "", f"Results: {(folder / TABLE).resolve()}"]))
+        table, verdict = write_comparison(folder, comparison, changes)
+        print("\n".join([*markdown_lines(table), "", *verdict, "", f"Results: {(folder / TABLE).resolve()}"]))
     for text in comparison.failure_texts:
         print(text, file=sys.stderr)
     kinds = {failure.kind for failure in comparison.failures.values()}
     if "failed" in kinds:
-        print("The same command resumes the runs that have failed.", file=sys.stderr)
+        print("Run the same command again to resume the failed runs.", file=sys.stderr)
     if "diverged" in kinds:
-        advice = f"Change the recipe and give another --out, or remove their folders in {folder}."
-        print(f"Diverged runs are not retried; they would diverge again. {advice}", file=sys.stderr)
+        advice = f"change the recipe and give another --out, or remove their folders in {folder}."
+        print(f"Diverged runs are not retried, since they would diverge again: {advice}", file=sys.stderr)
 
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:
-    """Return the schemes in a list, and error messages."""
+    """Parse the value of --schemes, and return the schemes and error messages."""
     names, problems = listed(text.replace("-", "_"), SCHEMES, "scheme")
     if len(set(names)) != len(names) or not names:
-        problems.append(f"--schemes {text}: expected one or more, each once")
+        problems.append(f"--schemes {text}: expected one or more schemes, each once")
     return names, problems
 
 
 def listed_seeds(text: str) -> tuple[list[int], list[str]]:
-    """Return the seeds in a list, and error messages."""
+    """Parse the value of --seeds, and return the seeds and error messages."""
     parts, _ = listed(text)
     if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
         return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
     return [int(part) for part in parts], []
 
 
-def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainConfig]":
+def _members(options: CompareOptions, folder: Path) -> "dict[Member, TrainOptions]":
     """Return the options of each run."""
     schemes, wrong_schemes = listed_schemes(options.schemes)
     seeds, wrong_seeds = listed_seeds(options.seeds)
     problems = wrong_schemes + wrong_seeds
     if any(change.replace(" ", "").startswith("scheme=") for change in options.changes):
-        problems.append("--set scheme=... is not allowed here: name the schemes with --schemes")
+        problems.append("--set scheme=... is not allowed here: use --schemes")
     problems += too_small(options, jobs=1)
     if options.devices > 1 and options.jobs not in (None, 1):
-        problems.append(f"--jobs {options.jobs} with --devices {options.devices}: expected one of them to be 1")
+        problems.append(
+            f"--jobs {options.jobs} with --devices {options.devices}: several concurrent runs need --devices 1"
+        )
     raise_all(problems)
-    from relaylab.train import runs
+    from relaylab.train import run_folder
 
-    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(Engine)}
-    members: dict[Member, TrainConfig] = {}
+    shared = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(RuntimeOptions)}
+    members: dict[Member, TrainOptions] = {}
     for seed, scheme in itertools.product(seeds, schemes):
         shared["changes"] = (*options.changes, f"scheme={scheme}")
-        members[scheme, seed] = TrainConfig(
-            **shared, seed=seed, out=folder / runs.member_name(scheme, seed), resume="auto"
+        members[scheme, seed] = TrainOptions(
+            **shared, seed=seed, out=folder / run_folder.member_name(scheme, seed), resume="auto"
         )
     return members

@@ -1,4 +1,4 @@
-"""`relaylab data inspect` and `relaylab data check`: what a data set holds, and whether all of it can be read."""
+"""`relaylab data inspect` and `relaylab data check`: summarise a data set, and find its unreadable images."""
 
 import json
 from collections.abc import Iterator
@@ -15,33 +15,33 @@ from relaylab.options import File, Folder, Number, Sources, Split, too_small
 if TYPE_CHECKING:
     from relaylab.data.sources.index import IndexedImages
 
-SHOWN = 5  # bad images on the terminal; the files name all
+SHOWN = 5  # bad images printed; bad-images.txt lists all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataOptions:
-    """Images on disk."""
+    """Options of both commands."""
 
     paths: Sources
-    """Folders, tar or zip files with CLASS/IMAGE, perhaps below train/, val/ and test/; WebDataset shards or Parquet
-    files, or a folder of them; a list of images (NAME LABEL lines, a CSV file with a header, COCO's JSON) and the
-    folder that it is about; Places365, iNaturalist or Tiny ImageNet as they come; or ImageNet's validation images with
-    their development kit."""
+    """Folders, tar or zip files with CLASS/IMAGE, optionally under train/, val/ and test/; WebDataset shards or Parquet
+    files, or a folder of them; a list of images (NAME LABEL lines, a CSV file with a header, COCO JSON) and its image
+    folder; Places365, iNaturalist or Tiny ImageNet as distributed; or ImageNet's validation images with their
+    development kit."""
 
     split: Split = None
-    """One of train, val and test, where the data has them (default: all, one after another)."""
+    """Split to read, if the data set has splits (default: all of them)."""
 
     categories: File = None
-    """For a list: file with a line NAME LABEL for each class (default: categories*.txt beside the list)."""
+    """For a list of images: file with a NAME LABEL line per class (default: categories*.txt next to the list)."""
 
     cache: Folder = None
-    """Folder for indexes and unpacked archives (default: RELAYLAB_CACHE, or the user's cache folder)."""
+    """Folder for indexes and extracted archives (default: $RELAYLAB_CACHE, else the user's cache folder)."""
 
     workers: Number = None
-    """Processes that decode (default: one on each core)."""
+    """Data-loading processes (default: one per core)."""
 
     out: Folder = None
-    """Folder for the results; it must be new or empty. (default: runs/data/TIME)."""
+    """Folder for the results; must be new or empty (default: runs/data/TIME)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,30 +49,30 @@ class InspectOptions(DataOptions):
     """Summarise a data set: classes, balance, sizes and formats."""
 
     sample: Annotated[int, tyro.conf.arg(metavar="N")] = 2000
-    """Number of images to decode, evenly spread."""
+    """Number of evenly spaced images to decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckOptions(DataOptions):
-    """Decode all images of a data set, and list the bad ones."""
+    """Decode every image of a data set, and list unreadable and damaged ones."""
 
 
 def inspect(options: InspectOptions) -> int:
-    """Print and write the summary of each split."""
+    """Print and write a summary of each split."""
     raise_all(too_small(options, sample=1))
     _scan(options, options.sample)
     return 0
 
 
 def check(options: CheckOptions) -> int:
-    """Decode all images of each split; the exit code is 1 if some cannot be read."""
+    """Decode every image of each split. The exit code is 1 if some are unreadable or damaged."""
     return FAILED if _scan(options, None) else 0
 
 
 def _scan(options: DataOptions, limit: int | None) -> int:
     """Scan each split and write summary.json, balance.svg and bad-images.txt; return the bad images."""
     if not options.paths:
-        raise InputError("no images given: name a folder, tar, zip or Parquet files, or a list")
+        raise InputError("no images given: pass a folder, tar, zip or Parquet files, or a list of images")
     raise_all(too_small(options, workers=0))
     bad = 0
     with new_folder(options.out, ROOT / "data" / timestamp()) as folder:
@@ -80,11 +80,11 @@ def _scan(options: DataOptions, limit: int | None) -> int:
         from relaylab.progress import progress
 
         for split, source in _sources(options):
-            numbers, results = spread(len(source), limit), ScanResults()
+            indices, results = spread(len(source), limit), ScanResults()
             try:
-                with progress("decoding", len(numbers)) as task:
+                with progress("decoding", len(indices)) as task:
                     scan(source, results, limit=limit, workers=options.workers, task=task)
-            finally:  # after Ctrl-C too: hours of decoding are not lost
+            finally:  # keep the results of an interrupted scan, which may have taken hours
                 facts = summary(source, results)
                 here = folder / split if split else folder
                 _write(here, facts, split)
@@ -109,22 +109,22 @@ def _sources(options: DataOptions) -> Iterator[tuple[str | None, "IndexedImages"
 
 
 def describe(facts: dict[str, Any], split: str | None = None) -> str:
-    """Format a summary in lines for the terminal."""
+    """Format a summary as lines of text."""
     import numpy as np
 
     names = [name for name, _ in facts["classes"]]
     sizes = np.array([count for _, count in facts["classes"]])
     lines = [f"{facts['title']}{f', {split}' if split else ''}: {facts['images']:,} images in {len(names):,} classes"]
-    lines += [f"  found               {note}" for note in facts["notes"]]
+    lines += [f"  note                {note}" for note in facts["notes"]]
     if facts["several_labels"] is not None:
-        lines.append(f"  several labels      {facts['several_labels']:,}")
+        lines.append(f"  multi-label         {facts['several_labels']:,}")
     if facts["unlabelled"]:
-        lines.append(f"  without a label     {facts['unlabelled']:,}")
+        lines.append(f"  unlabelled          {facts['unlabelled']:,}")
     if facts["unlabelled"] < facts["images"]:
         least, most = int(sizes.argmin()), int(sizes.argmax())
         ends = f"{sizes[least]:,} ({names[least]}) to {sizes[most]:,} ({names[most]})"
-        each = f"{sizes[most]:,}" if sizes[least] == sizes[most] else f"{ends}, median {np.median(sizes):,.0f}"
-        lines.append(f"  images per class    {each}")
+        per_class = f"{sizes[most]:,}" if sizes[least] == sizes[most] else f"{ends}, median {np.median(sizes):,.0f}"
+        lines.append(f"  images per class    {per_class}")
         empty = [names[label] for label in np.flatnonzero(sizes == 0)]
         if empty:
             more = "..." if len(empty) > SHOWN else ""
@@ -132,12 +132,12 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
     ignored = facts["ignored_files"]
     if ignored:
         kinds = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in ignored.items())
-        lines.append(f"  passed over         {kinds}")
+        lines.append(f"  skipped files       {kinds}")
     folders = facts["ignored_folders"]
     if folders:
         names_there = ", ".join(name if count == 1 else f"{name} ({count:,})" for name, count in folders.items())
-        lines.append(f"  folders passed over {names_there}")
-    part = "all" if facts["examined"] == facts["images"] else f"a sample of {facts['examined']:,}, described below"
+        lines.append(f"  skipped folders     {names_there}")
+    part = "all" if facts["examined"] == facts["images"] else f"{facts['examined']:,} sampled images, summarised below"
     lines.append(f"  decoded             {part}")
     for key, name in {
         "short_side": "shorter side",
@@ -161,13 +161,13 @@ def describe(facts: dict[str, Any], split: str | None = None) -> str:
 
 
 def _write(folder: Path, facts: dict[str, Any], split: str | None) -> None:
-    from relaylab.report.balance import balance_picture
+    from relaylab.report.balance import balance_plot
 
     files = {"summary.json": json.dumps(facts, indent=1, ensure_ascii=False) + "\n"}
     if facts["images"] > facts["unlabelled"]:
         names, counts = zip(*facts["classes"], strict=True)
-        title = f"{facts['title']}{f', {split}' if split else ''}: images of each class"
-        files["balance.svg"] = balance_picture({"images": counts}, names, title=title, unit="images")
+        title = f"{facts['title']}{f', {split}' if split else ''}: images per class"
+        files["balance.svg"] = balance_plot({"images": counts}, names, title=title, unit="images")
     bad = [(kind, *fault) for kind in ("unreadable", "damaged") for fault in facts[kind]]
     files["bad-images.txt"] = "".join(f"{kind}\t{name}\t{reason}\n" for kind, name, reason in bad)
     try:

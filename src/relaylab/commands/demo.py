@@ -1,4 +1,4 @@
-"""`relaylab demo`: standard BP, multi-loss and relay on handwritten digits or on the user's images."""
+"""`relaylab demo`: compare standard BP, multi-loss and Relay BP on handwritten digits or the user's images."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from relaylab.errors import FAILED, INTERRUPTED, InputError, raise_all
 from relaylab.files import ROOT, new_folder, write_text
 from relaylab.options import Folder, Images, Listed, Number, OptionalList, path_problems, too_small
 from relaylab.recipes.scales import stored_side
-from relaylab.train.options import Changes, Engine
+from relaylab.train.options import Changes, RuntimeOptions
 
 if TYPE_CHECKING:
     from relaylab.recipes.schema import Recipe
@@ -19,45 +19,45 @@ EPOCHS, SEEDS = {"digits": 30, "photos": 12}, {"digits": "0,1,2", "photos": "0"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """Train standard BP, multi-loss and relay on one network, and write a page.
+    """Compare standard BP, multi-loss and Relay BP on a small network, and write an HTML report.
 
-    Without options the images are handwritten digits that are installed with the lab; training then takes about two
-    minutes on two cores. The demo is `relaylab compare digits`, or `photos` with --data, followed by `relaylab report`.
+    By default the images are scikit-learn's handwritten digits, and training takes about two minutes on two cores. The
+    demo runs `relaylab compare digits` (`photos` with --data), then `relaylab report`.
     """
 
     data: Images = ()
-    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; or, together with --val-data, anything
-    that docs/how-to/data.md describes. (default: the handwritten digits)."""
+    """Images: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE; with --val-data, training images in any
+    format of docs/how-to/data.md (default: the handwritten digits)."""
 
     val_data: Images = ()
-    """Validation images, where --data has training images only."""
+    """Validation images, if --data has training images only."""
 
     out: Folder = None
-    """Folder for the runs and the page; it may hold those of an earlier demo. (default: runs/demo/NAME, after the
-    images)."""
+    """Folder for the runs and the report; may contain those of an earlier demo (default: runs/demo/NAME, named after
+    the images)."""
 
     schemes: Listed = "standard,multi-loss,relay"
-    """Schemes to compare."""
+    """Training schemes to compare: standard, multi-loss, relay, isolated."""
 
     seeds: OptionalList = ""
-    """Seeds; each scheme is trained once per seed. (default: 0,1,2 for the digits, 0 for photographs)."""
+    """Seeds; each scheme is trained once per seed (default: 0,1,2 for the digits, 0 with --data)."""
 
     epochs: Number = None
-    """Passes over the training images. (default: 30 for the digits, 12 for photographs)."""
+    """Epochs to train (default: 30 for the digits, 12 with --data)."""
 
     jobs: Number = None
-    """Runs at once, each in its own process. (default: as many as the cores allow; 1 with a GPU)."""
+    """Number of concurrent runs, each in its own process (default: as many as the cores allow; 1 with a GPU)."""
 
     workers: Number = None
-    """Processes that decode images, for each run. (default: the cores divided among the runs at once)."""
+    """Data-loading processes per run (default: the cores divided by the number of concurrent runs)."""
 
     changes: Changes = ()
-    """Change values of the recipe, such as network.image_size=32 or images.long_tail=50; `relaylab recipes show photos`
-    lists them."""
+    """Override values of the recipe, such as network.image_size=32 or images.long_tail=50; `relaylab recipes show
+    photos` lists them."""
 
 
 def main(options: DemoOptions) -> int:
-    """Train what is missing, print the table and the verdict, and write the page."""
+    """Train the missing runs, print the table and the verdict, and write the report."""
     recipe = "photos" if options.data else "digits"
     problems = path_problems((*options.data, *options.val_data))
     if options.val_data and not options.data:
@@ -76,12 +76,12 @@ def main(options: DemoOptions) -> int:
             from relaylab.report.page import render_page
 
             write_text(folder / PAGE, render_page(comparison))
-            print(f"Page:    {(folder / PAGE).resolve()}")
+            print(f"Report:  {(folder / PAGE).resolve()}")
         return FAILED if comparison.failures else 0
 
 
 def suited(name: str, options: DemoOptions) -> tuple[str, ...]:
-    """Return the user's changes of a recipe by name, and those that suit it to the images and to the network's size."""
+    """Return the user's changes of a recipe, and further ones that adapt it to the images and the size of the crops."""
     from relaylab.recipes import find_recipe
     from relaylab.recipes.changes import with_changes
     from relaylab.recipes.schema import value_text
@@ -98,7 +98,7 @@ def suited(name: str, options: DemoOptions) -> tuple[str, ...]:
 
 
 def _sizes(recipe: "Recipe", name: str) -> dict[str, object]:
-    """Return the values that depend on the size of the crops; head and overlap are at the last segment but one."""
+    """Return the values that depend on the crop size. The head and the overlap are at the second-last segment."""
     from relaylab.models.small import segment_count
 
     size = recipe.network.image_size
@@ -110,17 +110,19 @@ def _sizes(recipe: "Recipe", name: str) -> dict[str, object]:
 
 
 def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, object]:
-    """Return the values that depend on the images: the number of classes and of iterations."""
+    """Return the values that depend on the images: the numbers of classes and of iterations."""
     import numpy as np
 
     from relaylab.data.sources.digits import digits_tar
     from relaylab.data.sources.source import targets_of
     from relaylab.train.images import check_classes, chosen_indices, open_sources
 
-    train, val = open_sources(Engine(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images)
+    train, val = open_sources(
+        RuntimeOptions(data=options.data or (digits_tar(),), val_data=options.val_data), recipe.images
+    )
     if targets_of(train) is not None:
-        advice = "relaylab recipes new writes a recipe for several labels, which relaylab compare trains"
-        raise InputError(f"{train.title}: the demo is for images of one class each; {advice}")
+        advice = "use `relaylab recipes new` and `relaylab compare` for multi-label images"
+        raise InputError(f"{train.title}: the demo does not support multi-label images; {advice}")
     check_classes(train, val)
     labels = np.asarray(train.labels)
     chosen, _ = chosen_indices(recipe.images, labels)

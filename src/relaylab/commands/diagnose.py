@@ -1,4 +1,4 @@
-"""`relaylab diagnose information`: from runs to the page."""
+"""`relaylab diagnose information`: linear probes of activations and gradients."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,33 +11,33 @@ from relaylab.options import Folder, Images, MustExist, Runs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InformationOptions:
-    """Measure how much each layer reveals about an image's class.
+    """Measure the class information in each layer's activations and gradients.
 
-    Loads the newest checkpoint of each run, with its auxiliary heads, and fits a linear probe per layer on one half of
-    the images. Its predictions on the other half give a lower bound on the information, in bits.
+    Loads the newest checkpoint of each run, with its auxiliary heads, and fits a linear probe per layer on half of the
+    images. Its predictions on the other half give a lower bound on the information, in bits.
     """
 
     what: Annotated[Literal["information"], tyro.conf.Positional]
-    """Diagnosis to make."""
+    """Diagnosis to run."""
 
     runs: Runs = ()
-    """Folders of runs, or of comparisons, which hold runs."""
+    """Folders of runs or comparisons."""
 
     images: int = 2000
-    """Number of validation images, the same number from each class."""
+    """Number of validation images, the same number of each class."""
 
     data: Annotated[Images, MustExist] = ()
-    """Images (default: those of the first run)."""
+    """Images (default: the validation images of the first run)."""
 
     seed: int = 0
-    """Seed of the projection and of the halves."""
+    """Random seed for the projections and for the split of the images."""
 
     out: Folder = None
-    """Folder for the page, its picture and the figures; it must be new or empty. (default: runs/information/TIME)."""
+    """Folder for the page, its figure and its data; must be new or empty (default: runs/information/TIME)."""
 
 
 def main(options: InformationOptions) -> int:
-    """Measure, write the page and print where it is."""
+    """Fit the probes, write the page and print its path."""
     with new_folder(options.out, ROOT / "information" / timestamp()) as folder:
         from relaylab.diagnose import page
         from relaylab.diagnose.runs import read_runs

@@ -1,4 +1,4 @@
-"""The commands that use trained networks: `eval`, `predict` and `submit`."""
+"""Commands for trained networks: `eval`, `predict` and `submit`."""
 
 import dataclasses
 import json
@@ -33,9 +33,9 @@ from relaylab.outside.showing import printable
 if TYPE_CHECKING:
     from relaylab.evaluate.ensembles import Combine
     from relaylab.evaluate.predict import Prediction
-    from relaylab.evaluate.protocols import Kind, Pass
+    from relaylab.evaluate.protocols import Kind, View
 
-MOST_DRAWN = 40  # images in one picture
+MOST_DRAWN = 40  # images in one figure
 Pictures = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")
 ]
@@ -43,112 +43,113 @@ Pictures = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """Evaluate trained networks: scores, error rates, ensembles.
+    """Evaluate trained networks: class scores, error rates and ensembles.
 
-    Class scores of every image go to disk, and error rates with their intervals are computed from these.
+    The class scores of every image are stored, and error rates with confidence intervals are computed from them.
 
-    Evaluation can be stopped at any time; the same command resumes it. Existing scores are reused, so further ensembles
-    of the same networks take only seconds.
+    Evaluation can be interrupted at any time, and resumed with the same command. Existing scores are reused, so further
+    ensembles of the same networks take only seconds.
     """
 
     runs: Runs = ()
-    """Folders of finished runs, or of comparisons, which hold runs; or model files."""
+    """Folders of finished runs or comparisons, or model files."""
 
     protocol: Listed = "single-crop"
-    """single-crop (the centre), ten-crop (corners, centre, and their mirror images) and dense (whole images at several
-    scales, the network slid over them)."""
+    """Protocols: single-crop (centre), ten-crop (corners and centre, with mirror images) and dense (the network
+    slides over whole images at several scales)."""
 
     scales: OptionalList = ""
-    """Shorter sides of the images in dense testing, in pixels (default: the recipe's; else the paper's
-    224,256,320,384,448 for networks trained on images of 256 pixels, others in proportion)."""
+    """For dense: shorter sides of the images in pixels (default: the recipe's, else the paper's 224,256,320,384,448,
+    scaled in proportion if the training images do not have 256 pixels)."""
 
     flip: Switch = False
-    """In dense testing, evaluate mirror images too."""
+    """For dense: also evaluate mirrored images."""
 
     ensemble: OptionalList = ""
-    """Ensembles of all the given networks: average, product, learnt-weights. Weights are learnt on one half of the
-    images; all ensembles of the command are then tested on the other half."""
+    """Also evaluate ensembles of all given networks: average, product, learnt-weights. With learnt-weights, half of the
+    images are used to fit the weights, and all ensembles are evaluated on the other half."""
 
     against: Word = None
-    """Network that the others are compared with (default: standard BP of the same seed, if it is among them)."""
+    """Baseline network for the comparisons (default: standard BP with the same seed, if given)."""
 
     data: Annotated[Images, MustExist] = ()
     """Images, as for `relaylab train` (default: those of the first run)."""
 
-    split: Literal["val", "test", "train", "all"] | None = None
-    """Split of the images; all where they have no splits. (default: what the first run validates on; val where it has
-    images set aside and val as well)."""
+    split: Annotated[Literal["val", "test", "train", "all"] | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """Split of the images; all for images without splits (default: the validation split of the first run, or its
+    held-out images if there is none)."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto takes a GPU if there is one."""
+    """Device type; auto uses a GPU if available."""
 
     workers: Number = None
-    """Processes that decode images (default: one on each core)."""
+    """Data-loading processes (default: one per core)."""
 
     batch_size: int = 32
-    """Crops in a batch; whole images are batched up to the same number of pixels."""
+    """Crops per batch; whole images are batched up to the same number of pixels."""
 
     out: Folder = None
-    """Folder for scores and tables; it may hold those of other networks on the same images. (default: runs/eval/NAME)."""  # noqa: E501
+    """Folder for scores and tables; may contain those of other networks for the same images (default:
+    runs/eval/NAME)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictOptions:
-    """Print the five likeliest classes of images."""
+    """Print the five most likely classes of images."""
 
     model: Model
-    """A finished run's folder, a model file (.safetensors), or an exported ONNX program (.onnx)."""
+    """Folder of a finished run, a model file (.safetensors), or an exported ONNX program (.onnx)."""
 
     images: Pictures
-    """Image files, folders of images, or - for one image from stdin."""
+    """Image files, folders of images, or - to read one image from stdin."""
 
     format: Literal["text", "json"] = "text"
     """Output format."""
 
     picture: File = None
-    """Also draw the images with their classes, to this .png or .svg file."""
+    """Also draw the images with their predicted classes, to this .png or .svg file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmitOptions:
-    """Write a challenge's submission file.
+    """Write a submission file for a challenge.
 
-    It has five labels for each test image, in the official order.
+    The file has five labels for each test image, in the official order.
     """
 
     scores: Annotated[Path, MustExist, tyro.conf.Positional, tyro.conf.arg(metavar="SCORES", help_behavior_hint="")]
-    """Folder that `relaylab eval --split test` has written."""
+    """Output folder of `relaylab eval --split test`."""
 
     list: Annotated[Path, MustExist, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-    """The challenge's list of test images, one on each line."""
+    """The challenge's list of test images, one per line."""
 
     network: OptionalList = ""
-    """Networks to use; several are combined as an ensemble (default: all in the folder)."""
+    """Networks to use; several form an ensemble (default: all in the folder)."""
 
     protocol: Literal["single-crop", "ten-crop", "dense"] = "dense"
-    """Protocol of their scores."""
+    """Evaluation protocol of the scores."""
 
     combine: Literal["average", "product"] = "product"
-    """Method of combining the probabilities of several networks."""
+    """How to combine the probabilities of several networks."""
 
     format: Literal["ilsvrc", "places2"] = "places2"
     """Submission format."""
 
     kit: Annotated[File, MustExist] = None
-    """For ilsvrc: meta.mat or map_clsloc.txt of the development kit, which number the synsets."""
+    """For ilsvrc: meta.mat or map_clsloc.txt of the development kit, which map synsets to labels."""
 
     out: File = None
-    """File to write. (default: submission.txt)."""
+    """Output file (default: submission.txt)."""
 
 
 def main(options: EvaluateOptions) -> int:
     """Evaluate the given networks, skipping what is already scored, and print the table.
 
-    The exit code is 130 if it was stopped; the same command then resumes.
+    The exit code is 130 after SIGINT or SIGTERM, in which case the same command resumes.
     """
     kinds, combine, scales = _listed(options)
     from relaylab.evaluate.images import open_images, output_orders
-    from relaylab.evaluate.protocols import passes_of
+    from relaylab.evaluate.protocols import views_of
     from relaylab.evaluate.results import ensemble_of, write
     from relaylab.evaluate.scores import SCORES, ScoreFolder, describe_images
     from relaylab.evaluate.testing import Scorer, check_dense, device_of, evaluate
@@ -158,26 +159,25 @@ def main(options: EvaluateOptions) -> int:
     from relaylab.train.signals import stopping
 
     networks = find_trained(options.runs)
-    names = [each.name for each in networks]
+    names = [network.name for network in networks]
     if combine and len(networks) < 2:
         raise InputError("an ensemble needs at least two networks")
     device = device_of(options.accelerator)
-    models = {each.name: read_model(each.file) for each in networks}
+    models = {network.name: read_model(network.file) for network in networks}
     if several := [name for name, model in models.items() if model.has_several_labels]:
         raise InputError(
-            f"{several[0]} was trained on images with several labels, which relaylab eval does not score: the "
-            "validation's mean average precision is in its metrics.jsonl and in relaylab report; for single images, "
-            "relaylab predict"
+            f"{several[0]} is a multi-label network, which `relaylab eval` does not support: its mean average "
+            "precision is in metrics.jsonl and in `relaylab report`; for single images, use `relaylab predict`"
         )
-    passes: dict[str, list[Pass]] = {}
-    for each in networks:
-        taken, sides = models[each.name].input, scales or each.scales
-        passes[each.name] = [p for kind in kinds for p in passes_of(kind, taken, sides, flip=options.flip)]
+    views: dict[str, list[View]] = {}
+    for network in networks:
+        taken, sides = models[network.name].input, scales or network.scales
+        views[network.name] = [p for kind in kinds for p in views_of(kind, taken, sides, flip=options.flip)]
         if "dense" in kinds:
             try:
-                check_dense(models[each.name])
+                check_dense(models[network.name])
             except InputError as error:
-                raise InputError(f"{each.name}: {error}; leave dense out of --protocol") from None
+                raise InputError(f"{network.name}: {error}; remove dense from --protocol") from None
     out = options.out or ROOT / "eval" / options.runs[0].resolve().name
     scored = [path.name for path in (out / SCORES).glob("*")]
     if options.against is not None and options.against not in {*names, *scored}:
@@ -186,24 +186,24 @@ def main(options: EvaluateOptions) -> int:
     source = open_images(options.data, options.split, networks, models)
     folder = ScoreFolder(out, describe_images(source))
     workers = available_cores() if options.workers is None else options.workers
-    total = len(source) * sum(map(len, passes.values()))
+    total = len(source) * sum(map(len, views.values()))
     with stopping() as stop, progress("evaluate", total) as task:
-        for each in networks:
-            name, model, own = each.name, models[each.name], passes[each.name]
-            folder.add(name, {"sha256": each.sha256(), "file": str(each.file.absolute()), **each.about})
-            if all(folder.has(name, p.name, i) for p in own for i in range(len(folder.chunks))):
-                task.advance(len(source) * len(own))
+        for network in networks:
+            name, model, network_views = network.name, models[network.name], views[network.name]
+            folder.add(name, {"sha256": network.sha256(), "file": str(network.file.absolute()), **network.about})
+            if all(folder.has(name, p.name, i) for p in network_views for i in range(len(folder.chunks))):
+                task.advance(len(source) * len(network_views))
                 continue
             done = evaluate(
-                Scorer(model, device), source, folder, name, own,
+                Scorer(model, device), source, folder, name, network_views,
                 workers=workers, task=task, batch_size=options.batch_size, order=orders[name],
                 stopped=lambda: bool(stop),
             )  # fmt: skip
             if not done:
-                print(f"stopped; finished scores are in {folder.path}, and the same command resumes")
+                print(f"Stopped; finished scores are in {folder.path}. Run the same command again to resume.")
                 return INTERRUPTED
     if not folder.images.is_labelled:
-        print(f"{folder.path.resolve()}: scores of {len(source):,} images, not all with a label. Next: relaylab submit")
+        print(f"{folder.path.resolve()}: scores of {len(source):,} images, not all labelled. Next: relaylab submit")
         return 0
     learnt = "learnt-weights" in combine
     ensembles = [ensemble_of(folder, names, kind, how, held_out=learnt) for kind in kinds for how in combine]
@@ -212,7 +212,7 @@ def main(options: EvaluateOptions) -> int:
 
 
 def predict(options: PredictOptions) -> int:
-    """Print the likeliest classes of images. Images that cannot be read are named, and the exit code is 2."""
+    """Print the most likely classes of images. Unreadable images are reported on stderr, and the exit code is 2."""
     from relaylab.evaluate.predict import find_pictures, open_network
     from relaylab.evaluate.predict import predict as predictions
     from relaylab.report.paper_figures import prediction_figure
@@ -222,7 +222,7 @@ def predict(options: PredictOptions) -> int:
     network = open_network(options.model)
     pictures = find_pictures(options.images, sys.stdin.buffer.read)
     if path is not None and len(pictures) > MOST_DRAWN:
-        raise InputError(f"--picture: {len(pictures)} images; at most {MOST_DRAWN} can be drawn")
+        raise InputError(f"--picture: cannot draw {len(pictures)} images, at most {MOST_DRAWN}")
     printed: list[dict[str, object]] = []
     drawn: list[Prediction] = []
     failed = 0
@@ -232,15 +232,15 @@ def predict(options: PredictOptions) -> int:
             printed.append({"image": picture.name, "error": str(result)})
             failed = WRONG_INPUT
             continue
-        printed.append({"image": result.name, "classes": [dataclasses.asdict(each) for each in result.guesses]})
+        printed.append({"image": result.name, "classes": [dataclasses.asdict(guess) for guess in result.guesses]})
         if path is not None:
             drawn.append(result)
         if options.format == "text":
             print(printable(result.name))
-            for best in result.guesses:
-                print(f"  {100 * best.probability:5.1f} %  {printable(best.name)}")
             if not result.guesses:
-                print("  no class has a probability of 50 % or more")
+                print("  no class has a probability of 50 % or more; the most likely:")
+            for guess in result.guesses or result.below:
+                print(f"  {100 * guess.probability:5.1f} %  {printable(guess.name)}")
     if options.format == "json":
         print(json.dumps(printed, indent=1, allow_nan=False))
     if path is not None and drawn:
@@ -249,7 +249,7 @@ def predict(options: PredictOptions) -> int:
 
 
 def submit(options: SubmitOptions) -> int:
-    """Write a challenge's submission file, and validate it by reading it again."""
+    """Write a submission file, after checking it as the challenge's server would."""
     from relaylab.evaluate.ensembles import combined
     from relaylab.evaluate.scores import ScoreFolder
     from relaylab.evaluate.submission import (
@@ -264,7 +264,7 @@ def submit(options: SubmitOptions) -> int:
     folder = ScoreFolder(options.scores)
     names = listed(options.network)[0] or folder.names()
     if not names:
-        raise InputError(f"{folder.path} holds no network's scores")
+        raise InputError(f"{folder.path} has no scores: run `relaylab eval --split test` first")
     scores = combined([folder.protocol(name, options.protocol) for name in names], options.combine)
     expected = read_test_list(options.list)
     form = FORMATS[options.format]
@@ -278,20 +278,20 @@ def submit(options: SubmitOptions) -> int:
 
 
 def _listed(options: EvaluateOptions) -> "tuple[list[Kind], list[Combine], list[int]]":
-    """Split the options that are lists, and report all wrong options at once."""
+    """Parse the options that are lists, and report all invalid options at once."""
     from relaylab.evaluate.ensembles import COMBINE
     from relaylab.evaluate.protocols import PROTOCOLS
 
     kinds, problems = listed(options.protocol, PROTOCOLS, "protocol")
-    combine, unknown = listed(options.ensemble, COMBINE, "way to combine")
+    combine, unknown = listed(options.ensemble, COMBINE, "ensemble")
     scales, _ = listed(options.scales)
     problems += unknown
     if not all(part.isdecimal() and int(part) for part in scales):
-        problems.append(f"--scales {options.scales}: expected pixels, separated by commas")
+        problems.append(f"--scales {options.scales}: expected sizes in pixels, separated by commas")
         scales = []
     if not kinds and not problems:
         problems.append(f"--protocol is empty: expected one or more of {', '.join(PROTOCOLS)}")
     if (scales or options.flip) and "dense" not in kinds:
-        problems.append("--scales and --flip apply to dense testing only: add dense to --protocol")
+        problems.append("--scales and --flip require the dense protocol: add dense to --protocol")
     raise_all(problems + too_small(options, batch_size=1, workers=0))
     return list(dict.fromkeys(kinds)), list(dict.fromkeys(combine)), [int(part) for part in scales]

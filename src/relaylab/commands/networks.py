@@ -1,4 +1,4 @@
-"""The commands about one network: `draw`, `cost`, `export` and `import-caffe`."""
+"""Commands for networks: `draw`, `cost`, `export` and `import-caffe`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,47 +16,47 @@ from relaylab.recipes import RECIPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawOptions(AtScale):
-    """Draw the network of a recipe with its heads and windows.
+    """Draw a recipe's network with its heads and windows.
 
-    The drawing follows the paper's Figure 2, and the table follows its Table 2.
+    The drawing follows the paper's Figure 2, the table its Table 2.
     """
 
     name: Name
-    """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
+    """Name of a recipe (see `relaylab recipes`), or a recipe file (.toml)."""
 
     out: Folder = None
-    """Folder for NAME.svg, NAME.png and NAME.md. (default: runs/draw)."""
+    """Folder for NAME.svg, NAME.png and NAME.md (default: runs/draw)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostOptions(AtScale):
-    """Print parameters, FLOPs and memory of a training step.
+    """Predict parameters, FLOPs and memory of a training step.
 
-    Nothing is run, and no memory is needed.
+    Networks are built on the meta device: nothing is computed, and no memory is allocated.
     """
 
     names: Names = ()
-    """Recipes, or recipe files (.toml); those that cost the same are shown once. (default: all)."""
+    """Names of recipes, or recipe files (.toml); equal costs share a row (default: all recipes)."""
 
     segments: bool = False
-    """Show each segment, not only the totals."""
+    """Print the cost of each segment, not only the totals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
     """Export a trained network: state dict, torch.export, ONNX.
 
-    The programs take RGB images (n, 3, size, size) with values from 0 to 255 and give class scores (n, classes).
+    Exported programs take RGB images (n, 3, size, size), 0 to 255, and return class scores (n, classes).
     """
 
     model: Model
-    """A finished run's folder, or a model file (.safetensors)."""
+    """Folder of a finished run, or a model file (.safetensors)."""
 
     format: tuple[Literal["safetensors", "pt2", "onnx"], ...] = ("safetensors", "pt2", "onnx")
     """Formats to write."""
 
     out: Folder = None
-    """Folder to write into; it must be new or empty. (default: runs/export/TIME)."""
+    """Output folder; must be new or empty (default: runs/export/TIME)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +64,20 @@ class ImportCaffeOptions:
     """Import the authors' released Model B from Caffe files."""
 
     prototxt: Annotated[Path, MustExist, Positional, tyro.conf.arg(metavar="PROTOTXT")]
-    """The definition, a deploy.prototxt."""
+    """Network definition (deploy.prototxt)."""
 
     caffemodel: Annotated[Path, MustExist, Positional, tyro.conf.arg(metavar="CAFFEMODEL")]
-    """The weights."""
+    """Weights (.caffemodel)."""
 
     classes: Annotated[File, MustExist] = None
-    """Text file with a class's name on each line, in the order of the network's output. (default: numbers)."""
+    """Text file with one class name per line, in the order of the network's outputs (default: numbers)."""
 
     out: File = None
-    """File to write. (default: the weights' name with .safetensors, in the current folder)."""
+    """Output file (default: name of the weights with .safetensors, in the current folder)."""
 
 
 def draw(options: DrawOptions) -> int:
-    """Write a recipe's network as SVG, PNG and, in the form of Table 2, as Markdown."""
+    """Write the drawing as SVG and PNG, and the table as Markdown."""
     with new_folder(options.out, ROOT / "draw", may_hold=True) as folder:
         from relaylab.models.building import build_meta_network, build_plan
         from relaylab.report.network import draw_network
@@ -100,14 +100,14 @@ def draw(options: DrawOptions) -> int:
 
 
 def cost(options: CostOptions) -> int:
-    """Print the cost of training steps as a Markdown table, which reads well on a terminal too."""
+    """Print the cost of a training step for each recipe."""
     from relaylab.report.costs import cost_of, cost_table, distinct
     from relaylab.tables import markdown_lines
 
     recipes = [named_recipe(name, options.scale) for name in options.names or RECIPES]
     if not options.segments:
         print("\n".join(markdown_lines(cost_table(recipes))))
-        print("\nA training step, per image. MB saved: activations that are kept for the backward pass.")
+        print("\nA training step, per image. Saved MB: activations kept for the backward pass.")
         return 0
     for recipe in distinct(recipes):
         print(f"{recipe.row}\n\n{cost_of(recipe)}\n")
@@ -115,7 +115,7 @@ def cost(options: CostOptions) -> int:
 
 
 def export(options: ExportOptions) -> int:
-    """Write a trained network for use elsewhere."""
+    """Write a trained network in each requested format."""
     with new_folder(options.out, ROOT / "export" / timestamp()) as folder:
         from relaylab.evaluate.trained import find_trained
         from relaylab.models.export import export as write
@@ -128,10 +128,10 @@ def export(options: ExportOptions) -> int:
 
 
 def import_caffe(options: ImportCaffeOptions) -> int:
-    """Turn a Caffe definition and its weights into a model file."""
+    """Convert a Caffe network and its weights to a model file."""
     out = writable(options.out or Path(f"{options.caffemodel.stem}.safetensors"))
     if out.exists():
-        raise InputError(f"{out} exists; give another name with --out, or remove it")
+        raise InputError(f"{out} already exists: give another --out, or remove it")
     from relaylab.models.caffe.importing import import_caffe as read
     from relaylab.models.file import save_model
 

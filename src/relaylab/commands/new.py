@@ -1,6 +1,7 @@
-"""`relaylab recipes new`: a recipe file for a network and images."""
+"""`relaylab recipes new`: write a recipe file for a network and a data set."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,10 +20,10 @@ Network = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewOptions:
-    """Write a recipe file for a network and images.
+    """Write a recipe file for a network and a data set.
 
-    Classes, sizes and the length of the training follow from the images, windows and heads from the network. Each value
-    has its reason as a comment: read the file, and change what you know better.
+    Classes, sizes and training length are derived from the images, windows and heads from the network. A comment gives
+    the reason for each value: review the file, and edit it as needed.
     """
 
     network: Network
@@ -32,77 +33,77 @@ class NewOptions:
     """Images, as for `relaylab train`."""
 
     val_data: Annotated[Images, MustExist] = ()
-    """Validation images, where --data has training images only."""
+    """Validation images, if --data has training images only."""
 
     val_split: Annotated[Literal["val", "test"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Split to validate on (default: val)."""
 
     hold_out: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """Validate on training images that are set aside: a share of each class, such as 0.2, or a number."""
+    """Hold out training images for validation: a fraction of each class if below 1, else images per class."""
 
     pretrained: Annotated[File, MustExist] = None
-    """Weights to start from, safetensors or a PyTorch state dict. What does not fit, such as the last layer for
-    other classes, keeps fresh weights (default: fresh weights)."""
+    """Pretrained weights: safetensors or a PyTorch state dict. Tensors that do not match, such as those of a last layer
+    for other classes, keep their random initialisation (default: train from scratch)."""
 
     epochs: int = 30
-    """Passes over the training images."""
+    """Epochs to train."""
 
     size: Number = None
-    """Side of the crops that the network sees, in pixels (default: from the images, at most 224)."""
+    """Crop size in pixels (default: derived from the images, at most 224)."""
 
     batch_size: Number = None
-    """Images of an update (default: from their number, at most 128)."""
+    """Batch size (default: derived from the number of images, at most 128)."""
 
     optimizer: Annotated[Literal["sgd", "adamw"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Optimizer (default: adamw for networks with layer normalisation and no batch normalisation, else sgd)."""
 
     options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="")] = ()
-    """Further arguments of the network, such as drop_rate=0.1."""
+    """Further keyword arguments of the network, such as drop_rate=0.1."""
 
     heads: int = 1
-    """Auxiliary losses."""
+    """Number of auxiliary losses."""
 
     out: File = None
-    """File to write. (default: the network's name with .toml)."""
+    """Recipe file to write (default: name of the network with .toml)."""
 
 
 def main(options: NewOptions) -> int:
-    """Look at the images and at the network, and write the file."""
+    """Scan the images, profile the network, and write the recipe."""
     problems = too_small(options, epochs=1, size=8, batch_size=2, heads=1)
     problems += ["--hold-out must be above 0"] if options.hold_out is not None and options.hold_out <= 0 else []
     if options.hold_out is not None and (options.val_split or options.val_data):
-        problems.append("--hold-out sets training images aside to validate on: leave out --val-split and --val-data")
+        problems.append("--hold-out cannot be combined with --val-split or --val-data")
     pairs = [text.partition("=") for text in options.options]
     problems += [f"--options {text}: expected KEY=VALUE" for text in options.options if "=" not in text]
     if not options.data:
-        problems.append("--data is missing: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
+        problems.append("--data is required: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
     raise_all(problems)
     name = options.network.rpartition(":")[2] if ":" in options.network else options.network
     out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
     if out.exists():
-        raise InputError(f"{out} exists; give another name with --out, or remove it")
+        raise InputError(f"{out} already exists: give another --out, or remove it")
     from relaylab.data.scan import ScanResults, scan
     from relaylab.models.named import allow
     from relaylab.progress import progress
     from relaylab.recipes.files import to_toml
     from relaylab.recipes.schema import ImagesConfig, NetworkConfig
     from relaylab.train.images import check_classes, chosen_indices, groups_of, open_sources
-    from relaylab.train.options import Engine
-    from relaylab.train.proposal import Wishes, propose
+    from relaylab.train.options import RuntimeOptions
+    from relaylab.train.proposal import Preferences, propose
 
     held = int(options.hold_out) if options.hold_out is not None and options.hold_out >= 1 else options.hold_out
     images = ImagesConfig(data_set="any", short_side=1, sampling="shuffled", held_out=held, val_split=options.val_split)
     network = located(ARCHITECTURE, options.network)
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
-    train, val = open_sources(Engine(data=options.data, val_data=options.val_data), images)
+    train, val = open_sources(RuntimeOptions(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
     chosen, _ = chosen_indices(images, groups_of(train))
     results = ScanResults()
     with progress("decoding", min(SAMPLE, len(train))) as task:
         scan(train, results, limit=SAMPLE, task=task)
     if not results.widths:
-        raise InputError(f"{train.title}: none of {results.examined} images can be read; see relaylab data check")
-    wishes = Wishes(
+        raise InputError(f"{train.title}: none of {results.examined} images can be read; run `relaylab data check`")
+    preferences = Preferences(
         name=out.stem,
         epochs=options.epochs,
         size=options.size,
@@ -113,21 +114,21 @@ def main(options: NewOptions) -> int:
         pretrained=options.pretrained and os.path.relpath(options.pretrained.resolve(), out.absolute().parent),
         options={key: plain_value(value) for key, _, value in pairs},
     )
-    found = propose(network, train, images, len(train) if chosen is None else len(chosen), results, wishes)
-    write_text(out, to_toml(found.recipe, found.notes))
-    data = " ".join(map(str, options.data))
-    more = f" --val-data {' '.join(map(str, options.val_data))}" if options.val_data else ""
-    command = f"relaylab train {out} --data {data}{more}"
-    if found.recipe.plan.auxiliary:
-        rate = found.recipe.optimizer.lr
-        grid = ",".join(f"{rate * by:.2g}" for by in (1 / 3, 1, 3))
-        command = f"relaylab compare {out} --data {data}{more} --tune optimizer.lr={grid}"
-    print("\n".join(found.notes[""]).rstrip())
-    print(f"\nRecipe: {out.resolve()}\nNext:   {command}")
+    proposal = propose(network, train, images, len(train) if chosen is None else len(chosen), results, preferences)
+    write_text(out, to_toml(proposal.recipe, proposal.notes))
+    command = ["train", str(out), "--data", *map(str, options.data)]
+    if options.val_data:
+        command += ["--val-data", *map(str, options.val_data)]
+    if proposal.recipe.plan.auxiliary:
+        rate = proposal.recipe.optimizer.lr
+        grid = ",".join(f"{rate * factor:.2g}" for factor in (1 / 3, 1, 3))
+        command = ["compare", *command[1:], "--tune", f"optimizer.lr={grid}"]
+    print("\n".join(proposal.notes[""]).rstrip())
+    print(f"\nRecipe: {out.resolve()}\nNext:   relaylab {shlex.join(command)}")
     return 0
 
 
 def _relative(network: str, out: Path) -> str:
-    """Return a network's name as the recipe in `out` has it: files are relative to the recipe's folder."""
+    """Return a network's name for the recipe file `out`: Python files are relative to the recipe's folder."""
     path, colon, function = network.rpartition(":")
     return f"{os.path.relpath(path, out.absolute().parent)}{colon}{function}" if Path(path).is_absolute() else network

@@ -1,4 +1,4 @@
-"""`relaylab recipes list`, `show` and `allow`: the rows of the paper's tables, recipe files, and networks' code."""
+"""`relaylab recipes list`, `show` and `allow`: built-in recipes, recipe files, and trusted network code."""
 
 import sys
 from dataclasses import dataclass
@@ -19,41 +19,41 @@ WIDTH_UNKNOWN = 140  # columns, where the output is not a terminal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListOptions:
-    """List the recipes: the rows of the paper's tables."""
+    """List the built-in recipes, one for each row of the paper's tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtScale:
-    """A recipe's scale."""
+    """Option --scale."""
 
     scale: Scale = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+    """Size of the experiment: the paper's, reduced for MiniPlaces (small), or minimal for tests (tiny)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShowOptions(AtScale):
-    """Show the values of a recipe, each with its source."""
+    """Print the values of a recipe, each with its source."""
 
     name: Name
-    """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
+    """Name of a recipe (see `relaylab recipes`), or a recipe file (.toml)."""
 
     format: Literal["table", "toml"] = "table"
-    """A table, or a recipe file to change and to train."""
+    """Output format: a table, or a recipe file to edit and train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllowOptions:
-    """Allow the code of a network that a run or a model file from elsewhere names.
+    """Trust the network code that a run or a model file from elsewhere refers to.
 
-    What you name in a command or in a recipe file needs no such permission.
+    Code named on the command line or in a recipe file is trusted already.
     """
 
     name: Name
-    """The network, as the refusal names it: package.module:function or path/to/file.py:function."""
+    """Network, as in the error message: package.module:function or path/to/file.py:function."""
 
 
 def list_recipes(options: ListOptions) -> int:  # noqa: ARG001
-    """Print all recipes: name, row of the paper, and the paper's errors."""
+    """Print each recipe: name, row of the paper, network, and the paper's errors."""
     from rich.table import Table
 
     table = Table("recipe", "row of the paper", "network", "top-1", "top-5", box=None, pad_edge=False)
@@ -69,15 +69,15 @@ def list_recipes(options: ListOptions) -> int:  # noqa: ARG001
 
 
 def show(options: ShowOptions) -> int:
-    """Print a recipe's values as `--set` takes them, each with its source."""
+    """Print a recipe's values, named as for `--set`, each with its source."""
     from rich.table import Table
 
     name, scale = options.name, options.scale
     if name in ENSEMBLES:
         if scale != "paper":
-            raise InputError(f"{name} has no scale of its own: show its members with --scale {scale}")
+            raise InputError(f"{name} is an ensemble, which has no scale: use --scale {scale} with its members")
         if options.format == "toml":
-            raise InputError(f"{name} is an ensemble, which has no file: show its members with --format toml")
+            raise InputError(f"{name} is an ensemble, which has no recipe file: use --format toml with its members")
         return _show_ensemble(name)
     recipe = find_recipe(name, scale)
     if options.format == "toml":
@@ -85,7 +85,7 @@ def show(options: ShowOptions) -> int:
         return 0
     print(f"{recipe.name}: {recipe.row}" + (f", at {scale} scale" if scale != "paper" else ""))
     if recipe.trained_as is not None:
-        print(f"tests the network that {recipe.trained_as} trains")
+        print(f"evaluates the network trained by {recipe.trained_as}")
     if recipe.reported is not None:
         top1, top5 = _errors(recipe.reported)
         print(f"the paper's error: top-1 {top1 or '-'} %, top-5 {top5 or '-'} %")
@@ -98,7 +98,7 @@ def show(options: ShowOptions) -> int:
 
 
 def named_recipe(name: str, scale: Scale) -> Recipe:
-    """Return the recipe that the user has named, whose network may then be built."""
+    """Return the recipe that the user has named, and trust its network code."""
     from relaylab.models.named import allow
 
     recipe = find_recipe(name, scale)
@@ -107,7 +107,7 @@ def named_recipe(name: str, scale: Scale) -> Recipe:
 
 
 def allow_network(options: AllowOptions) -> int:
-    """Note that the user has named a network."""
+    """Record that the user trusts the code of a network."""
     from relaylab.models.named import allow
 
     network = NetworkConfig(architecture=located(ARCHITECTURE, options.name), num_classes=2, image_size=1)

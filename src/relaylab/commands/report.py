@@ -1,4 +1,4 @@
-"""The commands that make pages, tables and figures: `report`, `table` and `figure`."""
+"""Commands that write pages, tables and figures: `report`, `table` and `figure`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,70 +10,74 @@ from relaylab.errors import InputError
 from relaylab.files import write_text
 from relaylab.options import PICTURES, File, Folder, Images, MustExist, Runs, Scores, Sources, Switch, Word, writable
 
+PAGE = "report.html"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
-    """Write a self-contained HTML page about runs.
+    """Write a self-contained HTML report of runs.
 
-    It has the verdict, tables, curves, windows, gradients, and with --scores photos and confusions.
+    It has the verdict, tables, learning curves, windows and gradients; with --scores, also example images and confusion
+    matrices.
     """
 
     runs: Runs = ()
-    """Folders of runs, or of comparisons, which hold runs."""
+    """Folders of runs or comparisons."""
 
     scores: Annotated[Folder, MustExist] = None
-    """Folder that `relaylab eval` has written about them (default: none: no photos and confusions)."""
+    """Output folder of `relaylab eval` for these runs (default: none, no example images and confusion matrices)."""
 
     images: Switch = False
-    """Show training images of each class (default: only the lab's own digits)."""
+    """Include training images of each class (default: only for the digits of the demo)."""
 
     out: File = None
-    """File to write. (default: report.html)."""
+    """Output file (default: report.html in the given folder; for several folders, in the current one)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableOptions:
-    """Make a table of the paper from evaluated runs.
+    """Reproduce a table of the paper from evaluated runs.
 
-    The paper's numbers are printed below ours.
+    The paper's results are listed below the new ones.
     """
 
     number: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE", help_behavior_hint="")]
-    """1 (depth), 3 (single crop), 4 (dense), 5 (ensembles), 6 (ResNet-50 and Inception-v3) or sampling."""
+    """Table: 1 (depth), 3 (single crop), 4 (dense), 5 (ensembles), 6 (ResNet-50 and Inception-v3) or sampling."""
 
     scores: Scores = ()
-    """Folders that `relaylab eval` has written, all of the same images."""
+    """Output folders of `relaylab eval`, all for the same images."""
 
     format: Literal["markdown", "latex", "html"] = "markdown"
     """Output format."""
 
     out: File = None
-    """File to write. (default: print to the terminal)."""
+    """Output file (default: print to stdout)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureOptions:
-    """Make a figure of the paper from runs or evaluated runs."""
+    """Reproduce a figure of the paper from runs or evaluated runs."""
 
     number: Annotated[Literal["1", "2", "3", "4"], tyro.conf.Positional, tyro.conf.arg(metavar="FIGURE")]
-    """1 (gradients by layer), 2 (network and windows), 3 and 4 (photos classified correctly and incorrectly)."""
+    """Figure: 1 (gradients per layer), 2 (network and windows), 3 and 4 (images classified correctly, incorrectly)."""
 
     sources: Sources = ()
-    """Runs for figures 1 and 2; a folder that `relaylab eval` has written for figures 3 and 4."""
+    """Runs for figures 1 and 2; an output folder of `relaylab eval` for figures 3 and 4."""
 
     network: Word = None
-    """Network whose predictions figures 3 and 4 show (default: the last one)."""
+    """For figures 3 and 4: network whose predictions are shown (default: the last one)."""
 
     data: Annotated[Images, MustExist] = ()
-    """Images of figures 3 and 4 (default: those of the network's run)."""
+    """For figures 3 and 4: images (default: those of the network's run)."""
 
     out: File = None
-    """File to write, .svg or .png. (default: figureN.svg)."""
+    """Output file, .svg or .png (default: figureN.svg)."""
 
 
 def main(options: ReportOptions) -> int:
-    """Write the page."""
-    out = writable(options.out or Path("report.html"))
+    """Write the report."""
+    folder = options.runs[0] if len(options.runs) == 1 else Path()
+    out = writable(options.out or folder / PAGE)
     from relaylab.evaluate.scores import ScoreFolder
     from relaylab.report.comparison import open_runs
     from relaylab.report.page import render_page
@@ -86,7 +90,7 @@ def main(options: ReportOptions) -> int:
 
 
 def table(options: TableOptions) -> int:
-    """Print or write one of the paper's tables."""
+    """Print or write a table of the paper."""
     from relaylab.evaluate.scores import ScoreFolder
     from relaylab.report.paper_tables import paper_table
     from relaylab.tables import render
@@ -101,37 +105,40 @@ def table(options: TableOptions) -> int:
 
 
 def figure(options: FigureOptions) -> int:
-    """Draw one of the paper's figures."""
+    """Draw a figure of the paper."""
     from relaylab.evaluate.images import images_of
     from relaylab.evaluate.scores import ScoreFolder
     from relaylab.report.paper_figures import gradient_figure, photo_figure, pick_photos, window_figure
     from relaylab.report.style import write_figure
     from relaylab.train.records import metrics_of
-    from relaylab.train.runs import recipe_of, title_of
+    from relaylab.train.requests import recipe_of, title_of
 
     path = writable(options.out or Path(f"figure{options.number}.svg"), suffixes=PICTURES)
     sources = list(options.sources)
     if not sources:
-        raise InputError("missing input: figures 1 and 2 take runs, figures 3 and 4 a folder of scores")
+        raise InputError(
+            "missing input: figures 1 and 2 take runs, figures 3 and 4 an output folder of `relaylab eval`"
+        )
     match options.number:
         case "1":
             made = gradient_figure({title_of(folder): metrics_of(folder) for folder in sources})
         case "2":
             if len(sources) > 1:
-                raise InputError("figure 2 shows one run; give one")
+                raise InputError(f"figure 2 takes one run, got {len(sources)}")
             made = window_figure(recipe_of(sources[0]), title_of(sources[0]))
         case _:
             folder = ScoreFolder(sources[0])
             names = folder.names()
             name = options.network or names[-1]
             if name not in names:
-                raise InputError(f"{folder.path}: no scores of {name}: expected one of {', '.join(names)}")
-            right = options.number == "3"
+                raise InputError(f"{folder.path} has no scores of {name}: expected one of {', '.join(names)}")
+            is_correct = options.number == "3"
+            how = "correctly" if is_correct else "incorrectly"
             scores = folder.protocol(name, folder.protocols(name)[0])
-            photos = pick_photos(images_of(folder, name, options.data), folder.images.classes, scores, right=right)
+            photos = pick_photos(images_of(folder, name, options.data), folder.images.classes, scores, right=is_correct)
             if not photos:
-                raise InputError(f"{name} classifies no image {'rightly' if right else 'wrongly'}")
-            made = photo_figure(photos, f"{'Rightly' if right else 'Wrongly'} classified by {name}")
+                raise InputError(f"{name} classifies no image {how}")
+            made = photo_figure(photos, f"Classified {how} by {name}")
     write_figure(made, path)
     print(path.resolve())
     return 0

@@ -1,21 +1,21 @@
-"""`relaylab train`: one recipe, one scheme, one seed."""
+"""`relaylab train`: train a recipe with one seed, or resume a run."""
 
 from relaylab.errors import INTERRUPTED, LabError
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 
 
-def main(options: TrainConfig) -> int:
+def main(options: TrainOptions) -> int:
     """Train a recipe, or resume a run. Under torchrun, only the first process that fails raises an error."""
-    from relaylab.train import runs, torchrun
+    from relaylab.train import requests, torchrun
 
     if torchrun.restart_count() and torchrun.noted_failure() is not None:
-        return 0  # the failure would repeat, and the launching command knows of it
+        return 0  # the failure would repeat; the launching command reports it
     try:
-        request = runs.understand(options, {*options.given, "recipe"} if options.given else None)
-        if request.config.devices > 1 and not torchrun.is_launched():
+        request = requests.resolve(options, {*options.given, "recipe"} if options.given else None)
+        if request.options.devices > 1 and not torchrun.is_launched():
             from relaylab.train import engine
 
-            return engine.launch(request.config, runs.arguments_of(options))
+            return engine.launch(request.options, requests.arguments_of(options))
         from relaylab.train import session
 
         outcome = session.train(request)

@@ -1,12 +1,12 @@
-"""Activations and gradients of each layer, image by image, and the information about the class in them.
+"""Per-image activations and gradients of each layer, and the class information in them.
 
 Note [Gradients of single images]
-1. In evaluation mode images do not influence one another, so that the gradient of the *sum* of a batch's losses with
-   respect to a layer's output holds, row by row, each image's own gradient.
-2. A layer's output is that of its convolution or fully connected layer, before the activation; a hook on that tensor
-   sees its gradient even where a ReLU overwrites it.
-3. Maps are averaged over 2 x 2 fields, and vectors longer than 256 are multiplied by a fixed random matrix. Gradients
-   are scaled to length 1: their lengths differ by orders of magnitude from image to image.
+1. In evaluation mode, the images of a batch are independent, so that each row of the gradient of the *summed* loss with
+   respect to a layer's output is the gradient of one image.
+2. A layer's output is that of its convolution or fully connected layer, before the activation. A hook on this tensor
+   receives its gradient even if an in-place ReLU overwrites it.
+3. Maps are average-pooled to 2 x 2, and vectors longer than 256 are projected by a fixed random matrix. Gradients are
+   normalised to length 1, since their lengths differ by orders of magnitude between images.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,15 +31,19 @@ ACTIVATIONS = "activations"
 
 @dataclass(frozen=True)
 class Reading:
-    """A probe's result for one layer."""
+    """The result of a probe for one layer.
+
+    Attributes:
+        layer: name of the layer.
+        source: "activations", or the loss of the gradients.
+        trained: whether the layer is in the window of the loss; always true for activations.
+        bits: lower bound on the information about the class.
+    """
 
     layer: str
     source: str
-    """"activations", or the loss whose gradient it is."""
     trained: bool
-    """Whether the layer is in the loss's window; always true for activations."""
     bits: Interval
-    """Lower bound on the information about the class."""
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,11 +56,11 @@ def collect(relay: Relay, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
 
     Args:
         relay: network, heads and windows. Its mode is restored afterwards.
-        batches: normalised images and labels.
-        seed: of the random projection.
+        batches: normalised images (batch, 3, h, w) and labels (batch,).
+        seed: of the random projections.
 
     Returns:
-        By layer and source, float32 (images, features); layers above a loss have no gradient of it.
+        float32 (images, features) by layer and source. Layers above a loss have no gradients of it.
     """
     parts: dict[tuple[str, str], list[Tensor]] = {}
     heads: dict[str, Tensor] = {}
@@ -86,10 +90,10 @@ def collect(relay: Relay, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
         for images, labels in batches:
             seen = images.detach().requires_grad_()
             outputs = {"primary": relay.model(seen), **heads}
-            for number, (loss, output) in enumerate(outputs.items(), 1):
-                source = loss  # whose gradients the hooks now see
+            for count, (loss, output) in enumerate(outputs.items(), 1):
+                source = loss  # the loss of the gradients that the hooks now receive
                 total = functional.cross_entropy(output, labels, reduction="sum")
-                torch.autograd.grad(total, seen, retain_graph=number < len(outputs))
+                torch.autograd.grad(total, seen, retain_graph=count < len(outputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -107,14 +111,14 @@ def read_all(
     seed: int = 0,
     task: Task | None = None,
 ) -> list[Reading]:
-    """Fit a linear probe for each layer and source on one half of the images, and test it on the other.
+    """Fit a linear probe for each layer and source on one half of the images, and evaluate it on the other.
 
     Args:
         features: from `collect`.
         labels: (images,).
-        trained: the layers that each loss trains.
-        seed: of the halves.
-        task: counts probes.
+        trained: names of the layers that each loss trains.
+        seed: of the split into halves.
+        task: reports progress, in probes.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     parts = [order[half].numpy() for half in halves(labels[order])]
@@ -130,18 +134,18 @@ def read_all(
 
 def trained_layers(segments: Segments) -> dict[str, set[str]]:
     """Return the weight layers of the network that each loss trains."""
-    found: dict[str, set[str]] = {}
+    layers: dict[str, set[str]] = {}
     for name, segment in segments.of.items():
         for loss in segments.losses[segment]:
-            found.setdefault(loss, set()).add(name.removeprefix("model.").removesuffix(".weight"))
-    return found
+            layers.setdefault(loss, set()).add(name.removeprefix("model.").removesuffix(".weight"))
+    return layers
 
 
 def _vector(tensor: Tensor, layer: str, seed: int, *, unit: bool) -> Tensor:
-    """Return one vector of at most `LENGTH` numbers for each image."""
+    """Return one vector of at most `LENGTH` features per image."""
     if tensor.ndim == 4:
-        high, wide = (min(FIELDS, side) for side in tensor.shape[-2:])
-        tensor = functional.adaptive_avg_pool2d(tensor, (high, wide))
+        height, width = (min(FIELDS, side) for side in tensor.shape[-2:])
+        tensor = functional.adaptive_avg_pool2d(tensor, (height, width))
     vectors = tensor.flatten(1)
     if vectors.shape[1] > LENGTH:
         vectors = vectors @ _projection(vectors.shape[1], layer, seed).to(vectors)

@@ -1,4 +1,4 @@
-"""The page about information by layer: a picture, tables, and their limits."""
+"""The HTML page on information by layer: figure, tables, and limitations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[str, Any]) -> Path:
-    """Write the metrics, the picture and the page, and return the page's path.
+    """Write the results, the figure and the page, and return the path of the page.
 
     Args:
-        folder: that exists.
-        runs: readings by name.
-        about: "schemes" by name, "entropy" in bits, and other facts to keep.
+        folder: an existing folder.
+        runs: readings of each run by name.
+        about: "schemes" by name, "entropy" in bits, and further entries to store.
     """
     schemes = about["schemes"]
-    metrics = {**about, "runs": {name: [asdict(each) for each in own] for name, own in runs.items()}}
+    metrics = {**about, "runs": {name: [asdict(reading) for reading in group] for name, group in runs.items()}}
     picture = figure_text(draw(runs, schemes, about["entropy"]))
-    tables = {name: table_of(f"{SCHEME_NAMES[schemes[name]]} ({name})", own) for name, own in runs.items()}
+    tables = {name: table_of(f"{SCHEME_NAMES[schemes[name]]} ({name})", group) for name, group in runs.items()}
     write_text(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     write_text(folder / PICTURE, picture)
     text = render_template(
         "relaylab.diagnose",
         "page.html.j2",
-        title="How much of the class can be read from each layer?",
+        title="Class information in each layer",
         picture=svg_uri(picture),
         about=about,
         tables={name: render(table, "html") for name, table in tables.items()},
@@ -50,34 +50,36 @@ def write(folder: Path, runs: Mapping[str, Sequence[Reading]], about: Mapping[st
 
 
 def table_of(title: str, readings: Sequence[Reading]) -> Table:
-    """Return one run's readings: a row for each layer, in brackets where the loss does not train it."""
-    sources = sorted(dict.fromkeys(each.source for each in readings), key=lambda source: source != ACTIVATIONS)
+    """Return the readings of a run as a table, one row per layer; in brackets if the loss does not train the layer."""
+    sources = sorted(dict.fromkeys(reading.source for reading in readings), key=lambda source: source != ACTIVATIONS)
     cells = {(e.layer, e.source): e.bits.text() if e.trained else f"({e.bits.text()})" for e in readings}
-    layers = dict.fromkeys(each.layer for each in readings)
+    layers = dict.fromkeys(reading.layer for reading in readings)
     rows = tuple((layer_name(layer), *(cells.get((layer, source), "") for source in sources)) for layer in layers)
     header = ("layer", *(s if s == ACTIVATIONS else f"gradient of {s}" for s in sources))
     return Table(f"{title}: bits about the class", header, rows)
 
 
 def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entropy: float) -> Figure:
-    """Draw bits by layer, gradients above, activations below, with a colour for each scheme, a marker for each loss."""
-    readings = [each for own in runs.values() for each in own]
-    layers = list(dict.fromkeys(each.layer for each in readings))
-    place = {layer: number for number, layer in enumerate(layers)}
-    losses = sorted({each.source for each in readings} - {ACTIVATIONS}, key=lambda s: s != "primary")
+    """Plot bits by layer: gradients above, activations below; a colour per scheme, a marker per loss."""
+    readings = [reading for group in runs.values() for reading in group]
+    layers = list(dict.fromkeys(reading.layer for reading in readings))
+    position = {layer: index for index, layer in enumerate(layers)}
+    losses = sorted({reading.source for reading in readings} - {ACTIVATIONS}, key=lambda s: s != "primary")
     with rc_context(STYLE):
         figure = Figure(figsize=(7.4, 8.4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        for name, own in runs.items():
+        for name, group in runs.items():
             colour, method = SCHEME_COLOURS[schemes[name]], SCHEME_NAMES[schemes[name]]
             for marker, loss in zip(MARKERS, losses, strict=False):
-                parts = [each for each in own if each.source == loss]
+                parts = [reading for reading in group if reading.source == loss]
                 label = picture(f"{method}: {loss} ({name})")
-                _line(above, [e for e in parts if not e.trained], place, color=colour, marker=marker, alpha=0.3, lw=0.8)
-                _line(above, [e for e in parts if e.trained], place, color=colour, marker=marker, label=label)
-            activations = [each for each in own if each.source == ACTIVATIONS]
-            _line(below, activations, place, color=colour, marker="o", label=picture(f"{method} ({name})"))
-        for panel, title in ((above, "Gradients of single images, by loss"), (below, "Activations")):
+                _line(
+                    above, [e for e in parts if not e.trained], position, color=colour, marker=marker, alpha=0.3, lw=0.8
+                )
+                _line(above, [e for e in parts if e.trained], position, color=colour, marker=marker, label=label)
+            activations = [reading for reading in group if reading.source == ACTIVATIONS]
+            _line(below, activations, position, color=colour, marker="o", label=picture(f"{method} ({name})"))
+        for panel, title in ((above, "Per-image gradients, by loss"), (below, "Activations")):
             panel.set_title(title)
             panel.set_ylabel("bits about the class")
             for level in (0, entropy):
@@ -89,10 +91,10 @@ def draw(runs: Mapping[str, Sequence[Reading]], schemes: Mapping[str, str], entr
     return figure
 
 
-def _line(panel: Axes, readings: Sequence[Reading], place: Mapping[str, int], **look: Any) -> None:
+def _line(panel: Axes, readings: Sequence[Reading], position: Mapping[str, int], **style: Any) -> None:
     if not readings:
         return
-    x = [place[each.layer] for each in readings]
-    values = np.array([each.bits.value for each in readings])
-    ends = np.array([(each.bits.low, each.bits.high) for each in readings]).T
-    panel.errorbar(x, values, yerr=np.abs(ends - values), markersize=4, elinewidth=0.8, capsize=2, **look)
+    x = [position[reading.layer] for reading in readings]
+    values = np.array([reading.bits.value for reading in readings])
+    ends = np.array([(reading.bits.low, reading.bits.high) for reading in readings]).T
+    panel.errorbar(x, values, yerr=np.abs(ends - values), markersize=4, elinewidth=0.8, capsize=2, **style)

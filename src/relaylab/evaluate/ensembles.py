@@ -19,18 +19,22 @@ def combined(log_probabilities: Sequence[Tensor], how: Combine, weights: Tensor 
 
     Args:
         log_probabilities: of each member, (images, classes).
-        how: "average" of the probabilities; their "product", normalised; or their average by "learnt-weights".
-        weights: (members,), for learnt weights; see `fit_weights`.
+        how: "average" of the probabilities; their normalised "product"; or their weighted average, "learnt-weights".
+        weights: (members,), for "learnt-weights"; see `fit_weights`.
 
     Returns:
         Log-probabilities, (images, classes).
 
     Raises:
-        InputError: members of different shapes, an unknown `how`, or missing weights.
+        InputError: members of different shapes, an unknown method, or missing weights.
+
+    Example:
+        >>> combined([torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()], "average").exp()
+        tensor([[0.7000, 0.3000]])
     """
     shapes = {tuple(member.shape) for member in log_probabilities}
     if len(shapes) != 1:
-        raise InputError(f"an ensemble's members have scores of the same images and classes, not of shapes {shapes}")
+        raise InputError(f"the members of an ensemble must have scores of the same images and classes, got {shapes}")
     stacked = torch.stack(list(log_probabilities))
     match how:
         case "average":
@@ -39,23 +43,23 @@ def combined(log_probabilities: Sequence[Tensor], how: Combine, weights: Tensor 
             return stacked.mean(dim=0).log_softmax(dim=1)
         case "learnt-weights":
             if weights is None:
-                raise InputError("learnt weights have to be learnt first, on images that nothing is reported of")
+                raise InputError("learnt-weights requires weights: fit them first, with `fit_weights`")
             return (stacked + weights.log()[:, None, None]).logsumexp(dim=0)
         case _:
-            raise InputError(f"unknown way to combine {how!r}: expected one of {', '.join(COMBINE)}")
+            raise InputError(f"unknown ensemble {how!r}: expected one of {', '.join(COMBINE)}")
 
 
 def fit_weights(log_probabilities: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Return the weights of the members' probabilities that maximise the likelihood of the labels.
+    """Fit the weights of the members' probabilities by maximum likelihood.
 
-    The likelihood is concave in the weights; expectation maximisation finds its only maximum.
+    The log-likelihood is concave in the weights, so that expectation maximisation finds the global maximum.
 
     Args:
-        log_probabilities: of each member, (images, classes), for images that no result is reported on.
+        log_probabilities: of each member, (images, classes), for images that are not used to report results.
         labels: (images,).
 
     Returns:
-        (members,), positive, with sum 1.
+        Weights (members,), positive, with sum 1.
     """
     of_label = torch.stack([member.double()[torch.arange(len(labels)), labels] for member in log_probabilities])
     weights = torch.full((len(of_label),), 1 / len(of_label), dtype=torch.float64)
@@ -67,16 +71,16 @@ def fit_weights(log_probabilities: Sequence[Tensor], labels: Tensor) -> Tensor:
 
 
 def halves(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split images into two halves with the same classes, one to fit on and the other to report.
+    """Split images into two halves, stratified by class: one to fit on, the other to report.
 
     Args:
         labels: (images,).
 
     Returns:
-        Their indices. The first half has every other image of each class, in order.
+        The indices of the halves; the first has every other image of each class, in order.
     """
     rank = torch.empty_like(labels)
     for label in labels.unique():
-        own = (labels == label).nonzero().flatten()
-        rank[own] = torch.arange(len(own))
+        members = (labels == label).nonzero().flatten()
+        rank[members] = torch.arange(len(members))
     return (rank % 2 == 0).nonzero().flatten(), (rank % 2 == 1).nonzero().flatten()

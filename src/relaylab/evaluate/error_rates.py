@@ -1,13 +1,12 @@
 """Error rates in per cent from class scores, with confidence intervals.
 
 Note [Intervals]
-1. An interval says how much a result would vary over other images of the same kind: images are drawn with replacement,
-   as many as there are, 10,000 times (bootstrap). How much it would vary with the seed of training, only several runs
-   can tell.
-2. The mean over a drawn sample depends only on how often each distinct value occurs in it, and these counts are
-   multinomial. Drawing the counts is the same as drawing the images, at a fraction of the cost.
-3. Two networks are compared image by image. What makes an image hard for both cancels, so that the interval of the
-   difference is narrower than those of the two errors suggest.
+1. Intervals are bootstrap intervals over images: 10,000 samples of the images, with replacement. They estimate the
+   variation over other images of the same kind, not over training seeds, which takes several runs.
+2. The mean of a bootstrap sample depends only on the count of each distinct value, and these counts are multinomial.
+   Drawing the counts is equivalent to drawing the images, at a fraction of the cost.
+3. Networks are compared by paired differences, image by image. The difficulty that an image has for both cancels, so
+   that the interval of the difference is narrower than those of the two errors suggest.
 """
 
 from collections.abc import Sequence
@@ -27,21 +26,21 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A result and the ends of its confidence interval, in per cent."""
+    """A value and the bounds of its confidence interval, in per cent."""
 
     value: float
     low: float
     high: float
 
     def text(self, *, signed: bool = False) -> str:
-        """Format it for a table."""
+        """Format the interval for a table, such as "12.34 [11.90, 12.81]"."""
         form = "+.2f" if signed else ".2f"
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Top-1 and top-5 error rates over images, and the mean over classes of their top-1 errors, in per cent."""
+    """Top-1 and top-5 error rates over images, and the mean of the per-class top-1 errors, in per cent."""
 
     top1: Interval
     top5: Interval
@@ -49,41 +48,41 @@ class ErrorRates:
 
 
 def error_rates(scores: Tensor, labels: Tensor) -> ErrorRates:
-    """Return error rates and their intervals.
+    """Compute error rates and their intervals.
 
     Args:
-        scores: (images, classes), higher for likelier classes.
+        scores: (images, classes), higher is more likely.
         labels: (images,) class indices.
 
     Raises:
-        InputError: no images, invalid labels, or scores that are not numbers.
+        InputError: no images, unlabelled images, or NaN scores.
     """
     top1, top5 = misses(scores, labels, 1), misses(scores, labels, 5)
     return ErrorRates(interval(top1), interval(top5), float(np.nanmean(per_class_errors(scores, labels))))
 
 
 def misses(scores: Tensor, labels: Tensor, top: int) -> Values:
-    """Return 100 for each image whose class is not among the likeliest, else 0: their mean is the error in per cent.
+    """Return 100 for each misclassified image and 0 for the others: the mean is the error rate in per cent.
 
     Args:
-        scores: (images, classes), higher for likelier classes.
+        scores: (images, classes), higher is more likely.
         labels: (images,) class indices.
-        top: how many of the likeliest classes count.
+        top: an image is correct if its label is among this many most likely classes.
 
     Raises:
         InputError: see `error_rates`.
     """
     if len(scores) != len(labels) or not len(labels):
-        raise InputError(f"{len(scores)} rows of scores for {len(labels)} images: expected as many, and at least one")
+        raise InputError(f"{len(scores)} rows of scores for {len(labels)} images: expected one row per image")
     if scores.isnan().any():
-        raise InputError(f"the scores of {int(scores.isnan().any(dim=1).sum())} images are not numbers")
+        raise InputError(f"the scores of {int(scores.isnan().any(dim=1).sum())} images are NaN")
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
-        raise InputError("images without a label have no error: take another part of the data, with --split")
+        raise InputError("unlabelled images have no error: choose a labelled split with --split")
     return 100.0 * (label_ranks(scores, labels) >= top).double().numpy()
 
 
 def interval(values: Values, *, seed: int = 0) -> Interval:
-    """Return the mean of values, (images,), and its bootstrap interval. See Note [Intervals] 2."""
+    """Return the mean of values (images,) with its bootstrap interval. See Note [Intervals] 2."""
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
     means = drawn @ distinct / len(values)
@@ -95,14 +94,14 @@ def difference(ours: Sequence[Values], base: Sequence[Values]) -> Interval:
     """Return the difference between two groups of networks on the same images. See Note [Intervals] 3.
 
     Args:
-        ours: values of each network, (images,); for each image the mean over the networks is taken.
-        base: those subtracted from them.
+        ours: values (images,) of each network, averaged over networks.
+        base: values of the baseline networks, which are subtracted.
 
     Raises:
         InputError: different images.
     """
     if len({len(values) for values in (*ours, *base)}) != 1:
-        raise InputError("two networks can be compared on the same images only")
+        raise InputError("networks can only be compared on the same images")
     return interval(np.round(np.mean(ours, axis=0) - np.mean(base, axis=0), 6))
 
 
@@ -116,7 +115,7 @@ def per_class_errors(scores: Tensor, labels: Tensor) -> Values:
 
 
 def confusion(scores: Tensor, labels: Tensor) -> NDArray[np.int64]:
-    """Return the confusion matrix, (classes, classes): how often class i was predicted as class j."""
+    """Return the confusion matrix (classes, classes): the number of images of class i predicted as class j."""
     classes = scores.shape[1]
     pairs = labels * classes + scores.argmax(dim=1)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()

@@ -1,4 +1,4 @@
-"""The images for evaluation: those that the user names, or else those of the networks' runs."""
+"""Images to evaluate on: given by the user, or recorded by the networks' runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ from relaylab.evaluate.trained import Trained
 from relaylab.models.file import ModelFile
 from relaylab.progress import progress
 from relaylab.train.images import CHOICE_SEED, open_training
-from relaylab.train.options import Engine
+from relaylab.train.options import RuntimeOptions
 
 
 def open_images(
     data: Sequence[Path], split: str | None, networks: Sequence[Trained], models: Mapping[str, ModelFile]
 ) -> Source:
-    """Open the images to evaluate networks on, labelled in the order of the first network's classes; see `open_split`.
+    """Open the images to evaluate networks on, labelled in the class order of the first network; see `open_split`.
 
     Raises:
-        InputError: images that cannot be used, or with classes that the networks do not have.
+        InputError: the images cannot be used, or have classes that the networks do not have.
     """
     if not data and not networks[0].data[0]:
         raise InputError("--data is required: a model file does not record its images")
@@ -32,29 +32,29 @@ def open_images(
 
 
 def output_orders(networks: Sequence[Trained], models: Mapping[str, ModelFile]) -> dict[str, list[int]]:
-    """Return, for each network, the output of each class in the order of the first network's classes.
+    """Return, for each network, the output index of each class of the first network.
 
     Raises:
         InputError: networks with different classes.
     """
     first, orders = models[networks[0].name].identity, dict[str, list[int]]()
-    for each in networks:
-        own = models[each.name].identity
+    for network in networks:
+        classes = models[network.name].identity
         try:
-            if len(own.keys) != len(first.keys):
-                raise InputError(f"{len(first.keys)} and {len(own.keys)}")
-            orders[each.name] = list(match(first, own, title=networks[0].name)[0])
+            if len(classes.keys) != len(first.keys):
+                raise InputError(f"{len(first.keys)} and {len(classes.keys)}")
+            orders[network.name] = list(match(first, classes, title=networks[0].name)[0])
         except InputError as error:
-            what = f"{networks[0].name} and {each.name} have different classes ({error})"
-            raise InputError(f"{what}: they cannot be compared in one table") from None
+            reason = f"{networks[0].name} and {network.name} have different classes ({error})"
+            raise InputError(f"{reason}: they cannot be compared in one table") from None
     return orders
 
 
 def held_out_images(about: Mapping[str, Any]) -> Source | None:
-    """Open the training images that a run has set aside; None if it has not.
+    """Open the training images that a run has held out for validation; None if there are none.
 
     Args:
-        about: the description of the run.
+        about: description of the run, from `relaylab.evaluate.trained.describe_run`.
 
     Raises:
         InputError: images that cannot be used.
@@ -63,45 +63,46 @@ def held_out_images(about: Mapping[str, Any]) -> Source | None:
     if count is None:
         return None
     data, val_data = (tuple(map(Path, about[name])) for name in ("data", "val_data"))
-    train = open_training(Engine(data=data, val_data=val_data))
+    train = open_training(RuntimeOptions(data=data, val_data=val_data))
     return Subset(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
 
 
 def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Classes) -> Source:
-    """Open one split, or "all", of the given images, or else of a run's, labelled in the order of a network's classes.
+    """Open a split of the given images, or of those of a run, labelled in the class order of a network.
 
     Args:
-        data: paths; none for those of the run.
-        about: the description of the run.
-        split: None for the one that the run validates on; where the data lack it, for the images set aside.
-        classes: of the network.
+        data: paths; empty for those of the run.
+        about: description of the run, from `relaylab.evaluate.trained.describe_run`.
+        split: name of the split, or "all". None stands for the validation split of the run; if the data do not have
+            it, for the held-out images.
+        classes: classes of the network.
 
     Raises:
         InputError: images that cannot be used.
     """
-    own, own_val = (tuple(map(Path, about.get(name, ()))) for name in ("data", "val_data"))
+    run_data, run_val = (tuple(map(Path, about.get(name, ()))) for name in ("data", "val_data"))
     part = split or validation_split(about)
     try:
-        if not data and own_val and part == "val":
-            return open_source(own_val, split=None, classes=classes, watch=progress)
+        if not data and run_val and part == "val":
+            return open_source(run_val, split=None, classes=classes, watch=progress)
         part = None if part == "all" else part
-        return open_source(data or own, split=part, classes=classes, watch=progress)
+        return open_source(data or run_data, split=part, classes=classes, watch=progress)
     except NoSplitError:
         aside = held_out_images(about) if split is None and not data else None
         if aside is None:
             raise
         if list(match(classes_of(aside), classes, title=aside.title)[0]) != list(range(len(classes.keys))):
-            raise InputError(f"{aside.title} has other classes now than when the network was trained") from None
+            raise InputError(f"the classes of {aside.title} have changed since the network was trained") from None
         return aside
 
 
 def validation_split(about: Mapping[str, Any]) -> str:
-    """Return the part of its images that a run validates on, from its description."""
+    """Return the validation split of a run, from its description."""
     return about.get("values", {}).get("images.val_split") or "val"
 
 
 def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Source:
-    """Open the images that scores belong to: from the given paths, or else from those that the network's run records.
+    """Open the images of a folder of scores, from the given paths or those that the network's run records.
 
     Raises:
         InputError: the images have moved or changed.
@@ -119,4 +120,4 @@ def images_of(folder: ScoreFolder, name: str, data: Sequence[Path] = ()) -> Sour
     aside = None if data else held_out_images(about)
     if aside is not None and describe_images(aside).is_same(folder.images):
         return aside
-    raise InputError(f"the images that {folder.path} holds scores of are not found, or have changed: give --data")
+    raise InputError(f"the images of the scores in {folder.path} have moved or changed: give their path with --data")

@@ -1,4 +1,4 @@
-"""Prediction: the likeliest classes of images, from their centre crops."""
+"""Prediction: the most likely classes of images, from their centre crops."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from relaylab.data.sources.classes import Classes
 from relaylab.data.sources.listing import is_image, is_system_folder, told_apart
 from relaylab.data.sources.source import LARGEST_FILE
 from relaylab.errors import InputError
-from relaylab.evaluate.protocols import Pass, cut
+from relaylab.evaluate.protocols import View, cut
 from relaylab.evaluate.trained import find_trained
 from relaylab.models.export import Classifier
 from relaylab.models.file import InputConfig, ModelFile, read_model
@@ -27,14 +27,14 @@ from relaylab.outside.reading import check_keys, parse, read_bytes
 from relaylab.outside.showing import reason
 
 TOP, BATCH = 5, 32
-LEAST = 0.5  # probability of a class of several
-LARGEST_SHOWN = 1024  # pixels a side
+LEAST = 0.5  # probability, for multi-label networks
+LARGEST_SHOWN = 1024  # pixels per side
 STDIN = "-"
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A class, by its display name and by its key, and its probability."""
+    """A predicted class: its display name, probability and key."""
 
     name: str
     probability: float
@@ -46,9 +46,9 @@ class Network:
     """A trained network, from a model file or an ONNX program.
 
     Attributes:
-        classes: in the order of its output.
-        input: the size of its images.
-        has_several_labels: whether each class has a probability of its own.
+        classes: in the order of the outputs.
+        input: size of the input images.
+        has_several_labels: whether the network is multi-label: each class has its own sigmoid probability.
         scores: maps RGB crops (batch, 3, crop, crop), float32 from 0 to 255, to class scores (batch, classes).
     """
 
@@ -60,7 +60,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded image; `read` returns its bytes, or raises an OSError."""
+    """An encoded image. `read` returns its bytes, or raises an OSError."""
 
     name: str
     read: Callable[[], bytes]
@@ -72,35 +72,43 @@ class Prediction:
 
     Attributes:
         name: of the image.
-        pixels: uint8 (h, w, 3), of a large image a small one.
-        guesses: the likeliest classes, likeliest first: at most five; of a network for several labels, all with a
-            probability of at least `LEAST`, perhaps none.
+        pixels: uint8 (h, w, 3); large images are downscaled.
+        guesses: the five most likely classes, most likely first. For a multi-label network, all classes with a
+            probability of at least `LEAST`, possibly none.
+        below: for a multi-label network without such a class, the five most likely ones; otherwise empty.
     """
 
     name: str
     pixels: Pixels
     guesses: tuple[Guess, ...]
+    below: tuple[Guess, ...] = ()
 
 
 def open_network(path: Path) -> Network:
-    """Open a trained network by its run's folder, its model file or its ONNX program.
+    """Open a trained network: the folder of a run, a model file or an ONNX program.
 
     Raises:
-        InputError: no such file, an unfinished run, or a file that `relaylab` has not written.
+        InputError: no such file, an unfinished run, or a file not written by `relaylab`.
+
+    Example:
+        >>> network = open_network(Path("runs/digits/20261128T224500Z-s0"))
+        >>> pictures = find_pictures([Path("photo.jpg")], sys.stdin.buffer.read)
+        >>> for prediction in predict(network, pictures):
+        ...     print(prediction.guesses[0].name)
     """
     if path.suffix == ".pt2":
-        # torch.export.load unpickles what the archive calls pickled, with weights_only=False.
-        raise InputError(f"{path}: reading .pt2 can run code that it holds; take the .safetensors or the .onnx file")
+        # torch.export.load unpickles parts of the archive with weights_only=False.
+        raise InputError(f"{path}: loading .pt2 files can execute code; use the .safetensors or the .onnx file")
     if path.suffix == ".onnx" and path.is_file():
         return _open_onnx(path)
     return network_of(read_model(find_trained([path])[0].file))
 
 
 def network_of(model: ModelFile) -> Network:
-    """Build a model file's network.
+    """Build the network of a model file.
 
     Raises:
-        InputError: the weights belong to another network.
+        InputError: the weights do not match the network.
     """
     return Network(model.identity, model.input, Classifier(model).eval(), model.has_several_labels)
 
@@ -118,23 +126,23 @@ def find_pictures(paths: Sequence[Path], stdin: Callable[[], bytes]) -> list[Pic
         elif path.is_dir():
             inside = _images_below(path)
             if not inside:
-                raise InputError(f"{path} holds no images")
+                raise InputError(f"{path} contains no images")
             pictures += [Picture(str(file), partial(read_bytes, file, LARGEST_FILE)) for file in inside]
         else:
             pictures.append(Picture(str(path), partial(read_bytes, path, LARGEST_FILE)))
     if not pictures:
-        raise InputError("no images are given: name files or folders, or - for one from stdin")
+        raise InputError("no images given: pass files or folders, or - to read one image from stdin")
     return pictures
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Return the images in a folder, except those in hidden folders and in a system's own."""
-    found: list[Path] = []
+    """Return the images in a folder and its subfolders, except hidden and system folders."""
+    images: list[Path] = []
     for inside, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_system_folder(name)]
         paths = [Path(inside, name) for name in files if is_image(name)]
-        found += [path for path in paths if path.is_file()]
-    return sorted(found)
+        images += [path for path in paths if path.is_file()]
+    return sorted(images)
 
 
 @dataclass(frozen=True)
@@ -145,38 +153,39 @@ class _Read:
 
 
 def predict(network: Network, pictures: Sequence[Picture]) -> Iterator[Prediction | InputError]:
-    """Return the likeliest classes of each image, in order; an error for an image that cannot be read.
+    """Yield the prediction for each image in order, or an error if the image cannot be read.
 
-    One image at a time is in memory in its full size.
+    Only one image at a time is held in memory at full size.
 
     Raises:
-        InputError: the network does not run, or its scores are not numbers.
+        InputError: the network does not run, or its scores are not finite.
     """
     names = told_apart(network.classes.names, network.classes.keys)
     for start in range(0, len(pictures), BATCH):
         read = [_read(picture, network.input) for picture in pictures[start : start + BATCH]]
-        crops = [each.crop for each in read if not isinstance(each, InputError)]
+        crops = [image.crop for image in read if not isinstance(image, InputError)]
         with torch.inference_mode():
             scores = network.scores(torch.stack(crops)) if crops else torch.empty(0, len(names))
         if scores.shape != (len(crops), len(names)):
-            raise InputError(f"scores of shape {tuple(scores.shape)} for {len(crops)} images in {len(names)} classes")
-        shares = iter(scores.sigmoid() if network.has_several_labels else scores.softmax(dim=1))
-        for each in read:
-            if isinstance(each, InputError):
-                yield each
+            raise InputError(f"the network returned shape {tuple(scores.shape)}, expected {(len(crops), len(names))}")
+        rows = iter(scores.sigmoid() if network.has_several_labels else scores.softmax(dim=1))
+        for image in read:
+            if isinstance(image, InputError):
+                yield image
                 continue
-            own = next(shares)
-            if not bool(own.isfinite().all()):
-                raise InputError(f"{each.name}: the network's scores are not numbers: is the model file damaged?")
-            best = own.topk(int((own >= LEAST).sum()) if network.has_several_labels else min(TOP, len(own)))
+            probabilities = next(rows)
+            if not bool(probabilities.isfinite().all()):
+                raise InputError(f"{image.name}: the network's scores are not finite; the model file may be damaged")
+            above = int((probabilities >= LEAST).sum()) if network.has_several_labels else TOP
+            best = probabilities.topk(min(above or TOP, len(probabilities)))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            guesses = (Guess(names[index], share, network.classes.keys[index]) for index, share in pairs)
-            yield Prediction(each.name, each.pixels, tuple(guesses))
+            guesses = tuple(Guess(names[index], value, network.classes.keys[index]) for index, value in pairs)
+            yield Prediction(image.name, image.pixels, guesses if above else (), () if above else guesses)
 
 
 def crop_of(pixels: Pixels, config: InputConfig) -> Tensor:
     """Return the centre crop of an image, uint8 (h, w, 3), as float32 (3, crop, crop), RGB, 0 to 255."""
-    return cut(pixels, Pass("single-crop"), config)[0].permute(2, 0, 1).float()
+    return cut(pixels, View("single-crop"), config)[0].permute(2, 0, 1).float()
 
 
 def _read(picture: Picture, config: InputConfig) -> _Read | InputError:
@@ -201,20 +210,20 @@ def _open_onnx(path: Path) -> Network:
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        raise InputError(f'{path}: to run it, pip install onnxruntime; or take the ".safetensors" file') from None
+        raise InputError(f"{path}: pip install onnxruntime to run it, or use the .safetensors file") from None
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
         name, outputs = session.get_inputs()[0].name, session.get_outputs()[0].shape
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise InputError(f"{path} is not a program that `relaylab export` has written: {reason(error)}") from None
+        raise InputError(f"{path} is not an ONNX program written by `relaylab export`: {reason(error)}") from None
     check_keys(about, ("input", "classes"), str(path))
     size = parse(about["input"], _OnnxInput, f"{path}, input,")
     config = InputConfig(resize=size.resize, how=size.how, crop=size.crop, mean=(0.0, 0.0, 0.0))
     keys = parse(about["keys"], tuple[str, ...], f"{path}, keys,") if "keys" in about else None
     names = parse(about["classes"], tuple[str, ...], f"{path}, classes,")
     if not names or len(outputs) != 2 or outputs[1] != len(names):
-        raise InputError(f"{path} names {len(names)} classes, and its output has the shape {outputs}: is it damaged?")
+        raise InputError(f"{path} has {len(names)} class names and outputs of shape {outputs}; it may be damaged")
 
     def scores(images: Tensor) -> Tensor:
         try:

@@ -1,4 +1,4 @@
-"""Error rates, comparisons and ensembles from stored scores: evaluation.md and evaluation.json."""
+"""Results from stored scores: error rates, comparisons and ensembles, in evaluation.md and evaluation.json."""
 
 import json
 import logging
@@ -21,12 +21,12 @@ from relaylab.tables import Table, markdown_lines
 log = logging.getLogger("relaylab.evaluate")
 
 TABLE, RESULTS = "evaluation.md", "evaluation.json"
-Scored = tuple[str, Kind]  # a network and a protocol
+Scored = tuple[str, Kind]  # network and protocol
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Several networks, evaluated together on `images` images; `weights` are empty unless they were learnt."""
+    """The evaluation of an ensemble on `images` images; `weights` is empty except for learnt weights."""
 
     members: tuple[str, ...]
     protocol: Kind
@@ -37,31 +37,34 @@ class Ensemble:
 
 
 def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str | None = None) -> str:
-    """Write all results of a folder's scores, with those of new ensembles; earlier ensembles are kept.
+    """Write the results of a folder of scores. Ensembles of earlier commands are kept.
 
-    Networks are compared with `against`; None stands for standard BP, see `baseline`.
+    Args:
+        folder: of scores.
+        ensembles: new ensembles.
+        against: the network that the others are compared with; None for standard BP, see `baseline`.
 
     Returns:
-        The table, and its path.
+        The tables as Markdown, and the path of evaluation.md.
     """
     labels = folder.images.labels
     scores: dict[Scored, Tensor] = {}
     for name in folder.names():
         scores |= {(name, kind): folder.protocol(name, kind) for kind in folder.protocols(name)}
     rates = {key: error_rates(values, labels) for key, values in scores.items()}
-    together = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
+    all_ensembles = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
     text = [
         f"# {markdown(folder.images.title)}: {len(labels):,} images, {_class_count(folder)}\n",
-        "Error rates in per cent. In brackets, 95 % intervals over images (bootstrap).\n",
+        "Error rates in per cent, with 95 % bootstrap intervals over images in brackets.\n",
         *markdown_lines(_table(folder, rates, scores, against)),
     ]
-    if together:
-        text += ["\n## Ensembles\n", *markdown_lines(_ensemble_table(list(together.values())))]
+    if all_ensembles:
+        text += ["\n## Ensembles\n", *markdown_lines(_ensemble_table(list(all_ensembles.values())))]
     results = {
         "images": {"title": folder.images.title, "count": len(labels), "fingerprint": folder.images.fingerprint},
         "networks": {name: folder.about(name) for name in folder.names()},
-        "errors": [{"network": name, "protocol": kind, **asdict(found)} for (name, kind), found in rates.items()],
-        "ensembles": [asdict(ensemble) for ensemble in together.values()],
+        "errors": [{"network": name, "protocol": kind, **asdict(errors)} for (name, kind), errors in rates.items()],
+        "ensembles": [asdict(ensemble) for ensemble in all_ensembles.values()],
     }
     write_text(folder.path / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_text(folder.path / TABLE, "\n".join(text) + "\n")
@@ -74,7 +77,10 @@ def _class_count(folder: ScoreFolder) -> str:
 
 
 def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Combine, *, held_out: bool) -> Ensemble:
-    """Evaluate an ensemble of networks by one protocol; `held_out` fits weights on one half and reports the other."""
+    """Evaluate an ensemble of networks under one protocol.
+
+    With `held_out`, only half of the images are evaluated; learnt weights are fitted on the other half.
+    """
     members = [folder.protocol(name, kind) for name in names]
     labels = folder.images.labels
     weights: Tensor | None = None
@@ -84,17 +90,19 @@ def ensemble_of(folder: ScoreFolder, names: Sequence[str], kind: Kind, how: Comb
             weights = fit_weights([member[fitted] for member in members], labels[fitted])
         members, labels = [member[reported] for member in members], labels[reported]
     rates = error_rates(combined(members, how, weights), labels)
-    kept = () if weights is None else tuple(round(float(weight), 4) for weight in weights)
-    return Ensemble(tuple(names), kind, how, kept, len(labels), rates)
+    rounded = () if weights is None else tuple(round(float(weight), 4) for weight in weights)
+    return Ensemble(tuple(names), kind, how, rounded, len(labels), rates)
 
 
 def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the network to compare another one with: standard BP of its seed, else standard BP, else the first.
+    """Return the baseline of a network: standard BP with the same seed, else standard BP, else the first network.
 
-    The networks' descriptions are those of `relaylab.evaluate.trained.describe_run`.
+    Args:
+        name: of the network.
+        networks: descriptions by name, from `relaylab.evaluate.trained.describe_run`.
     """
-    standard = [each for each, about in networks.items() if about.get("values", {}).get("scheme") == "standard"]
-    paired = [each for each in standard if networks[each]["seed"] == networks[name].get("seed")]
+    standard = [other for other, about in networks.items() if about.get("values", {}).get("scheme") == "standard"]
+    paired = [other for other in standard if networks[other]["seed"] == networks[name].get("seed")]
     return next(iter(paired or standard or networks))
 
 
@@ -102,27 +110,29 @@ def _table(
     folder: ScoreFolder, rates: Mapping[Scored, ErrorRates], scores: Mapping[Scored, Tensor], against: str | None
 ) -> Table:
     labels = folder.images.labels
-    header = ("network", "protocol", "top-1", "top-5", "mean per class", "compared with", "top-1 minus it", "top-5")
+    header = (
+        "network", "protocol", "top-1", "top-5", "mean per class", "baseline", "top-1 difference", "top-5 difference"
+    )  # fmt: skip
     rows: list[tuple[str, ...]] = []
-    for (name, kind), found in rates.items():
+    for (name, kind), errors in rates.items():
         networks = {other: folder.about(other) for other, protocol in scores if protocol == kind}
         base = against if against in networks else baseline(name, networks)
-        scales = [each.removeprefix("dense-") for each in folder.passes_of(name, kind) if kind == "dense"]
-        what = f"{kind} {', '.join(scales)}".rstrip()
-        cells = [name, what, found.top1.text(), found.top5.text(), f"{found.mean_per_class:.2f}"]
+        scales = [view.removeprefix("dense-") for view in folder.views_of(name, kind) if kind == "dense"]
+        protocol = f"{kind} {', '.join(scales)}".rstrip()
+        cells = [name, protocol, errors.top1.text(), errors.top5.text(), f"{errors.mean_per_class:.2f}"]
         differences = ["", "", ""]
         if name != base:
             scheme = networks[base].get("values", {}).get("scheme")
             differences[0] = f"{base} ({SCHEMES[scheme]})" if scheme in SCHEMES else base
-            for place, top in ((1, 1), (2, 5)):
-                pair = [misses(scores[each, kind], labels, top) for each in (name, base)]
-                differences[place] = difference(pair[:1], pair[1:]).text(signed=True)
+            for column, top in ((1, 1), (2, 5)):
+                pair = [misses(scores[network, kind], labels, top) for network in (name, base)]
+                differences[column] = difference(pair[:1], pair[1:]).text(signed=True)
         rows.append((*cells, *differences))
     return Table("Error rates", header, tuple(rows))
 
 
 def _ensemble_table(ensembles: Sequence[Ensemble]) -> Table:
-    header = ("ensemble of", "protocol", "combined by", "images", "top-1", "top-5", "mean per class")
+    header = ("members", "protocol", "combination", "images", "top-1", "top-5", "mean per class")
     rows: list[tuple[str, ...]] = []
     for e in ensembles:
         how = e.how + (f" ({', '.join(f'{weight:.2f}' for weight in e.weights)})" if e.weights else "")
@@ -133,13 +143,13 @@ def _ensemble_table(ensembles: Sequence[Ensemble]) -> Table:
 
 @dataclass(frozen=True)
 class _Results:
-    """The part of evaluation.json that is read again."""
+    """The entries of evaluation.json that are read again."""
 
     ensembles: tuple[Ensemble, ...]
 
 
 def read_ensembles(folder: ScoreFolder) -> list[Ensemble]:
-    """Read the ensembles of earlier commands; none if there were none.
+    """Read the ensembles of earlier commands.
 
     Raises:
         InputError: the file is damaged.
@@ -152,5 +162,5 @@ def _kept(folder: ScoreFolder) -> list[Ensemble]:
     try:
         return read_ensembles(folder)
     except DamagedFileError as error:
-        log.warning("%s; it is written anew, without earlier ensembles", error)
+        log.warning("%s; it will be overwritten, without earlier ensembles", error)
         return []

@@ -1,16 +1,16 @@
 """Class scores on disk: a network's output for every image, from which all results are computed.
 
 FOLDER/images.txt                     names of the images, in order
-FOLDER/labels.safetensors             their labels; title, fingerprint, and names and keys of the classes in the header
+FOLDER/labels.safetensors             their labels; in the header title, fingerprint, names and keys of the classes
 FOLDER/scores/NAME/model.json         description of a network
-FOLDER/scores/NAME/PASS/000000.safetensors   log-probabilities, float16 (images, classes), CHUNK images each
+FOLDER/scores/NAME/VIEW/000000.safetensors   log-probabilities, float16 (images, classes), of CHUNK images
 
 Note [Scores]
-1. An interruption loses one chunk. Chunks are written atomically, and their headers name network, images and pass;
-   chunks of others are refused.
-2. Half precision keeps log-probabilities to a thousandth: enough for all results, which are computed from the stored
-   values and are therefore reproducible. Two classes closer than that change places in few images.
-3. Nothing impossible is read: scores are logarithms of shares of one, and every file has its sum.
+1. An interruption loses at most one chunk. Chunks are written atomically, and their headers identify network, images
+   and view; chunks that do not match are rejected.
+2. Half precision stores log-probabilities to about three digits. All results are computed from the stored values and
+   are therefore reproducible; rounding changes the order of two classes in few images.
+3. Chunks are validated on reading: they must be logarithms of probabilities that sum to 1.
 """
 
 import json
@@ -35,9 +35,9 @@ from relaylab.outside.folders import refuse_links
 from relaylab.outside.reading import LARGEST, DamagedFileError, check_keys, parse, read_bytes, read_json, typed
 
 CHUNK = 1024
-LEAST = -60000.0  # the smallest number of float16, roughly
+LEAST = -60000.0  # about the lowest float16 value
 NAMES_HASH = "names"
-ROUNDING = 0.02  # of a sum of shares, by half precision
+ROUNDING = 0.02  # tolerance on the sum of probabilities, for half precision
 IMAGES, LABELS, SCORES, MODEL = "images.txt", "labels.safetensors", "scores", "model.json"
 
 
@@ -46,15 +46,15 @@ class ImageList:
     """The images of a folder of scores.
 
     Attributes:
-        title: of the data set.
-        fingerprint: differs for other images, labels or classes.
+        title: title of the data set.
+        fingerprint: hash of images, labels and classes.
         classes: names, in the order of the labels.
         labels: int64 (n,).
-        names: of the images.
-        keys: the classes' keys; None in folders of earlier versions. See Note [Classes] in
+        names: names of the images.
+        keys: keys of the classes; None in folders of earlier versions. See Note [Classes] in
             `relaylab.data.sources.classes`.
         numbered: whether the labels are those of a list.
-        contents: a hash of the images' sizes in bytes, which a copy of the data set shares; empty where unknown.
+        contents: hash of the file sizes of the images, equal for copies of a data set; empty if unknown.
     """
 
     title: str
@@ -72,7 +72,7 @@ class ImageList:
         return Classes.stored(self.classes, self.keys, numbered=self.numbered)
 
     def is_same(self, other: "ImageList") -> bool:
-        """Return whether these are another list's images and classes; earlier versions told classes apart by name."""
+        """Return whether two lists have the same images and classes; an earlier version is compared by name."""
         if (self.keys is None) != (other.keys is None):
             return _fingerprint(self, self.classes) == _fingerprint(other, other.classes)
         return self.fingerprint == other.fingerprint
@@ -88,9 +88,9 @@ class ImageList:
 
 
 def describe_images(source: Source) -> ImageList:
-    """Describe a data set. Image names are kept without the folder that all of them share."""
+    """Describe a data set. Image names are relative to their common parent folder."""
     labels = torch.as_tensor(source.labels[:].astype("int64"))
-    names, classes = [source.name(number) for number in range(len(source))], classes_of(source)
+    names, classes = [source.name(index) for index in range(len(source))], classes_of(source)
     shared = len(os.path.commonpath([name.rpartition("/")[0] for name in names]))
     names = tuple(name[shared:].removeprefix("/") for name in names)
     images = ImageList(source.title, "", classes.names, labels, names, classes.keys, classes.numbered)
@@ -98,25 +98,29 @@ def describe_images(source: Source) -> ImageList:
 
 
 def _contents(source: Source) -> str:
-    size: Callable[[int], int] | None = getattr(source, "size", None)  # sources of other kinds may not know it
+    size: Callable[[int], int] | None = getattr(source, "size", None)  # not all sources have it
     try:
-        sizes = [size(number) for number in sample(len(source))] if size else []
-    except (OSError, AttributeError):  # an absent image, an error where it is read; a subset of another kind of source
+        sizes = [size(index) for index in sample(len(source))] if size else []
+    except (OSError, AttributeError):  # a missing image, reported when it is read; a subset of a source without sizes
         return ""
     return sha256(json.dumps(sizes).encode()).hexdigest()[:32] if sizes else ""
 
 
 def _fingerprint(images: ImageList, classes: Sequence[str]) -> str:
-    """Return a hash of images and classes: not the source's own, so the same images in another folder have the same."""
+    """Return a hash of images and classes that does not depend on the folder, unlike that of a source."""
     text = json.dumps([images.names, classes, images.labels.tolist()])
     return sha256(text.encode()).hexdigest()
 
 
 class ScoreFolder:
-    """A folder of scores of several networks on the same images, which are read from it if they are not given.
+    """A folder of scores of several networks on the same images.
+
+    Args:
+        path: the folder.
+        images: the images; None to read them from the folder.
 
     Raises:
-        InputError: no such folder, or one of other images.
+        InputError: the folder does not exist, or has scores of other images.
     """
 
     def __init__(self, path: Path, images: ImageList | None = None) -> None:
@@ -124,19 +128,19 @@ class ScoreFolder:
         present = _read_images(path) if (path / LABELS).is_file() else None
         found = present or images
         if found is None:
-            raise InputError(f"{path} holds no scores: expected a folder that `relaylab eval` has written")
+            raise InputError(f"{path} has no scores: expected an output folder of `relaylab eval`")
         if images is not None and not images.is_same(found):
             raise InputError(
-                f"{path} holds scores of {len(found)} images of {found.title}, and these are {len(images)} images of "
-                f"{images.title}, or others: take another folder with --out"
+                f"{path} has scores of {len(found)} images of {found.title}, which differ from these {len(images)} "
+                f"images of {images.title}: give another folder with --out"
             )
         if images is not None and images.contents and found.contents not in ("", images.contents):
             raise InputError(
-                f"{path} holds scores of {found.title} as it was: images have been written over since, for their sizes "
-                "in bytes are others; take another folder with --out"
+                f"{path} has scores of an earlier version of {found.title}: file sizes of images have changed since; "
+                "give another folder with --out"
             )
         self.images = found
-        if images is not None and path.is_dir():  # it will be written to
+        if images is not None and path.is_dir():  # scores will be written to it
             refuse_links(path)
         if present is None:
             path.mkdir(parents=True, exist_ok=True)
@@ -162,112 +166,110 @@ class ScoreFolder:
         """Return the description of a network.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: unknown network.
         """
         path = self.path / SCORES / name / MODEL
         if not path.is_file():
-            raise InputError(f"{self.path}: no scores of {name}: there is no {path}")
+            raise InputError(f"{self.path} has no scores of {name}: missing {path}")
         about = read_json(path, dict[str, Any])
         typed(about, _About, str(path))
         return about
 
     def add(self, name: str, about: dict[str, Any]) -> None:
-        """Add a network, unless it is there already.
+        """Add a network, if it does not exist yet.
 
         Raises:
-            InputError: the folder has scores of another network of this name.
+            InputError: the folder has scores of another network with this name.
         """
         folder = self.path / SCORES / name
         if not (folder / MODEL).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / MODEL, json.dumps(about, indent=1) + "\n")
         elif self.about(name)["sha256"] != about["sha256"]:
-            raise InputError(f"{self.path} holds scores of {name} with other weights: take another folder with --out")
+            raise InputError(f"{self.path} has scores of {name} with other weights: give another folder with --out")
 
-    def has(self, name: str, of_pass: str, chunk: int) -> bool:
+    def has(self, name: str, view: str, chunk: int) -> bool:
         """Return whether a chunk exists."""
-        return self._file(name, of_pass, chunk).is_file()
+        return self._file(name, view, chunk).is_file()
 
-    def write(self, name: str, of_pass: str, chunk: int, log_probabilities: Tensor) -> None:
-        """Write one chunk of a pass: log-probabilities (images, classes).
+    def write(self, name: str, view: str, chunk: int, log_probabilities: Tensor) -> None:
+        """Write one chunk of a view: log-probabilities (images, classes).
 
         Raises:
-            InputError: scores that are not numbers.
+            InputError: NaN scores.
         """
         bad = log_probabilities.isnan().any(dim=1).nonzero().flatten()
         if len(bad):
             image = self.images.names[self.chunks[chunk][int(bad[0])]]
-            problem = f"the scores of {len(bad)} images are not numbers, the first of {image}"
-            raise InputError(f"{name}, {of_pass}: {problem}")
-        file = self._file(name, of_pass, chunk)
+            problem = f"the scores of {len(bad)} images are NaN, first of {image}"
+            raise InputError(f"{name}, {view}: {problem}")
+        file = self._file(name, view, chunk)
         file.parent.mkdir(exist_ok=True)
-        save_tensors(
-            {"log_probabilities": log_probabilities.clamp(min=LEAST).half()}, file, self._header(name, of_pass)
-        )
+        save_tensors({"log_probabilities": log_probabilities.clamp(min=LEAST).half()}, file, self._header(name, view))
 
-    def read(self, name: str, of_pass: str) -> Tensor:
-        """Read all log-probabilities of one pass, float32 (images, classes).
+    def read(self, name: str, view: str) -> Tensor:
+        """Read all log-probabilities of a view, float32 (images, classes).
 
         Raises:
-            InputError: chunks are missing, damaged, not numbers, or belong to other images or networks.
+            InputError: chunks are missing, damaged or NaN, or belong to other images or networks.
         """
-        header, parts = self._header(name, of_pass), []
-        for number, chunk in enumerate(self.chunks):
+        header, parts = self._header(name, view), []
+        for index, chunk in enumerate(self.chunks):
             shape = (len(chunk), len(self.images.classes))
-            file = self._file(name, of_pass, number)
-            tensors, found = read_tensors(file)
-            if found != header:
-                raise InputError(f"{file} holds scores of other images, another network or another pass")
+            file = self._file(name, view, index)
+            tensors, stored = read_tensors(file)
+            if stored != header:
+                raise InputError(f"{file} has scores of other images, or of another network or view")
             part = tensors.get("log_probabilities")
             if part is None or part.shape != shape:
-                raise InputError(f"{file} holds scores of another shape than {shape}")
+                raise InputError(f"{file} does not have scores of shape {shape}: delete it and evaluate again")
             if part.isnan().any():
-                raise InputError(f"{file} holds scores that are not numbers: delete it and evaluate again")
+                raise InputError(f"{file} has NaN scores: delete it and evaluate again")
             if part.dtype != torch.float16 or not _are_log_probabilities(part.float()):
-                raise InputError(f"{file} holds no log-probabilities: delete it and evaluate again")
+                raise InputError(f"{file} does not contain log-probabilities: delete it and evaluate again")
             parts.append(part.float())
         return torch.cat(parts)
 
-    def passes(self, name: str) -> list[str]:
-        """Return the complete passes."""
+    def views(self, name: str) -> list[str]:
+        """Return the complete views."""
         folders = sorted(path.name for path in (self.path / SCORES / name).iterdir() if path.is_dir())
-        return [each for each in folders if all(self.has(name, each, i) for i in range(len(self.chunks)))]
+        return [view for view in folders if all(self.has(name, view, i) for i in range(len(self.chunks)))]
 
     def protocols(self, name: str) -> list[Kind]:
-        """Return the protocols with a complete pass at least."""
-        there = self.passes(name)
-        return [kind for kind in PROTOCOLS if any(each.startswith(kind) for each in there)]
+        """Return the protocols with at least one complete view."""
+        complete = self.views(name)
+        return [kind for kind in PROTOCOLS if any(view.startswith(kind) for view in complete)]
 
-    def passes_of(self, name: str, kind: Kind) -> tuple[str, ...]:
-        """Return the complete passes of a protocol; of a scale with and without mirror images, only the former."""
-        there = [each for each in self.passes(name) if each.startswith(kind)]
-        return tuple(each for each in there if f"{each}-flip" not in there)
+    def views_of(self, name: str, kind: Kind) -> tuple[str, ...]:
+        """Return the complete views of a protocol; of a scale with and without mirroring, only the former."""
+        complete = [view for view in self.views(name) if view.startswith(kind)]
+        return tuple(view for view in complete if f"{view}-flip" not in complete)
 
     def protocol(self, name: str, kind: Kind) -> Tensor:
-        """Return a protocol's log-probabilities, (images, classes), from the mean probabilities of its passes.
+        """Return the log-probabilities (images, classes) of a protocol: the mean probabilities of its views.
 
         Raises:
-            InputError: there is no complete pass, or one cannot be read; see `read`.
+            InputError: there is no complete view, or one cannot be read; see `read`.
         """
-        passes = self.passes_of(name, kind)
-        if not passes:
-            others = f"; there are those by {', '.join(self.protocols(name))}" if self.protocols(name) else ""
-            missing = f"no whole scores of {name} by {kind}{others}"
-            raise InputError(f"{self.path}: {missing}: relaylab eval --protocol {kind}")
-        return average(torch.stack([self.read(name, each) for each in passes]), 0)
+        views = self.views_of(name, kind)
+        if not views:
+            others = f" (there are {', '.join(self.protocols(name))})" if self.protocols(name) else ""
+            missing = f"no complete {kind} scores of {name}{others}"
+            raise InputError(f"{self.path} has {missing}: run `relaylab eval --protocol {kind}`")
+        return average(torch.stack([self.read(name, view) for view in views]), 0)
 
-    def _file(self, name: str, of_pass: str, chunk: int) -> Path:
-        return self.path / SCORES / name / of_pass / f"{chunk:06d}.safetensors"
+    def _file(self, name: str, view: str, chunk: int) -> Path:
+        return self.path / SCORES / name / view / f"{chunk:06d}.safetensors"
 
-    def _header(self, name: str, of_pass: str) -> dict[str, str]:
-        return {"model": self.about(name)["sha256"], "images": self.images.fingerprint, "pass": of_pass}
+    def _header(self, name: str, view: str) -> dict[str, str]:
+        return {"model": self.about(name)["sha256"], "images": self.images.fingerprint, "pass": view}
 
 
 def check_alike(folders: Sequence[ScoreFolder]) -> None:
     """Check that folders have scores of the same images and classes, so that they can be compared in one table.
 
     Raises:
-        InputError: which folders differ, and in what.
+        InputError: two folders have different images or classes.
     """
     first, one = folders[0], folders[0].images
     for other in folders[1:]:
@@ -277,12 +279,12 @@ def check_alike(folders: Sequence[ScoreFolder]) -> None:
             detail = next(
                 (f"{a} where the other has {b}" for a, b in zip(ours, theirs, strict=False) if a != b), "more"
             )
-            what = f"different classes ({len(ours)} and {len(theirs)}; {detail})"
+            reason = f"different classes ({len(ours)} and {len(theirs)}; {detail})"
         elif not one.is_same(two):
-            what = f"different images ({len(one)} of {one.title}, {len(two)} of {two.title})"
+            reason = f"different images ({len(one)} of {one.title}, {len(two)} of {two.title})"
         else:
             continue
-        raise InputError(f"{first.path} and {other.path} have {what}: they cannot be compared in one table")
+        raise InputError(f"{first.path} and {other.path} have {reason}: they cannot be compared in one table")
 
 
 def _read_images(path: Path) -> ImageList:
@@ -307,7 +309,7 @@ def _read_images(path: Path) -> ImageList:
     )
     _ = images.identity  # raises an InputError for keys that do not fit
     if len(images.names) != len(images.labels):
-        raise InputError(f"{path / IMAGES} names {len(images.names)} images, and there are {len(images.labels)} labels")
+        raise InputError(f"{path / IMAGES} lists {len(images.names)} images for {len(images.labels)} labels")
     _check_labels(images, where, header.get(NAMES_HASH))
     return images
 
@@ -318,7 +320,7 @@ def _check_labels(images: ImageList, where: str, names: str | None) -> None:
     if not whole or int(labels.min()) < UNLABELLED or int(labels.max()) >= len(images.classes):
         raise DamagedFileError(f"{where} is damaged: expected labels from 0 to {len(images.classes) - 1}, int64")
     if names not in (None, _names_hash(images.names)):
-        raise DamagedFileError(f"{IMAGES} beside {where} is damaged, or was changed: evaluate again with another --out")
+        raise DamagedFileError(f"{IMAGES} next to {where} is damaged or modified: evaluate again with another --out")
 
 
 @dataclass(frozen=True)
@@ -342,5 +344,5 @@ def _names_hash(names: Sequence[str]) -> str:
 
 
 def _are_log_probabilities(values: Tensor) -> bool:
-    """Return whether scores (images, classes) are logarithms of shares of one, up to half precision."""
+    """Return whether scores (images, classes) are log-probabilities, up to half precision."""
     return bool((values <= ROUNDING).all()) and bool(((values.exp().sum(dim=1) - 1).abs() <= ROUNDING).all())

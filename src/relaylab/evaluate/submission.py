@@ -1,12 +1,12 @@
-"""Submission files of challenges: five labels for each test image, in the official order.
+"""Submission files for challenges: five labels for each test image, in the official order.
 
 Note [Formats]
-1. ILSVRC's classification task: a line for each test image, in the order of their names; labels from 1 to 1000, as the
-   development kits of 2012 to 2015 say it (that of localisation has boxes between the labels). A kit numbers the
-   synsets in an order of its own, which is not that of the sorted synsets.
-2. The development kits of Places365's challenge and of MiniPlaces: the image's name as it is listed, then exactly five
-   labels, from 0. The format of 2015's 401 classes, the paper's, refers to a kit that we have not seen; it is assumed
-   to be the same.
+1. ILSVRC classification: one line per test image, sorted by name; labels from 1 to 1000, according to the development
+   kits of 2012 to 2015 (localisation has boxes between the labels). The kits number the synsets in their own order,
+   which is not the sorted order.
+2. Places365 challenge and MiniPlaces, according to their development kits: the name of the image as listed, then
+   exactly five labels, from 0. The kit of the 2015 challenge with 401 classes, the paper's, was not available; its
+   format is assumed to be the same.
 """
 
 import re
@@ -29,7 +29,7 @@ LABELS, NAMED = 5, 5
 
 @dataclass(frozen=True)
 class Form:
-    """The format of a line: the index of the first class, and whether the image's name comes first."""
+    """The format of a line: the label of the first class, and whether the line starts with the image name."""
 
     first_label: int
     with_names: bool
@@ -39,10 +39,10 @@ FORMATS = {"ilsvrc": Form(first_label=1, with_names=False), "places2": Form(firs
 
 
 def read_test_list(path: Path) -> list[str]:
-    """Read the test images in the official order, one on each line; text after the name is ignored.
+    """Read the test images in the official order, one per line; text after the name is ignored.
 
     Raises:
-        InputError: it cannot be read, is empty, or names an image twice.
+        InputError: the file cannot be read, is empty, or lists an image twice.
     """
     try:
         lines = read_bytes(path, LARGEST).decode().splitlines()
@@ -52,43 +52,43 @@ def read_test_list(path: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         name = next(iter(line.split()), None)
         if name is not None and names.setdefault(name, number) != number:
-            raise InputError(f"{path}, line {number}: {name} was on line {names[name]} already")
+            raise InputError(f"{path}, line {number}: {name} is already on line {names[name]}")
     if not names:
-        raise InputError(f"{path} is empty: expected the name of a test image on each line")
+        raise InputError(f"{path} is empty: expected one test image per line")
     return list(names)
 
 
 def official_labels(classes: Classes, form: Form, kit: Mapping[str, int] | None = None) -> list[int]:
-    """Return the challenge's label of each class: by the kit's numbers, or in the order of numbers that classes have.
+    """Return the challenge's label of each class: from the development kit, or by the rank of the class numbers.
 
     Args:
-        classes: of the scores.
+        classes: classes of the scores.
         form: the format.
-        kit: the number of each class by key; see `read_kit`.
+        kit: label of each class by key; see `read_kit`.
 
     Raises:
-        InputError: classes that the kit does not have, or synsets without a kit.
+        InputError: classes missing from the kit, or synsets without a kit.
     """
     if kit is not None:
         strange = [key for key in classes.keys if key not in kit]
         if strange:
-            raise InputError(f"the kit has no classes {few(strange)}; it has {few(sorted(kit))}")
+            raise InputError(f"the development kit lacks the classes {few(strange)}; it has {few(sorted(kit))}")
         return [kit[key] for key in classes.keys]
     if form.first_label == 1 and all(re.fullmatch(r"n\d{8}", key) for key in classes.keys):
         raise InputError(
-            "--format ilsvrc: the challenge numbers synsets in an order of its own: give the development kit's "
-            "meta.mat or map_clsloc.txt with --kit"
+            "--format ilsvrc requires the development kit's meta.mat or map_clsloc.txt, which define the labels of "
+            "the synsets: give it with --kit"
         )
     numbers = classes.numbers or range(len(classes.keys))
-    rank = {number: place for place, number in enumerate(sorted(numbers))}
+    rank = {number: index for index, number in enumerate(sorted(numbers))}
     return [form.first_label + rank[number] for number in numbers]
 
 
 def read_kit(path: Path) -> dict[str, int]:
-    """Read the number of each synset from a development kit's meta.mat, or map_clsloc.txt with SYNSET NUMBER lines.
+    """Read the label of each synset from a development kit's meta.mat, or map_clsloc.txt with SYNSET NUMBER lines.
 
     Raises:
-        InputError: another kind of file.
+        InputError: the file has another format.
     """
     if path.suffix == ".mat":
         return {synset: number for number, synset in synset_numbers(path)[0].items()}
@@ -100,7 +100,7 @@ def read_kit(path: Path) -> dict[str, int]:
     if not lines or not all(
         len(line) > 1 and line[1].isascii() and line[1].isdecimal() and len(line[1]) < 10 for line in lines
     ):
-        raise InputError(f"{path}: expected a line SYNSET NUMBER for each class, as map_clsloc.txt has, or meta.mat")
+        raise InputError(f"{path}: expected meta.mat, or SYNSET NUMBER lines as in map_clsloc.txt")
     return {line[0]: int(line[1]) for line in lines}
 
 
@@ -111,31 +111,36 @@ def submission_lines(
     form: Form,
     labels: Sequence[int] | None = None,
 ) -> list[str]:
-    """Format the scores of named images, (images, classes), as a submission for the expected images in their order.
+    """Format class scores as the lines of a submission.
 
-    `labels` are those of the classes; see `official_labels`. None numbers the classes in their order.
+    Args:
+        names: names of the images.
+        scores: (images, classes).
+        expected: names of the test images, in the official order.
+        form: the format.
+        labels: label of each class, see `official_labels`; None to number the classes in order.
 
     Raises:
-        InputError: missing, extra or repeated images; scores that are not numbers or of fewer than five classes.
+        InputError: missing, extra or repeated images; NaN scores, or fewer than five classes.
     """
     if scores.shape[1] < LABELS:
-        raise InputError(f"scores of {scores.shape[1]} classes: a submission needs five labels for each image")
+        raise InputError(f"a submission needs five labels per image, but there are only {scores.shape[1]} classes")
     bad = scores.isnan().any(dim=1).nonzero().flatten()
     if len(bad):
-        raise InputError(f"the scores of {len(bad)} images are not numbers, the first of {names[int(bad[0])]}")
+        raise InputError(f"the scores of {len(bad)} images are NaN, first of {names[int(bad[0])]}")
     rows, wanted = {name: row for row, name in enumerate(names)}, list(expected)
-    if not any(name in rows for name in wanted):  # the list has other folders, or none
+    if not any(name in rows for name in wanted):  # the list has different folders, or none
         rows, wanted = _by_name(names), [PurePosixPath(name).name for name in expected]
     repeated = [name for name, count in Counter(wanted).items() if count > 1]
     missing, extra = [name for name in wanted if name not in rows], [*(rows.keys() - set(wanted))]
     problems = [
-        f"{len(found)} images {what}: {', '.join(sorted(found)[:NAMED])}{' ...' if len(found) > NAMED else ''}"
-        for what, found in [
+        f"{len(images)} images {problem}: {', '.join(sorted(images)[:NAMED])}{' ...' if len(images) > NAMED else ''}"
+        for problem, images in [
             ("of the list have no scores", missing),
             ("have scores and are not in the list", extra),
             ("of the list have the same name in several folders", repeated),
         ]
-        if found
+        if images
     ]
     if problems:
         raise InputError("; ".join(problems))
@@ -152,7 +157,7 @@ def check_submission(lines: Sequence[str], expected: Sequence[str], num_classes:
     """Check a submission as the challenge's server would.
 
     Raises:
-        InputError: a wrong number of lines, a wrong image, or labels that are too few, repeated or out of range.
+        InputError: a wrong number of lines, a wrong image, or missing, repeated or out-of-range labels.
     """
     if len(lines) != len(expected):
         raise InputError(f"{len(lines)} lines for {len(expected)} test images")
@@ -161,7 +166,7 @@ def check_submission(lines: Sequence[str], expected: Sequence[str], num_classes:
         parts = line.split()
         labels = parts[1:] if form.with_names else parts
         if form.with_names and parts[:1] != [name]:
-            raise InputError(f"line {number} is about {parts[0] if parts else 'nothing'}: expected {name}")
+            raise InputError(f"line {number} starts with {parts[0] if parts else 'nothing'}: expected {name}")
         if len(labels) != LABELS or len({*labels}) != LABELS:
             raise InputError(f"line {number}: {' '.join(labels)!r}: expected five different labels")
         if not all(label.isdecimal() and int(label) in allowed for label in labels):
@@ -169,11 +174,11 @@ def check_submission(lines: Sequence[str], expected: Sequence[str], num_classes:
 
 
 def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """The rows by image name, without folders."""
+    """Return the row of each image by name, without folders."""
     rows: dict[str, int] = {}
-    for number, name in enumerate(names):
+    for row, name in enumerate(names):
         short = PurePosixPath(name).name
         if short in rows:
-            raise InputError(f"two images are called {short}: {names[rows[short]]} and {name}")
-        rows[short] = number
+            raise InputError(f"two images have the name {short}: {names[rows[short]]} and {name}")
+        rows[short] = row
     return rows

@@ -1,4 +1,4 @@
-"""Evaluates networks under each protocol, chunk by chunk, skipping chunks that already exist."""
+"""Evaluate networks under each protocol, chunk by chunk, skipping existing chunks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -16,7 +16,7 @@ from relaylab.data.geometry import Pixels
 from relaylab.data.loader import Workers
 from relaylab.data.sources.source import Source
 from relaylab.errors import InputError
-from relaylab.evaluate.protocols import Pass, average, cut, mirrored
+from relaylab.evaluate.protocols import View, average, cut, mirrored
 from relaylab.evaluate.scores import ScoreFolder
 from relaylab.models.building import build_meta_network
 from relaylab.models.dense import dense
@@ -24,31 +24,33 @@ from relaylab.models.export import mean_of
 from relaylab.models.file import InputConfig, ModelFile
 from relaylab.progress import Task
 
-READ_AT_ONCE = 16  # images, by one worker
-Row = tuple[int, list[Pixels]]  # arrays: between processes a tensor costs a file
+READ_AT_ONCE = 16  # images per task of a worker
+Row = tuple[int, list[Pixels]]  # NumPy arrays, since sending a tensor to another process takes a file
 
 
 class Cuts(Dataset[Row]):
-    """The crops of encoded images for several passes, each image decoded once."""
+    """A dataset of the crops of images for several views; each image is decoded once."""
 
-    def __init__(self, source: Source, passes: Sequence[Pass], config: InputConfig) -> None:
-        self._source, self._passes, self._config = source, passes, config
+    def __init__(self, source: Source, views: Sequence[View], config: InputConfig) -> None:
+        self._source, self._views, self._config = source, views, config
 
-    def __getitems__(self, numbers: Sequence[int]) -> "list[Row] | InputError":
-        """Return each image's index and, for each pass, uint8 (n, h, w, 3); an error if an image is unreadable."""
+    def __getitems__(self, indices: Sequence[int]) -> "list[Row] | InputError":
+        """Return the index of each image and its crops for each view, uint8 (n, h, w, 3); an error if unreadable."""
         rows: list[Row] = []
-        for number in numbers:
+        for index in indices:
             try:
-                pixels = decode(self._source.read(number))
+                pixels = decode(self._source.read(index))
             except (OSError, ImageFault) as error:
-                name = self._source.name(number)
-                return InputError(f"unreadable image {name}: {error}; `relaylab data check` lists all of them")
-            rows.append((number, [cut(pixels, each, self._config).numpy() for each in self._passes]))
+                name = self._source.name(index)
+                return InputError(
+                    f"unreadable image {name}: {error}; `relaylab data check` lists all unreadable images"
+                )
+            rows.append((index, [cut(pixels, view, self._config).numpy() for view in self._views]))
         return rows
 
 
 class Scorer:
-    """A trained network in evaluation mode, which computes log-probabilities of crops."""
+    """A trained network in evaluation mode that computes log-probabilities of crops."""
 
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu") -> None:
         self.config = config = model.input
@@ -60,26 +62,28 @@ class Scorer:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The network slid over larger images; see `check_dense`."""
+        """The fully convolutional network for larger images; see `check_dense`."""
         return dense(self.network, map_size=_map_size(self.network, self.config.crop))
 
     @torch.inference_mode()
-    def __call__(self, each: Pass, images: Tensor) -> Tensor:
-        """Return a pass's log-probabilities (batch, classes), float32, on the CPU.
+    def __call__(self, view: View, images: Tensor) -> Tensor:
+        """Return the log-probabilities of a view, float32 (batch, classes) on the CPU.
 
-        The images are uint8 (batch, n, h, w, 3), of one size.
+        Args:
+            view: crops or whole images.
+            images: uint8 (batch, n, h, w, 3), n crops of each image.
         """
         x = self.normalised(images.flatten(0, 1))
-        found = [self._one(each, view) for view in ([x, x.flip(3)] if mirrored(each) else [x])]
-        rows = torch.stack(found, dim=1).log_softmax(dim=2)
+        inputs = [x, x.flip(3)] if mirrored(view) else [x]
+        rows = torch.stack([self._scores(view, batch) for batch in inputs], dim=1).log_softmax(dim=2)
         return average(rows.unflatten(0, (-1, images.shape[1])).flatten(1, 2), 1).cpu()
 
-    def _one(self, each: Pass, x: Tensor) -> Tensor:
-        scores = self.dense(x).mean(dim=(2, 3)) if each.kind == "dense" else self.network(x)
+    def _scores(self, view: View, x: Tensor) -> Tensor:
+        scores = self.dense(x).mean(dim=(2, 3)) if view.kind == "dense" else self.network(x)
         return scores.float()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Return the network's input, (batch, 3, h, w), for uint8 images (batch, h, w, 3)."""
+        """Return the network's input (batch, 3, h, w) for uint8 images (batch, h, w, 3)."""
         x = images.to(self.device).permute(0, 3, 1, 2).float()
         x = x.flip(1) if self.config.channels == "BGR" else x
         x = x - (self._mean if x.shape[-2:] == (self.config.crop, self.config.crop) else self._colour)
@@ -92,7 +96,7 @@ def evaluate(
     source: Source,
     folder: ScoreFolder,
     name: str,
-    passes: Sequence[Pass],
+    views: Sequence[View],
     *,
     workers: int,
     task: Task,
@@ -100,41 +104,43 @@ def evaluate(
     order: Sequence[int] | None = None,
     stopped: Callable[[], object] = bool,
 ) -> bool:
-    """Write the missing scores of a network by some passes, chunk by chunk.
+    """Compute and write the missing scores of a network, chunk by chunk.
 
     Args:
         scorer: the network.
         source: the images of the folder.
-        folder: of scores.
-        name: of the network in that folder.
-        passes: to evaluate.
-        workers: processes that decode.
-        task: counts images times passes.
-        batch_size: of crops; whole images are batched to at most the same number of pixels.
-        order: the network's output for each of the folder's classes; None where both have one order.
-        stopped: whether to stop after the current chunk.
+        folder: folder of scores.
+        name: name of the network in the folder.
+        views: views to evaluate.
+        workers: number of data-loading processes.
+        task: reports progress, in images times views.
+        batch_size: crops per batch; whole images are batched up to the same number of pixels.
+        order: output index of each class of the folder; None if the order is the same.
+        stopped: returns whether to stop before the next chunk.
 
     Returns:
         Whether all chunks exist.
 
     Raises:
-        InputError: an image that cannot be read, or scores that are not numbers.
+        InputError: an image cannot be read, or scores are NaN.
     """
-    for number, chunk in enumerate(folder.chunks):
-        missing = [each for each in passes if not folder.has(name, each.name, number)]
-        task.advance(len(chunk) * (len(passes) - len(missing)))
+    for chunk_index, chunk in enumerate(folder.chunks):
+        missing = [view for view in views if not folder.has(name, view.name, chunk_index)]
+        task.advance(len(chunk) * (len(views) - len(missing)))
         if not missing:
             continue
         if stopped():
             return False
-        found = {each: torch.empty(len(chunk), len(folder.images.classes)) for each in missing}
+        results = {view: torch.empty(len(chunk), len(folder.images.classes)) for view in missing}
         for rows in _read(Cuts(source, missing, scorer.config), chunk, workers):
-            for place, each in enumerate(missing):
-                for numbers, images in _batches([(n, cuts[place]) for n, cuts in rows], scorer.config.crop, batch_size):
-                    found[each][[n - chunk.start for n in numbers]] = scorer(each, images)
-                    task.advance(len(numbers), note=f"{name} {each.name}")
-        for each, scores in found.items():
-            folder.write(name, each.name, number, scores if order is None else scores[:, order])
+            for position, view in enumerate(missing):
+                for indices, images in _batches(
+                    [(n, cuts[position]) for n, cuts in rows], scorer.config.crop, batch_size
+                ):
+                    results[view][[n - chunk.start for n in indices]] = scorer(view, images)
+                    task.advance(len(indices), note=f"{name} {view.name}")
+        for view, scores in results.items():
+            folder.write(name, view.name, chunk_index, scores if order is None else scores[:, order])
     return True
 
 
@@ -149,35 +155,35 @@ def _read(cuts: Cuts, chunk: range, workers: int) -> Iterator[list[Row]]:
 def _batches(
     rows: Iterable[tuple[int, Pixels]], crop: int, batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Batches of images of one size, smaller for large images."""
+    """Yield batches of images of equal size; batches of large images are smaller."""
     ordered = sorted(rows, key=lambda row: (*row[1].shape, row[0]))
     for _, group in groupby(ordered, key=lambda row: row[1].shape):
         same = list(group)
         pixels = same[0][1].size // 3
-        several = max(1, batch_size * crop**2 // pixels)
-        for start in range(0, len(same), several):
-            numbers, images = zip(*same[start : start + several], strict=True)
-            yield numbers, torch.from_numpy(np.stack(images))
+        count = max(1, batch_size * crop**2 // pixels)
+        for start in range(0, len(same), count):
+            indices, images = zip(*same[start : start + count], strict=True)
+            yield indices, torch.from_numpy(np.stack(images))
 
 
 @torch.no_grad()
 def check_dense(model: ModelFile) -> None:
-    """Check that a network has a dense form, without its weights.
+    """Check that a network supports dense evaluation, without its weights.
 
     Raises:
-        InputError: it has none.
+        InputError: it does not.
     """
     network, size = build_meta_network(model.network), model.input.crop
-    slid = dense(network, map_size=_map_size(network, size))
+    convolutional = dense(network, map_size=_map_size(network, size))
     if model.network.is_named:
         try:
-            slid.eval()(torch.empty(1, 3, size + 32, size + 64, device="meta"))
-        except Exception as error:  # of code that the lab does not know
-            raise InputError(f"{model.network.architecture} takes crops of {size} pixels only: {error}") from None
+            convolutional.eval()(torch.empty(1, 3, size + 32, size + 64, device="meta"))
+        except Exception as error:  # from the user's code
+            raise InputError(f"{model.network.architecture} only accepts crops of {size} pixels: {error}") from None
 
 
 def _map_size(model: nn.Module, crop: int) -> int | None:
-    """The side of the last feature map; None for networks that are not VGGNets."""
+    """Return the size of the last feature map of a VGGNet; None for other networks."""
     if not isinstance(model, VGG):
         return None
     first = next(model.parameters())
@@ -192,5 +198,5 @@ def device_of(accelerator: str) -> torch.device:
         InputError: cuda without a GPU.
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("--accelerator cuda: there is no GPU that PyTorch can use")
+        raise InputError("--accelerator cuda: PyTorch finds no GPU on this machine")
     return torch.device("cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda")

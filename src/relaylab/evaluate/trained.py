@@ -1,4 +1,4 @@
-"""Trained networks, found by a run's folder or a model file."""
+"""Find trained networks by run folder or model file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from relaylab.errors import InputError, raise_all
-from relaylab.train import runs
+from relaylab.train import run_folder
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Trained:
     """A trained network.
 
     Attributes:
-        name: short and unique.
-        file: the model file.
-        folder: of its run; None for a model file alone.
-        about: the description of its run; see `describe_run`.
+        name: short, unique name.
+        file: model file.
+        folder: folder of its run; None for a model file without a run.
+        about: description of its run; see `describe_run`.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Trained:
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The scales of dense testing that its recipe names, if any."""
+        """The scales for dense evaluation in its recipe, if any."""
         values = self.about.get("values", {})
         return tuple(values["evaluation.scales"]) if values.get("evaluation.protocol") == "dense" else ()
 
@@ -47,36 +47,36 @@ def find_trained(paths: Sequence[Path], *, most: int | None = None) -> list[Trai
     """Find trained networks.
 
     Args:
-        paths: folders of runs, or of comparisons, which hold runs; or model files.
-        most: largest number of networks that the caller can use.
+        paths: folders of runs or comparisons, or model files.
+        most: maximum number of networks.
 
     Raises:
-        InputError: all problems with the paths, at once.
+        InputError: invalid paths; the message lists all problems.
     """
     problems: list[str] = []
-    found: list[Trained] = []
+    networks: list[Trained] = []
     for path in paths:
         for member in _members(path):
             try:
-                found.append(_open(member))
+                networks.append(_open(member))
             except InputError as error:
                 problems.append(str(error))
     if not paths:
-        problems.append("no runs given: name folders of runs, or model files")
-    files = [trained.file.resolve() for trained in found]
+        problems.append("no runs given: pass folders of runs, or model files")
+    files = [trained.file.resolve() for trained in networks]
     problems += [f"{file} is given more than once" for file in dict.fromkeys(files) if files.count(file) > 1]
-    if most is not None and len(found) > most:
-        problems.append(f"{paths[0]} holds {len(found)} networks: name one of its runs")
+    if most is not None and len(networks) > most:
+        problems.append(f"{paths[0]} contains {len(networks)} networks: pass one of its runs")
     raise_all(problems)
-    names = [trained.name for trained in found]
-    return [_distinct(trained) if names.count(trained.name) > 1 else trained for trained in found]
+    names = [trained.name for trained in networks]
+    return [_distinct(trained) if names.count(trained.name) > 1 else trained for trained in networks]
 
 
 def _members(path: Path) -> list[Path]:
-    """A run, or the runs of a comparison."""
-    if not path.is_dir() or (path / runs.CONFIG).exists():
+    """Return a run, or the runs of a comparison."""
+    if not path.is_dir() or (path / run_folder.CONFIG).exists():
         return [path]
-    return sorted(file.parent for file in path.glob(f"*/{runs.CONFIG}")) or [path]
+    return sorted(file.parent for file in path.glob(f"*/{run_folder.CONFIG}")) or [path]
 
 
 def _open(path: Path) -> Trained:
@@ -84,22 +84,22 @@ def _open(path: Path) -> Trained:
         return Trained(path.stem, path, None, {})
     if not path.exists():
         raise InputError(f"no such file or folder: {path}")
-    if not (path / runs.CONFIG).is_file():
-        raise InputError(f"{path} holds no run: expected {runs.CONFIG}, as `relaylab train` writes it, or a model file")
-    if not (path / runs.MODEL).is_file():
+    if not (path / run_folder.CONFIG).is_file():
+        raise InputError(f"{path} is not a run: expected a folder with {run_folder.CONFIG}, or a model file")
+    if not (path / run_folder.MODEL).is_file():
         raise InputError(f"the run in {path} is unfinished; to complete it: relaylab train --resume {path}")
-    return Trained(path.resolve().name, path / runs.MODEL, path, describe_run(path))
+    return Trained(path.resolve().name, path / run_folder.MODEL, path, describe_run(path))
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
-    """Describe a run: its recipe with all values, row of the paper's tables, seed, scale, changes and images.
+    """Describe a run: recipe with all values, row of the paper's tables, seed, scale, overrides and images.
 
     Raises:
         InputError: its configuration cannot be read.
     """
-    recipe = runs.kept_recipe(folder)
-    about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": runs.values_of(recipe)}
-    options = runs.read_run(folder).options
+    recipe = run_folder.stored_recipe(folder)
+    about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": run_folder.values_of(recipe)}
+    options = run_folder.read_run(folder).options
     about |= {"seed": options.seed, "scale": options.scale, "changes": list(options.changes)}
     return about | {"data": list(map(str, options.data)), "val_data": list(map(str, options.val_data))}
 

@@ -1,4 +1,4 @@
-"""The balance of classes: images of each class, and how often sampling draws each class in an epoch."""
+"""Class balance: images per class, and draws per class in an epoch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,19 +10,19 @@ from relaylab.data.sampling import SAMPLERS
 from relaylab.outside.showing import picture
 from relaylab.report.style import BELOW_AXIS, plot
 
-NAMED_CLASSES = 40  # more names than these cannot be read
+NAMED_CLASSES = 40  # more class names would be illegible
 BAR_COLOUR, LINE_COLOURS = "#b9c0c7", ("#d55e00", "#0072b2")
 
 
 def draws_per_epoch(counts: ArrayLike, sampling: str) -> NDArray[np.float64]:
-    """Return the average number of draws of each class, in as many draws as there are images, from (C,) class sizes."""
+    """Return the expected draws per class (classes,) in an epoch, from the class sizes (classes,)."""
     sizes = np.asarray(counts)
     turns = getattr(SAMPLERS[sampling], "turns", None)  # plain shuffling has none
     shares = sizes if turns is None else turns(sizes)
     return sizes.sum() * shares / shares.sum()
 
 
-def balance_picture(
+def balance_plot(
     counts: Mapping[str, ArrayLike],
     classes: Sequence[str],
     *,
@@ -30,32 +30,32 @@ def balance_picture(
     unit: str,
     size: tuple[float, float] = (7.4, 3.6),
 ) -> str:
-    """Return as SVG a bar for each class and a line for each further count, the classes sorted by the bars.
+    """Plot counts per class as SVG: bars for the first series, lines for further ones, sorted by the bars.
 
     Args:
-        counts: for each label of the legend, (C,) one number for each class; the first are the bars.
-        classes: their names.
-        title: of the picture.
-        unit: on the vertical axis.
+        counts: (classes,) by legend label.
+        classes: names of the classes.
+        title: title of the plot.
+        unit: label of the vertical axis.
         size: width and height in inches.
     """
     (bars, sizes), *lines = ((name, np.asarray(values)) for name, values in counts.items())
     order = np.argsort(-sizes, kind="stable")
-    places = np.arange(len(classes))
+    positions = np.arange(len(classes))
     is_named = len(classes) <= NAMED_CLASSES
 
     def draw(axes: Axes) -> None:
-        axes.bar(places, sizes[order], width=0.8 if is_named else 1.0, color=BAR_COLOUR, label=bars)
+        axes.bar(positions, sizes[order], width=0.8 if is_named else 1.0, color=BAR_COLOUR, label=bars)
         for colour, (name, values) in zip(LINE_COLOURS, lines, strict=False):
-            axes.plot(places, values[order], color=colour, linewidth=2, label=name)
+            axes.plot(positions, values[order], color=colour, linewidth=2, label=name)
         axes.set_ylim(bottom=0)
         axes.set_xlim(-0.6, len(classes) - 0.4)
         axes.grid(visible=False, axis="x")
         axes.set_axisbelow(True)
         if is_named:
             names = [picture(classes[int(label)][:24]) for label in order]
-            axes.set_xticks(places, names, **BELOW_AXIS)
+            axes.set_xticks(positions, names, **BELOW_AXIS)
         else:
-            axes.set_xlabel(f"{len(classes)} classes, the largest first")
+            axes.set_xlabel(f"{len(classes)} classes, largest first")
 
     return plot(draw, title, unit, size=size, legend=bool(lines))

@@ -1,4 +1,4 @@
-"""Comparisons: runs that differ in scheme, seed and rate only, and those that failed, opened from their folders."""
+"""Comparisons: read runs that differ only in scheme, seed and each scheme's own values, including failed runs."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -10,63 +10,74 @@ from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
 from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
 from relaylab.report.verdict import chance_error, guessed_precision_error
-from relaylab.train import runs
+from relaylab.train import requests, run_folder
 from relaylab.train.failures import FILE, Failure, read_failure
 from relaylab.train.metrics import MEASURES, TOP, Measure, measures_of
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import Tuning, read_tuning
 
-OWN = ("plan", "optimizer.lr")  # values that each scheme may have of its own, beside those that were tuned
+SCHEME_VALUES = ("plan", "optimizer.lr")  # values that may differ between schemes, besides tuned ones
 Member = tuple[str, int]
-"""A scheme and a seed."""
+"""Scheme and seed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with a result."""
+    """A run with a result.
+
+    Attributes:
+        folder: of the run.
+        recipe: recipe of the run.
+        about: description, from `relaylab.evaluate.trained.describe_run`.
+        classes: names of the classes.
+        counts: number of images per class, by split; empty for runs of earlier versions.
+        sizes: number of images by split; empty for runs of earlier versions.
+        metrics: all lines of metrics.
+        starts: the environment of each start.
+        last: the reported validation: the last one that all runs have.
+        tuning: the trials that determined its values; None if it was not tuned.
+    """
 
     folder: Path
     recipe: Recipe
     about: Mapping[str, Any]
-    """Options and values as its folder records them."""
     classes: tuple[str, ...]
     counts: Mapping[str, Sequence[int]]
-    """Images of each class, by split; empty for runs of earlier versions."""
     sizes: Mapping[str, int]
-    """Images by split; empty likewise."""
     metrics: Sequence[Mapping[str, Any]]
     starts: Sequence[Mapping[str, Any]]
-    """The environment of each start."""
     last: Mapping[str, Any]
-    """The validation to report: the last one that all runs have."""
     tuning: Tuning | None = None
-    """The trials that its values were chosen by."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are alike except for scheme, seed and the schemes' own values, sorted by scheme and seed."""
+    """Runs that differ only in scheme, seed and each scheme's own values.
+
+    Attributes:
+        runs: runs with a result, sorted by scheme and seed.
+        failures: failed runs by scheme and seed.
+        tuning: the trials that determined the values of each scheme; None without --tune.
+    """
 
     runs: Sequence[Run]
-    """Those with a result."""
     failures: Mapping[Member, Failure] = field(default_factory=dict[Member, Failure])
     tuning: Tuning | None = None
-    """The trials by which each scheme's own values were chosen."""
 
     @property
     def measures(self) -> list[Measure]:
-        """The errors that runs are compared by; with five classes or fewer the top-5 error says nothing."""
+        """The errors that all runs have; without the top-5 error, which is zero, for up to five classes."""
         is_few = len(self.runs[0].classes) <= 5
-        found = [each for each in measures_of(self.runs[0].last) if not (is_few and TOP.get(each.base, 1) > 1)]
-        return [each for each in found if all(each.name in run.last for run in self.runs)]
+        measures = [m for m in measures_of(self.runs[0].last) if not (is_few and TOP.get(m.base, 1) > 1)]
+        return [measure for measure in measures if all(measure.name in run.last for run in self.runs)]
 
     @property
     def measure(self) -> Measure:
-        """The error that decides."""
+        """The decisive error. See Note [Measures] in `relaylab.train.metrics`."""
         return self.measures[0]
 
     def guess(self, measure: Measure | None = None) -> float:
-        """Return an error of guessing, in per cent; by default of the error that decides."""
+        """Return the chance level of an error in per cent; by default of the decisive error."""
         first, measure = self.runs[0], measure or self.measure
         if measure.base in TOP:
             return chance_error(len(first.classes), TOP[measure.base])
@@ -74,133 +85,139 @@ class Comparison:
 
     @property
     def by_scheme(self) -> dict[str, list[Run]]:
-        """The runs with a result of each scheme that has any."""
-        found = {scheme: [run for run in self.runs if run.recipe.scheme == scheme] for scheme in SCHEMES}
-        return {scheme: own for scheme, own in found.items() if own}
+        """The runs with a result, by scheme."""
+        groups = {scheme: [run for run in self.runs if run.recipe.scheme == scheme] for scheme in SCHEMES}
+        return {scheme: runs for scheme, runs in groups.items() if runs}
 
     @property
     def metrics(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
-        """The metrics of each scheme's runs."""
-        return {scheme: [run.metrics for run in own] for scheme, own in self.by_scheme.items()}
+        """The metrics of the runs of each scheme."""
+        return {scheme: [run.metrics for run in runs] for scheme, runs in self.by_scheme.items()}
 
     @property
     def failure_texts(self) -> list[str]:
-        """A sentence for each failed run."""
+        """A description of each failed run."""
         failures = self.failures.items()
         return [f"{SCHEMES[scheme]}, seed {seed}: {failure.text}" for (scheme, seed), failure in failures]
 
     def errors(self, measure: Measure | None = None) -> dict[str, dict[int, float | None]]:
-        """Return an error, by default the one that decides, by scheme and seed; None for failed runs."""
+        """Return an error, by default the decisive one, by scheme and seed; None for failed runs."""
         measure = measure or (self.measure if self.runs else MEASURES[0])
-        found: dict[str, dict[int, float | None]] = {scheme: {} for scheme in SCHEMES}
+        errors: dict[str, dict[int, float | None]] = {scheme: {} for scheme in SCHEMES}
         for run in self.runs:
-            found[run.recipe.scheme][run.about["seed"]] = run.last[measure.name]
+            errors[run.recipe.scheme][run.about["seed"]] = run.last[measure.name]
         for scheme, seed in self.failures:
-            found[scheme].setdefault(seed, None)
-        return {scheme: own for scheme, own in found.items() if own}
+            errors[scheme].setdefault(seed, None)
+        return {scheme: by_seed for scheme, by_seed in errors.items() if by_seed}
 
 
 def open_runs(paths: Sequence[Path], *, may_fail: bool = False) -> Comparison:
-    """Open folders of runs, or of comparisons, which hold runs.
+    """Open the runs in folders of runs or comparisons.
 
     Args:
         paths: the folders.
-        may_fail: whether all of them may have failed.
+        may_fail: accept that all runs have failed.
 
     Raises:
-        InputError: no runs, empty ones, only failed ones, or runs of different classes, images or recipes.
+        InputError: no runs, runs without a validation, only failed runs, or runs with different classes, images or
+            recipes.
+
+    Example:
+        >>> comparison = open_runs([Path("runs/compare/digits")])
+        >>> comparison.errors()["relay"]
+        {0: 3.89, 1: 4.44, 2: 3.33}
     """
     folders: list[Path] = []
     for path in paths:
-        inside = {file.parent for name in (runs.CONFIG, FILE) for file in path.glob(f"*/{name}")}
+        inside = {file.parent for name in (run_folder.CONFIG, FILE) for file in path.glob(f"*/{name}")}
         folders += [path] if _is_run(path) or not inside else sorted(inside)
     if not folders and not may_fail:
-        raise InputError("no runs are given: name folders of runs, or of comparisons")
-    found = [_open(folder) for folder in folders if not _has_failed(folder)]
+        raise InputError("no runs given: pass folders of runs or comparisons")
+    opened = [_open(folder) for folder in folders if not _has_failed(folder)]
     failed: dict[Member, Failure] = {}
     for folder in filter(_has_failed, folders):
-        member, failure = _open_failure(folder, found[0] if found else None)
-        if member in failed or member in {(run.recipe.scheme, run.about["seed"]) for run in found}:
-            raise InputError(f"{folder}: another run of the same scheme and seed is given")
+        member, failure = _open_failure(folder, opened[0] if opened else None)
+        if member in failed or member in {(run.recipe.scheme, run.about["seed"]) for run in opened}:
+            raise InputError(f"{folder}: more than one run has this scheme and seed")
         failed[member] = failure
-    if not found and not may_fail:
+    if not opened and not may_fail:
         reasons = "; ".join(Comparison([], failed).failure_texts)
-        raise InputError(f"all runs have failed, so there is nothing to report: {reasons}")
-    for one, other in itertools.combinations(found, 2):
-        _check_alike(one, other)
-    validated = [{line["step"]: line for line in each.metrics if line["kind"] == "val"} for each in found]
+        raise InputError(f"there is nothing to report, since all runs have failed: {reasons}")
+    for one, other in itertools.combinations(opened, 2):
+        _check_comparable(one, other)
+    validated = [{line["step"]: line for line in run.metrics if line["kind"] == "val"} for run in opened]
     steps = set.intersection(*map(set, validated)) if validated else {0}
     if not steps:
-        raise InputError("the runs share no validated iteration: resume them with `relaylab train --resume RUN`")
-    found = [replace(each, last=own[max(steps)]) for each, own in zip(found, validated, strict=True)]
-    places = {scheme: place for place, scheme in enumerate(SCHEMES)}
-    found.sort(key=lambda each: (places[each.recipe.scheme], each.about["seed"]))
-    members = sorted(failed, key=lambda member: (places[member[0]], member[1]))
-    return Comparison(found, {member: failed[member] for member in members}, _tuning_of(found, failed))
+        raise InputError("no iteration was validated in all runs: resume them with `relaylab train --resume RUN`")
+    opened = [replace(run, last=lines[max(steps)]) for run, lines in zip(opened, validated, strict=True)]
+    order = {scheme: index for index, scheme in enumerate(SCHEMES)}
+    opened.sort(key=lambda run: (order[run.recipe.scheme], run.about["seed"]))
+    members = sorted(failed, key=lambda member: (order[member[0]], member[1]))
+    return Comparison(opened, {member: failed[member] for member in members}, _tuning_of(opened, failed))
 
 
-def _tuning_of(found: Sequence[Run], failed: Collection[Member]) -> Tuning | None:
-    """Return the trials that the runs' values were chosen by, of those schemes that have runs; None if they differ."""
-    tunings = [each.tuning for each in found if each.tuning is not None]
-    if not tunings or any(each != tunings[0] for each in tunings):
+def _tuning_of(opened: Sequence[Run], failed: Collection[Member]) -> Tuning | None:
+    """Return the tuning that all tuned runs share, restricted to their schemes; None if it differs."""
+    tunings = [run.tuning for run in opened if run.tuning is not None]
+    if not tunings or any(tuning != tunings[0] for tuning in tunings):
         return None
-    untuned = {each.recipe.scheme for each in found if each.tuning is None}
-    schemes = {each.recipe.scheme for each in found} | {scheme for scheme, _ in failed}
-    choices = {name: own for name, own in tunings[0].choices.items() if name in schemes - untuned}
+    untuned = {run.recipe.scheme for run in opened if run.tuning is None}
+    schemes = {run.recipe.scheme for run in opened} | {scheme for scheme, _ in failed}
+    choices = {name: choice for name, choice in tunings[0].choices.items() if name in schemes - untuned}
     return replace(tunings[0], choices=choices)
 
 
 def _is_run(path: Path) -> bool:
-    return (path / runs.CONFIG).exists() or (path / FILE).exists()
+    return (path / run_folder.CONFIG).exists() or (path / FILE).exists()
 
 
 def _has_failed(folder: Path) -> bool:
-    return (folder / FILE).is_file() and not (folder / runs.MODEL).exists()
+    return (folder / FILE).is_file() and not (folder / run_folder.MODEL).exists()
 
 
 def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
     failure = read_failure(folder)
     if failure is None:
-        raise InputError(f"{folder / FILE} cannot be read: it is damaged; remove it, and train the run again")
-    if (folder / runs.CONFIG).is_file():
+        raise InputError(f"{folder / FILE} is damaged: remove it, and train the run again")
+    if (folder / run_folder.CONFIG).is_file():
         about = describe_run(folder)
         tuning = read_tuning(folder.parent)
         problem = None if first is None else _difference(about, first.about, tuning.names if tuning else ())
         if first is not None and problem is not None:
             raise InputError(f"{folder}, which failed, and {first.folder} have {problem}")
         return (about["values"]["scheme"], about["seed"]), failure
-    member = runs.member_of(folder)  # it failed before it began
+    member = run_folder.parse_member_name(folder)  # it failed before it started
     if member is None:
-        raise InputError(f"{folder} holds {FILE} but no {runs.CONFIG}: scheme and seed are not known")
+        raise InputError(f"{folder} has {FILE} but no {run_folder.CONFIG}: scheme and seed are unknown")
     return member, failure
 
 
 def _open(folder: Path) -> Run:
-    recipe, about, metrics = runs.recipe_of(folder), describe_run(folder), metrics_of(folder)
+    recipe, about, metrics = requests.recipe_of(folder), describe_run(folder), metrics_of(folder)
     if not any(line["kind"] == "val" for line in metrics):
-        raise InputError(f"{folder} has not been validated yet: resume it, relaylab train --resume {folder}")
-    stored, tuning = runs.read_run(folder), read_tuning(folder.parent)
-    tuning = tuning if tuning and tuning.is_of(recipe) else None  # which other runs in the folder may have
-    sizes = stored.images or {split: sum(each) for split, each in stored.counts.items()}
-    starts = runs.starts_of(folder) or [{}]
+        raise InputError(f"{folder} has no validation yet; to resume it: relaylab train --resume {folder}")
+    stored, tuning = run_folder.read_run(folder), read_tuning(folder.parent)
+    tuning = tuning if tuning and tuning.is_of(recipe) else None  # the tuning may belong to other runs in the folder
+    sizes = stored.images or {split: sum(counts) for split, counts in stored.counts.items()}
+    starts = run_folder.read_starts(folder) or [{}]
     return Run(folder, recipe, about, stored.classes, stored.counts, sizes, metrics, starts, {}, tuning)
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any], tuned: Collection[str]) -> str | None:
-    """Return why two runs do not belong to one comparison, from what their folders record; None if they do.
+    """Return why two runs cannot be compared, from their descriptions; None if they can.
 
-    Values that were `tuned` may differ between schemes.
+    Values in `tuned` may differ between schemes.
     """
     if (one["data"], one["val_data"]) != (other["data"], other["val_data"]):
         return "different images"
     is_same_scheme = one["values"]["scheme"] == other["values"]["scheme"]
-    free = ("scheme", "evaluation", *([] if is_same_scheme else [*OWN, *tuned]))
+    free = ("scheme", "evaluation", *([] if is_same_scheme else [*SCHEME_VALUES, *tuned]))
     different = different_values(one["values"], other["values"], free)
     return f"different recipes ({different[0]})" if different else None
 
 
-def _check_alike(one: Run, other: Run) -> None:
-    tuned = {name for each in (one, other) if each.tuning for name in each.tuning.names}
+def _check_comparable(one: Run, other: Run) -> None:
+    tuned = {name for run in (one, other) if run.tuning for name in run.tuning.names}
     problem = _difference(one.about, other.about, tuned)
     if one.classes != other.classes:
         problem = f"different classes ({len(one.classes)} and {len(other.classes)})"
@@ -212,12 +229,16 @@ def _check_alike(one: Run, other: Run) -> None:
 
 
 def different_values(one: Mapping[str, Any], other: Mapping[str, Any], free: Sequence[str]) -> list[str]:
-    """Return the names of the values in which two recipes differ, except those that begin with a free name."""
+    """Return the names of the values that differ between two recipes, except names that start with one of `free`."""
     names = [name for name in {**one, **other} if not name.startswith(tuple(free))]
     return [name for name in names if one.get(name) != other.get(name)]
 
 
 def joined(texts: Mapping[str, str]) -> str:
-    """Format a text for each scheme: once if all are the same, else with the schemes' names."""
+    """Join a text per scheme: once if all are equal, else with the names of the schemes."""
     names = {text: [SCHEME_NAMES[s] for s, other in texts.items() if other == text] for text in texts.values()}
-    return next(iter(names)) if len(names) == 1 else "; ".join(f"{', '.join(own)}: {t}" for t, own in names.items())
+    return (
+        next(iter(names))
+        if len(names) == 1
+        else "; ".join(f"{', '.join(schemes)}: {t}" for t, schemes in names.items())
+    )

@@ -1,4 +1,4 @@
-"""The cost of training steps as a table: parameters, FLOPs and activation memory, per network and scheme."""
+"""Tables of training cost: parameters, FLOPs and activation memory per network and scheme."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,21 +18,21 @@ GIGA, MEGA = 1e9, 1e6
 
 
 def cost_table(recipes: Sequence[Recipe]) -> Table:
-    """Return the cost of a training step of each network with its heads, per image; equal costs share a row."""
+    """Return the cost per image of a training step of each network with its heads; equal costs share a row."""
     header = ("network", "parameters", "heads", *(f"GFLOPs, {SCHEME_NAMES[scheme]}" for scheme in SCHEMES))
-    header += ("lower bound", "relay / standard", "MB saved, standard", "multi-loss and relay")
+    header += ("lower bound", "Relay BP / standard BP", "saved MB, standard BP", "saved MB, multi-loss and Relay BP")
     rows: list[tuple[str, ...]] = []
     for recipe in distinct(recipes):
-        found = cost_of(recipe)
-        totals, network = found.totals, recipe.network
-        heads = sum(part.parameters for part in found.parts if part.name.startswith("head "))
-        parameters = sum(part.parameters for part in found.parts) - heads
+        predicted = cost_of(recipe)
+        totals, network = predicted.totals, recipe.network
+        heads = sum(part.parameters for part in predicted.parts if part.name.startswith("head "))
+        parameters = sum(part.parameters for part in predicted.parts) - heads
         branches = len(recipe.plan.auxiliary)
         name = f"{network.architecture}, {network.image_size} px, {network.num_classes} classes"
         name += f", {branches} branches" if branches > 1 else ""
         flops = [f"{totals[scheme].flops / GIGA / BATCH:.3g}" if scheme in totals else "" for scheme in SCHEMES]
         cells = [name, f"{parameters / MEGA:.1f} M", f"{heads / MEGA:.1f} M", *flops]
-        cells += [f"{found.lower_bound / GIGA / BATCH:.3g}", f"{found.ratios['relay']:.3f}" if branches else ""]
+        cells += [f"{predicted.lower_bound / GIGA / BATCH:.3g}", f"{predicted.ratios['relay']:.3f}" if branches else ""]
         saved = ("standard", *(["relay"] if branches else []))
         cells += [f"{totals[scheme].saved / MEGA / BATCH:.3g}" for scheme in saved]
         rows.append((*cells, *[""] * (2 - len(saved))))
@@ -40,10 +40,10 @@ def cost_table(recipes: Sequence[Recipe]) -> Table:
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """Return the cost of a training step of a recipe's plan for a batch of `BATCH` images. Nothing is computed.
+    """Predict the cost of a training step of a recipe for a batch of `BATCH` images, on the meta device.
 
     Raises:
-        InputError: a network, heads or windows that do not go together.
+        InputError: the network, heads and windows do not match.
     """
     size = recipe.network.image_size
     relay = build_relay(replace(recipe, scheme="relay" if recipe.plan.auxiliary else "standard"), on_meta=True)
@@ -56,5 +56,5 @@ def cost_of(recipe: Recipe) -> Cost:
 
 
 def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Return one recipe for each distinct network and plan."""
+    """Return one recipe per distinct network and plan."""
     return list({repr((recipe.network, recipe.plan)): recipe for recipe in reversed(recipes)}.values())[::-1]

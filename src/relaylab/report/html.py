@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: templates on the shared base page, and pictures as data URIs."""
+"""Self-contained HTML pages: Jinja templates, and images as data URIs."""
 
 from base64 import b64encode
 from io import BytesIO
@@ -15,7 +15,7 @@ from relaylab.report.style import SCHEME_COLOURS, figure_text
 
 
 def render_template(package: str, name: str, **values: Any) -> str:
-    """Render a template of a package with values; "base.html.j2", which it extends, is in `relaylab.report`."""
+    """Render a template of a package; it may extend "base.html.j2" of `relaylab.report`."""
     loader = ChoiceLoader([PackageLoader(package, "."), PackageLoader("relaylab.report", ".")])
     environment = Environment(
         loader=loader,
@@ -39,7 +39,7 @@ def svg_uri(picture: str | Figure) -> str:
 
 
 def image_uri(pixels: Pixels, kind: Literal["jpeg", "png"] = "jpeg") -> str:
-    """Return pixels as a data URI."""
+    """Return pixels, uint8 (h, w, 3), as the data URI of an image."""
     file = BytesIO()
     Image.fromarray(pixels).save(file, kind, **({"quality": 85} if kind == "jpeg" else {}))
     return _data_uri(kind, file.getvalue())

@@ -1,4 +1,4 @@
-"""The page's section about the training images: samples of each class, and the balance of classes."""
+"""The report's section on training images: samples of each class, and the class balance."""
 
 from pathlib import Path
 
@@ -10,27 +10,27 @@ from relaylab.data.faults import ImageFault
 from relaylab.data.sources import digits
 from relaylab.data.sources.source import targets_of
 from relaylab.errors import InputError
-from relaylab.report.balance import balance_picture, draws_per_epoch
+from relaylab.report.balance import balance_plot, draws_per_epoch
 from relaylab.report.comparison import Run
 from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import plain
 from relaylab.train.images import open_training
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 
-CLASSES, EACH = 10, 4  # that are shown, and images of each
+CLASSES, EACH = 10, 4  # classes shown, and images per class
 TILE, GAP = 80, 4  # pixels
 
 
 def is_embedded(run: Run) -> bool:
-    """Return whether a run's images are the lab's own digits, which show no people, so that any page may show them."""
+    """Return whether the images of a run are the packaged digits, which any report may show, as they show no people."""
     return [Path(path).name for path in run.about["data"]] == [digits.NAME]
 
 
 def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
-    """Return a strip of training images for each class with its name, or the reason why there are none."""
+    """Return the name and a strip of training images of each class, or the reason why there are none."""
     data, val_data = (tuple(map(Path, run.about[name])) for name in ("data", "val_data"))
     try:
-        source = open_training(TrainConfig(data=data, val_data=val_data))
+        source = open_training(TrainOptions(data=data, val_data=val_data))
         labels, targets, strips = np.asarray(source.labels), targets_of(source), list[tuple[str, str]]()
         for label, name in enumerate(run.classes[:CLASSES]):
             has_label = labels == label if targets is None else targets[:, label]
@@ -43,7 +43,7 @@ def sample_strips(run: Run) -> tuple[list[tuple[str, str]], str]:
 
 
 def _tile(pixels: np.ndarray) -> np.ndarray:
-    """Return the centre square, enlarged without smoothing if it is small, with a gap on its right."""
+    """Return the centre square with a gap on its right; small images are enlarged without smoothing."""
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     how = Image.Resampling.NEAREST if side <= TILE // 2 else Image.Resampling.LANCZOS
@@ -52,7 +52,7 @@ def _tile(pixels: np.ndarray) -> np.ndarray:
 
 
 def balance(run: Run) -> str | None:
-    """Return a picture of the training images and draws of each class; None if the run has not recorded them."""
+    """Plot the training images and draws per class; None if the run has no record of them."""
     if not run.counts:
         return None
     sizes, sampling = run.counts["train"], run.recipe.images.sampling
@@ -60,4 +60,4 @@ def balance(run: Run) -> str | None:
     if sampling != "shuffled":
         counts[f"draws per epoch, {sampling} sampling"] = draws_per_epoch(sizes, sampling).tolist()
     names = [plain(name) for name in run.classes]
-    return svg_uri(balance_picture(counts, names, title="Training images by class", unit="images", size=(5.6, 4.0)))
+    return svg_uri(balance_plot(counts, names, title="Training images per class", unit="images", size=(5.6, 4.0)))

@@ -1,4 +1,4 @@
-"""Drawings of networks with their heads and windows, in the manner of the paper's Figure 2."""
+"""Draw networks with their heads and windows, like the paper's Figure 2."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,30 +12,30 @@ from relaylab.outside.showing import picture
 from relaylab.report.stages import Loss, Stage
 from relaylab.report.style import INK, STYLE
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart: strong for a loss, light for what it trains.
+# Okabe and Ito's colour-blind safe palette: strong for a loss, light for the layers that it trains.
 PRIMARY = "#0072b2", "#cfe5f3"
 AUXILIARY = ("#d55e00", "#fbdcc5"), ("#009e73", "#c5e8dc"), ("#b0558f", "#f0d9e6"), ("#8a6d00", "#f3e6b8")
 QUIET = "#6b6b6b"
 
 # Lengths are in points, so that text fits whatever the number of stages.
-NARROW, WIDE, HEIGHT, GAP = 150, 252, 44, 26  # of a stage, and of the arrow between two
-BAR, HEAD = 22, (128, 40)  # distance of the bars, and size of a head
-MARGIN, GROUND = 10, 52  # GROUND is where the lowest stage stands
-LETTER = 5.7  # width of a letter of a stage's words in full size
+NARROW, WIDE, HEIGHT, GAP = 150, 252, 44, 26  # of a stage; GAP is the arrow between two stages
+BAR, HEAD = 22, (128, 40)  # distance between bars, and size of a head
+MARGIN, GROUND = 10, 52  # GROUND is the bottom of the lowest stage
+LETTER = 5.7  # width of a letter in a stage's description at full size
 
 
 def draw_network(
     stages: Sequence[Stage], losses: Sequence[Loss], title: str = "", *, room_for_heads: bool = False
 ) -> Figure:
-    """Draw the forward pass in black, from the image up, and each loss with a bar over the layers that it trains.
+    """Draw the forward pass in black, from the image up, and each loss with a bar along the layers that it trains.
 
     Args:
         stages: from the lowest up.
-        losses: the primary one first, then from the lowest head up.
-        title: above the picture.
-        room_for_heads: make the picture as wide without a head as with one, for pictures side by side.
+        losses: the primary loss, then the auxiliary ones from the lowest head up.
+        title: title of the figure.
+        room_for_heads: reserve the width of a head even without heads, for figures side by side.
     """
-    colours = {loss.name: (PRIMARY, *AUXILIARY)[min(number, len(AUXILIARY))] for number, loss in enumerate(losses)}
+    colours = {loss.name: (PRIMARY, *AUXILIARY)[min(index, len(AUXILIARY))] for index, loss in enumerate(losses)}
     primary, *auxiliary = losses
     left = MARGIN + 50
     right = left + min(max(NARROW, 12 + LETTER * max(len(_words(stage)) for stage in stages)), WIDE)
@@ -53,25 +53,25 @@ def draw_network(
         if title:
             axes.text(MARGIN, height - 10, picture(title), fontsize=12, fontweight="bold", va="top", color=INK)
         axes.text(middle, 8, "image", ha="center", va="bottom", fontsize=10, color=INK)
-        for number, stage in enumerate(stages):
-            _stage(axes, stage, left, right - left, _floor(number), [colours[loss] for loss in stage.losses])
+        for index, stage in enumerate(stages):
+            _stage(axes, stage, left, right - left, _floor(index), [colours[loss] for loss in stage.losses])
         _arrow(axes, (middle, roof - GAP), (middle, roof + 4), INK, 1.4)
         _box(axes, (middle - 60, roof + 4), (120, 26), ["primary loss"], colours[primary.name][0])
         _window(axes, primary, (middle - 60, roof + 17), left - BAR, colours[primary.name][0])
-        # From the highest down: where lines cross, the arrow to the lower head lies above the higher head's bar.
-        for number, loss in reversed(list(enumerate(auxiliary))):
+        # From the highest down, so that the arrow to a lower head is drawn over the bar of a higher one.
+        for index, loss in reversed(list(enumerate(auxiliary))):
             colour = colours[loss.name][0]
             level = _floor(loss.top) + HEIGHT + GAP / 2
             _arrow(axes, (middle, level), (heads, level), INK, 1.4)
             words = [f"head of {loss.name}", f"weight {loss.weight:g}"]
             _box(axes, (heads, level - HEAD[1] + 12), HEAD, words, colour)
-            bar = right + BAR * (len(auxiliary) - number)
+            bar = right + BAR * (len(auxiliary) - index)
             _window(axes, loss, (heads, level - HEAD[1] + 20), bar, colour)
     return figure
 
 
-def _floor(number: int) -> float:
-    return GROUND + (HEIGHT + GAP) * number
+def _floor(index: int) -> float:
+    return GROUND + (HEIGHT + GAP) * index
 
 
 def _words(stage: Stage) -> str:
@@ -82,8 +82,8 @@ def _stage(
     axes: Axes, stage: Stage, left: float, width: float, floor: float, colours: Sequence[tuple[str, str]]
 ) -> None:
     stripe = width / max(len(colours), 1)
-    for number, (_, tint) in enumerate(colours):  # what several losses train has a stripe of each one's colour
-        axes.add_patch(Rectangle((left + stripe * number, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
+    for index, (_, tint) in enumerate(colours):  # a stripe in the colour of each loss that trains the stage
+        axes.add_patch(Rectangle((left + stripe * index, floor), stripe, HEIGHT, facecolor=tint, linewidth=0))
     axes.add_patch(Rectangle((left, floor), width, HEIGHT, facecolor="none", edgecolor=INK, linewidth=1))
     middle, words = left + width / 2, _words(stage)
     axes.text(
@@ -98,7 +98,7 @@ def _stage(
 
 
 def _window(axes: Axes, loss: Loss, start: tuple[float, float], bar: float, colour: str) -> None:
-    """Draw the bar from a loss's box sideways, and down to the end of its window."""
+    """Draw the bar of a loss, from its box down to the end of its window."""
     end = _floor(loss.low) - 2
     axes.plot([start[0], bar, bar], [start[1], start[1], end + 8], color=colour, linewidth=4, solid_joinstyle="miter")
     _arrow(axes, (bar, end + 14), (bar, end), colour, 4)
@@ -107,8 +107,8 @@ def _window(axes: Axes, loss: Loss, start: tuple[float, float], bar: float, colo
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, width: float) -> None:
     style = f"-|>,head_length={3 + width},head_width={1.5 + 0.8 * width}"
-    look: dict[str, Any] = {"arrowstyle": style, "color": colour, "linewidth": width, "joinstyle": "miter"}
-    axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **look))
+    options: dict[str, Any] = {"arrowstyle": style, "color": colour, "linewidth": width, "joinstyle": "miter"}
+    axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **options))
 
 
 def _box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], lines: Sequence[str], colour: str) -> None:

@@ -1,4 +1,4 @@
-"""The paper's figures from runs: gradients by layer, networks with windows, photos with predictions."""
+"""The paper's figures from runs: gradients per layer, networks with windows, images with predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,41 +31,46 @@ from relaylab.report.style import BELOW_AXIS, STYLE, layer_name
 RIGHT = "#00664a"
 COLUMNS, ROWS = 4, 2
 TOP = 5
-MOST_TICKS = 30  # of a plot's axis with names
+MOST_TICKS = 30  # on an axis of layer names
 QUANTITIES = {"gradient": "mean |gradient|", "ratio": "mean |gradient| / mean |weight|"}
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo with a network's predictions."""
+    """An image with its true class and a network's predictions.
+
+    Attributes:
+        pixels: uint8 (h, w, 3).
+        truth: name of the true class.
+        guesses: names and probabilities of the most likely classes, most likely first.
+    """
 
     pixels: Pixels
     truth: str
     guesses: tuple[tuple[str, float], ...]
-    """Classes and their probabilities, the likeliest first."""
 
 
 def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str | None = None) -> Figure:
-    """Draw Figure 1: mean absolute gradient of each layer, and its ratio to the weights', a line for each iteration.
+    """Plot Figure 1: the mean absolute gradient of each layer, and its ratio to that of the weights.
 
     Args:
-        runs: for each title, the lines of a run's metrics.
-        only: a title whose panels alone are drawn, below each other, on the scales that all runs need.
+        runs: metrics of each run, by title.
+        only: title of the only run to plot, with the axis limits of all runs.
 
     Raises:
-        InputError: a run without gradient statistics.
+        InputError: a run has no gradient statistics.
     """
     probes = {title: [line for line in lines if line["kind"] == "gradients"] for title, lines in runs.items()}
-    for title, own in probes.items():
-        if not own:
-            raise InputError(f"{title} has no gradient statistics: train it with --diagnose-every N, N at least 1")
-    found = {
-        (title, quantity): [_by_layer(line, list(own[-1]["layers"]), quantity) for line in own]
-        for title, own in probes.items()
+    for title, probe in probes.items():
+        if not probe:
+            raise InputError(f"{title} has no gradient statistics: train it with --diagnose-every N, at least 1")
+    series = {
+        (title, quantity): [_by_layer(line, list(probe[-1]["layers"]), quantity) for line in probe]
+        for title, probe in probes.items()
         for quantity in QUANTITIES
     }
     shown = [title for title in probes if only in (None, title)]
-    last = max(line["step"] for own in probes.values() for line in own)
+    last = max(line["step"] for probe in probes.values() for line in probe)
     colours, norm = colormaps["viridis"], Normalize(0, last * 1.1)
     size, shape = ((11, 3.1 * len(probes) + 0.6), (len(shown), 2)) if only is None else ((5.6, 6.6), (2, 1))
     with rc_context(STYLE):
@@ -73,9 +78,9 @@ def gradient_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], only: str |
         axes = figure.subplots(*shape, squeeze=False).reshape(len(shown), 2)
         for row, title in zip(axes, shown, strict=True):
             for panel, (quantity, unit) in zip(row, QUANTITIES.items(), strict=True):
-                for line, values in zip(probes[title], found[title, quantity], strict=True):
+                for line, values in zip(probes[title], series[title, quantity], strict=True):
                     panel.plot(values, color=colours(norm(line["step"])), linewidth=1.2)
-                every = np.concatenate([values for key in found if key[1] == quantity for values in found[key]])
+                every = np.concatenate([values for key in series if key[1] == quantity for values in series[key]])
                 panel.set_ylim(0.8 * np.nanmin(every), 1.25 * np.nanmax(every))
                 panel.set_yscale("log")
                 panel.yaxis.set_minor_formatter(NullFormatter())
@@ -111,20 +116,20 @@ def window_figure(recipe: Recipe, title: str) -> Figure:
 def pick_photos(
     source: Source, classes: Sequence[str], log_probabilities: Tensor, *, right: bool, count: int = COLUMNS * ROWS
 ) -> list[Photo]:
-    """Return photos of different classes that are classified rightly or wrongly, as in Figures 3 and 4.
+    """Return correctly or incorrectly classified images, one per class, most confident first, as in Figures 3 and 4.
 
-    Rightly: the true class is the likeliest. Wrongly: it is not even among the five likeliest, as in the challenge
-    (with up to five classes, not the likeliest). The most confident predictions are first.
+    Correct: the true class is the most likely one. Incorrect: it is not among the five most likely classes (with up to
+    five classes: not the most likely one).
 
     Args:
-        source: of the photos.
-        classes: their names.
+        source: the images.
+        classes: names of the classes.
         log_probabilities: (images, classes).
-        right: rightly or wrongly classified ones.
-        count: of photos, at most; there may be none.
+        right: whether to return correctly classified images.
+        count: maximum number of images.
 
     Raises:
-        InputError: an unreadable photo.
+        InputError: an image is unreadable.
     """
     labels = torch.as_tensor(source.labels[:].astype("int64"))
     best = log_probabilities.topk(min(TOP, len(classes)), dim=1)
@@ -133,7 +138,7 @@ def pick_photos(
     candidates = (first if right else ~hit if len(classes) > TOP else ~first).nonzero().flatten()
     order = candidates[best.values[candidates, 0].argsort(descending=True, stable=True)]
     chosen: dict[int, int] = {}
-    for index in order.tolist():  # one of each class, the most confident
+    for index in order.tolist():  # the most confident of each class
         chosen.setdefault(int(labels[index]), index)
         if len(chosen) == count:
             break
@@ -143,14 +148,14 @@ def pick_photos(
             pixels = decode(source.read(index))
         except (OSError, ImageFault) as error:
             raise InputError(f"unreadable image {source.name(index)}: {error}") from None
-        names = (classes[int(each)] for each in best.indices[index].tolist())
+        names = (classes[int(class_index)] for class_index in best.indices[index].tolist())
         guesses = tuple(zip(names, best.values[index].exp().tolist(), strict=True))
         photos.append(Photo(pixels, classes[label], guesses))
     return photos
 
 
 def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
-    """Draw Figures 3 and 4: photos with their class and the five likeliest, the true one in bold."""
+    """Plot Figures 3 and 4: images with their class and the five most likely classes, the true one in bold."""
     columns = min(COLUMNS, len(photos))
     rows = -(-len(photos) // columns)
     with rc_context({**STYLE, "axes.grid": False}):
@@ -159,30 +164,30 @@ def photo_figure(photos: Sequence[Photo], title: str) -> Figure:
         panels = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.9, 1.5] * rows)
         for panel in panels.flat:
             panel.set_axis_off()
-        for number, photo in enumerate(photos):
-            row, column = divmod(number, columns)
+        for index, photo in enumerate(photos):
+            row, column = divmod(index, columns)
             panels[2 * row][column].imshow(photo.pixels, interpolation="lanczos")
             panels[2 * row][column].set_anchor("W")
             text = panels[2 * row + 1][column]
             text.text(0, 1.0, picture(plain(photo.truth)), fontsize=10.5, fontweight="bold", va="top")
-            for place, (name, share) in enumerate(photo.guesses, 1):
+            for rank, (name, share) in enumerate(photo.guesses, 1):
                 is_right = name == photo.truth
                 words = f"{100 * share:3.0f} %  {picture(plain(name))}" + ("  ✓" if is_right else "")
                 colour, weight = (RIGHT, "bold") if is_right else ("#333333", "normal")
-                text.text(0, 1.0 - 0.16 * place, words, fontsize=9.5, va="top", color=colour, fontweight=weight)
+                text.text(0, 1.0 - 0.16 * rank, words, fontsize=9.5, va="top", color=colour, fontweight=weight)
     return figure
 
 
 def prediction_figure(predictions: Sequence[Prediction]) -> Figure:
-    """Draw images with their file names and the predicted classes."""
+    """Plot images with their file names and predicted classes."""
     photos: list[Photo] = []
-    for each in predictions:
-        guesses = tuple((guess.name, guess.probability) for guess in each.guesses)
-        photos.append(Photo(each.pixels, Path(each.name).name, guesses))
+    for prediction in predictions:
+        guesses = tuple((guess.name, guess.probability) for guess in prediction.guesses or prediction.below)
+        photos.append(Photo(prediction.pixels, Path(prediction.name).name, guesses))
     return photo_figure(photos, "")
 
 
 def plain(name: str) -> str:
-    """Return a class's name without the number that some data sets put before it, and without underscores."""
-    number, mark, rest = name.partition("_")
-    return (rest if mark and number.isdecimal() else name).replace("_", " ")
+    """Return the name of a class without a leading number and underscores, such as "tree frog" for "31_tree_frog"."""
+    prefix, mark, rest = name.partition("_")
+    return (rest if mark and prefix.isdecimal() else name).replace("_", " ")

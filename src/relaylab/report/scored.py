@@ -1,4 +1,4 @@
-"""The page's sections from scores of single images: the paper's tables, photos, confusions, gains by class."""
+"""The report's sections from per-image scores: tables of the paper, example images, confusions, gains per class."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,22 +15,22 @@ from relaylab.evaluate.protocols import Kind
 from relaylab.evaluate.scores import ScoreFolder
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.comparison import Run
-from relaylab.report.curves import confusion_picture, gain_picture
+from relaylab.report.curves import confusion_plot, gain_plot
 from relaylab.report.html import image_uri, svg_uri
 from relaylab.report.paper_figures import Photo, pick_photos, plain
 from relaylab.report.paper_tables import paper_table
 from relaylab.report.summary import is_papers_task
-from relaylab.report.verdict import in_question
+from relaylab.report.verdict import compared_scheme
 from relaylab.tables import render
 
-PAIRS = 8  # of classes that are taken for each other most often
+PAIRS = 8  # most confused pairs of classes
 PAPER_TABLES = ("1", "3", "4", "6", "sampling", "5")
 
 
 def paper_tables(scores: ScoreFolder, *, papers_rows: bool) -> list[str]:
-    """Return those of the paper's tables that networks of the scores belong to, on demand with the paper's own rows.
+    """Return the tables of the paper for which there are scores, optionally with the paper's rows.
 
-    Their intervals over images are left out: the page has one interval for a difference, that over seeds.
+    Intervals over images are omitted: the report has one interval per difference, over seeds.
     """
     tables: list[str] = []
     for number in PAPER_TABLES:
@@ -42,7 +42,7 @@ def paper_tables(scores: ScoreFolder, *, papers_rows: bool) -> list[str]:
 
 
 def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[str, Any]:
-    """Return the values of the page's sections about scores.
+    """Return the template values of the report's sections on scores.
 
     Raises:
         InputError: the folder has no scores of these runs.
@@ -55,42 +55,47 @@ def scored(by_scheme: Mapping[str, Sequence[Run]], scores: ScoreFolder) -> dict[
         scheme = about.get("values", {}).get("scheme")
         if kind in scores.protocols(name) and (scheme, about.get("seed")) in members:
             networks.setdefault(scheme, []).append(name)
-    own = {scheme: networks[scheme] for scheme in by_scheme if scheme in networks}
-    if not own:
+    by_method = {scheme: networks[scheme] for scheme in by_scheme if scheme in networks}
+    if not by_method:
         raise InputError(f"{scores.path} has no single-crop scores of these runs: run `relaylab eval RUN...`")
     classes, labels = scores.images.classes, scores.images.labels
-    shown = in_question(own) or next(iter(own))
-    network, gains = own[shown][0], None
-    counts = sum((confusion(scores.protocol(name, kind), labels) for name in own[shown]), start=np.zeros(1, np.int64))
+    shown = compared_scheme(by_method) or next(iter(by_method))
+    network, gains = by_method[shown][0], None
+    counts = sum(
+        (confusion(scores.protocol(name, kind), labels) for name in by_method[shown]), start=np.zeros(1, np.int64)
+    )
     photos, missing = _photos(scores, network, kind)
 
     def errors_of(scheme: str) -> NDArray[np.float64]:
-        return np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in own[scheme]], axis=0)
+        return np.mean([per_class_errors(scores.protocol(name, kind), labels) for name in by_method[scheme]], axis=0)
 
-    if "standard" in own and shown != "standard":
-        gains = svg_uri(gain_picture(errors_of("standard") - errors_of(shown), classes))
+    if "standard" in by_method and shown != "standard":
+        gains = svg_uri(gain_plot(errors_of("standard") - errors_of(shown), classes))
     return {
         "title": scores.images.title,
         "tables": paper_tables(scores, papers_rows=is_papers_task(next(iter(by_scheme.values()))[0])),
         "method": SCHEME_NAMES[shown],
         "network": network,
-        "networks": len(own[shown]),
+        "networks": len(by_method[shown]),
         "photos": photos,
         "missing": missing,
-        "confusion": svg_uri(confusion_picture(counts, classes)),
+        "confusion": svg_uri(confusion_plot(counts, classes)),
         "pairs": _worst_pairs(counts, classes),
         "gains": gains,
     }
 
 
 def _photos(scores: ScoreFolder, network: str, kind: Kind) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return photos classified "rightly" and "wrongly", or the reason why there are none."""
+    """Return images classified "correctly" and "incorrectly", or the reason why there are none."""
     try:
         source = images_of(scores, network)
-    except InputError as error:  # a page without photos is better than none
+    except InputError as error:  # the report is useful without example images
         return {}, str(error)
-    classes, found = scores.images.classes, scores.protocol(network, kind)
-    picked = {what: pick_photos(source, classes, found, right=what == "rightly") for what in ("rightly", "wrongly")}
+    classes, log_probabilities = scores.images.classes, scores.protocol(network, kind)
+    picked = {
+        what: pick_photos(source, classes, log_probabilities, right=what == "correctly")
+        for what in ("correctly", "incorrectly")
+    }
     return {what: [_photo(photo) for photo in photos] for what, photos in picked.items() if photos}, ""
 
 
@@ -103,5 +108,5 @@ def _worst_pairs(counts: NDArray[np.int64], classes: Sequence[str]) -> list[tupl
     wrong = counts - np.diag(np.diag(counts))
     shares = 100 * wrong / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     order = np.argsort(shares, axis=None)[::-1][:PAIRS]
-    places = [np.unravel_index(int(place), shares.shape) for place in order]
-    return [(plain(classes[int(i)]), plain(classes[int(j)]), f"{shares[i, j]:.0f}") for i, j in places]
+    pairs = [np.unravel_index(int(index), shares.shape) for index in order]
+    return [(plain(classes[int(i)]), plain(classes[int(j)]), f"{shares[i, j]:.0f}") for i, j in pairs]

@@ -1,4 +1,4 @@
-"""A method with its network, plan, heads and optimizer as a short program, a start for one's own training loop."""
+"""Generate a short program with the network, plan, heads and optimizer of a recipe, for custom training loops."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from relaybackprop.heads import AuxiliaryHead, LinearHead, TokenHead
 from relaylab.models.building import AUTO, build_relay
 from relaylab.recipes.schema import LossConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
 
-CODE = "relay.py"  # in the folder of a comparison
+CODE = "relay.py"  # file in the folder of a comparison
 
 
 def snippet(recipe: Recipe) -> str:
     """Return a program that builds the network, plan, heads and optimizer of a recipe, and makes one update.
 
-    It runs as it is, on random images. Augmentation, schedule, clipping, class weights and averages are not in it, nor
-    are learning rates and weight decays of single parameters.
+    The program runs as is, on random images. It omits augmentation, schedule, clipping, class weights, weight averages,
+    and per-parameter learning rates and weight decays.
     """
     config, size = recipe.network, recipe.network.image_size
     imports, network = _network(config)
@@ -51,7 +51,7 @@ def snippet(recipe: Recipe) -> str:
         *gain_lines,
         "relay = Relay(model, plan, heads)",
         f"criterion = RelayLoss({loss})",
-        *([] if recipe.optimizer.decay_norms_and_biases else ["# The run spared norms and biases the weight decay."]),
+        *([] if recipe.optimizer.decay_norms_and_biases else ["# The run had no weight decay on norms and biases."]),
         f"optimizer = {_optimizer(recipe.optimizer)}",
         "",
         f"images, labels = example, torch.randint({config.num_classes}, (2,))  # in your loop: each batch",
@@ -66,10 +66,10 @@ def snippet(recipe: Recipe) -> str:
 
 
 def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
-    """Return the imports and the lines that build the network."""
-    place, _, name = config.architecture.rpartition(":")
+    """Return the imports and lines that build the network."""
+    module, _, name = config.architecture.rpartition(":")
     options = "".join(f", {key}={_text(value)}" for key, value in config.options.items())
-    match place:
+    match module:
         case "timm":
             return ["import timm"], [f'model = timm.create_model("{name}", num_classes={config.num_classes}{options})']
         case "torchvision":
@@ -82,27 +82,27 @@ def _network(config: NetworkConfig) -> tuple[list[str], list[str]]:
                 f'NETWORKS["{name}"].build(num_classes={config.num_classes}, image_size={config.image_size}{options})'
             )
             return ["from relaylab.models.building import NETWORKS"], [f"model = {call}"]
-        case _ if place.endswith(".py"):
-            path = Path(place)
+        case _ if module.endswith(".py"):
+            path = Path(module)
             lines = ["", f"sys.path.insert(0, {_text(str(path.parent))})", f"from {path.stem} import {name}"]
             if not path.stem.isidentifier():
                 lines[-1] = f"{name} = import_module({_text(path.stem)}).{name}"
                 lines.insert(0, "from importlib import import_module")
         case _:
-            lines = [f"from {place} import {name}"]
+            lines = [f"from {module} import {name}"]
     return lines, [f"model = {name}(num_classes={config.num_classes}{options})"]
 
 
 def _plan(plan: PlanConfig) -> str:
     auxiliary = (
-        f'"{name}": Window({_ends(own.bottom, own.after, own.top)}, weight={own.weight:g})'
-        for name, own in plan.auxiliary.items()
+        f'"{name}": Window({_ends(window.bottom, window.after, window.top)}, weight={window.weight:g})'
+        for name, window in plan.auxiliary.items()
     )
     return f"Plan(Window({_ends(plan.primary.bottom, plan.primary.after)}), {{{', '.join(auxiliary)}}})"
 
 
 def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
-    """Format the modules of a window as arguments; several names are a tuple."""
+    """Format the arguments of a window; several names form a tuple."""
     parts = [f"top={_text(top)}"] if top else []
     parts += [f"bottom={_text(bottom)}"] if bottom else []
     if after:
@@ -111,9 +111,9 @@ def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
 
 
 def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
-    """Return the names to import and the lines that build the heads."""
+    """Return the imports and lines that build the heads."""
     classes, auxiliary = recipe.network.num_classes, recipe.plan.auxiliary
-    if all(own.head == AUTO for own in auxiliary.values()):
+    if all(window.head == AUTO for window in auxiliary.values()):
         return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes})"]
     heads = {name: _call(head, classes) for name, head in build_relay(recipe, on_meta=True).heads.items()}
     imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}
@@ -122,7 +122,7 @@ def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
 
 
 def _call(head: nn.Module, classes: int) -> str:
-    """Return the call that builds a head of the same kind."""
+    """Return the call that builds an equal head."""
     match head:
         case LinearHead():
             return f"LinearHead({head.channels}, {classes})"
@@ -153,7 +153,7 @@ def _optimizer(config: OptimizerConfig) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as Python writes it, with the quotes of a formatter."""
+    """Return the repr of a value, with double quotes."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, tuple):

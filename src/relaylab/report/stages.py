@@ -1,4 +1,4 @@
-"""The paper's view of a network (Table 2, Figure 2): rows of layers on maps of one size, with their losses."""
+"""Networks as in Table 2 and Figure 2 of the paper: rows of layers on maps of one size, with their losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,42 +20,50 @@ from relaylab.tables import Table
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive layers that see maps of one size and serve the same losses."""
+    """Consecutive layers on maps of one size that the same losses train.
+
+    Attributes:
+        name: the common module, or "FIRST to LAST".
+        layers: descriptions as in Table 2, from the lowest layer up.
+        input_size: size of the input maps in pixels; None for vectors.
+        losses: losses whose windows contain the layers, primary loss first.
+    """
 
     name: str
-    """Their module, or "FIRST to LAST"."""
     layers: tuple[str, ...]
-    """Descriptions in the words of Table 2, the lowest layer first."""
     input_size: int | None
-    """Side of the input maps, in pixels; None for vectors."""
     losses: tuple[str, ...]
-    """Those whose windows hold the layers, the primary one first."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of the plan."""
+    """A loss of the plan.
+
+    Attributes:
+        name: of the loss.
+        weight: of the loss.
+        low: index of the lowest stage in its window.
+        top: index of the highest stage in its window, which its head follows.
+        depth: number of weight layers in its window, the paper's N.
+    """
 
     name: str
     weight: float
     low: int
-    """Index of its window's lowest stage."""
     top: int
-    """Index of its window's highest stage, which its head follows."""
     depth: int
-    """Weight layers of its window, the paper's N."""
 
 
 def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage], list[Loss]]:
-    """Return a network's stages from the lowest up, and a plan's losses, the primary one first.
+    """Return the stages of a network from the lowest up, and the losses of a plan, primary loss first.
 
     Args:
-        model: a network without heads, which can be on the meta device: only shapes are computed.
-        plan: its windows.
+        model: network without heads, possibly on the meta device, since only shapes are computed.
+        plan: windows.
         image_size: in pixels.
 
     Raises:
-        InputError: a network that is not a chain of modules, or a window that ends within such a module.
+        InputError: the network is not a chain of modules, or a window ends inside one of these modules.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     try:
@@ -66,10 +74,10 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
     spans = {loss: _span(links, plan, loss) for loss in plan.windows}
     cuts = {edge for low, top in spans.values() for edge in (low, top + 1)}
     runs = _runs(links, cuts, image_size)
-    of_link = [number for number, run in enumerate(runs) for _ in run]
+    of_link = [index for index, run in enumerate(runs) for _ in run]
     stages: list[Stage] = []
     size: int | None = image_size
-    first = before = 0  # the run's lowest link, and the depth below it
+    first = before = 0  # index of the run's lowest link, and the depth below it
     for run in runs:
         losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
         stages.append(Stage(_name(run, links), _words(model, run, before), size, losses))
@@ -78,7 +86,7 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
 
 
 def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
-    """Return the lowest and the highest link of a loss's window."""
+    """Return the indices of the lowest and highest link in the window of a loss."""
     window = plan.windows[loss]
     top = len(links) - 1 if window.upper is None else _at(links, window.upper)
     low = _at(links, window.ends[0]) + 1 if window.ends else 0
@@ -86,27 +94,27 @@ def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
 
 
 def _at(links: Sequence[Link], boundary: Boundary) -> int:
-    """Return the link that a boundary is on; -1 for the network's input."""
+    """Return the index of the link with a boundary; -1 for the input of the network."""
     name = boundary.module
     if boundary.side == "output":
-        found = [number for number, link in enumerate(links) if name in link.names]
+        indices = [index for index, link in enumerate(links) if name in link.names]
     else:
-        found = [number - 1 for number, link in enumerate(links) if _is_in(link, name)]
-    if not found:
-        raise InputError(f"cannot draw the {boundary}: it is within a module whose parts are not a chain")
-    return found[0]
+        indices = [index - 1 for index, link in enumerate(links) if _is_in(link, name)]
+    if not indices:
+        raise InputError(f"cannot draw the {boundary}: it is inside a module whose children do not form a chain")
+    return indices[0]
 
 
 def _runs(links: Sequence[Link], cuts: set[int], image_size: int) -> list[list[Link]]:
-    """Cut the chain where a window begins or ends, and where weight layers see a map of another size.
+    """Split the chain at the ends of windows, and where weight layers receive maps of a new size.
 
-    What changes the size without weights, as pooling does, ends the run below.
+    Layers without weights that change the size, such as pooling, belong to the run below.
     """
     runs: list[list[Link]] = []
     size, depth = image_size, 0
-    for number, link in enumerate(links):
+    for index, link in enumerate(links):
         side = _side(link)
-        is_new = number in cuts or (link.depth > depth and side != size)
+        is_new = index in cuts or (link.depth > depth and side != size)
         if is_new or not runs:
             runs.append([])
         if link.depth > depth:
@@ -117,18 +125,18 @@ def _runs(links: Sequence[Link], cuts: set[int], image_size: int) -> list[list[L
 
 
 def _side(link: Link) -> int | None:
-    """Return the side of the output maps; None for vectors."""
+    """Return the size of the output maps; None for vectors."""
     return link.shape[-1] if len(link.shape) == 4 and link.shape[-1] > 1 else None
 
 
 def _name(run: Sequence[Link], links: Sequence[Link]) -> str:
-    """Return the module of exactly these links, or the first and the last of several."""
+    """Return the module that consists of exactly these links, or the first and the last of several modules."""
     first, last = _largest(run[0], run, links), _largest(run[-1], run, links)
     return first if first == last else f"{first} to {last}"
 
 
 def _largest(link: Link, run: Sequence[Link], links: Sequence[Link]) -> str:
-    """Return the outermost module with this link all of whose links are in the run."""
+    """Return the outermost module that contains this link and no link outside the run."""
     name = next(iter(link.names), "")
     parts = name.split(".")
     prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
@@ -137,15 +145,15 @@ def _largest(link: Link, run: Sequence[Link], links: Sequence[Link]) -> str:
 
 
 def _is_in(link: Link, module: str) -> bool:
-    """Whether the module makes the link; one that only hands it on, such as nn.Flatten, does not."""
+    """Return whether a module produces the link, rather than only passing it through, like nn.Flatten."""
     return any(name == module or name.startswith(f"{module}.") for name in link.names[:1])
 
 
 def _words(model: nn.Module, run: Sequence[Link], depth: int) -> tuple[str, ...]:
-    """Describe the layers of a run, with a count for equal ones in a row."""
+    """Describe the layers of a run; consecutive equal layers are counted."""
     words: list[str] = []
     for link in run:
-        modules = [model.get_submodule(name) for name in link.names]  # the innermost first
+        modules = [model.get_submodule(name) for name in link.names]  # innermost first
         known = [module for module in modules if type(module) in _DESCRIPTIONS]
         if known:
             words.append(_DESCRIPTIONS[type(known[-1])](known[-1]))
@@ -185,13 +193,13 @@ _DESCRIPTIONS: Mapping[type[nn.Module], Callable[[Any], str]] = {
 
 
 def layer_table(stages: Sequence[Stage], losses: Sequence[Loss], title: str) -> Table:
-    """Return a network in the form of Table 2, from the lowest layers up, with the losses that train each row."""
+    """Return a network in the format of Table 2, from the lowest layers up, with the losses that train each row."""
     marks = {loss.name: f"({number})" for number, loss in enumerate(losses, start=1)}
     rows: list[tuple[str, ...]] = []
-    for number, stage in enumerate(stages):
+    for index, stage in enumerate(stages):
         size = "-" if stage.input_size is None else f"{stage.input_size}x{stage.input_size}"
         rows.append((size, "".join(marks[loss] for loss in stage.losses) or "none", "; ".join(stage.layers)))
-        for loss in (loss for loss in losses[1:] if loss.top == number):
+        for loss in (loss for loss in losses[1:] if loss.top == index):
             head = f"auxiliary classifier {marks[loss.name]}, weight {loss.weight:g}, N = {loss.depth}"
             rows.append(("-", "-", head))
     rows.append(("-", "-", f"classifier {marks[losses[0].name]}, N = {losses[0].depth}"))

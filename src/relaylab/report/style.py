@@ -1,4 +1,4 @@
-"""The style of all plots, the schemes' colours, plots as SVG text, and names for readers."""
+"""Style of all plots: colours of the schemes, SVG output, and display names of layers."""
 
 import io
 import re
@@ -17,12 +17,12 @@ from relaylab.files import atomic_write
 from relaylab.outside.showing import picture
 
 INK = "#1c1c1c"
-# Okabe and Ito's colours, which colour-blind readers can tell apart. One colour means one thing in every picture.
+# Okabe and Ito's colour-blind safe palette. Each scheme has the same colour in all plots.
 SCHEME_COLOURS = {"standard": "#4d4d4d", "multi_loss": "#cc79a7", "relay": "#009e73", "isolated": "#0072b2"}
 SCHEME_DASHES = {"standard": "--", "multi_loss": "-.", "relay": "-", "isolated": ":"}
 
 BELOW_AXIS: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}  # long names
-OTHER_SCRIPTS = (  # fonts, taken where they are installed
+OTHER_SCRIPTS = (  # fonts, used if installed
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Devanagari", "Noto Sans Thai",
     "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Bengali", "Noto Sans Tamil",
 )  # fmt: skip
@@ -59,15 +59,15 @@ def plot(
     legend: bool = False,
     grid: bool = True,
 ) -> str:
-    """Return a plot as SVG text, the same text each time.
+    """Return a plot as SVG text, deterministically.
 
     Args:
-        draw: puts the data onto the axes.
-        title: above the plot.
-        unit: on the vertical axis.
+        draw: draws the data on the axes.
+        title: title of the plot.
+        unit: label of the vertical axis.
         size: width and height in inches.
-        legend: name below the plot what was drawn with a label.
-        grid: draw grid lines.
+        legend: show a legend below the plot.
+        grid: show grid lines.
     """
     with rc_context({**STYLE, "axes.grid": grid}):
         figure = Figure(figsize=size, layout="constrained")
@@ -82,7 +82,7 @@ def plot(
 
 
 def figure_text(figure: Figure) -> str:
-    """Return a figure as SVG text, the same text each time."""
+    """Return a figure as SVG text, deterministically."""
     file = io.StringIO()
     with rc_context(STYLE), _without_warnings():
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -90,7 +90,7 @@ def figure_text(figure: Figure) -> str:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as SVG or PNG by the path's suffix, the same bytes each time."""
+    """Write a figure atomically and deterministically, as SVG or PNG according to the suffix."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with rc_context(STYLE), _without_warnings(), atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=144, metadata=metadata)
@@ -98,14 +98,14 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Draw a box for a character that no font has, without a warning for each."""
+    """Suppress the warnings for characters that no font has, which are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def layer_name(name: str) -> str:
-    """Return a layer's name in words, such as "segment 4, conv 2" for "segment4.conv2"."""
+    """Return the display name of a layer, such as "segment 4, conv 2" for "segment4.conv2"."""
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
     parent = re.sub(r"^heads\.", "head ", parent)
     if re.fullmatch(r"segment\d+|classifier", parent):

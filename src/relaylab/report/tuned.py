@@ -1,4 +1,4 @@
-"""The tuning of a comparison as a table and as curves: error against each value, a line for each method."""
+"""Tables and plots of the tuning of a comparison."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from relaylab.train.tuning import Axis, Choice, Trial, Tuning
 
 
 def tuning_table(tuning: Tuning, guess: float, measure: Measure) -> Table:
-    """Return all trials with their errors, those of each scheme's choice marked; `guess` is the error of guessing."""
+    """Return a table of all trials with their errors and outcomes; `guess` is the chance level."""
     keys = list(dict.fromkeys(axis.key for choice in tuning.choices.values() for axis in choice.axes))
     rows: list[tuple[str, ...]] = []
     for scheme, choice in tuning.choices.items():
@@ -24,25 +24,25 @@ def tuning_table(tuning: Tuning, guess: float, measure: Measure) -> Table:
             cells = (*(values.get(key, "") for key in keys), error, _outcome(choice, trial, guess))
             rows.append((SCHEME_NAMES[scheme], *cells))
     header = ("method", *keys, f"{measure.title}, %", "outcome")
-    share = "" if tuning.share == 1 else f", each {tuning.share:g} of the recipe's iterations long"
-    unit = "of each class" if tuning.images >= 1 else "of the training images of each class"
-    aside = f"{int(tuning.images)}" if tuning.images >= 1 else f"{100 * tuning.images:g} %"
-    note = f"One run for each, seed {tuning.seed}{share}, evaluated on {aside} {unit}, which it was not trained on."
-    return Table("Trials by which each method's values were chosen", header, tuple(rows), (note,))
+    share = "" if tuning.share == 1 else f", for {tuning.share:g} of the recipe's iterations"
+    unit = "images per class" if tuning.images >= 1 else "of the training images of each class"
+    count = f"{int(tuning.images)}" if tuning.images >= 1 else f"{100 * tuning.images:g} %"
+    note = f"One run per trial with seed {tuning.seed}{share}, evaluated on held-out data: {count} {unit}."
+    return Table("Tuning trials", header, tuple(rows), (note,))
 
 
 def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
     if trial.error is None:
         return "diverged; chosen, since all trials diverged" if trial.point == choice.point else "diverged"
-    said = "no better than guessing" if trial.error >= LEARNT * guess else ""
+    outcome = "at chance level" if trial.error >= LEARNT * guess else ""
     if trial.point == choice.point:
-        said = "chosen" if choice.enclosed else "chosen, at the end of what was tried"
+        outcome = "chosen" if choice.enclosed else "chosen, at the edge of the tried values"
     added = any(text not in axis.values for axis, text in zip(choice.axes, trial.point, strict=True))
-    return f"{said}; beyond the grid".lstrip("; ") if added else said
+    return f"{outcome}; added to the grid".lstrip("; ") if added else outcome
 
 
-def tuning_pictures(tuning: Tuning, measure: Measure) -> dict[str, str]:
-    """Return a plot as SVG text for each axis of numbers on which several values were tried, by its key."""
+def tuning_plots(tuning: Tuning, measure: Measure) -> dict[str, str]:
+    """Return a plot as SVG text for each numeric axis with several values, by key."""
     axes = {axis.key: axis for choice in tuning.choices.values() for axis in choice.axes}
     return {
         key: _picture(tuning, axis, measure) for key, axis in axes.items() if axis.kind != "choice" and axis.values[1:]
@@ -50,18 +50,18 @@ def tuning_pictures(tuning: Tuning, measure: Measure) -> dict[str, str]:
 
 
 def _picture(tuning: Tuning, axis: Axis, measure: Measure) -> str:
-    curves = {scheme: own for scheme, choice in tuning.choices.items() if (own := _curve(choice, axis.key))}
-    values = {value for own in curves.values() for value in own}
+    curves = {scheme: curve for scheme, choice in tuning.choices.items() if (curve := _curve(choice, axis.key))}
+    values = {value for curve in curves.values() for value in curve}
     is_log = min(values) > 0
 
     def draw(axes: Axes) -> None:
-        errors = [error for own in curves.values() for error in own.values() if error is not None]
+        errors = [error for curve in curves.values() for error in curve.values() if error is not None]
         top = max(errors, default=100.0) + 0.08 * (max(errors, default=100.0) - min(errors, default=0.0) + 1)
-        for scheme, own in curves.items():
+        for scheme, curve in curves.items():
             look = {"color": SCHEME_COLOURS[scheme], "linestyle": SCHEME_DASHES[scheme], "linewidth": 2.0}
-            seen = {value: error for value, error in own.items() if error is not None}
+            seen = {value: error for value, error in curve.items() if error is not None}
             axes.plot(list(seen), list(seen.values()), marker="o", markersize=4, label=SCHEME_NAMES[scheme], **look)
-            lost = [value for value, error in own.items() if error is None]
+            lost = [value for value, error in curve.items() if error is None]
             axes.plot(lost, [top] * len(lost), marker="x", linestyle="", color=SCHEME_COLOURS[scheme], markersize=8)
             chosen = float(tuning.choices[scheme].values[axis.key])
             if chosen in seen:
@@ -79,12 +79,12 @@ def _picture(tuning: Tuning, axis: Axis, measure: Measure) -> str:
 
 
 def _curve(choice: Choice, key: str) -> Mapping[float, float | None]:
-    """Return the least error at each value of an axis, whatever the other values; None where all diverged."""
-    index = next((number for number, axis in enumerate(choice.axes) if axis.key == key), None)
+    """Return the lowest error at each value of an axis over all other axes; None if all trials diverged."""
+    index = next((i for i, axis in enumerate(choice.axes) if axis.key == key), None)
     if index is None:
         return {}
-    found: dict[float, float | None] = {}
+    lowest: dict[float, float | None] = {}
     for trial in choice.trials:
-        value, before = float(trial.point[index]), found.get(float(trial.point[index]))
-        found[value] = trial.error if before is None else min(before, before if trial.error is None else trial.error)
-    return dict(sorted(found.items()))
+        value, before = float(trial.point[index]), lowest.get(float(trial.point[index]))
+        lowest[value] = trial.error if before is None else min(before, before if trial.error is None else trial.error)
+    return dict(sorted(lowest.items()))

@@ -1,4 +1,4 @@
-"""The verdict of a comparison: for each pair of methods the difference paired by seed, its interval, and a sentence."""
+"""The verdict of a comparison: for each pair of methods, the paired difference over seeds with its interval."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -10,10 +10,10 @@ from scipy import stats
 from relaylab.recipes.schema import SCHEME_NAMES
 
 CONFIDENCE = 0.95
-RELEVANT = 1.0  # points of error: methods whose difference is certainly smaller than that count as equally good
+RELEVANT = 1.0  # points of error; methods are equivalent if the interval is within plus or minus this value
 MOST_SEEDS = 100
-DISTURBED = 1.5  # ratio of times to FLOPs, beyond which times are not reported
-LEARNT = 0.98  # of the error of guessing; a run that does not fall below it has learnt nothing
+DISTURBED = 1.5  # ratio of time to FLOPs beyond which times are not reported
+LEARNT = 0.98  # fraction of the chance level; a run above it has not learnt anything
 PAIRS = (
     ("relay", "standard"),
     ("relay", "multi_loss"),
@@ -22,8 +22,8 @@ PAIRS = (
     ("isolated", "standard"),
     ("isolated", "multi_loss"),
 )
-PLURAL = ("isolated",)  # whose names take "are"
-IN_QUESTION = ("relay", "isolated", "multi_loss")
+PLURAL = ("isolated",)  # schemes with plural names
+TREATMENTS = ("relay", "isolated", "multi_loss")  # by priority
 Errors = Mapping[int, float | None]  # by seed; None where the run failed
 Decision = Literal["better", "worse", "equal", "undecided", "one seed"]
 
@@ -33,9 +33,9 @@ class Cost:
     """The cost of training by one method.
 
     Attributes:
-        seconds: of a run's updates, mean over seeds; None if no run recorded it.
-        flops: of a training step, relative to standard BP; None if unknown.
-        memory: predicted peak of a training step, relative to standard BP; None if unknown.
+        seconds: time of a run's updates, mean over seeds; None if not recorded.
+        flops: FLOPs of a training step, relative to standard BP; None if unknown.
+        memory: predicted peak memory of a training step, relative to standard BP; None if unknown.
     """
 
     seconds: float | None = None
@@ -48,8 +48,9 @@ class Difference:
     """The difference between two methods' errors.
 
     Attributes:
-        ours, base: schemes.
-        values: for each seed that both have finished, the error of `ours` minus that of `base`, in points.
+        ours: scheme.
+        base: baseline scheme.
+        values: error of `ours` minus that of `base`, in points, for each seed that both have finished.
     """
 
     ours: str
@@ -58,7 +59,7 @@ class Difference:
 
     @property
     def decision(self) -> Decision:
-        """The conclusion from the interval: "equal" if it contains no difference of `RELEVANT` points or more."""
+        """The conclusion from the interval; "equal" if it is within plus or minus `RELEVANT` points."""
         ends = interval(self.values)
         if ends is None:
             return "one seed"
@@ -68,7 +69,7 @@ class Difference:
 
     @property
     def seeds_needed(self) -> int | None:
-        """The number of seeds at which this mean and spread would decide; None for more than `MOST_SEEDS`."""
+        """The number of seeds that would decide, for this mean and spread; None for more than `MOST_SEEDS`."""
         mean, spread = abs(statistics.fmean(self.values)), statistics.stdev(self.values)
         wanted = max(mean, RELEVANT - mean)
         counts = range(len(self.values) + 1, MOST_SEEDS + 1)
@@ -76,7 +77,7 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """One sentence, without its full stop."""
+        """The conclusion in one sentence, without a full stop."""
         ours, base = _capital(SCHEME_NAMES[self.ours]), SCHEME_NAMES[self.base]
         verb = "are" if self.ours in PLURAL else "is"
         mean, ends = statistics.fmean(self.values), interval(self.values)
@@ -86,28 +87,26 @@ class Difference:
                 return f"{ours} {verb} {self.decision} than {base} by {size} points"
             case "equal":
                 most = max(map(abs, ends or (0.0,)))
-                return (
-                    f"{ours} and {base}: no difference larger than {most:.2f} points ({difference_text(self.values)})"
-                )
+                return f"{ours} and {base}: difference of at most {most:.2f} points ({difference_text(self.values)})"
             case "undecided":
                 needed = self.seeds_needed
                 seeds = f"{needed}" if needed else f"more than {MOST_SEEDS:,}"
                 word = "better" if mean < 0 else "worse"
-                return f"{ours} against {base}: undecided ({word} by {size} points); {seeds} seeds would tell"
+                return f"{ours} vs {base}: inconclusive ({word} by {size} points); {seeds} seeds needed"
             case "one seed":
                 word = "better" if mean < 0 else "worse"
                 seen = f"{word} by {size} points" if round(mean, 2) else "no difference"
-                return f"{ours} against {base}: {seen} with one seed, which may be chance; compare with --seeds 0,1,2"
+                return f"{ours} vs {base}: {seen} with one seed, which may be noise; use several, such as --seeds 0,1,2"
 
 
 def paired_differences(ours: Errors, base: Errors) -> list[float]:
-    """Return ours minus base for each seed that both have finished."""
+    """Return the differences between two methods for each seed that both have finished."""
     pairs = ((value, base.get(seed)) for seed, value in ours.items())
     return [value - other for value, other in pairs if value is not None and other is not None]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the confidence interval of the mean (t), or None for fewer than two values."""
+    """Return the confidence interval of the mean (Student's t), or None for fewer than two values."""
     if len(values) < 2:
         return None
     mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
@@ -116,27 +115,27 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """Format a mean over seeds, followed by the standard deviation if there are several."""
+    """Format a mean over seeds, with the standard deviation if there are several."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def range_text(mean: float, ends: tuple[float, float] | None) -> str:
-    """Format a mean without its sign, followed by its interval."""
+    """Format an unsigned mean, with its interval."""
     mean, *rest = (round(value, 2) + 0.0 for value in (mean, *(ends or ())))  # no -0.00
     return f"{mean:.2f} [{rest[0]:.2f}, {rest[1]:.2f}]" if rest else f"{mean:.2f}"
 
 
 def difference_text(values: Sequence[float]) -> str:
-    """Format the mean of paired differences, followed by its confidence interval."""
+    """Format the mean of paired differences, with its confidence interval."""
     if not values:
-        return "no common seed"
+        return "no seed in common"
     mean, *ends = (round(value, 2) + 0.0 for value in (statistics.fmean(values), *(interval(values) or ())))  # no -0.00
     return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f"{mean:+.2f} (one seed)"
 
 
 def chance_error(classes: int, top: int) -> float:
-    """Return the error of guessing, in per cent."""
+    """Return the top-k error of guessing, in per cent."""
     return 100 * (1 - min(top, classes) / classes)
 
 
@@ -144,29 +143,29 @@ def guessed_precision_error(positives: Sequence[int], images: int) -> float:
     """Return 100 minus the mean average precision of guessing, in per cent: the mean share of positives.
 
     Args:
-        positives: images of each class; classes without any do not count.
-        images: their number.
+        positives: number of positive images per class; classes without positives are ignored.
+        images: total number of images.
     """
     return 100 - 100 * statistics.fmean(count / images for count in positives if count)
 
 
-def in_question(schemes: Collection[str]) -> str | None:
-    """Return the scheme that a comparison is about: the others are what it is compared with."""
-    return next((scheme for scheme in IN_QUESTION if scheme in schemes and len(schemes) > 1), None)
+def compared_scheme(schemes: Collection[str]) -> str | None:
+    """Return the scheme that a comparison evaluates against the others; None if there is only one scheme."""
+    return next((scheme for scheme in TREATMENTS if scheme in schemes and len(schemes) > 1), None)
 
 
 def differences(results: Mapping[str, Errors]) -> list[Difference]:
-    """Return the differences of all pairs of methods that share a seed, from the error by scheme and seed.
+    """Return the differences of all pairs of methods with a seed in common, from the errors by scheme and seed.
 
-    Isolated windows are compared with relay; with the others only where there is no relay.
+    Isolated windows are compared with Relay BP, and with the others only if there is no Relay BP.
     """
-    found: list[Difference] = []
+    pairs: list[Difference] = []
     for ours, base in PAIRS:
         if ours == "isolated" and base != "relay" and "relay" in results:
             continue
         values = paired_differences(results.get(ours, {}), results.get(base, {}))
-        found += [Difference(ours, base, tuple(values))] if values else []
-    return found
+        pairs += [Difference(ours, base, tuple(values))] if values else []
+    return pairs
 
 
 def verdict(
@@ -176,30 +175,36 @@ def verdict(
     *,
     error: str = "per cent of top-1 error",
 ) -> list[str]:
-    """Summarise a comparison in sentences.
+    """Return the verdict of a comparison, in sentences.
 
     Args:
-        results: the error by scheme and seed, in per cent.
-        guess: the error of guessing.
-        costs: by scheme.
-        error: what its points are.
+        results: errors by scheme and seed, in per cent.
+        guess: chance level of the error.
+        costs: costs by scheme.
+        error: unit of the errors.
     """
-    found = differences(results)
-    if not found:
-        finished = [SCHEME_NAMES[scheme] for scheme, own in results.items() if any(v is not None for v in own.values())]
-        why = "no seed in common" if len(finished) > 1 else "nothing else to compare with"
-        return [f"No verdict: {' and '.join(finished) or 'no method'} finished, with {why}.", *_failed(results)]
-    lines = [f"{each.text}.{_cost_text(each, costs or {})}" for each in found]
-    counts = sorted({len(each.values) for each in found if len(each.values) > 1}, reverse=True)
+    pairs = differences(results)
+    if not pairs:
+        finished = [
+            SCHEME_NAMES[scheme] for scheme, by_seed in results.items() if any(v is not None for v in by_seed.values())
+        ]
+        reason = "have no seed in common" if len(finished) > 1 else "is the only finished method"
+        subject = " and ".join(finished)
+        text = f"No verdict: {subject} {reason}." if finished else "No verdict: no method has finished."
+        return [text, *_failed(results)]
+    lines = [f"{pair.text}.{_cost_text(pair, costs or {})}" for pair in pairs]
+    counts = sorted({len(pair.values) for pair in pairs if len(pair.values) > 1}, reverse=True)
     basis = (
-        [f"{100 * CONFIDENCE:.0f} % intervals over {' and '.join(map(str, counts))} paired seeds (t)"] if counts else []
+        [f"{100 * CONFIDENCE:.0f} % confidence intervals over {' and '.join(map(str, counts))} paired seeds (t)"]
+        if counts
+        else []
     )
-    lines.append(f"Points are {error}; {'; '.join([*basis, f'guessing has {guess:.2f} %'])}.")
+    lines.append(f"Points are {error}; {'; '.join([*basis, f'chance level {guess:.2f} %'])}.")
     return [*lines, *_not_learnt(results, guess), *_failed(results)]
 
 
 def _cost_text(pair: Difference, costs: Mapping[str, Cost]) -> str:
-    """Format the cost of one method relative to that of the other."""
+    """Format the cost of a method relative to its baseline."""
     parts: list[str] = []
     ours, base = (costs.get(scheme, Cost()) for scheme in (pair.ours, pair.base))
     for name, unit in (("seconds", "training time"), ("flops", "FLOPs"), ("memory", "peak memory")):
@@ -213,7 +218,7 @@ def _cost_text(pair: Difference, costs: Mapping[str, Cost]) -> str:
 
 
 def _is_disturbed(one: Cost, other: Cost) -> bool:
-    """Return whether times differ so much more than FLOPs that other work must have slowed some runs down."""
+    """Return whether times differ much more than FLOPs, so that other processes must have slowed down some runs."""
     if not (one.seconds and other.seconds and one.flops and other.flops):
         return False
     ratio = one.seconds / other.seconds / (one.flops / other.flops)
@@ -225,13 +230,16 @@ def _capital(text: str) -> str:
 
 
 def _not_learnt(results: Mapping[str, Errors], guess: float) -> list[str]:
-    """Name the runs that are no better than guessing."""
-    lost = {scheme: sum(v is not None and v >= LEARNT * guess for v in own.values()) for scheme, own in results.items()}
+    """Report the runs at chance level."""
+    lost = {
+        scheme: sum(v is not None and v >= LEARNT * guess for v in by_seed.values())
+        for scheme, by_seed in results.items()
+    }
     parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in lost.items() if count]
-    return [f"Runs no better than guessing: {', '.join(parts)}."] if parts else []
+    return [f"Runs at chance level: {', '.join(parts)}."] if parts else []
 
 
 def _failed(results: Mapping[str, Errors]) -> list[str]:
-    counts = {scheme: sum(value is None for value in own.values()) for scheme, own in results.items()}
+    counts = {scheme: sum(value is None for value in by_seed.values()) for scheme, by_seed in results.items()}
     parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in counts.items() if count]
-    return [f"Failed runs, left out: {', '.join(parts)}."] if parts else []
+    return [f"Failed runs, excluded: {', '.join(parts)}."] if parts else []

@@ -1,16 +1,16 @@
-"""Checkpoints on disk: complete or absent, verified when they are read, and free of executable code.
+"""Checkpoint files: written atomically, verified on reading, and free of executable code.
 
 Note [Checkpoints]
 1. A checkpoint is a folder step-00012000/ with
 
        model.safetensors       the state dict of the `Relay`: "model." and "heads."
-       optimizer.safetensors   by parameter, such as PARAMETER/momentum_buffer; averaged weights, NAME/ema
+       optimizer.safetensors   optimizer state, such as PARAMETER/momentum_buffer; averaged weights as NAME/ema
        state.json              everything except the tensors
-       SHA256SUMS              of the three, as `sha256sum --check` reads it
+       SHA256SUMS              checksums of the three files, in the format of `sha256sum --check`
 
-2. It is written under another name, flushed to disk and renamed: a folder with the final name is complete. The next
-   save removes what a killed process has left.
-3. The sums are compared before anything is loaded: a damaged file is refused by name.
+2. It is written under a temporary name, flushed to disk and renamed: a folder with the final name is complete. The
+   next save removes the temporary folder of a killed process.
+3. Checksums are verified before anything is loaded; the error names the damaged file.
 4. An old checkpoint is removed only after the new one exists, and it is renamed before its files are removed.
 """
 
@@ -43,11 +43,11 @@ LEFT_OVER = ".unfinished-"
 
 
 class DamagedCheckpointError(LabError):
-    """A checkpoint that is incomplete or damaged, or a folder that is not a checkpoint."""
+    """A checkpoint is incomplete or damaged, or a folder is not a checkpoint."""
 
 
 class SaveError(LabError):
-    """A checkpoint that could not be written; the one before it is intact."""
+    """A checkpoint could not be written; the previous one is intact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Checkpoint:
     Attributes:
         model: the state dict of the `Relay`.
         optimizer: tensors by parameter and name, such as "PARAMETER/momentum_buffer".
-        state: everything else, as JSON values; "step" among them.
+        state: everything else, as JSON values, including "step".
     """
 
     model: Mapping[str, Tensor]
@@ -66,18 +66,18 @@ class Checkpoint:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
+    """Return the folder of the checkpoint of a step."""
     return folder / f"{PREFIX}{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint from its name; None for other names."""
+    """Return the step in the name of a checkpoint; None for other names."""
     digits = path.name.removeprefix(PREFIX)
     return int(digits) if path.name.startswith(PREFIX) and digits.isdecimal() else None
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint to a folder, which is created if necessary. See Note [Checkpoints].
+    """Write a checkpoint, creating the folder if necessary. See Note [Checkpoints].
 
     Raises:
         SaveError: it cannot be written.
@@ -97,7 +97,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         (unfinished / SUMS).write_text(sums, encoding="ascii")
         for name in (MODEL, OPTIMIZER, STATE, SUMS):
             _to_disk(unfinished / name)
-        if path.exists():  # damaged, or of a run that has resumed from an earlier one
+        if path.exists():  # damaged, or the run has resumed from an earlier checkpoint
             _remove(path)
         unfinished.rename(path)
         _to_disk(folder)
@@ -114,7 +114,7 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        DamagedCheckpointError: it is incomplete, was changed, or is not a checkpoint.
+        DamagedCheckpointError: it is incomplete or modified, or not a checkpoint.
     """
     state = read_state(path)
     try:
@@ -133,20 +133,20 @@ def read_state(path: Path) -> Mapping[str, Any]:
     try:
         state = read_json(path / STATE, dict[str, Any])
         if state.get("format", FORMAT) != FORMAT:
-            raise DamagedCheckpointError(f"{path} is of the format {state['format']!r}, not {FORMAT!r}")
+            raise DamagedCheckpointError(f"{path} has the format {state['format']!r}, expected {FORMAT!r}")
         check_keys(state, ("format", "step"), str(path / STATE))
     except DamagedFileError as error:
         raise DamagedCheckpointError(str(error)) from None
     if state["step"] != step_of(path):
-        raise DamagedCheckpointError(f"{path} holds step {state['step']!r}: it was renamed")
+        raise DamagedCheckpointError(f"{path} contains step {state['step']!r}: it was renamed")
     return state
 
 
 def check(path: Path) -> None:
-    """Compare a checkpoint's files with their sums.
+    """Verify the checksums of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: a file is missing or was changed; it is named.
+        DamagedCheckpointError: a file is missing or modified; the message names it.
     """
     try:
         pairs = [line.split("  ", 1) for line in read_bytes(path / SUMS, LARGEST_SUMS).decode("ascii").splitlines()]
@@ -156,31 +156,31 @@ def check(path: Path) -> None:
     for name in (MODEL, OPTIMIZER, STATE):
         try:
             if _sum(path / name) != sums.get(name):
-                raise DamagedCheckpointError(f"{path / name} is damaged or was changed: its sum is not that in {SUMS}")
+                raise DamagedCheckpointError(f"{path / name} is damaged or modified: its checksum differs from {SUMS}")
         except OSError as error:
             raise DamagedCheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
 
 
 def newest(folder: Path) -> Iterator[Path]:
-    """Return the checkpoints of a run by their names, the newest first, without verifying them."""
-    found = [(step, path) for path in folder.glob(f"{PREFIX}*") if (step := step_of(path)) is not None]
-    yield from (path for _, path in sorted(found, reverse=True))
+    """Iterate over the checkpoints of a run, newest first, without verifying them."""
+    numbered = [(step, path) for path in folder.glob(f"{PREFIX}*") if (step := step_of(path)) is not None]
+    yield from (path for _, path in sorted(numbered, reverse=True))
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """Return the newest valid checkpoint of a run; those that are damaged are named in warnings and kept."""
+def newest_valid(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint of a run. Damaged ones are kept, and logged as warnings."""
     for path in newest(folder):
         try:
             read_state(path)
         except DamagedCheckpointError as error:
-            log.warning("%s; the checkpoint before it is tried", error)
+            log.warning("%s; trying the previous checkpoint", error)
             continue
         return path
     return None
 
 
-def thin_out(folder: Path, keep: int, also: Collection[int]) -> None:
-    """Remove old checkpoints, except the newest `keep` and those of the steps in `also`."""
+def prune(folder: Path, keep: int, also: Collection[int]) -> None:
+    """Remove all checkpoints except the newest `keep` and those of the steps in `also`."""
     for path in list(newest(folder))[keep:]:
         if step_of(path) not in also:
             with suppress(OSError):
@@ -203,7 +203,7 @@ def _sum(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Flush a file to disk, so that a power cut cannot empty a file that has its final name."""
+    """Flush a file to disk, so that a power cut cannot leave an empty file under the final name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

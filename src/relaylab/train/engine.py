@@ -1,4 +1,4 @@
-"""Devices, precision and processes: Lightning Fabric for the loop, and its launch by torchrun."""
+"""Devices, precision and processes: Lightning Fabric, launched by torchrun."""
 
 import os
 import sys
@@ -21,33 +21,33 @@ from torch.distributed.tensor import DTensor
 
 from relaybackprop import Relay
 from relaylab.errors import FAILED, INTERRUPTED, InputError
-from relaylab.train.options import Engine
+from relaylab.train.options import RuntimeOptions
 from relaylab.train.torchrun import FAILURE, environment_number, is_launched, noted_failure
 
 
-def launch(config: Engine, arguments: Sequence[str]) -> int:
-    """Run this command line in one process for each device, by torchrun, and wait for them.
+def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
+    """Run a command line with torchrun, in one process per device, and wait for the processes.
 
     Returns:
-        The exit code: that of the first process that failed, 130 after a signal, else 0.
+        The exit code: that of the first failed process, 130 after a signal, otherwise 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    options = ["--standalone", f"--nproc-per-node={config.devices}", f"--max-restarts={config.restarts}"]
-    # Otherwise restarted processes find the addresses of those that died, and wait for them.
+    flags = ["--standalone", f"--nproc-per-node={options.devices}", f"--max-restarts={options.restarts}"]
+    # Otherwise restarted processes find the addresses of dead ones in the store, and wait for them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.devices)))
     with tempfile.TemporaryDirectory(prefix="relaylab-") as folder:
         os.environ[FAILURE] = str(Path(folder) / "failure")
         try:
-            run(get_args_parser().parse_args([*options, "-m", "relaylab", *arguments]))
+            run(get_args_parser().parse_args([*flags, "-m", "relaylab", *arguments]))
         except SignalException:
             return INTERRUPTED
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            print(f"relaylab: process {rank} has ended with exit code {failure.exitcode}; see above", file=sys.stderr)
+            print(f"relaylab: process {rank} exited with code {failure.exitcode}; see the error above", file=sys.stderr)
             return noted_failure() or FAILED
         finally:
             failed = noted_failure()
@@ -55,44 +55,44 @@ def launch(config: Engine, arguments: Sequence[str]) -> int:
     return failed or 0
 
 
-def make_fabric(config: Engine) -> Fabric:
-    """Create the engine of this process, alone or one of those that torchrun has started.
+def make_fabric(options: RuntimeOptions) -> Fabric:
+    """Create the Fabric of this process, which may be one of several started by torchrun.
 
     Raises:
-        InputError: devices, precision or batch normalisation that this machine does not have.
+        InputError: devices or batch normalisation that this machine does not support.
     """
     has_gpu = torch.cuda.is_available()
-    if config.accelerator == "cuda" and not has_gpu:
-        raise InputError("--accelerator cuda: there is no GPU that PyTorch can use here")
-    device = "cuda" if has_gpu and config.accelerator != "cpu" else "cpu"
+    if options.accelerator == "cuda" and not has_gpu:
+        raise InputError("--accelerator cuda: PyTorch finds no GPU on this machine")
+    device = "cuda" if has_gpu and options.accelerator != "cpu" else "cpu"
     world, here = (environment_number(name, 1) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():
-        raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs here")
-    if config.batch_norm == "synchronised" and device == "cpu":
-        raise InputError("--batch-norm synchronised needs GPUs; take local, or train with one device")
+        raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs on this machine")
+    if options.batch_norm == "synchronised" and device == "cpu":
+        raise InputError("--batch-norm synchronised requires GPUs: use --batch-norm local, or one device")
     fabric = Fabric(
         accelerator=device,
         devices=here,
         num_nodes=max(1, world // here),
-        strategy=_strategy(config, device, world),
-        plugins=_precision(config, device),
+        strategy=_strategy(options, device, world),
+        plugins=_precision(options, device),
     )
     fabric.launch()
     return fabric
 
 
-def _strategy(config: Engine, device: str, world: int) -> Strategy | str:
+def _strategy(options: RuntimeOptions, device: str, world: int) -> Strategy | str:
     if world == 1:
-        if config.strategy == "fsdp":
-            raise InputError("--strategy fsdp divides a network among several devices; give --devices")
+        if options.strategy == "fsdp":
+            raise InputError("--strategy fsdp requires several devices: set --devices")
         return SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
-    if config.strategy == "fsdp":
+    if options.strategy == "fsdp":
         return ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
     return DDPStrategy(process_group_backend="nccl" if device == "cuda" else "gloo", gradient_as_bucket_view=True)
 
 
 def _shard(relay: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Apply FSDP2 to each part of the network, to the heads, and to the whole."""
+    """Apply FSDP2 to each child of the network, to each head, and to the whole module."""
     assert isinstance(relay, Relay)
     for part in (*relay.model.children(), *relay.heads.values()):
         if any(True for _ in part.parameters()):
@@ -101,21 +101,21 @@ def _shard(relay: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return relay
 
 
-def _precision(config: Engine, device: str) -> Precision:
-    match config.precision:
+def _precision(options: RuntimeOptions, device: str) -> Precision:
+    match options.precision:
         case "32":
             return Precision()
         case "bf16":
             return MixedPrecision("bf16-mixed", device)
-        case "fp16":  # given the scaler, Fabric does not insist on a GPU
+        case "fp16":  # with an explicit scaler, Fabric does not require a GPU
             return MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))
 
 
 @contextmanager
-def looking() -> Iterator[None]:
-    """Allow `torch.autograd.grad` within the block, for gradients that no update uses.
+def allow_autograd_grad() -> Iterator[None]:
+    """Allow `torch.autograd.grad` within the block, for gradients that the update does not use.
 
-    With mixed precision, Fabric refuses backward passes that it has not started: their losses might lack the scale.
+    With mixed precision, Fabric rejects backward passes that it did not start, since their losses might be unscaled.
     """
     before = wrappers._in_fabric_backward  # pyright: ignore[reportPrivateUsage]
     wrappers._in_fabric_backward = True
@@ -132,5 +132,5 @@ def scaler_of(fabric: Fabric) -> "torch.amp.GradScaler | None":
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, in all processes together; others are returned as they are."""
+    """Gather a sharded tensor, a collective; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

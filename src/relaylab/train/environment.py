@@ -1,4 +1,4 @@
-"""The environment of a run: commit, versions and machine, for environment.json."""
+"""The environment of a run for environment.json: commit, package versions and machine."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ PACKAGES = ("relaybackprop", "torch", "torchvision", "lightning-fabric", "numpy"
 
 
 def environment() -> dict[str, Any]:
-    """Return the commit of the checkout (None outside of one), the versions of packages, and the machine."""
+    """Return the commit of the checkout (None outside one), the package versions, and the machine."""
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -27,28 +27,28 @@ def environment() -> dict[str, Any]:
 
 
 def network_versions(network: NetworkConfig) -> dict[str, str]:
-    """Return the version of the library that a network is from, or a digest of the file."""
-    place = network.architecture.rpartition(":")[0]
-    if place in LIBRARIES:
-        return {place: metadata.version(place)}
-    if network.is_code and Path(place).is_file():
-        return {Path(place).name: sha256(Path(place).read_bytes()).hexdigest()[:12]}
+    """Return the version of the library that defines a network, or the hash of its Python file."""
+    module = network.architecture.rpartition(":")[0]
+    if module in LIBRARIES:
+        return {module: metadata.version(module)}
+    if network.is_code and Path(module).is_file():
+        return {Path(module).name: sha256(Path(module).read_bytes()).hexdigest()[:12]}
     return {}
 
 
 @functools.cache
 def commit() -> str | None:
-    """Return the commit of the checkout that this file is in, with a mark if files were changed; None elsewhere."""
+    """Return the commit of the checkout of this file, marked if files are modified; None outside a checkout."""
     source = Path(__file__).resolve().parents[2]
-    if source.name != "src":  # an installed package, perhaps inside another repository
+    if source.name != "src":  # an installed package, possibly inside another repository
         return None
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10, "cwd": source}
     try:
-        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--", source], **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return found + (" with local changes" if changed else "")
+    return head + (" with local changes" if changed else "")
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""The failure of a run, a file in its folder: comparisons report it, and the next start of the run removes it."""
+"""The failure file of a run: written when a run fails, reported by comparisons, removed when the run restarts."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,10 +13,12 @@ FILE = "failure.json"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The end of a run before its last iteration, after `step` updates.
+    """The failure of a run.
 
     Attributes:
-        kind: "diverged" if a loss or gradient was not finite, which the same recipe will repeat; "failed" otherwise.
+        kind: "diverged" if a loss or gradient was not finite, which rerunning the recipe would repeat; else "failed".
+        step: updates made before the failure.
+        error: the error message.
     """
 
     kind: Literal["diverged", "failed"]
@@ -25,7 +27,7 @@ class Failure:
 
     @property
     def text(self) -> str:
-        """One sentence for tables and terminals."""
+        """A one-line description."""
         return f"{self.kind} after step {self.step}: {' '.join(self.error.split())}"
 
 

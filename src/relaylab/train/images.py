@@ -1,4 +1,4 @@
-"""The images of a run: opened, checked against the recipe, batched and normalised."""
+"""The images of a run: open, check against the recipe, batch and normalise them."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -33,16 +33,16 @@ from relaylab.errors import InputError, LabError, raise_all
 from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe, value_text
-from relaylab.train.options import Engine, TrainConfig
+from relaylab.train.options import RuntimeOptions, TrainOptions
 
 log = logging.getLogger("relaylab.train")
 
-MEMORY_SHARE = 0.5  # of the free memory may hold images; beyond that they are decoded when they are needed
-IMAGES_PER_PROCESS = 2000  # fewer images are decoded before another process has started
-DEATHS = 3  # of worker processes without a batch in between
-LEAST_STD = 1.0  # of a channel that hardly varies
-SHOWN = 3  # pairs of names that are nearly alike
-CHOICE_SEED = 0  # which images are held out, and which classes are rare: the same for runs of all seeds
+MEMORY_SHARE = 0.5  # fraction of the free memory for decoded images; otherwise they are decoded on demand
+IMAGES_PER_PROCESS = 2000  # with fewer images, starting another process takes longer than decoding
+DEATHS = 3  # consecutive deaths of worker processes that are tolerated
+LEAST_STD = 1.0  # minimum standard deviation of a channel
+SHOWN = 3  # similar class names in a message
+CHOICE_SEED = 0  # held-out images and rare classes do not depend on the seed of the run
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class RunImages:
     """The training and validation images of a run.
 
     Attributes:
+        statistics: statistics of the training images.
+        in_memory: whether all images are decoded once and kept in memory, resized.
         identity: the classes, in the order of the labels.
-        statistics: of the training images.
-        in_memory: whether all are decoded once; crops are then cut from images already resized.
     """
 
     train: ImageDataset
@@ -64,29 +64,29 @@ class RunImages:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names for people, in the order of the labels."""
+        """Display names of the classes, in the order of the labels."""
         return self.identity.names
 
     def sampler(self, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1) -> KeyedSampler:
-        """Return the sampler of one process: all iterations of the recipe as one epoch."""
+        """Return the sampler of one process, with all iterations of the recipe as one epoch."""
         draws = recipe.optimizer.iterations * recipe.optimizer.batch_size // ranks
         make = SAMPLERS[recipe.images.sampling]
         labels, classes = self.train.labels, self.classes
-        if labels.ndim == 2:  # images with several labels are drawn alike
+        if labels.ndim == 2:  # all multi-label images are drawn with equal probability
             labels, classes = np.zeros(len(labels), np.int64), None
         return make(labels, seed=seed, rank=rank, num_replicas=ranks, num_samples=draws, classes=classes)
 
     def counts(self) -> dict[str, list[int]]:
-        """Return the number of images of each class, for training and validation."""
+        """Return the number of images per class, for training and validation."""
         return {name: images_by_class(labels, len(self.classes)).tolist() for name, labels in self._labels.items()}
 
     def sizes(self) -> dict[str, int]:
-        """Return the number of training and of validation images."""
+        """Return the numbers of training and validation images."""
         return {name: len(labels) for name, labels in self._labels.items()}
 
     @property
     def has_several_labels(self) -> bool:
-        """Whether an image may have several labels."""
+        """Whether the images are multi-label."""
         return self.train.labels.ndim == 2
 
     @property
@@ -94,7 +94,7 @@ class RunImages:
         return {"train": self.train.labels, "val": self.val.labels}
 
     def augmentation(self, recipe: Recipe, seed: int) -> Augmentation:
-        """Return the recipe's augmentation, which in evaluation mode only normalises."""
+        """Return the recipe's augmentation, which only normalises in evaluation mode."""
         config, statistics = recipe.augmentation, self.statistics
         mean = statistics.mean_image if config.mean == "pixel" else statistics.mean
         return Augmentation(
@@ -110,7 +110,7 @@ class RunImages:
 
 def open_images(
     recipe: Recipe,
-    config: TrainConfig,
+    options: TrainOptions,
     *,
     device: torch.device,
     devices_here: int = 1,
@@ -118,29 +118,33 @@ def open_images(
     first: AbstractContextManager[object],
     sources: tuple[Source, Source] | None = None,
 ) -> RunImages:
-    """Open and check the images that the options name, and decode them if they fit into memory.
+    """Open and check the images of a run, and decode them if they fit into memory.
 
-    Each of `devices_here` processes on this machine holds its own images. One process can go `first`: the context is
-    entered while images are listed and counted, and the others find the results in the cache. `fault_file` is for the
-    list of unreadable images, if there are too many. `sources` are training and validation images, in place of those
-    that the options name.
+    Args:
+        recipe: recipe of the run.
+        options: with the paths of the images.
+        device: device to train on.
+        devices_here: number of processes on this machine; each holds its own copy of the images.
+        fault_file: file for the list of unreadable images, if there are too many to train.
+        first: a lock held while images are listed and counted; the other processes find the results in the cache.
+        sources: training and validation images, in place of the paths.
 
     Raises:
-        InputError: a path, folder or image that cannot be used, or other classes than the recipe's.
+        InputError: a path or an image cannot be used, or the classes are not those of the recipe.
     """
     crop_spec = crop_spec_of(recipe)
-    workers = max(1, available_cores() // devices_here) if config.workers is None else config.workers
+    workers = max(1, available_cores() // devices_here) if options.workers is None else options.workers
     with first:
-        train, val = open_sources(config, recipe.images) if sources is None else _checked_sources(*sources)
+        train, val = open_sources(options, recipe.images) if sources is None else _checked_sources(*sources)
         check_images(recipe, train, val)
         for source in dict.fromkeys((train, val)):
             skipped = getattr(source, "skipped", ())
             if skipped:
-                log.info("%s: folders passed over: %s", source.title, few(list(skipped)))
+                log.info("%s: skipped folders: %s", source.title, few(list(skipped)))
         chosen, held = chosen_indices(recipe.images, groups_of(train))
         val = val if held is None else Subset(train, held)
         train = train if chosen is None else Subset(train, chosen)
-        in_memory = fits_memory(config, (train, val), crop_spec, devices_here)
+        in_memory = fits_memory(options, (train, val), crop_spec, devices_here)
         if not in_memory:
             pin = device.type == "cuda"
             datasets = [OnDiskDataset(source, crop_spec, workers, pin, fault_file) for source in (train, val)]
@@ -151,7 +155,7 @@ def open_images(
 
 
 def crop_spec_of(recipe: Recipe) -> CropSpec:
-    """Return the sizes of a recipe's images and crops."""
+    """Return the image size and crop size of a recipe."""
     return CropSpec(size=recipe.network.image_size, short_side=recipe.images.short_side)
 
 
@@ -167,20 +171,20 @@ def crops_of(recipe: Recipe) -> Crops:
 
 
 def mixing_of(recipe: Recipe, seed: int) -> Mixing:
-    """Return the recipe's mixing of training images, which may be none."""
+    """Return the recipe's mixup and CutMix, if any."""
     alphas = {name: getattr(recipe.augmentation, name) for name in MIXES}
     return Mixing(alphas, recipe.network.num_classes, seed)
 
 
 class Stream:
-    """Training batches, to the end of the sampler's draws; worker processes that die are replaced."""
+    """An iterable over training batches, which restarts dead worker processes."""
 
     def __init__(self, dataset: ImageDataset, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
         self._make = partial(dataset.training, sampler, batch_size, seed, crops)
         self._loader = self._make()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches; images that cannot be used and repeated deaths of workers raise `LabError`."""
+        """Iterate over the batches. Raises a `LabError` for unreadable images and repeated deaths of workers."""
         deaths = 0
         while True:
             try:
@@ -193,88 +197,88 @@ class Stream:
                 if "DataLoader worker" not in str(error):
                     raise
                 if deaths > DEATHS:
-                    raise LabError(f"worker processes die again and again: {str(error).partition('. ')[0]}") from None
-                log.warning("%s: new ones are started", str(error).partition("\n")[0])
+                    raise LabError(f"worker processes keep dying: {str(error).partition('. ')[0]}") from None
+                log.warning("%s: restarting the workers", str(error).partition("\n")[0])
                 state = self.state_dict()
                 self._loader = self._make()
                 self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, object]:
-        """Return the position, in batches used."""
+        """Return the position: the number of batches used."""
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Resume from the position of another stream.
 
         Raises:
-            InputError: that stream had other images or another batch size.
+            InputError: the other stream had different images or another batch size.
         """
         self._loader.load_state_dict(state)
 
 
-def open_sources(config: Engine, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
+def open_sources(options: RuntimeOptions, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
     """Open the training and validation images, with the same labels for the same classes.
 
     Args:
-        config: paths.
-        images: of the recipe, which says what to validate on. Where it holds training images out, those are the
-            second ones, too: `chosen_indices` chooses among them.
+        options: with the paths.
+        images: settings of the recipe, with the validation split. If they hold out training images, both returned
+            sources are the training images; `chosen_indices` divides them.
 
     Raises:
-        InputError: a path or its contents that cannot be used.
+        InputError: a path or its content cannot be used.
     """
     if images is not None and images.held_out is not None:
-        train = open_training(config)
+        train = open_training(options)
         return train, train
-    if config.val_data:
-        train = open_source(config.data, split=None, watch=progress)
-        return train, open_source(config.val_data, split=None, classes=train.identity, watch=progress)
+    if options.val_data:
+        train = open_source(options.data, split=None, watch=progress)
+        return train, open_source(options.val_data, split=None, classes=train.identity, watch=progress)
     try:
-        train = open_source(config.data, split="train", watch=progress)
+        train = open_source(options.data, split="train", watch=progress)
         split = (images and images.val_split) or "val"
-        return train, open_source(config.data, split=split, classes=train.identity, watch=progress)
+        return train, open_source(options.data, split=split, classes=train.identity, watch=progress)
     except NoSplitError as error:
         raise InputError(f"{error}; {_advice(error.others)}") from None
 
 
 def _advice(splits: Sequence[str]) -> str:
-    """Return what to validate on where the data have only these splits, none of them val."""
+    """Return advice on validation for data with these splits, none of which is val."""
     test = "to validate on the test split, set images.val_split=test (recipes new --val-split test); "
-    own = "to validate on a fifth of the training images, set images.held_out=0.2 (recipes new --hold-out 0.2)"
-    return f"{test if 'test' in splits else ''}{own}"
+    held = "to validate on a fifth of the training images, set images.held_out=0.2 (recipes new --hold-out 0.2)"
+    return f"{test if 'test' in splits else ''}{held}"
 
 
 def _checked_sources(train: Source, val: Source) -> tuple[Source, Source]:
-    """Check sources of the caller's own, and label the validation images by the classes of the training images."""
+    """Check custom sources, and label the validation images by the classes of the training images."""
     train = open_source(train)
     return train, train if val is train else open_source(val, classes=classes_of(train))
 
 
-def open_training(config: Engine) -> IndexedImages:
-    """Open the training images: the part train, or all where the data have no parts.
+def open_training(options: RuntimeOptions) -> IndexedImages:
+    """Open the training images: the split train, or all images of data without splits.
 
     Raises:
-        InputError: a path or its contents that cannot be used.
+        InputError: a path or its content cannot be used.
     """
     try:
-        return open_source(config.data, split=None if config.val_data else "train", watch=progress)
+        return open_source(options.data, split=None if options.val_data else "train", watch=progress)
     except NoSplitError as error:
         if error.others:
             raise
-        return open_source(config.data, split=None, watch=progress)
+        return open_source(options.data, split=None, watch=progress)
 
 
 def check_classes(train: Source, val: Source) -> None:
-    """Check that there are two classes, and that each class of one part has images in the other.
+    """Check that there are at least two classes, and that the training and validation images have the same classes.
 
     Raises:
-        InputError: classes that only one part has, by name.
+        InputError: there are not; the message names the classes.
     """
     classes = classes_of(train)
     if len(classes.keys) < 2:
-        found = f"one class only ({classes.keys[0]})" if classes.keys else "no classes"
-        raise InputError(f"{found} in {train.title}: expected at least 2")
-    in_train, in_val = (np.unique(np.asarray(each.labels)) for each in (train, val))
+        count = f"only one class ({classes.keys[0]})" if classes.keys else "no classes"
+        raise InputError(f"{count} in {train.title}: expected at least 2")
+    in_train, in_val = (np.unique(np.asarray(source.labels)) for source in (train, val))
     alone = {
         "train": [classes.keys[label] for label in np.setdiff1d(in_train, in_val) if label != UNLABELLED],
         "val": [classes.keys[label] for label in np.setdiff1d(in_val, in_train) if label != UNLABELLED],
@@ -286,14 +290,14 @@ def check_classes(train: Source, val: Source) -> None:
     ]
     if problems:
         alike = look_alikes(alone["train"], alone["val"])
-        advice = "rename the folders of one part" if alike else "add their images, or remove their folders"
+        advice = "rename the folders of one split" if alike else "add their images, or remove their folders"
         raise InputError("; ".join([*problems, *alike[:SHOWN], advice]))
     for text in look_alikes(classes.keys, classes.keys[::-1])[:SHOWN]:
-        log.warning("%s: two classes, %s", train.title, text)
+        log.warning("%s: similar class names, %s", train.title, text)
 
 
 def check_images(recipe: Recipe, train: Source, val: Source) -> None:
-    """Check that the images are labelled, with the same classes in both parts, as many as the recipe's network.
+    """Check that the images are labelled, with the same classes in both splits, as many as the network's outputs.
 
     Raises:
         InputError: they are not.
@@ -303,43 +307,43 @@ def check_images(recipe: Recipe, train: Source, val: Source) -> None:
         _check_several(recipe, train, val)
     for source, split in () if has_several else ((train, "training"), (val, "validation")):
         if (np.asarray(source.labels) == UNLABELLED).any():
-            raise InputError(f"{source.title}: {split} images without labels cannot be used")
+            raise InputError(f"{source.title}: {split} images without labels are not supported")
     check_classes(train, val)
-    there, expected = len(train.classes), recipe.network.num_classes
-    if there != expected:
+    count, expected = len(train.classes), recipe.network.num_classes
+    if count != expected:
         raise InputError(
-            f"{train.title} has {there} classes, and the recipe's network {expected}: take other images, or "
-            f"{_without_images(train) or f'--set network.num_classes={there}'}"
+            f"{train.title} has {count} classes, and the recipe's network {expected}: use other images, or "
+            f"{_without_images(train) or f'--set network.num_classes={count}'}"
         )
 
 
 def _without_images(train: Source) -> str:
-    """Return what to do about classes without images, which a network could not learn; empty if there are none."""
+    """Return advice on classes without images; empty if there are none."""
     keys = classes_of(train).keys
     empty = [keys[label] for label in np.flatnonzero(class_counts(train) == 0)]
-    where = "empty folders, further lines of the categories, or gaps between a list's labels"
+    where = "empty folders, extra lines of the categories file, or gaps between the labels of a list"
     return f"remove the {len(empty):,} classes without images ({where}): {few(empty)}" if empty else ""
 
 
 def _check_several(recipe: Recipe, train: Source, val: Source) -> None:
-    """Check that a recipe suits images of which some have several labels.
+    """Check that a recipe supports multi-label images.
 
     Raises:
-        InputError: all reasons why it does not.
+        InputError: it does not; the message lists all reasons.
     """
     problems: list[str] = []
     with_several, other = (train, val) if targets_of(train) is not None else (val, train)
     targets = targets_of(val)
     if targets_of(other) is None:
-        problems.append(f"images of {with_several.title} have several labels, those of {other.title} one each")
+        problems.append(f"images of {with_several.title} are multi-label, those of {other.title} single-label")
     elif targets is not None and not targets.any():
         problems.append(f"{val.title}: no validation image has a label")
     wanted = {"loss.function": "binary", "loss.class_weights": None, "images.sampling": "shuffled"}
     wanted |= {"images.long_tail": None}
     values = {name: value for name, value, _ in recipe.fields()}
     problems += [
-        f"{name} is {value_text(value)}, which is for images of one class each; {with_several.title} has images with "
-        f"several labels, or none: --set {name}={value_text(allowed)}"
+        f"{name} is {value_text(value)}, which requires single-label images; those of {with_several.title} are "
+        f"multi-label: --set {name}={value_text(allowed)}"
         for name, allowed in wanted.items()
         if (value := values.get(name)) != allowed
     ]
@@ -347,15 +351,19 @@ def _check_several(recipe: Recipe, train: Source, val: Source) -> None:
 
 
 def groups_of(source: Source) -> Labels:
-    """Return the groups that images are set aside from alike: classes, or a single one for several labels."""
+    """Return the group of each image for stratified splits: its class, or a single group for multi-label images."""
     return source.labels if targets_of(source) is None else np.zeros(len(source), np.int16)
 
 
 def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | None, Indices | None]:
-    """Return the indices of the training images that a recipe trains on, and of those it validates with instead.
+    """Return the indices of the training images to train on, and of those to validate on.
 
-    The labels, (n,), are those of all training images. Indices are sorted; None stands for all training images, and
-    for the validation images.
+    Args:
+        config: settings of the recipe.
+        labels: (n,), labels of all training images.
+
+    Returns:
+        Sorted indices. None stands for all training images, and for the separate validation images.
     """
     labels = np.asarray(labels)
     chosen, held = None, None
@@ -363,21 +371,21 @@ def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | N
         chosen, held = held_out(labels, count=config.held_out, seed=CHOICE_SEED)
     if config.set_aside is not None:
         rest = np.arange(len(labels)) if chosen is None else chosen
-        stay, aside = held_out(labels[rest], count=config.set_aside, seed=CHOICE_SEED)
-        chosen, held = rest[stay], rest[aside]
+        kept, aside = held_out(labels[rest], count=config.set_aside, seed=CHOICE_SEED)
+        chosen, held = rest[kept], rest[aside]
     if config.long_tail is not None:
         rest = np.arange(len(labels)) if chosen is None else chosen
         chosen = rest[long_tail(labels[rest], ratio=config.long_tail, seed=CHOICE_SEED)]
     return chosen, held
 
 
-def fits_memory(config: Engine, sources: Sequence[Source], crop_spec: CropSpec, copies: int) -> bool:
-    """Return whether all images are decoded once and kept in memory: as `--images` says, or if they fit.
+def fits_memory(options: RuntimeOptions, sources: Sequence[Source], crop_spec: CropSpec, copies: int) -> bool:
+    """Return whether all images are decoded into memory: according to `--images`, or if they fit.
 
-    Each of `copies` processes on this machine holds all of them.
+    `copies` is the number of processes on this machine, each of which holds all images.
     """
-    if config.images != "auto":
-        return config.images == "memory"
+    if options.images != "auto":
+        return options.images == "memory"
     needed = sum(len(source) for source in sources) * 3 * crop_spec.short_side**2
     return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 

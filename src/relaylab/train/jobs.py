@@ -1,14 +1,14 @@
-"""Several runs at once, each in a process of its own, with one progress display for all of them.
+"""Concurrent runs, each in its own process, with one progress display.
 
 Note [Jobs]
-1. The processes are forked by a server that has imported PyTorch once (`forkserver`), so that a run starts in
-   milliseconds. Each reports through its own pipe: a process that is killed holds no lock and damages no other report,
-   and the end of its pipe tells the parent.
-2. All runs use the same number of threads, however many run at once: sums are then added in the same order, and the
-   result does not depend on the number of jobs.
-3. SIGINT and SIGTERM are passed on as SIGTERM. Each run finishes its step and saves it. A process whose pipe is broken,
-   because its parent was killed, does the same.
-4. One process at a time lists and decodes images: the next one finds the index and the mean image in the cache.
+1. The processes are forked from a server that has imported PyTorch once (`forkserver`), so that a run starts in
+   milliseconds. Each process reports through its own pipe: a killed process holds no lock and corrupts no other
+   report, and the parent notices the end of its pipe.
+2. All runs use the same number of threads, regardless of how many run concurrently: sums are then accumulated in the
+   same order, and the results do not depend on the number of jobs.
+3. SIGINT and SIGTERM are forwarded as SIGTERM. Each run finishes its step and saves a checkpoint. A process whose pipe
+   breaks, because its parent was killed, does the same.
+4. One process at a time lists and decodes images; the next one finds the index and the mean image in the cache.
 """
 
 import io
@@ -31,22 +31,22 @@ from typing import Literal
 from relaylab.errors import InputError, LabError
 from relaylab.progress import progress
 from relaylab.train.failures import Failure, read_failure, write_failure
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.signals import StopRequest, receiving
 
-WAY = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 SECONDS_BETWEEN_REPORTS = 0.2
 SECONDS_BETWEEN_LINES = 20.0  # where stderr is not a terminal
 
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """A message from a run's process: its progress, a line for the terminal, or how it ended and why."""
+    """A message from a run's process: its progress, a line for the terminal, or its end and the reason."""
 
     step: int
     note: str = ""
     line: str = ""
-    end: Literal["finished", "stopped", "failed", "refused"] | None = None  # refused: it could not begin
+    end: Literal["finished", "stopped", "failed", "refused"] | None = None  # refused: it did not start
     error: str = ""
 
 
@@ -62,18 +62,18 @@ class _Job:
 
 
 def start_server() -> None:
-    """Start the server that forks the processes. It imports PyTorch while the caller continues."""
-    WAY.set_forkserver_preload(["relaylab.train.session"])
+    """Start the server that forks the processes. It imports PyTorch in the background."""
+    CONTEXT.set_forkserver_preload(["relaylab.train.session"])
     forkserver.ensure_running()
 
 
-def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | None, iterations: int) -> bool:
-    """Train runs, several at once. See Note [Jobs].
+def train_all(runs: Mapping[str, TrainOptions], *, jobs: int, threads: int | None, iterations: int) -> bool:
+    """Train runs concurrently. See Note [Jobs].
 
     Args:
-        configs: the options of each run by name; `out` is its folder.
-        jobs: maximum number of processes at once.
-        threads: PyTorch's number of threads in each process; None for its default.
+        runs: the options of each run by name; `out` is its folder.
+        jobs: maximum number of concurrent processes.
+        threads: number of PyTorch threads per process; None for the default.
         iterations: of each run.
 
     Returns:
@@ -81,21 +81,21 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
         folder.
 
     Raises:
-        InputError: a run could not begin. The others were stopped.
+        InputError: a run could not start. The others were stopped.
     """
-    waiting, running, ended = list(configs), list[_Job](), list[_Job]()
+    waiting, running, ended = list(runs), list[_Job](), list[_Job]()
     with ExitStack() as stack:
         stop = stack.enter_context(receiving())
         lock = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relaylab-")))
-        task = stack.enter_context(progress("train", iterations * len(configs), every_s=SECONDS_BETWEEN_LINES))
+        task = stack.enter_context(progress("train", iterations * len(runs), every_s=SECONDS_BETWEEN_LINES))
         stack.callback(_end_all, running, signal.SIGKILL)
-        is_passed_on = False
+        is_forwarded = False
         while running or (waiting and not stop):
             while waiting and len(running) < jobs and not stop:
                 name = waiting.pop(0)
-                running.append(_start(name, configs[name], threads, lock))
-            if stop and not is_passed_on:
-                is_passed_on = True
+                running.append(_start(name, runs[name], threads, lock))
+            if stop and not is_forwarded:
+                is_forwarded = True
                 _end_all(running, signal.SIGTERM)
             before = sum(job.last.step for job in (*running, *ended))
             ready = wait([job.pipe for job in running], timeout=0.5)
@@ -103,29 +103,29 @@ def train_all(configs: Mapping[str, TrainConfig], *, jobs: int, threads: int | N
                 running.remove(job)
                 ended.append(job)
                 text = _settle(job, is_stopping=bool(stop))
-                print(f"{len(ended)} of {len(configs)}: {job.name}: {text}", file=sys.stderr)
+                print(f"{len(ended)} of {len(runs)}: {job.name}: {text}", file=sys.stderr)
                 if job.last.end == "refused":
                     stop.signal = "refused"
             shown = "; ".join(f"{job.name} {job.last.step / iterations:.0%}" for job in running)
             steps = sum(job.last.step for job in (*running, *ended)) - before
-            task.advance(steps, f"{len(ended)}/{len(configs)} runs done; {shown}")
+            task.advance(steps, f"{len(ended)}/{len(runs)} runs done; {shown}")
     refused = [job.last.error for job in ended if job.last.end == "refused"]
     if refused:
         raise InputError(refused[0])
     return not (stop and (waiting or any(job.last.end == "stopped" for job in ended)))
 
 
-def _start(name: str, config: TrainConfig, threads: int | None, lock: Path) -> _Job:
-    assert config.out is not None
-    pipe, its_end = WAY.Pipe(duplex=False)
-    process = WAY.Process(target=_work, args=(config, threads, its_end, lock, dict(os.environ)), name=name)
+def _start(name: str, options: TrainOptions, threads: int | None, lock: Path) -> _Job:
+    assert options.out is not None
+    pipe, child_end = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_work, args=(options, threads, child_end, lock, dict(os.environ)), name=name)
     process.start()
-    its_end.close()
-    return _Job(name, config.out, process, pipe, _Report(0))
+    child_end.close()
+    return _Job(name, options.out, process, pipe, _Report(0))
 
 
 def _receive(job: _Job) -> bool:
-    """Take one report; False if the process has closed its end of the pipe."""
+    """Receive one report; False if the process has closed its end of the pipe."""
     try:
         report = job.pipe.recv()
     except (EOFError, OSError):
@@ -138,13 +138,13 @@ def _receive(job: _Job) -> bool:
 
 
 def _settle(job: _Job, *, is_stopping: bool) -> str:
-    """Say how a run has ended whose process is gone, and write its failure unless the run itself has."""
+    """Describe how a run ended once its process has exited, and write its failure if the run has not done so."""
     job.process.join()
     job.pipe.close()
     if job.last.end is None and is_stopping:
         job.last = replace(job.last, end="stopped", note="")
     elif job.last.end == "stopped" and not is_stopping:
-        job.last = replace(job.last, end="failed", error="a signal stopped it")
+        job.last = replace(job.last, end="failed", error="stopped by a signal")
     elif job.last.end is None:
         code = job.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
@@ -152,20 +152,20 @@ def _settle(job: _Job, *, is_stopping: bool) -> str:
     if job.last.end != "failed":
         return f"{job.last.end}, {job.last.note}" if job.last.note else str(job.last.end)
     failure = read_failure(job.folder) or Failure("failed", job.last.step, job.last.error)
-    with suppress(OSError):  # a full disk, perhaps
+    with suppress(OSError):  # e.g. a full disk
         job.folder.mkdir(parents=True, exist_ok=True)
         write_failure(job.folder, failure)
     return failure.text
 
 
-def _end_all(running: Sequence[_Job], number: signal.Signals) -> None:
+def _end_all(running: Sequence[_Job], signum: signal.Signals) -> None:
     for job in running:
         with suppress(ProcessLookupError):
-            os.kill(job.process.pid or 0, number)
+            os.kill(job.process.pid or 0, signum)
 
 
 class _Reporter(io.TextIOBase):
-    """The run's end of the pipe: a `Task` that sends its steps, and a stderr that sends its lines."""
+    """The run's end of the pipe: a `Task` that sends its progress, and a stderr that sends its lines."""
 
     def __init__(self, pipe: Connection, stop: StopRequest) -> None:
         self.pipe, self.stop = pipe, stop
@@ -193,18 +193,20 @@ class _Reporter(io.TextIOBase):
 
 
 def _last_text(last: Mapping[str, float]) -> str:
-    """Format the error of the last validation by which runs are compared."""
+    """Format the error of the last validation."""
     from relaylab.train.metrics import deciding
 
     measure = deciding(last)
     return f"{measure.title} {last[measure.name]:.2f} %"
 
 
-def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]) -> None:
+def _work(
+    options: TrainOptions, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]
+) -> None:
     """Train one run: the main function of its process."""
     import torch
 
-    from relaylab.train import runs, session
+    from relaylab.train import requests, run_folder, session
     from relaylab.train.signals import stopping
 
     os.environ.update(environment)
@@ -214,9 +216,9 @@ def _work(config: TrainConfig, threads: int | None, pipe: Connection, lock: Path
         reporter = _Reporter(pipe, stop)
         with redirect_stderr(reporter):
             try:
-                request, first = runs.understand(config), runs.locked(lock, wait=True)
+                request, first = requests.resolve(options), run_folder.locked(lock, wait=True)
                 outcome = session.train(request, task=reporter, first=first, stop=stop)
-            except Exception as error:  # any failure of one run is a result of the comparison
+            except Exception as error:  # a comparison reports any failure of a run
                 if not isinstance(error, LabError):
                     traceback.print_exc()
                 end = "refused" if isinstance(error, InputError) and not reporter.has_begun else "failed"

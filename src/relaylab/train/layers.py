@@ -1,43 +1,43 @@
-"""Layers of a network, from its parameters' names: for learning rates that fall from the last layer to the first."""
+"""Layer-wise learning rate decay: number the layers of a network from the names of its parameters."""
 
 from collections.abc import Iterable
 
 from torch import nn
 
-LISTS = ("blocks", "layers")  # names of modules that timm's networks keep the blocks of a stage in
+LISTS = ("blocks", "layers")  # submodules that hold the blocks of a stage in timm networks
 
 
 def layers_of(network: nn.Module, parameters: Iterable[str]) -> dict[str, int]:
-    """Number the layer of each parameter of a network, from 0 for the lowest.
+    """Return the layer index of each parameter of a network, from 0 for the lowest layer.
 
-    A layer is a block, such as `layer1.0`, `blocks.3` or `encoder_layer_0`, or else a single module. Outside of blocks,
-    parameters of at most one dimension (norms, biases) and those that belong to no single module (tokens, position
-    embeddings) are in the layer before them, or in the first one.
+    A layer is a block, such as `layer1.0`, `blocks.3` or `encoder_layer_0`, or else a single module. Outside blocks,
+    parameters of at most one dimension (norms, biases) and those without a leaf module (tokens, position embeddings)
+    belong to the preceding layer, or to the first one.
 
     Args:
-        network: whose parameters these are.
-        parameters: their names, from the lowest up.
+        network: the network.
+        parameters: names of its parameters, from the lowest up.
     """
-    numbers: dict[str, int] = {}
+    indices: dict[str, int] = {}
     layers: dict[str, int] = {}
     for name in parameters:
         layer = _layer_name(network, name)
         if (_has_children(network, layer) and layer[-1:].isdigit()) or _is_weight_of_module(network, name):
-            layers[name] = numbers.setdefault(layer, len(numbers))
+            layers[name] = indices.setdefault(layer, len(indices))
         else:
-            layers[name] = max(0, len(numbers) - 1)
+            layers[name] = max(0, len(indices) - 1)
     return layers
 
 
 def layer_factors(network: nn.Module, parameters: Iterable[str], decay: float) -> dict[str, float]:
-    """Return a factor on the learning rate of each parameter: 1 in the last layer, and `decay` less in each below."""
+    """Return the learning rate factor of each parameter: 1 in the last layer, times `decay` for each layer below."""
     layers = layers_of(network, parameters)
     last = max(layers.values(), default=0)
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
 def _layer_name(network: nn.Module, parameter: str) -> str:
-    """The block that a parameter is in, or the module that owns it."""
+    """Return the block that contains a parameter, or the module that owns it."""
     *path, _ = parameter.split(".")
     depth = next((depth for depth, part in enumerate(path, 1) if part[-1:].isdigit()), len(path))
     while depth < len(path):
@@ -54,5 +54,5 @@ def _has_children(network: nn.Module, name: str) -> bool:
 
 
 def _is_weight_of_module(network: nn.Module, parameter: str) -> bool:
-    """Whether it has several dimensions and belongs to a module without children."""
+    """Return whether a parameter has several dimensions and belongs to a module without children."""
     return network.get_parameter(parameter).ndim > 1 and not _has_children(network, parameter.rpartition(".")[0])

@@ -1,14 +1,13 @@
-"""The training loop: updates, with validation, checkpoints and metrics in between.
+"""The training loop, with validation, checkpoints and metrics.
 
 Note [Loop]
-1. Every random number of a step is a function of (seed, step, process): crops, flips and all other augmentation through
-   the draws' numbers, and all else (dropout, and what a model may ask of Python or NumPy) because all generators are
-   seeded anew for each step. A run resumes exactly without the generators' states, and all schemes see the same random
-   numbers.
-2. One small all-reduce shares a step's losses, errors, gradient norm and requests to stop among the processes. They are
-   checked before the update: a value that is not finite never reaches a weight.
-3. A checkpoint is written before the validation that is due at its step, and says that it is still due: a run that
-   resumes from it validates first. A kill during a long validation loses nothing else.
+1. All randomness of a step is a function of (seed, step, process): augmentation is keyed by the index of the draw, and
+   all generators (dropout, Python, NumPy) are reseeded before each step. A run resumes exactly without generator
+   states, and all schemes see the same random numbers.
+2. One small all-reduce shares a step's losses, errors, gradient norm and stop requests among the processes. They are
+   checked before the update, so that a non-finite value never reaches a weight.
+3. The checkpoint of a step is written before its validation, and records that validation is pending: a run that resumes
+   from it validates first. If the process is killed during a long validation, only the validation is lost.
 """
 
 import logging
@@ -30,16 +29,15 @@ from relaylab.data.mixing import Mixing
 from relaylab.errors import NonFiniteLossError
 from relaylab.progress import Silent, Task
 from relaylab.recipes.schema import PlateauConfig, Recipe
-from relaylab.train import checkpoint
-from relaylab.train import gradients as diagnosis
+from relaylab.train import checkpoint, gradients
 from relaylab.train.averaging import Average
 from relaylab.train.engine import scaler_of, whole
 from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import deciding, result_text, top_errors
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, Values
-from relaylab.train.runs import values_of
+from relaylab.train.run_folder import values_of
 from relaylab.train.schedule import learning_rate
 from relaylab.train.seeding import seed_all
 from relaylab.train.segments import Segments
@@ -49,21 +47,21 @@ from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
 
-LEAST_SCALE = 1.0  # below it, fp16 overflows because training diverges
+LEAST_SCALE = 1.0  # below this loss scale, fp16 overflows because training diverges
 REMEDY = "try a smaller optimizer.lr, a warm-up or optimizer.clip_norm"
 
 
 @dataclass(eq=False)
 class Trainer:
-    """A training, assembled by `relaylab.train.session`.
+    """The state of a training run, assembled by `relaylab.train.session`.
 
     Attributes:
         relay: network, heads and plan.
-        module: the same, wrapped by Fabric and DDP or FSDP.
-        optimizer: wrapped by Fabric.
-        average: of the weights; None without `optimizer.ema_decay`.
-        records: metrics of the first process; None in all others.
-        checkpoints: their folder.
+        module: `relay` wrapped by Fabric and DDP or FSDP.
+        optimizer: the optimizer, wrapped by Fabric.
+        checkpoints: folder of the checkpoints.
+        average: moving average of the weights; None without `optimizer.ema_decay`.
+        records: metrics; None except in the first process.
     """
 
     fabric: Fabric
@@ -72,7 +70,7 @@ class Trainer:
     criterion: RelayLoss
     optimizer: Any
     recipe: Recipe
-    config: TrainConfig
+    options: TrainOptions
     segments: Segments
     stream: Stream
     augment: Augmentation
@@ -93,15 +91,15 @@ class Trainer:
             Whether the last iteration was reached.
 
         Raises:
-            NonFiniteLossError: a loss or gradient that is not finite, before it reaches a weight.
-            SaveError: a checkpoint that cannot be written.
-            LabError: images that cannot be used.
+            NonFiniteLossError: a loss or gradient is not finite. The update was not made.
+            SaveError: a checkpoint cannot be written.
+            LabError: images cannot be read.
         """
         total, progress = self.recipe.optimizer.iterations, self.progress
         batches = iter(self.stream)
         self.module.train()
         stopping, saved = False, progress.step
-        save_every = self.config.save_every or self.recipe.optimizer.evaluate_every
+        save_every = self.options.save_every or self.recipe.optimizer.evaluate_every
         while True:
             is_last = progress.step == total
             due = is_last or (progress.step > 0 and progress.step % self.recipe.optimizer.evaluate_every == 0)
@@ -113,7 +111,7 @@ class Trainer:
             if due and progress.validated != progress.step:
                 self.validate()
                 if is_last:
-                    self.save()  # once more: with the results of this validation
+                    self.save()  # again, to include the results of this validation
             if is_last:
                 return True
             began = time.perf_counter()
@@ -121,15 +119,15 @@ class Trainer:
             progress.seconds += time.perf_counter() - began
 
     def step(self, batches: Iterator[Batch]) -> bool:
-        """Make one update; return whether a stop is requested."""
-        recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.config.accumulate
-        seed_all(self.config.seed, progress.step, fabric.global_rank)
+        """Make one update. Return whether a stop has been requested."""
+        recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.options.accumulate
+        seed_all(self.options.seed, progress.step, fabric.global_rank)
         rate = learning_rate(recipe.optimizer, progress.step, progress.plateau.drops)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        every = self.config.diagnose_every
+        every = self.options.diagnose_every
         measures = every > 0 and (progress.step + 1) % every == 0
-        cosines: diagnosis.Groups = {}
+        cosines: gradients.Groups = {}
         totals: dict[str, Tensor] = {}
         for part in range(parts):
             began = time.perf_counter()
@@ -137,12 +135,12 @@ class Trainer:
             self.meter.waited(time.perf_counter() - began)
             is_last = part == parts - 1
             with fabric.no_backward_sync(self.module, enabled=not is_last):
-                values, angles = self.backward(batch, measures and part == 0, is_last)
-            cosines |= angles
+                values, new_cosines = self.backward(batch, measures and part == 0, is_last)
+            cosines |= new_cosines
             totals = {name: totals.get(name, 0.0) + value / parts for name, value in values.items()}
         norm, stopping = self.check_and_count(totals)
         if measures and math.isfinite(norm):
-            self.record("gradients", progress.step + 1, diagnosis.statistics(self.relay, self.segments, cosines))
+            self.record("gradients", progress.step + 1, gradients.statistics(self.relay, self.segments, cosines))
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
@@ -150,22 +148,22 @@ class Trainer:
             self.average.update(progress.step)
         size = recipe.optimizer.batch_size
         self.task.advance(1, self.meter.text(size))
-        if progress.step % self.config.log_every == 0:
+        if progress.step % self.options.log_every == 0:
             self.record("train", progress.step, {**self.meter.values(size), "lr": rate})
             self.meter.reset()
         return stopping
 
-    def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], diagnosis.Groups]:
-        """Add the gradients of one part of the step's batch to those of the parts before it.
+    def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], gradients.Groups]:
+        """Run the forward and backward pass of one micro-batch, accumulating gradients.
 
         Returns:
-            The losses and the errors (0 to 1) by name; the angles between losses, if `measures`. Errors are against the
-            images' own labels, where mixed images have others.
+            Losses and errors (0 to 1) by name; the cosines between losses if `measures`, otherwise empty. With mixup
+            or CutMix, errors refer to the labels of the unmixed images.
         """
         images, targets = self.mixing(self.augment(batch.images, batch.draws), batch.labels, batch.draws)
-        if self.config.memory_format == "contiguous":
+        if self.options.memory_format == "contiguous":
             images = images.contiguous()
-        if self.config.early_release:
+        if self.options.early_release:
             with self.fabric.autocast():
                 result = self.relay.forward_backward(
                     images, target=targets, loss=self.criterion, scale=self.scaled, sync=is_last
@@ -175,65 +173,67 @@ class Trainer:
         losses = self.criterion.terms(output, targets)
         weights = self.relay.plan.weights
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
-        angles: diagnosis.Groups = {}
-        if measures and self.can_see_angles:
+        cosines: gradients.Groups = {}
+        if measures and self.supports_cosines:
             scale = self.scaler.get_scale() if self.scaler else 1.0
             scaled = {name: scale * loss for name, loss in weighted.items()}
-            angles = diagnosis.overlap_cosines(self.relay, scaled, self.segments)
-        self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.config.accumulate)
+            cosines = gradients.overlap_cosines(self.relay, scaled, self.segments)
+        self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.options.accumulate)
         detached = {name: loss.detach() for name, loss in losses.items()}
-        return {**detached, **self.errors(output.primary, batch.labels)}, angles
+        return {**detached, **self.errors(output.primary, batch.labels)}, cosines
 
     @staticmethod
     def errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the errors of a batch (0 to 1) by name; none for several labels: precision takes many images."""
+        """Return the errors of a batch (0 to 1) by name; empty for multi-label images, whose metric needs many."""
         return {} if labels.ndim == 2 else top_errors(scores, labels)
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """Scale the loss of one part of a batch for its backward pass."""
-        loss = loss / self.config.accumulate
+        """Scale the loss of one micro-batch for its backward pass."""
+        loss = loss / self.options.accumulate
         return loss if self.scaler is None else cast(Tensor, self.scaler.scale(loss))
 
     def check_and_count(self, metrics: Mapping[str, Tensor]) -> tuple[float, bool]:
         """All-reduce this step's metrics and check them before the update. See Note [Loop] 2.
 
         Args:
-            metrics: of this process: losses and errors by name.
+            metrics: losses and errors of this process by name.
 
         Returns:
-            The norm of the gradient, infinite where fp16 has overflowed and the scaler skips the update; and whether
-            a stop is requested.
+            The gradient norm, infinite if fp16 has overflowed and the scaler skips the update; and whether a stop has
+            been requested.
 
         Raises:
-            NonFiniteLossError: a loss or gradient that is not finite.
+            NonFiniteLossError: a loss or gradient is not finite.
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer.optimizer)
-        gradients = [p.grad for p in self.relay.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        grads = [p.grad for p in self.relay.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(grads))
         stop = torch.full((), float(bool(self.stop)), device=norm.device)
-        own = torch.stack([*metrics.values(), norm, stop])
-        *values, size, stopping = cast(Tensor, self.fabric.all_reduce(own, reduce_op="mean")).tolist()
+        local = torch.stack([*metrics.values(), norm, stop])
+        *values, mean_norm, stopping = cast(Tensor, self.fabric.all_reduce(local, reduce_op="mean")).tolist()
         means: dict[str, float] = dict(zip(metrics, values, strict=True))
-        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        non_finite = [name for name, value in means.items() if not math.isfinite(value)]
         may_overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE  # the scaler skips that step
-        if wrong or not (math.isfinite(size) or may_overflow):
-            raise self._not_finite(wrong)
+        if non_finite or not (math.isfinite(mean_norm) or may_overflow):
+            raise self._not_finite(non_finite)
         clip = self.recipe.optimizer.clip_norm
-        if clip is not None and math.isfinite(size):
+        if clip is not None and math.isfinite(mean_norm):
             torch.nn.utils.clip_grads_with_norm_(self.relay.parameters(), clip, norm)
-        self.meter.count(means, size)
-        return size, stopping > 0
+        self.meter.count(means, mean_norm)
+        return mean_norm, stopping > 0
 
     def _not_finite(self, losses: Sequence[str]) -> NonFiniteLossError:
-        """The error for an update that must not be made, created by all processes together."""
-        gradients = ((name, p.grad) for name, p in self.relay.named_parameters() if p.grad is not None)
-        layers = [name for name, gradient in gradients if not bool(whole(gradient).isfinite().all())]
-        parts = ", ".join(dict.fromkeys(self.segments.of[name] for name in layers))
-        what = [f"the loss {name}" for name in losses]
-        what += [f"the gradients of segment {parts} (from {layers[0]} on)"] if layers else []
+        """Create the error for non-finite losses or gradients. A collective: all processes must call it."""
+        named = ((name, p.grad) for name, p in self.relay.named_parameters() if p.grad is not None)
+        layers = [name for name, gradient in named if not bool(whole(gradient).isfinite().all())]
+        names = ", ".join(dict.fromkeys(self.segments.of[name] for name in layers))
+        sources = [f"the loss {name}" for name in losses]
+        sources += [f"the gradients of segment {names} (from {layers[0]} on)"] if layers else []
         step = self.progress.step + 1
-        return NonFiniteLossError(f"step {step}: not finite: {' and '.join(what)}. This update was not made; {REMEDY}")
+        return NonFiniteLossError(
+            f"step {step}: non-finite values in {' and '.join(sources)}. The update was not made; {REMEDY}"
+        )
 
     def record(self, kind: str, step: int, values: Values) -> None:
         """Write a line of metrics in the first process."""
@@ -244,42 +244,41 @@ class Trainer:
         """Validate, and update the schedule.
 
         Raises:
-            NonFiniteLossError: the loss is not finite.
+            NonFiniteLossError: the validation loss is not finite.
         """
         progress, schedule = self.progress, self.recipe.optimizer.schedule
         with self.meter.stopped():
-            found = self.validation(self.relay, lambda done: self.task.advance(0, f"validating, {done:.0%}"))
-            found |= self.validate_average()
-        if not math.isfinite(found["loss"]):
-            what = f"the loss on the validation images is {found['loss']}"
-            raise NonFiniteLossError(f"step {progress.step}: {what}; {REMEDY}")
-        progress.last, progress.validated = {"step": progress.step, **found}, progress.step
-        error = deciding(found).name
-        if not progress.best or found[error] < progress.best[error]:
+            results = self.validation(self.relay, lambda done: self.task.advance(0, f"validating, {done:.0%}"))
+            results |= self.validate_average()
+        if not math.isfinite(results["loss"]):
+            raise NonFiniteLossError(f"step {progress.step}: the validation loss is {results['loss']}; {REMEDY}")
+        progress.last, progress.validated = {"step": progress.step, **results}, progress.step
+        error = deciding(results).name
+        if not progress.best or results[error] < progress.best[error]:
             progress.best = progress.last
         drops = progress.plateau.drops
         if isinstance(schedule, PlateauConfig):
-            progress.plateau = progress.plateau.after(found[error], schedule.patience)
-        self.record("val", progress.step, {**found, "seconds": round(progress.seconds, 3)})
-        log.info("step %d: val. %s", progress.step, result_text(found))
+            progress.plateau = progress.plateau.after(results[error], schedule.patience)
+        self.record("val", progress.step, {**results, "seconds": round(progress.seconds, 3)})
+        log.info("step %d: val. %s", progress.step, result_text(results))
         if self.average is not None:
-            log.info("step %d: with averaged weights: val. %s", progress.step, result_text(found, "ema_"))
+            log.info("step %d: averaged weights: val. %s", progress.step, result_text(results, "ema_"))
         if progress.plateau.drops > drops:
             rate = learning_rate(self.recipe.optimizer, progress.step, progress.plateau.drops)
-            log.info("step %d: the error has stopped falling; learning rate %g", progress.step, rate)
+            log.info("step %d: plateau reached; learning rate %g", progress.step, rate)
 
     def validate_average(self) -> dict[str, float]:
         """Validate the averaged weights, if there are any."""
         if self.average is None:
             return {}
         with self.average.swapped():
-            found = self.validation(
+            results = self.validation(
                 self.relay, lambda done: self.task.advance(0, f"validating the average, {done:.0%}")
             )
-        return {f"ema_{name}": value for name, value in found.items()}
+        return {f"ema_{name}": value for name, value in results.items()}
 
     def save(self) -> None:
-        """Write a checkpoint, in all processes together: each may hold a part of the parameters.
+        """Write a checkpoint. A collective: each process may hold a shard of the parameters.
 
         Raises:
             SaveError: it cannot be written.
@@ -292,7 +291,7 @@ class Trainer:
                 path = checkpoint.write(self.checkpoints, checkpoint.Checkpoint(model, moments, self.state_dict()))
                 best = [int(self.progress.best["step"])] if self.progress.best else []
                 is_finished = self.progress.validated == self.recipe.optimizer.iterations
-                checkpoint.thin_out(self.checkpoints, self.config.keep or (1 if is_finished else 2), best)
+                checkpoint.prune(self.checkpoints, self.options.keep or (1 if is_finished else 2), best)
                 log.debug("saved %s", path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -302,7 +301,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "meter": self.meter.state_dict(),
-            "seed": self.config.seed,
+            "seed": self.options.seed,
             "processes": self.fabric.world_size,
             "recipe": values_of(self.recipe),
         }
@@ -311,7 +310,7 @@ class Trainer:
         """Resume from a checkpoint's state.
 
         Raises:
-            InputError: it belongs to other images.
+            InputError: the checkpoint belongs to other images.
         """
         self.progress = Progress.from_state(state)
         self.stream.load_state_dict(state["stream"])
@@ -325,8 +324,8 @@ class Trainer:
         return scaler_of(self.fabric)
 
     @property
-    def can_see_angles(self) -> bool:
-        """Whether angles can be measured. See Note [Diagnosis] 3 in `relaylab.train.gradients`."""
-        config = self.config
-        has_graph = not config.compile and not config.early_release and config.strategy != "fsdp"
+    def supports_cosines(self) -> bool:
+        """Whether cosines can be measured. See Note [Gradient statistics] 3 in `relaylab.train.gradients`."""
+        options = self.options
+        has_graph = not options.compile and not options.early_release and options.strategy != "fsdp"
         return has_graph and self.records is not None

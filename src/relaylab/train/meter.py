@@ -12,9 +12,10 @@ AVERAGED = 0.9  # weight of the past in the running mean
 
 
 class Meter:
-    """Means over the steps since the last line of metrics, and a running mean for the progress bar.
+    """Mean metrics over the steps since the last logged line, and running means for the progress bar.
 
-    `errors` are the names of those metrics that are errors, not losses.
+    Args:
+        errors: names of the metrics that are errors; all others are losses.
     """
 
     def __init__(self, errors: Sequence[str] = tuple(TOP)) -> None:
@@ -23,7 +24,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Start the means of a new line."""
+        """Start a new line: reset all means."""
         self._sums: dict[str, float] = {}
         self._norms, self._finite, self._steps = 0.0, 0, 0
         self._timed_steps, self._waited, self._began = 0, 0.0, time.perf_counter()
@@ -34,13 +35,13 @@ class Meter:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Exclude the time spent in the block from the speed."""
+        """Exclude the time spent in the block from the throughput."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
 
     def count(self, metrics: Mapping[str, float], norm: float) -> None:
-        """Add one step: its losses and errors (0 to 1) by name; an infinite gradient norm does not count."""
+        """Add one step: losses and errors (0 to 1) by name, and the gradient norm, which is ignored if infinite."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._seen[name] = AVERAGED * self._seen.get(name, value) + (1 - AVERAGED) * value
@@ -51,7 +52,7 @@ class Meter:
         self._timed_steps += 1
 
     def values(self, batch_size: int) -> dict[str, Any]:
-        """Return the means since the last line."""
+        """Return the means since the last line; errors in per cent."""
         means = {name: total / self._steps for name, total in self._sums.items()}
         losses = {name: value for name, value in means.items() if name not in self._errors}
         rate, wait = self._speed(batch_size)
@@ -64,7 +65,7 @@ class Meter:
         }
 
     def text(self, batch_size: int) -> str:
-        """Format the running means for the 50 columns that a progress bar leaves of 80."""
+        """Format the running means in 50 columns, for a progress bar on a terminal of 80."""
         losses = [f"{name} {value:.2f}" for name, value in self._seen.items() if name not in self._errors]
         rate, wait = self._speed(batch_size)
         errors = "/".join(f"{100 * self._seen[name]:.0f}" for name in self._errors)
@@ -72,12 +73,12 @@ class Meter:
         return f"{' '.join(losses)}{errors} {rate:.0f} img/s wait {100 * wait:.0f}%"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, so that the line in progress is the same after a stop. Times are not included."""
+        """Return the sums of the current line, so that it is the same after resuming; without times."""
         sums = {"sums": self._sums, "norms": self._norms, "finite": self._finite, "steps": self._steps}
         return {**sums, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume a line."""
+        """Restore the sums of `state_dict`."""
         self.reset()
         self._sums, self._seen = dict(state["sums"]), dict(state["seen"])
         self._norms, self._finite, self._steps = state["norms"], state["finite"], state["steps"]

@@ -1,10 +1,10 @@
-"""The errors of runs, in one place: top-k errors for images of one class, average precision for several labels.
+"""Metrics of runs: top-k errors for single-label images, mean average precision for multi-label images.
 
 Note [Measures]
-1. A measure is an error in per cent: tables, verdicts, schedules and the choice of checkpoints take less for better.
-   Mean average precision is therefore 100 minus its error; records have both.
-2. What a line of records has tells what its run is measured by: `measures_of`. The first measure decides.
-3. To add one: a `Measure` in `MEASURES`, and its value in `Validation` (`relaylab.train.validation`).
+1. A measure is an error in per cent; tables, verdicts, schedules and the choice of checkpoints assume that lower is
+   better. Mean average precision is therefore reported as 100 minus its value; records have both.
+2. The measures of a run are those in its lines of validation metrics: `measures_of`. The first one is decisive.
+3. To add a measure, add a `Measure` to `MEASURES`, and its value to `Validation` (`relaylab.train.validation`).
 """
 
 import math
@@ -21,9 +21,9 @@ class Measure:
     """An error by which runs are compared, in per cent.
 
     Attributes:
-        name: in records.
-        short: for headers beside others of its kind.
-        title: its whole name.
+        name: key in the records.
+        short: name for column headers.
+        title: full name.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Measure:
 
 TOP = {"top1": 1, "top5": 5}
 MAP, MAP_ERROR = "map", "map_error"
-AVERAGED = "ema_"  # before the names of what averaged weights reach
+AVERAGED = "ema_"  # prefix of metrics of averaged weights
 _OWN = (
     Measure("top1", "top-1", "top-1 error"),
     Measure("top5", "top-5", "top-5 error"),
@@ -51,17 +51,17 @@ MEASURES = (
 
 
 def measures_of(line: Mapping[str, Any]) -> list[Measure]:
-    """Return the measures that a line of validation has. See Note [Measures] 2."""
+    """Return the measures in a line of validation metrics. See Note [Measures] 2."""
     return [measure for measure in MEASURES if measure.name in line]
 
 
 def deciding(line: Mapping[str, Any]) -> Measure:
-    """Return the measure of a line of validation by which runs are compared and checkpoints are chosen."""
+    """Return the measure by which runs are compared and checkpoints are chosen, from a line of validation metrics."""
     return measures_of(line)[0]
 
 
 def result_text(line: Mapping[str, Any], prefix: str = "") -> str:
-    """Format what a validation has found; `prefix` is that of the names in the line."""
+    """Format the metrics of a validation; `prefix` selects those of averaged weights."""
     if f"{prefix}{MAP}" in line:
         return f"mean average precision {line[f'{prefix}{MAP}']:.2f} %"
     top1, top5 = (line[f"{prefix}{name}"] for name in TOP)
@@ -69,7 +69,7 @@ def result_text(line: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return how many classes score higher than each image's label.
+    """Return the rank of each image's label: the number of classes with a higher score.
 
     Ties, which half precision makes common, are broken in favour of the lower class index, on all machines alike.
 
@@ -84,9 +84,9 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         >>> label_ranks(torch.tensor([[0.1, 0.9, 0.4]]), torch.tensor([2]))
         tensor([1])
     """
-    own = scores.gather(1, labels[:, None])
+    target = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
-    return ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    return ((scores > target) | ((scores == target) & before)).sum(dim=1)
 
 
 def top_errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -96,22 +96,22 @@ def top_errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> float:
-    """Return the mean average precision, 0 to 1: scikit-learn's, a mean over the classes that have positives.
+    """Return the mean average precision, 0 to 1, as computed by scikit-learn, over the classes with positives.
 
     Args:
-        scores: (n, classes); probabilities or what rises with them.
-        targets: (n, classes), 0 and 1, with a 1 at least.
+        scores: (n, classes), probabilities or any increasing function of them.
+        targets: (n, classes), 0 and 1, with at least one 1.
 
     Returns:
-        NaN if a score is not finite.
+        The mean average precision; NaN if a score is not finite.
 
     Example:
         >>> average_precision(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([[1], [0], [1]]))  # (1/1 + 2/3) / 2
         0.8333333333333333
     """
-    from sklearn.metrics import average_precision_score  # takes a while to import
+    from sklearn.metrics import average_precision_score  # slow to import
 
     if not bool(scores.isfinite().all()):
         return math.nan
-    found = (targets > 0).any(dim=0)
-    return float(average_precision_score(targets[:, found].cpu().numpy(), scores[:, found].float().cpu().numpy()))
+    present = (targets > 0).any(dim=0)
+    return float(average_precision_score(targets[:, present].cpu().numpy(), scores[:, present].float().cpu().numpy()))

@@ -1,4 +1,4 @@
-"""Batch normalisation over parts of one image: refused where a channel has a single value, else a warning."""
+"""Check batch normalisation with micro-batches of one image: an error if a channel then has a single value."""
 
 import torch
 from torch import nn
@@ -8,21 +8,21 @@ from relaylab.errors import InputError
 from relaylab.models.building import build_relay
 from relaylab.recipes.schema import Recipe
 
-REMEDY = "take a smaller --accumulate, fewer devices or a larger optimizer.batch_size"
-TOO_FEW = "Expected more than 1 value per channel"  # of PyTorch's error
+REMEDY = "use a smaller --accumulate, fewer devices or a larger optimizer.batch_size"
+TOO_FEW = "Expected more than 1 value per channel"  # PyTorch's message
 
 
 def single_image_problem(recipe: Recipe) -> str | None:
-    """Return an error message if a recipe's network cannot normalise a batch of one image; nothing is computed.
+    """Return an error message if a recipe's network cannot normalise a batch of one image.
 
-    In a batch of two images or more, each channel has at least two values.
+    The network runs on the meta device. With two or more images, each channel has at least two values.
     """
     size = recipe.network.image_size
     last = ""
     try:
         relay = build_relay(recipe, on_meta=True).train()
     except InputError:
-        return None  # other checks say what is wrong with the recipe
+        return None  # other checks report errors of the recipe
 
     def entered(module: nn.Module, _inputs: object) -> None:
         nonlocal last
@@ -35,10 +35,10 @@ def single_image_problem(recipe: Recipe) -> str | None:
     except ValueError as error:
         if TOO_FEW in str(error):
             return (
-                f"each part of a batch is one image, and {last or 'a layer'} then normalises one value per channel: "
+                f"with one image per micro-batch, {last or 'a layer'} would normalise a single value per channel: "
                 f"{REMEDY}"
             )
-    except Exception:  # of code that the lab does not know, which may not run on the meta device
+    except Exception:  # the user's code may not run on the meta device
         return None
     finally:
         for hook in hooks:
@@ -47,5 +47,5 @@ def single_image_problem(recipe: Recipe) -> str | None:
 
 
 def has_local_batch_norm(module: nn.Module) -> bool:
-    """Return whether a network normalises over the images of one process."""
-    return any(isinstance(each, _BatchNorm) and not isinstance(each, nn.SyncBatchNorm) for each in module.modules())
+    """Return whether a network has batch normalisation that is not synchronised across processes."""
+    return any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.modules())

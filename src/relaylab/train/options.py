@@ -1,4 +1,4 @@
-"""The options of a training run. No torch in here; see `relaylab.options`."""
+"""Options of a training run. This module must not import torch; see `relaylab.options`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,67 +18,68 @@ Resume = Annotated[str | None, tyro.conf.arg(metavar="auto|PATH", help_behavior_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What is trained, and on which images."""
+class RunOptions:
+    """Recipe and images of a run."""
 
     recipe: Name = None
-    """A recipe's name, which `relaylab recipes` lists, or a recipe file (.toml)."""
+    """Name of a recipe (see `relaylab recipes`), or a recipe file (.toml)."""
 
     data: Images = ()
-    """Images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset shards, Parquet files,
-    or Places365, iNaturalist and Tiny ImageNet as they come; or, together with --val-data, anything that
-    docs/how-to/data.md describes. A pattern such as 'shard-{000..146}.tar' stands for several files."""
+    """Training and validation images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset
+    shards, Parquet files, or Places365, iNaturalist or Tiny ImageNet as distributed. With --val-data, training images
+    in any format of docs/how-to/data.md. Patterns such as 'shard-{000..146}.tar' are expanded."""
 
     val_data: Images = ()
-    """Validation images, where --data has training images only, as with lists."""
+    """Validation images, if --data has training images only."""
 
     scale: Scale = "paper"
-    """The paper's size, or the same row on MiniPlaces (small) or on next to nothing (tiny)."""
+    """Size of the experiment: the paper's, reduced for MiniPlaces (small), or minimal for tests (tiny)."""
 
     changes: Changes = ()
-    """Change values of the recipe, by the names that `relaylab recipes show` prints: optimizer.lr=0.02."""
+    """Override values of the recipe, such as optimizer.lr=0.02; `relaylab recipes show` lists their names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine(Subject):
-    """Training and monitoring options that are not part of the recipe."""
+class RuntimeOptions(RunOptions):
+    """Options that are not part of the recipe: hardware, checkpoints and logging."""
 
     devices: int = 1
-    """Processes on this machine, each with a device of its own. For several machines, start with torchrun."""
+    """Number of processes on this machine, one device each. For several machines, launch with torchrun."""
 
     restarts: int = 3
     """With several devices: maximum number of restarts from the last checkpoint after a process dies."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes GPUs if there are any."""
+    """Device type; auto uses GPUs if available."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """With several devices: replicate the network on each (ddp), or shard its parameters across them (fsdp)."""
 
     precision: Literal["32", "bf16", "fp16"] = "32"
-    """Numerical precision; bf16 and fp16 mean mixed precision, fp16 with loss scaling."""
+    """Numerical precision; bf16 and fp16 are mixed precision, fp16 with loss scaling."""
 
     accumulate: int = 1
     """Split each device's share of the batch into N micro-batches and accumulate their gradients, to save memory."""
 
     early_release: Switch = False
     """Run each loss's backward pass as soon as the forward pass reaches its head, and free its window's memory before
-    the layers above run. The gradients are the same; it is for relay and isolated windows."""
+    the layers above run. The gradients are the same. For relay and isolated windows."""
 
     batch_norm: Literal["local", "synchronised"] = "local"
-    """With several devices: statistics of each device's own images, or of all (GPUs only)."""
+    """With several devices: compute batch statistics per device (local), or across all devices (synchronised, GPUs
+    only)."""
 
     memory_format: Literal["channels-last", "contiguous"] = "channels-last"
     """Memory format of feature maps; channels-last is faster on most devices."""
 
     compile: Switch = False
-    """Compile the layers outside of overlaps with torch.compile."""
+    """Compile the layers outside overlaps with torch.compile."""
 
     workers: Number = None
-    """Processes that decode images, for each device (default: this machine's cores, divided among the devices)."""
+    """Data-loading processes per device (default: this machine's cores divided by the number of devices)."""
 
     images: Literal["auto", "memory", "disk"] = "auto"
-    """Decode all images once and keep them in memory, or read them as they are needed; auto decides by their size."""
+    """Decode all images once into memory, or read them from disk during training; auto uses memory if they fit."""
 
     save_every: Number = None
     """Also save a checkpoint every N iterations (default: only after each evaluation)."""
@@ -95,38 +96,38 @@ class Engine(Subject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(Engine):
+class TrainOptions(RuntimeOptions):
     """Train a recipe, or resume a run.
 
-    Training can be stopped at any time (Ctrl-C, SIGTERM, a power cut) and continues with --resume.
+    Training can be interrupted at any time (Ctrl-C, SIGTERM, a power cut) and resumed with --resume.
 
-    A run is a folder: resolved configuration, environment, metrics as JSON lines and for TensorBoard, checkpoints, log,
-    and at the end a model file for `relaylab predict` and `relaylab export`.
+    Each run has a folder with its configuration, environment, metrics (JSON lines and TensorBoard), checkpoints, log
+    and, once finished, a model file for `relaylab predict` and `relaylab export`.
     """
 
     seed: int = 0
-    """Seed of weights, batches, crops and dropout."""
+    """Random seed for weights, batches, augmentation and dropout."""
 
     out: Folder = None
-    """Folder of the run; it must be new or empty. (default: runs/RECIPE/TIME-sSEED)."""
+    """Folder of the run; must be new or empty (default: runs/RECIPE/TIME-sSEED)."""
 
     resume: Resume = None
-    """Resume a run: its folder, one of its checkpoints, or "auto" for the newest run of these very options, or a new
-    one if there is none."""
+    """Resume a run: its folder, one of its checkpoints, or "auto" for the newest run with the same options (a new run
+    if there is none)."""
 
     given: Annotated[frozenset[str], tyro.conf.Suppress] = field(default=frozenset(), compare=False)
 
 
-def engine_problems(config: Engine) -> list[str]:
-    """Return error messages for numbers that are too small and options that exclude each other."""
+def option_problems(options: RuntimeOptions) -> list[str]:
+    """Return error messages for values below their minimum, and for options that exclude each other."""
     least = {"devices": 1, "restarts": 0, "accumulate": 1, "workers": 0, "save_every": 1, "keep": 1}
-    problems = too_small(config, **least, log_every=1, diagnose_every=0, seed=0)
-    if config.early_release and config.strategy == "fsdp":
-        problems.append("--early-release needs whole parameters on each device: leave out --strategy fsdp")
+    problems = too_small(options, **least, log_every=1, diagnose_every=0, seed=0)
+    if options.early_release and options.strategy == "fsdp":
+        problems.append("--early-release does not support --strategy fsdp, which shards parameters: use --strategy ddp")
     return problems
 
 
-def name_of(options: Subject) -> str:
-    """Return the name of a recipe, or of its file, with its scale."""
+def name_of(options: RunOptions) -> str:
+    """Return the name of a recipe, or the stem of its file, followed by its scale."""
     name = Path(options.recipe).stem if options.recipe and is_file(options.recipe) else f"{options.recipe}"
     return name if options.scale == "paper" else f"{name}-{options.scale}"

@@ -1,4 +1,4 @@
-"""A recipe for a network and images: sizes, schedule, windows and heads, each with its reason."""
+"""Propose a recipe for a network and a data set: sizes, schedule, windows and heads, each with its reason."""
 
 import math
 import textwrap
@@ -22,31 +22,31 @@ from relaylab.recipes.decoding import decode_recipe, nested
 from relaylab.recipes.scales import stored_side
 from relaylab.recipes.schema import SCHEME_NAMES, ImagesConfig, NetworkConfig, Recipe
 
-LARGEST, STEP = 224, 32  # pixels of crops: the paper's, and multiples of what five halvings leave whole
-SMALLEST = 32  # pixels of crops up to which images are padded
-LARGEST_BATCH, LEAST_BATCH, STEPS = 128, 8, 20  # an epoch has about so many steps or more
-IMBALANCE = 1.5  # largest to smallest class, beyond which classes are drawn equally
-VALIDATIONS = 50  # at most, in a run
-SIZE_OPTIONS = ("img_size", "image_size")  # arguments of networks that are built for images of one size
-WIDTH = 98  # columns of notes
+LARGEST, STEP = 224, 32  # crop size in pixels: the paper's, and a multiple that can be halved five times
+SMALLEST = 32  # crop size in pixels up to which images are padded
+LARGEST_BATCH, LEAST_BATCH, STEPS = 128, 8, 20  # STEPS is the intended minimum per epoch
+IMBALANCE = 1.5  # ratio of the largest to the smallest class from which sampling is class-aware
+VALIDATIONS = 50  # maximum per run
+SIZE_OPTIONS = ("img_size", "image_size")  # arguments of networks with a fixed image size
+WIDTH = 98  # columns
 
-Value = tuple[Any, str]  # a value of the recipe and its source
+Value = tuple[Any, str]  # value and its source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """Choices of the user; None leaves a choice to the images.
+class Preferences:
+    """Preferences of the user; None to derive the value from the images.
 
     Attributes:
-        name: of the recipe.
-        network: the architecture as the recipe's file names it.
-        epochs: passes over the training images.
-        size: side of the crops, in pixels.
-        batch_size: images of an update.
-        heads: auxiliary losses.
+        name: name of the recipe.
+        network: architecture, as written to the recipe file.
+        epochs: number of epochs.
+        size: crop size in pixels.
+        batch_size: batch size.
+        heads: number of auxiliary losses.
         optimizer: a name in `relaylab.train.optimizers.OPTIMIZERS`.
-        pretrained: file of weights to start from, as the recipe's file names it.
-        options: further arguments of the network.
+        pretrained: file of pretrained weights, as written to the recipe file.
+        options: further keyword arguments of the network.
     """
 
     name: str
@@ -62,68 +62,68 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe, and the sentences that go above its tables."""
+    """A recipe, and notes: comments to write above its TOML tables."""
 
     recipe: Recipe
     notes: Mapping[str, Sequence[str]]
 
 
 def propose(
-    network: str, train: Source, images: ImagesConfig, chosen: int, results: ScanResults, wishes: Wishes
+    network: str, train: Source, images: ImagesConfig, chosen: int, results: ScanResults, preferences: Preferences
 ) -> Proposal:
     """Propose a recipe.
 
     Args:
-        network: an architecture.
+        network: architecture.
         train: all training images.
-        images: which of them are held out, and what is validated on; the rest of it is chosen here.
+        images: settings for held-out images and validation.
         chosen: number of images to train on.
         results: on some of the images.
-        wishes: of the user.
+        preferences: of the user.
 
     Raises:
-        InputError: a network that cannot be built, or that does not take the images.
+        InputError: the network cannot be built, or does not accept the images.
     """
-    values = _sizes(results, wishes) | _images(train, images)
+    values = _sizes(results, preferences) | _images(train, images)
     values |= _crops(values["network.image_size"][0])
-    size, batch = values["network.image_size"][0], wishes.batch_size or _batch_size(chosen)
+    size, batch = values["network.image_size"][0], preferences.batch_size or _batch_size(chosen)
     config = NetworkConfig(
-        architecture=network, num_classes=len(train.classes), image_size=size, options=wishes.options
+        architecture=network, num_classes=len(train.classes), image_size=size, options=preferences.options
     )
     config, model = _fitting(config)
     for name, value in config.options.items():
-        source = "the command line" if name in wishes.options else "the size of the crops"
+        source = "the command line" if name in preferences.options else "the crop size"
         values[f"network.options.{name}"] = value, source
-    values |= _optimizer(model, chosen, batch, wishes)
-    if wishes.pretrained is not None:
-        values |= _fine_tuning(values, model, wishes.pretrained)
+    values |= _optimizer(model, chosen, batch, preferences)
+    if preferences.pretrained is not None:
+        values |= _fine_tuning(values, model, preferences.pretrained)
     example = torch.empty(batch, 3, size, size, device="meta")
-    plan, notes = _windows(model, example, config, wishes.heads)
+    plan, notes = _windows(model, example, config, preferences.heads)
     values |= plan
     values |= {
-        "network.architecture": (wishes.network, "the command line"),
+        "network.architecture": (preferences.network, "the command line"),
         "network.num_classes": (len(train.classes), "the images"),
     }
-    head = {"name": wishes.name, "row": f"{wishes.network} on {train.title}"}
+    head = {"name": preferences.name, "row": f"{preferences.network} on {train.title}"}
     problems: list[str] = []
     plain, sources = ({name: pair[i] for name, pair in values.items()} for i in (0, 1))
     recipe = decode_recipe(nested(plain) | head, sources, problems)
     assert not problems, problems
-    rest = "Values that are not in the file have the defaults that `relaylab recipes show` prints for it."
-    notes[""] = [*_wrapped(_about(wishes.network, train, chosen, results)), "", *notes[""], "", rest, ""]
+    rest = "Omitted values have the defaults that `relaylab recipes show` prints for this file."
+    notes[""] = [*_wrapped(_about(preferences.network, train, chosen, results)), "", *notes[""], "", rest, ""]
     return Proposal(recipe, notes)
 
 
-def _sizes(results: ScanResults, wishes: Wishes) -> dict[str, Value]:
+def _sizes(results: ScanResults, preferences: Preferences) -> dict[str, Value]:
     sides = np.minimum(results.widths, results.heights)
     median = int(np.median(sides))
-    size = wishes.size or min(LARGEST, max(STEP, median // STEP * STEP))
+    size = preferences.size or min(LARGEST, max(STEP, median // STEP * STEP))
     given = (
         f"half of the images have shorter sides of at least {median} pixels; a multiple of {STEP}, at most {LARGEST}"
     )
     stored = stored_side(size)
     return {
-        "network.image_size": (size, "the command line" if wishes.size else given),
+        "network.image_size": (size, "the command line" if preferences.size else given),
         "images.short_side": (stored, "in proportion to the paper's, 256 for crops of 224"),
         "evaluation.protocol": ("single crop", "the paper, section 5.1"),
         "evaluation.scales": ([stored], "the size of the training images"),
@@ -131,12 +131,12 @@ def _sizes(results: ScanResults, wishes: Wishes) -> dict[str, Value]:
 
 
 def _crops(size: int) -> dict[str, Value]:
-    """Return the crops of small images, which the paper's margin would leave hardly any positions."""
+    """Return the crop settings; small images are padded, since the paper's margin would leave few positions."""
     if size > SMALLEST:
         return {"augmentation.crop": ("window", "the paper, section 5.1")}
     source = f"usual for small images: an eighth of the size, 4 for CIFAR's {SMALLEST} (He et al., 2016, section 4.2)"
     return {
-        "images.short_side": (size, "the size of the crops: padding moves them"),
+        "images.short_side": (size, "the crop size; padding shifts the crops"),
         "evaluation.scales": ([size], "the size of the training images"),
         "augmentation.crop": ("window", "usual for small images, after padding"),
         "augmentation.padding": (size // 8, source),
@@ -149,16 +149,16 @@ def _images(train: Source, images: ImagesConfig) -> dict[str, Value]:
     sampling = "class-aware" if ratio >= IMBALANCE and not has_several else "shuffled"
     unequal = f"the largest class has {ratio:.3g} times as many images as the smallest"
     why = "all classes have the same number of images" if ratio == 1 else unequal
-    several = "images have several labels, or none"
-    function: Value = ("cross-entropy", "usual where each image is of one class")
+    several = "the images are multi-label"
+    function: Value = ("cross-entropy", "usual for single-label images")
     values: dict[str, Value] = {
         "images.data_set": ("any", "the command line, --data"),
         "images.sampling": (sampling, several if has_several else why),
         "loss.function": ("binary", several) if has_several else function,
-        "augmentation.flip": (True, "usual for photographs; false where a mirror image is of another class"),
+        "augmentation.flip": (True, "usual for photographs; set to false if mirroring changes the class"),
         "augmentation.colour_shift": (0.0, "none; the paper's is 0.1"),
         "augmentation.mean": ("channel", "usual; the paper's is the mean image"),
-        "augmentation.divide": (True, "usual: networks of any size then learn at the same rate"),
+        "augmentation.divide": (True, "usual: the learning rate then transfers between networks"),
     }
     for name in ("held_out", "val_split"):
         if (value := getattr(images, name)) is not None:
@@ -170,21 +170,21 @@ def _batch_size(count: int) -> int:
     return min(LARGEST_BATCH, max(LEAST_BATCH, 2 ** int(math.log2(max(1, count / STEPS)))))
 
 
-def _optimizer(model: nn.Module, count: int, batch: int, wishes: Wishes) -> dict[str, Value]:
-    epochs, epoch = wishes.epochs, max(1, count // batch)
+def _optimizer(model: nn.Module, count: int, batch: int, preferences: Preferences) -> dict[str, Value]:
+    epochs, epoch = preferences.epochs, max(1, count // batch)
     has_batch_norm = _has(model, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
     is_adamw = _has(model, nn.LayerNorm) and not has_batch_norm
     norm = "layer" if is_adamw else "batch" if has_batch_norm else "no"
     algorithm: Value = ("adamw" if is_adamw else "sgd", f"usual for networks with {norm} normalisation")
-    if wishes.optimizer is not None:
-        algorithm = wishes.optimizer, "the command line"
+    if preferences.optimizer is not None:
+        algorithm = preferences.optimizer, "the command line"
     return {
         "optimizer.algorithm": algorithm,
         **(_adamw(batch, is_adamw) if algorithm[0] == "adamw" else _sgd(batch, has_batch_norm)),
-        "optimizer.batch_size": (batch, f"a power of two that leaves {epoch:,} steps to an epoch"),
+        "optimizer.batch_size": (batch, f"a power of two with {epoch:,} steps per epoch"),
         "optimizer.iterations": (epochs * epoch, f"{epochs} epoch{'s' * (epochs > 1)} of {epoch:,} steps"),
-        "optimizer.schedule.kind": ("cosine", "it has no points to choose"),
-        "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "after an epoch, at most 50 times"),
+        "optimizer.schedule.kind": ("cosine", "it has no hyperparameters"),
+        "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "every epoch, at most 50 times"),
         "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
     }
 
@@ -203,7 +203,7 @@ def _sgd(batch: int, has_batch_norm: bool) -> dict[str, Value]:
         return values | {
             "optimizer.lr": (0.1 * batch / 256, rate),
             "optimizer.decay_norms_and_biases": (False, "He et al. (2019), section 3.1: no bias decay"),
-            "optimizer.clip_norm": (None, "none, as the network has batch normalisation"),
+            "optimizer.clip_norm": (None, "none, since the network has batch normalisation"),
         }
     return values | {
         "optimizer.lr": (0.01, "the paper, section 5.1; without batch normalisation"),
@@ -239,7 +239,7 @@ def _fine_tuning(values: Mapping[str, Value], model: nn.Module, file: str) -> di
 
 
 def _fitting(config: NetworkConfig) -> tuple[NetworkConfig, nn.Module]:
-    """Return a network that takes the crops, on the meta device; one for images of one size is built for that size."""
+    """Build the network on the meta device; one with a fixed image size is built for the crop size."""
     try:
         return config, build_meta_network(config)
     except InputError as error:
@@ -255,16 +255,16 @@ def _fitting(config: NetworkConfig) -> tuple[NetworkConfig, nn.Module]:
 def _windows(
     model: nn.Module, example: torch.Tensor, config: NetworkConfig, heads: int
 ) -> tuple[dict[str, Value], dict[str, list[str]]]:
-    """Return the values of the plan and the scheme, and notes: reasons, and what each scheme costs."""
+    """Return the values of the plan and the scheme, and notes: the reasons, and the cost of each scheme."""
     try:
         suggested = suggest_plan(model, example, num_auxiliary=heads)
         chosen = head_for(model, suggested.plan, example, config.num_classes)
         costs = _costs(model, suggested.plan, example, chosen)
     except RelayError as error:
-        said = f"No windows: relaybackprop finds none for this network: {error} Only standard backpropagation is left; "
-        said += "docs/method/windows.md says how to write windows by hand."
-        return {"scheme": ("standard", "no windows were found")}, {"": _wrapped(said)}
-    values: dict[str, Value] = {"scheme": ("relay", "the paper's method; relaylab compare trains the others, too")}
+        note = f"No windows were found for this network: {error} Only standard backpropagation is available; "
+        note += "docs/method/windows.md describes how to define windows manually."
+        return {"scheme": ("standard", "no windows were found")}, {"": _wrapped(note)}
+    values: dict[str, Value] = {"scheme": ("relay", "the paper's method; relaylab compare also trains the others")}
     for name, window in {"primary": suggested.plan.primary, **suggested.plan.auxiliary}.items():
         group = "plan.primary" if name == "primary" else f"plan.auxiliary.{name}"
         values |= {f"{group}.{end}": pair for end, pair in _ends(window)}
@@ -273,7 +273,7 @@ def _windows(
             values[f"{group}.weight"] = (window.weight, "the paper, section 5.1")
             values[f"{group}.head"] = ("auto", chosen.reasons[name].rstrip("."))
     reasons = [f"{number}. {reason}" for number, reason in enumerate(suggested.reasons, 1)]
-    reasons = ["The windows are those of relaybackprop.suggest_plan:", *reasons]
+    reasons = ["Windows from relaybackprop.suggest_plan:", *reasons]
     above = "plan.primary" if suggested.plan.primary.ends else f"plan.auxiliary.{next(iter(suggested.plan.auxiliary))}"
     return values, {"": costs, above: [line for reason in reasons for line in _wrapped(reason)]}
 
@@ -287,12 +287,12 @@ def _ends(window: Window) -> Iterator[tuple[str, Value]]:
 
 
 def _costs(model: nn.Module, plan: Plan, example: torch.Tensor, heads: Mapping[str, nn.Module]) -> list[str]:
-    found, batch = cost(model, plan, example, heads), len(example)
+    predicted, batch = cost(model, plan, example, heads), len(example)
     names = {**SCHEME_NAMES, EARLY_RELEASE: "Relay BP, --early-release"}
-    lines = [f"Predicted cost of a training step, {batch} images in 32 bits (relaylab cost, by segment: --segments):"]
-    for scheme, spent in found.totals.items():
-        flops, ratio = spent.flops / 1e9 / batch, found.ratios[scheme]
-        peak = f"{found.peaks[scheme] / 1e6:7,.0f} MB at its peak"
+    lines = [f"Predicted cost of a training step, batch size {batch}, float32 (details: relaylab cost --segments):"]
+    for scheme, total in predicted.totals.items():
+        flops, ratio = total.flops / 1e9 / batch, predicted.ratios[scheme]
+        peak = f"peak memory {predicted.peaks[scheme] / 1e6:7,.0f} MB"
         lines.append(f"  {names[scheme]:<26} {flops:7.3g} GFLOPs per image, {ratio:5.2f} x, {peak}")
     return lines
 
@@ -301,11 +301,11 @@ def _about(network: str, train: Source, chosen: int, results: ScanResults) -> st
     counts = class_counts(train)
     sides = np.minimum(results.widths, results.heights)
     bad = len(results.unreadable) + len(results.damaged)
-    faults = f" {bad} of {results.examined:,} decoded images are damaged: relaylab data check." if bad else ""
-    within = "in" if targets_of(train) is None else "with several labels, from"
+    faults = f" {bad} of {results.examined:,} decoded images are damaged; run `relaylab data check`." if bad else ""
+    labels = "" if targets_of(train) is None else "multi-label, "
     return (
-        f"{network} on {train.title}: {chosen:,} images to train on, {within} {len(train.classes)} classes of "
-        f"{_range(counts)} images; shorter sides of {_range(sides)} pixels.{faults}"
+        f"{network} on {train.title}: {chosen:,} training images, {labels}{len(train.classes)} classes of "
+        f"{_range(counts)} images, shorter sides of {_range(sides)} pixels.{faults}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Records of a run: metrics as JSON lines and for TensorBoard, and its log."""
+"""Records of a run: metrics as JSON lines and TensorBoard events, and the log."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ from relaylab.files import write_text
 from relaylab.outside.folders import open_for_writing
 from relaylab.outside.reading import LARGEST, DamagedFileError, parse, read_bytes, typed
 from relaylab.outside.showing import terminal
-from relaylab.train.runs import LOG, METRICS, TENSORBOARD
+from relaylab.train.run_folder import LOG, METRICS, TENSORBOARD
 
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of metrics: its kind, and the updates made."""
+    """A line of metrics: its kind and step, the number of updates made."""
 
     kind: Literal["train", "val", "gradients"]
     step: int
@@ -37,7 +37,7 @@ class Line:
 @dataclass(frozen=True)
 class _Training(Line):
     loss: dict[str, float]
-    top1: float | None = None  # with several labels there are none
+    top1: float | None = None  # absent for multi-label images
     top5: float | None = None
 
 
@@ -50,10 +50,10 @@ class _Validation(Line):
     map_error: float | None = None
 
     def __post_init__(self) -> None:
-        """Check that there is a measure."""
+        """Check that the line has the error of a measure."""
         Line.__post_init__(self)
         if None in (self.top1, self.top5) and None in (self.map, self.map_error):
-            raise ValueError("neither top1 and top5 nor map and map_error")
+            raise ValueError("expected top1 and top5, or map and map_error")
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class Records:
 
     Args:
         folder: of the run.
-        step: to resume from. Lines of later steps are dropped: they will be written again.
+        step: the step to resume from. Lines of later steps are dropped, since they will be written again.
         validated: whether the checkpoint includes the validation of that step; if not, its line is dropped too.
     """
 
     def __init__(self, folder: Path, step: int, *, validated: bool = True) -> None:
         file = folder / METRICS
         if file.exists():
-            again = None if validated else (step, "val")
+            pending = None if validated else (step, "val")
             lines = [line for line in read_metrics(file) if line["step"] <= step]
-            kept = [line for line in lines if (line["step"], line["kind"]) != again]
+            kept = [line for line in lines if (line["step"], line["kind"]) != pending]
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = open_for_writing(file, "a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
@@ -91,7 +91,7 @@ class Records:
         Args:
             kind: "train", "val" or "gradients".
             step: updates made.
-            values: numbers by name, or in nested groups.
+            values: numbers by name, optionally in nested groups.
         """
         self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -105,7 +105,7 @@ class Records:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, up to the first that is truncated or damaged."""
+    """Return the lines of a metrics file, up to the first truncated or damaged line."""
     lines: list[dict[str, Any]] = []
     for text in read_bytes(file, LARGEST).splitlines():
         try:
@@ -118,15 +118,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.
+    """Return the metrics of a run.
 
     Raises:
-        InputError: there are none.
+        InputError: the run has no metrics yet.
     """
     file = folder / METRICS
     lines = read_metrics(file) if file.is_file() else []
     if not lines:
-        raise InputError(f"{folder} holds an empty run; train it first: relaylab train --resume {folder}")
+        raise InputError(f"the run in {folder} has no metrics; train it first: relaylab train --resume {folder}")
     return lines
 
 
@@ -139,7 +139,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class _Stderr(logging.Handler):
-    """Writes to the current stderr, which a progress bar replaces; errors are skipped, since they are raised too."""
+    """Write to the current stderr, which progress bars replace. Errors are skipped, since they are also raised."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR:
@@ -147,14 +147,14 @@ class _Stderr(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that is not written through a link."""
+    """A log file handler that does not follow links."""
 
     def _open(self) -> Any:
         return open_for_writing(Path(self.baseFilename), "a", encoding="utf-8")
 
 
 class _Escaping(logging.Formatter):
-    """Formats a record with names from outside escaped."""
+    """Escape control characters, which names of files may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal(super().format(record))
@@ -165,8 +165,8 @@ def logging_to(folder: Path | None, shown: int = logging.INFO) -> Iterator[None]
     """Send the lab's log to stderr and to a run's log file.
 
     Args:
-        folder: of the run; None in all processes except the first, which then log warnings only.
-        shown: lowest level for stderr.
+        folder: of the run; None in all processes except the first, which log only warnings.
+        shown: minimum level for stderr.
     """
     logger = logging.getLogger("relaylab")
     handlers: list[logging.Handler] = [_Stderr(shown)]

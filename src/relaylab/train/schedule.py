@@ -1,4 +1,4 @@
-"""The learning rate as a function of the iteration, and of how often the validation error reached a plateau."""
+"""Learning rate schedules."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ class Plateau:
 
     Attributes:
         best: the lowest error so far, in per cent; None before the first evaluation.
-        since: evaluations since then.
-        drops: how often the rate was lowered.
+        since: number of evaluations since then.
+        drops: number of times the rate was lowered.
     """
 
     best: float | None = None
@@ -30,7 +30,13 @@ class Plateau:
 
 
 def learning_rate(config: OptimizerConfig, iteration: int, drops: int = 0) -> float:
-    """Return the learning rate of an update, counted from 0, after so many drops of a plateau schedule."""
+    """Return the learning rate of an iteration, counted from 0.
+
+    Args:
+        config: with the schedule.
+        iteration: index of the update.
+        drops: for a plateau schedule, the number of times the rate was lowered.
+    """
     schedule, progress = config.schedule, iteration / config.iterations
     match schedule:
         case PlateauConfig():

@@ -9,14 +9,13 @@ from relaylab.data.keyed import keys
 
 
 def seed_all(seed: int, step: int, rank: int) -> None:
-    """Seed every generator that a step may use, from the run's seed, the updates made and the process's rank.
+    """Seed all generators from the seed of the run, the step and the rank of the process.
 
-    The numbers are those of `torch.manual_seed`, which takes a millisecond to format its stack until CUDA is
-    initialised.
+    Equivalent to `torch.manual_seed`, which spends a millisecond formatting its stack until CUDA is initialised.
     """
     key = int(keys(seed, step, rank)[0])
     torch.default_generator.manual_seed(key)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(key)
     random.seed(key)
-    np.random.seed(key & 0xFFFF_FFFF)  # noqa: NPY002 (for models that use it)
+    np.random.seed(key & 0xFFFF_FFFF)  # noqa: NPY002 (models may use it)

@@ -18,9 +18,9 @@ class Segments:
     """The parameters of a `Relay` by segment.
 
     Attributes:
-        of: by parameter, the segment's name: the losses that reach it, joined by "+" from the lowest head up, such as
+        of: segment of each parameter: the losses that reach it, joined by "+" from the lowest head up, such as
             "aux+primary"; for a head, "head aux".
-        losses: by segment, the losses; a head has its own one.
+        losses: losses of each segment; for a head, its own loss.
     """
 
     of: Mapping[str, str]
@@ -28,19 +28,19 @@ class Segments:
 
     @property
     def overlaps(self) -> dict[str, tuple[str, ...]]:
-        """The segments that several losses train."""
+        """The segments that several losses train, with these losses."""
         return {name: losses for name, losses in self.losses.items() if len(losses) > 1}
 
     def parameters(self, segment: str) -> list[str]:
-        """Return a segment's parameters, from the lowest up."""
-        return [name for name, own in self.of.items() if own == segment]
+        """Return the parameters of a segment, from the lowest up."""
+        return [name for name, other in self.of.items() if other == segment]
 
 
 def segments_of(recipe: Recipe) -> Segments:
-    """Derive a recipe's segments from the graph of a forward pass on the meta device.
+    """Derive the segments of a recipe from the graph of a forward pass on the meta device.
 
     Raises:
-        InputError: a network, heads or windows that do not go together.
+        InputError: the network, heads and windows do not match.
     """
     size = recipe.network.image_size
     relay = build_relay(recipe, on_meta=True)
@@ -51,17 +51,17 @@ def segments_of(recipe: Recipe) -> Segments:
 
 
 def segments_from(relay: Relay, images: torch.Tensor) -> Segments:
-    """Derive the segments of a relay from the graph of one forward pass on these images.
+    """Derive the segments of a `Relay` from the graph of a forward pass.
 
     Raises:
-        RelayError: the images, the heads or the windows do not fit the model.
+        RelayError: the images, heads or windows do not match the model.
     """
-    found = reach(relay, images)
+    reached = reach(relay, images)
     order = [*relay.plan.auxiliary, "primary"]
     of: dict[str, str] = {}
     losses: dict[str, tuple[str, ...]] = {}
-    for name in found.parameters:
-        reaching = tuple(loss for loss in order if name in found.losses[loss])
+    for name in reached.parameters:
+        reaching = tuple(loss for loss in order if name in reached.losses[loss])
         is_head = name.startswith("heads.")
         segment = f"head {name.split('.')[1]}" if is_head else "+".join(reaching) or UNTRAINED
         of[name], losses[segment] = segment, reaching
@@ -69,10 +69,10 @@ def segments_from(relay: Relay, images: torch.Tensor) -> Segments:
 
 
 def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
-    """Return error messages for the factors on the learning rates of segments."""
+    """Return error messages for learning rate factors of unknown segments."""
     names = ", ".join(segments.losses)
     return [
-        f"optimizer.segment_lr.{name}: there is no such segment; there are {names}"
+        f"optimizer.segment_lr.{name}: unknown segment; there are {names}"
         for name in config.segment_lr
         if name not in segments.losses
     ]

@@ -1,4 +1,4 @@
-"""A training from its options to its model file: checks before the first step, the loop, and how it ended."""
+"""Train a request in this process: set-up and checks, the training loop, and the model file."""
 
 import logging
 import shlex
@@ -23,7 +23,7 @@ from relaylab.outside.folders import refuse_links
 from relaylab.outside.reading import typed
 from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
-from relaylab.train import averaging, checkpoint, failures, runs
+from relaylab.train import averaging, checkpoint, failures, requests, run_folder
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
@@ -32,7 +32,7 @@ from relaylab.train.meter import Meter
 from relaylab.train.metrics import TOP, result_text
 from relaylab.train.normalisation import REMEDY, has_local_batch_norm
 from relaylab.train.optimizers import build_optimizer, state_tensors
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
@@ -48,14 +48,15 @@ SECONDS_BETWEEN_LINES = 20.0  # where stderr is not a terminal
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a training.
+    """The outcome of a training run.
 
     Attributes:
-        finished: whether the recipe's last iteration was reached.
-        interrupted: whether a stop was requested, even during the last validation.
-        step: updates made.
+        folder: of the run.
+        finished: whether the last iteration of the recipe was reached.
+        interrupted: whether a stop was requested, even if only during the last validation.
+        step: number of updates made.
         last: step, errors and loss of the last validation.
-        best: the same of the validation with the lowest error.
+        best: step, errors and loss of the validation with the lowest error.
     """
 
     folder: Path
@@ -67,25 +68,29 @@ class Outcome:
 
 
 def train(
-    request: runs.Request,
+    request: requests.Request,
     *,
     task: Task | None = None,
     first: AbstractContextManager[object] | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
-    """Train in this process, which may be one of several that torchrun has started.
+    """Train in this process, which may be one of several started by torchrun.
 
     Args:
-        request: from `relaylab.train.runs.understand`.
-        task: shows the progress; None for a bar or lines on stderr. With a task, stderr shows only the log's warnings.
-        first: entered while images are listed and decoded, for callers that train several runs at once.
-        stop: of the caller, if it handles the signals.
+        request: from `relaylab.train.requests.resolve`.
+        task: reports progress; None for a bar or lines on stderr. With a task, only warnings are logged to stderr.
+        first: a lock held while images are listed and decoded, for callers that train several runs concurrently.
+        stop: the caller's stop request, if the caller handles signals.
 
     Raises:
-        InputError: invalid options or images, or a machine that cannot train them, before the first step.
-        LabError: a later failure; the run can resume from its last checkpoint.
+        InputError: invalid options or images, or insufficient hardware; raised before the first step.
+        LabError: a later failure; the run can be resumed from its last checkpoint.
+
+    Example:
+        >>> outcome = train(resolve(TrainOptions(recipe="digits")))
+        >>> outcome.folder / "model.safetensors"
     """
-    fabric = make_fabric(request.config)
+    fabric = make_fabric(request.options)
     with ExitStack() as stack:
         stop = stack.enter_context(stopping()) if stop is None else stop
         folder, path = _agree(fabric, request, stack, logging.INFO if task is None else logging.WARNING)
@@ -93,92 +98,92 @@ def train(
             return _train(fabric, replace(request, folder=folder, checkpoint=path), stop, task, first)
 
 
-def _agree(fabric: Fabric, request: runs.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint to resume from, which the first process finds and broadcasts."""
-    found: tuple[Path, Path | None] | None = None
+def _agree(fabric: Fabric, request: requests.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
+    """Return the folder and the checkpoint to resume from, chosen by the first process and broadcast to the others."""
+    agreed: tuple[Path, Path | None] | None = None
     if fabric.is_global_zero:
         folder = request.folder
         if folder is None and restart_count():
-            folder = runs.find_launch(request.config, launch_id())
-        folder = folder or runs.new_folder(request.config)
+            folder = run_folder.find_launch(request.options, launch_id())
+        folder = folder or run_folder.new_folder(request.options)
         refuse_links(folder)
-        stack.enter_context(runs.locked(folder))
+        stack.enter_context(run_folder.locked(folder))
         stack.enter_context(logging_to(folder, level))
         (folder / failures.FILE).unlink(missing_ok=True)
-        runs.note_start(folder, request.recipe, {"launch": launch_id(), **_where(fabric, request.config)})
-        found = folder, _newest(folder, request)
+        run_folder.record_start(folder, request.recipe, {"launch": launch_id(), **_where(fabric, request.options)})
+        agreed = folder, _newest(folder, request)
     else:
         stack.enter_context(logging_to(None))
-    return cast("tuple[Path, Path | None]", fabric.broadcast(found))
+    return cast("tuple[Path, Path | None]", fabric.broadcast(agreed))
 
 
-def _newest(folder: Path, request: runs.Request) -> Path | None:
+def _newest(folder: Path, request: requests.Request) -> Path | None:
     if request.checkpoint is not None and not restart_count():
         checkpoint.check(request.checkpoint)
         return request.checkpoint
-    path = checkpoint.newest_whole(folder / runs.CHECKPOINTS)
-    if path is None and any(checkpoint.newest(folder / runs.CHECKPOINTS)):
-        raise LabError(f"no checkpoint in {folder / runs.CHECKPOINTS} is whole: start a new run")
+    path = checkpoint.newest_valid(folder / run_folder.CHECKPOINTS)
+    if path is None and any(checkpoint.newest(folder / run_folder.CHECKPOINTS)):
+        raise LabError(f"all checkpoints in {folder / run_folder.CHECKPOINTS} are damaged: start a new run")
     return path
 
 
 @contextmanager
 def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Log an error, and remove the folder of a run that has not begun."""
+    """Log errors, and remove the folder of a run that failed before it started."""
     try:
         yield
     except (OSError, LabError) as error:
         failure = _as_lab_error(folder, error)
         log.error("%s", failure)
         if fabric.is_global_zero:
-            runs.forget(folder)
+            run_folder.remove_unstarted(folder)
         raise failure from None
     except Exception:
-        log.exception("an unexpected error")  # in the log alone: the command line shows one line
+        log.exception("an unexpected error")  # only in the log file: the command line prints one line
         raise
 
 
 def _as_lab_error(folder: Path, error: OSError | LabError) -> LabError:
     if isinstance(error, LabError):
         return error
-    last = next(checkpoint.newest(folder / runs.CHECKPOINTS), None)
+    last = next(checkpoint.newest(folder / run_folder.CHECKPOINTS), None)
     more = "" if last is None else f"; {last.name} is saved: relaylab train --resume {shlex.quote(str(folder))}"
     return LabError(f"cannot read or write {error.filename or f'files in {folder}'}: {error.strerror or error}{more}")
 
 
 def _train(
     fabric: Fabric,
-    request: runs.Request,
+    request: requests.Request,
     stop: StopRequest,
     task: Task | None,
     first: AbstractContextManager[object] | None,
 ) -> Outcome:
-    config, recipe, folder = request.config, request.recipe, request.folder
+    options, recipe, folder = request.options, request.recipe, request.folder
     assert folder is not None
     is_first = fabric.is_global_zero
     segments = segments_of(recipe)
     raise_all(segment_problems(recipe.optimizer, segments))
     images = open_images(
         recipe,
-        config,
+        options,
         device=fabric.device,
         devices_here=environment_number("LOCAL_WORLD_SIZE", 1),
         fault_file=folder / "unreadable-images.txt",
         first=first or fabric.rank_zero_first(local=True),
         sources=request.images,
     )
-    if is_first and not (folder / runs.CONFIG).exists():
-        kept = replace(config, images="memory" if images.in_memory else "disk")
+    if is_first and not (folder / run_folder.CONFIG).exists():
+        resolved = replace(options, images="memory" if images.in_memory else "disk")
         about = {
             "classes": images.classes,
             "keys": images.identity.keys,
             "counts": images.counts(),
             "view": asdict(images.crop_spec),
         }
-        if images.has_several_labels:  # counts are then of labels
+        if images.has_several_labels:  # "counts" are then of labels, not images
             about["images"] = images.sizes()
         about["segments"] = {name: len(segments.parameters(name)) for name in segments.losses}
-        runs.describe(folder, kept, recipe, about)
+        run_folder.write_config(folder, resolved, recipe, about)
     trainer = assemble(fabric, request, images, segments, stop)
     if request.checkpoint is None and not images.in_memory:
         trainer.validation.read_all()
@@ -202,10 +207,10 @@ def _train(
         if trainer.records is not None:
             trainer.records.close()
     if finished:
-        _write_model(folder / runs.MODEL, trainer, images)
+        _write_model(folder / run_folder.MODEL, trainer, images)
         if trainer.average is not None:
             with trainer.average.swapped():
-                _write_model(folder / runs.AVERAGED, trainer, images, "ema_")
+                _write_model(folder / run_folder.AVERAGED, trainer, images, "ema_")
         log.info("finished: %s", folder)
     elif is_first:
         by, resume = stop.signal or "a signal to another process", f"relaylab train --resume {shlex.quote(str(folder))}"
@@ -214,36 +219,38 @@ def _train(
 
 
 def assemble(
-    fabric: Fabric, request: runs.Request, images: RunImages, segments: Segments, stop: StopRequest
+    fabric: Fabric, request: requests.Request, images: RunImages, segments: Segments, stop: StopRequest
 ) -> Trainer:
-    """Build a training with fresh weights, which the seed determines; it has no records yet.
+    """Build a trainer with initial weights, which the seed determines, and without records.
 
     Raises:
-        InputError: a batch that cannot be divided among the processes.
+        InputError: the batch cannot be divided among the processes.
     """
-    config, recipe = request.config, request.recipe
-    torch.manual_seed(config.seed)  # all processes and all schemes begin with the same network
+    options, recipe = request.options, request.recipe
+    torch.manual_seed(options.seed)  # the same initial weights in all processes and for all schemes
     relay = build_relay(recipe)
     if recipe.network.pretrained and request.checkpoint is None:
         for line in load_pretrained(relay.model, Path(recipe.network.pretrained)):
             log.info("%s", line)
-    if config.batch_norm == "synchronised" and fabric.world_size > 1:
+    if options.batch_norm == "synchronised" and fabric.world_size > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(relay)
-    if config.memory_format == "channels-last" and config.strategy != "fsdp":  # which cannot divide such parameters
+    if (
+        options.memory_format == "channels-last" and options.strategy != "fsdp"
+    ):  # FSDP cannot shard channels-last parameters
         relay.to(memory_format=torch.channels_last)  # pyright: ignore
     relay.to(fabric.device)
     for name in segments.parameters(UNTRAINED):  # DDP would wait for their gradients
         relay.get_parameter(name).requires_grad_(False)
-    if config.compile:
+    if options.compile:
         compiled = compile_outside_overlaps(relay, segments)
-        log.info("compiled: %s", ", ".join(compiled) or "nothing, since every part touches an overlap or a boundary")
+        log.info("compiled: %s", ", ".join(compiled) or "nothing: all modules contain an overlap or a window boundary")
     module = fabric.setup_module(relay)
     optimizer = build_optimizer(relay, segments, recipe.optimizer)
     criterion = build_criterion(recipe.loss, images.counts()["train"]).to(fabric.device)
-    augment = images.augmentation(recipe, config.seed).to(fabric.device)
-    sampler = images.sampler(recipe, config.seed, fabric.global_rank, fabric.world_size)
-    raise_all(runs.batch_problems(recipe, config, fabric.world_size))
-    parts = fabric.world_size * config.accumulate
+    augment = images.augmentation(recipe, options.seed).to(fabric.device)
+    sampler = images.sampler(recipe, options.seed, fabric.global_rank, fabric.world_size)
+    raise_all(requests.batch_problems(recipe, options, fabric.world_size))
+    parts = fabric.world_size * options.accumulate
     decay, has_several = recipe.optimizer.ema_decay, images.has_several_labels
     validation = Validation(images.val, augment, BinaryCrossEntropy() if has_several else nn.CrossEntropyLoss(), fabric)
     return Trainer(
@@ -253,13 +260,13 @@ def assemble(
         criterion=criterion,
         optimizer=fabric.setup_optimizers(optimizer),
         recipe=recipe,
-        config=config,
+        options=options,
         segments=segments,
-        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, config.seed, crops_of(recipe)),
+        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, options.seed, crops_of(recipe)),
         augment=augment,
-        mixing=mixing_of(recipe, config.seed),
+        mixing=mixing_of(recipe, options.seed),
         validation=validation,
-        checkpoints=(request.folder or Path()) / runs.CHECKPOINTS,
+        checkpoints=(request.folder or Path()) / run_folder.CHECKPOINTS,
         stop=stop,
         meter=Meter(() if has_several else tuple(TOP)),
         average=None if decay is None else averaging.Average(relay, decay),
@@ -267,47 +274,45 @@ def assemble(
 
 
 def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
-    """Load a checkpoint, if there is one; return its state."""
+    """Load the checkpoint, if any, and return its state."""
     if path is None:
         return {}
-    found = checkpoint.read(path)
-    typed(found.state, State, str(path / checkpoint.STATE))
-    if changes := runs.value_changes(found.state["recipe"], trainer.recipe, path):
-        raise InputError(f"{path} is of another recipe than {trainer.recipe.name}: {'; '.join(changes[:5])}")
-    moments = {name: tensor for name, tensor in found.optimizer.items() if not name.endswith(averaging.SUFFIX)}
-    load_tensors(trainer.relay, trainer.optimizer.optimizer, found.model, moments)
+    loaded = checkpoint.read(path)
+    typed(loaded.state, State, str(path / checkpoint.STATE))
+    if changes := run_folder.value_changes(loaded.state["recipe"], trainer.recipe, path):
+        raise InputError(f"{path} does not match the recipe {trainer.recipe.name}: {'; '.join(changes[:5])}")
+    moments = {name: tensor for name, tensor in loaded.optimizer.items() if not name.endswith(averaging.SUFFIX)}
+    load_tensors(trainer.relay, trainer.optimizer.optimizer, loaded.model, moments)
     if trainer.average is not None:
-        trainer.average.load(found.optimizer)
+        trainer.average.load(loaded.optimizer)
     try:
-        trainer.load_state_dict(found.state)
+        trainer.load_state_dict(loaded.state)
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         if isinstance(error, LabError):
             raise
-        raise InputError(f"{path}: its state does not fit this training: {type(error).__name__}: {error}") from None
-    return found.state
+        raise InputError(f"{path} does not match this run: {type(error).__name__}: {error}") from None
+    return loaded.state
 
 
 def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any]) -> None:
     recipe = trainer.recipe
-    parts = trainer.fabric.world_size * trainer.config.accumulate
+    parts = trainer.fabric.world_size * trainer.options.accumulate
     if parts == recipe.optimizer.batch_size and has_local_batch_norm(trainer.relay):
-        log.warning(
-            "each part of a batch is one image, over which batch normalisation takes its statistics; %s", REMEDY
-        )
+        log.warning("batch normalisation computes its statistics over micro-batches of one image; %s", REMEDY)
     if UNTRAINED in segments.losses:
         log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
     if state:
         log.info("resuming from step %d of %s", trainer.progress.step, folder)
         now, before = trainer.fabric.world_size, state["processes"]
         if now != before:
-            effect = "Sums are added in another order, and dropout has other masks"
-            log.warning("processes: %d now, %d before. %s", now, before, effect)
+            effect = "the order of summation and the dropout masks differ"
+            log.warning("processes: %d now, %d before: %s", now, before, effect)
     else:
-        log.info("%s, %s, seed %d: %s", recipe.name, SCHEMES[recipe.scheme], trainer.config.seed, folder)
+        log.info("%s, %s, seed %d: %s", recipe.name, SCHEMES[recipe.scheme], trainer.options.seed, folder)
 
 
 def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> AbstractContextManager[Task]:
-    """The caller's task, or a progress bar in the first process."""
+    """Return the caller's task, or a progress bar in the first process."""
     if task is not None:
         task.advance(done)
     if task is not None or not is_first:
@@ -315,32 +320,32 @@ def _watched(is_first: bool, recipe: Recipe, done: int, task: Task | None) -> Ab
     return progress("train", recipe.optimizer.iterations, done=done, every_s=SECONDS_BETWEEN_LINES)
 
 
-def _where(fabric: Fabric, config: TrainConfig) -> dict[str, Any]:
+def _where(fabric: Fabric, options: TrainOptions) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else None
     names = ("strategy", "accumulate", "early_release", "compile", "memory_format")
-    options = {name: getattr(config, name) for name in names}
+    settings = {name: getattr(options, name) for name in names}
     threads = torch.get_num_threads()
-    return {"processes": fabric.world_size, "device": gpu or "cpu", "threads": threads, "options": options}
+    return {"processes": fabric.world_size, "device": gpu or "cpu", "threads": threads, "options": settings}
 
 
 def _check_space(folder: Path, trainer: Trainer) -> None:
-    """Refuse to start, rather than fail after hours, where two checkpoints would not fit on the disk."""
+    """Raise an InputError if the disk has no space for two checkpoints, rather than fail after hours of training."""
     averages = trainer.average is not None
     copies = 1 + state_tensors(trainer.recipe.optimizer) + averages
     needed = sum(p.numel() * p.element_size() for p in trainer.relay.parameters()) * copies
     needed += sum(b.numel() * b.element_size() for b in trainer.relay.buffers()) * (1 + averages)
     free = shutil.disk_usage(folder).free
-    if free < needed * 2:  # the old one is removed after the new one is written
+    if free < needed * 2:  # the old checkpoint is removed after the new one is written
         raise InputError(
             f"checkpoints need {needed * 2 / 1e6:,.0f} MB (two of {needed / 1e6:,.0f} MB); {folder} has "
-            f"{free / 1e6:,.0f} MB free: make room, or take another folder with --out"
+            f"{free / 1e6:,.0f} MB free: free some space, or give another folder with --out"
         )
 
 
 def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = "") -> None:
-    """Write the trained network without its heads, for `relaylab predict` and `relaylab export`.
+    """Write the model file: the trained network without its auxiliary heads.
 
-    `prefix` is that of the names of its errors.
+    `prefix` selects the metrics of averaged weights.
     """
     relay, recipe = trainer.relay, trainer.recipe
     assert isinstance(relay, Relay)
@@ -348,7 +353,7 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
     if not trainer.fabric.is_global_zero:
         return
     augment, mean, last = trainer.augment.cpu(), images.statistics.mean, trainer.progress.last
-    about = f"{recipe.name}, seed {trainer.config.seed}, step {trainer.progress.step}"
+    about = f"{recipe.name}, seed {trainer.options.seed}, step {trainer.progress.step}"
     model = ModelFile(
         network=recipe.network,
         classes=images.classes,

@@ -11,7 +11,7 @@ from typing import Any
 
 log = logging.getLogger("relaylab.train")
 
-AT_ONCE_AFTER_S = 2.0  # torchrun repeats a terminal's Ctrl-C immediately: that is not a second request
+AT_ONCE_AFTER_S = 2.0  # torchrun forwards Ctrl-C immediately, which is not a second request
 
 
 class StopRequest:
@@ -24,17 +24,17 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Handle a signal. A second Ctrl-C, at least two seconds after the first, stops at once.
+    def receive(self, signum: int, _frame: FrameType | None = None) -> None:
+        """Handle a signal. A second Ctrl-C, at least two seconds after the first, interrupts immediately.
 
         Raises:
             KeyboardInterrupt: at the second Ctrl-C.
         """
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self._since = signal.Signals(number).name, now
-            log.info("%s: finishing and saving the current step, then stopping", self.signal)
-        elif number == signal.SIGINT and now - self._since > AT_ONCE_AFTER_S:
+            self.signal, self._since = signal.Signals(signum).name, now
+            log.info("%s: stopping after the current step, which is saved", self.signal)
+        elif signum == signal.SIGINT and now - self._since > AT_ONCE_AFTER_S:
             raise KeyboardInterrupt
 
 
@@ -42,8 +42,8 @@ class StopRequest:
 def stopping() -> Iterator[StopRequest]:
     """Treat SIGINT and SIGTERM as requests to stop, in a process that trains.
 
-    When a loader's worker dies, PyTorch's SIGCHLD handler raises an error wherever this process is, perhaps in the
-    middle of an update; without the handler the error is raised where the next batch is fetched.
+    When a data-loading worker dies, PyTorch's SIGCHLD handler raises an error at once, possibly in the middle of an
+    update. Without the handler, the error is raised when the next batch is fetched.
     """
     from torch.utils.data._utils import signal_handling
 
@@ -61,9 +61,9 @@ def receiving(others: Mapping[int, Any] = MappingProxyType({})) -> Iterator[Stop
         yield request  # only the main thread may set handlers
         return
     handlers: dict[int, Any] = {signal.SIGINT: request.receive, signal.SIGTERM: request.receive, **others}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""A training's state for checkpoints: its progress, and its tensors, however they are sharded."""
+"""The state of a training run for checkpoints: its progress, and its tensors, which may be sharded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,19 +12,20 @@ from relaylab.errors import InputError
 from relaylab.train.engine import whole
 from relaylab.train.schedule import Plateau
 
-STEP = "step"  # of AdamW and others: the number of updates, a scalar on the CPU
+STEP = "step"  # of AdamW and others: number of updates, a scalar on the CPU
 
 
 @dataclass
 class Progress:
-    """The progress of a training.
+    """The progress of a training run.
 
     Attributes:
-        step: updates made.
-        validated: the step of the last validation; -1 before the first.
+        step: number of updates made.
+        validated: step of the last validation; -1 before the first.
+        plateau: state of a plateau schedule.
         best: step, errors and loss of the validation with the lowest error; empty before the first.
-        last: the same of the last validation.
-        seconds: spent on updates, over all starts; validation and saving do not count.
+        last: step, errors and loss of the last validation.
+        seconds: time spent on updates over all starts, without validation and saving.
     """
 
     step: int = 0
@@ -36,7 +37,7 @@ class Progress:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "Progress":
-        """Read the progress from a checkpoint's state, which has other entries too."""
+        """Return the progress stored in the state of a checkpoint, which also has other entries."""
         values = {entry.name: state[entry.name] for entry in fields(Progress) if entry.name in state}
         return Progress(**{**values, "plateau": Plateau(**state["plateau"])})
 
@@ -52,7 +53,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class State:
-    """The types of what a checkpoint's state holds."""
+    """The types of the entries of a checkpoint's state."""
 
     format: str
     step: int
@@ -79,36 +80,38 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def load_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, model: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    module: nn.Module, optimizer: torch.optim.Optimizer, model: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> None:
-    """Load a checkpoint's model and optimizer tensors. They are copied: their memory may be mapped to the file.
+    """Load the model and optimizer tensors of a checkpoint. They are copied, since they may be memory-mapped.
 
     Raises:
-        InputError: they belong to another module.
+        InputError: the tensors belong to another network.
     """
-    own = module.state_dict()
+    current = module.state_dict()
     try:
-        module.load_state_dict({name: like(tensor, own.get(name, tensor)) for name, tensor in model.items()})
+        module.load_state_dict({name: like(tensor, current.get(name, tensor)) for name, tensor in model.items()})
     except RuntimeError as error:
-        raise InputError(f"the checkpoint is of another network: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"the checkpoint belongs to another network: {' '.join(str(error).split())[:300]}") from None
     parameters = dict(module.named_parameters())
     optimizer.state.clear()
-    for key, tensor in kept.items():
-        name, _, what = key.rpartition("/")
+    for key, tensor in moments.items():
+        name, _, entry = key.rpartition("/")
         if name not in parameters:
-            raise InputError(f"the checkpoint is of another network: it has {what} of {name}, which is not there")
-        wanted = parameters[name].shape
-        if (what != STEP and tensor.shape != wanted) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
             raise InputError(
-                f"the checkpoint's {what} of {name} has the shape {tuple(tensor.shape)} and the type {tensor.dtype}: "
-                f"expected {tuple(wanted)}, floating-point"
+                f"the checkpoint belongs to another network: it has {entry} of the unknown parameter {name}"
             )
-        is_count = what == STEP  # not divided with the parameter, nor moved to its device, as in torch's own loading
-        optimizer.state[parameters[name]][what] = tensor.clone() if is_count else like(tensor, parameters[name])
+        shape = parameters[name].shape
+        if (entry != STEP and tensor.shape != shape) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
+            raise InputError(
+                f"the checkpoint's {entry} of {name} has the shape {tuple(tensor.shape)} and dtype {tensor.dtype}: "
+                f"expected {tuple(shape)}, floating-point"
+            )
+        is_count = entry == STEP  # neither sharded nor moved to the device, as in Optimizer.load_state_dict
+        optimizer.state[parameters[name]][entry] = tensor.clone() if is_count else like(tensor, parameters[name])
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a copy with the device, memory format and sharding of another tensor."""
+    """Return a copy of a tensor with the device, memory format and sharding of another one."""
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
     if tensor.shape != other.shape:

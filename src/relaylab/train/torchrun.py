@@ -1,11 +1,14 @@
-"""State shared between torchrun, its worker processes and the launching command. No torch in here."""
+"""State shared between torchrun, its worker processes and the launching command.
+
+This module must not import torch.
+"""
 
 import os
 from pathlib import Path
 
 from relaylab.errors import InputError, LabError
 
-FAILURE = "RELAYLAB_FAILURE"  # environment variable: the file for the exit code of the first process that fails
+FAILURE = "RELAYLAB_FAILURE"  # environment variable: file for the exit code of the first failed process
 
 
 def is_launched() -> bool:
@@ -14,19 +17,19 @@ def is_launched() -> bool:
 
 
 def restart_count() -> int:
-    """Return how often torchrun has restarted the processes."""
+    """Return the number of times torchrun has restarted the processes."""
     return environment_number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def environment_number(name: str, default: int) -> int:
-    """Return the whole number that an environment variable holds.
+    """Return the value of an environment variable that holds a non-negative integer.
 
     Raises:
-        InputError: it holds something else.
+        InputError: it has another value.
     """
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise InputError(f"the environment variable {name} is {text!r}: expected a whole number, as torchrun sets it")
+        raise InputError(f"the environment variable {name} is {text!r}: expected an integer, as set by torchrun")
     return int(text)
 
 
@@ -36,10 +39,10 @@ def launch_id() -> str:
 
 
 def note_failure(error: LabError) -> bool:
-    """Record the exit code of an error that a restart would repeat.
+    """Record the exit code of an error that would repeat after a restart.
 
     Returns:
-        Whether this process is the first to record one, and should report its error.
+        Whether this process is the first to record one, and should report the error.
     """
     try:
         if FAILURE in os.environ:

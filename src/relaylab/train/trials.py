@@ -1,4 +1,4 @@
-"""The runs of a tuning: trained in rounds, for all schemes together, until each scheme's best point is enclosed."""
+"""Run a tuning: train trials of all schemes in rounds until each scheme's best point is enclosed."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +10,11 @@ from pathlib import Path
 from relaylab.errors import InputError, LabError
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.schema import SCHEME_NAMES, Recipe
-from relaylab.train import runs
+from relaylab.train import requests, run_folder
 from relaylab.train.failures import read_failure
 from relaylab.train.many import is_missing
 from relaylab.train.metrics import deciding
-from relaylab.train.options import TrainConfig
+from relaylab.train.options import TrainOptions
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import (
     FOLDER,
@@ -35,26 +35,26 @@ from relaylab.train.tuning import (
     write_tuning,
 )
 
-TrainMany = Callable[[Mapping[str, TrainConfig], int], bool]
-"""Trains runs by name, of so many iterations each; returns False if a signal stopped them."""
+TrainMany = Callable[[Mapping[str, TrainOptions], int], bool]
+"""Trains runs, given their options by name and their iterations; returns False if a signal stopped them."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """A tuning to carry out.
+    """The specification of a tuning.
 
     Attributes:
         folder: of the comparison.
-        recipe: with the user's changes.
-        config: options of one of the comparison's runs; its seed, scheme and folder are replaced.
+        recipe: with the user's overrides.
+        base: options of a run of the comparison; trials replace its seed, scheme and folder.
         axes: of the grid.
-        images: of each class to set aside, their share or number.
-        share: length of the trials, as a share of the recipe's iterations.
+        images: images of each class to hold out: a fraction, or a number.
+        share: length of a trial, as a fraction of the recipe's iterations.
     """
 
     folder: Path
     recipe: Recipe
-    config: TrainConfig
+    base: TrainOptions
     axes: tuple[Axis, ...]
     images: float
     share: float
@@ -63,17 +63,17 @@ class Search:
         """Return the folder of a trial."""
         return self.folder / FOLDER / scheme.replace("_", "-") / name_of(of_scheme(self.axes, scheme), point)
 
-    def options(self, scheme: str, point: Point) -> TrainConfig:
+    def trial_options(self, scheme: str, point: Point) -> TrainOptions:
         """Return the options of a trial."""
-        own = changes_of(of_scheme(self.axes, scheme), point)
+        point_changes = changes_of(of_scheme(self.axes, scheme), point)
         values = {"scheme": scheme, "images.set_aside": f"{self.images:g}"}
-        values |= shortened(with_changes(self.recipe, own)[0], self.share)
+        values |= shortened(with_changes(self.recipe, point_changes)[0], self.share)
         more = [f"{name}={value}" for name, value in values.items()]
-        more += [text for text in own if text.partition("=")[0] not in values]
+        more += [text for text in point_changes if text.partition("=")[0] not in values]
         replaced = {text.partition("=")[0] for text in more}
-        kept = [text for text in self.config.changes if text.partition("=")[0].strip() not in replaced]
+        kept = [text for text in self.base.changes if text.partition("=")[0].strip() not in replaced]
         return replace(
-            self.config,
+            self.base,
             changes=(*kept, *more),
             seed=SEED,
             out=self.path(scheme, point),
@@ -88,21 +88,21 @@ class Search:
 
 
 def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | None:
-    """Train the trials that are missing, and return each scheme's choice; None after SIGINT or SIGTERM.
+    """Train the missing trials, and return the chosen values of each scheme; None after SIGINT or SIGTERM.
 
-    A scheme with nothing to choose is not tuned.
+    A scheme without alternatives is not tuned.
 
     Raises:
-        InputError: a trial could not begin, or the folder has one of other images, options or values.
-        LabError: a trial failed other than by divergence.
+        InputError: a trial could not start, or an existing one has different images, options or values.
+        LabError: a trial failed for a reason other than divergence.
     """
     trials = {scheme: list[Trial]() for scheme in schemes}
     while due := [(scheme, point) for scheme in schemes for point in _due(search, scheme, trials[scheme])]:
-        options = {pair: search.options(*pair) for pair in due}
-        # Those that have ended, too: a trial of other images, options or values must not decide.
-        recipes = [runs.understand(config).recipe for config in options.values()]
-        configs = {_title(search, *pair): options[pair] for pair in due if is_missing(search.path(*pair))}
-        if configs and not train(configs, recipes[0].optimizer.iterations):
+        due_options = {pair: search.trial_options(*pair) for pair in due}
+        # Also resolve finished trials: those with other images, options or values must not be reused.
+        recipes = [requests.resolve(options).recipe for options in due_options.values()]
+        missing = {_title(search, *pair): due_options[pair] for pair in due if is_missing(search.path(*pair))}
+        if missing and not train(missing, recipes[0].optimizer.iterations):
             return None
         for scheme, point in due:
             trials[scheme].append(_trial(search, scheme, point))
@@ -113,37 +113,36 @@ def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | N
 
 
 def _earlier(search: Search) -> dict[str, Choice]:
-    """Return the choices of earlier commands, by trials of the same length and images."""
-    with suppress(InputError):  # a damaged file, which is written anew
-        found = read_tuning(search.folder)
-        if found is not None and (found.seed, found.images, found.share) == (SEED, search.images, search.share):
-            return dict(found.choices)
+    """Return the choices of earlier commands whose trials have the same length and images."""
+    with suppress(InputError):  # a damaged file will be overwritten
+        earlier = read_tuning(search.folder)
+        if earlier is not None and (earlier.seed, earlier.images, earlier.share) == (SEED, search.images, search.share):
+            return dict(earlier.choices)
     return {}
 
 
 def _due(search: Search, scheme: str, trials: Sequence[Trial]) -> list[Point]:
-    """Return the points to train next; none where there is nothing to choose. What is beyond the grid is logged."""
+    """Return the points to train next, or none without alternatives. Points beyond the grid are printed."""
     axes = of_scheme(search.axes, scheme)
     if not any(len(axis.values) > 1 for axis in axes):
         return []
-    found = next_points(axes, trials, partial(search.allows, scheme))
-    new = [name_of(axes, point) for point in found if is_missing(search.path(scheme, point))]
+    points = next_points(axes, trials, partial(search.allows, scheme))
+    new = [name_of(axes, point) for point in points if is_missing(search.path(scheme, point))]
     if trials and new:
         best = name_of(axes, choice_of(axes, trials).point)
-        print(
-            f"{SCHEME_NAMES[scheme]}: {best} is the best so far; trying {' and '.join(new)} beside it", file=sys.stderr
-        )
-    return found
+        print(f"{SCHEME_NAMES[scheme]}: best so far is {best}; next: {' and '.join(new)}", file=sys.stderr)
+    return points
 
 
 def _choice(search: Search, scheme: str, trials: Sequence[Trial]) -> Choice:
     axes = of_scheme(search.axes, scheme)
-    if not trials:  # nothing to choose: the only value of each axis
+    if not trials:  # no alternatives: the only value of each axis
         return Choice(axes, (), tuple(axis.values[0] for axis in axes), True)
     choice = choice_of(axes, trials)
     if not choice.enclosed:
         print(
-            f"{SCHEME_NAMES[scheme]}: the best point is at the end of what was tried: {choice.values}", file=sys.stderr
+            f"{SCHEME_NAMES[scheme]}: the best point is at the edge of the tried values: {choice.values}",
+            file=sys.stderr,
         )
     return choice
 
@@ -158,8 +157,8 @@ def _trial(search: Search, scheme: str, point: Point) -> Trial:
     if is_missing(folder):
         failure = read_failure(folder)
         reason = failure.text if failure else "it wrote no result; the disk may be full"
-        raise LabError(f"tuning, {_title(search, scheme, point)}: {reason}. The same command resumes it.")
-    if not (folder / runs.MODEL).is_file():
+        raise LabError(f"tuning, {_title(search, scheme, point)}: {reason}. Run the same command again to resume it.")
+    if not (folder / run_folder.MODEL).is_file():
         return Trial(point)
     last = [line for line in metrics_of(folder) if line["kind"] == "val"][-1]
     return Trial(point, last[deciding(last).name], last["loss"])

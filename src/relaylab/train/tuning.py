@@ -1,13 +1,14 @@
-"""Tuning: the search for each scheme's own values, such as its learning rate, on a grid that grows where it must.
+"""Tuning: search each scheme's best values, such as its learning rate, on a grid that is extended as needed.
 
 Note [Tuning]
-1. All schemes start from the same grid. Its points are trained from one seed, on the training images without those that
-   are set aside, and are compared by their errors on these.
-2. The best point is *enclosed* once its neighbours along each axis of numbers have been trained, too. Beyond the end of
-   an axis its neighbour is a new value, in the ratio of the last two: the grid grows until the best point is enclosed.
-3. A run that diverges is worse than any that does not: where training diverges, the grid ends. Of points with equal
-   errors, the smaller loss decides, then the order of the grid.
-4. At most `MOST_ADDED` values are added at an end of an axis.
+1. All schemes start from the same grid. Each point is trained with one seed, on the training images without the
+   held-out ones, and evaluated by its error on the held-out images.
+2. The best point is *enclosed* once its neighbours along each numeric axis have been trained. Beyond the end of an
+   axis, the neighbour is a new value that continues the ratio of the last two: the grid is extended until the best
+   point is enclosed.
+3. A run that diverges ranks below all others, so that the grid is not extended where training diverges. Ties in the
+   error are broken by the loss, then by the order of the grid.
+4. At most `MOST_ADDED` values are added at each end of an axis.
 """
 
 import itertools
@@ -26,12 +27,12 @@ from relaylab.recipes.changes import located, recipe_problems, with_changes
 from relaylab.recipes.schema import SCHEMES, DecayConfig, PlateauConfig, Recipe, value_text
 
 FILE, FOLDER = "tuning.json", "tuning"  # in the folder of a comparison
-SEED = 1000  # of all trials: not one of the seeds that people compare by
+SEED = 1000  # of all trials; unlikely to be a seed of the comparison
 MOST_ADDED = 6
 PLAN = "plan."  # values that standard BP does not use
-SAME = ("scheme", "network.num_classes", "images.", "evaluation.", "optimizer.iterations")  # for all schemes
+SAME = ("scheme", "network.num_classes", "images.", "evaluation.", "optimizer.iterations")  # not tunable
 
-SAFE = " :+"  # characters of values that names of folders keep, beside letters, digits and "_.-~"
+SAFE = " :+"  # characters allowed in folder names, besides letters, digits and "_.-~"
 
 Point = tuple[str, ...]
 """A value for each axis, as text."""
@@ -39,13 +40,13 @@ Point = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A value to tune, and its values on the grid.
+    """An axis of the grid: a parameter to tune, and its values.
 
     Attributes:
-        key: as the user names it, such as "plan.auxiliary.*.weight".
-        names: the recipe's values that it stands for.
-        values: as text; numbers in rising order.
-        kind: "choice" for values without an order, on whose axis no point has neighbours.
+        key: as given by the user, such as "plan.auxiliary.*.weight".
+        names: the values of the recipe that match the key.
+        values: as text; numbers in increasing order.
+        kind: "number", "whole" for integers, or "choice" for unordered values, which have no neighbours.
     """
 
     key: str
@@ -65,8 +66,8 @@ class Trial:
 
     Attributes:
         point: its values.
-        error: on the images set aside at the end of training, in per cent; None if training diverged.
-        loss: on the same images; None if training diverged.
+        error: on the held-out images at the end of training, in per cent; None if training diverged.
+        loss: on the held-out images; None if training diverged.
     """
 
     point: Point
@@ -81,7 +82,14 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The trials of one scheme, and its best point."""
+    """The trials of one scheme, and its best point.
+
+    Attributes:
+        axes: of the grid.
+        trials: all trained points.
+        point: the best point.
+        enclosed: whether its neighbours have been trained. See Note [Tuning] 2.
+    """
 
     axes: tuple[Axis, ...]
     trials: tuple[Trial, ...]
@@ -95,16 +103,16 @@ class Choice:
 
     @property
     def changes(self) -> list[str]:
-        """The chosen values as changes of the recipe, NAME=VALUE each."""
+        """The chosen values as overrides of the recipe, NAME=VALUE each."""
         return changes_of(self.axes, self.point)
 
 
 def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], list[str]]:
-    """Return the axes of a grid, and error messages.
+    """Parse the values of --tune, and return the axes of the grid and error messages.
 
     Args:
-        texts: KEY=VALUE,VALUE,... each; a key may have the wildcard * for parts of names.
-        recipe: whose values they are.
+        texts: KEY=VALUE,VALUE,... each; a key may contain the wildcard *.
+        recipe: recipe to tune.
     """
     axes: list[Axis] = []
     problems: list[str] = []
@@ -119,14 +127,15 @@ def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], lis
             problems.append(f"--tune {key} is given twice")
         elif any(name.startswith(SAME) for name in names):
             problems.append(
-                f"--tune {key}: all schemes have the same images, classes and iterations; name schemes with --schemes"
+                f"--tune {key}: schemes, images, classes and iterations cannot be tuned; "
+                "use --schemes to choose schemes"
             )
         elif not names:
-            problems.append(f"--tune {key}: no value of the recipe has such a name{nearest(key, present)}")
+            problems.append(f"--tune {key}: unknown value of the recipe{nearest(key, present)}")
         else:
-            axis, wrong = _axis(key, names, values, recipe)
-            problems += wrong
-            axes += [] if wrong else [axis]
+            axis, invalid = _axis(key, names, values, recipe)
+            problems += invalid
+            axes += [] if invalid else [axis]
     return tuple(axes), problems
 
 
@@ -136,12 +145,12 @@ def _axis(key: str, names: Sequence[str], texts: Sequence[str], recipe: Recipe) 
     texts = [located(key, text) for text in texts]
     of_text: dict[tuple[object, ...], str] = {}
     for text in texts:
-        changed, wrong = with_changes(recipe, [f"{name}={text}" for name in names])
-        problems += (problem.replace("--set", "--tune") for problem in wrong or recipe_problems(changed))
-        own = tuple(value for name, value, _ in changed.fields() if name in names)
-        same = of_text.setdefault(own, text)
-        problems += [f"--tune {key}: {same} and {text} are the same value"] if own and same != text else []
-        values += own
+        changed, invalid = with_changes(recipe, [f"{name}={text}" for name in names])
+        problems += (problem.replace("--set", "--tune") for problem in invalid or recipe_problems(changed))
+        parsed = tuple(value for name, value, _ in changed.fields() if name in names)
+        same = of_text.setdefault(parsed, text)
+        problems += [f"--tune {key}: {same} and {text} are the same value"] if parsed and same != text else []
+        values += parsed
     kind = _kind_of(values)
     ordered = texts if problems or kind == "choice" else sorted(texts, key=float)
     return Axis(key, tuple(names), tuple(ordered), kind), list(dict.fromkeys(problems))
@@ -158,12 +167,12 @@ def of_scheme(axes: Iterable[Axis], scheme: str) -> tuple[Axis, ...]:
 
 
 def changes_of(axes: Sequence[Axis], point: Point) -> list[str]:
-    """Return a point as changes of the recipe, NAME=VALUE each."""
+    """Return a point as overrides of the recipe, NAME=VALUE each."""
     return [f"{name}={text}" for axis, text in zip(axes, point, strict=True) for name in axis.names]
 
 
 def name_of(axes: Sequence[Axis], point: Point) -> str:
-    """Return a name for a point's folder, such as "lr=0.01,weight=0.3"."""
+    """Return the folder name of a point, such as "lr=0.01,weight=0.3"."""
     titles = [axis.title for axis in axes]
     keys = titles if len(set(titles)) == len(titles) else [axis.key.replace("*", "all") for axis in axes]
     named = (f"{key}={quote(text, safe=SAFE)}" for key, text in zip(keys, point, strict=True))
@@ -171,17 +180,17 @@ def name_of(axes: Sequence[Axis], point: Point) -> str:
 
 
 def is_allowed(recipe: Recipe, changes: Sequence[str]) -> bool:
-    """Return whether a recipe can be trained with these changes."""
+    """Return whether a recipe is valid with these overrides."""
     changed, problems = with_changes(recipe, changes)
     return not problems and not recipe_problems(changed)
 
 
 def next_points(axes: Sequence[Axis], trials: Sequence[Trial], allowed: Callable[[Point], bool]) -> list[Point]:
-    """Return the points to train next: those of the grid, then the neighbours of the best; none once it is enclosed.
+    """Return the points to train next: first the grid, then neighbours of the best point until it is enclosed.
 
     Args:
         axes: of one scheme.
-        trials: the points that have been trained.
+        trials: the trained points.
         allowed: whether a point beyond the grid can be trained.
     """
     tried = {trial.point for trial in trials}
@@ -192,7 +201,7 @@ def next_points(axes: Sequence[Axis], trials: Sequence[Trial], allowed: Callable
 
 
 def choice_of(axes: Sequence[Axis], trials: Sequence[Trial]) -> Choice:
-    """Return the best of all trials. See Note [Tuning] 3."""
+    """Return the best point of all trials. See Note [Tuning] 3."""
     tried = {trial.point for trial in trials}
     enclosed = all(point in tried for point in _neighbours(axes, trials))
     ordered = _ordered(axes, trials)
@@ -201,37 +210,39 @@ def choice_of(axes: Sequence[Axis], trials: Sequence[Trial]) -> Choice:
 
 def _ordered(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[Trial]:
     ladders = _ladders(axes, trials)
-    return sorted(trials, key=lambda trial: [own.index(text) for own, text in zip(ladders, trial.point, strict=True)])
+    return sorted(
+        trials, key=lambda trial: [ladder.index(text) for ladder, text in zip(ladders, trial.point, strict=True)]
+    )
 
 
 def _ladders(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[list[str]]:
-    """Return all values of each axis, in order: those of the grid and those that were added."""
-    found: list[list[str]] = []
+    """Return all values of each axis in order, those of the grid and added ones."""
+    ladders: list[list[str]] = []
     for index, axis in enumerate(axes):
         values = {*axis.values, *(trial.point[index] for trial in trials)}
-        found.append(list(axis.values) if axis.kind == "choice" else sorted(values, key=float))
-    return found
+        ladders.append(list(axis.values) if axis.kind == "choice" else sorted(values, key=float))
+    return ladders
 
 
 def _neighbours(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[Point | None]:
-    """Return both neighbours of the best point along each axis of numbers; None where there is none.
+    """Return both neighbours of the best point along each numeric axis; None for a missing neighbour.
 
-    An axis with a single value has none to choose from, and no neighbours.
+    Axes with a single value are skipped.
     """
     best = min(_ordered(axes, trials), key=lambda trial: trial.order).point
-    found: list[Point | None] = []
+    neighbours: list[Point | None] = []
     for index, (axis, ladder) in enumerate(zip(axes, _ladders(axes, trials), strict=True)):
         if axis.kind == "choice" or len(axis.values) == 1:
             continue
-        place = ladder.index(best[index])
-        for beside in (place - 1, place + 1):
-            text = ladder[beside] if 0 <= beside < len(ladder) else _beyond(axis, ladder, beside < 0)
-            found.append(None if text is None else (*best[:index], text, *best[index + 1 :]))
-    return found
+        position = ladder.index(best[index])
+        for neighbour in (position - 1, position + 1):
+            text = ladder[neighbour] if 0 <= neighbour < len(ladder) else _beyond(axis, ladder, neighbour < 0)
+            neighbours.append(None if text is None else (*best[:index], text, *best[index + 1 :]))
+    return neighbours
 
 
 def _beyond(axis: Axis, ladder: Sequence[str], is_below: bool) -> str | None:
-    """Return the next value beyond an end of an axis; None if there is none, or if enough have been added."""
+    """Return the next value beyond an end of an axis; None if it is not positive or the limit is reached."""
     last, inner = map(float, ladder[:2] if is_below else ladder[:-3:-1])
     end = ladder.index(axis.values[0 if is_below else -1])
     added = end if is_below else len(ladder) - 1 - end
@@ -248,8 +259,8 @@ class Tuning:
 
     Attributes:
         seed: of all trials.
-        images: of each class set aside, their share or number.
-        share: length of the trials, as a share of the recipe's iterations.
+        images: images of each class held out: a fraction, or a number.
+        share: length of a trial, as a fraction of the recipe's iterations.
         choices: by scheme.
     """
 
@@ -264,14 +275,14 @@ class Tuning:
         return {name for choice in self.choices.values() for axis in choice.axes for name in axis.names}
 
     def is_of(self, recipe: Recipe) -> bool:
-        """Return whether a recipe has the values that were chosen for its scheme."""
+        """Return whether a recipe has the values chosen for its scheme."""
         choice = self.choices.get(recipe.scheme)
         if choice is None:
             return False
         chosen, problems = with_changes(recipe, choice.changes)
-        own, wanted = ({name: value for name, value, _ in each.fields()} for each in (recipe, chosen))
+        actual, expected = ({name: value for name, value, _ in r.fields()} for r in (recipe, chosen))
         names = [name for axis in choice.axes for name in axis.names]
-        return not problems and all(own.get(name) == wanted.get(name) for name in names)
+        return not problems and all(actual.get(name) == expected.get(name) for name in names)
 
 
 def write_tuning(folder: Path, tuning: Tuning) -> None:
@@ -293,16 +304,16 @@ def read_tuning(folder: Path) -> Tuning | None:
         for scheme, choice in tuning.choices.items():
             _check_choice(scheme, choice, str(path))
     except DamagedFileError as error:
-        raise InputError(f"{error}; the same relaylab compare writes it anew") from None
+        raise InputError(f"{error}; rerun `relaylab compare` to write it again") from None
     return tuning
 
 
 def _check_choice(scheme: str, choice: Choice, where: str) -> None:
-    """Raise a DamagedFileError for points that do not fit their axes, or text where an axis has numbers."""
+    """Raise a DamagedFileError if points do not match their axes, or a value on a numeric axis is not a number."""
     points = [choice.point, *(trial.point for trial in choice.trials)]
     fits = scheme in SCHEMES and all(len(point) == len(choice.axes) for point in points)
-    for number, axis in enumerate(choice.axes if fits else ()):
-        texts = [*axis.values, *(point[number] for point in points)]
+    for index, axis in enumerate(choice.axes if fits else ()):
+        texts = [*axis.values, *(point[index] for point in points)]
         fits = fits and bool(axis.values) and (axis.kind == "choice" or all(map(_is_number, texts)))
     if not fits:
         raise DamagedFileError(f"{where} is damaged, or not what relaylab writes: choices.{scheme}")
@@ -316,9 +327,9 @@ def _is_number(text: str) -> bool:
 
 
 def shortened(recipe: Recipe, share: float) -> dict[str, str]:
-    """Return the values of a recipe that is trained for a share of its iterations, by name.
+    """Return the overrides, by name, that shorten a recipe to a fraction of its iterations.
 
-    The schedule is shortened, too: a plateau is as many evaluations long as before.
+    The schedule is shortened in proportion; a plateau remains the same number of evaluations.
     """
     if share == 1:
         return {}
