@@ -12,10 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WIDTH = 100
 FOLDERS = ("docs/**", "examples/**", ".github/**")  # results/ are written by programs
-EXCEPT = ("docs/evidence/", "CHANGELOG.md")
+EXCEPT = ("docs/evidence/",)
 ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*+]|\d+\.) +(?P<text>.*)")
 FIXED = re.compile(r" *(\||#|<|>|!\[|```|---|:::|\[[^]]+\]:)|$")  # lines that are not prose
-ATOM = re.compile(r"\*{0,2}`[^`]+`\S*|\S+")  # code keeps its spaces
+ATOM = re.compile(
+    r"[(*]*`[^`]+`\S*|\(?\[[^]\s][^]]{0,40}\]\([^)\s]{1,60}\)\S*|\S+"
+)  # code and short links are not divided
 LIKE_A_MARK = re.compile(r"([-*+#>]+|\d+\.)$")  # a line must not begin with it
 
 
@@ -28,12 +30,12 @@ def pages() -> list[Path]:
 def wrapped(text: str) -> str:
     """Return a page with its paragraphs and list items wrapped."""
     lines: list[str] = []
-    paragraph: list[str] = []  # its words
+    paragraph: list[str] = []  # its lines
     first = rest = ""  # what its first line and its other lines begin with
     is_code = text.startswith("---\n")  # front matter
 
     def end() -> None:
-        lines.extend(_lines(paragraph, first, rest))
+        lines.extend(_lines(ATOM.findall(" ".join(paragraph)), first, rest))
         paragraph.clear()
 
     for number, line in enumerate(text.splitlines()):
@@ -48,20 +50,16 @@ def wrapped(text: str) -> str:
             end()
             first = line[: item.start("text")]
             rest = " " * len(first)
-            paragraph += _words(item["text"])
+            paragraph.append(item["text"].strip())
         else:
             if not paragraph:
                 first = rest = line[: len(line) - len(line.lstrip())]
                 if len(first) >= 4 and not (lines and lines[-1] == ""):  # it belongs to the line before it
                     lines.append(line)
                     continue
-            paragraph += _words(line)
+            paragraph.append(line.strip())
     end()
     return "\n".join(lines) + "\n"
-
-
-def _words(text: str) -> list[str]:
-    return ATOM.findall(text)
 
 
 def _lines(words: Sequence[str], first: str, rest: str) -> Iterator[str]:
