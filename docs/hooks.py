@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: pages generated from the code, and files outside of docs/ that pages link to.
+"""Hooks of MkDocs: pages generated from the code, and files outside docs/ that pages link to.
 
 Links in Markdown are those of the checkout, so that they work in editors and on code hosts. The site has the same files
-at other places: `site_path` maps one to the other, and every linked file outside of docs/ gets a page of its own.
+at other places: `site_path` maps one to the other, and every linked file outside docs/ gets a page of its own.
 """
 
 import os
@@ -36,7 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages, and a page or copy of each file outside of docs/ that a page links to."""
+    """Add the generated pages, and a page or copy of each file outside docs/ that a page links to."""
     _checkout.clear()
     files.append(File.generated(config, "decisions/index.md", content=_decisions()))
     waiting = [(path, path.read_text(encoding="utf-8")) for path in sorted(DOCS.rglob("*.md"))]
@@ -83,7 +83,7 @@ def site_path(path: Path) -> str:
 
 
 def _add(files: Files, config: MkDocsConfig, path: Path) -> bool:
-    """Add a file or folder outside of docs/ to the site; False if it is there already or does not exist."""
+    """Add a file or folder outside docs/ to the site; False if it is there already or does not exist."""
     if path.is_relative_to(DOCS) or not path.exists():
         return False
     place = site_path(path)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 FAILED, WRONG_INPUT, INTERNAL, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141  # exit codes; 128 + the signal's number
-MOST_NAMES = 12  # if no name is similar, at most so many are listed
+MOST_NAMES = 12  # if no name is similar, the maximum number listed
 
 
 class LabError(Exception):

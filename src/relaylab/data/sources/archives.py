@@ -55,7 +55,7 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, IndexE
 LARGEST_RECORD = 1 << 20  # bytes of a long name or an extended header
 LARGEST_PADDING = 256 << 20  # bytes of zeros after the end
 MOST_RECORDS = 8  # before one member
-LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size; at least so many bytes
+LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size, but at least this many bytes
 RECORDS = (b"x", b"g", b"X", b"L", b"K")  # types of POSIX, Solaris and GNU
 
 

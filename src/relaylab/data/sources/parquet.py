@@ -33,7 +33,7 @@ from relaylab.progress import Task
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo", "pixel_values")
 LABELS = ("label", "labels", "fine_label", "class", "cls", "category", "target", "class_name", "label_name", "scene")
 ROWS_AT_ONCE = 64
-LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size; at least so many bytes
+LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size, but at least this many bytes
 _OffsetOf = Callable[[bytes], int]
 
 

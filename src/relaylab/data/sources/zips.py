@@ -19,7 +19,7 @@ from relaylab.errors import InputError
 
 HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and the extra field
 SIGNATURE = b"PK\x03\x04"
-LARGEST_RATIO, ALWAYS_INFLATED = 200, 64 << 20  # limit: this many times the deflated size; at least so many bytes
+LARGEST_RATIO, ALWAYS_INFLATED = 200, 64 << 20  # limit: this many times the deflated size, but at least this many bytes
 DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, OverflowError, struct.error)
 
 
