@@ -319,7 +319,7 @@ def test_impossible_scores_are_refused(tmp_path: Path) -> None:
     for scores in (good.abs(), good * 3, good.float(), good.half() * 0, good.to(torch.complex64), good.long()):
         scores = scores.half() if scores.dtype == torch.float32 and scores is not good else scores
         save_file({"log_probabilities": scores}, file, header)
-        with pytest.raises(InputError, match="no log-probabilities"):
+        with pytest.raises(InputError, match="does not contain log-probabilities: delete it and evaluate again"):
             folder.read("net", "single-crop")
     labels = tmp_path / "labels.safetensors"
     for changed in (torch.arange(20.0), torch.full((20,), 4), torch.full((20,), -2), torch.zeros(20, 1).long()):

@@ -353,7 +353,10 @@ def test_submissions_have_the_official_labels(tmp_path: Path) -> None:
     assert official_labels(folders("1", "10", *map(str, range(2, 10))), ilsvrc) == [1, 10, *range(2, 10)]
     assert official_labels(numbered("zoo", "bus"), places2) == [0, 1]
     synsets = folders("n01440764", "n02012849")
-    with pytest.raises(InputError, match="an order of its own: give the development kit's"):
+    with pytest.raises(
+        InputError,
+        match="requires the development kit's meta.mat or map_clsloc.txt, which define the labels of the synsets: give it with --kit",
+    ):
         official_labels(synsets, ilsvrc)
     kit = tmp_path / "map_clsloc.txt"
     kit.write_text("n02012849 1 crane\nn01440764 2 tench\n")

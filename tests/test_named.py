@@ -176,7 +176,7 @@ def test_heads_fit_their_inputs() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("plan.auxiliary.aux.top=layer33",), "recipe photos: expected the name of a module .*layer3"),
+        (("plan.auxiliary.aux.top=layer33",), "recipe photos: ResNet has no module 'layer33': .*Nearest: layer3,"),
         (("plan.auxiliary.aux.head=linear", "network.architecture=timm:test_vit", "network.options.img_size=32",
           "plan.auxiliary.aux.top=blocks.3"), r"but its input has shape \(\d+, \d+\): use the head 'auto'"),
     ],

@@ -90,7 +90,11 @@ def ending_with(error: Exception, monkeypatch: pytest.MonkeyPatch, *more: str) -
 
 
 ERRORS: dict[str, tuple[Callable[[], Exception], int, str]] = {
-    "method": (lambda: caught(lambda: Plan(primary=Window(top="x"))), 2, "expected a primary window without `top`"),
+    "method": (
+        lambda: caught(lambda: Plan(primary=Window(top="x"))),
+        2,
+        "the primary window has top='x': it must not have a `top`",
+    ),
     "no file": (lambda: FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "cannot read or write x: No such"),
     "nameless": (lambda: OSError(errno.EINVAL, "Invalid argument"), 2, "cannot read or write a file: Invalid"),
     "disk full": (lambda: OSError(errno.ENOSPC, "No space left on device"), 1, "a file: No space left on device"),
