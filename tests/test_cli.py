@@ -256,4 +256,4 @@ def test_the_command_that_the_documentation_shows_works(
     assert capsys.readouterr().out == "5\n"
     assert cli.main(["count", str(tmp_path / "absent")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
-    assert "count          Count the images of a data set." in cli.overview()
+    assert "count                 Count the images of a data set." in cli.overview()

@@ -72,7 +72,7 @@ def test_invalid_windows(name: str) -> None:
 
 BAD_PLANS = {
     "primary top": ({"primary": Window(top="a")}, "top='a'", "must not have a `top`", "Leave `top` out"),
-    "no top": ({"auxiliary": {"aux": Window(bottom="a")}}, "'aux' has no `top`", "the head reads", "Name"),
+    "no top": ({"auxiliary": {"aux": Window(bottom="a")}}, "'aux' has no `top`", "the head reads", "Pass 'aux': Window(top='layer3.0')"),
     "no window": (
         {"auxiliary": {"aux": "layer3"}},
         "the loss 'aux' has the str 'layer3'",
@@ -118,7 +118,7 @@ def test_unknown_module_lists_the_nearest_names() -> None:
 def test_top_below_bottom() -> None:
     relay = relay_of(Plan(auxiliary={"aux": Window(top="1", bottom="3")}))
     with raises(
-        WindowError, "window of 'aux' is upside down", "reaches the output of 1 before the input of 3", "Swap them"
+        WindowError, "window of 'aux' is inverted", "reaches the output of 1 before the input of 3", "Swap them"
     ):
         relay(torch.randn(2, 3))
 

@@ -521,7 +521,7 @@ def test_invalid_calls_raise() -> None:
     one = RelayLoss(lambda output, target: nn.functional.cross_entropy(output, target, reduction="none").mean())
     assert torch.isfinite(relay.forward_backward(X, target=LABELS, loss=one).loss)
     relay.model[0][0].weight.full_tensor = lambda: None  # an attribute of DTensors
-    with pytest.raises(EarlyReleaseError, match=r"sharded by other means"):
+    with pytest.raises(EarlyReleaseError, match=r"is a DTensor that was not sharded by fully_shard"):
         relay.forward_backward(X, target=LABELS, loss=loss)
     upside_down = Plan(Window(), {"aux": Window(top="1", bottom="3")})
     with pytest.raises(WindowError, match=r"reaches the .* before the "):

@@ -277,8 +277,11 @@ def test_known_networks(build: str, pixels: int, heads: int, expected: dict[str,
 
 def test_ties_are_explained() -> None:
     model = meta(pytest.importorskip("torchvision.models").resnet50)
-    (tie,) = [reason for reason in suggest_plan(model, torch.zeros(2, 3, 64, 64)).reasons if "as deep" in reason]
-    assert tie == "After layer2 it would be as deep; higher heads read features closer to the output."
+    (tie,) = [reason for reason in suggest_plan(model, torch.zeros(2, 3, 64, 64)).reasons if "equally deep" in reason]
+    assert tie == (
+        "With the head after layer2, the deepest window would be equally deep; ties go to the higher head, whose "
+        "features are closer to the output."
+    )
 
 
 def test_plain_mlp_has_five_segments() -> None:
@@ -334,10 +337,14 @@ def test_max_layers() -> None:
 
 
 def test_too_many_heads() -> None:
-    with pytest.raises(WindowError, match=r"places for 5 heads, not for 9.* Ask for num_auxiliary=5"):
+    with pytest.raises(
+        WindowError, match=r"only 5 valid head positions; num_auxiliary=9 was requested.* Pass num_auxiliary=5"
+    ):
         suggest_plan(mlp(), torch.randn(2, 4), 9)
     assert len(suggest_plan(mlp(), torch.randn(2, 4), 5).plan.auxiliary) == 5
-    with pytest.raises(WindowError, match=r"places for 0 heads.* Train it by standard backpropagation"):
+    with pytest.raises(
+        WindowError, match=r"only 0 valid head positions.* Use standard backpropagation, or write a Plan"
+    ):
         suggest_plan(mlp(2), torch.randn(2, 4))
 
 
@@ -352,7 +359,9 @@ def test_too_many_heads() -> None:
     ],
 )
 def test_invalid_numbers_raise(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=f"{message} is invalid: it must be a whole number of at least 1"):
+    with pytest.raises(
+        PlanError, match=f"{message} is invalid: it must be an integer of at least 1. Pass an integer, such"
+    ):
         suggest_plan(mlp(), torch.randn(2, 4), **arguments)
 
 
@@ -368,14 +377,15 @@ def test_str_has_plan_and_reasons() -> None:
         "primary  1       the model's output  output of 3      4",
         "aux      0.3     output of 5         the first layer  6",
         "",
-        "1. The 8 weight layers form 1 segment of equal map size; pooling ends a segment and the classifier belongs to "
-        "the last one.",
-        "2. These have too few ends for heads, so the longest were halved: now 5.",
-        "3. From the lowest up, the segments have 1, 1, 2, 2 and 2 weight layers.",
+        "1. The 8 weight layers form 1 segment of equal map size; pooling ends a segment, and the classifier belongs "
+        "to the last one.",
+        "2. There are too few positions for heads, so the longest segments were halved, giving 5.",
+        "3. From lowest to highest, the segments have 1, 1, 2, 2 and 2 weight layers.",
         "4. A head may read the end of a segment, except the first and the last, above the lowest third of the "
         "layers (the paper's lowest is after 8 of 19): after 3 (4) and 5 (6).",
-        "5. After 5 the deepest window has 6 weight layers, the least that these places allow.",
-        "6. After 3 it would be as deep; higher heads read features closer to the output.",
+        "5. With the head after 5, the deepest window has 6 weight layers, the minimum over these positions.",
+        "6. With the head after 3, the deepest window would be equally deep; ties go to the higher head, whose "
+        "features are closer to the output.",
         "7. Neighbouring windows overlap over the whole segment below the lower head: 2 layers up to 5.",
         "8. The head aux reads (2, 4).",
     ]
@@ -436,7 +446,7 @@ def test_windows_fit_the_memory_budget_with_the_fewest_heads() -> None:
         assert cost(model, result.plan, rows).peaks["early_release"] <= budget
         heads.append(len(result.plan.auxiliary))
         assert_trains(model, result, rows)
-        assert "needs" in result.reasons[1]
+        assert "that fits the budget: a step then peaks at" in result.reasons[1]
     assert heads == sorted(heads)
     assert heads[0] == 1 < heads[-1]
 

@@ -508,7 +508,7 @@ def test_error_suggests_more_heads_if_they_help() -> None:
     """With one head, after the second or the third block, a window has 18 of 20 layers; with two heads, 16."""
     blocks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(size))) for size in (2, 8, 8, 2)]
     model = nn.Sequential(*(_Skip(block) for block in blocks))
-    with pytest.raises(WindowError, match=r"has 18 of the 20 .*Ask for num_auxiliary=2"):
+    with pytest.raises(WindowError, match=r"has 18 of the 20 .*Pass num_auxiliary=2"):
         suggest_plan(model, torch.rand(2, 4))
     assert sorted(suggest_plan(model, torch.rand(2, 4), 2).depths.values()) == [10, 10, 16]
 

@@ -59,7 +59,7 @@ class LeakError(RelayError, RuntimeError):
 
 
 class AppliedTwiceError(RelayError, RuntimeError):
-    """A plan applied to a model that already has one."""
+    """A plan applied to a model that is a `Relay` or contains one."""
 
 
 class CompiledOverlapError(RelayError, RuntimeError):

@@ -237,7 +237,7 @@ class Select(nn.Module):
 
 def _check_option(name: str, value: _T, allowed: tuple[_T, ...]) -> _T:
     if value not in allowed:
-        raise HeadError(f"{name}={value!r} is invalid", f"it must be one of {allowed}", "Choose one of them.")
+        raise HeadError(f"{name}={value!r} is invalid", f"it must be one of {allowed}", f"Pass {name}={allowed[0]!r}.")
     return value
 
 
@@ -247,7 +247,8 @@ def initialise_last(layer: nn.Linear | nn.Conv1d | nn.Conv2d, gain: Gain) -> Non
     Args:
         layer: the last layer of a head or a network.
         gain: "default" keeps PyTorch's initialisation; "he" draws weights of variance 2 / fan-in; "quiet" draws small
-            ones, so that the loss starts within a few per cent of guessing. The bias becomes 0, except for "default".
+            ones, so that the initial loss is within a few per cent of chance level. The bias becomes 0, except for
+            "default".
     """
     _check_option("gain", gain, ("default", "he", "quiet"))
     if gain == "default":

@@ -173,7 +173,7 @@ class Plan:
                 raise PlanError(
                     f"the auxiliary loss {name!r} has no `top` ({window})",
                     "a top is the module whose output the head reads",
-                    "Name that module.",
+                    f"Pass {name!r}: Window(top='layer3.0'), with a name from model.named_modules().",
                 )
         # Explicit defaults, so that equal plans compare equal.
         object.__setattr__(self, "primary", _with_weight(self.primary, PRIMARY_WEIGHT))

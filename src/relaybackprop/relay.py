@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # missing in some builds of torch
 MAX_CACHED = 64
 
 Output = Callable[[Any], Any] | str | int
-"""Selects what the primary loss reads of the model's output: a function, or the key or index of one item."""
+"""Selects the part of the model's output that the primary loss reads: a function, or the key or index of an item."""
 
 
 class RelayResult(NamedTuple):
@@ -68,8 +68,8 @@ class Relay(nn.Module):
         plan: where the heads attach, and how far down each loss reaches.
         heads: the head of each auxiliary loss, by name: a module that maps a copy of the output of the window's `top`,
             of any type, to the input of the criterion. Default: none.
-        output: selects what the primary loss reads, for models that return more: a function of the model's output, or
-            the key or index of an item. The relay returns the selection in both modes. Default: the whole output.
+        output: selects the part of the model's output that the primary loss reads: a function of the output, or the key
+            or index of an item. The relay returns the selection in both modes. Default: the entire output.
 
     Attributes:
         order: the boundaries from low to high; empty before the first training forward pass.
@@ -83,7 +83,7 @@ class Relay(nn.Module):
         HeadError: a window has no head, a head has no window, or a head is not a module.
         CompiledOverlapError: a boundary is inside a compiled module.
         TransformError: a boundary is in a model compiled by torch.jit.
-        AppliedTwiceError: the model is, or contains, a `Relay`.
+        AppliedTwiceError: the model is a `Relay` or contains one.
 
     Example:
         ```python
@@ -238,9 +238,9 @@ class Relay(nn.Module):
 
         Raises:
             EarlyReleaseError: the relay is in evaluation mode, or gradients are not recorded; a criterion does not
-                return a scalar; `fully_shard` was applied around a boundary, or parameters are sharded by other means;
-                a gradient to average is sparse, or a hook removed it; a window has several ends; a reentrant
-                checkpoint is in a window; or a path bypasses the end of a window.
+                return a scalar; `fully_shard` was applied around a boundary, or a parameter is a `DTensor` that was
+                not sharded by `fully_shard`; a gradient to average is sparse, or a hook removed it; a window has
+                several ends; a reentrant checkpoint is in a window; or a path bypasses the end of a window.
             RelayError: any error of the forward pass or of `loss`.
 
         Example:
@@ -290,7 +290,7 @@ class Relay(nn.Module):
         )
 
     def _select_output(self, output: Any) -> Any:
-        """Return what the primary loss reads of the model's output."""
+        """Select the part of the model's output that the primary loss reads."""
         if self.output is None:
             return output
         if callable(self.output):

@@ -25,7 +25,7 @@ COMMANDS = {  # module of relaylab.commands : function
     "report": "report:main",
     "table": "report:table",
     "figure": "report:figure",
-    "diagnose": "diagnose:main",
+    "diagnose information": "diagnose:main",
     "data inspect": "data:inspect",
     "data check": "data:check",
     "recipes": "recipes:list_recipes",

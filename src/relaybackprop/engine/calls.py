@@ -102,10 +102,10 @@ class Calls:
         reached = [place for place in self.order if place in (window.ends[0], window.upper)]
         if reached[0] == window.upper:
             raise WindowError(
-                f"the window of {loss!r} is upside down",
+                f"the window of {loss!r} is inverted",
                 f"its top must be above its lower end, but the forward pass reaches the {window.upper} before the "
                 f"{window.ends[0]}",
-                "Swap them, or name other modules.",
+                "Swap them, or choose different modules.",
             )
 
     def check_has_tensors(self, place: str, value: Any) -> None:

@@ -53,7 +53,7 @@ class Final(NamedTuple):
     additions: int
 
 
-UNSEEN = Final(2**31, 0, 1)  # accumulated in earlier steps only
+UNSEEN = Final(2**31, 0, 1)  # a gradient that this step did not add to, accumulated in earlier steps; sorts last
 Forecast = dict[int, Final]
 """When each gradient becomes final, by the index of its parameter. The same in all processes."""
 
@@ -76,7 +76,8 @@ def check_sharded(module: nn.Module, boundaries: Iterable[str]) -> None:
         boundaries: names of the modules where backward passes may start or end during the forward pass.
 
     Raises:
-        EarlyReleaseError: `fully_shard` was applied around a boundary, or parameters are sharded by other means.
+        EarlyReleaseError: `fully_shard` was applied around a boundary, or a parameter is a `DTensor` that was not
+            sharded by `fully_shard`.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it nothing is sharded
     sharded: dict[str, Any] = {}
@@ -95,8 +96,8 @@ def check_sharded(module: nn.Module, boundaries: Iterable[str]) -> None:
     for name, parameter in module.named_parameters():
         if _is_sharded(parameter) and not any(name.startswith(f"{outer}.") for outer in sharded):
             raise EarlyReleaseError(
-                f"{name!r} is a DTensor that is sharded by other means than fully_shard",
-                "early release supports parameters that are whole or sharded by fully_shard",
+                f"{name!r} is a DTensor that was not sharded by fully_shard",
+                "early release supports parameters that are unsharded or sharded by fully_shard",
                 "Use an ordinary forward and backward pass, or do not shard it.",
             )
 
@@ -183,7 +184,7 @@ class _Average:
         with self._lock:
             self._additions.append((index, torch._C._current_graph_task_id()))  # pyright: ignore[reportPrivateUsage]
             if self._remaining.get(index, 0) == 0:
-                return  # late
+                return  # not forecast: averaged in `finish` (Note [Averaging] 4)
             self._remaining[index] -= 1
             # Send complete buckets in their fixed order, which all processes share: collectives must match.
             self._remaining_in_bucket[self._bucket_of[index]] -= 1

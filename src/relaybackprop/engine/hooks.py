@@ -3,8 +3,8 @@
 Note [Skipped modules]
 Layer drop skips modules of an `nn.ModuleList` at random. If the module of a boundary is skipped, and earlier modules of
 the list have run in order:
-1. A window that ends there ends at the input of the next module of the list that runs. All inputs of that module
-   replace the skipped module's input; its first input replaces the skipped module's output.
+1. A window that ends there ends at the input of the next module of the list that runs. All inputs of the next module
+   replace the skipped module's input; the next module's first input replaces the skipped module's output.
 2. If no later module of the list runs, the window ends at the output of the module that owns the list, and the loss
    does not train the layers in between in this pass. To avoid this, do not end windows at the last module of a list.
 3. A head that reads the skipped module's output does not run, and the relay's output does not include it.
@@ -77,7 +77,7 @@ def _attach_list(
     def cross_skipped(next_index: int | None, place: Boundary, value: Any) -> Any:
         if not engine.calls.is_active():
             return value
-        # In a list whose modules run out of order, a module that did not run yet may still run.
+        # In a list whose modules run out of order, a module that has not run yet may still run.
         in_order = bool(ran) and ran == sorted(ran)
         for boundary in by_height:
             index = index_of[boundary]

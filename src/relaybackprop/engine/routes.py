@@ -99,7 +99,7 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
 
 
 def _check_in_place(junction: Junction, reached: Mapping[Node, None]) -> None:
-    """Raise if another node than the junction reads its source, which the trunk modifies in place."""
+    """Raise if a node other than the junction reads its source, which the trunk modifies in place."""
     sources = {(edge.node, edge.output_nr) for edge in junction.sources}
     for node in reached:
         if getattr(node, "junction", None) is not junction and not sources.isdisjoint(node.next_functions):

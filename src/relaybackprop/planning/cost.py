@@ -33,10 +33,10 @@ NAME_WIDTH = 26  # characters, so that the table fits into 120 columns
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model between two boundaries of the plan, or a head.
+    """A segment of the model between two boundaries of the plan, or a head.
 
     Args:
-        name: the boundary at the end of the part, or the head's name.
+        name: the boundary at the end of the segment, or the head's name.
         parameters: number of elements of the trainable parameters that it uses. Shared ones count in the lowest part.
         schemes: cost by scheme; zero if a scheme does not have the head.
         lower_bound: minimum number of floating-point operations that the plan requires here, forward and backward.
@@ -53,7 +53,8 @@ class Cost:
     """The cost of a training step of a plan, and of other schemes with the same heads. `print` shows a table.
 
     Args:
-        parts: the model's parts, the lowest first, then the heads. Parts without parameters and cost are left out.
+        parts: the model's segments from lowest to highest, then the heads. Segments without parameters and cost are
+            left out.
         peaks: peak memory of a step in bytes, by scheme, without parameters, their gradients, buffers and the batch.
 
     Example:
@@ -125,10 +126,10 @@ def cost(model: nn.Module, plan: Plan, example_input: Any, heads: Mapping[str, n
     Returns:
         The costs of the schemes "standard", "multi_loss", "isolated", "relay" (the plan) and "early_release" (the plan
         with `Relay.forward_backward`), without loss functions and optimizer. "isolated" and "early_release" are left
-        out if a path bypasses the ends that they require. Operations are those of matrix products and convolutions,
-        where a multiplication and an addition count as two. Memory, in bytes, is that of PyTorch's own kernels on a
-        CPU, with fused attention, and without workspaces except the input gradient that a convolution copies. Other
-        devices save slightly different amounts for normalisation.
+        out if a path bypasses the ends that they require. Only matrix products and convolutions are counted; a
+        multiplication and an addition are two operations. Memory is in bytes, for PyTorch's own CPU kernels with fused
+        attention. It excludes kernel workspaces, except a convolution's copy of its input gradient. Other devices save
+        slightly different amounts for normalisation.
 
     Raises:
         PlanError: an argument has a wrong type, or the model does not run on the example.

@@ -88,7 +88,7 @@ class Profiler(FlopCounter):
         spent: the cost of each row.
         parameters: elements of the parameters of each row.
         row: the current row.
-        memory: memory besides the owned tensors, their gradients and the batch.
+        memory: memory in use, excluding the owned tensors, their gradients and the batch.
     """
 
     def __init__(self, rows: int, owned: Sequence[Tensor], batch: Sequence[Tensor]) -> None:

@@ -31,7 +31,7 @@ class Suggestion:
     Args:
         plan: the windows.
         depths: number of weight layers on the longest path through each window, by loss.
-        reasons: sentences, in the order of the decisions.
+        reasons: a sentence for each decision, in the order they were made.
         head_inputs: shape of each head's input, including the batch, by name of the auxiliary loss. If a module returns
             a tuple, it is the shape of the first tensor with a gradient.
     """
@@ -72,14 +72,14 @@ def suggest_plan(
 
     Returns:
         The plan, its reasons and the shapes of the heads' inputs. The heads are named "aux", or "aux1", "aux2", ...,
-        the lowest first.
+        from lowest to highest.
 
     Raises:
         PlanError: an argument has a wrong type or is below 1, the model does not run on the example, or it is not a
             chain of modules.
-        WindowError: there are too few places for the heads; a window has more than 88 % of the layers, as in a U-Net;
-            or windows are deeper than `max_layers` or require more than `memory_budget`. The message names a valid
-            choice.
+        WindowError: there are too few positions for the heads; a window has more than 88 % of the layers, as in a
+            U-Net; or windows are deeper than `max_layers` or require more than `memory_budget`. The message states a
+            valid choice.
 
     Example:
         ```python
@@ -103,12 +103,12 @@ def suggest_plan(
     if arrangement is None:
         max_heads = next((k for k in range(min(num_auxiliary, len(links)) - 1, 0, -1) if arrange(links, k)), 0)
         raise WindowError(
-            f"{type(model).__name__}, a chain of {len(links)} links, has places for {max_heads} heads, "
-            f"not for {num_auxiliary}",
+            f"{type(model).__name__}, a chain of {len(links)} links, has only "
+            f"{_pluralized(max_heads, 'valid head position')}; num_auxiliary={num_auxiliary} was requested",
             "all heads must be above the lowest third of the layers",
-            f"Ask for num_auxiliary={max_heads}."
+            f"Pass num_auxiliary={max_heads}."
             if max_heads
-            else "Train it by standard backpropagation, or write a plan.",
+            else "Use standard backpropagation, or write a Plan by hand.",
         )
     if arrangement.is_too_deep:
         raise _no_relay_error(model, links, arrangement)
@@ -156,15 +156,17 @@ def _suggest_within_budget(
         raise WindowError(
             f"memory_budget={memory_budget:,} bytes is too small for {type(model).__name__} and this batch",
             f"the smallest peak with at least num_auxiliary={num_auxiliary} is {smallest_peak:,} bytes",
-            "Raise the budget to that, use a smaller batch, or use activation checkpointing inside the windows.",
+            f"Raise the budget to {smallest_peak:,} bytes, reduce the batch size, or use activation checkpointing "
+            "inside the windows.",
         )
     plan = packing.plan(ends)
+    at_least = f" from {num_auxiliary} up" if num_auxiliary > 1 else ""
     reasons = [
         f"Standard backpropagation saves {sum(saved_bytes):,} bytes for the backward pass of such a batch, half of "
         f"them up to {_halfway_module(ends, saved_bytes)}.",
-        f"A step with {_pluralized(len(packing.tops), 'head')}, the fewest from {num_auxiliary} up that fit, needs "
-        f"{peak_of(plan):,} bytes at its peak; the budget is {memory_budget:,}.",
-        "Windows save similar amounts; heads may be lower than the paper's rules allow.",
+        f"{_pluralized(len(packing.tops), 'head')} is the smallest number{at_least} that fits the budget: a step then "
+        f"peaks at {peak_of(plan):,} of {memory_budget:,} bytes.",
+        "The windows save similar amounts; heads may be lower than the paper's rules allow.",
         f"Neighbouring windows overlap over {_pluralized(packing.overlap, 'link')} of the chain.",
     ]
     suggestion = _suggestion(model, example_input, plan, [ends[top] for top in packing.tops], reasons)
@@ -173,7 +175,7 @@ def _suggest_within_budget(
         raise WindowError(
             f"a window that fits memory_budget={memory_budget:,} has {deepest} weight layers",
             f"at most max_layers={max_layers} are allowed",
-            "Ask for more heads (num_auxiliary), or set only one of the two limits.",
+            "Increase num_auxiliary, or set only one of the two limits.",
         )
     return suggestion
 
@@ -185,25 +187,25 @@ def _no_relay_error(model: nn.Module, links: Sequence[Link], arrangement: Arrang
     candidates = (arrange(links, count) for count in range(heads + 1, min(heads + 3, len(links))))
     sufficient = next((a for a in candidates if a is not None and not a.is_too_deep), None)
     remedy = (
-        "Write a plan by hand that ends a window on every path, such as Window(after=('middle', 'encoder.2', "
-        "'encoder.1')) for a U-Net, or train by standard backpropagation."
+        "Write a Plan by hand that ends a window on every path, such as Window(after=('middle', 'encoder.2', "
+        "'encoder.1')) for a U-Net, or use standard backpropagation."
     )
     return WindowError(
         f"the window of {deepest!r} has {windows[deepest]} of the {links[-1].depth} weight layers of "
         f"{type(model).__name__}, the fewest found for num_auxiliary={heads}",
         f"a window may have at most {MAX_SHARE:.0%} of them; skip connections and modules that return several tensors "
         "leave too few places",
-        f"Ask for num_auxiliary={len(sufficient.heads)}." if sufficient else remedy,
+        f"Pass num_auxiliary={len(sufficient.heads)}." if sufficient else remedy,
     )
 
 
 def _too_deep_error(links: Sequence[Link], num_auxiliary: int, max_layers: int, deepest: int) -> WindowError:
-    """Build the error for windows deeper than `max_layers`. It names a sufficient number of heads if there is one."""
+    """Build the error for windows deeper than `max_layers`, with a sufficient number of heads if there is one."""
     by_count = {count: arrange(links, count) for count in range(num_auxiliary + 1, len(links))}
     depths = {count: arrangement.deepest for count, arrangement in by_count.items() if arrangement is not None}
     sufficient = [count for count, depth in depths.items() if depth <= max_layers]
     if sufficient:
-        remedy = f"Ask for num_auxiliary={sufficient[0]}, the smallest that suffices, or for max_layers={deepest}."
+        remedy = f"Pass num_auxiliary={sufficient[0]}, the smallest that suffices, or max_layers={deepest}."
     else:
         remedy = f"No number of heads suffices; this model's smallest max_layers is {min([deepest, *depths.values()])}."
     return WindowError(
@@ -219,25 +221,33 @@ def _reasons(links: Sequence[Link], arrangement: Arrangement, max_layers: int | 
     total, uncut = segments[-1].end, stages(links)
     reasons = [
         f"The {total} weight layers form {_pluralized(len(uncut), 'segment')} of equal map size; pooling ends a "
-        "segment and the classifier belongs to the last one."
+        "segment, and the classifier belongs to the last one."
     ]
     if len(segments) > len(uncut):
-        cause = "have too few ends for heads" if len(places_of(uncut)) < len(heads) else "would make windows too deep"
-        reasons.append(f"These {cause}, so the longest were halved: now {len(segments)}.")
-    reasons.append(f"From the lowest up, the segments have {_enumerate([s.layers for s in segments])} weight layers.")
+        has_too_few = len(places_of(uncut)) < len(heads)
+        cause = "There are too few positions for heads" if has_too_few else "The windows would be too deep"
+        reasons.append(f"{cause}, so the longest segments were halved, giving {len(segments)}.")
+    reasons.append(
+        f"From lowest to highest, the segments have {_enumerate([s.layers for s in segments])} weight layers."
+    )
     places = [f"{segments[index].name} ({segments[index].end})" for index in places_of(segments)]
     reasons.append(
         "A head may read the end of a segment, except the first and the last, above the lowest third of the layers "
         f"(the paper's lowest is after 8 of 19): after {_enumerate(places)}."
     )
     head_modules = _enumerate([segments[index].name for index in heads])
+    heads_after = "the head after" if len(heads) == 1 else "the heads after"
     reasons.append(
-        f"After {head_modules} the deepest window has {deepest} weight layers, the least that these places allow."
+        f"With {heads_after} {head_modules}, the deepest window has {deepest} weight layers, the minimum over these "
+        "positions."
     )
     ties = [other for other in one_head_lower(arrangement) if other.deepest == deepest]
     if ties:
         names = " or ".join(_enumerate([other.segments[index].name for index in other.heads]) for other in ties)
-        reasons.append(f"After {names} it would be as deep; higher heads read features closer to the output.")
+        reasons.append(
+            f"With {heads_after} {names}, the deepest window would be equally deep; ties go to the higher head, whose "
+            "features are closer to the output."
+        )
     shared = [segments[index] for index in heads]
     overlaps = _enumerate([f"{_pluralized(segment.layers, 'layer')} up to {segment.name}" for segment in shared])
     reasons.append(f"Neighbouring windows overlap over the whole segment below the lower head: {overlaps}.")
@@ -258,5 +268,5 @@ def _enumerate(parts: Sequence[object]) -> str:
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanError(
-            f"{name}={value!r} is invalid", "it must be a whole number of at least 1", "Give such a number."
+            f"{name}={value!r} is invalid", "it must be an integer of at least 1", f"Pass an integer, such as {name}=1."
         )

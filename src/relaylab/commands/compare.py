@@ -46,7 +46,7 @@ class CompareOptions(RuntimeOptions):
     """Length of a tuning trial, as a fraction of the recipe's iterations."""
 
     tune_hold_out: Annotated[float, tyro.conf.arg(metavar="N")] = 0.2
-    """Training images held out for tuning: a fraction of each class if below 1, else images per class."""
+    """Training images held out for tuning: a fraction of each class if below 1, otherwise images per class."""
 
     jobs: Number = None
     """Number of concurrent runs, each in its own process; does not change the results (default: as many as the cores
@@ -104,7 +104,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     folders = {key: folder / run_folder.member_name(*key) for key in members}
     missing = {folders[key].name: request.options for key, request in requests.items() if is_missing(folders[key])}
     if not missing:
-        print("All runs have already ended.", file=sys.stderr)
+        print("All runs have finished or diverged; nothing to train.", file=sys.stderr)
     if missing and not train(missing, next(iter(requests.values())).recipe.optimizer.iterations):
         done = sum((path / run_folder.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. Run the same command again to resume the others.")

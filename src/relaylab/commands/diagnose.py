@@ -1,9 +1,7 @@
 """`relaylab diagnose information`: linear probes of activations and gradients."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Annotated
 
 from relaylab.files import ROOT, new_folder, timestamp
 from relaylab.options import Folder, Images, MustExist, Runs
@@ -16,9 +14,6 @@ class InformationOptions:
     Loads the newest checkpoint of each run, with its auxiliary heads, and fits a linear probe per layer on half of the
     images. Its predictions on the other half give a lower bound on the information, in bits.
     """
-
-    what: Annotated[Literal["information"], tyro.conf.Positional]
-    """Diagnosis to run."""
 
     runs: Runs = ()
     """Folders of runs or comparisons."""

@@ -75,7 +75,10 @@ class EvaluateOptions:
     data: Annotated[Images, MustExist] = ()
     """Images, as for `relaylab train` (default: those of the first run)."""
 
-    split: Annotated[Literal["val", "test", "train", "all"] | None, tyro.conf.arg(help_behavior_hint="")] = None
+    split: Annotated[
+        Literal["val", "test", "train", "all"] | None,
+        tyro.conf.arg(metavar="{val,test,train,all}", help_behavior_hint=""),
+    ] = None
     """Split of the images; all for images without splits (default: the validation split of the first run, or its
     held-out images if there is none)."""
 

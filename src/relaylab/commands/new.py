@@ -35,11 +35,13 @@ class NewOptions:
     val_data: Annotated[Images, MustExist] = ()
     """Validation images, if --data has training images only."""
 
-    val_split: Annotated[Literal["val", "test"] | None, tyro.conf.arg(help_behavior_hint="")] = None
+    val_split: Annotated[Literal["val", "test"] | None, tyro.conf.arg(metavar="{val,test}", help_behavior_hint="")] = (
+        None
+    )
     """Split to validate on (default: val)."""
 
     hold_out: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """Hold out training images for validation: a fraction of each class if below 1, else images per class."""
+    """Hold out training images for validation: a fraction of each class if below 1, otherwise images per class."""
 
     pretrained: Annotated[File, MustExist] = None
     """Pretrained weights: safetensors or a PyTorch state dict. Tensors that do not match, such as those of a last layer

@@ -137,7 +137,7 @@ def figure(options: FigureOptions) -> int:
             scores = folder.protocol(name, folder.protocols(name)[0])
             photos = pick_photos(images_of(folder, name, options.data), folder.images.classes, scores, right=is_correct)
             if not photos:
-                raise InputError(f"{name} classifies no image {how}")
+                raise InputError(f"{name} does not classify any image {how}")
             made = photo_figure(photos, f"Classified {how} by {name}")
     write_figure(made, path)
     print(path.resolve())

@@ -142,7 +142,7 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
     """Build the plan of a scheme ("standard", "multi_loss", "isolated" or "relay") from relay's windows.
 
     Raises:
-        InputError: another scheme, or another one than "standard" without auxiliary losses.
+        InputError: the scheme is unknown, or is not "standard" and the plan has no auxiliary losses.
     """
     auxiliary = {
         name: Window(top=window.top, bottom=window.bottom, after=_ends(window.after), weight=window.weight)
@@ -245,7 +245,7 @@ def build_head(head: str, shape: tuple[int, ...], num_classes: int, batch_norm: 
         batch_norm: whether the head has batch normalisation, as its network does.
 
     Raises:
-        InputError: another name, or a map too small for it.
+        InputError: the head is unknown, or the map is too small.
     """
     if head not in HEADS:
         raise InputError(f"unknown head {head!r}{nearest(head, [AUTO, *HEADS])}")

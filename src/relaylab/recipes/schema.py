@@ -25,19 +25,21 @@ SCHEMES: Mapping[str, str] = {  # the paper's names for tables, in their order
     "isolated": "isolated windows",  # ours: relay without the overlap
 }
 SCHEME_NAMES: Mapping[str, str] = {**SCHEMES, "multi_loss": "multi-loss"}  # for sentences, legends and headers
-GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "loss", "evaluation")  # of values
+# The groups of a recipe's values.
+GROUPS = ("network", "plan", "scheme", "images", "augmentation", "optimizer", "loss", "evaluation")
 Sampling = Literal["class-aware", "shuffled", "square-root"]
 Gain = Literal["default", "he", "quiet"]  # as in relaybackprop.heads; a test compares the two
 Scale = Literal["paper", "small", "tiny"]
-LIBRARIES = ("timm", "torchvision")  # whose networks have names
-UNMENTIONED = (  # values that no paper of the tables mentions, of methods that came later
+LIBRARIES = ("timm", "torchvision")  # libraries whose networks are called LIBRARY:NAME
+UNMENTIONED = (  # values of later methods, which no paper of the tables mentions
     "augmentation.crop_scale", "augmentation.crop_ratio", "augmentation.padding", "augmentation.policy",
     "augmentation.policy_operations", "augmentation.policy_magnitude", "augmentation.erasing", "augmentation.mixup",
     "augmentation.cutmix",
     "optimizer.betas", "optimizer.eps", "optimizer.decay_norms_and_biases", "optimizer.layer_decay",
     "optimizer.ema_decay", "optimizer.warmup", "optimizer.clip_norm", "loss.label_smoothing", "loss.class_weights",
 )  # fmt: skip
-LACKING = ("network", "plan", "images")  # groups in which None is an option that a recipe lacks
+# In these groups, a value of None means that the recipe does not set the option.
+LACKING = ("network", "plan", "images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +61,11 @@ class NetworkConfig:
     """Bins along a side of each grid of the spatial pyramid (models A and B)."""
     gain: Gain | None = None
     """Initialisation of the last layer: "he" draws weights with variance 2 / fan-in, the default of the paper's
-    networks; "quiet" draws small weights, so that training starts near the loss of guessing; "default" is PyTorch's."""
+    networks; "quiet" draws small weights, so that the initial loss is near chance level; "default" is PyTorch's
+    initialisation."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Other arguments of a network of other code besides num_classes: numbers, text, true, false, or lists of these."""
+    """Additional keyword arguments of an external network, excluding num_classes: numbers, text, true, false, or lists
+    of these."""
     pretrained: str | None = None
     """File of pretrained weights, safetensors or a PyTorch state dict. Tensors that do not fit, such as the last layer
     for other classes, keep their fresh weights."""
@@ -220,7 +224,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW only: added to the denominator."""
     weight_decay: float
-    """SGD adds it to the gradient, times the weight; with AdamW it is decoupled from the gradient."""
+    """SGD: L2 term `weight_decay * w` added to the gradient; AdamW: decoupled weight decay."""
     decay_norms_and_biases: bool = True
     """Apply weight decay to all parameters, as in Caffe; if false, not to those with at most one dimension, nor to
     those that the network lists in `no_weight_decay()`, as timm's networks do."""

@@ -1,1 +1,1 @@
-"""Training a recipe: the loop, its checkpoints and records, and what makes it safe to stop and go on."""
+"""Training: the loop, checkpoints, metrics, and safe interruption and resumption."""

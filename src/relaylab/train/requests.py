@@ -26,10 +26,10 @@ class Request:
     """A request to train: complete options, the recipe with its overrides, and the run to resume.
 
     Attributes:
-        options: complete options.
-        recipe: at its scale, with overrides applied.
-        folder: of the run to resume; None for a new run.
-        checkpoint: to resume from; None for the newest valid one.
+        options: the complete options.
+        recipe: the recipe at its scale, with overrides applied.
+        folder: folder of the run to resume; None for a new run.
+        checkpoint: checkpoint to resume from; None for the newest valid one.
         images: training and validation images, in place of paths.
     """
 
@@ -214,7 +214,10 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     """Raise an InputError if a recipe has changed since the run started."""
     stored = read_run(folder).recipe.values
     if changes := value_changes(stored, recipe, folder / CONFIG):
-        raise InputError(f"recipe {recipe.name} differs from that of the run in {folder}: {'; '.join(changes[:5])}")
+        raise InputError(
+            f"recipe {recipe.name} has changed since the run in {folder} started: {'; '.join(changes[:5])}; start a "
+            "new run with --out, or restore the recipe"
+        )
 
 
 def _find_matching(options: TrainOptions, recipe: Recipe) -> Path | None:

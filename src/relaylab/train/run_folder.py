@@ -84,7 +84,7 @@ def read_run(folder: Path) -> StoredRun:
         raise InputError(f"{folder} is not a run: expected the folder of a run, with {CONFIG}")
     run = read_json(path, StoredRun)
     if problems := option_problems(run.options):
-        raise DamagedFileError(f"{path} is damaged, or not what relaylab writes: {'; '.join(problems)}")
+        raise DamagedFileError(f"{path} is damaged or was not written by relaylab: {'; '.join(problems)}")
     pairs = [text.partition("=") for text in run.options.changes]
     changes = tuple(f"{current_name(key)}{equals}{value}" for key, equals, value in pairs)
     return dataclasses.replace(run, options=dataclasses.replace(run.options, changes=changes))

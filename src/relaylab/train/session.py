@@ -51,7 +51,7 @@ class Outcome:
     """The outcome of a training run.
 
     Attributes:
-        folder: of the run.
+        folder: the run folder.
         finished: whether the last iteration of the recipe was reached.
         interrupted: whether a stop was requested, even if only during the last validation.
         step: number of updates made.

@@ -44,10 +44,10 @@ class Search:
     """The specification of a tuning.
 
     Attributes:
-        folder: of the comparison.
-        recipe: with the user's overrides.
+        folder: folder of the comparison.
+        recipe: the recipe with the user's overrides.
         base: options of a run of the comparison; trials replace its seed, scheme and folder.
-        axes: of the grid.
+        axes: axes of the grid.
         images: images of each class to hold out: a fraction, or a number.
         share: length of a trial, as a fraction of the recipe's iterations.
     """
@@ -141,7 +141,8 @@ def _choice(search: Search, scheme: str, trials: Sequence[Trial]) -> Choice:
     choice = choice_of(axes, trials)
     if not choice.enclosed:
         print(
-            f"{SCHEME_NAMES[scheme]}: the best point is at the edge of the tried values: {choice.values}",
+            f"{SCHEME_NAMES[scheme]}: the best point is at the edge of the tried values: {choice.values}; to search "
+            "further, add values beyond the edge to --tune and choose a new --out",
             file=sys.stderr,
         )
     return choice

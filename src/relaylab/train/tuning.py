@@ -27,10 +27,10 @@ from relaylab.recipes.changes import located, recipe_problems, with_changes
 from relaylab.recipes.schema import SCHEMES, DecayConfig, PlateauConfig, Recipe, value_text
 
 FILE, FOLDER = "tuning.json", "tuning"  # in the folder of a comparison
-SEED = 1000  # of all trials; unlikely to be a seed of the comparison
+SEED = 1000  # shared by all trials; unlikely to be a seed of the comparison
 MOST_ADDED = 6
-PLAN = "plan."  # values that standard BP does not use
-SAME = ("scheme", "network.num_classes", "images.", "evaluation.", "optimizer.iterations")  # not tunable
+PLAN = "plan."  # prefix of values that standard BP does not use
+SAME = ("scheme", "network.num_classes", "images.", "evaluation.", "optimizer.iterations")  # cannot be tuned
 
 SAFE = " :+"  # characters allowed in folder names, besides letters, digits and "_.-~"
 
@@ -43,9 +43,9 @@ class Axis:
     """An axis of the grid: a parameter to tune, and its values.
 
     Attributes:
-        key: as given by the user, such as "plan.auxiliary.*.weight".
-        names: the values of the recipe that match the key.
-        values: as text; numbers in increasing order.
+        key: key given by the user, such as "plan.auxiliary.*.weight".
+        names: names of the recipe's values that match the key.
+        values: values to try, as text; numbers in increasing order.
         kind: "number", "whole" for integers, or "choice" for unordered values, which have no neighbours.
     """
 
@@ -65,9 +65,9 @@ class Trial:
     """A trained point of the grid.
 
     Attributes:
-        point: its values.
-        error: on the held-out images at the end of training, in per cent; None if training diverged.
-        loss: on the held-out images; None if training diverged.
+        point: the value on each axis.
+        error: error on the held-out images at the end of training, in per cent; None if training diverged.
+        loss: loss on the held-out images; None if training diverged.
     """
 
     point: Point
@@ -85,10 +85,10 @@ class Choice:
     """The trials of one scheme, and its best point.
 
     Attributes:
-        axes: of the grid.
+        axes: the axes of the grid.
         trials: all trained points.
         point: the best point.
-        enclosed: whether its neighbours have been trained. See Note [Tuning] 2.
+        enclosed: whether the neighbours of the best point have been trained. See Note [Tuning] 2.
     """
 
     axes: tuple[Axis, ...]
@@ -258,10 +258,10 @@ class Tuning:
     """The tuning of a comparison, as its folder records it.
 
     Attributes:
-        seed: of all trials.
+        seed: seed shared by all trials.
         images: images of each class held out: a fraction, or a number.
         share: length of a trial, as a fraction of the recipe's iterations.
-        choices: by scheme.
+        choices: the choice for each scheme.
     """
 
     seed: int
@@ -316,7 +316,7 @@ def _check_choice(scheme: str, choice: Choice, where: str) -> None:
         texts = [*axis.values, *(point[index] for point in points)]
         fits = fits and bool(axis.values) and (axis.kind == "choice" or all(map(_is_number, texts)))
     if not fits:
-        raise DamagedFileError(f"{where} is damaged, or not what relaylab writes: choices.{scheme}")
+        raise DamagedFileError(f"{where} is damaged or was not written by relaylab: choices.{scheme}")
 
 
 def _is_number(text: str) -> bool:

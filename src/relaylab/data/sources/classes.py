@@ -133,7 +133,7 @@ def _places(theirs: Sequence[str], ours: Sequence[str], needed: Iterable[int]) -
 
 
 def _match_numbers(own: Classes, wanted: Classes, needed: Sequence[int], title: str) -> tuple[tuple[int, ...], str]:
-    """Match classes of which one side has only numbers. See Note [Classes] 3 and 4."""
+    """Match classes where one side has only numbers. See Note [Classes] 3 and 4."""
     theirs, ours, remark = own.numbers, wanted.numbers, ""
     if theirs is None:
         raise _unknown(own, wanted, needed, title)

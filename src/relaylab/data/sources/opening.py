@@ -184,9 +184,9 @@ def _request(
     lists = [path for path in files if path.suffix.lower() in LISTS and path != truth]
     strange = [path for path in files if path not in (*archives, *lists, truth, meta)]
     if not given or strange:
-        given_instead = f"{strange[0]} is not a data set" if strange else "no paths given"
+        problem = f"unsupported file type: {strange[0]}" if strange else "no paths given"
         kinds = f"folders, tar files ({' '.join(TARS)}), zip or Parquet files, or a list of images ({', '.join(LISTS)})"
-        raise InputError(f"{given_instead}: expected {kinds}")
+        raise InputError(f"{problem}; expected {kinds}")
     request = _Request(
         folders=folders,
         archives=archives,

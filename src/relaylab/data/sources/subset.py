@@ -63,7 +63,7 @@ class Subset:
 
 
 class Relabelled:
-    """A `Source` with the labels of another in the order of other classes.
+    """A `Source` whose labels are remapped to a given class order.
 
     Args:
         source: source of the images.
