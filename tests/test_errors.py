@@ -72,7 +72,12 @@ def test_invalid_windows(name: str) -> None:
 
 BAD_PLANS = {
     "primary top": ({"primary": Window(top="a")}, "top='a'", "must not have a `top`", "Leave `top` out"),
-    "no top": ({"auxiliary": {"aux": Window(bottom="a")}}, "'aux' has no `top`", "the head reads", "Pass 'aux': Window(top='layer3.0')"),
+    "no top": (
+        {"auxiliary": {"aux": Window(bottom="a")}},
+        "'aux' has no `top`",
+        "the head reads",
+        "Pass 'aux': Window(top='layer3.0')",
+    ),
     "no window": (
         {"auxiliary": {"aux": "layer3"}},
         "the loss 'aux' has the str 'layer3'",
