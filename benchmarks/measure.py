@@ -162,7 +162,7 @@ def interleave(
         rounds: maximum number of rounds. Every contender runs once per round.
         budget_s: time in seconds after which no further round starts, warm-up included.
         warmup: number of rounds that are not counted.
-        min_rounds: minimum number of rounds, also if `budget_s` is exceeded.
+        min_rounds: minimum number of rounds, even if `budget_s` is exceeded.
         seed: seed of the order within the rounds.
         before: function that is called before each measurement, and not timed.
         clock: returns the time in seconds.
@@ -328,7 +328,7 @@ def parse_arguments(name: str, description: str, argv: Sequence[str] | None = No
         if not file.parent.is_dir():
             parser.error(f"--json {file}: the folder {file.parent} does not exist; create it first")
         if not os.access(file.parent, os.W_OK):
-            parser.error(f"--json {file}: the folder {file.parent} is not writable; choose another one")
+            parser.error(f"--json {file}: the folder {file.parent} is not writable; choose a different one")
     return Arguments(parsed.quick, file)
 
 

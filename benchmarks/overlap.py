@@ -9,7 +9,7 @@
 
 The link is simulated: gloo sums the gradients, and `wait` then returns no earlier than `latency + bytes / bandwidth`
 after the call, or after the end of the previous message. As on a GPU, a delayed message does not use the cores. All
-times include gloo's own time, also with the `free` link, which has no delay. Bandwidths are chosen so that all messages
+times include gloo's own time, even with the `free` link, which has no delay. Bandwidths are chosen so that all messages
 of a step last 0.25 to 2 times as long as the step on the free link.
 
 Lower bound: with a step of C seconds on the free link, messages of T seconds in total, and t seconds for the last
@@ -175,7 +175,7 @@ def _process(rank: int, settings: Settings, folder: str) -> None:
 def _measure(workload: Workload, settings: Settings, link: Link, rank: int) -> Metrics:
     relay = Relay(workload.model, workload.plan, {"aux": workload.head})
     loss, parameters = RelayLoss(nn.CrossEntropyLoss()), list(relay.parameters())
-    images = workload.images + rank  # other images in each process
+    images = workload.images + rank  # different images in each process
 
     def clear() -> None:
         relay.zero_grad()

@@ -138,7 +138,7 @@ def test_runs_of_a_small_vgg_are_evaluated_and_other_folders_refused(
     assert cli.main([*evaluate, "--against", "standard-s0"]) == 0
     assert "standard-s0 (standard BP)" in capsys.readouterr().out
     assert cli.main([*words, "optimizer.momentum=0.5"]) == 2
-    assert "give another --out, or remove that folder" in capsys.readouterr().err
+    assert "choose a different --out, or remove that folder" in capsys.readouterr().err
     assert cli.main(["compare", "digits", "--out", scores]) == 2
     assert "is not empty and does not contain a comparison" in capsys.readouterr().err
     assert cli.main(["compare", "digts"]) == 2

@@ -214,9 +214,9 @@ def test_scores_come_back_and_nothing_else_does(tmp_path: Path) -> None:
     assert folder.views_of("net", "dense") == ("dense-32-flip",), "with mirror images in place of without"
     with pytest.raises(InputError, match=r"are NaN, first of 0\.jpg"):
         folder.write("net", "dense-36", 0, scores[:CHUNK] * float("nan"))
-    with pytest.raises(InputError, match="other weights"):
+    with pytest.raises(InputError, match="different weights"):
         folder.add("net", {"sha256": "another"})
-    with pytest.raises(InputError, match="give another folder"):
+    with pytest.raises(InputError, match="choose a different folder with --out"):
         ScoreFolder(tmp_path, images_of(CHUNK + 10, fingerprint="g"))
     with pytest.raises(InputError, match="has no scores"):
         ScoreFolder(tmp_path / "nothing")
@@ -232,8 +232,8 @@ def test_damaged_and_foreign_chunks_are_refused(tmp_path: Path) -> None:
     save_file(content, file, header)
     folder.read("net", "single-crop")
     for changed, tensors, message in [
-        ({"model": "t"}, content, "another network"),
-        ({"images": "g"}, content, "other images"),
+        ({"model": "t"}, content, "a different network"),
+        ({"images": "g"}, content, "different images"),
         ({}, {"log_probabilities": torch.zeros(20, 5).half()}, "does not have scores of shape"),
         ({}, {"log_probabilities": torch.full((20, 4), float("nan")).half()}, "has NaN scores"),
     ]:

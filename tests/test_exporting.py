@@ -175,7 +175,7 @@ def test_state_dicts_that_do_not_fit_are_named() -> None:
     with pytest.raises(InputError) as error:
         load_state(network, state)
     assert str(error.value) == (
-        "the state dict lacks classifier.fc3.bias; it has the unknown keys heads.aux.fc1.weight; it has another "
+        "the state dict lacks classifier.fc3.bias; it has the unknown keys heads.aux.fc1.weight; it has a different "
         "shape for classifier.fc3.weight (9, 256), not (5, 256)"
     )
     with pytest.raises(InputError, match=r"lacks segment1.conv1.weight, .* and \d+ more"):

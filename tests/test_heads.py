@@ -366,11 +366,11 @@ def test_he_gain_has_larger_scores_than_quiet() -> None:
 
 
 def test_invalid_options_raise() -> None:
-    with refused("gain='loud'", "'quiet'", "Choose"):
+    with refused("gain='loud'", "'quiet'", "Pass gain='default'."):
         LinearHead(6, 5, gain="loud")  # pyright: ignore[reportArgumentType]
-    with refused("pool='max'", "('mean', 'first', 'last', None)", "Choose"):
+    with refused("pool='max'", "('mean', 'first', 'last', None)", "Pass pool='mean'."):
         TokenHead(6, 5, pool="max")  # pyright: ignore[reportArgumentType]
-    with refused("layout='NCHW'", "'channels_first', 'channels_last'", "Choose"):
+    with refused("layout='NCHW'", "'channels_first', 'channels_last'", "Pass layout='channels_first'."):
         LinearHead(6, 5, layout="NCHW")  # pyright: ignore[reportArgumentType]
 
 

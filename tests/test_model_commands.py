@@ -117,7 +117,7 @@ def test_import_export_predict(capsys: Captured, tmp_path: Path, monkeypatch: py
     assert f"Model B, {THIN.num_classes} classes" in out
     code, _, err = run(capsys, *command)
     assert code == 2
-    assert "b.safetensors already exists: give another --out" in err
+    assert "b.safetensors already exists: choose a different --out" in err
     code, out, _ = run(capsys, "export", "b.safetensors", "--format", "safetensors", "pt2", "--out", "e")
     assert code == 0
     assert sorted(path.name for path in Path("e").iterdir()) == ["model.pt2", "model.safetensors"]

@@ -119,7 +119,7 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
             "cannot import absent_package.nets: .* install absent_package, or name a file",
         ),
         ("/absent/net.py:small", {}, "no such file: /absent/net.py"),
-        ("resnet_50", {}, r"unknown architecture 'resnet_50'; nearest: resnet50; or another network: timm:NAME"),
+        ("resnet_50", {}, r"unknown architecture 'resnet_50'; nearest: resnet50; or an external network: timm:NAME"),
     ],
 )
 def test_wrong_networks_are_explained(file: Path, architecture: str, options: dict[str, Any], message: str) -> None:
@@ -199,7 +199,7 @@ def test_pretrained_weights_and_tensors_that_do_not_fit(tmp_path: Path) -> None:
         lines = load_pretrained(model, tmp_path / name)
         assert torch.equal(model.conv1[0].weight, other.conv1[0].weight)  # type: ignore[index,union-attr]
         assert torch.equal(model.fc.weight, fresh)  # type: ignore[union-attr]
-        assert "of another shape: fc.weight (9, " in lines[1]
+        assert "of a different shape: fc.weight (9, " in lines[1]
         assert any("not used: extra" in line for line in lines) == (name == "weights.pt")
 
 

@@ -451,7 +451,7 @@ def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference
 def test_what_a_run_is_cannot_change_when_it_goes_on(tiny_images: Path, tmp_path: Path, reference: Path) -> None:
     with pytest.raises(InputError, match=r"has seed 0, not 3: this option cannot change when a run resumes"):
         go_on(reference, seed=3)
-    with pytest.raises(InputError, match="has seed 0, not 3: give another --out"):
+    with pytest.raises(InputError, match="has seed 0, not 3: choose a different --out"):
         train(tiny_images, reference, seed=3, resume="auto")
     shutil.copytree(reference, tmp_path / "run")
     stored = json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())

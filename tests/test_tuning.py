@@ -185,7 +185,7 @@ def test_trials_of_other_options_do_not_decide(tmp_path: Path, capsys: pytest.Ca
     ):
         capsys.readouterr()
         assert cli.main([*words, *more]) == 2
-        assert "give another --out, or remove that folder" in capsys.readouterr().err
+        assert "choose a different --out, or remove that folder" in capsys.readouterr().err
         assert (tmp_path / FILE).read_bytes() == before
         assert not list(tmp_path.glob("standard-s*"))
 

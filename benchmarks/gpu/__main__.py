@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         parser.error(f"--out {parsed.out}: {error.strerror}; choose a writable folder")
     if not os.access(parsed.out, os.W_OK):
-        parser.error(f"--out {parsed.out}: not writable; choose another folder")
+        parser.error(f"--out {parsed.out}: not writable; choose a different folder")
     size = "tiny" if parsed.tiny else "gpu"
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory(prefix="benchmarks-gpu-") as scratch:

@@ -134,7 +134,7 @@ def fill(session: Session, settings: Settings, workload: memory.Workload, conten
 
 
 def batch_of(workload: memory.Workload, count: int) -> memory.Workload:
-    """Return the workload with another batch size."""
+    """Return the workload with a different batch size."""
     shape, device = (count, *workload.images.shape[1:]), workload.images.device
     images: Tensor = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
     return replace(workload, images=images, labels=torch.randint(CLASSES, (count,), device=device))

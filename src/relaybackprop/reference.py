@@ -1,7 +1,7 @@
 """Reference implementation, and the oracle of every test: one `autograd.grad` per loss, masked and summed.
 
 It shares only the plan and the functions on nested values with the engine. It costs one whole backward pass per loss
-and another one per window.
+and one more per window.
 """
 
 from collections.abc import Callable, Mapping

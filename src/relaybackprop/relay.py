@@ -210,7 +210,7 @@ class Relay(nn.Module):
         The backward pass of each auxiliary loss runs as soon as the forward pass reaches its head. It frees the
         activations that no later loss needs before the layers above run (`relaybackprop.engine.early`). `.grad` equals
         that of `loss(relay(images), labels).backward()`, without additional operations; only dropout in heads draws
-        random numbers in another order. Every backward path must cross the end of each window, also for the other
+        random numbers in a different order. Every backward path must cross the end of each window, even for the other
         losses. After an error, some of the gradients may already have been computed.
 
         With several processes, gradients are averaged as soon as they are final, while the layers above run forward or

@@ -22,7 +22,7 @@ class Calls:
 
     Attributes:
         order: the boundaries crossed so far, the lowest first.
-        places: for each boundary crossed, the boundary where this happened: another one if the module was skipped
+        places: for each boundary crossed, the boundary where this happened: a later one if the module was skipped
             (Note [Skipped modules] in `relaybackprop.engine.hooks`).
         suspended: whether heads or backward passes are running, whose calls are not part of the forward pass.
     """
@@ -114,7 +114,7 @@ class Calls:
             raise BoundaryError(
                 f"no tensor found in {place}, {_type_names(value)}",
                 "tensors must be bare or in tuples, lists, mappings or dataclasses",
-                "Return the tensors in one of these, or choose another module.",
+                "Return the tensors in one of these, or choose a different module.",
             )
 
     def _ran(self, boundary: Boundary | None) -> bool:

@@ -265,7 +265,7 @@ class EarlyRelease:
         self._segments[index] = _Segment(segment.bottom, older_nodes=segment.older_nodes)
 
     def _check_paths(self, index: int, edges: Iterable[GradientEdge], losses: Losses) -> None:
-        """Raise if a path from this segment bypasses the cut at its lower end, or leads into another segment."""
+        """Raise if a path from this segment bypasses the cut at its lower end, or leads into a different segment."""
         segment = self._segments[index]
         if self._names is None and not segment.older_nodes:
             return
@@ -282,7 +282,7 @@ class EarlyRelease:
         ending = [loss for loss in losses if segment.bottom in self.calls.plan.windows[loss].ends]
         if bypass is not None and ending:
             raise leak_error(ending[0], str(segment.bottom), bypass, parents, names)
-        # A node of another segment, such as a cut in a parallel tower, can be reached without crossing this cut.
+        # A node of a different segment, such as a cut in a parallel tower, can be reached without crossing this cut.
         for node, node_number in inner_nodes:
             other = self._segment_of_node.setdefault(node_number, index)
             if bypass is None and other != index:
@@ -333,7 +333,7 @@ def _other_leaves(edges: Iterable[GradientEdge], leaves: Collection[Tensor]) -> 
 
 
 def _check_head(loss: str, result: Tensor, older_nodes: Collection[int], boundary: Boundary) -> None:
-    """Raise `LeakError` if a head reads other values of the model than its boundary's."""
+    """Raise `LeakError` if a head reads values of the model other than those at its boundary."""
     nodes = graph.walk(graph.edges_of([result]), graph.follow_all)
     if any(graph.sequence_number(node) in older_nodes and not graph.is_leaf(node) for node in nodes):
         raise foreign_head_error(loss, str(boundary))

@@ -34,7 +34,7 @@ class Engine(Protocol):
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
         """Process the value at a boundary, and return the value that the layers above read.
 
-        `place` is the boundary itself, or another one if a module was skipped.
+        `place` is the boundary itself, or a later one if a module was skipped.
         """
         ...
 

@@ -89,7 +89,7 @@ class Junction:
     """One boundary in one forward pass.
 
     Args:
-        boundary: its name in error messages.
+        boundary: the boundary's name in error messages.
         index: position of the junction, counted from the lowest, 0.
         heads: names of the losses whose heads attach here.
         ending: names of the losses whose windows end here.

@@ -192,7 +192,7 @@ def leak_error(
 
 
 def foreign_head_error(loss: str, start: str) -> LeakError:
-    """Build the error for a head that reads values of the model other than its boundary's."""
+    """Build the error for a head that reads values of the model other than those at its boundary."""
     return LeakError(
         f"the head {loss!r} also reads values from layers below, directly or inside an object of an unknown type",
         f"a head must read the {start} and nothing else of the model",

@@ -107,7 +107,7 @@ def trace(model: nn.Module, plan: Plan, example_input: Any) -> Relay:
     Args:
         model: any module; it does not change.
         plan: the windows. Dummy heads replace the real ones.
-        example_input: as for `chain`.
+        example_input: an example, as in `chain`.
 
     Returns:
         A relay on the copy, with its `depths` and `order`.

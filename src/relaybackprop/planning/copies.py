@@ -37,7 +37,8 @@ def run_on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callabl
         The result of `run`.
 
     Raises:
-        PlanError: `run` raises an exception other than `RelayError`, also with values if there are any.
+        PlanError: `run` raises an exception other than `RelayError`, on meta copies and on copies with values (if the
+            arguments have values).
         RelayError: an error raised by `run`.
     """
     try:

@@ -176,7 +176,7 @@ def saved_between(model: nn.Module, names: Sequence[str], example_input: Any) ->
     Args:
         model: any module.
         names: names of the modules whose outputs divide the model, in forward order.
-        example_input: as for `cost`.
+        example_input: an example batch, as in `cost`.
 
     Returns:
         The bytes of each part up to one of these modules, and of the rest of the model.
@@ -194,7 +194,7 @@ def early_peak(model: nn.Module, plan: Plan, example_input: Any) -> int:
     Args:
         model: any module.
         plan: the windows.
-        example_input: as for `cost`.
+        example_input: an example batch, as in `cost`.
     """
     original = Relay(model, plan, {name: DummyHead() for name in plan.auxiliary})
     profiler = run_on_copies(
@@ -249,7 +249,7 @@ def _profile_step(
     *,
     early: bool = False,
 ) -> Profiler:
-    """Run one training step of a copy with another plan for the same heads, and return its costs by row.
+    """Run one training step of a copy with a different plan for the same heads, and return its costs by row.
 
     Args:
         relay: a relay on a copy of the model.

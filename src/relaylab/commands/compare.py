@@ -167,7 +167,7 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
     if "failed" in kinds:
         print("Run the same command again to resume the failed runs.", file=sys.stderr)
     if "diverged" in kinds:
-        advice = f"change the recipe and give another --out, or remove their folders in {folder}."
+        advice = f"change the recipe and choose a different --out, or remove their folders in {folder}."
         print(f"Diverged runs are not retried, since they would diverge again: {advice}", file=sys.stderr)
 
 

@@ -131,7 +131,7 @@ def import_caffe(options: ImportCaffeOptions) -> int:
     """Convert a Caffe network and its weights to a model file."""
     out = writable(options.out or Path(f"{options.caffemodel.stem}.safetensors"))
     if out.exists():
-        raise InputError(f"{out} already exists: give another --out, or remove it")
+        raise InputError(f"{out} already exists: choose a different --out, or remove it")
     from relaylab.models.caffe.importing import import_caffe as read
     from relaylab.models.file import save_model
 

@@ -45,7 +45,7 @@ class NewOptions:
 
     pretrained: Annotated[File, MustExist] = None
     """Pretrained weights: safetensors or a PyTorch state dict. Tensors that do not match, such as those of a last layer
-    for other classes, keep their random initialisation (default: train from scratch)."""
+    for different classes, keep their random initialisation (default: train from scratch)."""
 
     epochs: int = 30
     """Epochs to train."""
@@ -83,7 +83,7 @@ def main(options: NewOptions) -> int:
     name = options.network.rpartition(":")[2] if ":" in options.network else options.network
     out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
     if out.exists():
-        raise InputError(f"{out} already exists: give another --out, or remove it")
+        raise InputError(f"{out} already exists: choose a different --out, or remove it")
     from relaylab.data.scan import ScanResults, scan
     from relaylab.models.named import allow
     from relaylab.progress import progress

@@ -3,8 +3,8 @@
 Note [Batches]
 1. The data set receives the indices of a whole batch and writes the crops into the rows of one tensor, which is in
    shared memory if a worker makes the batch (Note [Buffers]). Nothing has to be stacked.
-2. In training, an image that cannot be read is replaced by another one of its class, which the draw determines. The
-   batch stays full, the class keeps its share, and the result remains a function of (seed, draw).
+2. In training, an image that cannot be read is replaced by a different image of its class, which the draw determines.
+   The batch stays full, the class keeps its share, and the result remains a function of (seed, draw).
 3. Errors for the user are returned, not raised, since a DataLoader would wrap them in a worker's traceback. The loaders
    (`relaylab.data.loader`) raise them in the main process.
 """
@@ -144,7 +144,7 @@ class ImageBatches(Dataset[Batch]):
             The batch without its images.
 
         Raises:
-            InputError: in training, none of the images that were tried as replacements can be read.
+            InputError: no replacement could be read for an unreadable training image.
         """
         draws, indices = np.array(pairs).T.copy()
         labels = np.asarray(self.source.labels[indices]).astype(np.int64)
@@ -192,7 +192,7 @@ class ImageBatches(Dataset[Batch]):
         return None
 
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
-        """Cut another image of the same class; return its index and all faults, the given one included.
+        """Cut a different image of the same class; return its index and all faults, including the given one.
 
         Images that may have several labels have no class, so any other image can replace them.
         """

@@ -177,7 +177,7 @@ def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
 
 
 def without_notes(data: bytes) -> bytes:
-    """Return a PNG without chunks that its pixels do not depend on, other data unchanged. See Note [Decoding] 7."""
+    """Return a PNG without the chunks that do not affect its pixels. See Note [Decoding] 7."""
     if not data.startswith(_PNG):
         return data
     kept, at = [_PNG], len(_PNG)

@@ -70,7 +70,7 @@ def permute(positions: Integers, sizes: ArrayLike, key: Words) -> Integers:
     Args:
         positions: (n,), each in 0 .. size - 1.
         sizes: sizes of the permuted domains, 1 to 2**31: a single size, which is faster, or (n,).
-        key: a single key or (n,), from `keys`. Each key selects another permutation.
+        key: a single key or (n,), from `keys`. Each key selects a different permutation.
 
     Returns:
         (n,), each in 0 .. size - 1. With a single size and key, different positions have different results.

@@ -124,10 +124,10 @@ class TrainingLoader:
         return {"sampler": state, "faults": self.faults.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader stopped. Call this between iterations.
+        """Continue where an earlier loader stopped. Call this between iterations.
 
         Raises:
-            InputError: the state is of another stream.
+            InputError: the state is from a different stream.
         """
         self._draws.sampler.load_state_dict(state["sampler"])
         self.position = self._draws.sampler.position

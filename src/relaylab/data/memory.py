@@ -54,7 +54,7 @@ def decode_all(
 
     Args:
         source: encoded images.
-        crop_spec: its `short_side` is the side of the squares; cropping happens later.
+        crop_spec: crop settings; `short_side` is the side of the squares. Cropping happens later.
         device: device that stores the images.
         workers: processes that decode; 0 decodes in this process.
         faults: log of unreadable images, which are omitted; with None, unreadable images are an error.

@@ -121,7 +121,7 @@ class KeyedSampler(Sampler[int]):
         """Continue where a sampler of the same data and seed stopped. The number of ranks may differ.
 
         Raises:
-            InputError: the state is of another stream, or does not end at a multiple of the ranks' draws.
+            InputError: the state is from a different stream, or does not end at a multiple of the ranks' draws.
         """
         for key, expected in self._identity().items():
             if state.get(key) != expected:
@@ -212,7 +212,7 @@ class DrawBatches(Sampler[Any]):
     """A batch sampler for this package's data sets. Yields arrays (batch, 2) of draws and the images they select.
 
     The draw is the key of all random choices for the image. No draw is dropped: an epoch is a whole number of batches,
-    at least one, and the next epoch starts with the next draw. If training is resumed with another batch size, the
+    at least one, and the next epoch starts with the next draw. If training is resumed with a different batch size, the
     epoch may end with a smaller batch. A batch size below 1 raises InputError.
     """
 

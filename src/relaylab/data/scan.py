@@ -48,7 +48,7 @@ class ScanResults:
         return len(self.file_sizes) + len(self.unreadable)
 
     def add(self, other: "ScanResults") -> None:
-        """Add the results of other images."""
+        """Add the results of more images."""
         for name in ("widths", "heights", "file_sizes", "unreadable", "damaged"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds.update(other.kinds)

@@ -108,7 +108,7 @@ def image_statistics(
     Args:
         source: encoded images.
         crop_spec: size of the centre crops.
-        key: identifies the data, such as `source.fingerprint`. Other data must have another key.
+        key: identifies the data, such as `source.fingerprint`. Different data must have a different key.
         folder: cache folder for the sums.
         limit: maximum number of images to use, evenly spread; None for all.
         workers: processes that decode; 0 decodes in this process.
@@ -203,7 +203,7 @@ def _sum_on_device(images: Tensor) -> tuple[NDArray[np.int32], Sums]:
 
 
 def _read(file: Path, about: dict[str, str], size: int) -> ImageStatistics | None:
-    """Read cached statistics; return None if the file is absent, damaged or of other data."""
+    """Read cached statistics; return None if the file is absent, damaged or for different data."""
     if not is_our_own(file):
         return None
     try:

@@ -57,7 +57,7 @@ def collect(relay: Relay, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
     Args:
         relay: network, heads and windows. Its mode is restored afterwards.
         batches: normalised images (batch, 3, h, w) and labels (batch,).
-        seed: of the random projections.
+        seed: seed of the random projections.
 
     Returns:
         float32 (images, features) by layer and source. Layers above a loss have no gradients of it.
@@ -114,10 +114,10 @@ def read_all(
     """Fit a linear probe for each layer and source on one half of the images, and evaluate it on the other.
 
     Args:
-        features: from `collect`.
+        features: features from `collect`.
         labels: (images,).
         trained: names of the layers that each loss trains.
-        seed: of the split into halves.
+        seed: seed of the split into halves.
         task: reports progress, in probes.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))

@@ -31,10 +31,10 @@ def read_runs(
     """Probe each run, and return its readings, and further values for the page.
 
     Args:
-        folders: of runs or comparisons.
-        data: paths of images; empty for those of the first run.
+        folders: folders of runs or comparisons.
+        data: paths of images; empty to use the images of the first run.
         images: number of validation images, the same number of each class.
-        seed: of the projections and of the split into halves.
+        seed: seed of the projections and of the split into halves.
     """
     opened = open_runs(folders).runs
     runs = dict(zip(names_of([run.folder for run in opened]), opened, strict=True))

@@ -18,7 +18,7 @@ def combined(log_probabilities: Sequence[Tensor], how: Combine, weights: Tensor 
     """Combine the log-probabilities of an ensemble's members.
 
     Args:
-        log_probabilities: of each member, (images, classes).
+        log_probabilities: (images, classes) for each member.
         how: "average" of the probabilities; their normalised "product"; or their weighted average, "learnt-weights".
         weights: (members,), for "learnt-weights"; see `fit_weights`.
 
@@ -55,7 +55,7 @@ def fit_weights(log_probabilities: Sequence[Tensor], labels: Tensor) -> Tensor:
     The log-likelihood is concave in the weights, so that expectation maximisation finds the global maximum.
 
     Args:
-        log_probabilities: of each member, (images, classes), for images that are not used to report results.
+        log_probabilities: (images, classes) for each member, on images that are not used to report results.
         labels: (images,).
 
     Returns:

@@ -46,7 +46,7 @@ class Network:
     """A trained network, from a model file or an ONNX program.
 
     Attributes:
-        classes: in the order of the outputs.
+        classes: class names in the order of the outputs.
         input: size of the input images.
         has_several_labels: whether the network is multi-label: each class has its own sigmoid probability.
         scores: maps RGB crops (batch, 3, crop, crop), float32 from 0 to 255, to class scores (batch, classes).
@@ -71,7 +71,7 @@ class Prediction:
     """A network's prediction for one image.
 
     Attributes:
-        name: of the image.
+        name: name of the image.
         pixels: uint8 (h, w, 3); large images are downscaled.
         guesses: the five most likely classes, most likely first. For a multi-label network, all classes with a
             probability of at least `LEAST`, possibly none.

@@ -40,7 +40,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
     """Write the results of a folder of scores. Ensembles of earlier commands are kept.
 
     Args:
-        folder: of scores.
+        folder: a folder of scores.
         ensembles: new ensembles.
         against: the network that the others are compared with; None for standard BP, see `baseline`.
 
@@ -98,7 +98,7 @@ def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the baseline of a network: standard BP with the same seed, else standard BP, else the first network.
 
     Args:
-        name: of the network.
+        name: name of the network.
         networks: descriptions by name, from `relaylab.evaluate.trained.describe_run`.
     """
     standard = [other for other, about in networks.items() if about.get("values", {}).get("scheme") == "standard"]

@@ -120,7 +120,7 @@ class ScoreFolder:
         images: the images; None to read them from the folder.
 
     Raises:
-        InputError: the folder does not exist, or has scores of other images.
+        InputError: the folder does not exist, or contains scores of different images.
     """
 
     def __init__(self, path: Path, images: ImageList | None = None) -> None:
@@ -132,12 +132,12 @@ class ScoreFolder:
         if images is not None and not images.is_same(found):
             raise InputError(
                 f"{path} has scores of {len(found)} images of {found.title}, which differ from these {len(images)} "
-                f"images of {images.title}: give another folder with --out"
+                f"images of {images.title}: choose a different folder with --out"
             )
         if images is not None and images.contents and found.contents not in ("", images.contents):
             raise InputError(
                 f"{path} has scores of an earlier version of {found.title}: file sizes of images have changed since; "
-                "give another folder with --out"
+                "choose a different folder with --out"
             )
         self.images = found
         if images is not None and path.is_dir():  # scores will be written to it
@@ -179,14 +179,16 @@ class ScoreFolder:
         """Add a network, if it does not exist yet.
 
         Raises:
-            InputError: the folder has scores of another network with this name.
+            InputError: the folder contains scores of a different network with this name.
         """
         folder = self.path / SCORES / name
         if not (folder / MODEL).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / MODEL, json.dumps(about, indent=1) + "\n")
         elif self.about(name)["sha256"] != about["sha256"]:
-            raise InputError(f"{self.path} has scores of {name} with other weights: give another folder with --out")
+            raise InputError(
+                f"{self.path} contains scores of {name} with different weights: choose a different folder with --out"
+            )
 
     def has(self, name: str, view: str, chunk: int) -> bool:
         """Return whether a chunk exists."""
@@ -211,7 +213,7 @@ class ScoreFolder:
         """Read all log-probabilities of a view, float32 (images, classes).
 
         Raises:
-            InputError: chunks are missing, damaged or NaN, or belong to other images or networks.
+            InputError: chunks are missing, damaged or NaN, or belong to different images or networks.
         """
         header, parts = self._header(name, view), []
         for index, chunk in enumerate(self.chunks):
@@ -219,7 +221,7 @@ class ScoreFolder:
             file = self._file(name, view, index)
             tensors, stored = read_tensors(file)
             if stored != header:
-                raise InputError(f"{file} has scores of other images, or of another network or view")
+                raise InputError(f"{file} contains scores of different images, or of a different network or view")
             part = tensors.get("log_probabilities")
             if part is None or part.shape != shape:
                 raise InputError(f"{file} does not have scores of shape {shape}: delete it and evaluate again")
@@ -320,7 +322,9 @@ def _check_labels(images: ImageList, where: str, names: str | None) -> None:
     if not whole or int(labels.min()) < UNLABELLED or int(labels.max()) >= len(images.classes):
         raise DamagedFileError(f"{where} is damaged: expected labels from 0 to {len(images.classes) - 1}, int64")
     if names not in (None, _names_hash(images.names)):
-        raise DamagedFileError(f"{IMAGES} next to {where} is damaged or modified: evaluate again with another --out")
+        raise DamagedFileError(
+            f"{IMAGES} next to {where} is damaged or modified: evaluate again with a different --out"
+        )
 
 
 @dataclass(frozen=True)

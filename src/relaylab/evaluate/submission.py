@@ -88,7 +88,7 @@ def read_kit(path: Path) -> dict[str, int]:
     """Read the label of each synset from a development kit's meta.mat, or map_clsloc.txt with SYNSET NUMBER lines.
 
     Raises:
-        InputError: the file has another format.
+        InputError: the file has a different format.
     """
     if path.suffix == ".mat":
         return {synset: number for number, synset in synset_numbers(path)[0].items()}

@@ -95,7 +95,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     """Describe a run: recipe with all values, row of the paper's tables, seed, scale, overrides and images.
 
     Raises:
-        InputError: its configuration cannot be read.
+        InputError: the run's configuration cannot be read.
     """
     recipe = run_folder.stored_recipe(folder)
     about: dict[str, Any] = {"recipe": recipe.name, "row": recipe.row, "values": run_folder.values_of(recipe)}

@@ -68,7 +68,7 @@ def _build_network(config: NetworkConfig) -> nn.Module:
     name = config.architecture
     if not config.is_named and name not in NETWORKS:
         others = f"{', '.join(f'{place}:NAME' for place in LIBRARIES)}, package.module:function, file.py:function"
-        raise InputError(f"unknown architecture {name!r}{nearest(name, NETWORKS)}; or another network: {others}")
+        raise InputError(f"unknown architecture {name!r}{nearest(name, NETWORKS)}; or an external network: {others}")
     _check_sizes(config)
     own = () if config.is_named else NETWORKS[name].options
     given = {option: getattr(config, option) for option in ("width", "convs", "pyramid")}
@@ -105,10 +105,11 @@ def _check_sizes(config: NetworkConfig) -> None:
 
 
 def build_meta_network(config: NetworkConfig) -> nn.Module:
-    """Build a network on the meta device, where tensors have no values; check the output of a network of other code.
+    """Build a network on the meta device, where tensors have no values; check the output of an external network.
 
     Raises:
-        InputError: as for `build_network`; or the network does not accept the images or does not return class scores.
+        InputError: the same cases as in `build_network`; or the network does not accept the images or does not return
+            class scores.
     """
     try:
         with torch.device("meta"):
@@ -210,7 +211,7 @@ def _inception(shape: tuple[int, ...], num_classes: int, batch_norm: bool) -> nn
     if min(height, width) < INCEPTION_HEAD_MAP:
         raise InputError(
             f"torchvision's Inception head requires a map of at least {INCEPTION_HEAD_MAP} x {INCEPTION_HEAD_MAP}, but "
-            f"this one is {height} x {width}; use another head or larger images"
+            f"this one is {height} x {width}; use a different head or larger images"
         )
     return InceptionAux(channels, num_classes)
 

@@ -161,12 +161,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     problems = {
         "lacks": [key for key in own if key not in state],
         "has the unknown keys": [key for key in state if key not in own],
-        "has another shape for": [
+        "has a different shape for": [
             f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
             for key in own
             if key in state and state[key].shape != own[key].shape
         ],
-        "has another type for": [
+        "has a different type for": [
             f"{key} {state[key].dtype}, not {own[key].dtype}"
             for key in own
             if key in state and _kind(state[key]) != _kind(own[key])

@@ -1,10 +1,10 @@
-"""Networks of other code by name: timm's, torchvision's, and functions in a package or a file.
+"""External networks by name: timm, torchvision, and functions in a package or a file.
 
 Note [Code that the user names]
 Importing a function runs the code of its module, so it is imported only if the user has named it, on the command line
 or in a recipe file given there. `allow` records the name in a file of the cache folder, so that the resulting runs and
-model files can be used by path alone. A run or model file from elsewhere is refused until the user names its network.
-timm and torchvision accept only their own names, and no options that make them download or unpickle weights.
+model files can be used by path alone. A run or model file from elsewhere is rejected until the user passes its network
+by name. timm and torchvision accept only their own names, and no options that make them download or unpickle weights.
 """
 
 import importlib
@@ -50,7 +50,7 @@ def _allowed() -> list[str]:
 
 
 def build_named(config: NetworkConfig) -> nn.Module:
-    """Build a network of other code with fresh weights, by calling it with num_classes and the options.
+    """Build an external network with random weights, by calling it with num_classes and the options.
 
     Raises:
         InputError: the name is unknown, the code cannot be imported or has not been named by the user, an option is not

@@ -1,4 +1,4 @@
-"""Loading of pretrained weights from the same network for other classes, or from a similar network."""
+"""Loading of pretrained weights from the same network for different classes, or from a similar network."""
 
 import pickle
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def load_pretrained(model: nn.Module, path: Path) -> list[str]:
     lines = [f"{path.name}: {len(fitting)} of {len(own)} tensors fit, {weights / total:.1%} of the parameters"]
     differing = [f"{k} {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in state.keys() - fitting]
     lacking, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
-    for what, keys in (("of another shape", differing), ("not in the file", lacking), ("not used", unknown)):
+    for what, keys in (("of a different shape", differing), ("not in the file", lacking), ("not used", unknown)):
         lines += [f"{path.name}: {what}: {few(keys, NAMED)}"] if keys else []
     return lines
 

@@ -40,7 +40,7 @@ class SpatialPyramid(nn.Module):
         self.map_size = map_size
 
     def forward(self, features: Tensor) -> Tensor:
-        """Pool all grids. Raises InputError for a map of another size."""
+        """Pool all grids. Raises InputError for a map of a different size."""
         if features.shape[-2:] != (self.map_size, self.map_size):
             raise InputError(
                 f"the pyramid expects a map of {self.map_size} x {self.map_size}, but received one of "

@@ -1,4 +1,4 @@
-"""Untrusted folders: files are never written through a symbolic link, and those of other users are not used."""
+"""Untrusted folders: files are never written through a symbolic link, and folders of other users are not used."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ DEEPEST = 4  # folders below a run's
 
 
 def open_for_writing(path: Path, mode: str, **options: Any) -> IO[Any]:
-    """Open a file in an untrusted folder, in a mode of `open`. A symbolic link is refused.
+    """Open a file in an untrusted folder, in a mode of `open`. Symbolic links are rejected.
 
     Raises:
         OSError: the file is a symbolic link, or cannot be opened.

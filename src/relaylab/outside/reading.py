@@ -36,7 +36,7 @@ class DamagedFileError(InputError):
 
 
 def read_json(path: Path, kind: type[T], *, most: int = LARGEST) -> T:
-    """Read a JSON file into a dataclass or another type.
+    """Read a JSON file into a dataclass or a value of a different type.
 
     Raises:
         DamagedFileError: the file cannot be read, or its content is not of this type. See Note [Reading].
@@ -87,7 +87,7 @@ def read_bytes(path: Path | str, most: int) -> bytes:
 
 
 def open_regular(path: Path | str) -> int:
-    """Open a regular file for reading and return its descriptor; raise OSError if it is absent or of another kind."""
+    """Open a regular file for reading and return its descriptor; raise OSError if there is none at the path."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO would block
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

@@ -81,7 +81,7 @@ def located(key: str, value: str, folder: Path | None = None) -> str:
 
 
 def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -> Recipe:
-    """Return the recipe with another kind of schedule, if given; the schedule's values are removed from the pairs."""
+    """Return the recipe with the given kind of schedule, if any; the schedule's values are removed from the pairs."""
     if KIND not in pairs:
         return recipe
     group = KIND.removesuffix(".kind")

@@ -108,7 +108,7 @@ def _enlarged(recipe: Recipe) -> Recipe:
     """On images of 320 pixels: the pyramid fits them, and 320 is a scale of section 5.1."""
     name, row = recipe.name.replace("table3", "table5") + "-320", recipe.row.replace("Table 3", "Table 5")
     dense = changed(recipe, "the paper, section 5.1", {"evaluation": DENSE})
-    larger = changed(dense, "ours: another input scale for Table 5", {
+    larger = changed(dense, "ours: a different input scale for Table 5", {
         "network.image_size": 320, "images.short_side": 366,
         "evaluation.scales": tuple(round(side * 320 / 224) for side in DENSE.scales),
     })  # fmt: skip

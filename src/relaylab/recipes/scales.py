@@ -33,7 +33,7 @@ TINY_WIDTH, TINY_PYRAMID = 4, (2, 1)
 
 
 def at_scale(recipe: Recipe, scale: Scale) -> Recipe:
-    """Return a recipe of the paper at another scale. Depth, stages, windows, scheme and learning rates are kept.
+    """Return a recipe of the paper at a given scale. Depth, stages, windows, scheme and learning rates are kept.
 
     "small" is for MiniPlaces: 100 classes of Places2, images of 72 pixels, crops of 64. "tiny" is for tests: two steps
     on any five classes.

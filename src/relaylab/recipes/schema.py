@@ -47,7 +47,7 @@ class NetworkConfig:
     """A network without its auxiliary heads; see `relaylab.models`."""
 
     architecture: str
-    """A name in `relaylab.models.building.NETWORKS`, or a network of other code: timm:NAME, torchvision:NAME,
+    """A name in `relaylab.models.building.NETWORKS`, or an external network: timm:NAME, torchvision:NAME,
     package.module:function or path/to/file.py:function; see `relaylab.models.named`."""
     num_classes: int
     image_size: int
@@ -68,11 +68,11 @@ class NetworkConfig:
     of these."""
     pretrained: str | None = None
     """File of pretrained weights, safetensors or a PyTorch state dict. Tensors that do not fit, such as the last layer
-    for other classes, keep their fresh weights."""
+    for different classes, keep their random initialisation."""
 
     @property
     def is_named(self) -> bool:
-        """Whether this is a network of other code."""
+        """Whether this is an external network."""
         return ":" in self.architecture
 
     @property
@@ -307,8 +307,8 @@ class Recipe:
     trained_as: str | None = None
     """Name of the recipe whose trained network this one evaluates; None if it trains its own."""
     sources: Mapping[str, str]
-    """Source of each value by dotted name: "the paper" or another paper with the section, or "ours" with the reason.
-    The source of a group applies to all its fields without their own."""
+    """Source of each value by dotted name: "the paper" or the name of a different paper, with the section, or "ours"
+    with the reason. The source of a group applies to all its fields without their own."""
 
     def fields(self) -> Iterator[tuple[str, Any, str]]:
         """Yield the dotted name, value and source of every value of the recipe."""
@@ -343,7 +343,7 @@ class Ensemble:
 
 
 def changed(recipe: Recipe, source: str, changes: Mapping[str, Any]) -> Recipe:
-    """Return a copy of a recipe with other values and their source.
+    """Return a copy of a recipe with changed values and their source.
 
     Args:
         recipe: recipe to copy; it is not modified.
@@ -364,7 +364,7 @@ def changed(recipe: Recipe, source: str, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _replaced(old: Any, path: Sequence[str], value: Any) -> Any:
-    """Return a copy of a dataclass or mapping with another value at a path in it."""
+    """Return a copy of a dataclass or mapping with a different value at a path in it."""
     if not path:
         return value
     name, *rest = path

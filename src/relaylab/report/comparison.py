@@ -26,7 +26,7 @@ class Run:
     """A run with a result.
 
     Attributes:
-        folder: of the run.
+        folder: the run folder.
         recipe: recipe of the run.
         about: description, from `relaylab.evaluate.trained.describe_run`.
         classes: names of the classes.

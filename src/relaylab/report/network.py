@@ -30,8 +30,8 @@ def draw_network(
     """Draw the forward pass in black, from the image up, and each loss with a bar along the layers that it trains.
 
     Args:
-        stages: from the lowest up.
-        losses: the primary loss, then the auxiliary ones from the lowest head up.
+        stages: stages from lowest to highest.
+        losses: the primary loss, then the auxiliary losses from the lowest head to the highest.
         title: title of the figure.
         room_for_heads: reserve the width of a head even without heads, for figures side by side.
     """

@@ -56,11 +56,11 @@ class Entry:
     """An evaluated network.
 
     Attributes:
-        name: of the network.
-        seed: of its training.
+        name: name of the network.
+        seed: seed of its training.
         values: values of its recipe.
-        top1: per image, 100 if the most likely class is wrong, else 0.
-        top5: per image, 100 if the true class is not among the five most likely ones, else 0.
+        top1: 100 for each image if the most likely class is wrong, else 0.
+        top5: 100 for each image if the true class is not among the five most likely ones, else 0.
         per_class: mean of the per-class top-1 errors.
         views: views of the evaluation.
     """

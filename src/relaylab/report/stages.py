@@ -40,8 +40,8 @@ class Loss:
     """A loss of the plan.
 
     Attributes:
-        name: of the loss.
-        weight: of the loss.
+        name: name of the loss.
+        weight: weight of the loss.
         low: index of the lowest stage in its window.
         top: index of the highest stage in its window, which its head follows.
         depth: number of weight layers in its window, the paper's N.
@@ -55,12 +55,12 @@ class Loss:
 
 
 def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage], list[Loss]]:
-    """Return the stages of a network from the lowest up, and the losses of a plan, primary loss first.
+    """Return the stages of a network from lowest to highest, and the losses of a plan, primary loss first.
 
     Args:
         model: network without heads, possibly on the meta device, since only shapes are computed.
         plan: windows.
-        image_size: in pixels.
+        image_size: side of the images in pixels.
 
     Raises:
         InputError: the network is not a chain of modules, or a window ends inside one of these modules.

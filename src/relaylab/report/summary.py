@@ -45,8 +45,8 @@ def write_comparison(folder: Path, comparison: Comparison, changes: Sequence[str
     """Write comparison.md, comparison.json, plots and relay.py, and return the table and the verdict.
 
     Args:
-        folder: of the comparison.
-        comparison: with at least one finished run.
+        folder: folder of the comparison.
+        comparison: a comparison with at least one finished run.
         changes: overrides of the recipe, as given by the user.
     """
     shown, recipe, verdict = summary(comparison), comparison.runs[0].recipe, verdict_of(comparison)
@@ -169,7 +169,7 @@ def method_costs(comparison: Comparison) -> dict[str, Cost]:
     """Return the cost of each method, for its own windows."""
     costs: dict[str, Cost] = {}
     cached: dict[str, StepCost | None] = {}
-    base: StepCost | None = None  # of standard BP, whose network may have other values
+    base: StepCost | None = None  # cost of standard BP, whose network may have different values
     for scheme, runs in comparison.by_scheme.items():  # standard BP first
         seconds = [run.last["seconds"] for run in runs if "seconds" in run.last]
         costs[scheme] = Cost(statistics.fmean(seconds) if seconds else None)
@@ -247,7 +247,7 @@ def _has_papers_rows(run: Run) -> bool:
 
 
 def papers_table(comparison: Comparison) -> Table | None:
-    """Return the results of the paper, for a comparison on another task; None if the main table has them."""
+    """Return the results of the paper, for a comparison on a different task; None if the main table has them."""
     if _has_papers_rows(comparison.runs[0]):
         return None
     architecture = comparison.runs[0].recipe.network.architecture

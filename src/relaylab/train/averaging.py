@@ -70,10 +70,10 @@ class Average:
         """Load the average from a checkpoint.
 
         Args:
-            tensors: as returned by `state`; names without its suffix are ignored.
+            tensors: tensors that `state` returned; names without its suffix are ignored.
 
         Raises:
-            InputError: the average is missing, or belongs to another module.
+            InputError: the average is missing, or belongs to a different module.
         """
         averages = {name.removesuffix(SUFFIX): tensor for name, tensor in tensors.items() if name.endswith(SUFFIX)}
         if averages.keys() != self._tensors.keys():

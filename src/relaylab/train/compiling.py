@@ -15,7 +15,7 @@ def compile_outside_overlaps(relay: Relay, segments: Segments, **options: Any) -
 
     Args:
         relay: the training module.
-        segments: of its parameters.
+        segments: segments of the relay's parameters.
         **options: keyword arguments of `torch.compile`.
 
     Returns:

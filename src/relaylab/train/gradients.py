@@ -29,8 +29,8 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
 
     Args:
         relay: the training module.
-        losses: by name, from a forward pass in training mode; their graph is retained.
-        segments: of the parameters of `relay`.
+        losses: losses by name, from a forward pass in training mode; their graph is retained.
+        segments: segments of the parameters of `relay`.
 
     Returns:
         Cosines by segment and pair of losses, such as "aux, primary". Pairs with a zero gradient are omitted.

@@ -122,7 +122,7 @@ def open_images(
 
     Args:
         recipe: recipe of the run.
-        options: with the paths of the images.
+        options: options, which include the paths of the images.
         device: device to train on.
         devices_here: number of processes on this machine; each holds its own copy of the images.
         fault_file: file for the list of unreadable images, if there are too many to train.
@@ -208,10 +208,10 @@ class Stream:
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Resume from the position of another stream.
+        """Resume from the position of an earlier stream.
 
         Raises:
-            InputError: the other stream had different images or another batch size.
+            InputError: the earlier stream had different images or a different batch size.
         """
         self._loader.load_state_dict(state)
 
@@ -220,7 +220,7 @@ def open_sources(options: RuntimeOptions, images: ImagesConfig | None = None) ->
     """Open the training and validation images, with the same labels for the same classes.
 
     Args:
-        options: with the paths.
+        options: options, which include the paths.
         images: settings of the recipe, with the validation split. If they hold out training images, both returned
             sources are the training images; `chosen_indices` divides them.
 
@@ -312,7 +312,7 @@ def check_images(recipe: Recipe, train: Source, val: Source) -> None:
     count, expected = len(train.classes), recipe.network.num_classes
     if count != expected:
         raise InputError(
-            f"{train.title} has {count} classes, and the recipe's network {expected}: use other images, or "
+            f"{train.title} has {count} classes, and the recipe's network {expected}: use different images, or "
             f"{_without_images(train) or f'--set network.num_classes={count}'}"
         )
 

@@ -52,7 +52,7 @@ class _Report:
 
 @dataclass(eq=False)
 class _Job:
-    """A run in another process, and its last report."""
+    """A run in a separate process, and its last report."""
 
     name: str
     folder: Path
@@ -74,7 +74,7 @@ def train_all(runs: Mapping[str, TrainOptions], *, jobs: int, threads: int | Non
         runs: the options of each run by name; `out` is its folder.
         jobs: maximum number of concurrent processes.
         threads: number of PyTorch threads per process; None for the default.
-        iterations: of each run.
+        iterations: iterations of each run.
 
     Returns:
         False if a signal stopped the runs; the same call resumes them. A run that failed has `failure.json` in its

@@ -184,7 +184,7 @@ class Trainer:
 
     @staticmethod
     def errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the errors of a batch (0 to 1) by name; empty for multi-label images, whose metric needs many."""
+        """Return the errors of a batch (0 to 1) by name; empty if images are multi-label: mAP needs more than one batch."""
         return {} if labels.ndim == 2 else top_errors(scores, labels)
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ class Trainer:
         """Resume from a checkpoint's state.
 
         Raises:
-            InputError: the checkpoint belongs to other images.
+            InputError: the checkpoint belongs to different images.
         """
         self.progress = Progress.from_state(state)
         self.stream.load_state_dict(state["stream"])

@@ -37,9 +37,9 @@ def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -
     If the folder already contains a run, its settings are reused.
 
     Args:
-        folder: of the comparison.
+        folder: folder of the comparison.
         options: the options of one of its runs.
-        recipe: of that run.
+        recipe: recipe of that run.
         count: number of runs.
 
     Raises:
@@ -68,9 +68,9 @@ def train_many(runs: Mapping[str, TrainOptions], shared: Shared, *, at_once: int
 
     Args:
         runs: the options of each run by name; `out` is its folder. All have the same number of devices.
-        shared: by all runs of the comparison.
+        shared: settings shared by all runs of the comparison.
         at_once: number of concurrent processes; None for as many as the cores allow, or one with a GPU.
-        iterations: of each run.
+        iterations: iterations of each run.
 
     Returns:
         False if a signal stopped the runs. A run that failed has `failure.json` in its folder.

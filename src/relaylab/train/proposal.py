@@ -78,8 +78,8 @@ def propose(
         train: all training images.
         images: settings for held-out images and validation.
         chosen: number of images to train on.
-        results: on some of the images.
-        preferences: of the user.
+        results: results of a scan of some of the images.
+        preferences: the user's preferences.
 
     Raises:
         InputError: the network cannot be built, or does not accept the images.

@@ -70,7 +70,7 @@ class Records:
     """The metrics of a run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         step: the step to resume from. Lines of later steps are dropped, since they will be written again.
         validated: whether the checkpoint includes the validation of that step; if not, its line is dropped too.
     """
@@ -165,7 +165,7 @@ def logging_to(folder: Path | None, shown: int = logging.INFO) -> Iterator[None]
     """Send the lab's log to stderr and to a run's log file.
 
     Args:
-        folder: of the run; None in all processes except the first, which log only warnings.
+        folder: the run folder; None in all processes except the first, which log only warnings.
         shown: minimum level for stderr.
     """
     logger = logging.getLogger("relaylab")

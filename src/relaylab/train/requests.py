@@ -77,7 +77,7 @@ def resolve(
         if folder is not None:
             return Request(_merged(options, folder, given), recipe, folder, images=images)
     elif options.out is not None and (options.out / CONFIG).exists() and not restart_count():
-        resume = f"resume it with --resume {options.out}, or give another --out"
+        resume = f"resume it with --resume {options.out}, or choose a different --out"
         raise InputError(f"{options.out} already contains a run; {resume}")
     return Request(options, recipe, images=images)
 
@@ -94,7 +94,7 @@ def _recipe_of(options: TrainOptions, folder: Path | None = None) -> tuple[Recip
 
     Args:
         options: the options.
-        folder: of the run to resume, whose stored recipe is used in place of a recipe file.
+        folder: folder of the run to resume, whose stored recipe replaces a recipe file.
     """
     problems = option_problems(options)
     if options.recipe is None:
@@ -131,7 +131,7 @@ def batch_problems(recipe: Recipe, options: TrainOptions, devices: int) -> list[
 
     Args:
         recipe: the recipe.
-        options: with the number of micro-batches per device.
+        options: options, which include the number of micro-batches per device.
         devices: number of processes.
     """
     size, parts = recipe.optimizer.batch_size, max(1, devices * options.accumulate)
@@ -241,7 +241,7 @@ def _check_matching(options: TrainOptions, recipe: Recipe, folder: Path) -> None
     differences += ["different images"] if _paths(options) != _paths(stored) else []
     if differences:
         reason = "; ".join(differences)
-        raise InputError(f"the run in {folder} has {reason}: give another --out, or remove that folder")
+        raise InputError(f"the run in {folder} has {reason}: choose a different --out, or remove that folder")
     _check_recipe(recipe, folder)
 
 

@@ -33,7 +33,7 @@ def learning_rate(config: OptimizerConfig, iteration: int, drops: int = 0) -> fl
     """Return the learning rate of an iteration, counted from 0.
 
     Args:
-        config: with the schedule.
+        config: the optimizer's settings, which include the schedule.
         iteration: index of the update.
         drops: for a plateau schedule, the number of times the rate was lowered.
     """

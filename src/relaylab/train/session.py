@@ -77,7 +77,7 @@ def train(
     """Train in this process, which may be one of several started by torchrun.
 
     Args:
-        request: from `relaylab.train.requests.resolve`.
+        request: a request from `relaylab.train.requests.resolve`.
         task: reports progress; None for a bar or lines on stderr. With a task, only warnings are logged to stderr.
         first: a lock held while images are listed and decoded, for callers that train several runs concurrently.
         stop: the caller's stop request, if the caller handles signals.
@@ -338,7 +338,7 @@ def _check_space(folder: Path, trainer: Trainer) -> None:
     if free < needed * 2:  # the old checkpoint is removed after the new one is written
         raise InputError(
             f"checkpoints need {needed * 2 / 1e6:,.0f} MB (two of {needed / 1e6:,.0f} MB); {folder} has "
-            f"{free / 1e6:,.0f} MB free: free some space, or give another folder with --out"
+            f"{free / 1e6:,.0f} MB free: free some space, or choose a different folder with --out"
         )
 
 

@@ -85,20 +85,22 @@ def load_tensors(
     """Load the model and optimizer tensors of a checkpoint. They are copied, since they may be memory-mapped.
 
     Raises:
-        InputError: the tensors belong to another network.
+        InputError: the tensors belong to a different network.
     """
     current = module.state_dict()
     try:
         module.load_state_dict({name: like(tensor, current.get(name, tensor)) for name, tensor in model.items()})
     except RuntimeError as error:
-        raise InputError(f"the checkpoint belongs to another network: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(
+            f"the checkpoint belongs to a different network: {' '.join(str(error).split())[:300]}"
+        ) from None
     parameters = dict(module.named_parameters())
     optimizer.state.clear()
     for key, tensor in moments.items():
         name, _, entry = key.rpartition("/")
         if name not in parameters:
             raise InputError(
-                f"the checkpoint belongs to another network: it has {entry} of the unknown parameter {name}"
+                f"the checkpoint belongs to a different network: it has {entry} of the unknown parameter {name}"
             )
         shape = parameters[name].shape
         if (entry != STEP and tensor.shape != shape) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
@@ -111,7 +113,7 @@ def load_tensors(
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a copy of a tensor with the device, memory format and sharding of another one."""
+    """Return a copy of a tensor with the device, memory format and sharding of a given one."""
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
     if tensor.shape != other.shape:

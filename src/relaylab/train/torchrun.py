@@ -25,7 +25,7 @@ def environment_number(name: str, default: int) -> int:
     """Return the value of an environment variable that holds a non-negative integer.
 
     Raises:
-        InputError: it has another value.
+        InputError: it has a different value.
     """
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10):

@@ -99,7 +99,7 @@ def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | N
     trials = {scheme: list[Trial]() for scheme in schemes}
     while due := [(scheme, point) for scheme in schemes for point in _due(search, scheme, trials[scheme])]:
         due_options = {pair: search.trial_options(*pair) for pair in due}
-        # Also resolve finished trials: those with other images, options or values must not be reused.
+        # Also resolve finished trials: those with different images, options or values must not be reused.
         recipes = [requests.resolve(options).recipe for options in due_options.values()]
         missing = {_title(search, *pair): due_options[pair] for pair in due if is_missing(search.path(*pair))}
         if missing and not train(missing, recipes[0].optimizer.iterations):

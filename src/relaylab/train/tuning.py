@@ -189,7 +189,7 @@ def next_points(axes: Sequence[Axis], trials: Sequence[Trial], allowed: Callable
     """Return the points to train next: first the grid, then neighbours of the best point until it is enclosed.
 
     Args:
-        axes: of one scheme.
+        axes: axes of one scheme.
         trials: the trained points.
         allowed: whether a point beyond the grid can be trained.
     """

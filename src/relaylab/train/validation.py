@@ -35,7 +35,7 @@ class Validation:
         dataset: all validation images.
         augment: augmentation, used in evaluation mode.
         criterion: mean loss of a batch.
-        fabric: of this process.
+        fabric: the Fabric object of this process.
     """
 
     def __init__(self, dataset: ImageDataset, augment: Augmentation, criterion: nn.Module, fabric: Fabric):

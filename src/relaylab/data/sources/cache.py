@@ -36,14 +36,14 @@ def atomic_cache_write(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise InputError(
-            f"cannot write to the cache {path.parent}: {error.strerror or error}; set {VARIABLE} to another folder"
+            f"cannot write to the cache {path.parent}: {error.strerror or error}; set {VARIABLE} to a different folder"
         ) from None
 
 
 def cached_copy(source: FileState, folder: Path, suffix: str) -> Path:
     """Return the path of a file's plain copy in a cache folder: `PATH_HASH-STATE_HASH` and the suffix.
 
-    The name depends on the file's path, size and modification time, so a changed file gets another copy.
+    The name depends on the file's path, size and modification time, so a changed file gets a new copy.
     """
     path, state = (sha256(os.fsencode(text)).hexdigest()[:16] for text in (source.path, str(source[1:])))
     return folder / f"{path}-{state}{suffix}"

@@ -112,11 +112,11 @@ def synset_numbers(meta: Path) -> tuple[dict[int, str], dict[str, str]]:
         The synset of each number, and the name of each synset.
 
     Raises:
-        InputError: another kind of file.
+        InputError: the file is not of a supported kind.
     """
     read_bytes(meta, LARGEST_MAT)  # checks that it is a regular file of bounded size
     command = [sys.executable, "-m", "relaylab.data.sources.synsets", str(meta)]
-    try:  # in another process, since damaged files can crash scipy's C code
+    try:  # in a separate process, since damaged files can crash scipy's C code
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         run = subprocess.run(command, capture_output=True, timeout=MAT_SECONDS, env=environment)
     except subprocess.TimeoutExpired:

@@ -89,7 +89,7 @@ def classes_of(source: Source) -> Classes:
 def match(
     own: Classes, wanted: Classes, *, title: str, used: Iterable[int] | None = None
 ) -> tuple[tuple[int, ...], str]:
-    """Match the classes of a data set with other classes. See Note [Classes].
+    """Match the classes of a data set with given classes. See Note [Classes].
 
     Args:
         own: classes of the data set.
@@ -178,7 +178,7 @@ def _advice(own: Classes, wanted: Classes, strange: Sequence[str]) -> str:
 
 
 def relabelled(listing: Listing, wanted: Classes) -> Listing:
-    """Relabel images by the order of other classes, such as those of the training set.
+    """Relabel images by a given class order, such as the order of the training set.
 
     Raises:
         InputError: a class with images that is not among them.

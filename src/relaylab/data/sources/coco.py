@@ -57,7 +57,7 @@ def list_coco(file: Path, root: Path, watch: Watch) -> Listing:
     Names are relative to the resolved folder `root`, or to a folder in it named like the file or `images`.
 
     Raises:
-        InputError: the file is in another format, a category is unknown, only some images have annotations, a name
+        InputError: the file is in a different format, a category is unknown, only some images have annotations, a name
             leads out of the root or occurs twice, or files are missing.
     """
     content = _read(file)

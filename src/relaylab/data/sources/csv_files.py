@@ -131,7 +131,7 @@ def list_csv(
         root: resolved folder that names are relative to.
         categories: file with a line `NAME LABEL` for each class; the values are then names or labels from it.
         named: files with display names.
-        wanted: classes of another set, which the values may also name.
+        wanted: classes of a different data set, which the values may also refer to.
         watch: progress display.
 
     Raises:

@@ -67,7 +67,7 @@ class _Tensor:
 
 
 class UnusableIndexError(InputError):
-    """The index is damaged, of another version, or outdated because the data has changed."""
+    """The index is damaged, from a different version, or outdated because the data has changed."""
 
 
 def write_index(path: Path, listing: Listing) -> None:
@@ -116,7 +116,7 @@ class IndexedImages:
         fresh: refuse an index of data that have changed since it was made.
 
     Raises:
-        UnusableIndexError: the index is damaged, of another version, or outdated.
+        UnusableIndexError: the index is damaged, from a different version, or outdated.
 
     Attributes:
         title: display name, without folders.
@@ -210,7 +210,7 @@ class IndexedImages:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
-        if self._index_state != state["state"]:  # an index may now refer to another image
+        if self._index_state != state["state"]:  # an index may now refer to a different image
             raise UnusableIndexError(f"the index {self._path} was rewritten while in use; rerun the command")
 
     def __del__(self) -> None:
@@ -305,7 +305,7 @@ class IndexedImages:
         except OSError:
             os.close(opened)
             raise
-        kept = self._descriptors.setdefault(path, opened)  # another thread may have opened it meanwhile
+        kept = self._descriptors.setdefault(path, opened)  # another thread may have opened it since the check
         if kept != opened:
             os.close(opened)
         return kept

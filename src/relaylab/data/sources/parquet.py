@@ -193,7 +193,7 @@ def _copied(path: Path, plain: Path) -> Iterator[_OffsetOf]:
     """Yield a function that returns an image's offset in the plain copy, and writes the image if the copy is new.
 
     Raises:
-        InputError: no space, far more bytes than the Parquet file has, or an existing copy of another size.
+        InputError: no space, far more bytes than the Parquet file has, or an existing copy of a different size.
     """
     state, end = path.stat(), 0
     most = max(ALWAYS_UNPACKED, LARGEST_RATIO * state.st_size)

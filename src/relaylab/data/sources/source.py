@@ -17,9 +17,9 @@ UNLABELLED = -1
 class Source(Protocol):
     """Encoded images with labels, accessed by index. `open_source` returns one for data on disk.
 
-    To train on data in another form, implement this protocol and pass the object to `open_source` or to the loaders.
-    An implementation is pickled into worker processes, so keep its pickled state small, such as a path, and do not keep
-    a Python object per image.
+    To train on data in a different form, implement this protocol and pass the object to `open_source` or to the
+    loaders. An implementation is pickled into worker processes, so keep its pickled state small, such as a path, and do
+    not keep a Python object per image.
 
     Example::
 
@@ -60,7 +60,7 @@ def check_source(source: Source) -> None:
     """Check the attributes of a source.
 
     Raises:
-        InputError: an attribute is missing or has another type, or the labels do not fit the images or the classes.
+        InputError: an attribute is missing or has a wrong type, or the labels do not fit the images or the classes.
     """
     lacking = [name for name in ("title", "classes", "fingerprint", "name", "__len__") if not hasattr(source, name)]
     if lacking:

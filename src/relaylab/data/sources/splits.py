@@ -72,7 +72,7 @@ def chosen(splits: Mapping[str, T], split: str | None, title: object) -> T:
     Args:
         splits: entries by split; "" has the files whose names do not give a split.
         split: one of `SPLITS`, or None.
-        title: of the data set, for messages.
+        title: title of the data set, for messages.
 
     Raises:
         SplitNeededError: there are several splits and `split` is None.

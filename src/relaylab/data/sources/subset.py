@@ -15,7 +15,7 @@ Indices = NDArray[np.int64]
 
 
 class Subset:
-    """A `Source` with some images of another, like `torch.utils.data.Subset`.
+    """A `Source` with a subset of the images of a given one, like `torch.utils.data.Subset`.
 
     Example::
 

@@ -32,7 +32,8 @@ def list_trees(
     classes.
 
     Raises:
-        InputError: a tree has no images or another structure, cannot be read, or has a link that leads out of it.
+        InputError: a tree has no images or an unsupported structure, cannot be read, or has a link that leads out of
+            it.
     """
     rows, keys = Rows(), set[str]()
     walks: list[tuple[int, Path, Path, str | None]] = []

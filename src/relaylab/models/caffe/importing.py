@@ -47,7 +47,7 @@ def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) 
             "class 0", "class 1" and so on.
 
     Raises:
-        InputError: a file is missing, damaged or of another kind, or the network is not model B.
+        InputError: a file is missing, damaged or not of the expected kind, or the network is not model B.
     """
     caffe = read_network(prototxt)
     layers, images = follow(caffe)
@@ -145,7 +145,9 @@ def _state(path: Path, layers: Mapping[str, Layer], weights: dict[str, Blobs], m
         name = layers[place].name
         where = f"{path}: layer {brief(name)!r}"
         if name not in weights:
-            raise InputError(f"{where} is missing: expected its weights; is the file truncated, or of another network?")
+            raise InputError(
+                f"{where} is missing: expected its weights; is the file truncated, or for a different network?"
+            )
         blobs = weights.pop(name)
         if len(blobs) != len(WEIGHTS):
             raise InputError(

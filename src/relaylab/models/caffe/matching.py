@@ -77,7 +77,7 @@ def follow(network: Network) -> tuple[dict[str, Layer], int]:
     """Find the layers of model B. Return them by their names in our model, and the number of the images' blob.
 
     Raises:
-        InputError: the network has another structure. Kernels, filters and strides are not compared.
+        InputError: the network has a different structure. Kernels, filters and strides are not compared.
     """
     trail = Trail(network)
     blob = _scores(network)
@@ -139,7 +139,7 @@ def _inception(trail: Trail, blob: int, place: str) -> int:
 def _common(trail: Trail, starts: list[int], place: str) -> int:
     if len(set(starts)) != 1:
         raise InputError(
-            f"{trail.where(trail.found[place])} joins branches of different blobs, or in another order than Model B "
+            f"{trail.where(trail.found[place])} joins branches of different blobs, or orders them unlike Model B "
             f"({place}); {ADVICE}"
         )
     return starts[0]

@@ -69,7 +69,7 @@ def read_network(path: Path) -> Network:
     """Read a prototxt.
 
     Raises:
-        InputError: the file cannot be read or is of another kind, or its layers are not connected.
+        InputError: the file cannot be read, is not a prototxt file, or its layers are not connected.
     """
     message = read_prototxt(path)
     layers = list[Layer]()

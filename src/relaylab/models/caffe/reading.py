@@ -27,7 +27,7 @@ def read_prototxt(path: Path) -> Any:
     """Read the definition of a network as a `NetParameter`.
 
     Raises:
-        InputError: the file cannot be read, or is of another kind.
+        InputError: the file cannot be read, or is not a prototxt file.
     """
     data = read_limited(path, LARGEST_TEXT, "a prototxt has a few thousand bytes; are prototxt and caffemodel swapped?")
     _refuse_mistaken(path, data, "a Caffe prototxt")
@@ -51,7 +51,7 @@ def read_weights(path: Path, names: Container[str]) -> dict[str, Blobs]:
     """Read the blobs of the named layers of a caffemodel as read-only arrays. See Note [Weights as bytes].
 
     Raises:
-        InputError: the file cannot be read, is of another kind, is truncated, or has no weights.
+        InputError: the file cannot be read, is not a caffemodel file, is truncated, or has no weights.
     """
     network = _read_caffemodel(path)
     try:
