@@ -48,7 +48,7 @@ class Settings:
     """The size of a benchmark run.
 
     Args:
-        depths: multiples of the lowest depth, the lowest first.
+        depths: multiples of the lowest depth, from lowest to highest.
         pixels: side of the images.
         batch: batch size.
         rounds: maximum number of timing rounds.
@@ -110,7 +110,7 @@ def measure_depth(
     """Measure the memory and time of one network.
 
     Returns:
-        The metrics, and the memory budget: the given one, or that of the lowest depth.
+        The metrics, and the memory budget: the given one, or the peak of the lowest depth.
     """
     with torch.device(device):
         model = build(depth, settings.pixels)

@@ -179,7 +179,7 @@ def check_gradients(workload: Workload, contenders_of: Callable[[Workload], dict
     first = next(iter(gradients["relay"]))
     if difference(gradients["relay"][first], gradients["multi_loss"][first]) <= GRADIENT_TOLERANCE:
         raise WrongGradientsError(
-            f"the gradient of {first}, below the primary window, is that of both losses: it must be that of the "
+            f"the gradient of {first}, below the primary window, includes both losses: it must be the gradient of the "
             "auxiliary loss alone. The plan has no effect."
         )
 
@@ -327,7 +327,7 @@ def measure(settings: Settings) -> Metrics:
 
 
 def targets(metrics: Metrics) -> dict[str, Target]:
-    """Return the targets of the metrics. Times are compared with what the operations alone would cost."""
+    """Return the targets of the metrics. Times are compared with the cost of the operations alone."""
 
     def in_time(network: str) -> Target:
         counted = metrics[f"{network}_flops_relay_over_multi_loss"]

@@ -3,7 +3,7 @@
     python -m benchmarks.formulations [--quick] [--json FILE]
 
 ResNet-50, models A and B, and ViT-B/16 with one head and two of its twelve blocks in both windows. Contenders are
-those of `benchmarks.engine`, and two more:
+the formulations of `benchmarks.engine`, and two more:
 
 | contender     | description                                                                                    |
 | ------------- | ---------------------------------------------------------------------------------------------- |

@@ -220,7 +220,7 @@ class Ratio:
     def error(self) -> float:
         """The standard error of the median, as if the rounds were independent and normally distributed."""
         # A normal distribution is 1.349 standard deviations wide between its quartiles, and its median's error is
-        # sqrt(pi / 2) times its mean's.
+        # sqrt(pi / 2) times the standard error of its mean.
         return math.sqrt(math.pi / 2 / self.rounds) * self.iqr / 1.349
 
 
@@ -251,7 +251,7 @@ class Target:
     note: str = ""
 
     def is_met(self, value: float) -> bool:
-        """Whether a value meets the target."""
+        """Return whether a value meets the target."""
         if self.relation == "<=":
             return value <= self.limit
         return value < self.limit if self.relation == "<" else value > self.limit
@@ -282,7 +282,7 @@ def _cell(metrics: Metrics, key: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return what the metrics depend on, without names of machines, users or folders."""
+    """Describe the environment that the metrics depend on, without names of machines, users or folders."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -315,7 +315,7 @@ def parse_arguments(name: str, description: str, argv: Sequence[str] | None = No
     Args:
         name: name of the benchmark's module.
         description: text for `--help`.
-        argv: the arguments; None for those of the process.
+        argv: the arguments; None for the arguments of the process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="run fewer rounds, for at most 50 s on two cores")

@@ -87,7 +87,7 @@ class Workload:
         model: the model without the heads.
         plan: the windows.
         heads: the heads by name.
-        blocks: the modules to checkpoint, the lowest first.
+        blocks: the modules to checkpoint, from lowest to highest.
         images: images of a batch.
         labels: labels of the batch.
     """

@@ -15,7 +15,7 @@ of a step last 0.25 to 2 times as long as the step on the free link.
 Lower bound: with a step of C seconds on the free link, messages of T seconds in total, and t seconds for the last
 bucket, which is sent when everything is computed, a step takes at least max(C + t, T).
 
-Metrics: `*_hidden` is the share of the messages' time in which `during` does not wait for them, the median of the
+Metrics: `*_hidden` is the fraction of the messages' time in which `during` does not wait for them, the median of the
 rounds; for `end` it is 0. `*_during_over_end` compares times within each round. `*_over_bound` compares the time of
 `during` with the lower bound.
 """
@@ -151,7 +151,7 @@ def average_at_end(parameters: Sequence[nn.Parameter], bucket_bytes: int = 25 * 
 
 
 def measure_two_processes(settings: Settings) -> dict[str, Metrics]:
-    """Run two processes, and return the metrics of the first one, by network."""
+    """Run two processes and return the metrics of the first one, by network."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_process, (settings, folder), nprocs=WORLD)
         return torch.load(Path(folder) / "metrics.pt", weights_only=True)

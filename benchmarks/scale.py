@@ -8,7 +8,7 @@ over a bandwidth, plus a latency. docs/method/scale.md lists the assumptions. Th
 machine: it measures their rate, bandwidth and latency separately, then predicts and measures their steps.
 
 Metrics: `check_*_predicted` is the predicted time of a step over the measured one. `*_n*_efficiency_a` is the number of
-images per second and GPU over that of a single GPU with multi-loss training.
+images per second per GPU, relative to a single GPU with multi-loss training.
 """
 
 import statistics
@@ -136,7 +136,7 @@ class Job:
 
     @property
     def stages(self) -> tuple[Stage, Stage, Stage]:
-        """All stages, the lowest first."""
+        """All stages, from lowest to highest."""
         return self.below, self.overlap, self.above
 
     @property
@@ -319,7 +319,7 @@ def _process(rank: int, settings: Settings, folder: str) -> None:
 
 
 def check(settings: Settings) -> Metrics:
-    """Predict the steps of two processes from separate measurements, and compare them with measured steps."""
+    """Predict the steps of two processes from separate measurements and compare them with measured steps."""
     times = measure_two_processes(settings)
     workload = vgg22(settings.width, 64, settings.batch, device="meta")
     job = job_of(workload.model, workload.plan, workload.head, settings.batch, 64)

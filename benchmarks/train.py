@@ -15,7 +15,7 @@ loop adds seeds for each step, checks of losses and gradients before the update,
 | `checkpoint_stall`     | seconds that a checkpoint blocks training, over the seconds of 1,000 steps               |
 
 `*_iqr` and `*_error` are as in `benchmarks.engine`. Each checkpoint is written to disk and verified completely; its
-speed is the disk's.
+speed is limited by the disk.
 """
 
 import statistics
@@ -94,7 +94,7 @@ class Settings:
 
 
 def settings_of(*, quick: bool) -> Settings:
-    """Return the settings of the full benchmark, or those of one that ends within 50 seconds."""
+    """Return the settings of the full benchmark, or of a short one that ends within 50 seconds."""
     recipe = find_recipe("table6-resnet50-relay")
     full = Settings(recipe=replace(recipe, optimizer=replace(recipe.optimizer, batch_size=8)))
     return replace(full, loop_budget_s=18, statistics_budget_s=8, saves=3) if quick else full
@@ -202,7 +202,7 @@ def check(ours: TrainerLoop, bare: BareLoop, steps: int) -> None:
 
 @contextmanager
 def loops(settings: Settings) -> Iterator[tuple[TrainerLoop, BareLoop]]:
-    """Yield both loops, after a check that they train alike. A temporary folder has our records."""
+    """Yield both loops, after a check that they train alike. A temporary folder contains our records."""
     with tempfile.TemporaryDirectory(prefix="relaylab-train-") as folder:
         images = random_images(settings.recipe, settings.crop_spec, settings.images)
         ours, bare = TrainerLoop(settings, images, Path(folder)), BareLoop(settings, images)

@@ -11,7 +11,7 @@ Size = Literal["32px", "64px"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 SIZES: tuple[Size, ...] = ("32px", "64px")
-COLLAPSED = 98.0  # per cent of top-1 error; guessing among 100 classes gives 99
+COLLAPSED = 98.0  # per cent of top-1 error; chance level with 100 classes is 99
 
 _SCHEME_OF_GROUP = {"overlap": "relay", "tail-50": "standard"}  # arms whose names do not include the scheme
 

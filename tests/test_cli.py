@@ -113,7 +113,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--seeds", "0,0"], "--seeds 0,0: expected whole numbers from 0, separated by commas, each once"),
+        (["--seeds", "0,0"], "--seeds 0,0: expected integers from 0, separated by commas, each once"),
         (["--schemes", "relay,rely"], "unknown scheme 'rely'; nearest: relay"),
         (["--set", "optimizer.lr=nan"], "optimizer.lr is nan: expected a finite number, above 0"),
         (["--set", "network.classes=3"], "no value network.classes; nearest: "),

@@ -204,7 +204,7 @@ def test_files_that_are_no_model_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a valid safetensors file"):
         read_model(path)
     save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(InputError, match="does not say which network it holds"):
+    with pytest.raises(InputError, match="does not state its network: expected a model file"):
         read_model(path)
     save_file({"w": torch.zeros(2)}, path, {"relaylab": json.dumps({"format": "relaylab model 99"})})
     with pytest.raises(InputError, match="'relaylab model 99'; this version reads 'relaylab model 1'"):

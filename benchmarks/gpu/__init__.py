@@ -14,7 +14,7 @@
 
 Entries run in this order. No entry starts after the time limit. DIR/results.json is rewritten after every result, so an
 interrupted run keeps its results; DIR/log.txt has the output of child processes. A contender that runs out of memory,
-fails, or computes other gradients than it claims is recorded with the reason, and the others continue.
+fails, or computes gradients other than it claims is recorded with the reason, and the others continue.
 
 Without a GPU only `--tiny` is allowed: all entries run with small networks on small images, to test the script.
 """

@@ -35,7 +35,7 @@ RELAY_OVER_FLOPS, EARLY_OVER_MULTI_LOSS, LOOP = 1.03, 1.12, 0.97
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run all entries, and print one table."""
+    """Run all entries and print one table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Run all GPU measurements.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and log.txt")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no measurement after this time (default: 8)")

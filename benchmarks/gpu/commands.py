@@ -58,7 +58,7 @@ def compare(session: Session, settings: Settings, data: Data) -> None:
 
 
 def _compare(session: Session, settings: Settings, entry: str, file: Path, images: Path | None, schemes: str) -> None:
-    """Run one comparison, and record its table. The log has the whole output."""
+    """Run one comparison and record its table. The log contains the full output."""
     name = file.stem
     if images is None:
         option = "--cifar" if entry == "B1" else "--places"

@@ -67,7 +67,7 @@ def measure(session: Session, settings: Settings) -> None:
 
 
 def checked(session: Session, settings: Settings, deep: Deep, branches: int) -> memory.Workload:
-    """Build a network, and check the gradients of its contenders.
+    """Build a network and check the gradients of its contenders.
 
     Raises:
         WrongGradientsError: the gradients of a contender and its peer differ.
@@ -111,7 +111,7 @@ def build(deep: Deep, branches: int, pixels: int, device: str) -> memory.Workloa
 
 
 def fill(session: Session, settings: Settings, workload: memory.Workload, contender: str) -> Metrics:
-    """Find a contender's largest batch, and time it."""
+    """Find a contender's largest batch and time it."""
 
     def step_of(count: int) -> Step:
         return memory.contenders(batch_of(workload, count))[contender]
@@ -147,7 +147,7 @@ def search(
 
     Args:
         step_of: function that returns the step for a batch size.
-        capacity: available bytes, besides those already allocated.
+        capacity: available bytes, in addition to those already allocated.
         small: batch sizes whose peaks predict the largest one.
         max_images: maximum batch size.
         has_time: function that returns whether the search may continue. If not, the result is the largest batch so

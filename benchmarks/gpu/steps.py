@@ -124,7 +124,7 @@ def _measure_peaks(session: Session, network: str, workload: Workload) -> dict[s
 
 
 def prepare(settings: Settings, build: Build, device: str) -> Prepared:
-    """Build a network with its batch, and count FLOPs."""
+    """Build a network with its batch and count FLOPs."""
     with dry_run():
         meta_copy = build(settings.pixels, 2, settings.width, "meta")
         counted = steps_of(meta_copy)

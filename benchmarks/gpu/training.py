@@ -90,7 +90,7 @@ def from_disk(session: Session, settings: Settings) -> Metrics:
 
 
 def waiting(ours: train.TrainerLoop, steps: int, device: str) -> Metrics:
-    """Return the trainer's speed, and the share of the time in which it waits for images."""
+    """Return the trainer's speed, and the fraction of the time in which it waits for images."""
     ours.trainer.meter.reset()
     _repeat(ours.step, steps, device)
     values = ours.trainer.meter.values(ours.trainer.recipe.optimizer.batch_size)
@@ -106,7 +106,7 @@ def _repeat(step: Callable[[], None], steps: int, device: str) -> None:
 
 @contextmanager
 def images_on_disk(session: Session, settings: Settings) -> Iterator[tuple[RunImages, Path]]:
-    """Write photographs, and open them as training does. Yields the images and a folder for the run."""
+    """Write photographs and open them as training does. Yields the images and a folder for the run."""
     config = loop_settings_of(session, settings)
     with tempfile.TemporaryDirectory(prefix="relaylab-gpu-") as name:
         folder = Path(name)

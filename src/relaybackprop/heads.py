@@ -37,8 +37,8 @@ class AuxiliaryHead(nn.Module):
         width: number of output channels of the convolution.
         hidden: number of output features of the first fully connected layer.
         layout: layout of the input map, see Note [Layouts].
-        gain: initialisation of the classifier. "default" is PyTorch's, "he" is He's, and "quiet" starts with scores
-            near 0, so that the loss starts near ln(classes).
+        gain: initialisation of the classifier. "default" is PyTorch's default, "he" is He initialisation, and "quiet"
+            starts with scores near 0, so that the loss starts near ln(classes).
 
     Shape:
         (batch, channels, height, width), or channels last, to (batch, classes), for any height and width of at least 1.

@@ -19,7 +19,7 @@ class RelayOutput(NamedTuple):
     Attributes:
         primary: the model's output.
         auxiliary: the heads' outputs by name, except heads whose modules layer drop has skipped.
-        weights: the factor of each loss by name, the primary one first.
+        weights: the factor of each loss by name; the primary loss is first.
 
     Example:
         ```python
@@ -34,7 +34,7 @@ class RelayOutput(NamedTuple):
 
     @property
     def losses(self) -> dict[str, Any]:
-        """The input of each criterion by loss name, the primary one first."""
+        """The input of each criterion by loss name; the primary loss is first."""
         return {PRIMARY: self.primary, **self.auxiliary}
 
 
@@ -88,7 +88,7 @@ class RelayLoss(nn.Module):
         return sum(weighted[1:], start=weighted[0])
 
     def terms(self, output: Any, target: Any) -> dict[str, Tensor]:
-        """Return the unweighted losses by name. Arguments and errors are those of `forward`.
+        """Return the unweighted losses by name. It has the same arguments and errors as `forward`.
 
         Example:
             ```python

@@ -23,7 +23,7 @@ from relaybackprop.errors import PlanError, WindowError
 
 PRIMARY = "primary"
 PRIMARY_WEIGHT = 1.0
-AUXILIARY_WEIGHT = 0.3  # the paper's, sections 5.1 and 5.2
+AUXILIARY_WEIGHT = 0.3  # as in the paper, sections 5.1 and 5.2
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Plan:
 
     @property
     def windows(self) -> dict[str, Window]:
-        """All windows by name of the loss, the primary one first."""
+        """All windows by name of the loss; the primary window is first."""
         return {PRIMARY: self.primary, **self.auxiliary}
 
     @property

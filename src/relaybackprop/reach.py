@@ -99,7 +99,7 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
 
 @contextmanager
 def preserved_state(module: nn.Module) -> Generator[None]:
-    """Set training mode, and restore modes, buffers and random number generators on exit."""
+    """Set training mode and restore modes, buffers and random number generators on exit."""
     modes = {submodule: submodule.training for submodule in module.modules()}
     buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     gpus = {p.device.index for p in module.parameters() if p.device.type == "cuda"}

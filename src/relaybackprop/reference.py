@@ -1,6 +1,6 @@
 """Reference implementation, and the oracle of every test: one `autograd.grad` per loss, masked and summed.
 
-It shares only the plan and the functions on nested values with the engine. It costs one whole backward pass per loss
+It shares only the plan and the functions on nested values with the engine. It costs one full backward pass per loss
 and one more per window.
 """
 

@@ -52,8 +52,8 @@ class Relay(nn.Module):
     """A model in which each loss reaches only its own window of layers.
 
     In training mode the forward pass returns a `RelayOutput`. One `backward()` call propagates the gradients of the
-    losses on it, each to the end of its window. In evaluation mode, output and cost are exactly those of the plain
-    model. The model is not copied, and it has hooks only while a training forward pass runs. At any other time
+    losses on it, each to the end of its window. In evaluation mode, output and cost are exactly the same as for the
+    plain model. The model is not copied, and it has hooks only while a training forward pass runs. At any other time
     `relay.model` is the plain model, with its own state-dict keys, and can be used, saved or exported.
 
     An overlap of G losses with different lower ends costs G input-gradient passes and one weight-gradient pass. All
@@ -363,7 +363,7 @@ class _Cache(dict[Any, Any]):
         return value
 
     def has_prefix(self, first: Any) -> bool:
-        """Whether any cached key has this first item."""
+        """Return whether any cached key has this first item."""
         return any(key[0] == first for key in self)
 
 

@@ -1,7 +1,7 @@
 """The `relaylab` command line: dispatch commands, parse options, and turn errors into exit codes.
 
 A command is a function `main(options) -> exit code` in a file of `relaylab.commands`, and a line in `COMMANDS`. The
-annotation of `options` names a dataclass, whose docstrings are the help. These files import torch only inside
+annotation of `options` is a dataclass, whose docstrings are the help. These files import torch only inside
 functions, so that help and option errors appear immediately.
 """
 
@@ -157,7 +157,7 @@ def overview(group: str = "") -> str:
 
 
 def load_command(name: str) -> tuple[Callable[[Any], int], type[Any]]:
-    """Import a command, and return its function and the type of its options."""
+    """Import a command and return its function and the type of its options."""
     module, _, function = COMMANDS[name].partition(":")
     run = getattr(importlib.import_module(f"relaylab.commands.{module}"), function)
     return run, get_type_hints(run)["options"]

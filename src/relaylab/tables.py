@@ -12,7 +12,7 @@ Format = Literal["markdown", "latex", "html"]
 
 @dataclass(frozen=True)
 class Table:
-    """A table. The first column names the rows; notes are sentences below the table."""
+    """A table. The first column contains the names of the rows; notes are sentences below the table."""
 
     title: str
     header: tuple[str, ...]
@@ -32,7 +32,7 @@ def render(table: Table, form: Format) -> str:
 def markdown_lines(table: Table, *, is_marked: bool = False) -> list[str]:
     """Return the Markdown lines of a table, header and rule first, without title and notes.
 
-    Cells are escaped, unless `is_marked` says that they are Markdown.
+    Cells are escaped, unless `is_marked` is true, which means that they are Markdown.
     """
     rule = ["---:" if _is_numeric(column) else "---" for column in zip(*table.rows, strict=True)]
     lines = [table.header, rule or ["---"] * len(table.header), *table.rows]
@@ -55,12 +55,14 @@ def renewed(page: str, tables: Mapping[str, Sequence[str]]) -> str:
         text = "".join(f"{line}\n" for line in lines)
         page, count = re.subn(f"{start}.*?{end}", lambda _, new=start + text + end: new, page, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"the page has {count} markers <!-- {name} -->: expected one, followed by <!-- end -->")
+            raise ValueError(
+                f"the page contains {count} markers <!-- {name} -->: expected one, followed by <!-- end -->"
+            )
     return page
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    """Whether a column is right-aligned: it has only numbers, empty cells and dashes."""
+    """Return whether a column is right-aligned: it has only numbers, empty cells and dashes."""
     return all(re.match(r"[-+(]*\d|-?$", cell) for cell in cells)
 
 

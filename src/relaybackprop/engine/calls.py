@@ -21,7 +21,7 @@ class Calls:
             it.
 
     Attributes:
-        order: the boundaries crossed so far, the lowest first.
+        order: the boundaries crossed so far, from lowest to highest.
         places: for each boundary crossed, the boundary where this happened: a later one if the module was skipped
             (Note [Skipped modules] in `relaybackprop.engine.hooks`).
         suspended: whether heads or backward passes are running, whose calls are not part of the forward pass.
@@ -37,7 +37,7 @@ class Calls:
         self._thread = threading.get_ident()
 
     def is_active(self) -> bool:
-        """Whether a call belongs to this forward pass. Another thread may be running the plain model."""
+        """Return whether a call belongs to this forward pass. Another thread may be running the plain model."""
         return not self.suspended and threading.get_ident() == self._thread
 
     def enter(self, boundary: Boundary, place: Boundary, value: Any) -> None:

@@ -59,7 +59,7 @@ Forecast = dict[int, Final]
 
 
 def is_distributed(group: "ProcessGroup | None" = None) -> bool:
-    """Whether the group has more than one process."""
+    """Return whether the group has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
@@ -300,7 +300,7 @@ def _to_list(tensor: Tensor) -> list[Any]:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a `DTensor`, sharded over processes."""
+    """Return whether a tensor is a `DTensor`, sharded over processes."""
     return hasattr(tensor, "full_tensor")
 
 

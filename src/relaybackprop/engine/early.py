@@ -11,10 +11,10 @@ Note [Early release]
 4. To reach a final segment, a loss may have to cross segments that are not final, where it overlaps with later losses.
    It crosses them in a lane: a pass that computes input gradients only and retains the graph. Its gradients at its head
    and at each cut are held, and join the sum when the segment becomes final.
-5. So a segment with G distinct sums costs W + G*D, as in one backward pass over the whole graph, minus the lowest input
+5. So a segment with G distinct sums costs W + G*D, as in one backward pass over the full graph, minus the lowest input
    gradient of each overlap, which is not needed when its segments become final.
 6. Saved tensors of a segment live from its forward pass until the backward pass of the last loss whose window contains
-   it, so the peak is what the largest window saves.
+   it, so the peak is the memory that the largest window saves.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
@@ -79,7 +79,7 @@ class _Segment:
         return add(self.held, self.lanes[unheld]) if unheld else self.held
 
     def has(self, losses: Losses) -> bool:
-        """Whether the sum of exactly these losses has already arrived from above."""
+        """Return whether the sum of exactly these losses has already arrived from above."""
         return losses in self.lanes or losses == self.held_losses
 
     def hold(self) -> None:
@@ -134,7 +134,7 @@ class EarlyRelease:
         return value
 
     def finish(self, output: Any) -> None:
-        """Compute the primary loss from the model's output, and free the rest."""
+        """Compute the primary loss from the model's output and free the rest."""
         self.calls.check()
         self.calls.check_has_tensors(f"the output for the loss {PRIMARY!r}", output)
         with self._suspended():
@@ -251,7 +251,7 @@ class EarlyRelease:
         below.lanes[losses] = received
 
     def _free(self, index: int, losses: Losses, *, propagates: bool) -> None:
-        """Compute the gradients of a segment's weights, and free it."""
+        """Compute the gradients of a segment's weights and free it."""
         segment = self._segments[index]
         edges, gradients = segment.gradients_of(losses)
         if edges:
@@ -274,7 +274,7 @@ class EarlyRelease:
         if segment.older_nodes and any(map(graph.is_reentrant_checkpoint, parents)):
             raise EarlyReleaseError(
                 f"a reentrant checkpoint above the {segment.bottom}",
-                "reentrant checkpointing requires one backward pass over the whole graph",
+                "reentrant checkpointing requires one backward pass over the full graph",
                 "Use checkpoint(..., use_reentrant=False), or an ordinary forward and backward pass.",
             )
         inner_nodes = [(node, graph.sequence_number(node)) for node in parents if not graph.is_leaf(node)]

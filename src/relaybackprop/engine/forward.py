@@ -22,7 +22,7 @@ class ForwardPass:
         calls: records the boundaries crossed.
 
     Attributes:
-        junctions: all junctions, the lowest first.
+        junctions: all junctions, from lowest to highest.
         edges: the gradient edges above each junction.
         head_inputs: the input of each head, by loss. These are copies, because the layers above the boundary, or the
             head, may modify them in place (decision 013).
@@ -66,7 +66,7 @@ class ForwardPass:
         for loss, output in outputs.items():
             window = self.calls.plan.windows[loss]
             self.calls.check_has_tensors(f"the output for the loss {loss!r}", output)
-            # One item per tensor: if a path bypasses the window's end, the error names the item where it starts.
+            # One item per tensor: if a path bypasses the window's end, the error states the item where it starts.
             items = {keys: edges_of([tensor]) for keys, tensor in paths_in(output) if tensor.requires_grad}
             start = None if window.upper is None else self._junction_at.get(window.upper)
             edges = [edge for item in items.values() for edge in item]

@@ -64,7 +64,7 @@ def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
 
 
 def is_leaf(node: Node) -> bool:
-    """Whether a node is a parameter, or autocast's cached cast of one, which several layers may share."""
+    """Return whether a node is a parameter, or autocast's cached cast of one, which several layers may share."""
     if variable_of(node) is not None:
         return True
     below = list(_below(node))
@@ -72,12 +72,12 @@ def is_leaf(node: Node) -> bool:
 
 
 def uses_leaf(node: Node) -> bool:
-    """Whether a node is not a leaf but reads one. A reentrant checkpoint counts: its layers may."""
+    """Return whether a node is not a leaf but reads one. A reentrant checkpoint counts: its layers may."""
     return not is_leaf(node) and (is_reentrant_checkpoint(node) or any(is_leaf(below) for below, _ in _below(node)))
 
 
 def is_reentrant_checkpoint(node: Node) -> bool:
-    """Whether a node is a reentrant checkpoint, whose layers are not in the graph."""
+    """Return whether a node is a reentrant checkpoint, whose layers are not in the graph."""
     return node.name() == "CheckpointFunctionBackward"
 
 

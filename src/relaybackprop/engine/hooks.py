@@ -32,7 +32,7 @@ class Engine(Protocol):
     calls: Calls
 
     def cross(self, boundary: Boundary, place: Boundary, value: Any) -> Any:
-        """Process the value at a boundary, and return the value that the layers above read.
+        """Process the value at a boundary and return the value that the layers above read.
 
         `place` is the boundary itself, or a later one if a module was skipped.
         """
@@ -41,7 +41,7 @@ class Engine(Protocol):
 
 @contextmanager
 def boundary_hooks(model: nn.Module, plan: Plan, engine: Engine) -> Generator[None]:
-    """Register hooks that pass the values at the plan's boundaries to the engine, and remove them on exit."""
+    """Register hooks that pass the values at the plan's boundaries to the engine and remove them on exit."""
     with ExitStack() as stack:
         for container, in_list in _boundaries_by_list(model, plan).items():
             _attach_list(stack, model, container, in_list, engine)
@@ -204,7 +204,7 @@ def check_no_transforms(place: str) -> None:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module was compiled, by module.compile() or torch.compile(module)."""
+    """Return whether a module was compiled, by module.compile() or torch.compile(module)."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "dynamo_ctx")
 
 

@@ -15,7 +15,7 @@ Note [Lanes]
    losses is computed separately in a *lane*: a nested `torch.autograd.grad` from junction to junction, which computes
    input gradients only.
 3. A lane is identified by its set of losses: it is the sum of the gradients of exactly these losses at this boundary.
-   A junction where windows end drops the ordinary sum, and returns the lane of the losses that do not end there.
+   A junction where windows end drops the ordinary sum and returns the lane of the losses that do not end there.
 4. A segment with G distinct sums (the ordinary pass and its lanes) costs one weight-gradient pass and G input-gradient
    passes, W + G*D. Outside overlaps G is 1 and nothing is computed twice.
 5. A lane propagates in hops, each from a junction to the next ones below, where losses that start there join the sum.
@@ -110,10 +110,10 @@ class Junction:
     below: dict[int, list[GradientEdge]] = field(default_factory=dict[int, list[GradientEdge]])
 
     def propagate(self, gradients: Gradients) -> Gradients:
-        """Send the lanes, and return the gradients for the layers below.
+        """Send the lanes and return the gradients for the layers below.
 
         Args:
-            gradients: gradients of the trunk's tensors, then those of each head's tensors.
+            gradients: gradients of the trunk's tensors, then of each head's tensors.
         """
         num_tensors = len(self.sources)
         backward_id = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]

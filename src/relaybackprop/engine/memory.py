@@ -46,5 +46,5 @@ def in_place_error(boundary: str) -> BoundaryError:
 
 
 def _is_at(tensor: Tensor, junction: Junction) -> bool:
-    """Whether autograd still treats the tensor as the junction's output."""
+    """Return whether autograd still treats the tensor as the junction's output."""
     return getattr(tensor.grad_fn, "junction", None) is junction

@@ -39,7 +39,7 @@ class LossPath:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The routes of all junctions, the lowest first, and the depth of each loss's window in weight layers."""
+    """The routes of all junctions from lowest to highest, and the depth of each loss's window in weight layers."""
 
     routes: tuple[Route, ...]
     depths: Mapping[str, int]
@@ -48,7 +48,7 @@ class Schedule:
         """Assign the routes to the junctions of one forward pass.
 
         Args:
-            junctions: the junctions, the lowest first.
+            junctions: the junctions, from lowest to highest.
             edges: the gradient edges above each junction, where lanes end.
 
         Raises:
@@ -66,7 +66,7 @@ def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], 
     """Derive each junction's route from the graph of one forward pass.
 
     Args:
-        junctions: all junctions of the pass, the lowest first.
+        junctions: all junctions of the pass, from lowest to highest.
         paths: the path of each loss.
         names: the module that created each node, for error messages.
 
@@ -117,7 +117,7 @@ def within_window(loss: str) -> graph.Follow:
 
 
 def _routes(junctions: Sequence[Junction], incoming: Sequence[set[str]]) -> Iterator[Route]:
-    """Yield the route of each junction, the lowest first: Note [Lanes] in `relaybackprop.engine.junction`."""
+    """Yield the route of each junction, from lowest to highest: Note [Lanes] in `relaybackprop.engine.junction`."""
     needed: list[set[Losses]] = []  # for each junction, the lanes to deliver to it
     for junction in junctions:
         above = frozenset(incoming[junction.index])
@@ -129,7 +129,8 @@ def _routes(junctions: Sequence[Junction], incoming: Sequence[set[str]]) -> Iter
             for lane in needed[lower]:
                 if lane & outgoing:
                     targets.setdefault(lane & outgoing, []).append((lower, lane))
-        # It needs as lanes what it returns and sends, except the sum of all incoming losses: that is the ordinary pass.
+        # Its lanes are the sets of losses that it returns and sends, except the sum of all incoming losses (ordinary
+        # pass).
         needed.append({continuing, *(losses & above for losses in targets)} - {frozenset(), above})
         yield Route(above, outgoing, tuple(Hop(losses, tuple(to)) for losses, to in targets.items()))
 
@@ -181,7 +182,7 @@ def leak_error(
     if bypassing_items:
         remedy = (
             f"The path starts at {', '.join(bypassing_items)} of the model's output. If the primary loss does not read "
-            "that item, select what it reads, for example Relay(..., output='logits') or output=lambda output: "
+            "that item, select its input, for example Relay(..., output='logits') or output=lambda output: "
             "output[0]."
         )
     return LeakError(
@@ -225,7 +226,8 @@ def _check_leak(loss: str, path: LossPath, parents: Mapping[Node, Node | None], 
     node = leaks(parents)
     if node is None:
         return
-    # If only some items of the model's output leak, the primary loss may not read these at all: name them.
+    # If only some items of the model's output leak, the primary loss may not read these at all, so the error lists
+    # them.
     leaking = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, within_window(loss))) is not None]
     all_leak = len(leaking) == len(path.items)
     bypassing_items = [] if all_leak else ["".join(f"[{key!r}]" for key in keys) for keys in leaking]

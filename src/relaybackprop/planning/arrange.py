@@ -34,7 +34,7 @@ from torch import nn
 from relaybackprop.plan import Plan, Window
 from relaybackprop.planning.chain import Link
 
-MAX_SHARE = 0.88  # largest share of the weight layers in one window
+MAX_SHARE = 0.88  # largest fraction of the weight layers in one window
 SAME_SIZE = 1.5  # maps whose numbers of positions differ by this factor or more belong to different stages
 
 
@@ -43,7 +43,7 @@ class Segment:
     """Consecutive links.
 
     Args:
-        links: one link for each depth, the lowest first.
+        links: one link for each depth, from lowest to highest.
         start: the depth below the segment, in weight layers.
     """
 
@@ -76,8 +76,8 @@ class Arrangement:
     """Heads at the ends of segments.
 
     Args:
-        segments: all segments, the lowest first.
-        heads: indices of the segments whose ends the heads read, the lowest first.
+        segments: all segments, from lowest to highest.
+        heads: indices of the segments whose ends the heads read, from lowest to highest.
     """
 
     segments: Sequence[Segment]
@@ -108,7 +108,7 @@ class Arrangement:
 
 
 def head_names(count: int) -> list[str]:
-    """Return the names of suggested heads, the lowest first."""
+    """Return the names of suggested heads, from lowest to highest."""
     return ["aux"] if count == 1 else [f"aux{index}" for index in range(1, count + 1)]
 
 
@@ -116,7 +116,7 @@ def plan_of(tops: Sequence[str], ends: Sequence[str | None]) -> Plan:
     """Return a plan by module names.
 
     Args:
-        tops: the modules that the heads read, the lowest first.
+        tops: the modules that the heads read, from lowest to highest.
         ends: for each head, the module below the next higher window; None for the model's input.
     """
     ends_below = [None, *ends]
@@ -158,7 +158,7 @@ def _blocks(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module has weight layers and is neither a plain list nor a leaf."""
+    """Return whether a module has weight layers and is neither a plain list nor a leaf."""
     is_list = isinstance(module, nn.ModuleList) or (
         isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward  # pyright: ignore
     )

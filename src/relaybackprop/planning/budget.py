@@ -25,7 +25,7 @@ class Packing:
     """Windows on a chain of links.
 
     Args:
-        tops: indices of the links that the heads read, the lowest first.
+        tops: indices of the links that the heads read, from lowest to highest.
         overlap: number of links in each overlap.
     """
 

@@ -1,7 +1,7 @@
 """The cost of a plan: floating-point operations, saved activations and peak memory of a training step.
 
 The step runs on a copy with the engine that also trains, on the meta device if possible (Note [Values] in
-`relaybackprop.planning.copies`), so the counts are those of a real step.
+`relaybackprop.planning.copies`), so the counts equal those of a real step.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -249,13 +249,13 @@ def _profile_step(
     *,
     early: bool = False,
 ) -> Profiler:
-    """Run one training step of a copy with a different plan for the same heads, and return its costs by row.
+    """Run one training step of a copy with a different plan for the same heads and return its costs by row.
 
     Args:
         relay: a relay on a copy of the model.
         plan: the plan of the scheme.
         arguments: the arguments of the forward pass.
-        order: the boundaries between rows, the lowest first. The heads' rows follow.
+        order: the boundaries between rows, from lowest to highest. The heads' rows follow.
         ends: boundaries at which to cut the graph, so that the layers below receive no gradient from above.
         early: whether to use `Relay.forward_backward`.
     """
@@ -296,7 +296,7 @@ def _profile_step(
 
 
 def _cross(profiler: Profiler, row: int, cut: list[Tensor] | None, value: Any) -> Any:
-    """Enter a row. At a cut, detach the value, and add its tensors to the losses of the layers below."""
+    """Enter a row. At a cut, detach the value and add its tensors to the losses of the layers below."""
     profiler.enter_row(row)
     tensors = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
     if cut is None or not tensors:

@@ -229,7 +229,7 @@ def _layout(observed: _Observations, name: str, top: str, shape: tuple[int, ...]
 
 
 def _has_class_token(observed: _Observations, features: Tensor) -> bool:
-    """Whether these features depend on a class token. Some models add theirs only in the last blocks."""
+    """Return whether these features depend on a class token. Some models add theirs only in the last blocks."""
     reached = graph.walk(graph.edges_of([features]), graph.follow_all)
     variables = {id(getattr(node, "variable", None)) for node in reached}
     return any(id(token) in variables for token in observed.class_tokens)
@@ -253,7 +253,7 @@ def _features(observed: _Observations, name: str, top: str) -> tuple[tuple[Any, 
         raise HeadError(
             f"{top}, the top of {name!r}, returns {[tuple(tensor.shape) for _, tensor in tensors] or 'no tensor'}",
             f"a head must read a batch of features, (N, ...) with N = {observed.batch} as in the example",
-            "Move the top to a module that the model runs on whole examples, or write a head that reads this output.",
+            "Move the top to a module that runs on complete examples, or write a head that reads this output.",
         )
     return next((pair for pair in candidates if pair[1].requires_grad), candidates[0])
 

@@ -127,7 +127,7 @@ class Profiler(FlopCounter):
             self.memory.add_workspace(result[0].nbytes)  # a CPU copies the result from the library's memory format
 
     def record_saved(self, tensor: Tensor) -> Tensor:
-        """Record a tensor that autograd saves, and return it: a pack hook of `saved_tensors_hooks`."""
+        """Record a tensor that autograd saves and return it: a pack hook of `saved_tensors_hooks`."""
         node = cast(Node | None, torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
         self.costs[self.row if node is None else self._backward_row] += PartCost(saved=self._saved.add(tensor))
         return tensor

@@ -29,7 +29,7 @@ class Storages:
         self._alive = set[int]()
 
     def add(self, value: Any) -> int:
-        """Add the new storages of all tensors in a value, and return their size in bytes."""
+        """Add the new storages of all tensors in a value and return their size in bytes."""
         new = 0
         for tensor in _with_storage(value):
             address, storage = _address(tensor), tensor.untyped_storage()
@@ -42,7 +42,7 @@ class Storages:
         return new
 
     def contains(self, value: Any) -> bool:
-        """Whether any tensor in a value has an added storage."""
+        """Return whether any tensor in a value has an added storage."""
         return any(_address(tensor) in self._alive for tensor in _with_storage(value))
 
     def add_workspace(self, size: int) -> None:

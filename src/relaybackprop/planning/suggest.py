@@ -121,7 +121,7 @@ def suggest_plan(
 def _suggestion(
     model: nn.Module, example_input: Any, plan: Plan, tops: Sequence[Link], reasons: Sequence[str]
 ) -> Suggestion:
-    """Run the plan on a copy, and return it as a suggestion. `tops` are the links that the heads read."""
+    """Run the plan on a copy and return it as a suggestion. `tops` are the links that the heads read."""
     relay = trace(model, plan, example_input)
     plan.check_relay(relay.order)
     shapes = {name: top.shape for name, top in zip(plan.auxiliary, tops, strict=True)}

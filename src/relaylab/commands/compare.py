@@ -67,7 +67,7 @@ def main(options: CompareOptions) -> int:
 
 
 def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
-    """Tune each scheme if requested, and train the runs that are missing in the folder of a comparison.
+    """Tune each scheme if requested and train the runs that are missing in the folder of a comparison.
 
     Returns:
         The results; None after SIGINT or SIGTERM, in which case the same call resumes.
@@ -172,7 +172,7 @@ def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]
 
 
 def listed_schemes(text: str) -> tuple[list[str], list[str]]:
-    """Parse the value of --schemes, and return the schemes and error messages."""
+    """Parse the value of --schemes and return the schemes and error messages."""
     names, problems = listed(text.replace("-", "_"), SCHEMES, "scheme")
     if len(set(names)) != len(names) or not names:
         problems.append(f"--schemes {text}: expected one or more schemes, each once")
@@ -180,10 +180,10 @@ def listed_schemes(text: str) -> tuple[list[str], list[str]]:
 
 
 def listed_seeds(text: str) -> tuple[list[int], list[str]]:
-    """Parse the value of --seeds, and return the seeds and error messages."""
+    """Parse the value of --seeds and return the seeds and error messages."""
     parts, _ = listed(text)
     if not parts or len(set(parts)) != len(parts) or not all(part.isdecimal() for part in parts):
-        return [], [f"--seeds {text}: expected whole numbers from 0, separated by commas, each once"]
+        return [], [f"--seeds {text}: expected integers from 0, separated by commas, each once"]
     return [int(part) for part in parts], []
 
 

@@ -1,4 +1,4 @@
-"""`relaylab data inspect` and `relaylab data check`: summarise a data set, and find its unreadable images."""
+"""`relaylab data inspect` and `relaylab data check`: summarise a data set and find its unreadable images."""
 
 import json
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ class InspectOptions(DataOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckOptions(DataOptions):
-    """Decode every image of a data set, and list unreadable and damaged ones."""
+    """Decode every image of a data set and list unreadable and damaged ones."""
 
 
 def inspect(options: InspectOptions) -> int:

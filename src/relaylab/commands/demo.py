@@ -33,7 +33,7 @@ class DemoOptions:
     """Validation images, if --data has training images only."""
 
     out: Folder = None
-    """Folder for the runs and the report; may contain those of an earlier demo (default: runs/demo/NAME, named after
+    """Folder for the runs and the report; may contain the runs of an earlier demo (default: runs/demo/NAME, named after
     the images)."""
 
     schemes: Listed = "standard,multi-loss,relay"

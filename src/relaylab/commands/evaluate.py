@@ -73,7 +73,7 @@ class EvaluateOptions:
     """Baseline network for the comparisons (default: standard BP with the same seed, if given)."""
 
     data: Annotated[Images, MustExist] = ()
-    """Images, as for `relaylab train` (default: those of the first run)."""
+    """Images, as for `relaylab train` (default: the images of the first run)."""
 
     split: Annotated[
         Literal["val", "test", "train", "all"] | None,
@@ -92,7 +92,7 @@ class EvaluateOptions:
     """Crops per batch; whole images are batched up to the same number of pixels."""
 
     out: Folder = None
-    """Folder for scores and tables; may contain those of other networks for the same images (default:
+    """Folder for scores and tables; may contain scores of other networks for the same images (default:
     runs/eval/NAME)."""
 
 
@@ -146,7 +146,7 @@ class SubmitOptions:
 
 
 def main(options: EvaluateOptions) -> int:
-    """Evaluate the given networks, skipping what is already scored, and print the table.
+    """Evaluate the given networks, except where scores exist, and print the table.
 
     The exit code is 130 after SIGINT or SIGTERM, in which case the same command resumes.
     """
@@ -281,7 +281,7 @@ def submit(options: SubmitOptions) -> int:
 
 
 def _listed(options: EvaluateOptions) -> "tuple[list[Kind], list[Combine], list[int]]":
-    """Parse the options that are lists, and report all invalid options at once."""
+    """Parse the options that are lists and report all invalid options at once."""
     from relaylab.evaluate.ensembles import COMBINE
     from relaylab.evaluate.protocols import PROTOCOLS
 

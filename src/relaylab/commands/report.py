@@ -68,7 +68,7 @@ class FigureOptions:
     """For figures 3 and 4: network whose predictions are shown (default: the last one)."""
 
     data: Annotated[Images, MustExist] = ()
-    """For figures 3 and 4: images (default: those of the network's run)."""
+    """For figures 3 and 4: images (default: the images of the network's run)."""
 
     out: File = None
     """Output file, .svg or .png (default: figureN.svg)."""

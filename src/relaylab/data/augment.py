@@ -41,7 +41,7 @@ class Column(IntEnum):
     MIXING = POLICY + 1  # of a batch's first draw
 
 
-ERASED_AREAS, ERASED_RATIOS = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # torchvision's; it divides height by width
+ERASED_AREAS, ERASED_RATIOS = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # torchvision's ranges; it divides height by width
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class ColourComponents:
     vectors: NDArray[np.float64]
 
 
-# The values published with fb.resnet.torch and copied ever since. If possible, use those of your own training set
+# The values published with fb.resnet.torch and copied ever since. If possible, use your own training set's values
 # (`relaylab.data.statistics`): the sum of these is larger than the usual figure for the variance of ImageNet's pixels.
 IMAGENET_COMPONENTS = ColourComponents(
     np.array([0.2175, 0.0188, 0.0045]),
@@ -110,7 +110,7 @@ class Augmentation(nn.Module):
     Args:
         mean: mean to subtract, in 0 to 255: (size, size, 3) per pixel, or (3,) per channel.
         std: (3,) standard deviations to divide by, in the same unit; None, as in the paper, for no division.
-        seed: seed of the run, the same as the loader's.
+        seed: seed of the run, the same as for the loader.
         flip: mirror half of the images.
         components: principal components for the colour shift; None for no shift.
         strength: standard deviation of the colour shift's factors.

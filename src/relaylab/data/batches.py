@@ -40,7 +40,7 @@ class Batch:
 
     Attributes:
         images: uint8 (n, size, size, 3), RGB, cropped but not augmented otherwise; see `Augmentation`.
-        labels: int64 (n,); `UNLABELLED` in a test set. If images may have several labels, float32 (n, classes) of 0 and
+        labels: int64 (n,); `UNLABELLED` in a test set. If images are multi-label, float32 (n, classes) of 0 and
             1. On the device of the images.
         draws: int64 (n,), on the CPU: the draws that selected the images; in evaluation, the indices of the images.
         indices: int64 (n,), on the CPU: indices of the images in their source, after replacements.
@@ -105,10 +105,10 @@ class ImageBatches(Dataset[Batch]):
     Args:
         source: encoded images.
         crop_spec: size of the crops.
-        training: cut random windows, and replace unreadable images by others; otherwise cut centre crops, and return
+        training: cut random windows and replace unreadable images by others; otherwise cut centre crops, and return
             zeros for unreadable images.
         seed: seed of the training crops.
-        crops: settings of the training crops; None for the paper's.
+        crops: settings of the training crops; None for the paper's crops.
 
     Attributes:
         pool: shared buffers for the batches of workers; None to allocate memory for each batch.
@@ -194,7 +194,7 @@ class ImageBatches(Dataset[Batch]):
     def _replace(self, fault: Fault, draw: int, place: Sequence[float], out: Tensor) -> tuple[int, list[Fault]]:
         """Cut a different image of the same class; return its index and all faults, including the given one.
 
-        Images that may have several labels have no class, so any other image can replace them.
+        Multi-label images have no single class, so any other image can replace them.
         """
         label = self.source.labels[fault.index]
         others = np.flatnonzero(self.source.labels == label)

@@ -26,7 +26,7 @@ def random_box(
         numbers: `NUMBERS` random numbers, uniform in [0, 1).
         height: height of the image in pixels.
         width: width of the image in pixels.
-        areas: minimum and maximum area of the box, as a share of the image's area.
+        areas: minimum and maximum area of the box, as a fraction of the image's area.
         ratios: minimum and maximum width of the box, as a multiple of its height.
         smaller: allow only boxes that are narrower and lower than the image.
 

@@ -3,7 +3,7 @@
 Note [Buffers]
 1. Allocating shared memory for each batch would cost a worker a tenth of its time, since the system clears and maps it
    page by page. The pool is therefore allocated once per loader, with a slot for each batch in flight.
-2. The main process assigns a slot to each request, and frees it after copying the batch out of it, to pinned memory if
+2. The main process assigns a slot to each request and frees it after copying the batch out of it, to pinned memory if
    there is a GPU. The user gets a copy, which is never overwritten.
 3. A DataLoader delivers batches in order and requests at most `workers * prefetch` in advance, one of which may be on
    its way to the user. When it is iterated again, its workers first finish their pending requests.

@@ -5,7 +5,7 @@ Note [Crops]
    Inception's random resized crop (Szegedy et al., 2015): a box of random area and aspect ratio, resized to a square;
    see Note [Boxes]. If none of the ten attempts fits, it is torchvision's central box.
 2. Padding adds a black border before the window is chosen, as is usual for images of 32 pixels. Its width is in pixels
-   of the resized image, and is scaled for a larger source image.
+   of the resized image and is scaled for a larger source image.
 3. To add a kind of crop, write a function that returns the window; add it to `WINDOWS` with the columns of the draw's
    random numbers that it uses; and add the name to `augmentation.crop` (`relaylab.recipes.schema`).
 """
@@ -36,7 +36,7 @@ class Crops:
 
     Attributes:
         kind: a name in `WINDOWS`.
-        areas: minimum and maximum area of a resized crop, as a share of the image's area.
+        areas: minimum and maximum area of a resized crop, as a fraction of the image's area.
         ratios: minimum and maximum width of a resized crop, as a multiple of its height.
         padding: width of the black border around the resized image, in pixels.
         policy: policy that changes the pixels of the crop; None for no change.

@@ -36,7 +36,7 @@ class InMemoryDataset:
 
     @property
     def labels(self) -> NDArray[Any]:
-        """Class indices (n,); if images may have several labels, (n, classes) of 0 and 1."""
+        """Class indices (n,); for multi-label images, (n, classes) of 0 and 1."""
         return self.decoded.labels.cpu().numpy()
 
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
@@ -80,7 +80,7 @@ class OnDiskDataset:
 
     @property
     def labels(self) -> NDArray[Any]:
-        """Class indices (n,); if images may have several labels, (n, classes) of 0 and 1."""
+        """Class indices (n,); for multi-label images, (n, classes) of 0 and 1."""
         targets = targets_of(self.source)
         return self.source.labels if targets is None else targets
 

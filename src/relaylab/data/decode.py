@@ -17,9 +17,9 @@ Note [Decoding]
 7. Pillow rejects a PNG whose text or profile chunks are damaged or larger than a megabyte. The pixels do not depend on
    them, so such a file is decoded again without these chunks.
 8. Pillow misreads some TIFFs: it reads uncompressed 16-bit samples in separate planes as 8-bit, signed 8-bit samples as
-   unsigned, and white-is-zero 16-bit samples as black-is-zero. The last are inverted here, and the others refused.
-   Signed 16-bit and floating-point samples are refused because their value range is not defined.
-9. Pillow reads BMPs of several bits with a black-and-white palette as if they had one bit. They are refused.
+   unsigned, and white-is-zero 16-bit samples as black-is-zero. The last are inverted here, and the others are rejected.
+   Signed 16-bit and floating-point samples are rejected because their value range is not defined.
+9. Pillow reads BMPs of several bits with a black-and-white palette as if they had one bit. They are rejected.
 10. A small file can declare many pixels, or many scans in a progressive JPEG, each of which costs a pass over all
     pixels. Both are limited, and large images are converted a few rows at a time.
 """

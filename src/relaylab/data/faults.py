@@ -47,7 +47,7 @@ class FaultLog:
 
     Args:
         num_images: size of the source.
-        max_share: share of the images that may be unreadable, 0 to 1; `ALWAYS_ALLOWED` images are always allowed.
+        max_share: fraction of the images that may be unreadable, 0 to 1; `ALWAYS_ALLOWED` images are always allowed.
         file: file for the complete list if there are too many, with lines of name, tab, reason; None for no file.
     """
 
@@ -87,7 +87,7 @@ class FaultLog:
         return {"numbers": list(self._reasons), "reasons": [list(pair) for pair in self._reasons.values()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the recorded images by those of `state`."""
+        """Replace the recorded images by the images in `state`."""
         self._reasons = dict(zip(state["numbers"], map(tuple, state["reasons"]), strict=True))
 
     def _write_list(self) -> bool:

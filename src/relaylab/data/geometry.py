@@ -4,7 +4,7 @@ Note [Windows]
 1. Resizing the shorter side to 256 and cropping 224 uses the pixels of a window of 224/256 of the shorter side. Only
    that window is resized, since the rest of the image would be discarded.
 2. A training window has integer pixel coordinates, since no library's fast resize accepts fractional ones. The shorter
-   side is thus resized to `short_side` to within half a source pixel. Window positions are those of the source, not of
+   side is thus resized to `short_side` to within half a source pixel. Window positions refer to the source, not to
    the resized image; a larger source has at least as many.
 3. The resize filters do not see pixels outside a training window, so the outermost one or two pixels differ slightly
    from those of a crop of the resized image.

@@ -58,7 +58,7 @@ def uniforms(seed: int, numbers: ArrayLike, count: int) -> NDArray[np.float64]:
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Seed torch's CPU generator within the block, and restore its state afterwards. Takes 5 microseconds."""
+    """Seed torch's CPU generator within the block and restore its state afterwards. Takes 5 microseconds."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key)  # torch.manual_seed would also seed the generators of GPUs
         yield

@@ -56,7 +56,7 @@ class Workers:
             raise InputError(f"start {self.start!r}: expected one of {multiprocessing.get_all_start_methods()}")
 
     def loader(self, dataset: Dataset[Any], batches: Any, *, keep: bool = False) -> "DataLoader[Any]":
-        """Return a PyTorch DataLoader of a data set that makes whole batches.
+        """Return a PyTorch DataLoader of a data set that makes complete batches.
 
         Args:
             dataset: data set with `__getitems__`.
@@ -189,10 +189,10 @@ def training_loader(
         batch_size: images per batch of this rank.
         workers: processes that decode; 0 decodes in this process.
         seed: seed of the crops; pass the same seed to `Augmentation`.
-        crops: settings of the crops; None for the paper's.
+        crops: settings of the crops; None for the paper's crops.
         prefetch: batches that each worker prepares in advance.
         pin_memory: return batches in pinned memory, for asynchronous copies to a GPU; ignored without a GPU.
-        max_fault_share: share of the images that may be unreadable; see `FaultLog`.
+        max_fault_share: fraction of the images that may be unreadable; see `FaultLog`.
         fault_file: file for the list of unreadable images if there are too many.
         start: how to start workers, "fork", "spawn" or "forkserver"; None for the platform's default.
 
@@ -209,7 +209,7 @@ def training_loader(
 def evaluation_loader(
     source: Source, crop_spec: CropSpec, *, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> EvaluationLoader:
-    """Return a loader of the centre crops of all images in order. The arguments are those of `training_loader`.
+    """Return a loader of the centre crops of all images in order. The arguments are the same as for `training_loader`.
 
     Example::
 
@@ -231,7 +231,7 @@ def evaluation_loader(
 def _batches(
     dataset: ImageBatches, batches: DrawBatches | OrderedBatches, workers: Workers, *, keep: bool = False
 ) -> Callable[[], Iterator[Batch]]:
-    """Set up workers, and return a function that iterates over their batches, copied out of their slots."""
+    """Set up workers and return a function that iterates over their batches, copied out of their slots."""
     slotted = None
     if workers.count:
         slots, size = workers.count * workers.prefetch + 1, dataset.crop_spec.size

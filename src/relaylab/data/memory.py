@@ -20,7 +20,7 @@ from relaylab.data.statistics import ImageStatistics, sum_batch
 from relaylab.errors import InputError
 from relaylab.progress import Task
 
-SHARE = 0.8  # largest share of the free memory for images
+SHARE = 0.8  # largest fraction of the free memory for images
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class DecodedImages:
 
     Attributes:
         images: uint8 (n, side, side, 3), RGB: the shorter side resized to `side`, then a centre crop.
-        labels: int64 (n,), or float32 (n, classes) of 0 and 1 if images may have several labels; on the same device.
+        labels: int64 (n,), or float32 (n, classes) of 0 and 1 if images are multi-label; on the same device.
         classes: class names in the order of the labels.
     """
 

@@ -44,7 +44,7 @@ class Mixing:
 
         Args:
             images: (n, c, h, w), floating-point.
-            labels: int64 (n,), or (n, classes) if images may have several labels; on the device of the images.
+            labels: int64 (n,), or (n, classes) if images are multi-label; on the device of the images.
             draws: int64 (n,), on the CPU.
 
         Returns:

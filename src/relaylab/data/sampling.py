@@ -133,7 +133,7 @@ class KeyedSampler(Sampler[int]):
         if remainder:
             raise InputError(
                 f"draw {state['draw']} is not a multiple of the number of ranks, {self.num_replicas}: save states "
-                "after whole global batches"
+                "after complete global batches"
             )
         self.seek(position)
 
@@ -154,8 +154,8 @@ class ShuffledSampler(KeyedSampler):
 class ClassAwareSampler(KeyedSampler):
     """The paper's class-aware sampling: each class once per cycle, and each of its images once per pass over them.
 
-    The arguments are those of `KeyedSampler`. See Note [Sampling]. It needs an int32 of memory per image. Classes
-    without images raise InputError.
+    The arguments are the same as for `KeyedSampler`. See Note [Sampling]. It needs an int32 of memory per image.
+    Classes without images raise InputError.
     """
 
     def __init__(self, labels: ArrayLike, **options: Any) -> None:
@@ -211,9 +211,9 @@ SAMPLERS: dict[str, type[KeyedSampler]] = {
 class DrawBatches(Sampler[Any]):
     """A batch sampler for this package's data sets. Yields arrays (batch, 2) of draws and the images they select.
 
-    The draw is the key of all random choices for the image. No draw is dropped: an epoch is a whole number of batches,
-    at least one, and the next epoch starts with the next draw. If training is resumed with a different batch size, the
-    epoch may end with a smaller batch. A batch size below 1 raises InputError.
+    The draw is the key of all random choices for the image. No draw is dropped: an epoch has an integer number of
+    batches, at least one, and the next epoch starts with the next draw. If training is resumed with a different batch
+    size, the epoch may end with a smaller batch. A batch size below 1 raises InputError.
     """
 
     def __init__(self, sampler: KeyedSampler, batch_size: int) -> None:

@@ -115,7 +115,7 @@ def scan(
     workers: int | None = None,
     task: Task | None = None,
 ) -> None:
-    """Decode images and add what is found to `results`.
+    """Decode images and add the findings to `results`.
 
     Args:
         source: encoded images.

@@ -2,7 +2,7 @@
 
 Note [Statistics]
 All statistics are computed from integer sums, which are exact, so the result depends neither on the number of workers
-nor on their order. The workers add up whole batches and return sums instead of images. int64 is sufficient for 10^9
+nor on their order. The workers add up complete batches and return sums instead of images. int64 is sufficient for 10^9
 images of 224 x 224.
 """
 

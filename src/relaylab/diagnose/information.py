@@ -3,8 +3,8 @@
 Note [Gradients of single images]
 1. In evaluation mode, the images of a batch are independent, so that each row of the gradient of the *summed* loss with
    respect to a layer's output is the gradient of one image.
-2. A layer's output is that of its convolution or fully connected layer, before the activation. A hook on this tensor
-   receives its gradient even if an in-place ReLU overwrites it.
+2. A layer's output is the output of its convolution or fully connected layer, before the activation. A hook on this
+   tensor receives its gradient even if an in-place ReLU overwrites it.
 3. Maps are average-pooled to 2 x 2, and vectors longer than 256 are projected by a fixed random matrix. Gradients are
    normalised to length 1, since their lengths differ by orders of magnitude between images.
 """
@@ -47,7 +47,7 @@ class Reading:
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return convolutions and fully connected layers by name, from the lowest up."""
+    """Return convolutions and fully connected layers by name, from lowest to highest."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
 
 
@@ -111,7 +111,7 @@ def read_all(
     seed: int = 0,
     task: Task | None = None,
 ) -> list[Reading]:
-    """Fit a linear probe for each layer and source on one half of the images, and evaluate it on the other.
+    """Fit a linear probe for each layer and source on one half of the images and evaluate it on the other.
 
     Args:
         features: features from `collect`.

@@ -90,7 +90,7 @@ def _model_of(run: Run) -> Path:
 
 
 def _images(data: Sequence[Path], images: int, first: Run, model: ModelFile) -> tuple[Source, list[int]]:
-    """Open the validation images, and choose the same number of each class."""
+    """Open the validation images and choose the same number of each class."""
     if model.has_several_labels:
         raise InputError(f"{first.folder}: multi-label images are not supported")
     source = open_split(data, first.about, None, model.identity)

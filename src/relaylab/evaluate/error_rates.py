@@ -6,7 +6,7 @@ Note [Intervals]
 2. The mean of a bootstrap sample depends only on the count of each distinct value, and these counts are multinomial.
    Drawing the counts is equivalent to drawing the images, at a fraction of the cost.
 3. Networks are compared by paired differences, image by image. The difficulty that an image has for both cancels, so
-   that the interval of the difference is narrower than those of the two errors suggest.
+   that the interval of the difference is narrower than the intervals of the two errors suggest.
 """
 
 from collections.abc import Sequence

@@ -68,10 +68,10 @@ def held_out_images(about: Mapping[str, Any]) -> Source | None:
 
 
 def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Classes) -> Source:
-    """Open a split of the given images, or of those of a run, labelled in the class order of a network.
+    """Open a split of the given images, or of a run's images, labelled in the class order of a network.
 
     Args:
-        data: paths; empty for those of the run.
+        data: paths; empty to use the run's images.
         about: description of the run, from `relaylab.evaluate.trained.describe_run`.
         split: name of the split, or "all". None stands for the validation split of the run; if the data do not have
             it, for the held-out images.

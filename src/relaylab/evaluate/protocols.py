@@ -20,7 +20,7 @@ from relaylab.models.file import InputConfig
 
 Kind = Literal["single-crop", "ten-crop", "dense"]
 PROTOCOLS: tuple[Kind, ...] = ("single-crop", "ten-crop", "dense")
-SCALES, OF = (224, 256, 320, 384, 448), 256  # the paper's, for training images of 256 pixels
+SCALES, OF = (224, 256, 320, 384, 448), 256  # as in the paper, for training images of 256 pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def views_of(kind: Kind, config: InputConfig, scales: Iterable[int] = (), *, fli
     Args:
         kind: the protocol.
         config: input size of the network.
-        scales: for dense, shorter sides in pixels; by default the paper's, in proportion to the training images.
+        scales: for dense, shorter sides in pixels; by default the paper's sizes, in proportion to the training images.
         flip: for dense, whether to include mirrored images.
 
     Raises:

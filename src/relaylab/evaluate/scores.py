@@ -53,7 +53,7 @@ class ImageList:
         names: names of the images.
         keys: keys of the classes; None in folders of earlier versions. See Note [Classes] in
             `relaylab.data.sources.classes`.
-        numbered: whether the labels are those of a list.
+        numbered: whether the labels come from a list.
         contents: hash of the file sizes of the images, equal for copies of a data set; empty if unknown.
     """
 
@@ -107,7 +107,7 @@ def _contents(source: Source) -> str:
 
 
 def _fingerprint(images: ImageList, classes: Sequence[str]) -> str:
-    """Return a hash of images and classes that does not depend on the folder, unlike that of a source."""
+    """Return a hash of images and classes that does not depend on the folder, unlike a source's fingerprint."""
     text = json.dumps([images.names, classes, images.labels.tolist()])
     return sha256(text.encode()).hexdigest()
 

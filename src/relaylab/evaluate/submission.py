@@ -5,8 +5,8 @@ Note [Formats]
    kits of 2012 to 2015 (localisation has boxes between the labels). The kits number the synsets in their own order,
    which is not the sorted order.
 2. Places365 challenge and MiniPlaces, according to their development kits: the name of the image as listed, then
-   exactly five labels, from 0. The kit of the 2015 challenge with 401 classes, the paper's, was not available; its
-   format is assumed to be the same.
+   exactly five labels, from 0. The kit of the 2015 challenge with 401 classes, which the paper uses, was not available;
+   its format is assumed to be the same.
 """
 
 import re

@@ -48,7 +48,7 @@ NETWORKS: Mapping[str, Entry] = {
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
-    """Build a network with fresh weights.
+    """Build a network with random weights.
 
     Example::
 
@@ -168,7 +168,7 @@ def _ends(after: str | None) -> str | tuple[str, ...] | None:
 
 
 def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """Build the auxiliary heads with fresh weights, for the maps of `model`, which is not changed.
+    """Build the auxiliary heads with random weights, for the maps of `model`, which is not changed.
 
     Raises:
         InputError: an unknown head or place, a map too small for it, or features that it does not read.
@@ -273,7 +273,7 @@ def head_inputs(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> d
 
 
 def build_relay(recipe: Recipe, *, on_meta: bool = False) -> Relay:
-    """Build a recipe's network and heads under its plan, with fresh weights from the default random generator.
+    """Build a recipe's network and heads under its plan, with random weights from the default random generator.
 
     With `on_meta` they are on the meta device; see `build_meta_network`.
 

@@ -100,7 +100,8 @@ class ModelFile:
         state: state dict of the plain model.
         mean_image: (crop, crop, 3) mean image to subtract instead of `input.mean`; or None.
         about: origin of the network, in a sentence.
-        has_several_labels: whether the probability of each class is the sigmoid of its score, for several labels.
+        has_several_labels: whether the network is multi-label: the probability of each class is the sigmoid of its
+            score.
 
     Raises:
         InputError: a number of classes, a crop or a mean image that do not fit the network.
@@ -155,7 +156,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load copies of a state dict's tensors into a model, which may be on the meta device.
 
     Raises:
-        InputError: keys are missing or unknown, or shapes or types differ. The message names them.
+        InputError: keys are missing or unknown, or shapes or types differ. The message lists them.
     """
     own = model.state_dict()
     problems = {
@@ -246,7 +247,7 @@ def read_model(path: Path) -> ModelFile:
     tensors, metadata = read_tensors(path)
     if KEY not in metadata:
         raise InputError(
-            f"{path} does not say which network it holds: expected a model file written by relaylab, with its header"
+            f"{path} does not state its network: expected a model file written by relaylab, with its header"
         )
     where = f"the header of {path}"
     values = parse(metadata[KEY], dict[str, Any], where)

@@ -7,7 +7,7 @@ from torch import nn
 from relaybackprop.heads import Gain, initialise_last
 from relaylab.errors import InputError
 
-DROPOUT = 0.5  # the paper's, section 5.1
+DROPOUT = 0.5  # as in the paper, section 5.1
 
 
 def classifier(features: int, hidden: int, num_classes: int) -> nn.Sequential:
@@ -29,7 +29,7 @@ def classifier(features: int, hidden: int, num_classes: int) -> nn.Sequential:
 def initialise(module: nn.Module) -> None:
     """Apply He's initialisation to all convolutions and fully connected layers, in place; biases are set to zero.
 
-    It is the paper's [7], scaled by fan-in, like Caffe's "msra" filler.
+    It is the initialisation of the paper's reference [7], scaled by fan-in, as in Caffe's "msra" filler.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -50,8 +50,8 @@ class BinaryCrossEntropy(nn.Module):
     """Sigmoid and binary cross-entropy per class, averaged over classes and images.
 
     Like timm's `BinaryCrossEntropy`, whose smoothed targets are s / classes and 1 - s + s / classes. Soft targets are
-    also smoothed, as in torch's `CrossEntropyLoss`. The weight of an image is that of its class, or the mean of the
-    weights of its classes.
+    also smoothed, as in torch's `CrossEntropyLoss`. The weight of an image is the weight of its class, or the mean of
+    the weights of its classes.
     """
 
     weights: Tensor | None

@@ -110,12 +110,12 @@ def _imported(module: str, place: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        remedy = f"; install {missing.partition('.')[0]}, or name a file: path/to/file.py:function" if missing else ""
+        remedy = f"; install {missing.partition('.')[0]}, or pass a file: path/to/file.py:function" if missing else ""
         raise InputError(f"cannot import {place}: {type(error).__name__}: {error}{remedy}") from error
 
 
 def _file(path: Path) -> ModuleType:
-    """Import a file under a unique module name. Its folder is on the path meanwhile, for imports of other files."""
+    """Import a file under a unique module name, with its folder on `sys.path`, so that it can import its neighbours."""
     if not path.is_file():
         raise InputError(f"no such file: {path}; a network is named as path/to/file.py:function")
     module_name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""ResNet-50: torchvision's, and variants for small images and with fewer filters."""
+"""ResNet-50: the torchvision network, and variants for small images and with fewer filters."""
 
 from torch import nn
 from torchvision.models import ResNet

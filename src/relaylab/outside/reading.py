@@ -1,11 +1,11 @@
 """Typed reading of this program's own files: JSON decoded into dataclasses, and regular files of bounded size.
 
 Note [Reading]
-1. Files may be damaged, or written by others. Any problem raises a `DamagedFileError` that names the file, the place in
-   it and the reason. Every value that is returned has the type that the dataclass declares.
+1. Files may be damaged, or written by others. Any problem raises a `DamagedFileError` that states the file, the place
+   in it and the reason. Every value that is returned has the type that the dataclass declares.
 2. JSON is read by the standard: no NaN or Infinity, no repeated names in an object, no numbers beyond 64 bits or
    doubles. Unknown entries are ignored, since a later version may have written them.
-3. A FIFO, device or folder in place of a file is refused before anything is read from it.
+3. A FIFO, device or folder in place of a file is rejected before anything is read from it.
 """
 
 import errno

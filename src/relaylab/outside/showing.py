@@ -73,7 +73,7 @@ class Escaping(io.TextIOBase):
         self.stream = stream
 
     def write(self, text: str, /) -> int:
-        """Write escaped text, and return the length of the original."""
+        """Write escaped text and return the length of the original."""
         self.stream.write(terminal(text, self.stream.encoding or "utf-8"))
         return len(text)
 

@@ -1,4 +1,4 @@
-"""Change the values of a recipe by KEY=VALUE texts, and check the values. All problems are reported together."""
+"""Change the values of a recipe by KEY=VALUE texts and check the values. All problems are reported together."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Our own rows, for demonstrations: a small VGG on handwritten digits, and on photographs of the user's."""
+"""Our own rows, for demonstrations: a small VGG on handwritten digits, and on the user's photographs."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,7 +67,7 @@ DIGITS = Recipe(  # takes seconds to train
     evaluation=EvaluationConfig(scales=(10,)),
     sources=SOURCES,
 )
-_FOR_PHOTOS = "ours: for photographs on a CPU; classes and iterations are those of 12 epochs of MiniPlaces"
+_FOR_PHOTOS = "ours: for photographs on a CPU; classes and iterations as in 12 epochs of MiniPlaces"
 _LARGER = changed(DIGITS, _FOR_PHOTOS, {
     "network.num_classes": 100, "network.image_size": 64, "network.width": 16, "network.convs": 2,
     "images.data_set": "any", "images.short_side": 72,

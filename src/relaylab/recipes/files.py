@@ -21,7 +21,7 @@ COLUMN = 44  # rightmost column of comments
 
 
 def is_file(name: str | None) -> bool:
-    """Return whether the name of a recipe is that of a file."""
+    """Return whether a recipe is given as a file."""
     return name is not None and name.endswith(SUFFIX)
 
 

@@ -36,7 +36,7 @@ SOURCES: Mapping[str, str] = {
     "augmentation.divide": NOT_GIVEN,
     "optimizer": "the paper, section 5.1",
     "optimizer.schedule.patience": "ours: the paper says 'when the error plateaus'",
-    "optimizer.schedule.least": "ours: the paper does not say how often the rate falls",
+    "optimizer.schedule.least": "ours: the paper does not state how often the rate falls",
     "optimizer.evaluate_every": "ours: the paper does not say",
     "loss": "ours: softmax, as usual; the paper does not say",
     "evaluation": "the paper, section 5.1",
@@ -96,7 +96,7 @@ def _table1(depth: int, top1: float, top5: float) -> Recipe:
         "plan": "ours: as in Table 2 for model A; standard BP does not use it",
         "plan.auxiliary.aux.weight": "ours: as in section 5.1; standard BP does not use it",
         "scheme": "the paper, section 1",
-        "optimizer": "ours: as in section 5.1, of which the paper says it for models A and B",
+        "optimizer": "ours: as in section 5.1, which describes it for models A and B",
         "evaluation": "ours: Table 1 does not say; its errors are like Table 4's and not like Table 3's",
     }
     if depth > 19:

@@ -149,7 +149,7 @@ class AugmentationConfig:
     """"window": the paper's crop, a window of fixed scale at a random position. "resized": a random resized crop, a box
     of random area and aspect ratio that is resized to a square."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Minimum and maximum area of a resized crop, as a share of the image's area."""
+    """Minimum and maximum area of a resized crop, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Minimum and maximum aspect ratio (width / height) of a resized crop."""
     padding: int = 0
@@ -177,7 +177,7 @@ class PlateauConfig:
     factor: float = 0.1
     patience: int
     least: float = 0.01
-    """Lower limit of the learning rate, as a share of the initial one."""
+    """Lower limit of the learning rate, as a fraction of the initial one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +204,7 @@ class CosineConfig:
 
     kind: Literal["cosine"] = "cosine"
     least: float = 0.0
-    """Final learning rate, as a share of the initial one."""
+    """Final learning rate, as a fraction of the initial one."""
 
 
 ScheduleConfig = PlateauConfig | StepsConfig | DecayConfig | CosineConfig

@@ -16,7 +16,7 @@ from relaylab.train.metrics import MEASURES, TOP, Measure, measures_of
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import Tuning, read_tuning
 
-SCHEME_VALUES = ("plan", "optimizer.lr")  # values that may differ between schemes, besides tuned ones
+SCHEME_VALUES = ("plan", "optimizer.lr")  # values that may differ between schemes, in addition to tuned values
 Member = tuple[str, int]
 """Scheme and seed."""
 
@@ -178,7 +178,7 @@ def _has_failed(folder: Path) -> bool:
 def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
     failure = read_failure(folder)
     if failure is None:
-        raise InputError(f"{folder / FILE} is damaged: remove it, and train the run again")
+        raise InputError(f"{folder / FILE} is damaged: remove it and train the run again")
     if (folder / run_folder.CONFIG).is_file():
         about = describe_run(folder)
         tuning = read_tuning(folder.parent)

@@ -135,12 +135,12 @@ def difference_text(values: Sequence[float]) -> str:
 
 
 def chance_error(classes: int, top: int) -> float:
-    """Return the top-k error of guessing, in per cent."""
+    """Return the top-k error at chance level, in per cent."""
     return 100 * (1 - min(top, classes) / classes)
 
 
 def guessed_precision_error(positives: Sequence[int], images: int) -> float:
-    """Return 100 minus the mean average precision of guessing, in per cent: the mean share of positives.
+    """Return 100 minus the mean average precision at chance level, in per cent: the mean fraction of positives.
 
     Args:
         positives: number of positive images per class; classes without positives are ignored.

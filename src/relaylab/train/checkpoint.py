@@ -10,7 +10,7 @@ Note [Checkpoints]
 
 2. It is written under a temporary name, flushed to disk and renamed: a folder with the final name is complete. The
    next save removes the temporary folder of a killed process.
-3. Checksums are verified before anything is loaded; the error names the damaged file.
+3. Checksums are verified before anything is loaded; the error states the damaged file.
 4. An old checkpoint is removed only after the new one exists, and it is renamed before its files are removed.
 """
 
@@ -146,7 +146,7 @@ def check(path: Path) -> None:
     """Verify the checksums of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: a file is missing or modified; the message names it.
+        DamagedCheckpointError: a file is missing or modified; the message states which.
     """
     try:
         pairs = [line.split("  ", 1) for line in read_bytes(path / SUMS, LARGEST_SUMS).decode("ascii").splitlines()]

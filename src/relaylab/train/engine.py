@@ -29,14 +29,14 @@ def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
     """Run a command line with torchrun, in one process per device, and wait for the processes.
 
     Returns:
-        The exit code: that of the first failed process, 130 after a signal, otherwise 0.
+        The exit code: the first failed process's, 130 after a signal, otherwise 0.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
     flags = ["--standalone", f"--nproc-per-node={options.devices}", f"--max-restarts={options.restarts}"]
-    # Otherwise restarted processes find the addresses of dead ones in the store, and wait for them.
+    # Otherwise restarted processes find the addresses of dead ones in the store and wait for them.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.devices)))
     with tempfile.TemporaryDirectory(prefix="relaylab-") as folder:

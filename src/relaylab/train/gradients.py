@@ -1,8 +1,8 @@
 """Gradient statistics during training: magnitudes per layer and segment, cosines between losses (Figure 1).
 
 Note [Gradient statistics]
-1. Magnitudes are those of the gradients that the update uses: as in the paper's Figure 1, the mean absolute gradient
-   of each layer, and its ratio to the mean absolute weight.
+1. Magnitudes are computed from the gradients that the update uses: as in the paper's Figure 1, the mean absolute
+   gradient of each layer, and its ratio to the mean absolute weight.
 2. Where windows overlap, the gradient of each loss is computed by `torch.autograd.grad` on the graph of the training
    step, before its backward pass: without a second forward pass, random numbers or updates of batch statistics. With
    and without statistics, training is bitwise identical.

@@ -130,7 +130,7 @@ def open_images(
         sources: training and validation images, in place of the paths.
 
     Raises:
-        InputError: a path or an image cannot be used, or the classes are not those of the recipe.
+        InputError: a path or an image cannot be used, or the classes differ from the recipe's.
     """
     crop_spec = crop_spec_of(recipe)
     workers = max(1, available_cores() // devices_here) if options.workers is None else options.workers
@@ -272,7 +272,7 @@ def check_classes(train: Source, val: Source) -> None:
     """Check that there are at least two classes, and that the training and validation images have the same classes.
 
     Raises:
-        InputError: there are not; the message names the classes.
+        InputError: there are not; the message lists the classes.
     """
     classes = classes_of(train)
     if len(classes.keys) < 2:

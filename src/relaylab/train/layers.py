@@ -16,7 +16,7 @@ def layers_of(network: nn.Module, parameters: Iterable[str]) -> dict[str, int]:
 
     Args:
         network: the network.
-        parameters: names of its parameters, from the lowest up.
+        parameters: names of the parameters, from lowest to highest.
     """
     indices: dict[str, int] = {}
     layers: dict[str, int] = {}

@@ -184,7 +184,7 @@ class Trainer:
 
     @staticmethod
     def errors(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the errors of a batch (0 to 1) by name; empty if images are multi-label: mAP needs more than one batch."""
+        """Return the errors of a batch (0 to 1) by name; empty for multi-label images: mAP needs more than a batch."""
         return {} if labels.ndim == 2 else top_errors(scores, labels)
 
     def scaled(self, loss: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -
     files = sorted([*folder.glob(f"*/{run_folder.CONFIG}"), *folder.glob(f"{FOLDER}/*/*/{run_folder.CONFIG}")])
     existing = files[0].parent if files else None
     cores = available_cores()
-    segments_of(recipe)  # builds the network, so that an unknown one is an error before any process starts
+    segments_of(recipe)  # builds the network, so that an unknown one raises an error before any process starts
     train, val = images.open_sources(options, recipe.images)
     images.check_images(recipe, train, val)
     if existing is not None:

@@ -61,7 +61,7 @@ def deciding(line: Mapping[str, Any]) -> Measure:
 
 
 def result_text(line: Mapping[str, Any], prefix: str = "") -> str:
-    """Format the metrics of a validation; `prefix` selects those of averaged weights."""
+    """Format the metrics of a validation; `prefix` selects the metrics of averaged weights."""
     if f"{prefix}{MAP}" in line:
         return f"mean average precision {line[f'{prefix}{MAP}']:.2f} %"
     top1, top5 = (line[f"{prefix}{name}"] for name in TOP)

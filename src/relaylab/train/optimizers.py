@@ -55,7 +55,7 @@ def parameter_groups(relay: Relay, segments: Segments, config: OptimizerConfig) 
 
 
 def _no_decay(relay: Relay) -> set[str]:
-    """Return the parameters without weight decay: those of at most one dimension, or named by the network."""
+    """Return the parameters without weight decay: those with at most one dimension, or listed by the network."""
     small = {name for name, parameter in relay.named_parameters() if parameter.ndim <= 1}
     return small | set(relay.no_weight_decay()) if hasattr(relay, "no_weight_decay") else small
 

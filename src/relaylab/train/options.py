@@ -85,7 +85,7 @@ class RuntimeOptions(RunOptions):
     """Also save a checkpoint every N iterations (default: only after each evaluation)."""
 
     keep: Number = None
-    """Number of recent checkpoints to keep besides the best one (default: 2 during training, 1 once finished)."""
+    """Number of recent checkpoints to keep, excluding the best one (default: 2 during training, 1 once finished)."""
 
     log_every: int = 20
     """Log training metrics every N iterations."""

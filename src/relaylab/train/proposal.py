@@ -22,7 +22,7 @@ from relaylab.recipes.decoding import decode_recipe, nested
 from relaylab.recipes.scales import stored_side
 from relaylab.recipes.schema import SCHEME_NAMES, ImagesConfig, NetworkConfig, Recipe
 
-LARGEST, STEP = 224, 32  # crop size in pixels: the paper's, and a multiple that can be halved five times
+LARGEST, STEP = 224, 32  # crop size in pixels: the paper's size, and a multiple that can be halved five times
 SMALLEST = 32  # crop size in pixels up to which images are padded
 LARGEST_BATCH, LEAST_BATCH, STEPS = 128, 8, 20  # STEPS is the intended minimum per epoch
 IMBALANCE = 1.5  # ratio of the largest to the smallest class from which sampling is class-aware

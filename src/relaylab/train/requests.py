@@ -47,8 +47,8 @@ def resolve(
 
     Args:
         options: the options.
-        given: names of the options that the user set, which override those of a resumed run; None for all options that
-            differ from their defaults.
+        given: names of the options that the user set, which override the options of a resumed run; None for all options
+            that differ from their defaults.
         images: training and validation images, in place of paths in the options. A run does not record them: pass them
             again to resume it.
 

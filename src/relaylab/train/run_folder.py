@@ -236,7 +236,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def record_start(folder: Path, recipe: Recipe, about: Mapping[str, Any]) -> None:
-    """Append this start to the environment of a run, and warn if versions have changed since the last start."""
+    """Append this start to the environment of a run and warn if versions have changed since the last start."""
     starts = read_starts(folder)
     here = environment()
     versions: dict[str, str] = here["versions"]

@@ -32,7 +32,7 @@ class Segments:
         return {name: losses for name, losses in self.losses.items() if len(losses) > 1}
 
     def parameters(self, segment: str) -> list[str]:
-        """Return the parameters of a segment, from the lowest up."""
+        """Return the parameters of a segment, from lowest to highest."""
         return [name for name, other in self.of.items() if other == segment]
 
 

@@ -129,7 +129,7 @@ def _newest(folder: Path, request: requests.Request) -> Path | None:
 
 @contextmanager
 def _logging_failure(fabric: Fabric, folder: Path) -> Iterator[None]:
-    """Log errors, and remove the folder of a run that failed before it started."""
+    """Log errors and remove the folder of a run that failed before it started."""
     try:
         yield
     except (OSError, LabError) as error:

@@ -88,7 +88,7 @@ class Search:
 
 
 def tune(search: Search, schemes: Sequence[str], train: TrainMany) -> Tuning | None:
-    """Train the missing trials, and return the chosen values of each scheme; None after SIGINT or SIGTERM.
+    """Train the missing trials and return the chosen values of each scheme; None after SIGINT or SIGTERM.
 
     A scheme without alternatives is not tuned.
 

@@ -32,7 +32,7 @@ MOST_ADDED = 6
 PLAN = "plan."  # prefix of values that standard BP does not use
 SAME = ("scheme", "network.num_classes", "images.", "evaluation.", "optimizer.iterations")  # cannot be tuned
 
-SAFE = " :+"  # characters allowed in folder names, besides letters, digits and "_.-~"
+SAFE = " :+"  # characters allowed in folder names, in addition to letters, digits and "_.-~"
 
 Point = tuple[str, ...]
 """A value for each axis, as text."""
@@ -108,7 +108,7 @@ class Choice:
 
 
 def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], list[str]]:
-    """Parse the values of --tune, and return the axes of the grid and error messages.
+    """Parse the values of --tune and return the axes of the grid and error messages.
 
     Args:
         texts: KEY=VALUE,VALUE,... each; a key may contain the wildcard *.

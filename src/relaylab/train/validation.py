@@ -53,7 +53,7 @@ class Validation:
         """Read all images before the first step, to fail early.
 
         Raises:
-            InputError: an image cannot be read; the message names it.
+            InputError: an image cannot be read; the message states which.
         """
         for _ in self._batches():
             pass
@@ -62,7 +62,7 @@ class Validation:
         return self._dataset.evaluation(batch_size(self._dataset, self._fabric.device))
 
     def __call__(self, relay: Relay, watch: Callable[[float], None] = lambda _share: None) -> dict[str, float]:
-        """Evaluate a network, and restore its mode.
+        """Evaluate a network and restore its mode.
 
         Args:
             relay: the network.

@@ -90,7 +90,7 @@ def list_archives(
     tars are unpacked to `cache`.
 
     Raises:
-        InputError: a file is not an archive or is damaged, a member is refused, a name occurs twice, or there are no
+        InputError: a file is not an archive or is damaged, a member is rejected, a name occurs twice, or there are no
             images.
     """
     rows, shown = Rows(), dict[str, str]()
@@ -154,7 +154,7 @@ def tar_members(file: IO[bytes], title: str, rows: Rows, start: int = 0, stop: i
     images are counted in `rows`.
 
     Raises:
-        InputError: the tar is damaged, or has a member that is refused.
+        InputError: the tar is damaged, or has a member that is rejected.
     """
     nested = stop is not None
     stop = os.fstat(file.fileno()).st_size if stop is None else stop

@@ -29,7 +29,7 @@ class Classes:
     Attributes:
         keys: unique; see Note [Classes] 1.
         names: display names.
-        numbered: whether the labels are those of a list, so that they mean the same in other lists of its kind.
+        numbered: whether the labels come from a list, so that they mean the same in other lists of its kind.
 
     Raises:
         InputError: a key occurs twice, or there are not as many names as keys.
@@ -101,7 +101,7 @@ def match(
         The index in `wanted` of each class, or UNLABELLED; and a remark for the user, which may be empty.
 
     Raises:
-        InputError: a class has no match. The message names the classes of both sides.
+        InputError: a class has no match. The message lists the classes of both sides.
     """
     needed = range(len(own.keys)) if used is None else sorted(set(used))
     if own.has_only_numbers or wanted.has_only_numbers:

@@ -22,7 +22,7 @@ ADVICE = {
         ".npy .npz .h5 .hdf5 .mat .tfrecord .mdb .lmdb .beton .pkl .pt .bin .arrow .rec",
         f"write the images to CLASS/IMAGE, or {OWN_SOURCE}",
     ),
-    "lists": (".csv .tsv .txt .json", "give the list as well, if it names the class of each image"),
+    "lists": (".csv .tsv .txt .json", "also give the list, if it contains the class of each image"),
 }
 
 

@@ -113,7 +113,7 @@ class IndexedImages:
 
     Args:
         path: path of the index.
-        fresh: refuse an index of data that have changed since it was made.
+        fresh: reject an index of data that have changed since it was made.
 
     Raises:
         UnusableIndexError: the index is damaged, from a different version, or outdated.
@@ -125,7 +125,7 @@ class IndexedImages:
         identity: keys and names of the classes, to pass as `open_source(classes=...)`.
         remark: note for the user on how the classes were matched; may be empty.
         labels: (n,) class indices, memory-mapped and read-only; UNLABELLED in a test set.
-        targets: (n, classes), 1 for each label of an image, memory-mapped, if images may have several labels; else
+        targets: (n, classes), 1 for each label of an image, memory-mapped, if images are multi-label; else
             None.
         notes: notes for the user on how the images were found.
         places: folders or archives that hold the images.

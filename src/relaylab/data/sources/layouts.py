@@ -3,7 +3,7 @@
 Note [Layouts]
 1. A layout is a function that takes a folder and returns its splits, or an empty mapping if it does not recognise the
    folder. The first layout in `LAYOUTS` that recognises the folder is used.
-2. If a split has several candidate files or folders, the error names them and the options to choose one.
+2. If a split has several candidate files or folders, the error lists them and the options to choose one.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -99,9 +99,9 @@ class Listing:
         ignored: number of ignored files, by extension.
         skipped: number of ignored folders, by name; see `is_system_folder`.
         file_states: states of everything that was read.
-        numbered: whether the labels are those of a list.
+        numbered: whether the labels come from a list.
         remark: note for the user on how the classes were matched; may be empty.
-        targets: (n, classes) uint8, 1 for each label of an image, if images may have several labels or none; `labels`
+        targets: (n, classes) uint8, 1 for each label of an image, if images are multi-label; `labels`
             are then UNLABELLED. Otherwise None.
         notes: notes for the user on how the images were found.
     """
@@ -287,7 +287,7 @@ def label_type(num_classes: int) -> Any:
 
 
 def few(names: Sequence[str | bytes], most: int = 3) -> str:
-    """Join the first `most` names, and append the number of the remaining ones."""
+    """Join the first `most` names and append the number of the remaining ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(brief(name) for name in names[:most]) + more
 
@@ -304,10 +304,10 @@ def inflate(data: bytes, size: int, title: str) -> bytes:
 
 
 def is_system_folder(name: str) -> bool:
-    """Return whether a name is that of a hidden or system folder, which is neither a class nor searched."""
+    """Return whether a name belongs to a hidden or system folder, which is neither a class nor searched."""
     return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name is that of an image file; `._` files, which macOS leaves in archives, are not."""
+    """Return whether a name belongs to an image file; `._` files, which macOS leaves in archives, are not."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.rpartition("/")[2].startswith("._")

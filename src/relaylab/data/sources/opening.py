@@ -154,7 +154,7 @@ def open_source(
 
 
 def _with_warning(source: Matched) -> Matched:
-    """Log the remark on how the classes were matched, and return the source."""
+    """Log the remark on how the classes were matched and return the source."""
     if source.remark:
         log.warning("%s", source.remark)
     return source
@@ -184,9 +184,9 @@ def _request(
     lists = [path for path in files if path.suffix.lower() in LISTS and path != truth]
     strange = [path for path in files if path not in (*archives, *lists, truth, meta)]
     if not given or strange:
-        problem = f"unsupported file type: {strange[0]}" if strange else "no paths given"
+        problem = f"unsupported file type: {strange[0]};" if strange else "no paths given:"
         kinds = f"folders, tar files ({' '.join(TARS)}), zip or Parquet files, or a list of images ({', '.join(LISTS)})"
-        raise InputError(f"{problem}; expected {kinds}")
+        raise InputError(f"{problem} expected {kinds}")
     request = _Request(
         folders=folders,
         archives=archives,

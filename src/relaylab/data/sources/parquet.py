@@ -114,7 +114,7 @@ def _columns(file: Any) -> _Columns:
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """Return the features from Hugging Face's metadata in a schema; a list's feature is that of its items."""
+    """Return the features from Hugging Face's metadata in a schema; a list's feature is the feature of its items."""
     try:
         features: Any = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {name: one.get("feature", one) for name, one in features.items() if isinstance(one, dict)}

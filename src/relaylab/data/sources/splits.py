@@ -3,7 +3,7 @@
 Note [Splits]
 1. A folder is a split's if its name is one of `WORDS`, in any case, optionally followed by a number or by one of
    `ADDITIONS`. `train_station` is a class.
-2. Two folders for one split are an error: the program does not guess.
+2. Two folders for one split raise an error: the program does not choose between them.
 3. In the name of a shard the word may be anywhere between separators: `imagenet-train-0003.tar`.
 """
 
@@ -30,7 +30,7 @@ def split_of(folder: str) -> str | None:
 
 
 def split_of_file(path: PurePath | str) -> str | None:
-    """Return the split in the name of a file, else in that of its innermost parent folder with one, else None."""
+    """Return the split in a file's name, else in the name of its innermost parent folder that has one, else None."""
     path = PurePath(path)
     words = (word for word in re.split(r"[-_. ]", path.name.lower()) if word in SPLIT_OF)
     inner_first = (split_of(folder) for folder in reversed(path.parts[:-1]))
@@ -62,7 +62,7 @@ def only_one(candidates: Sequence[str] | Sequence[Path], split: str, title: obje
 
 
 def note_on(folder: str, split: str) -> list[str]:
-    """Return a note for the user if a folder's name differs from its split's, else no notes."""
+    """Return a note for the user if a folder's name differs from the name of its split, else no notes."""
     return [] if folder == split else [f"the split {split} is the folder {folder}"]
 
 

@@ -105,7 +105,7 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Indices:
 
     Args:
         labels: (n,) class indices from 0.
-        ratio: size of the largest class divided by that of the smallest, at least 1.
+        ratio: size of the largest class divided by the size of the smallest, at least 1.
         seed: at least 0; the same seed keeps the same images.
 
     Returns:
@@ -133,7 +133,7 @@ def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, In
 
     Args:
         labels: (n,) class indices from 0.
-        count: images of each class to hold out or, below 1, their share of the class, rounded to at least one image.
+        count: images of each class to hold out or, below 1, a fraction of the class, rounded to at least one image.
         seed: at least 0; the same seed holds out the same images.
 
     Returns:

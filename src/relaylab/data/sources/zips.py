@@ -27,7 +27,7 @@ def zip_members(file: IO[bytes], title: str, rows: Rows) -> Iterator[Member]:
     """Iterate over the files and folders of a zip file, in the order of their data.
 
     Raises:
-        InputError: the file is damaged, or has a member that is refused. See Note [Zips].
+        InputError: the file is damaged, or has a member that is rejected. See Note [Zips].
     """
     try:
         with zipfile.ZipFile(file) as archive:

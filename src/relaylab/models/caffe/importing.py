@@ -33,7 +33,7 @@ def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) 
     """Import model B from the authors' release.
 
     Width, classes, image size and pyramid are taken from the prototxt. Channels are BGR, with values from 0 to 255. The
-    mean and the resize are those of the prototxt if given, otherwise the authors'.
+    mean and the resize are taken from the prototxt if given there; otherwise they are the authors' values.
 
     Example::
 
@@ -43,7 +43,7 @@ def import_caffe(prototxt: Path, caffemodel: Path, classes: Path | None = None) 
     Args:
         prototxt: definition of the network.
         caffemodel: weights; importing needs twice their size in memory.
-        classes: file with one class name per line, or NAME INDEX as in the lists of Places; None names the classes
+        classes: file with one class name per line, or NAME INDEX as in the lists of Places; None numbers the classes
             "class 0", "class 1" and so on.
 
     Raises:

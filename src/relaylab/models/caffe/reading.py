@@ -132,7 +132,7 @@ def _array(blob: Any, where: str) -> NDArray[np.float32]:
     if rest or not 1 <= len(shape) <= MOST_SIDES or min(shape) < 1 or numbers != math.prod(shape):
         shape = shape[:MOST_SIDES]
         raise InputError(f"{where} has shape {shape} but {len(data):,} bytes; is the file damaged?")
-    with np.errstate(over="ignore"):  # infinite values are refused later
+    with np.errstate(over="ignore"):  # infinite values are rejected later
         return np.frombuffer(data, kind).reshape(shape).astype(np.float32, copy=False)
 
 

@@ -1,6 +1,6 @@
 """The format of Caffe's files, as far as Model B needs it: messages for the protobuf library, without generated code.
 
-Names, numbers and defaults are those of `caffe.proto`. Everything else in it is skipped when a file is read.
+Names, numbers and defaults are the same as in `caffe.proto`. Everything else in it is skipped when a file is read.
 
 Note [Weights as bytes]
 `caffe.proto` declares a blob's `data` and `double_data` as packed repeated floats and doubles. On the wire these are a
