@@ -324,7 +324,7 @@ def parse_arguments(name: str, description: str, argv: Sequence[str] | None = No
     file: Path | None = parsed.json
     if file is not None:
         if file.is_dir():
-            parser.error(f"--json {file} is a folder: give the path of a file")
+            parser.error(f"--json {file} is a folder: pass the path of a file")
         if not file.parent.is_dir():
             parser.error(f"--json {file}: the folder {file.parent} does not exist; create it first")
         if not os.access(file.parent, os.W_OK):

@@ -261,7 +261,7 @@ def test_result_file_is_written_atomically(tmp_path):
     ("arguments", "message"),
     [
         (["--json", "{folder}/missing/result.json"], "missing does not exist; create it first"),
-        (["--json", "{folder}"], "is a folder: give the path of a file"),
+        (["--json", "{folder}"], "is a folder: pass the path of a file"),
         (["--json"], "expected one argument"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],

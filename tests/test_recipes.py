@@ -214,7 +214,7 @@ def test_unknown_recipes_bring_the_nearest_names() -> None:
         find_recipe("table3-model-a-rely")
     with pytest.raises(InputError, match="'relaylab recipes' lists them"):
         find_recipe("zzzz")
-    with pytest.raises(InputError, match="is an ensemble; give one of its members: table4-model-a-relay, "):
+    with pytest.raises(InputError, match="is an ensemble; choose one of its members: table4-model-a-relay, "):
         find_recipe("table5-ensemble")
 
 

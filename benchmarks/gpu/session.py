@@ -153,7 +153,7 @@ def _wait(child: "subprocess.Popen[bytes]", limit_s: float) -> int | None:
     except subprocess.TimeoutExpired:
         pass
     finally:
-        if child.poll() is None:  # also after Ctrl-C
+        if child.poll() is None:  # even after Ctrl-C
             os.killpg(child.pid, signal.SIGTERM)
             try:
                 child.wait(GRACE_S)

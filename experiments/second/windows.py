@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ARMS = ((2, 2), (4, 1), (4, 4), (8, 1), (8, 2), (15, 1), (15, 2), (15, 3))  # K windows, S shared blocks
-BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(5)]  # of ResNet-32
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(5)]  # blocks of ResNet-32
 
 RECIPE = """\
 # The second check, docs/evidence/second-check.md: ResNet-32 in {windows} windows.

@@ -144,7 +144,7 @@ class RelayLoss(nn.Module):
             raise HeadError(
                 f"there are criteria for {list(self.criterion)}",
                 f"the losses are {list(losses)}, and each requires one criterion",
-                "Add the missing criteria and remove the others, or give a single criterion for all losses.",
+                "Add the missing criteria and remove the others, or pass a single criterion for all losses.",
             )
 
     def check_fits(self, output: RelayOutput) -> None:

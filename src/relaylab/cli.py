@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[Any], int], Any]:
     name, rest = " ".join(arguments[:count]), list(arguments[count:])
     for word, following in zip(rest, [*rest[1:], "--"], strict=False):
         if word == "--data" and (not following or following.startswith("--")):  # as after `--data $UNSET`
-            raise InputError("--data has no value: give a folder or tar files, or omit the option")
+            raise InputError("--data has no value: pass a folder or tar files, or omit the option")
     repeated = [word for word in rest if word.startswith("--") and rest.count(word) > 1]
     if repeated:  # tyro would keep only the last one
         raise InputError(f"{repeated[0]} is given more than once: list all its values after a single {repeated[0]}")

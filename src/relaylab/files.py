@@ -70,7 +70,7 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
     is_new = not folder.exists()
     try:
         if not may_hold and folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty; give a new folder with --out")
+            raise InputError(f"{folder} is not empty; choose a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # fail before minutes of work, not after them
             pass

@@ -162,7 +162,9 @@ class _Average:
     parameters: Sequence[nn.Parameter]
     forecast: Forecast
     group: "ProcessGroup | None"
-    _additions: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # parameter, backward pass
+    _additions: list[tuple[int, int]] = field(
+        default_factory=list[tuple[int, int]]
+    )  # index of the parameter, id of the backward pass
     _sent: list[_Sent] = field(default_factory=list[_Sent])
     _means: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 

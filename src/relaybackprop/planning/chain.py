@@ -247,7 +247,7 @@ def _links(
     # Upwards: the depth of each node, the nodes below it, and whether it depends on the example.
     depths: list[int] = []
     below: list[int] = []  # including the node itself
-    depends: list[bool] = []  # on the example
+    depends: list[bool] = []  # whether each node depends on the example
     for index, (node, lower) in enumerate(zip(order, lower_of, strict=True)):
         depths.append(is_layer[index] + max((depths[other] for other in lower), default=0))
         depends.append(graph.sequence_number(node) in dependent or any(depends[other] for other in lower))

@@ -150,7 +150,7 @@ def _check_folder(folder: Path) -> None:
 
     inside = list(folder.iterdir())
     if inside and not any(run_folder.parse_member_name(path) or path.name == FOLDER for path in inside):
-        raise InputError(f"{folder} is not empty and does not contain a comparison; give a new folder with --out")
+        raise InputError(f"{folder} is not empty and does not contain a comparison; choose a new folder with --out")
 
 
 def print_results(comparison: "Comparison", folder: Path, changes: Sequence[str]) -> None:

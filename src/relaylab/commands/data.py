@@ -35,7 +35,7 @@ class DataOptions:
     """For a list of images: file with a NAME LABEL line per class (default: categories*.txt next to the list)."""
 
     cache: Folder = None
-    """Folder for indexes and extracted archives (default: $RELAYLAB_CACHE, else the user's cache folder)."""
+    """Folder for indexes and extracted archives (default: $RELAYLAB_CACHE or, if not set, the user's cache folder)."""
 
     workers: Number = None
     """Data-loading processes (default: one per core)."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from relaylab.recipes.schema import Recipe
 
 PAGE = "report.html"
-EPOCHS, SEEDS = {"digits": 30, "photos": 12}, {"digits": "0,1,2", "photos": "0"}  # by recipe
+EPOCHS, SEEDS = {"digits": 30, "photos": 12}, {"digits": "0,1,2", "photos": "0"}  # defaults by recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

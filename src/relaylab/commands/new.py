@@ -57,7 +57,7 @@ class NewOptions:
     """Batch size (default: derived from the number of images, at most 128)."""
 
     optimizer: Annotated[Literal["sgd", "adamw"] | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """Optimizer (default: adamw for networks with layer normalisation and no batch normalisation, else sgd)."""
+    """Optimizer (default: adamw for networks with layer normalisation and no batch normalisation, otherwise sgd)."""
 
     options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="")] = ()
     """Further keyword arguments of the network, such as drop_rate=0.1."""

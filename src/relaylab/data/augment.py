@@ -38,7 +38,7 @@ class Column(IntEnum):
     RESIZED = 15  # `NUMBERS`, see Note [Boxes]
     ERASING = RESIZED + NUMBERS  # one for whether to erase, and `NUMBERS` for the box
     POLICY = ERASING + 1 + NUMBERS  # seed for torch's generator
-    MIXING = POLICY + 1  # of a batch's first draw
+    MIXING = POLICY + 1  # read from the first draw of a batch
 
 
 ERASED_AREAS, ERASED_RATIOS = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # torchvision's ranges; it divides height by width

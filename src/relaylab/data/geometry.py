@@ -88,7 +88,7 @@ def centre_box(spec: CropSpec, height: int, width: int) -> Box:
     """Return the centre crop's box (left, top, right, bottom) in fractional source pixels. See Note [Windows] 4."""
     short = min(height, width)
     resized = [spec.short_side * side // short for side in (width, height)]  # rounded as by torchvision
-    offsets = [round((side - spec.size) / 2) for side in resized]  # likewise
+    offsets = [round((side - spec.size) / 2) for side in resized]  # rounded as by torchvision
     scales = width / resized[0], height / resized[1]
     left, top = (offset * scale for offset, scale in zip(offsets, scales, strict=True))
     return left, top, left + spec.size * scales[0], top + spec.size * scales[1]

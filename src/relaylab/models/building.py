@@ -83,7 +83,7 @@ def _build_network(config: NetworkConfig) -> nn.Module:
         raise InputError(f"{name} does not take network.options: {instead}")
     try:
         return NETWORKS[name].build(num_classes=config.num_classes, image_size=config.image_size, **options)
-    except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:  # of torch
+    except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:  # exceptions that torch raises
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:200]

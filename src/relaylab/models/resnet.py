@@ -6,8 +6,8 @@ from torchvision.models import resnet50 as torchvision_resnet50
 from torchvision.models.resnet import Bottleneck
 
 SMALL = 112  # pixels; for smaller images, the usual stem would leave maps of at most 3x3
-WIDTH = 64  # torchvision's
-BLOCKS = (3, 4, 6, 3)  # of each stage
+WIDTH = 64  # as in torchvision
+BLOCKS = (3, 4, 6, 3)  # number of blocks in each stage
 
 
 def resnet50(num_classes: int = 1000, *, image_size: int = 224, width: int = WIDTH) -> ResNet:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from relaylab.errors import InputError
 from relaylab.outside.showing import printable
 
-DEEPEST = 4  # folders below a run's
+DEEPEST = 4  # maximum depth of folders in a run folder
 
 
 def open_for_writing(path: Path, mode: str, **options: Any) -> IO[Any]:

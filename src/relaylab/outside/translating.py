@@ -13,7 +13,7 @@ from pathlib import Path
 from relaylab.errors import FAILED, INTERNAL, WRONG_INPUT, LabError
 from relaylab.outside.showing import reason
 
-NO_MEMORY = ("alloc", "out of memory")  # of torch's RuntimeErrors
+NO_MEMORY = ("alloc", "out of memory")  # text of torch's RuntimeErrors
 
 
 def line_of(error: Exception) -> tuple[str, int]:

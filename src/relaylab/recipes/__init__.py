@@ -36,6 +36,6 @@ def find_recipe(name: str, scale: Scale = "paper") -> Recipe:
         return at_scale(RECIPES[name], scale)
     if name in ENSEMBLES:
         members = ", ".join(member.name for member in ENSEMBLES[name].members)
-        raise InputError(f"{name} is an ensemble; give one of its members: {members}")
+        raise InputError(f"{name} is an ensemble; choose one of its members: {members}")
     advice = nearest(name, [*RECIPES, *ENSEMBLES]) or f"; 'relaylab recipes' lists them; a recipe file ends in {SUFFIX}"
     raise InputError(f"unknown recipe {name!r}{advice}")

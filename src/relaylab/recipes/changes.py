@@ -21,7 +21,7 @@ from relaylab.recipes.schema import (
 
 SOURCE = "the command line"
 KIND = "optimizer.schedule.kind"
-LEAST = {  # by field
+LEAST = {  # minimum values, by field
     "momentum": 0, "weight_decay": 0, "warmup": 0, "long_tail": 1, "colour_shift": 0, "batch_size": 1,
     "iterations": 1, "evaluate_every": 1, "segment_lr": 0, "patience": 1, "every": 1, "least": 0,
     "padding": 0, "policy_operations": 1, "policy_magnitude": 0, "erasing": 0, "mixup": 0, "cutmix": 0,
@@ -68,7 +68,7 @@ def with_absolute_paths(text: str) -> str:
 
 
 def located(key: str, value: str, folder: Path | None = None) -> str:
-    """Return a value with an absolute path if it is the path of a file, else unchanged.
+    """Return a value with an absolute path if it is the path of a file, otherwise unchanged.
 
     Args:
         key: dotted name of the value.

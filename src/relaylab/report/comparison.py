@@ -235,7 +235,7 @@ def different_values(one: Mapping[str, Any], other: Mapping[str, Any], free: Seq
 
 
 def joined(texts: Mapping[str, str]) -> str:
-    """Join a text per scheme: once if all are equal, else with the names of the schemes."""
+    """Join a text per scheme: once if all are equal, otherwise with the names of the schemes."""
     names = {text: [SCHEME_NAMES[s] for s, other in texts.items() if other == text] for text in texts.values()}
     return (
         next(iter(names))

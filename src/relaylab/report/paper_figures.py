@@ -31,7 +31,7 @@ from relaylab.report.style import BELOW_AXIS, STYLE, layer_name
 RIGHT = "#00664a"
 COLUMNS, ROWS = 4, 2
 TOP = 5
-MOST_TICKS = 30  # on an axis of layer names
+MOST_TICKS = 30  # maximum number of layer names on an axis
 QUANTITIES = {"gradient": "mean |gradient|", "ratio": "mean |gradient| / mean |weight|"}
 
 

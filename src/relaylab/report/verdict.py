@@ -122,7 +122,7 @@ def mean_text(values: Sequence[float]) -> str:
 
 def range_text(mean: float, ends: tuple[float, float] | None) -> str:
     """Format an unsigned mean, with its interval."""
-    mean, *rest = (round(value, 2) + 0.0 for value in (mean, *(ends or ())))  # no -0.00
+    mean, *rest = (round(value, 2) + 0.0 for value in (mean, *(ends or ())))  # adding 0.0 turns -0.00 into 0.00
     return f"{mean:.2f} [{rest[0]:.2f}, {rest[1]:.2f}]" if rest else f"{mean:.2f}"
 
 
@@ -130,7 +130,9 @@ def difference_text(values: Sequence[float]) -> str:
     """Format the mean of paired differences, with its confidence interval."""
     if not values:
         return "no seed in common"
-    mean, *ends = (round(value, 2) + 0.0 for value in (statistics.fmean(values), *(interval(values) or ())))  # no -0.00
+    mean, *ends = (
+        round(value, 2) + 0.0 for value in (statistics.fmean(values), *(interval(values) or ()))
+    )  # adding 0.0 turns -0.00 into 0.00
     return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f"{mean:+.2f} (one seed)"
 
 

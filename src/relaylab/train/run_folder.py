@@ -166,7 +166,7 @@ def new_folder(options: TrainOptions) -> Path:
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             if any(path.name not in BEFORE_THE_FIRST_STEP for path in options.out.iterdir()):
-                raise InputError(f"{options.out} is not empty; give a new folder with --out")
+                raise InputError(f"{options.out} is not empty; choose a new folder with --out")
             return options.out
         parent, stem, attempt = ROOT / name_of(options), f"{timestamp()}-s{options.seed}", 1
         parent.mkdir(parents=True, exist_ok=True)

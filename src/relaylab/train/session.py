@@ -199,7 +199,7 @@ def _train(
     except (OSError, LabError) as error:
         if is_first:
             kind = "diverged" if isinstance(error, NonFiniteLossError) else "failed"
-            with suppress(OSError):  # a full disk, perhaps
+            with suppress(OSError):  # the disk may be full
                 text = str(_as_lab_error(folder, error))
                 failures.write_failure(folder, failures.Failure(kind, at.step, text))
         raise

@@ -54,7 +54,7 @@ MAGIC = {b"\xfd7zXZ\x00": "xz", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\x28\xb5\x2f
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
 LARGEST_RECORD = 1 << 20  # bytes of a long name or an extended header
 LARGEST_PADDING = 256 << 20  # bytes of zeros after the end
-MOST_RECORDS = 8  # before one member
+MOST_RECORDS = 8  # maximum number of extended headers before one member
 LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size, but at least this many bytes
 RECORDS = (b"x", b"g", b"X", b"L", b"K")  # types of POSIX, Solaris and GNU
 
@@ -382,7 +382,7 @@ def _check_end(file: IO[bytes], title: str, end: int, stop: int, nested: bool) -
     while end < stop:
         content = file.read(min(CHUNK, stop - end))
         if content.strip(b"\0"):
-            raise InputError(f"{title} is damaged at byte {end:,}, or is several tars in a row: give them one by one")
+            raise InputError(f"{title} is damaged at byte {end:,}, or is several tars in a row: pass them one by one")
         if not content:
             break
         end += len(content)

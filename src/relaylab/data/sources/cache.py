@@ -17,7 +17,7 @@ VARIABLE = "RELAYLAB_CACHE"
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Return the given folder, else RELAYLAB_CACHE, else `relaylab` in the user's cache folder (XDG)."""
+    """Return the given folder; by default RELAYLAB_CACHE, or `relaylab` in the user's cache folder (XDG)."""
     named = cache or os.environ.get(VARIABLE)
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "relaylab"
 

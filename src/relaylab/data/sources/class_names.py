@@ -16,9 +16,9 @@ from relaylab.outside.showing import brief
 BESIDE = ("classes.txt", "LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 NUMBERED = ("classnames.txt", "class_names.txt", "labels.txt", "classes.txt")
 NO_META = "is not the meta.mat of ImageNet's 2012 development kit"
-LARGEST_MAT, MAT_SECONDS = 16 << 20, 60  # bytes
+LARGEST_MAT, MAT_SECONDS = 16 << 20, 60  # limits: bytes and seconds
 LARGEST_TEXT = 64 << 20  # bytes
-DIGITS = 6  # of a class index
+DIGITS = 6  # maximum number of digits of a class index
 
 
 def files_beside(folders: Iterable[Path]) -> list[Path]:
@@ -40,7 +40,7 @@ def numbered_names(files: Iterable[Path], file_states: list[FileState]) -> tuple
 
 
 def names_beside(files: Iterable[Path], keys: Iterable[str], file_states: list[FileState]) -> dict[str, str]:
-    """Return display names by class folder from the first file that names every folder, else an empty mapping.
+    """Return display names by class folder from the first file that names every folder, or an empty mapping.
 
     The files that are read are added to `file_states`.
     """

@@ -287,7 +287,7 @@ def _read(
     if missing:
         raise InputError(
             f"{len(missing):,} of the {rows.found + len(missing):,} images of {file.name} are not in {files.root}: "
-            f"{few(missing)}; give the folder that the names are relative to"
+            f"{few(missing)}; pass the folder that the names are relative to"
         )
     if empty:
         raise InputError(

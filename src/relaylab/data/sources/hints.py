@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
-MOST_FILES = 20_000  # that are counted
+MOST_FILES = 20_000  # maximum number of files to count
 MOST_KINDS = 5
 OWN_SOURCE = "write a Source (docs/how-to/data.md#a-source-of-your-own)"
 ADVICE = {

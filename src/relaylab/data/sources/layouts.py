@@ -65,7 +65,7 @@ def places365(folder: Path) -> Splits:
         if not roots:
             raise InputError(
                 f"{folder} has {path.name} but none of the folders {', '.join(PLACES_FOLDERS[split])}; "
-                "give the list and its image folder"
+                "pass the list and its image folder"
             )
         root = only_one(roots, split, folder)
         return SplitFiles(files=(path,), folder=root, categories=categories if categories.is_file() else None)
@@ -116,7 +116,7 @@ def packed(folder: Path) -> Splits:
         groups.setdefault(split_of_file(file.relative_to(folder)) or "", []).append(file)
     sets = {_set(file.relative_to(folder)) for file in chosen}
     if len(sets) > 1:
-        raise InputError(f"{folder} has several data sets: {few(sorted(sets))}; give the folder of one of them")
+        raise InputError(f"{folder} contains several data sets: {few(sorted(sets))}; pass the folder of one of them")
     return {split: SplitFiles(files=tuple(group)) for split, group in groups.items()}
 
 

@@ -175,7 +175,7 @@ def _request(
         if given.count(path) > 1:
             raise InputError(f"{path} is given more than once")
         if path.is_dir() and any(path in other.parents for other in given if other.is_dir()):
-            raise InputError(f"{path} contains another given folder: give only one of them")
+            raise InputError(f"{path} contains another given folder: pass only one of them")
     folders = tuple(path for path in given if path.is_dir())
     files = [path for path in given if not path.is_dir()]
     archives = tuple(path for path in files if path.name.lower().endswith(ARCHIVES))
@@ -205,20 +205,20 @@ def _request(
     if len({PARQUET if (kind := path.suffix.lower()) == PARQUET else kind == ZIP for path in archives}) > 1:
         raise InputError("tar, zip and Parquet files cannot be combined: give files of one kind")
     if folders and archives:
-        raise InputError("folders cannot be combined with tar, zip or Parquet files: give one kind")
+        raise InputError("folders cannot be combined with tar, zip or Parquet files: pass one kind")
     return request
 
 
 def _list_request(request: _Request, lists: list[Path], root: Path | None, categories: Path | None) -> _Request:
     if len(lists) > 1 or request.archives or request.truth or len(request.folders) + (root is not None) > 1:
-        raise InputError(f"{lists[0].name} is a list of images: give it together with at most one folder")
+        raise InputError(f"{lists[0].name} is a list of images: pass it with at most one folder")
     if request.split is not None:
         message = f"{lists[0].name} is a list of images, which has no splits: omit the split {request.split}"
         raise NoSplitError(message, others=())
     beside = sorted(lists[0].parent.glob("categories*.txt"))
     if categories is None and len(beside) > 1:
         names = few([path.name for path in beside])
-        raise InputError(f"{lists[0].name} has several categories files next to it, {names}: give one as categories")
+        raise InputError(f"{lists[0].name} has several categories files next to it, {names}: pass one as categories")
     categories = categories or next(iter(beside), None)
     folder = _resolved(root) if root is not None else next(iter(request.folders), lists[0].parent)
     if not folder.is_dir():

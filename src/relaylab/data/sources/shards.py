@@ -122,7 +122,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _label(data: bytes, where: str) -> int | str:
-    """Return the label in a .cls file: an integer if it is one, else text."""
+    """Return the label in a .cls file: an integer if it is one, otherwise text."""
     text = data.decode("utf-8", errors="replace").strip()
     if not text or len(text.splitlines()) > 1:
         raise InputError(f"{where} is {printable(text[:40])!r}; expected a class index or name")

@@ -101,7 +101,7 @@ def _text_keys(labels: Sequence[tuple[object, ...]], names: Sequence[str]) -> tu
 
 
 def in_order(keys: Collection[str]) -> tuple[str, ...]:
-    """Sort keys numerically if all are numbers, else alphabetically."""
+    """Sort keys numerically if all are numbers, otherwise alphabetically."""
     are_numbers = all(key.isdecimal() for key in keys)
     return tuple(sorted(keys, key=int) if are_numbers else sorted(keys))
 

@@ -71,13 +71,13 @@ def _check(entry: zipfile.ZipInfo, path: str, title: str) -> None:
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise InputError(f"{where} is a link; recreate the zip file with regular files")
     if entry.flag_bits & 1:
-        raise InputError(f"{where} is encrypted; unpack the zip file and give the folder")
+        raise InputError(f"{where} is encrypted; unpack the zip file and pass the folder")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InputError(f"{where} is neither stored nor deflated; unpack the zip file and give the folder")
+        raise InputError(f"{where} is neither stored nor deflated; unpack the zip file and pass the folder")
     if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
         raise InputError(f"{title} is damaged at {printable(path)}: a stored member with two different sizes")
     if entry.file_size > max(ALWAYS_INFLATED, LARGEST_RATIO * entry.compress_size):
         raise InputError(
             f"{where} inflates to {entry.file_size:,} bytes, more than {LARGEST_RATIO} times its size, which images "
-            "never do; if that is right, unpack the zip file and give the folder"
+            "never do; if that is right, unpack the zip file and pass the folder"
         )

@@ -73,7 +73,7 @@ message PoolingParameter {
 message ReLUParameter { optional float negative_slope = 1 }
 message SoftmaxParameter { optional int32 axis = 2 [default = 1] }
 """
-ENUMS = {  # by number, from 0
+ENUMS = {  # names of the values, numbered from 0
     "Phase": "TRAIN TEST",
     "PoolMethod": "MAX AVE STOCHASTIC",
     "RoundMode": "CEIL FLOOR",
