@@ -39,7 +39,7 @@ class Link:
     Args:
         name: the outermost module that returns the tensor, preferably one with parameters, then one that returns it
             first in a tuple; empty for a model's output that no inner module returns.
-        names: all modules that return the tensor, the innermost first.
+        names: all modules that return the tensor, from innermost to outermost.
         shape: shape of the tensor.
         depth: number of weight layers on the longest path from the model's input, counted as in `Relay.depths`; at
             least 1.

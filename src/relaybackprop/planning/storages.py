@@ -55,7 +55,7 @@ class Storages:
 
 
 def _with_storage(value: Any) -> list[Tensor]:
-    """Return all tensors in a value except sparse ones, which have no storage of their own."""
+    """Return all tensors in a value except sparse ones, which do not have a storage."""
     return [tensor for tensor in tensors_in(value) if tensor.layout == torch.strided]
 
 
