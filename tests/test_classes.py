@@ -361,7 +361,7 @@ def test_submissions_have_the_official_labels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the development kit lacks the classes n3; it has n01440764, n02012849"):
         official_labels(folders("n3"), ilsvrc, read_kit(kit))
     kit.write_text("tench\n")
-    with pytest.raises(InputError, match="expected meta.mat, or SYNSET NUMBER lines as in map_clsloc.txt"):
+    with pytest.raises(InputError, match=r"expected meta.mat, or SYNSET NUMBER lines as in map_clsloc.txt"):
         read_kit(kit)
     scores = torch.eye(6).roll(2, dims=1)
     lines = submission_lines(list("abcdef"), scores, list("abcdef"), places2, [5, 4, 3, 2, 1, 0])
