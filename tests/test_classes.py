@@ -353,18 +353,15 @@ def test_submissions_have_the_official_labels(tmp_path: Path) -> None:
     assert official_labels(folders("1", "10", *map(str, range(2, 10))), ilsvrc) == [1, 10, *range(2, 10)]
     assert official_labels(numbered("zoo", "bus"), places2) == [0, 1]
     synsets = folders("n01440764", "n02012849")
-    with pytest.raises(
-        InputError,
-        match="requires the development kit's meta.mat or map_clsloc.txt, which define the labels of the synsets: give it with --kit",
-    ):
+    with pytest.raises(InputError, match=r"define the labels of the \w+: give it with --kit"):
         official_labels(synsets, ilsvrc)
     kit = tmp_path / "map_clsloc.txt"
     kit.write_text("n02012849 1 crane\nn01440764 2 tench\n")
     assert official_labels(synsets, ilsvrc, read_kit(kit)) == [2, 1]
-    with pytest.raises(InputError, match="the kit has no classes n3"):
+    with pytest.raises(InputError, match="the development kit lacks the classes n3; it has n01440764, n02012849"):
         official_labels(folders("n3"), ilsvrc, read_kit(kit))
     kit.write_text("tench\n")
-    with pytest.raises(InputError, match="expected a line SYNSET NUMBER"):
+    with pytest.raises(InputError, match=r"expected meta.mat, or SYNSET NUMBER lines as in map_clsloc.txt"):
         read_kit(kit)
     scores = torch.eye(6).roll(2, dims=1)
     lines = submission_lines(list("abcdef"), scores, list("abcdef"), places2, [5, 4, 3, 2, 1, 0])

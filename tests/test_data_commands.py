@@ -180,3 +180,14 @@ def test_real_scenes(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["data", "check", *paths, "--out", str(out), "--workers", "0"]) == 0
     assert "train: 3,000 images in 10 classes" in capsys.readouterr().out
     assert json.loads((out / "val" / "summary.json").read_text())["kinds"] == {"PNG L": 1000}
+
+
+def test_commands_of_one_second_write_to_folders_of_their_own(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("relaylab.commands.data.timestamp", lambda: "20261129T100000Z")
+    for command in ("inspect", "check"):
+        assert cli.main(["data", command, str(tiny_images)]) == 0
+    folders = sorted(path.name for path in (tmp_path / "runs" / "data").iterdir())
+    assert folders == ["20261129T100000Z", "20261129T100000Z-2"]

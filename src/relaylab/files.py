@@ -60,13 +60,13 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
 
     Args:
         given: folder given by the user, or None.
-        default: folder to use if none is given.
+        default: folder to use if none is given; without `may_hold`, NAME-2, NAME-3, ... if it exists.
         may_hold: allow a folder with earlier results.
 
     Raises:
         InputError: the folder is not empty, or cannot be written to.
     """
-    folder = given or default
+    folder = given or (default if may_hold else _unused(default))
     is_new = not folder.exists()
     try:
         if not may_hold and folder.is_dir() and any(folder.iterdir()):
@@ -81,6 +81,11 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
     finally:
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _unused(folder: Path) -> Path:
+    names = (folder, *(folder.with_name(f"{folder.name}-{attempt}") for attempt in range(2, 1000)))
+    return next((name for name in names if not name.exists()), folder)
 
 
 def available_cores() -> int:
