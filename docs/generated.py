@@ -1,4 +1,4 @@
-"""Pages of the reference that are generated from the code: the options of the commands, the keys of recipes."""
+"""Reference pages generated from the code: the options of commands and the keys of recipes."""
 
 import ast
 import dataclasses
@@ -18,7 +18,7 @@ from relaylab.recipes import schema
 
 
 def commands() -> str:
-    """Return all commands and their options, as `--help` shows them."""
+    """Return all commands and their options, with the text of `--help`."""
     lines: list[str] = []
     for name in COMMANDS:
         if name != "recipes list":  # the same as `recipes`
@@ -31,7 +31,7 @@ def _command(name: str) -> Iterator[str]:
     run = getattr(importlib.import_module(f"relaylab.commands.{module}"), function)
     kind = get_type_hints(run)["options"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other description of the options
+        warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other API that describes the options
         config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
         parser = tyro.extras.get_parser(kind, prog=f"relaylab {name}", config=config)
     yield _escaped(inspect.cleandoc(kind.__doc__ or ""))
@@ -46,7 +46,7 @@ def _command(name: str) -> Iterator[str]:
 
 
 def recipe_keys() -> str:
-    """Return all values of a recipe: name, type, default, meaning."""
+    """Return the keys of a recipe: name, type, default, meaning."""
     lines: list[str] = []
     for group in schema.GROUPS:
         kind = get_type_hints(schema.Recipe)[group]
@@ -113,7 +113,7 @@ def _summary(kind: Any) -> str:
 
 
 def _field_docs(kind: type) -> dict[str, str]:
-    """Return the strings behind a dataclass's fields, by field."""
+    """Return the docstrings of a dataclass's fields, by field."""
     (body,) = (
         node for node in ast.parse(inspect.cleandoc(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)
     )
@@ -126,6 +126,6 @@ def _field_docs(kind: type) -> dict[str, str]:
 
 
 def _escaped(text: str) -> str:
-    """Return text as Markdown that shows it as it is, except code between backticks."""
+    """Escape Markdown in text, except in code between backticks."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([*_<>\[\]{}|])", r"\\\1", part) for part in parts)

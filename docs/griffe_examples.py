@@ -1,4 +1,4 @@
-"""Extension of griffe: sections called `Example:` are examples, as those called `Examples:`."""
+"""Griffe extension that treats `Example:` sections like `Examples:`."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import griffe
 
 
 class ExampleSections(griffe.Extension):
-    """Rename the sections before they are parsed."""
+    """Renames the sections before they are parsed."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rename the sections of one docstring."""

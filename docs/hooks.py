@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: pages generated from the code, and files outside docs/ that pages link to.
+"""MkDocs hooks: pages generated from the code, and pages for linked files outside docs/.
 
-Links in Markdown are those of the checkout, so that they work in editors and on code hosts. The site has the same files
-at other places: `site_path` maps one to the other, and every linked file outside docs/ gets a page of its own.
+Links in Markdown refer to files in the checkout, so that they work in editors and on code hosts. `site_path` maps a
+file to its path in the site; each linked file outside docs/ gets its own page.
 """
 
 import os
@@ -23,11 +23,11 @@ RENAMED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing/index.md", 
 CODE = {".py": "python", ".toml": "toml", ".cff": "yaml", ".yml": "yaml", ".yaml": "yaml", "": "text"}  # by suffix
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
-_checkout: dict[str, Path] = {}  # by path in the site: the file or folder of the checkout
+_checkout: dict[str, Path] = {}  # the file or folder in the checkout, by path in the site
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the decisions to the navigation, which lists their folder only."""
+    """Add the decisions to the navigation, which contains only their folder."""
     for entry in config.nav or []:
         if "Decisions" in entry:
             decisions = sorted(path.name for path in (DOCS / "decisions").glob("[0-9]*.md"))
@@ -51,7 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Replace links of the checkout by links of the site, and markers by what is generated."""
+    """Replace links to the checkout with links to the site, and markers with generated text."""
     for marker, make in GENERATED.items():
         if marker in markdown:
             markdown = markdown.replace(marker, make())
@@ -70,7 +70,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def site_path(path: Path) -> str:
-    """Return the place in the site of a file or folder of the checkout."""
+    """Return the path in the site of a file or folder in the checkout."""
     name = path.relative_to(ROOT).as_posix()
     if path.is_relative_to(DOCS):
         name = path.relative_to(DOCS).as_posix()
@@ -83,7 +83,7 @@ def site_path(path: Path) -> str:
 
 
 def _add(files: Files, config: MkDocsConfig, path: Path) -> bool:
-    """Add a file or folder outside docs/ to the site; False if it is there already or does not exist."""
+    """Add a file or folder outside docs/ to the site; return False if it was added before or does not exist."""
     if path.is_relative_to(DOCS) or not path.exists():
         return False
     place = site_path(path)
@@ -104,11 +104,11 @@ def _add(files: Files, config: MkDocsConfig, path: Path) -> bool:
     return True
 
 
-_HIDDEN = "---\nsearch: {exclude: true}\nhide: [toc]\n---\n\n"  # code is not searched
+_HIDDEN = "---\nsearch: {exclude: true}\nhide: [toc]\n---\n\n"  # exclude code from the search
 
 
 def _targets(path: Path, text: str) -> Iterator[Path]:
-    """Yield the files and folders that a page of the checkout links to."""
+    """Yield the files and folders in the checkout that a page links to."""
     for part in FENCE.split(text):
         if not part.startswith("```"):
             for match in LINK.finditer(part):
@@ -127,12 +127,12 @@ def _listing(folder: Path) -> str:
 
 
 def _decisions() -> str:
-    """Return the page that lists the decisions by their titles."""
+    """Return a page that lists the titles of the decisions."""
     lines: list[str] = []
     for path in sorted((DOCS / "decisions").glob("[0-9]*.md")):
         number, _, title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").partition(": ")
         lines.append(f"- [{number}]({path.name}): {title}")
-    return "# Decisions\n\nWhy things are as they are, one page per decision.\n\n" + "\n".join(lines) + "\n"
+    return "# Decisions\n\nDesign decisions and their reasons.\n\n" + "\n".join(lines) + "\n"
 
 
 def on_post_build(config: MkDocsConfig, **_: Any) -> None:

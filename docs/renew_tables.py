@@ -1,4 +1,4 @@
-"""Generates the tables of docs/reference from the recipes.
+"""Generate the tables in docs/reference from the recipes.
 
 python docs/renew_tables.py    # replaces the text between the markers of the pages
 """
@@ -14,7 +14,7 @@ from relaylab.report.costs import cost_table
 from relaylab.tables import Table, markdown_lines, renewed
 
 PAGES = tuple(sorted((Path(__file__).parent / "reference").glob("*.md")))
-# One of each kind; the other rows of a table differ from it in network, scheme and evaluation.
+# One recipe of each kind; the remaining rows of a table differ from it in network, scheme and evaluation.
 KINDS = {
     "places2": "table3-model-a-relay",
     "places2-vgg": "table1-vgg22-places2",
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def rows() -> Table:
-    """Return all recipes, with what distinguishes them."""
+    """Return a table of all recipes and their distinguishing values."""
     lines: list[tuple[str, ...]] = []
     for r in PAPER.values():
         rates = (None, None) if r.reported is None else (r.reported.top1, r.reported.top5)
@@ -39,13 +39,13 @@ def rows() -> Table:
 
 
 def fields(recipe: Recipe) -> Table:
-    """Return a recipe's values and their sources."""
+    """Return a table of a recipe's values and their sources."""
     lines = tuple((name, value_text(value), source) for name, value, source in recipe.fields())
     return Table(recipe.row, (f"`{recipe.name}`", "value", "source"), lines)
 
 
 def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
-    """Return the text between the markers of the pages, by their names."""
+    """Return functions that generate the text between the markers of the pages, by marker name."""
     recipes = list(PAPER.values())
     tables: dict[str, Callable[[], Table]] = {"rows": rows}
     for kind, name in KINDS.items():
@@ -56,7 +56,7 @@ def sections() -> Mapping[str, Callable[[], Sequence[str]]]:
 
 
 def page_of(name: str) -> Path:
-    """Return the page that has a marker of this name."""
+    """Return the page that contains a marker of this name."""
     (page,) = (path for path in PAGES if f"<!-- {name} -->" in path.read_text(encoding="utf-8"))
     return page
 

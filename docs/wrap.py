@@ -1,7 +1,7 @@
-"""Wraps the prose of Markdown pages at 100 columns; tables, code, headings and pictures stay as they are.
+"""Wrap the prose of Markdown pages at 100 columns, except tables, code, headings and images.
 
 python -m docs.wrap            # rewrites the pages
-python -m docs.wrap --check    # names those that it would change; the exit code is then 1
+python -m docs.wrap --check    # lists pages to rewrite; exits with code 1 if there are any
 """
 
 import re
@@ -17,12 +17,12 @@ ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*+]|\d+\.) +(?P<text>.*)")
 FIXED = re.compile(r" *(\||#|<|>|!\[|```|---|:::|\[[^]]+\]:)|$")  # lines that are not prose
 ATOM = re.compile(
     r"[(*]*`[^`]+`\S*|\(?\[[^]\s][^]]{0,40}\]\([^)\s]{1,60}\)\S*|\S+"
-)  # code and short links are not divided
+)  # code and short links are not split
 LIKE_A_MARK = re.compile(r"([-*+#>]+|\d+\.)$")  # a line must not begin with it
 
 
 def pages() -> list[Path]:
-    """Return the pages that are wrapped."""
+    """Return the pages to wrap."""
     found = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))]
     return sorted({path for path in found if not path.relative_to(ROOT).as_posix().startswith(EXCEPT)})
 
@@ -31,7 +31,7 @@ def wrapped(text: str) -> str:
     """Return a page with its paragraphs and list items wrapped."""
     lines: list[str] = []
     paragraph: list[str] = []  # its lines
-    first = rest = ""  # what its first line and its other lines begin with
+    first = rest = ""  # prefixes of its first line and of its other lines
     is_code = text.startswith("---\n")  # front matter
 
     def end() -> None:
@@ -79,7 +79,7 @@ def _lines(words: Sequence[str], first: str, rest: str) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Wrap the pages, or name those that are not."""
+    """Wrap the pages, or list those that are not wrapped."""
     changed = [
         path for path in pages() if wrapped(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")
     ]
