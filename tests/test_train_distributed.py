@@ -87,4 +87,4 @@ def test_two_processes_may_become_one(two: Path, tmp_path: Path, capsys: pytest.
     assert request.options.devices == 1
     outcome = session.train(request)
     assert outcome.finished
-    assert "processes: 1 now, 2 before" in capsys.readouterr().err
+    assert "the number of processes changed from 2 to 1, so the order of summation" in capsys.readouterr().err

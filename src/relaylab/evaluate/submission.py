@@ -72,7 +72,7 @@ def official_labels(classes: Classes, form: Form, kit: Mapping[str, int] | None 
     if kit is not None:
         strange = [key for key in classes.keys if key not in kit]
         if strange:
-            raise InputError(f"the development kit lacks the classes {few(strange)}; it has {few(sorted(kit))}")
+            raise InputError(f"the development kit lacks the classes {few(strange)}; it contains {few(sorted(kit))}")
         return [kit[key] for key in classes.keys]
     if form.first_label == 1 and all(re.fullmatch(r"n\d{8}", key) for key in classes.keys):
         raise InputError(

@@ -88,7 +88,7 @@ class ModelFile:
     Example::
 
         model = read_model(Path("model.safetensors"))
-        scores = model.model()(images)   # preprocessed as `model.input` says; names: model.classes
+        scores = model.model()(images)   # preprocessed according to `model.input`; names: model.classes
 
     Attributes:
         network: architecture and sizes.

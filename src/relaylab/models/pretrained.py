@@ -31,7 +31,7 @@ def load_pretrained(model: nn.Module, path: Path) -> list[str]:
     weights = sum(own[name].numel() for name, _ in model.named_parameters() if name in fitting)
     if not weights:
         raise InputError(
-            f"{path} has no weights that fit this network: it has {few(list(state))}, expected {few(list(own))}"
+            f"{path} has no weights that fit this network: it contains {few(list(state))}, expected {few(list(own))}"
         )
     model.load_state_dict(fitting, strict=False)
     total = sum(parameter.numel() for parameter in model.parameters())

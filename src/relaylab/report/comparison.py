@@ -188,7 +188,7 @@ def _open_failure(folder: Path, first: Run | None) -> tuple[Member, Failure]:
         return (about["values"]["scheme"], about["seed"]), failure
     member = run_folder.parse_member_name(folder)  # it failed before it started
     if member is None:
-        raise InputError(f"{folder} has {FILE} but no {run_folder.CONFIG}: scheme and seed are unknown")
+        raise InputError(f"{folder} contains {FILE} but no {run_folder.CONFIG}: scheme and seed are unknown")
     return member, failure
 
 

@@ -306,7 +306,7 @@ def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mappin
         now, before = trainer.fabric.world_size, state["processes"]
         if now != before:
             effect = "the order of summation and the dropout masks differ"
-            log.warning("processes: %d now, %d before: %s", now, before, effect)
+            log.warning("the number of processes changed from %d to %d, so %s", before, now, effect)
     else:
         log.info("%s, %s, seed %d: %s", recipe.name, SCHEMES[recipe.scheme], trainer.options.seed, folder)
 

@@ -6,7 +6,7 @@ Note [Weights as bytes]
 `caffe.proto` declares a blob's `data` and `double_data` as packed repeated floats and doubles. On the wire these are a
 length and little-endian numbers, exactly what a field of bytes is. Declared as bytes they become arrays without a
 Python object for each of 171 million weights. A file with floats that are not packed then has no data for us, which
-`reading` says; and a text file cannot give a blob's data, which no prototxt does.
+`reading` reports. A text file cannot contain a blob's data, and no prototxt does.
 """
 
 import re
