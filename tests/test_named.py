@@ -206,7 +206,7 @@ def test_pretrained_weights_and_tensors_that_do_not_fit(tmp_path: Path) -> None:
 def test_weights_of_another_network_or_kind_are_refused(tmp_path: Path) -> None:
     model = build_network(config("timm:test_resnet"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="has no weights that fit this network: it has a, expected conv1"):
+    with pytest.raises(InputError, match="has no weights that fit this network: it contains a, expected conv1"):
         load_pretrained(model, tmp_path / "other.pt")
     torch.save(model, tmp_path / "whole.pt")
     with pytest.raises(InputError, match="not a state dict that can be read with weights_only=True"):

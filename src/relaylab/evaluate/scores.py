@@ -131,13 +131,13 @@ class ScoreFolder:
             raise InputError(f"{path} has no scores: expected an output folder of `relaylab eval`")
         if images is not None and not images.is_same(found):
             raise InputError(
-                f"{path} contains scores of {len(found)} images of {found.title}, which differ from these {len(images)} "
-                f"images of {images.title}: choose a different folder with --out"
+                f"{path} contains scores of {len(found)} images of {found.title}, which differ from these "
+                f"{len(images)} images of {images.title}: choose a different folder with --out"
             )
         if images is not None and images.contents and found.contents not in ("", images.contents):
             raise InputError(
-                f"{path} contains scores of an earlier version of {found.title}: file sizes of images have changed since; "
-                "choose a different folder with --out"
+                f"{path} contains scores of an earlier version of {found.title}: file sizes of images have changed "
+                "since; choose a different folder with --out"
             )
         self.images = found
         if images is not None and path.is_dir():  # scores will be written to it

@@ -20,8 +20,8 @@ MARGIN = 1  # pixels of background on each side, so that 8x8 crops shift by one 
 def digits_tar(cache: Path | None = None) -> Path:
     """Return the path of the digits' tar file, which is written to the cache if it is not there yet.
 
-    It contains 1,000 images train/DIGIT/NNNN.png and 797 images val/DIGIT/NNNN.png of 10x10 pixels, where NNNN is the index
-    in scikit-learn's data set. The split is stratified and always the same.
+    It contains 1,000 images train/DIGIT/NNNN.png and 797 images val/DIGIT/NNNN.png of 10x10 pixels, where NNNN is the
+    index in scikit-learn's data set. The split is stratified and always the same.
 
     Args:
         cache: cache folder; by default `RELAYLAB_CACHE`, or the user's cache folder.
