@@ -627,7 +627,7 @@ def test_invalid_json_is_refused(text: str, message: str, tmp_path: Path, opened
         (["a/1.dcm", "b/2.dcm", "notes.txt"], "For DICOM files: convert them to PNG"),
         (["x.tar", "y.tar"], "it has 2 .tar. For tar or zip files: give these files instead of the folder"),
         (["x.npy", "y.h5"], r"write a Source \(docs/how-to/data.md"),
-        (["a/list.csv"], "For lists: give the list"),
+        (["a/list.csv"], "For lists: also give the list, if it contains"),
         (["a/README"], "it has 1 without extension"),
         (["a/.hidden"], "it has no files"),
     ],

@@ -116,7 +116,7 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
         (
             "absent_package.nets:small",
             {},
-            "cannot import absent_package.nets: .* install absent_package, or name a file",
+            "cannot import absent_package.nets: .* install absent_package, or pass a file",
         ),
         ("/absent/net.py:small", {}, "no such file: /absent/net.py"),
         ("resnet_50", {}, r"unknown architecture 'resnet_50'; nearest: resnet50; or an external network: timm:NAME"),
