@@ -97,7 +97,7 @@ WAYS = ("data_parallel", "early_release", "window_parallel", "pipelined_multi_lo
 
 def test_docs_table_of_many_gpus() -> None:
     found = figures_of("scale.json")
-    table = rows("## What it says")
+    table = rows("## Predictions")
     assert len(table) == 2 * len(scale.GPUS)
     for name, gpus, *cells in table:
         key = f"{NAMES[name]}_n{gpus.replace(',', '')}_efficiency_"
@@ -109,7 +109,7 @@ def test_docs_table_of_many_gpus() -> None:
 
 def test_docs_table_of_the_check() -> None:
     found = figures_of("scale.json")
-    for (_, alone, together, predicted), key in zip(rows("## The check"), WAYS[:2], strict=True):
+    for (_, alone, together, predicted), key in zip(rows("## Comparison with a real run"), WAYS[:2], strict=True):
         assert alone == f"{found[f'check_{key}_alone_ms']:.0f} ms"
         assert together == f"{found[f'check_{key}_ms']:.0f} ms"
         assert predicted == f"{found[f'check_{key}_predicted']:.3f}"
