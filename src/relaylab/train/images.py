@@ -208,10 +208,10 @@ class Stream:
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Resume from the position of an earlier stream.
+        """Resume from the position of another stream.
 
         Raises:
-            InputError: the earlier stream had different images or a different batch size.
+            InputError: the other stream had different images or another batch size.
         """
         self._loader.load_state_dict(state)
 

@@ -1,4 +1,4 @@
-"""Training metrics: mean losses and errors, images per second, and the fraction of time spent waiting for images."""
+"""Training metrics: mean losses and errors, images per second, and the share of time spent waiting for images."""
 
 import math
 import time
