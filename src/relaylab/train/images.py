@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from relaylab.data.augment import Augmentation
-from relaylab.data.batches import Batch
 from relaylab.data.crops import Crops
 from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.faults import FaultLog
@@ -29,7 +27,7 @@ from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
 from relaylab.data.sources.subset import Indices, Subset, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
-from relaylab.errors import InputError, LabError, raise_all
+from relaylab.errors import InputError, raise_all
 from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe, value_text
@@ -39,7 +37,6 @@ log = logging.getLogger("relaylab.train")
 
 MEMORY_SHARE = 0.5  # fraction of the free memory for decoded images; otherwise they are decoded on demand
 IMAGES_PER_PROCESS = 2000  # with fewer images, starting another process takes longer than decoding
-DEATHS = 3  # consecutive deaths of worker processes that are tolerated
 LEAST_STD = 1.0  # minimum standard deviation of a channel
 SHOWN = 3  # similar class names in a message
 CHOICE_SEED = 0  # held-out images and rare classes do not depend on the seed of the run
@@ -174,46 +171,6 @@ def mixing_of(recipe: Recipe, seed: int) -> Mixing:
     """Return the recipe's mixup and CutMix, if any."""
     alphas = {name: getattr(recipe.augmentation, name) for name in MIXES}
     return Mixing(alphas, recipe.network.num_classes, seed)
-
-
-class Stream:
-    """An iterable over training batches, which restarts dead worker processes."""
-
-    def __init__(self, dataset: ImageDataset, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
-        self._make = partial(dataset.training, sampler, batch_size, seed, crops)
-        self._loader = self._make()
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches. Raises a `LabError` for unreadable images and repeated deaths of workers."""
-        deaths = 0
-        while True:
-            try:
-                for batch in self._loader:
-                    yield batch
-                    deaths = 0
-                return
-            except RuntimeError as error:
-                deaths += 1
-                if "DataLoader worker" not in str(error):
-                    raise
-                if deaths > DEATHS:
-                    raise LabError(f"worker processes keep dying: {str(error).partition('. ')[0]}") from None
-                log.warning("%s: restarting the workers", str(error).partition("\n")[0])
-                state = self.state_dict()
-                self._loader = self._make()
-                self.load_state_dict(state)
-
-    def state_dict(self) -> dict[str, object]:
-        """Return the position: the number of batches used."""
-        return self._loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Resume from the position of another stream.
-
-        Raises:
-            InputError: the other stream had different images or another batch size.
-        """
-        self._loader.load_state_dict(state)
 
 
 def open_sources(options: RuntimeOptions, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:

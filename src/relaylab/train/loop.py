@@ -8,12 +8,14 @@ Note [Loop]
    checked before the update, so that a non-finite value never reaches a weight.
 3. The checkpoint of a step is written before its validation, and records that validation is pending: a run that resumes
    from it validates first. If the process is killed during a long validation, only the validation is lost.
+4. The kernels of a step run asynchronously on a GPU. The host fetches the next batch (Note [Stream] in
+   `relaylab.train.stream`) after it has launched them, and only then waits for the metrics of 2.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +34,6 @@ from relaylab.recipes.schema import PlateauConfig, Recipe
 from relaylab.train import checkpoint, gradients
 from relaylab.train.averaging import Average
 from relaylab.train.engine import scaler_of, whole
-from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import deciding, result_text, top_errors
 from relaylab.train.options import TrainOptions
@@ -43,6 +44,7 @@ from relaylab.train.seeding import seed_all
 from relaylab.train.segments import Segments
 from relaylab.train.signals import StopRequest
 from relaylab.train.state import Progress, optimizer_tensors
+from relaylab.train.stream import Stream
 from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
@@ -96,7 +98,6 @@ class Trainer:
             LabError: images cannot be read.
         """
         total, progress = self.recipe.optimizer.iterations, self.progress
-        batches = iter(self.stream)
         self.module.train()
         stopping, saved = False, progress.step
         save_every = self.options.save_every or self.recipe.optimizer.evaluate_every
@@ -115,12 +116,13 @@ class Trainer:
             if is_last:
                 return True
             began = time.perf_counter()
-            stopping = self.step(batches)
+            stopping = self.step()
             progress.seconds += time.perf_counter() - began
 
-    def step(self, batches: Iterator[Batch]) -> bool:
+    def step(self) -> bool:
         """Make one update. Return whether a stop has been requested."""
         recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.options.accumulate
+        self.fetch()  # only in the first step: the others find their batch
         seed_all(self.options.seed, progress.step, fabric.global_rank)
         rate = learning_rate(recipe.optimizer, progress.step, progress.plateau.drops)
         for group in self.optimizer.param_groups:
@@ -130,14 +132,14 @@ class Trainer:
         cosines: gradients.Groups = {}
         totals: dict[str, Tensor] = {}
         for part in range(parts):
-            began = time.perf_counter()
-            batch = next(batches).to(fabric.device)
-            self.meter.waited(time.perf_counter() - began)
+            batch = next(self.stream)
             is_last = part == parts - 1
             with fabric.no_backward_sync(self.module, enabled=not is_last):
                 values, new_cosines = self.backward(batch, measures and part == 0, is_last)
             cosines |= new_cosines
             totals = {name: totals.get(name, 0.0) + value / parts for name, value in values.items()}
+            if not is_last or progress.step + 1 < recipe.optimizer.iterations:
+                self.fetch()  # while the device executes this step; see Note [Loop] 4
         norm, stopping = self.check_and_count(totals)
         if measures and math.isfinite(norm):
             self.record("gradients", progress.step + 1, gradients.statistics(self.relay, self.segments, cosines))
@@ -152,6 +154,12 @@ class Trainer:
             self.record("train", progress.step, {**self.meter.values(size), "lr": rate})
             self.meter.reset()
         return stopping
+
+    def fetch(self) -> None:
+        """Fetch the next batch, unless this has been done, and measure the time."""
+        began = time.perf_counter()
+        self.stream.fetch()
+        self.meter.waited(time.perf_counter() - began)
 
     def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], gradients.Groups]:
         """Run the forward and backward pass of one micro-batch, accumulating gradients.

@@ -26,7 +26,7 @@ from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import averaging, checkpoint, failures, requests, run_folder
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
-from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
+from relaylab.train.images import RunImages, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import TOP, result_text
@@ -37,6 +37,7 @@ from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
 from relaylab.train.state import State, load_tensors
+from relaylab.train.stream import Stream
 from relaylab.train.torchrun import environment_number, launch_id, restart_count
 from relaylab.train.validation import Validation
 
@@ -250,7 +251,8 @@ def assemble(
     augment = images.augmentation(recipe, options.seed).to(fabric.device)
     sampler = images.sampler(recipe, options.seed, fabric.global_rank, fabric.world_size)
     raise_all(requests.batch_problems(recipe, options, fabric.world_size))
-    parts = fabric.world_size * options.accumulate
+    size = recipe.optimizer.batch_size // (fabric.world_size * options.accumulate)
+    stream = Stream(images.train, sampler, size, options.seed, crops_of(recipe), fabric.device)
     decay, has_several = recipe.optimizer.ema_decay, images.has_several_labels
     validation = Validation(images.val, augment, BinaryCrossEntropy() if has_several else nn.CrossEntropyLoss(), fabric)
     return Trainer(
@@ -262,7 +264,7 @@ def assemble(
         recipe=recipe,
         options=options,
         segments=segments,
-        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, options.seed, crops_of(recipe)),
+        stream=stream,
         augment=augment,
         mixing=mixing_of(recipe, options.seed),
         validation=validation,

@@ -1,0 +1,140 @@
+"""Copies, kernels and synchronisations of training and evaluation: their order and number, as far as a CPU shows."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+
+from relaylab.data.batches import Batch
+from relaylab.data.crops import Crops
+from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
+from relaylab.data.geometry import CropSpec
+from relaylab.data.loader import TrainingLoader
+from relaylab.data.memory import decode_all
+from relaylab.data.sampling import KeyedSampler, ShuffledSampler
+from relaylab.data.sources.opening import open_source
+from relaylab.errors import LabError
+from relaylab.train import loop, requests, run_folder, session
+from relaylab.train.options import TrainOptions
+from relaylab.train.stream import Stream
+
+SPEC = CropSpec(size=24, short_side=28)
+
+
+def train(tree: Path, out: Path, *changes: str, iterations: int = 4, **options: Any) -> session.Outcome:
+    lengths = (f"optimizer.iterations={iterations}", f"optimizer.evaluate_every={iterations}")
+    given = {"log_every": 100, "diagnose_every": 0, "workers": 0, "accelerator": "cpu", **options}
+    recipe = "table3-model-a-relay"
+    return session.train(
+        requests.resolve(
+            TrainOptions(recipe=recipe, scale="tiny", data=(tree,), out=out, changes=(*lengths, *changes), **given)
+        )
+    )
+
+
+# Batches that are fetched ahead
+
+
+def sampler_of(dataset: ImageDataset) -> KeyedSampler:
+    return ShuffledSampler(dataset.labels, seed=3, num_samples=60)
+
+
+def stream_of(tree: Path, where: str) -> Stream:
+    source = open_source([tree], split="train")
+    workers = 2 if where == "workers" else 0
+    dataset = (
+        InMemoryDataset(decode_all(source, SPEC), SPEC) if where == "memory" else OnDiskDataset(source, SPEC, workers)
+    )
+    return Stream(dataset, sampler_of(dataset), 6, 3, Crops())
+
+
+def used(stream: Stream, *, ahead: bool) -> Iterator[Batch]:
+    for batch in stream:
+        if ahead:
+            stream.fetch()
+        yield batch
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "workers"])
+def test_a_stream_resumes_after_the_batches_used_not_those_fetched(where: str, tiny_images: Path) -> None:
+    """On every boundary, whether or not the next batch was fetched before the position was saved."""
+    expected = list(stream_of(tiny_images, where))
+    assert len(expected) == 10
+    for ahead in (False, True):
+        stream, states = stream_of(tiny_images, where), list[dict[str, Any]]()
+        states.append(stream.state_dict())
+        for batch, other in zip(used(stream, ahead=ahead), expected, strict=True):
+            assert torch.equal(batch.images, other.images)
+            states.append(stream.state_dict())
+        boundaries = (2, 3) if where == "workers" else range(10)
+        for done in boundaries:
+            state = states[done]
+            assert state["sampler"]["draw"] == 6 * done
+            resumed = stream_of(tiny_images, where)
+            resumed.fetch()  # is dropped
+            resumed.load_state_dict(state)
+            rest = list(resumed)
+            assert len(rest) == 10 - done
+            assert all(torch.equal(a.images, b.images) for a, b in zip(rest, expected[done:], strict=True))
+
+
+def test_faults_of_a_batch_that_was_only_fetched_are_not_in_the_state(tiny_images: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "images"
+    shutil.copytree(tiny_images, tree)
+    for path in sorted((tree / "train" / "class0").iterdir())[:3]:
+        path.write_bytes(b"")
+    stream = stream_of(tree, "disk")
+    fetched, seen = list[int](), list[int]()
+    for batch in used(stream, ahead=True):
+        seen += [fault.index for fault in batch.faults]
+        found = stream.state_dict()["faults"]["numbers"]
+        assert found == list(dict.fromkeys(seen))
+        fetched.append(len(stream._loader.faults) - len(found))
+    assert len(set(seen)) == 3
+    assert max(fetched) > 0, "negative control: the loader itself counts those of batches fetched"
+
+
+def test_the_next_batch_is_fetched_before_the_metrics_are_read(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last kernels of the step are launched. None is fetched after the last step."""
+    events: list[str] = []
+
+    def note(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            events.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, method, noted)
+
+    note(Batch, "to", "copy")
+    note(loop.Trainer, "backward", "launch")
+    note(loop.Trainer, "check_and_count", "wait")
+    note(session.Validation, "__call__", "validate")
+    train(tiny_images, tmp_path / "run", iterations=3, accumulate=2)
+    step = ["launch", "copy", "launch", "copy", "wait"]
+    assert events == ["copy", *step, *step, "launch", "copy", "launch", "wait", "validate"]
+
+
+def test_an_error_in_a_fetch_costs_no_step(tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before is made and saved: the error belongs to the step that would have used the batch."""
+    original = TrainingLoader.__iter__
+
+    def failing(self: TrainingLoader) -> Iterator[Batch]:
+        for count, batch in enumerate(original(self), 1):
+            if count == 4:
+                raise LabError("cannot read")
+            yield batch
+
+    monkeypatch.setattr(TrainingLoader, "__iter__", failing)
+    with pytest.raises(LabError, match="cannot read"):
+        train(tiny_images, tmp_path / "run", iterations=6, save_every=1)
+    steps = sorted(path.name for path in (tmp_path / "run" / run_folder.CHECKPOINTS).iterdir())
+    assert steps == ["step-00000002", "step-00000003"]
