@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
+from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
 from relaylab.data.crops import Crops
 from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
@@ -138,3 +139,32 @@ def test_an_error_in_a_fetch_costs_no_step(tiny_images: Path, tmp_path: Path, mo
         train(tiny_images, tmp_path / "run", iterations=6, save_every=1)
     steps = sorted(path.name for path in (tmp_path / "run" / run_folder.CHECKPOINTS).iterdir())
     assert steps == ["step-00000002", "step-00000003"]
+
+
+# The model file
+
+
+@pytest.mark.parametrize("changes", [(), ("augmentation.mean=channel", "augmentation.divide=true")], ids=str)
+def test_writing_the_model_file_leaves_the_augmentation_on_its_device(
+    changes: tuple[str, ...], tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Module.cpu` and its like move a module in place, by `_apply`."""
+    moved: list[bool] = []
+    is_writing = False
+    apply, write = Augmentation._apply, session._write_model
+
+    def watched(self: Augmentation, *arguments: Any, **options: Any) -> Any:
+        moved.append(is_writing)
+        return apply(self, *arguments, **options)
+
+    def writing(*arguments: Any) -> None:
+        nonlocal is_writing
+        is_writing = True
+        write(*arguments)
+        is_writing = False
+
+    monkeypatch.setattr(Augmentation, "_apply", watched)
+    monkeypatch.setattr(session, "_write_model", writing)
+    train(tiny_images, tmp_path / "run", *changes, iterations=2)
+    assert (tmp_path / "run" / run_folder.MODEL).is_file()
+    assert moved == [False], "once, to the device, when the trainer was assembled"

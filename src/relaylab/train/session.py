@@ -354,7 +354,8 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
     state = {name: whole(tensor).detach().cpu() for name, tensor in relay.model.state_dict().items()}
     if not trainer.fabric.is_global_zero:
         return
-    augment, mean, last = trainer.augment.cpu(), images.statistics.mean, trainer.progress.last
+    mean, last = images.statistics.mean, trainer.progress.last
+    scale, mean_image = trainer.augment.scale, trainer.augment.mean.cpu()  # copies: the module stays on its device
     about = f"{recipe.name}, seed {trainer.options.seed}, step {trainer.progress.step}"
     model = ModelFile(
         network=recipe.network,
@@ -365,10 +366,10 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
             resize=recipe.images.short_side,
             crop=recipe.network.image_size,
             mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-            std=None if augment.scale is None else tuple((1 / augment.scale).tolist()),
+            std=None if scale is None else tuple((1 / scale.cpu()).tolist()),
         ),
         state=state,
-        mean_image=augment.mean if augment.mean.ndim == 3 else None,
+        mean_image=mean_image if mean_image.ndim == 3 else None,
         about=f"{about}: val. {result_text(last, prefix)}",
         has_several_labels=images.has_several_labels,
     )
