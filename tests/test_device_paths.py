@@ -1,12 +1,14 @@
 """Copies, kernels and synchronisations of training and evaluation: their order and number, as far as a CPU shows."""
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
@@ -22,6 +24,7 @@ from relaylab.data.sources.opening import open_source
 from relaylab.errors import LabError
 from relaylab.train import loop, requests, run_folder, session
 from relaylab.train.options import TrainOptions
+from relaylab.train.state import optimizer_tensors
 from relaylab.train.stream import Stream
 
 SPEC = CropSpec(size=24, short_side=28)
@@ -168,3 +171,128 @@ def test_writing_the_model_file_leaves_the_augmentation_on_its_device(
     train(tiny_images, tmp_path / "run", *changes, iterations=2)
     assert (tmp_path / "run" / run_folder.MODEL).is_file()
     assert moved == [False], "once, to the device, when the trainer was assembled"
+
+
+# Synchronisations of a step
+
+
+class Reads(TorchFunctionMode):
+    """Records the tensors that the host reads, such as losses, except int64: draws and indices are on the CPU."""
+
+    NAMES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero", "__array__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES and args[0].dtype != torch.int64:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+CLIPPED = "optimizer.clip_norm=0.5"
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"changes": (CLIPPED,), "precision": "bf16"},
+    "fp16": {"precision": "fp16", "changes": (CLIPPED,)},
+    "early release": {"early_release": True, "accumulate": 2, "precision": "fp16"},
+    "multi-loss": {"changes": ("scheme=multi_loss", "optimizer.ema_decay=0.9")},
+}
+
+
+def reads_of_steps(monkeypatch: pytest.MonkeyPatch, mode: Any = Reads) -> list[list[str]]:
+    """Return a list that receives the reads of each step."""
+    steps, original = list[list[str]](), loop.Trainer.step
+
+    def step(self: loop.Trainer) -> bool:
+        with mode() as reads:
+            stopping = original(self)
+        steps.append(reads.seen)
+        return stopping
+
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    return steps
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_reads_from_the_device_once(
+    way: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(WAYS[way])
+    steps = reads_of_steps(monkeypatch)
+    train(tiny_images, tmp_path / "run", *options.pop("changes", ()), iterations=3, **options)
+    assert steps == [["tolist"]] * 3
+
+
+def test_gradient_statistics_read_twice_more(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all cosines, once for all magnitudes."""
+    steps = reads_of_steps(monkeypatch)
+    train(tiny_images, tmp_path / "run", iterations=3, diagnose_every=2, precision="fp16")
+    assert [len(reads) for reads in steps] == [1, 3, 1]
+
+
+class Synchronisations:
+    """Records the synchronisations of a GPU, as `torch.cuda.set_sync_debug_mode` reports them."""
+
+    def __enter__(self) -> "Synchronisations":
+        torch.cuda.set_sync_debug_mode("warn")
+        self._catching = warnings.catch_warnings(record=True)
+        self._warnings = self._catching.__enter__()
+        warnings.simplefilter("always")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self._catching.__exit__(*error)  # pyright: ignore
+        found = [str(warning.message) for warning in self._warnings]
+        self.seen = [text for text in found if "synchronizing" in text]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_on_a_gpu_synchronises_once(
+    way: str, where: str, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"accelerator": "cuda", "images": where, **WAYS[way]}
+    steps = reads_of_steps(monkeypatch, Synchronisations)
+    train(tiny_images, tmp_path / "run", *options.pop("changes", ()), iterations=5, **options)
+    assert [len(seen) for seen in steps[1:]] == [1] * 4, steps  # the first one also initialises libraries
+
+
+def test_an_update_that_would_not_be_finite_changes_nothing(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fp16, neither weights nor momentum; the scale is halved. Otherwise training stops before the update."""
+    original, update = loop.Trainer.backward, loop.Trainer.update
+    seen: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
+
+    def backward(self: loop.Trainer, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        if self.progress.step == 2:
+            next(self.relay.parameters()).grad[0] = float("nan")  # pyright: ignore
+        return found
+
+    def state(trainer: loop.Trainer) -> dict[str, torch.Tensor]:
+        moments = optimizer_tensors(trainer.relay, trainer.optimizer.optimizer)
+        return {name: t.clone() for name, t in {**trainer.relay.state_dict(), **moments}.items()}
+
+    def updated(self: loop.Trainer, norm: float) -> None:
+        before = state(self)
+        update(self, norm)
+        assert self.scaler is not None
+        seen.append((before, state(self), self.scaler.get_scale()))
+
+    monkeypatch.setattr(loop.Trainer, "backward", backward)
+    monkeypatch.setattr(loop.Trainer, "update", updated)
+    train(tiny_images, tmp_path / "run", iterations=4, precision="fp16")
+    scales = [scale for *_, scale in seen]
+    assert scales[2:] == [scales[1] / 2] * 2
+    for step, (before, after, _) in enumerate(seen):
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert bool(changed) == (step != 2), changed[:3]
