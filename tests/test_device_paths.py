@@ -3,9 +3,11 @@
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,11 +20,12 @@ from relaylab.data.crops import Crops
 from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.geometry import CropSpec
 from relaylab.data.loader import TrainingLoader
-from relaylab.data.memory import decode_all
+from relaylab.data.memory import DecodedImages, decode_all
+from relaylab.data.policies import Policy
 from relaylab.data.sampling import KeyedSampler, ShuffledSampler
 from relaylab.data.sources.opening import open_source
 from relaylab.errors import LabError
-from relaylab.train import loop, requests, run_folder, session
+from relaylab.train import images, loop, requests, run_folder, session
 from relaylab.train.options import TrainOptions
 from relaylab.train.state import optimizer_tensors
 from relaylab.train.stream import Stream
@@ -296,3 +299,109 @@ def test_an_update_that_would_not_be_finite_changes_nothing(
     for step, (before, after, _) in enumerate(seen):
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         assert bool(changed) == (step != 2), changed[:3]
+
+
+# Images in memory
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+WINDOWS, RESIZED, POLICY = Crops(padding=2), Crops(kind="resized"), Crops(policy=Policy(name="randaugment"))
+TRAIN, VAL = 60 * 3 * 28**2, 20 * 3 * 28**2  # bytes of the images of `tiny_images`
+
+
+@pytest.mark.parametrize(
+    ("free", "crops", "runs", "expected"),
+    [
+        (4 * (TRAIN + VAL), WINDOWS, 1, (CUDA, CUDA)),
+        (4 * (TRAIN + VAL) - 4, WINDOWS, 1, (CUDA, CPU)),
+        (4 * TRAIN - 4, WINDOWS, 1, (CPU, CUDA)),
+        (4 * VAL - 4, WINDOWS, 1, (CPU, CPU)),
+        (8 * (TRAIN + VAL), WINDOWS, 2, (CUDA, CUDA)),
+        (8 * (TRAIN + VAL) - 8, WINDOWS, 2, (CUDA, CPU)),
+        (10**12, RESIZED, 1, (CPU, CUDA)),
+        (10**12, POLICY, 1, (CPU, CUDA)),
+    ],
+)
+def test_a_gpu_stores_the_images_that_fit_into_a_share_of_its_memory(
+    free: int,
+    crops: Crops,
+    runs: int,
+    expected: tuple[torch.device, ...],
+    tiny_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = open_source([tiny_images], split="train"), open_source([tiny_images], split="val")
+    assert [len(source) for source in sources] == [60, 20]
+    monkeypatch.setattr(images, "free_memory", lambda device: {"cuda": free}[device.type])
+    assert images.storage_devices(CUDA, sources, SPEC, crops, runs) == expected
+    assert images.storage_devices(CPU, sources, SPEC, crops, runs) == (CPU, CPU)
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_run_decodes_its_images_to_where_they_are_stored(
+    resized: bool, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a recorder in the place of the GPU, and with pinned batches of what remains on the CPU."""
+    devices: list[torch.device] = []
+
+    def decode(*arguments: Any, device: torch.device, **options: Any) -> DecodedImages:
+        devices.append(device)
+        return decode_all(*arguments, **options)
+
+    monkeypatch.setattr(images, "decode_all", decode)
+    monkeypatch.setattr(images, "free_memory", lambda _: 10**12)
+    changes = ("augmentation.crop=resized",) if resized else ()
+    options = TrainOptions(recipe="table3-model-a-relay", scale="tiny", data=(tiny_images,), changes=changes)
+    recipe = requests.resolve(options).recipe
+    opened = images.open_images(recipe, options, device=CUDA, first=nullcontext())
+    assert devices == [CPU if resized else CUDA, CUDA]
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Batch, "pin_memory", lambda self: (pinned.append(len(self)), self)[1])
+    assert isinstance(opened.val, InMemoryDataset)
+    training = opened.train.training(sampler_of(opened.train), 6, 3, images.crops_of(recipe))
+    assert len(list(training)) == 10
+    assert len(list(opened.val.subset(np.arange(5)).evaluation(5))) == 1
+    assert pinned == [6] * 10 + [5]
+    devices.clear()
+    opened = images.open_images(recipe, options, device=CPU, first=nullcontext())
+    assert devices == [CPU, CPU]
+    list(opened.val.evaluation(5))
+    assert len(pinned) == 11, "not pinned without a GPU"
+
+
+def on_meta(decoded: DecodedImages) -> DecodedImages:
+    return DecodedImages(decoded.images.to("meta"), decoded.labels.to("meta"), decoded.classes)
+
+
+@pytest.mark.parametrize("crops", [Crops(), WINDOWS], ids=["window", "padded"])
+def test_images_on_a_device_are_cropped_without_reading_from_it(crops: Crops, tiny_images: Path) -> None:
+    """The meta device has no values: to read one is an error."""
+    decoded = decode_all(open_source([tiny_images], split="train"), SPEC)
+    here, there = InMemoryDataset(decoded, SPEC), InMemoryDataset(on_meta(decoded), SPEC, pin_memory=True)
+    sampler = sampler_of(here)
+    batches = [*there.training(sampler, 6, 3, crops), *there.evaluation(20)]
+    assert [tuple(batch.images.shape) for batch in batches] == [(6, 24, 24, 3)] * 10 + [(20, 24, 24, 3)] * 3
+    assert all(batch.images.is_meta and batch.labels.is_meta for batch in batches)
+    assert not any(batch.draws.is_meta or batch.indices.is_meta for batch in batches)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # negative control
+        next(iter(there.training(sampler_of(here), 6, 3, RESIZED)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("crops", [WINDOWS, RESIZED, POLICY], ids=["window", "resized", "policy"])
+def test_batches_of_images_on_a_gpu_and_pinned_ones_are_the_same(crops: Crops, tiny_images: Path) -> None:
+    source = open_source([tiny_images], split="train")
+    here = InMemoryDataset(decode_all(source, SPEC), SPEC, pin_memory=True)
+    there = InMemoryDataset(decode_all(source, SPEC, device="cuda"), SPEC)
+    for pinned, other in zip(
+        [*here.training(sampler_of(here), 6, 3, crops), *here.evaluation(20)],
+        [*there.training(sampler_of(here), 6, 3, crops), *there.evaluation(20)],
+        strict=True,
+    ):
+        assert pinned.images.is_pinned()
+        assert pinned.labels.is_pinned()
+        assert other.images.is_cuda
+        assert other.labels.is_cuda
+        assert torch.equal(pinned.images, other.images.cpu())
+        assert torch.equal(pinned.labels, other.labels.cpu())

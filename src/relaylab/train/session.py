@@ -74,6 +74,7 @@ def train(
     task: Task | None = None,
     first: AbstractContextManager[object] | None = None,
     stop: StopRequest | None = None,
+    runs: int = 1,
 ) -> Outcome:
     """Train in this process, which may be one of several started by torchrun.
 
@@ -82,6 +83,7 @@ def train(
         task: reports progress; None for a bar or lines on stderr. With a task, only warnings are logged to stderr.
         first: a lock held while images are listed and decoded, for callers that train several runs concurrently.
         stop: the caller's stop request, if the caller handles signals.
+        runs: number of concurrent runs that share the device.
 
     Raises:
         InputError: invalid options or images, or insufficient hardware; raised before the first step.
@@ -96,7 +98,7 @@ def train(
         stop = stack.enter_context(stopping()) if stop is None else stop
         folder, path = _agree(fabric, request, stack, logging.INFO if task is None else logging.WARNING)
         with _logging_failure(fabric, folder):
-            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop, task, first)
+            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop, task, first, runs)
 
 
 def _agree(fabric: Fabric, request: requests.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
@@ -158,6 +160,7 @@ def _train(
     stop: StopRequest,
     task: Task | None,
     first: AbstractContextManager[object] | None,
+    runs: int,
 ) -> Outcome:
     options, recipe, folder = request.options, request.recipe, request.folder
     assert folder is not None
@@ -172,6 +175,7 @@ def _train(
         fault_file=folder / "unreadable-images.txt",
         first=first or fabric.rank_zero_first(local=True),
         sources=request.images,
+        runs=runs,
     )
     if is_first and not (folder / run_folder.CONFIG).exists():
         resolved = replace(options, images="memory" if images.in_memory else "disk")
