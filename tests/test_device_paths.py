@@ -16,6 +16,7 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from relaylab.data.augment import Augmentation
 from relaylab.data.batches import Batch
+from relaylab.data.copying import to_device
 from relaylab.data.crops import Crops
 from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.geometry import CropSpec
@@ -405,3 +406,54 @@ def test_batches_of_images_on_a_gpu_and_pinned_ones_are_the_same(crops: Crops, t
         assert other.labels.is_cuda
         assert torch.equal(pinned.images, other.images.cpu())
         assert torch.equal(pinned.labels, other.labels.cpu())
+
+
+# Augmentation
+
+
+class Copies(TorchFunctionMode):
+    """Records the shapes of the tensors that are copied from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_cpu and args and isinstance(args[0], torch.Tensor):
+            self.seen += [tuple(args[0].shape)] if args[0].is_cpu else []
+        return result
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        ({"erasing": 0.5}, 8),
+        ({}, 4),
+        ({"flip": False}, 3),
+        ({"components": None}, 1),
+        ({"flip": False, "components": None, "erasing": 0.5}, 4),
+        ({"flip": False, "components": None}, 0),
+    ],
+    ids=str,
+)
+def test_augmentation_copies_its_random_numbers_at_once_and_reads_nothing(options: dict[str, Any], width: int) -> None:
+    """On the meta device, where there is nothing to read."""
+    crops, draws = torch.zeros(5, 8, 8, 3, dtype=torch.uint8, device="meta"), torch.arange(5)
+    augment = Augmentation(torch.zeros(8, 8, 3), torch.ones(3), seed=1, **options).to("meta")
+    with Copies() as copies:
+        result = augment(crops, draws)
+    assert result.is_meta
+    assert result.shape == (5, 3, 8, 8)
+    assert copies.seen == ([(5, width)] if width else [])
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_copies_to_a_gpu_are_asynchronous_from_pinned_memory(is_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recorder in the place of the GPU."""
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (calls.append("pin"), self)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *device, **options: (calls.append((device, options)), self)[1])
+    device = CUDA if is_cuda else CPU
+    to_device(torch.zeros(3), device)
+    assert calls == (["pin"] if is_cuda else []) + [((device,), {"non_blocking": True})]

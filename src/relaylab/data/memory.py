@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
+from relaylab.data.copying import to_device
 from relaylab.data.crops import Crops
 from relaylab.data.faults import Fault, FaultLog
 from relaylab.data.geometry import CropSpec, centre_box, cut_window
@@ -219,11 +220,7 @@ def _gather(
 ) -> Batch:
     """Crop windows with one gather on the images' device. Pixels outside a padded image are black."""
     device, side = decoded.images.device, decoded.images.shape[1]
-    # A single asynchronous copy to the device, from pinned memory.
-    where = torch.cat([indices[:, None], corners], dim=1)
-    if device.type == "cuda":
-        where = where.pin_memory()
-    rows, left, top = where.to(device, non_blocking=True).unbind(1)
+    rows, left, top = to_device(torch.cat([indices[:, None], corners], dim=1), device).unbind(1)  # a single copy
     pixels = torch.arange(size, device=device)
     across, down = left[:, None] + pixels, top[:, None] + pixels
     if not is_padded:
