@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,12 +21,20 @@ from relaylab.data.copying import to_device
 from relaylab.data.crops import Crops
 from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.geometry import CropSpec
-from relaylab.data.loader import TrainingLoader
+from relaylab.data.loader import TrainingLoader, Workers
 from relaylab.data.memory import DecodedImages, decode_all
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import KeyedSampler, ShuffledSampler
 from relaylab.data.sources.opening import open_source
 from relaylab.errors import LabError
+from relaylab.evaluate import scores, testing
+from relaylab.evaluate.protocols import View
+from relaylab.evaluate.scores import ScoreFolder, describe_images
+from relaylab.evaluate.testing import Scorer
+from relaylab.models import model_a
+from relaylab.models.file import InputConfig, ModelFile
+from relaylab.progress import Silent
+from relaylab.recipes.schema import NetworkConfig
 from relaylab.train import images, loop, requests, run_folder, session
 from relaylab.train.options import TrainOptions
 from relaylab.train.state import optimizer_tensors
@@ -457,3 +466,86 @@ def test_copies_to_a_gpu_are_asynchronous_from_pinned_memory(is_cuda: bool, monk
     device = CUDA if is_cuda else CPU
     to_device(torch.zeros(3), device)
     assert calls == (["pin"] if is_cuda else []) + [((device,), {"non_blocking": True})]
+
+
+# Evaluation
+
+VIEWS = [View("single-crop"), View("ten-crop")]
+
+
+def scorer_of(device: str = "cpu") -> Scorer:
+    torch.manual_seed(0)
+    network = NetworkConfig(architecture="model_a", num_classes=5, image_size=32, width=4, pyramid=(2, 1))
+    state = model_a(5, width=4, image_size=32, pyramid=(2, 1)).state_dict()
+    config = InputConfig(resize=36, crop=32, mean=(110.0, 115.0, 100.0), std=(50.0, 60.0, 70.0))
+    return Scorer(ModelFile(network=network, classes=tuple("abcde"), input=config, state=state, about=""), device)
+
+
+def scored(tree: Path, out: Path, workers: int, views: list[View] = VIEWS) -> ScoreFolder:
+    source = open_source([tree], split="train")
+    folder = ScoreFolder(out, describe_images(source))
+    folder.add("net", {"sha256": "0" * 64, "file": "net.safetensors", "title": "net"})
+    assert testing.evaluate(scorer_of(), source, folder, "net", views, workers=workers, task=Silent())
+    return folder
+
+
+def test_evaluation_starts_its_workers_once_and_copies_scores_once_per_chunk(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some chunks of some views exist. The scores are those of chunks evaluated one by one."""
+    whole = scored(tiny_images, tmp_path / "whole", 0)
+    expected = {view: whole.read("net", view.name) for view in VIEWS}
+    monkeypatch.setattr(scores, "CHUNK", 16)  # four chunks
+    loaders: list[int] = []
+    processes: list[set[int]] = []
+    copies: list[tuple[int, ...]] = []
+    loader, cpu, write = Workers.loader, torch.Tensor.cpu, ScoreFolder.write
+
+    def counted(self: Workers, *arguments: Any, **options: Any) -> Any:
+        loaders.append(self.count)
+        return loader(self, *arguments, **options)
+
+    def copied(self: torch.Tensor) -> torch.Tensor:
+        copies.extend([tuple(self.shape)] if self.is_floating_point() else [])  # not the labels
+        return cpu(self)
+
+    def written(self: ScoreFolder, *arguments: Any) -> None:
+        processes.append({child.pid for child in psutil.Process().children() if child.name() == "pt_data_worker"})
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", cpu)
+            write(self, *arguments)
+
+    monkeypatch.setattr(Workers, "loader", counted)
+    monkeypatch.setattr(torch.Tensor, "cpu", copied)
+    monkeypatch.setattr(ScoreFolder, "write", written)
+    parts = scored(tiny_images, tmp_path / "parts", 2)
+    assert loaders == [2]
+    assert copies == [(2, 16, 5)] * 3 + [(2, 12, 5)]
+    first, *others = processes[:-2]
+    assert all(now and now <= first for now in others), "workers end when there is nothing left to read"
+    for view in VIEWS:
+        assert torch.equal(parts.read("net", view.name), expected[view])
+    some = sorted((tmp_path / "parts").rglob("*.safetensors"))
+    for path in some:
+        if path.parent.name == "ten-crop" and path.stem in ("000001", "000003"):
+            path.unlink()
+        elif path.parent.name == "single-crop" and path.stem in ("000003",):
+            path.unlink()
+    copies.clear()
+    parts = scored(tiny_images, tmp_path / "parts", 0)
+    assert loaders == [2, 0]
+    assert copies == [(1, 16, 5), (2, 12, 5)]
+    for view in VIEWS:
+        assert torch.equal(parts.read("net", view.name), expected[view])
+    scored(tiny_images, tmp_path / "parts", 0)
+    assert loaders == [2, 0], "nothing is missing, so nothing is read"
+
+
+def test_a_scorer_reads_nothing_from_its_device() -> None:
+    """On the meta device, where there is nothing to read."""
+    scorer = scorer_of("meta")
+    for view, crops in ((View("single-crop"), 1), (View("ten-crop"), 5), (View("dense", 40, flip=True), 1)):
+        size = view.scale or 32
+        result = scorer(view, torch.zeros(3, crops, size, size, 3, dtype=torch.uint8))
+        assert result.is_meta
+        assert result.shape == (3, 5)
