@@ -549,3 +549,12 @@ def test_a_scorer_reads_nothing_from_its_device() -> None:
         result = scorer(view, torch.zeros(3, crops, size, size, 3, dtype=torch.uint8))
         assert result.is_meta
         assert result.shape == (3, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_scorer_on_a_gpu_gives_the_same() -> None:
+    images = torch.randint(0, 256, (3, 5, 32, 32, 3), dtype=torch.uint8)
+    here, there = (scorer_of(device)(View("ten-crop"), images) for device in ("cpu", "cuda"))
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-2, atol=1e-2)
