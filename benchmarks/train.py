@@ -138,18 +138,17 @@ class TrainerLoop:
         self.trainer: Trainer = assemble(fabric, request, images, segments_of(recipe), StopRequest())
         self.trainer.records = Records(folder, 0)
         self.trainer.module.train()
-        self.batches = iter(self.trainer.stream)
         self.with_statistics, self.without = replace(config, diagnose_every=1), replace(config, diagnose_every=0)
 
     def step(self) -> None:
         """Run one update without gradient statistics."""
         self.trainer.options = self.without
-        self.trainer.step(self.batches)
+        self.trainer.step()
 
     def step_with_statistics(self) -> None:
         """Run one update with gradient statistics."""
         self.trainer.options = self.with_statistics
-        self.trainer.step(self.batches)
+        self.trainer.step()
 
 
 def random_images(recipe: Recipe, crop_spec: CropSpec, count: int) -> RunImages:

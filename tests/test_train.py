@@ -46,8 +46,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Request a stop at that step, as Ctrl-C would."""
     original = loop.Trainer.step
 
-    def step(self: loop.Trainer, batches: Any) -> bool:
-        stopping = original(self, batches)
+    def step(self: loop.Trainer) -> bool:
+        stopping = original(self)
         return stopping or self.progress.step == steps
 
     monkeypatch.setattr(loop.Trainer, "step", step)

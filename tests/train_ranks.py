@@ -60,8 +60,8 @@ def without_dropout() -> None:
 def main(tree: Path, folder: Path) -> None:
     original_step, original_dropout = loop.Trainer.step, torch.nn.Dropout.forward
 
-    def stopping(self: loop.Trainer, batches: object) -> bool:
-        return original_step(self, batches) or self.progress.step == STOP_AT
+    def stopping(self: loop.Trainer) -> bool:
+        return original_step(self) or self.progress.step == STOP_AT
 
     for name in SCENARIOS:
         if not name.startswith("dropout"):

@@ -90,7 +90,7 @@ def from_disk(session: Session, settings: Settings) -> Metrics:
 
 
 def waiting(ours: train.TrainerLoop, steps: int, device: str) -> Metrics:
-    """Return the trainer's speed, and the share of the time in which it waits for images."""
+    """Return the speed of the trainer, and the share of the time that it spends fetching images."""
     ours.trainer.meter.reset()
     _repeat(ours.step, steps, device)
     values = ours.trainer.meter.values(ours.trainer.recipe.optimizer.batch_size)

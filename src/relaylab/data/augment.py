@@ -16,6 +16,7 @@ Note [Augmentation]
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from relaylab.data.boxes import NUMBERS, random_box
+from relaylab.data.copying import to_device
 from relaylab.data.keyed import uniforms
 from relaylab.errors import InputError
 
@@ -162,17 +164,29 @@ class Augmentation(nn.Module):
         if self.training:
             if draws is None:
                 raise InputError("Augmentation in training mode requires the batch's draws; call eval() for evaluation")
-            numbers = draws.cpu().numpy()
-            if self.flip:
-                flips = torch.from_numpy(random_flips(self.seed, numbers)).to(images.device, non_blocking=True)
-            if self.components is not None:
-                shift = random_shifts(self.seed, numbers, self.components, self.strength)
-                shifts = torch.from_numpy(shift).float().to(images.device, non_blocking=True)
-            if self.erasing:
-                erased = random_erasures(self.seed, numbers, images.shape[2], self.erasing)
-                boxes = torch.from_numpy(erased).to(images.device, non_blocking=True)
+            flips, shifts, boxes = self._random_parts(draws.cpu().numpy(), images.shape[2], images.device)
         result = arithmetic(images, self.mean, self.scale, flips, shifts, self.dtype)
         return result if boxes is None else erase(result, boxes)
+
+    def _random_parts(
+        self, draws: NDArray[np.int64], size: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return flips, shifts and boxes on a device, in a single copy; None for those that are disabled."""
+        parts: dict[str, NDArray[Any]] = {}
+        if self.flip:
+            parts["flips"] = random_flips(self.seed, draws)[:, None]
+        if self.components is not None:
+            parts["shifts"] = random_shifts(self.seed, draws, self.components, self.strength)
+        if self.erasing:
+            parts["boxes"] = random_erasures(self.seed, draws, size, self.erasing)
+        if not parts:
+            return None, None, None
+        # float32 holds the boxes' coordinates exactly.
+        table = torch.from_numpy(np.concatenate(list(parts.values()), axis=1).astype(np.float32))
+        columns = to_device(table, device).split([part.shape[1] for part in parts.values()], dim=1)
+        moved = dict(zip(parts, columns, strict=True))
+        flips = moved["flips"][:, 0].bool() if "flips" in moved else None
+        return flips, moved.get("shifts"), moved["boxes"].long() if "boxes" in moved else None
 
 
 def arithmetic(

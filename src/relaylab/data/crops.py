@@ -56,6 +56,11 @@ class Crops:
             raise InputError(f"unknown crop {self.kind!r}{nearest(self.kind, list(WINDOWS))}")
 
     @property
+    def are_windows(self) -> bool:
+        """Whether crops are windows of the decoded images as they are: neither resized nor changed by a policy."""
+        return not self.are_resized and self.policy is None
+
+    @property
     def are_resized(self) -> bool:
         """Whether windows of an image whose shorter side is `short_side` may differ in size from the crop."""
         return self.kind != "window"

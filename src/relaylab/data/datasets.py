@@ -22,17 +22,23 @@ from relaylab.progress import progress
 
 @dataclass(frozen=True)
 class InMemoryDataset:
-    """Labelled images that have been decoded to memory.
+    """Labelled images that have been decoded to memory, on the CPU or a GPU.
 
     Example::
 
         dataset = InMemoryDataset(decode_all(source, crop_spec), crop_spec)
         for batch in dataset.evaluation(batch_size=256):
             images, labels = batch.images, batch.labels
+
+    Attributes:
+        decoded: the images.
+        crop_spec: size of the crops.
+        pin_memory: return batches of images on the CPU in pinned memory, for asynchronous copies to a GPU.
     """
 
     decoded: DecodedImages
     crop_spec: CropSpec
+    pin_memory: bool = False
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -42,18 +48,24 @@ class InMemoryDataset:
     def training(self, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops | None = None) -> TrainingLoader:
         """Return a loader of random crops of the images that the sampler selects."""
         return memory_training_loader(
-            self.decoded, sampler, self.crop_spec, batch_size=batch_size, seed=seed, crops=crops
+            self.decoded,
+            sampler,
+            self.crop_spec,
+            batch_size=batch_size,
+            seed=seed,
+            crops=crops,
+            pin_memory=self.pin_memory,
         )
 
     def evaluation(self, batch_size: int) -> EvaluationLoader:
         """Return a loader of the centre crops of all images, in order."""
-        return memory_evaluation_loader(self.decoded, self.crop_spec, batch_size=batch_size)
+        return memory_evaluation_loader(self.decoded, self.crop_spec, batch_size=batch_size, pin_memory=self.pin_memory)
 
     def subset(self, indices: NDArray[np.int64]) -> "InMemoryDataset":
         """Return the images with these indices, (m,), as a data set."""
         rows = torch.from_numpy(indices).to(self.decoded.labels.device)
         decoded = DecodedImages(self.decoded.images[rows], self.decoded.labels[rows], self.decoded.classes)
-        return InMemoryDataset(decoded, self.crop_spec)
+        return replace(self, decoded=decoded)
 
     def statistics(self) -> ImageStatistics:
         """Return the statistics of the centre crops."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relaylab.data.batches import Batch, ImageBatches, OrderedBatches
+from relaylab.data.copying import to_device
 from relaylab.data.crops import Crops
 from relaylab.data.faults import Fault, FaultLog
 from relaylab.data.geometry import CropSpec, centre_box, cut_window
@@ -114,11 +115,13 @@ def memory_training_loader(
     batch_size: int,
     seed: int = 0,
     crops: Crops | None = None,
+    pin_memory: bool = False,
 ) -> TrainingLoader:
     """Return a loader of random crops of decoded images, as `relaylab.data.loader.training_loader` does for files.
 
     If the source's images are squares of `short_side`, both loaders return the same crops. Resized crops and policies
-    are computed on the CPU in this process, on whatever device the images are.
+    are computed on the CPU in this process, on whatever device the images are. With `pin_memory`, batches of images on
+    the CPU are in pinned memory; ignored without a GPU.
 
     Raises:
         InputError: the side of the images is not the crop spec's `short_side`, or the batch size is below 1.
@@ -141,13 +144,15 @@ def memory_training_loader(
                 images = batch.images.cpu()
                 crops.finish(images, seed, pairs[:, 0])
                 batch = replace(batch, images=images.to(batch.images.device))
-            yield batch
+            yield _pinned(batch) if pin_memory else batch
 
     return TrainingLoader(batches, draws, FaultLog(len(decoded)))
 
 
-def memory_evaluation_loader(decoded: DecodedImages, crop_spec: CropSpec, *, batch_size: int) -> EvaluationLoader:
-    """Return a loader of the centre crops of all decoded images in order.
+def memory_evaluation_loader(
+    decoded: DecodedImages, crop_spec: CropSpec, *, batch_size: int, pin_memory: bool = False
+) -> EvaluationLoader:
+    """Return a loader of the centre crops of all decoded images in order. See `memory_training_loader` on pinning.
 
     Raises:
         InputError: the side of the images is not the crop spec's `short_side`, or the batch size is below 1.
@@ -162,7 +167,8 @@ def memory_evaluation_loader(decoded: DecodedImages, crop_spec: CropSpec, *, bat
         for pairs in ordered:
             indices = torch.from_numpy(pairs[:, 0].copy())
             rows = slice(int(indices[0]), int(indices[-1]) + 1)
-            yield Batch(images[rows].contiguous(), decoded.labels[rows], indices, indices)
+            batch = Batch(images[rows].contiguous(), decoded.labels[rows], indices, indices)
+            yield _pinned(batch) if pin_memory else batch
 
     return EvaluationLoader(batches, len(ordered))
 
@@ -175,6 +181,11 @@ def decoded_statistics(decoded: DecodedImages, crop_spec: CropSpec) -> ImageStat
         sums += batch_sums
         products += batch_products
     return ImageStatistics(sums, products, len(decoded))
+
+
+def _pinned(batch: Batch) -> Batch:
+    """Pin a batch on the CPU. All images need not be pinned, since a batch is a copy of some of them."""
+    return batch.pin_memory() if batch.images.device.type == "cpu" and torch.cuda.is_available() else batch
 
 
 def _check_side(decoded: DecodedImages, crop_spec: CropSpec) -> None:
@@ -209,11 +220,7 @@ def _gather(
 ) -> Batch:
     """Crop windows with one gather on the images' device. Pixels outside a padded image are black."""
     device, side = decoded.images.device, decoded.images.shape[1]
-    # A single asynchronous copy to the device, from pinned memory.
-    where = torch.cat([indices[:, None], corners], dim=1)
-    if device.type == "cuda":
-        where = where.pin_memory()
-    rows, left, top = where.to(device, non_blocking=True).unbind(1)
+    rows, left, top = to_device(torch.cat([indices[:, None], corners], dim=1), device).unbind(1)  # a single copy
     pixels = torch.arange(size, device=device)
     across, down = left[:, None] + pixels, top[:, None] + pixels
     if not is_padded:

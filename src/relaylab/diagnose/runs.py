@@ -107,11 +107,11 @@ def _batches(
     source: Source, indices: Sequence[int], labels: Tensor, model: ModelFile, task: Task
 ) -> Iterator[tuple[Tensor, Tensor]]:
     scorer = Scorer(model)
-    cuts = Cuts(source, [View("single-crop")], model.input)
+    cuts, views = Cuts(source, model.input), [View("single-crop")]
     for start in range(0, len(indices), BATCH):
-        rows = cuts.__getitems__(indices[start : start + BATCH])
+        rows = cuts.__getitems__((views, indices[start : start + BATCH]))
         if isinstance(rows, InputError):
             raise rows
-        images = torch.from_numpy(np.concatenate([views[0] for _, views in rows]))
+        images = torch.from_numpy(np.concatenate([crops[0] for _, crops in rows]))
         yield scorer.normalised(images), labels[start : start + BATCH]
         task.advance(len(rows))

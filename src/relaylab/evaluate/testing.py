@@ -1,8 +1,16 @@
-"""Evaluate networks under each protocol, chunk by chunk, skipping existing chunks."""
+"""Evaluate networks under each protocol, chunk by chunk, skipping existing chunks.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Note [Evaluation]
+1. One loader reads the images of all missing chunks: its processes start once, and read the next chunk while the
+   network evaluates the last images of this one.
+2. Scores remain on the device until a chunk is complete. Copying each batch would make the host wait for the device
+   before it could launch the next batch.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby, islice
 
 import numpy as np
 import torch
@@ -10,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.models import VGG
 
+from relaylab.data.copying import to_device
 from relaylab.data.decode import decode
 from relaylab.data.faults import ImageFault
 from relaylab.data.geometry import Pixels
@@ -25,17 +34,22 @@ from relaylab.models.file import InputConfig, ModelFile
 from relaylab.progress import Task
 
 READ_AT_ONCE = 16  # images per task of a worker
+Request = tuple[Sequence[View], Sequence[int]]
 Row = tuple[int, list[Pixels]]  # NumPy arrays, since sending a tensor to another process takes a file
 
 
 class Cuts(Dataset[Row]):
     """A dataset of the crops of images for several views; each image is decoded once."""
 
-    def __init__(self, source: Source, views: Sequence[View], config: InputConfig) -> None:
-        self._source, self._views, self._config = source, views, config
+    def __init__(self, source: Source, config: InputConfig) -> None:
+        self._source, self._config = source, config
 
-    def __getitems__(self, indices: Sequence[int]) -> "list[Row] | InputError":
-        """Return the index of each image and its crops for each view, uint8 (n, h, w, 3); an error if unreadable."""
+    def __getitems__(self, request: Request) -> "list[Row] | InputError":
+        """Return the requested images: the index of each, and its crops for each of the requested views.
+
+        Crops are uint8 (n, h, w, 3). Returns an error if an image cannot be read.
+        """
+        views, indices = request
         rows: list[Row] = []
         for index in indices:
             try:
@@ -45,7 +59,7 @@ class Cuts(Dataset[Row]):
                 return InputError(
                     f"unreadable image {name}: {error}; `relaylab data check` lists all unreadable images"
                 )
-            rows.append((index, [cut(pixels, view, self._config).numpy() for view in self._views]))
+            rows.append((index, [cut(pixels, view, self._config).numpy() for view in views]))
         return rows
 
 
@@ -67,7 +81,7 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, view: View, images: Tensor) -> Tensor:
-        """Return the log-probabilities of a view, float32 (batch, classes) on the CPU.
+        """Return the log-probabilities of a view, float32 (batch, classes), without waiting for the device.
 
         Args:
             view: crops or whole images.
@@ -76,7 +90,7 @@ class Scorer:
         x = self.normalised(images.flatten(0, 1))
         inputs = [x, x.flip(3)] if mirrored(view) else [x]
         rows = torch.stack([self._scores(view, batch) for batch in inputs], dim=1).log_softmax(dim=2)
-        return average(rows.unflatten(0, (-1, images.shape[1])).flatten(1, 2), 1).cpu()
+        return average(rows.unflatten(0, (-1, images.shape[1])).flatten(1, 2), 1)
 
     def _scores(self, view: View, x: Tensor) -> Tensor:
         scores = self.dense(x).mean(dim=(2, 3)) if view.kind == "dense" else self.network(x)
@@ -84,7 +98,7 @@ class Scorer:
 
     def normalised(self, images: Tensor) -> Tensor:
         """Return the network's input (batch, 3, h, w) for uint8 images (batch, h, w, 3)."""
-        x = images.to(self.device).permute(0, 3, 1, 2).float()
+        x = to_device(images, self.device).permute(0, 3, 1, 2).float()
         x = x.flip(1) if self.config.channels == "BGR" else x
         x = x - (self._mean if x.shape[-2:] == (self.config.crop, self.config.crop) else self._colour)
         x = x if self._std is None else x / self._std
@@ -124,29 +138,40 @@ def evaluate(
     Raises:
         InputError: an image cannot be read, or scores are NaN.
     """
+    requests: dict[int, list[Request]] = {}  # of each chunk with missing views
     for chunk_index, chunk in enumerate(folder.chunks):
         missing = [view for view in views if not folder.has(name, view.name, chunk_index)]
         task.advance(len(chunk) * (len(views) - len(missing)))
-        if not missing:
-            continue
-        if stopped():
-            return False
-        results = {view: torch.empty(len(chunk), len(folder.images.classes)) for view in missing}
-        for rows in _read(Cuts(source, missing, scorer.config), chunk, workers):
-            for position, view in enumerate(missing):
-                for indices, images in _batches(
-                    [(n, cuts[position]) for n, cuts in rows], scorer.config.crop, batch_size
-                ):
-                    results[view][[n - chunk.start for n in indices]] = scorer(view, images)
-                    task.advance(len(indices), note=f"{name} {view.name}")
-        for view, scores in results.items():
-            folder.write(name, view.name, chunk_index, scores if order is None else scores[:, order])
+        if missing:
+            starts = range(0, len(chunk), READ_AT_ONCE)
+            requests[chunk_index] = [(missing, chunk[start : start + READ_AT_ONCE]) for start in starts]
+    everything = list(chain.from_iterable(requests.values()))
+    with closing(_read(Cuts(source, scorer.config), everything, workers)) as read:
+        for chunk_index, of_chunk in requests.items():
+            if stopped():
+                return False
+            missing, _ = of_chunk[0]
+            scores: dict[View, list[Tensor]] = {view: [] for view in missing}
+            order_of: dict[View, list[int]] = {view: [] for view in missing}
+            for rows in islice(read, len(of_chunk)):
+                for position, view in enumerate(missing):
+                    for indices, images in _batches(
+                        [(n, cuts[position]) for n, cuts in rows], scorer.config.crop, batch_size
+                    ):
+                        scores[view].append(scorer(view, images))
+                        order_of[view] += indices
+                        task.advance(len(indices), note=f"{name} {view.name}")
+            copied = torch.stack([torch.cat(scores[view]) for view in missing]).cpu()  # see Note [Evaluation] 2
+            for view, rows_of_view in zip(missing, copied, strict=True):
+                in_order = rows_of_view[np.argsort(order_of[view])]
+                folder.write(name, view.name, chunk_index, in_order if order is None else in_order[:, order])
     return True
 
 
-def _read(cuts: Cuts, chunk: range, workers: int) -> Iterator[list[Row]]:
-    groups = [list(chunk[start : start + READ_AT_ONCE]) for start in range(0, len(chunk), READ_AT_ONCE)]
-    for rows in Workers(count=min(workers, len(groups)), prefetch=2).loader(cuts, groups):
+def _read(cuts: Cuts, requests: Sequence[Request], workers: int) -> Generator[list[Row]]:
+    if not requests:
+        return
+    for rows in Workers(count=min(workers, len(requests)), prefetch=2).loader(cuts, requests):
         if isinstance(rows, InputError):
             raise rows
         yield rows

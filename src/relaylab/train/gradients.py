@@ -50,13 +50,17 @@ def overlap_cosines(relay: nn.Module, losses: Mapping[str, Tensor], segments: Se
             gradient = torch.zeros_like(parameters[name]) if gradient is None else gradient
             by_segment.setdefault(segments.of[name], []).append(gradient.flatten())
         gradients |= {(segment, loss): torch.cat(parts) for segment, parts in by_segment.items()}
+    pairs = [(segment, *pair) for segment, names in overlaps.items() for pair in itertools.combinations(names, 2)]
+    rows: list[Tensor] = []
+    for segment, first, second in pairs:
+        a, b = gradients[segment, first], gradients[segment, second]
+        norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
+        rows.append(torch.stack([norms, torch.dot(a, b) / norms]))
     cosines: Groups = {}
-    for segment, names in overlaps.items():
-        for first, second in itertools.combinations(names, 2):
-            a, b = gradients[segment, first], gradients[segment, second]
-            norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
-            if norms > 0:
-                cosines.setdefault(segment, {})[f"{first}, {second}"] = float(torch.dot(a, b) / norms)
+    values: list[list[float]] = torch.stack(rows).tolist() if rows else []  # a single synchronisation
+    for (segment, first, second), (norm, cosine) in zip(pairs, values, strict=True):
+        if norm > 0:
+            cosines.setdefault(segment, {})[f"{first}, {second}"] = cosine
     return cosines
 
 

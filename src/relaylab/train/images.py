@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from relaylab.data.augment import Augmentation
-from relaylab.data.batches import Batch
 from relaylab.data.crops import Crops
 from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
 from relaylab.data.faults import FaultLog
@@ -29,7 +27,7 @@ from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
 from relaylab.data.sources.subset import Indices, Subset, held_out, long_tail
 from relaylab.data.statistics import ImageStatistics
-from relaylab.errors import InputError, LabError, raise_all
+from relaylab.errors import InputError, raise_all
 from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe, value_text
@@ -38,8 +36,8 @@ from relaylab.train.options import RuntimeOptions, TrainOptions
 log = logging.getLogger("relaylab.train")
 
 MEMORY_SHARE = 0.5  # fraction of the free memory for decoded images; otherwise they are decoded on demand
+DEVICE_SHARE = 0.25  # fraction of a GPU's free memory for decoded images: training needs the rest
 IMAGES_PER_PROCESS = 2000  # with fewer images, starting another process takes longer than decoding
-DEATHS = 3  # consecutive deaths of worker processes that are tolerated
 LEAST_STD = 1.0  # minimum standard deviation of a channel
 SHOWN = 3  # similar class names in a message
 CHOICE_SEED = 0  # held-out images and rare classes do not depend on the seed of the run
@@ -117,8 +115,9 @@ def open_images(
     fault_file: Path | None = None,
     first: AbstractContextManager[object],
     sources: tuple[Source, Source] | None = None,
+    runs: int = 1,
 ) -> RunImages:
-    """Open and check the images of a run, and decode them if they fit into memory.
+    """Open and check the images of a run, and decode them if they fit into memory; see also `storage_devices`.
 
     Args:
         recipe: recipe of the run.
@@ -128,6 +127,7 @@ def open_images(
         fault_file: file for the list of unreadable images, if there are too many to train.
         first: a lock held while images are listed and counted; the other processes find the results in the cache.
         sources: training and validation images, in place of the paths.
+        runs: number of concurrent runs that share the device.
 
     Raises:
         InputError: a path or an image cannot be used, or the classes differ from the recipe's.
@@ -150,7 +150,8 @@ def open_images(
             datasets = [OnDiskDataset(source, crop_spec, workers, pin, fault_file) for source in (train, val)]
             statistics = datasets[0].statistics()
             return RunImages(datasets[0], datasets[1], crop_spec, statistics, in_memory, classes_of(train))
-    decoded = list(_decoded(train, val, crop_spec, workers, fault_file))
+    devices = storage_devices(device, (train, val), crop_spec, crops_of(recipe), runs)
+    decoded = list(_decoded((train, val), devices, crop_spec, workers, fault_file, pin=device.type == "cuda"))
     return RunImages(decoded[0], decoded[1], crop_spec, decoded[0].statistics(), in_memory, classes_of(train))
 
 
@@ -174,46 +175,6 @@ def mixing_of(recipe: Recipe, seed: int) -> Mixing:
     """Return the recipe's mixup and CutMix, if any."""
     alphas = {name: getattr(recipe.augmentation, name) for name in MIXES}
     return Mixing(alphas, recipe.network.num_classes, seed)
-
-
-class Stream:
-    """An iterable over training batches, which restarts dead worker processes."""
-
-    def __init__(self, dataset: ImageDataset, sampler: KeyedSampler, batch_size: int, seed: int, crops: Crops) -> None:
-        self._make = partial(dataset.training, sampler, batch_size, seed, crops)
-        self._loader = self._make()
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches. Raises a `LabError` for unreadable images and repeated deaths of workers."""
-        deaths = 0
-        while True:
-            try:
-                for batch in self._loader:
-                    yield batch
-                    deaths = 0
-                return
-            except RuntimeError as error:
-                deaths += 1
-                if "DataLoader worker" not in str(error):
-                    raise
-                if deaths > DEATHS:
-                    raise LabError(f"worker processes keep dying: {str(error).partition('. ')[0]}") from None
-                log.warning("%s: restarting the workers", str(error).partition("\n")[0])
-                state = self.state_dict()
-                self._loader = self._make()
-                self.load_state_dict(state)
-
-    def state_dict(self) -> dict[str, object]:
-        """Return the position: the number of batches used."""
-        return self._loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Resume from the position of another stream.
-
-        Raises:
-            InputError: the other stream had different images or another batch size.
-        """
-        self._loader.load_state_dict(state)
 
 
 def open_sources(options: RuntimeOptions, images: ImagesConfig | None = None) -> tuple[IndexedImages, IndexedImages]:
@@ -390,10 +351,45 @@ def fits_memory(options: RuntimeOptions, sources: Sequence[Source], crop_spec: C
     return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 
 
+def storage_devices(
+    device: torch.device, sources: tuple[Source, Source], crop_spec: CropSpec, crops: Crops, runs: int = 1
+) -> tuple[torch.device, torch.device]:
+    """Return the devices that store the decoded training and validation images.
+
+    A GPU stores images if they fit into `DEVICE_SHARE` of its free memory and are cropped on it; resized crops and
+    policies are computed on the CPU. Otherwise the images remain on the CPU, and batches are pinned.
+
+    Args:
+        device: device to train on.
+        sources: training and validation images.
+        crop_spec: with the side of the decoded images.
+        crops: settings of the training crops.
+        runs: number of concurrent runs that share the device.
+    """
+    if device.type == "cpu":
+        return device, device
+    left, devices = DEVICE_SHARE * free_memory(device) / runs, list[torch.device]()
+    for source, on_device in zip(sources, (crops.are_windows, True), strict=True):
+        needed = len(source) * 3 * crop_spec.short_side**2
+        fits = on_device and needed <= left
+        left -= needed if fits else 0
+        devices.append(device if fits else torch.device("cpu"))
+    return devices[0], devices[1]
+
+
 def _decoded(
-    train: Source, val: Source, crop_spec: CropSpec, workers: int, fault_file: Path | None
+    sources: tuple[Source, Source],
+    devices: tuple[torch.device, torch.device],
+    crop_spec: CropSpec,
+    workers: int,
+    fault_file: Path | None,
+    *,
+    pin: bool,
 ) -> Iterator[InMemoryDataset]:
+    train, val = sources
     with progress("decoding", len(train) + len(val)) as task:
-        for source, faults in ((train, FaultLog(len(train), file=fault_file)), (val, None)):
+        logs = FaultLog(len(train), file=fault_file), None
+        for source, device, faults in zip(sources, devices, logs, strict=True):
             enough = min(workers, len(source) // IMAGES_PER_PROCESS)
-            yield InMemoryDataset(decode_all(source, crop_spec, workers=enough, faults=faults, task=task), crop_spec)
+            decoded = decode_all(source, crop_spec, device=device, workers=enough, faults=faults, task=task)
+            yield InMemoryDataset(decoded, crop_spec, pin)

@@ -93,7 +93,7 @@ def train_all(runs: Mapping[str, TrainOptions], *, jobs: int, threads: int | Non
         while running or (waiting and not stop):
             while waiting and len(running) < jobs and not stop:
                 name = waiting.pop(0)
-                running.append(_start(name, runs[name], threads, lock))
+                running.append(_start(name, runs[name], threads, lock, jobs))
             if stop and not is_forwarded:
                 is_forwarded = True
                 _end_all(running, signal.SIGTERM)
@@ -115,10 +115,10 @@ def train_all(runs: Mapping[str, TrainOptions], *, jobs: int, threads: int | Non
     return not (stop and (waiting or any(job.last.end == "stopped" for job in ended)))
 
 
-def _start(name: str, options: TrainOptions, threads: int | None, lock: Path) -> _Job:
+def _start(name: str, options: TrainOptions, threads: int | None, lock: Path, jobs: int) -> _Job:
     assert options.out is not None
     pipe, child_end = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_work, args=(options, threads, child_end, lock, dict(os.environ)), name=name)
+    process = CONTEXT.Process(target=_work, args=(options, threads, child_end, lock, jobs, dict(os.environ)), name=name)
     process.start()
     child_end.close()
     return _Job(name, options.out, process, pipe, _Report(0))
@@ -201,7 +201,12 @@ def _last_text(last: Mapping[str, float]) -> str:
 
 
 def _work(
-    options: TrainOptions, threads: int | None, pipe: Connection, lock: Path, environment: dict[str, str]
+    options: TrainOptions,
+    threads: int | None,
+    pipe: Connection,
+    lock: Path,
+    jobs: int,
+    environment: dict[str, str],
 ) -> None:
     """Train one run: the main function of its process."""
     import torch
@@ -217,7 +222,7 @@ def _work(
         with redirect_stderr(reporter):
             try:
                 request, first = requests.resolve(options), run_folder.locked(lock, wait=True)
-                outcome = session.train(request, task=reporter, first=first, stop=stop)
+                outcome = session.train(request, task=reporter, first=first, stop=stop, runs=jobs)
             except Exception as error:  # a comparison reports any failure of a run
                 if not isinstance(error, LabError):
                     traceback.print_exc()

@@ -4,16 +4,21 @@ Note [Loop]
 1. All randomness of a step is a function of (seed, step, process): augmentation is keyed by the index of the draw, and
    all generators (dropout, Python, NumPy) are reseeded before each step. A run resumes exactly without generator
    states, and all schemes see the same random numbers.
-2. One small all-reduce shares a step's losses, errors, gradient norm and stop requests among the processes. They are
-   checked before the update, so that a non-finite value never reaches a weight.
+2. One small all-reduce shares a step's losses, errors, gradient norm and stop requests among the processes. The host
+   reads the result, its only synchronisation with the device in a step, and checks it before the update, so that a
+   non-finite value never reaches a weight. To read it a step later, the device would have to mask the update: zero
+   gradients do not suffice, since weight decay and momentum still change the weights, and not all optimizers accept a
+   flag. The read costs little: the next batch has been fetched by then (4).
 3. The checkpoint of a step is written before its validation, and records that validation is pending: a run that resumes
    from it validates first. If the process is killed during a long validation, only the validation is lost.
+4. The kernels of a step run asynchronously on a GPU. The host fetches the next batch (Note [Stream] in
+   `relaylab.train.stream`) after it has launched them, and only then waits for the metrics of 2.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +37,6 @@ from relaylab.recipes.schema import PlateauConfig, Recipe
 from relaylab.train import checkpoint, gradients
 from relaylab.train.averaging import Average
 from relaylab.train.engine import scaler_of, whole
-from relaylab.train.images import Stream
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import deciding, result_text, top_errors
 from relaylab.train.options import TrainOptions
@@ -43,6 +47,7 @@ from relaylab.train.seeding import seed_all
 from relaylab.train.segments import Segments
 from relaylab.train.signals import StopRequest
 from relaylab.train.state import Progress, optimizer_tensors
+from relaylab.train.stream import Stream
 from relaylab.train.validation import Validation
 
 log = logging.getLogger("relaylab.train")
@@ -96,7 +101,6 @@ class Trainer:
             LabError: images cannot be read.
         """
         total, progress = self.recipe.optimizer.iterations, self.progress
-        batches = iter(self.stream)
         self.module.train()
         stopping, saved = False, progress.step
         save_every = self.options.save_every or self.recipe.optimizer.evaluate_every
@@ -115,12 +119,13 @@ class Trainer:
             if is_last:
                 return True
             began = time.perf_counter()
-            stopping = self.step(batches)
+            stopping = self.step()
             progress.seconds += time.perf_counter() - began
 
-    def step(self, batches: Iterator[Batch]) -> bool:
+    def step(self) -> bool:
         """Make one update. Return whether a stop has been requested."""
         recipe, fabric, progress, parts = self.recipe, self.fabric, self.progress, self.options.accumulate
+        self.fetch()  # only in the first step: the others find their batch
         seed_all(self.options.seed, progress.step, fabric.global_rank)
         rate = learning_rate(recipe.optimizer, progress.step, progress.plateau.drops)
         for group in self.optimizer.param_groups:
@@ -130,18 +135,18 @@ class Trainer:
         cosines: gradients.Groups = {}
         totals: dict[str, Tensor] = {}
         for part in range(parts):
-            began = time.perf_counter()
-            batch = next(batches).to(fabric.device)
-            self.meter.waited(time.perf_counter() - began)
+            batch = next(self.stream)
             is_last = part == parts - 1
             with fabric.no_backward_sync(self.module, enabled=not is_last):
                 values, new_cosines = self.backward(batch, measures and part == 0, is_last)
             cosines |= new_cosines
             totals = {name: totals.get(name, 0.0) + value / parts for name, value in values.items()}
+            if not is_last or progress.step + 1 < recipe.optimizer.iterations:
+                self.fetch()  # while the device executes this step; see Note [Loop] 4
         norm, stopping = self.check_and_count(totals)
         if measures and math.isfinite(norm):
             self.record("gradients", progress.step + 1, gradients.statistics(self.relay, self.segments, cosines))
-        self.optimizer.step()
+        self.update(norm)
         self.optimizer.zero_grad()
         progress.step += 1
         if self.average is not None:
@@ -152,6 +157,12 @@ class Trainer:
             self.record("train", progress.step, {**self.meter.values(size), "lr": rate})
             self.meter.reset()
         return stopping
+
+    def fetch(self) -> None:
+        """Fetch the next batch, unless this has been done, and measure the time."""
+        began = time.perf_counter()
+        self.stream.fetch()
+        self.meter.waited(time.perf_counter() - began)
 
     def backward(self, batch: Batch, measures: bool, is_last: bool) -> tuple[dict[str, Tensor], gradients.Groups]:
         """Run the forward and backward pass of one micro-batch, accumulating gradients.
@@ -175,8 +186,7 @@ class Trainer:
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
         cosines: gradients.Groups = {}
         if measures and self.supports_cosines:
-            scale = self.scaler.get_scale() if self.scaler else 1.0
-            scaled = {name: scale * loss for name, loss in weighted.items()}
+            scaled = {name: self.scaler.scale(loss) if self.scaler else loss for name, loss in weighted.items()}
             cosines = gradients.overlap_cosines(self.relay, scaled, self.segments)
         self.fabric.backward(torch.stack(list(weighted.values())).sum() / self.options.accumulate)
         detached = {name: loss.detach() for name, loss in losses.items()}
@@ -199,8 +209,8 @@ class Trainer:
             metrics: losses and errors of this process by name.
 
         Returns:
-            The gradient norm, infinite if fp16 has overflowed and the scaler skips the update; and whether a stop has
-            been requested.
+            The gradient norm, not finite if fp16 has overflowed and the update has to be skipped; and whether a stop
+            has been requested.
 
         Raises:
             NonFiniteLossError: a loss or gradient is not finite.
@@ -210,11 +220,14 @@ class Trainer:
         grads = [p.grad for p in self.relay.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(grads))
         stop = torch.full((), float(bool(self.stop)), device=norm.device)
-        local = torch.stack([*metrics.values(), norm, stop])
-        *values, mean_norm, stopping = cast(Tensor, self.fabric.all_reduce(local, reduce_op="mean")).tolist()
+        one = torch.ones_like(norm)
+        scale = one if self.scaler is None else cast(Tensor, self.scaler.scale(one))  # `get_scale` would synchronise
+        local = torch.stack([*metrics.values(), norm, stop, scale])
+        reduced = cast(Tensor, self.fabric.all_reduce(local, reduce_op="mean"))
+        *values, mean_norm, stopping, mean_scale = reduced.tolist()
         means: dict[str, float] = dict(zip(metrics, values, strict=True))
         non_finite = [name for name, value in means.items() if not math.isfinite(value)]
-        may_overflow = self.scaler is not None and self.scaler.get_scale() >= LEAST_SCALE  # the scaler skips that step
+        may_overflow = self.scaler is not None and mean_scale >= LEAST_SCALE  # `update` skips that step
         if non_finite or not (math.isfinite(mean_norm) or may_overflow):
             raise self._not_finite(non_finite)
         clip = self.recipe.optimizer.clip_norm
@@ -222,6 +235,18 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.relay.parameters(), clip, norm)
         self.meter.count(means, mean_norm)
         return mean_norm, stopping > 0
+
+    def update(self, norm: float) -> None:
+        """Update the weights. With fp16, skip the update if the gradient norm is not finite, and adapt the loss scale.
+
+        `GradScaler.step` would synchronise to read whether gradients have overflowed; their norm has been read already.
+        """
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        if math.isfinite(norm):
+            self.optimizer.optimizer.step()
+        self.scaler.update()
 
     def _not_finite(self, losses: Sequence[str]) -> NonFiniteLossError:
         """Create the error for non-finite losses or gradients. A collective: all processes must call it."""

@@ -1,4 +1,8 @@
-"""Training metrics: mean losses and errors, images per second, and the share of time spent waiting for images."""
+"""Training metrics: mean losses and errors, images per second, and the share of time spent fetching images.
+
+On a GPU, the time spent fetching a batch overlaps with the execution of the step before, so its share is the upper
+bound of the time that the GPU waits for images.
+"""
 
 import math
 import time
@@ -30,7 +34,7 @@ class Meter:
         self._timed_steps, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
-        """Add time spent waiting for images."""
+        """Add time that this process spent fetching images."""
         self._waited += seconds
 
     @contextmanager

@@ -26,7 +26,7 @@ from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import averaging, checkpoint, failures, requests, run_folder
 from relaylab.train.compiling import compile_outside_overlaps
 from relaylab.train.engine import make_fabric, whole
-from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
+from relaylab.train.images import RunImages, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import TOP, result_text
@@ -37,6 +37,7 @@ from relaylab.train.records import Records, logging_to
 from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
 from relaylab.train.signals import StopRequest, stopping
 from relaylab.train.state import State, load_tensors
+from relaylab.train.stream import Stream
 from relaylab.train.torchrun import environment_number, launch_id, restart_count
 from relaylab.train.validation import Validation
 
@@ -73,6 +74,7 @@ def train(
     task: Task | None = None,
     first: AbstractContextManager[object] | None = None,
     stop: StopRequest | None = None,
+    runs: int = 1,
 ) -> Outcome:
     """Train in this process, which may be one of several started by torchrun.
 
@@ -81,6 +83,7 @@ def train(
         task: reports progress; None for a bar or lines on stderr. With a task, only warnings are logged to stderr.
         first: a lock held while images are listed and decoded, for callers that train several runs concurrently.
         stop: the caller's stop request, if the caller handles signals.
+        runs: number of concurrent runs that share the device.
 
     Raises:
         InputError: invalid options or images, or insufficient hardware; raised before the first step.
@@ -95,7 +98,7 @@ def train(
         stop = stack.enter_context(stopping()) if stop is None else stop
         folder, path = _agree(fabric, request, stack, logging.INFO if task is None else logging.WARNING)
         with _logging_failure(fabric, folder):
-            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop, task, first)
+            return _train(fabric, replace(request, folder=folder, checkpoint=path), stop, task, first, runs)
 
 
 def _agree(fabric: Fabric, request: requests.Request, stack: ExitStack, level: int) -> tuple[Path, Path | None]:
@@ -157,6 +160,7 @@ def _train(
     stop: StopRequest,
     task: Task | None,
     first: AbstractContextManager[object] | None,
+    runs: int,
 ) -> Outcome:
     options, recipe, folder = request.options, request.recipe, request.folder
     assert folder is not None
@@ -171,6 +175,7 @@ def _train(
         fault_file=folder / "unreadable-images.txt",
         first=first or fabric.rank_zero_first(local=True),
         sources=request.images,
+        runs=runs,
     )
     if is_first and not (folder / run_folder.CONFIG).exists():
         resolved = replace(options, images="memory" if images.in_memory else "disk")
@@ -250,7 +255,8 @@ def assemble(
     augment = images.augmentation(recipe, options.seed).to(fabric.device)
     sampler = images.sampler(recipe, options.seed, fabric.global_rank, fabric.world_size)
     raise_all(requests.batch_problems(recipe, options, fabric.world_size))
-    parts = fabric.world_size * options.accumulate
+    size = recipe.optimizer.batch_size // (fabric.world_size * options.accumulate)
+    stream = Stream(images.train, sampler, size, options.seed, crops_of(recipe), fabric.device)
     decay, has_several = recipe.optimizer.ema_decay, images.has_several_labels
     validation = Validation(images.val, augment, BinaryCrossEntropy() if has_several else nn.CrossEntropyLoss(), fabric)
     return Trainer(
@@ -262,7 +268,7 @@ def assemble(
         recipe=recipe,
         options=options,
         segments=segments,
-        stream=Stream(images.train, sampler, recipe.optimizer.batch_size // parts, options.seed, crops_of(recipe)),
+        stream=stream,
         augment=augment,
         mixing=mixing_of(recipe, options.seed),
         validation=validation,
@@ -352,7 +358,8 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
     state = {name: whole(tensor).detach().cpu() for name, tensor in relay.model.state_dict().items()}
     if not trainer.fabric.is_global_zero:
         return
-    augment, mean, last = trainer.augment.cpu(), images.statistics.mean, trainer.progress.last
+    mean, last = images.statistics.mean, trainer.progress.last
+    scale, mean_image = trainer.augment.scale, trainer.augment.mean.cpu()  # copies: the module stays on its device
     about = f"{recipe.name}, seed {trainer.options.seed}, step {trainer.progress.step}"
     model = ModelFile(
         network=recipe.network,
@@ -363,10 +370,10 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
             resize=recipe.images.short_side,
             crop=recipe.network.image_size,
             mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-            std=None if augment.scale is None else tuple((1 / augment.scale).tolist()),
+            std=None if scale is None else tuple((1 / scale.cpu()).tolist()),
         ),
         state=state,
-        mean_image=augment.mean if augment.mean.ndim == 3 else None,
+        mean_image=mean_image if mean_image.ndim == 3 else None,
         about=f"{about}: val. {result_text(last, prefix)}",
         has_several_labels=images.has_several_labels,
     )
