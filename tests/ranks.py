@@ -341,7 +341,7 @@ def refused_fsdp2(name: str, rank: int) -> Gradients:
     case, mesh = case_of(name, rank), init_device_mesh("cpu", (dist.get_world_size(),))
     relay = relay_of(case)
     relay.model.fc.weight = nn.Parameter(distribute_tensor(relay.model.fc.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(EarlyReleaseError, match=r"'model.fc.weight' is a DTensor that is sharded"):
+    with pytest.raises(EarlyReleaseError, match=r"'model.fc.weight' is a DTensor that was not sharded by fully_shard"):
         step_gradients(relay, *case.inputs)
     for words, module in {"fully_shard on 'model', around 'model.": "model", "on the whole relay": ""}.items():
         relay = relay_of(case_of(name, rank))

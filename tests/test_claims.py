@@ -280,7 +280,7 @@ def test_a_model_file_with_one_flipped_bit_or_odd_numbers_is_refused(tmp_path: P
         with pytest.raises(InputError, match=said):
             read_model(file).model()
     save_file(tensors | {first: tensors[first].to(torch.complex64)}, file, bare)
-    with pytest.raises(InputError, match="another type for"):
+    with pytest.raises(InputError, match="a different type for"):
         read_model(file).model()
     save_file(tensors | {first: tensors[first] * 2}, file, bare | {HASH: header[HASH]})
     with pytest.raises(InputError, match="does not match the hash in its header"):

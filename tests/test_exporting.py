@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from relaylab.errors import InputError
 from relaylab.evaluate.predict import Prediction, crop_of, find_pictures, network_of, open_network, predict
 from relaylab.models.building import build_network, build_relay
 from relaylab.models.export import Classifier, export, mean_of
-from relaylab.models.file import InputConfig, ModelFile, load_state, mean_path, read_model, save_model
+from relaylab.models.file import InputConfig, ModelFile, load_state, mean_path, read_model, read_tensors, save_model
 from relaylab.recipes import RECIPES
 from relaylab.recipes.scales import at_scale
 
@@ -344,3 +346,17 @@ def test_crops_are_those_of_torchvision(size: tuple[int, int], tmp_path: Path) -
         crop = crop_of(np.array(picture), InputConfig(resize=256, crop=224, mean=MEAN, how=how))  # type: ignore
         assert float((crop - expected).abs().max()) <= 2, how
         assert float((crop.flip(2) - expected).abs().mean()) > 5  # negative control
+
+
+def test_the_same_tensors_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from relaylab.models.file import save_tensors\n"
+        "save_tensors({'b': torch.ones(2), 'a': torch.zeros(3)}, Path(sys.argv[1]), dict.fromkeys('ezyxwvé', 'n\\n'))"
+    )
+    files = [tmp_path / f"{run}.safetensors" for run in range(4)]
+    for file in files:
+        subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+    assert len({file.read_bytes() for file in files}) == 1
+    tensors, header = read_tensors(files[0])
+    assert torch.equal(tensors["a"], torch.zeros(3))
+    assert header["é"] == "n\n"

@@ -41,7 +41,7 @@ from relaylab.train import checkpoint, requests, run_folder
 from relaylab.train.options import TrainOptions
 from relaylab.train.state import Progress, State, load_tensors
 
-CASES = int(os.environ.get("RELAYLAB_MUTATIONS", 500))
+CASES = int(os.environ.get("RELAYLAB_MUTATIONS", 200))
 SEED = int(os.environ.get("RELAYLAB_SEED", 0))
 
 

@@ -1,7 +1,7 @@
 """Auxiliary heads: small classifiers between an inner layer and its loss, used in training only.
 
 Note [Layouts]
-"channels_first" is (N, C, ...): feature maps, volumes, clips and sequences of 1-d convolutions. "channels_last" is
+"channels_first" is (N, C, ...): feature maps, volumes, clips and outputs of 1-d convolutions. "channels_last" is
 (N, ..., C): tokens, and the maps of Swin and similar models. Both include (N, C). A head checks the number of
 dimensions and of channels in each forward pass. Without a declared layout it reads (N, C) and (N, C, H, W), and raises
 `HeadError` for shapes that may be (N, H, W, C): two equal dimensions before a different one, or `channels` at both

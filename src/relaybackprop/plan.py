@@ -233,8 +233,9 @@ class Plan:
         """Check that each window overlaps the next lower one, as relay backpropagation requires (section 4).
 
         Args:
-            order: the boundaries from low to high, `Relay.order`. Without it, the check compares names only: it finds a
-                window that starts after the lower head, and numbered modules of one container in numeric order.
+            order: the boundaries from low to high, `Relay.order`. Without it, the check can compare names only. It then
+                detects a missing overlap in two cases: the upper window starts after the lower head's module, or both
+                are numbered modules of the same container, which are compared by number.
 
         Raises:
             WindowError: two neighbouring windows do not have a layer in common.

@@ -210,8 +210,9 @@ class Relay(nn.Module):
         The backward pass of each auxiliary loss runs as soon as the forward pass reaches its head. It frees the
         activations that no later loss needs before the layers above run (`relaybackprop.engine.early`). `.grad` equals
         that of `loss(relay(images), labels).backward()`, without additional operations; only dropout in heads draws
-        random numbers in a different order. Every backward path must cross the end of each window, even for the other
-        losses. After an error, some of the gradients may already have been computed.
+        random numbers in a different order. At the end of each window, every backward path must cross that boundary,
+        including the paths of losses whose own windows extend further down. After an error, some of the gradients may
+        already have been computed.
 
         With several processes, gradients are averaged as soon as they are final, while the layers above run forward or
         the layers below run backward (Note [Averaging] in `relaybackprop.engine.data_parallel`). The first step

@@ -200,7 +200,7 @@ class EarlyRelease:
         self._segments[last].heads[loss] = edges, [leaf.grad for leaf in leaves]
 
     def _release(self, end: int) -> None:
-        """Propagate the losses computed so far to every final segment, those below index `end`, and free these."""
+        """Propagate the losses computed so far to every final segment, those below index `end`, and free them."""
         final = range(self._lowest_live, end)
         if not final:
             return

@@ -226,7 +226,7 @@ def _check_leak(loss: str, path: LossPath, parents: Mapping[Node, Node | None], 
     node = leaks(parents)
     if node is None:
         return
-    # If only some items of the model's output leak, the primary loss may not read these at all, so the error lists
+    # If only some items of the model's output leak, the primary loss may not read them at all, so the error lists
     # them.
     leaking = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, within_window(loss))) is not None]
     all_leak = len(leaking) == len(path.items)

@@ -56,9 +56,10 @@ def suggest_plan(
 ) -> Suggestion:
     """Suggest a relay plan for a model by the paper's rules (Note [Suggesting] in `relaybackprop.planning.arrange`).
 
-    The plan is a starting point, not an optimum. The model does not change. A meta copy runs in training mode, which
-    takes no memory. If the forward pass depends on values (an attention mask, `item()`), a copy runs on the example's
-    values, which takes the memory of one forward pass and the time of two, and more with a memory budget.
+    The plan is a starting point, not an optimum. The model does not change. The forward pass runs in training mode on a
+    copy on the meta device, which takes no memory. If the forward pass depends on values (an attention mask, `item()`),
+    a copy runs on the example's values, which takes the memory of one forward pass and the time of two, and more with a
+    memory budget.
 
     Args:
         model: any module.
@@ -66,8 +67,8 @@ def suggest_plan(
             pass depends on them.
         num_auxiliary: number of heads, at least 1. With a memory budget, the minimum number.
         max_layers: maximum number of weight layers in a window (the paper's N). Default: no limit.
-        memory_budget: maximum peak memory of `Relay.forward_backward` on such a batch, in bytes, without parameters,
-            gradients, buffers, the batch and the heads. The windows then follow Note [Packing] in
+        memory_budget: maximum peak memory of `Relay.forward_backward` on a batch like `example_input`, in bytes,
+            without parameters, gradients, buffers, the batch and the heads. The windows then follow Note [Packing] in
             `relaybackprop.planning.budget` instead. Default: no limit.
 
     Returns:
@@ -162,7 +163,7 @@ def _suggest_within_budget(
     plan = packing.plan(ends)
     at_least = f" from {num_auxiliary} up" if num_auxiliary > 1 else ""
     reasons = [
-        f"Standard backpropagation saves {sum(saved_bytes):,} bytes for the backward pass of such a batch, half of "
+        f"Standard backpropagation saves {sum(saved_bytes):,} bytes for the backward pass on this batch, half of "
         f"them up to {_halfway_module(ends, saved_bytes)}.",
         f"{_pluralized(len(packing.tops), 'head')} is the smallest number{at_least} that fits the budget: a step then "
         f"peaks at {peak_of(plan):,} of {memory_budget:,} bytes.",

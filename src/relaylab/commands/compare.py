@@ -35,12 +35,13 @@ class CompareOptions(RuntimeOptions):
     """Training schemes to compare: standard, multi-loss, relay, isolated."""
 
     seeds: Listed = "0,1,2"
-    """Seeds to train each scheme with. For one seed, all schemes have the same weights, batches, crops and dropout."""
+    """Seeds to train each scheme with. For a given seed, all schemes share initial weights, batches, crops and dropout
+    masks."""
 
     tune: Tune = ()
-    """Before the comparison, tune these values for each scheme on held-out training images, such as
-    optimizer.lr=0.003,0.01,0.03 plan.auxiliary.*.weight=0.3,1. All schemes start from the same grid, which is extended
-    if the best value is at its edge."""
+    """Values to tune for each scheme before the comparison, such as optimizer.lr=0.003,0.01,0.03
+    plan.auxiliary.*.weight=0.3,1. Trials are evaluated on held-out training images. All schemes start from the same
+    grid, which is extended if the best value is at its edge."""
 
     tune_share: float = 1.0
     """Length of a tuning trial, as a fraction of the recipe's iterations."""

@@ -22,7 +22,7 @@ Network = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK", 
 class NewOptions:
     """Write a recipe file for a network and a data set.
 
-    Classes, sizes and training length are derived from the images, windows and heads from the network. A comment gives
+    Classes, sizes and training length are derived from the images; windows and heads, from the network. A comment gives
     the reason for each value: review the file, and edit it as needed.
     """
 
@@ -44,8 +44,8 @@ class NewOptions:
     """Hold out training images for validation: a fraction of each class if below 1, otherwise images per class."""
 
     pretrained: Annotated[File, MustExist] = None
-    """Pretrained weights: safetensors or a PyTorch state dict. Tensors that do not match, such as those of a last layer
-    for different classes, keep their random initialisation (default: train from scratch)."""
+    """Pretrained weights: safetensors or a PyTorch state dict. Tensors that do not match, such as those of a final
+    layer trained for other classes, keep their random initialisation (default: train from scratch)."""
 
     epochs: int = 30
     """Epochs to train."""

@@ -223,5 +223,5 @@ def device_of(accelerator: str) -> torch.device:
         InputError: cuda without a GPU.
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("--accelerator cuda: PyTorch finds no GPU on this machine")
+        raise InputError("--accelerator cuda: PyTorch found no GPU on this machine")
     return torch.device("cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda")

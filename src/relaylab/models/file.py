@@ -7,6 +7,7 @@ Note [Model files]
 3. A mean image is not part of a state dict. It is stored next to the file, as FILE.mean.safetensors.
 4. The header entry `relaylab.sha256` is a hash of everything else, which is verified when the file is read. To change
    the weights but keep the header, remove this entry.
+5. The same model is written as the same bytes.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from relaylab.recipes.schema import NetworkConfig
 
 log = logging.getLogger("relaylab.models")
 
+LENGTH_BYTES = 8  # of a safetensors file: the length of its header, which follows
 KEY, HASH, FORMAT = "relaylab", "relaylab.sha256", "relaylab model 1"
 LARGEST_SIDE = 16_384  # pixels
 NAMED = 5  # keys in an error message
@@ -223,6 +225,19 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, st
     kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(kept, temporary, header | {HASH: _hash(kept, header)})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the entries of a file's metadata in place: safetensors writes them in a random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        values = json.loads(file.read(length))
+        values["__metadata__"] = dict(sorted(values["__metadata__"].items()))
+        text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # padding with spaces is part of the format
+            file.seek(LENGTH_BYTES)
+            file.write(text.ljust(length))
 
 
 def _hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

@@ -69,7 +69,7 @@ class Difference:
 
     @property
     def seeds_needed(self) -> int | None:
-        """The number of seeds that would decide, for this mean and spread; None for more than `MOST_SEEDS`."""
+        """The number of seeds needed for a decision, given this mean and spread; None for more than `MOST_SEEDS`."""
         mean, spread = abs(statistics.fmean(self.values)), statistics.stdev(self.values)
         wanted = max(mean, RELEVANT - mean)
         counts = range(len(self.values) + 1, MOST_SEEDS + 1)
@@ -220,7 +220,7 @@ def _cost_text(pair: Difference, costs: Mapping[str, Cost]) -> str:
 
 
 def _is_disturbed(one: Cost, other: Cost) -> bool:
-    """Return whether times differ much more than FLOPs, so that other processes must have slowed down some runs."""
+    """Return whether times differ much more than FLOPs, which suggests that other processes slowed some runs."""
     if not (one.seconds and other.seconds and one.flops and other.flops):
         return False
     ratio = one.seconds / other.seconds / (one.flops / other.flops)

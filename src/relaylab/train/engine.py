@@ -63,7 +63,7 @@ def make_fabric(options: RuntimeOptions) -> Fabric:
     """
     has_gpu = torch.cuda.is_available()
     if options.accelerator == "cuda" and not has_gpu:
-        raise InputError("--accelerator cuda: PyTorch finds no GPU on this machine")
+        raise InputError("--accelerator cuda: PyTorch found no GPU on this machine")
     device = "cuda" if has_gpu and options.accelerator != "cpu" else "cpu"
     world, here = (environment_number(name, 1) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():

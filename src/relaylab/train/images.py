@@ -362,7 +362,7 @@ def storage_devices(
     Args:
         device: device to train on.
         sources: training and validation images.
-        crop_spec: with the side of the decoded images.
+        crop_spec: crops with the side of the decoded images.
         crops: settings of the training crops.
         runs: number of concurrent runs that share the device.
     """

@@ -12,7 +12,7 @@ Note [Loop]
 3. The checkpoint of a step is written before its validation, and records that validation is pending: a run that resumes
    from it validates first. If the process is killed during a long validation, only the validation is lost.
 4. The kernels of a step run asynchronously on a GPU. The host fetches the next batch (Note [Stream] in
-   `relaylab.train.stream`) after it has launched them, and only then waits for the metrics of 2.
+   `relaylab.train.stream`) after it has launched them, and only then waits for the metrics in item 2.
 """
 
 import logging

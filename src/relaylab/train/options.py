@@ -27,7 +27,7 @@ class RunOptions:
     data: Images = ()
     """Training and validation images: a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, tar or zip files, WebDataset
     shards, Parquet files, or Places365, iNaturalist or Tiny ImageNet as distributed. With --val-data, training images
-    in any format of docs/how-to/data.md. Patterns such as 'shard-{000..146}.tar' are expanded."""
+    in any format listed in docs/how-to/data.md. Patterns such as 'shard-{000..146}.tar' are expanded."""
 
     val_data: Images = ()
     """Validation images, if --data has training images only."""

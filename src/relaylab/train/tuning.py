@@ -1,4 +1,4 @@
-"""Tuning: search each scheme's best values, such as its learning rate, on a grid that is extended as needed.
+"""Tuning: search for each scheme's best values, such as its learning rate, on a grid that is extended as needed.
 
 Note [Tuning]
 1. All schemes start from the same grid. Each point is trained with one seed, on the training images without the
@@ -329,7 +329,8 @@ def _is_number(text: str) -> bool:
 def shortened(recipe: Recipe, share: float) -> dict[str, str]:
     """Return the overrides, by name, that shorten a recipe to a fraction of its iterations.
 
-    The schedule is shortened in proportion; a plateau remains the same number of evaluations.
+    The schedule is shortened in proportion; with a plateau schedule, evaluations become
+    more frequent, so its patience in evaluations is unchanged.
     """
     if share == 1:
         return {}

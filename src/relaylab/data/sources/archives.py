@@ -375,14 +375,17 @@ def member_bytes(file: IO[bytes], member: Member, most: int = LARGEST_TEXT) -> b
 def _check_end(file: IO[bytes], title: str, end: int, stop: int, nested: bool) -> None:
     """Check the end of a tar. See Note [Archives] 3."""
     if end >= stop and not nested:
-        raise InputError(f"{title} is cut short: it has no end mark")
+        raise InputError(f"{title} is truncated: it has no end-of-archive marker")
     if stop - end > LARGEST_PADDING:
         raise InputError(f"{title} has {stop - end:,} bytes after its end at byte {end:,}: it is not a complete tar")
     file.seek(end)
     while end < stop:
         content = file.read(min(CHUNK, stop - end))
         if content.strip(b"\0"):
-            raise InputError(f"{title} is damaged at byte {end:,}, or is several tars in a row: pass them one by one")
+            raise InputError(
+                f"{title} is damaged at byte {end:,}, or consists of several concatenated tars: split it and pass them "
+                "separately"
+            )
         if not content:
             break
         end += len(content)

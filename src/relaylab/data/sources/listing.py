@@ -246,7 +246,8 @@ class Rows:
             some = range(0, self.found, max(1, self.found // 100))
             if all(len(self.name(index).split(b"/")[-2]) > 1 for index in some):
                 raise InputError(
-                    f"{title} is sorted by letters ({folders[0]}/CLASS/IMAGE), like Places: give its list as well"
+                    f"{title} groups its class folders by first letter ({folders[0]}/CLASS/IMAGE), as Places does: "
+                    "pass its list file as well"
                 )
 
 

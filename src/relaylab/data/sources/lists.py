@@ -70,7 +70,9 @@ def _read(file: Path, root: Path, rows: Rows, classes: tuple[str, ...] | None, w
             if labelled is None:
                 labelled = label != UNLABELLED
             elif labelled != (label != UNLABELLED):
-                raise InputError(f"{file.name}, line {number}: lines with and without a label; expected only one kind")
+                raise InputError(
+                    f"{file.name}, line {number}: some lines have a label and others do not; label all of them or none"
+                )
             name = tidy_name(name, root, inside, f"{file.name}, line {number}")
             rows.add(name, label)
             folder = name.rpartition(b"/")[0]

@@ -1,4 +1,4 @@
-"""Open data sets of any format. A data set is listed once, and opened from its index afterwards."""
+"""Open data sets in any format. A data set is listed once, and opened from its index afterwards."""
 
 import json
 import logging
@@ -262,7 +262,7 @@ def _list(request: _Request, cache: Path, watch: Watch) -> Listing:
 
 
 def _list_files(request: _Request, title: str, cache: Path, watch: Watch) -> Listing:
-    """List a data set of any format."""
+    """List a data set in any format."""
     flat = request.truth is not None
     if request.list is not None and request.root is not None:
         return _list_named(request.list, request.root, request.categories, request, watch)
@@ -284,7 +284,7 @@ def _list_files(request: _Request, title: str, cache: Path, watch: Watch) -> Lis
 
 
 def _list_named(file: Path, root: Path, categories: Path | None, request: _Request, watch: Watch) -> Listing:
-    """List the images in a list file of any format."""
+    """List the images in a list file in any format."""
     if file.suffix.lower() == JSON:
         return list_coco(file, root, watch)
     if has_header(file):

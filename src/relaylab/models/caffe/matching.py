@@ -139,7 +139,7 @@ def _inception(trail: Trail, blob: int, place: str) -> int:
 def _common(trail: Trail, starts: list[int], place: str) -> int:
     if len(set(starts)) != 1:
         raise InputError(
-            f"{trail.where(trail.found[place])} joins branches of different blobs, or orders them unlike Model B "
-            f"({place}); {ADVICE}"
+            f"{trail.where(trail.found[place])} joins branches of different blobs, or has them in a different order "
+            f"from Model B ({place}); {ADVICE}"
         )
     return starts[0]
