@@ -1,5 +1,6 @@
 """Bad input: each error states the problem, the requirement and the remedy. The tests check the texts too."""
 
+import ast
 import pickle
 import re
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import relaybackprop
+from oracle import assert_same, expected_gradients, relay_gradients, step_gradients
 from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, Window, head_for, reach, suggest_plan
 from relaybackprop.errors import (
     AppliedTwiceError,
@@ -242,6 +244,79 @@ def test_leak_around_a_residual_branch() -> None:
         LeakError, "(above) bypasses the end of the window of 'primary'", "the input of layer3.1.conv2", "block"
     ):
         relay(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("bottom", "skip", "upper", "main"),
+    [
+        ("layer2.0.conv2", "layer1", "layer2.0.downsample.0", "layer2.0.bn1"),
+        ("layer2.1.conv2", "layer2.0", "layer2.1", "layer2.1.bn1"),
+        ("layer3.1.bn2", "layer3.0", "layer3.1", "layer3.1.conv2"),
+        ("layer2.1.conv1", "layer2.0", "layer2.1", None),  # the path splits at this very input
+    ],
+)
+def test_the_remedy_of_a_leak_is_accepted(bottom: str, skip: str, upper: str, main: str | None) -> None:
+    """The shared, in-place activations of these blocks run twice, so windows cannot end at them."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model, x = models.resnet18(num_classes=3).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plan = Plan(primary=Window(bottom=bottom), auxiliary={"aux": Window(top="layer3")})
+    heads = {"aux": LinearHead(256, 3).double()}
+    ends = (skip,) if main is None else (main, skip)
+    for early in (False, True):
+        # With the auxiliary loss, whose window has no end, early release raises its own error first.
+        relay = Relay(model, Plan(plan.primary)) if early else Relay(model, plan, heads)
+        with raises(LeakError, f"from {skip} (below) to {upper} (above)", f"the input of {bottom}", "after=") as caught:
+            step_gradients(relay, x) if early else relay_gradients(relay, x)
+        remedy = re.search(r"after=(\(.+\)|'[^']+')(.*)\.$", caught.value.remedy)
+        assert remedy is not None
+        assert remedy[2] == (", with an ordinary backward pass" if early and main else "")
+        after = ast.literal_eval(remedy[1])
+        assert Window(after=after) == Window(after=ends)
+        accepted = Relay(model, Plan(Window(after=after), plan.auxiliary), heads)
+        gradients = relay_gradients(accepted, x)
+        assert_same(gradients, expected_gradients(accepted, x))
+        assert_same(gradients, expected_gradients(accepted, x, plan=plan))  # the window that was asked for
+
+
+class Dense(nn.Module):
+    """Each layer reads the outputs of all earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for layer in self.layers:
+            values.append(layer(torch.stack(values).sum(0)))
+        return values[-1]
+
+
+def test_the_remedy_of_a_leak_lists_a_few_ends_at_most() -> None:
+    for bottom, proposed in (("layers.3", True), ("layers.7", False)):
+        with raises(LeakError, "(below)", f"the input of {bottom}", "the whole block") as caught:
+            relay_of(Plan(primary=Window(bottom=bottom)), Dense())(torch.randn(2, 3))
+        assert ("on all paths: after=(" in caught.value.remedy) == proposed
+
+
+def test_the_remedy_of_a_leak_proposes_modules_only() -> None:
+    class Bare(nn.Module):
+        """A layer without a module below a skip."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * self.weight
+            return self.b(self.a(x)) + x
+
+    for window, remedy in ((Window(bottom="b"), "block"), (Window(bottom="a"), "block"), (Window(after="a"), "block")):
+        with raises(LeakError, "a path from MulBackward0", "the ", f"the whole {remedy}.") as caught:
+            relay_of(Plan(primary=window), Bare())(torch.randn(2, 3))
+        assert "after" not in caught.value.remedy
 
 
 def test_errors_can_be_pickled_and_derive_from_builtins() -> None:
