@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 import relaybackprop
 from oracle import assert_same, expected_gradients, relay_gradients, step_gradients
-from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, Window, head_for, reach, suggest_plan
+from relaybackprop import (
+    AuxiliaryHead,
+    LinearHead,
+    Plan,
+    Relay,
+    RelayError,
+    RelayLoss,
+    Window,
+    head_for,
+    reach,
+    suggest_plan,
+)
 from relaybackprop.errors import (
     AppliedTwiceError,
     BoundaryError,
@@ -204,6 +215,81 @@ def test_errors_in_a_head_name_the_head() -> None:
     with pytest.raises(RuntimeError) as caught:
         relay(torch.randn(2, 3))
     assert caught.value.__notes__ == ["Raised by the head 'aux', which read (2, 3), the output of 1."]
+
+
+class Conv(nn.Sequential):
+    """Two convolutions with 32 channels and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, 3),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 4),
+        )
+
+
+def test_head_for_the_wrong_channels_names_its_loss_and_boundary() -> None:
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    relay = Relay(Conv(), Plan(auxiliary={"aux": Window(top="2")}), {"aux": LinearHead(64, 4)})
+    for call in (
+        lambda: relay(x),
+        lambda: relay.forward_backward(x, target=labels, loss=RelayLoss(nn.CrossEntropyLoss())),
+    ):
+        with raises(
+            HeadError,
+            "in the head of the auxiliary loss 'aux', on the output of 2, LinearHead does not read a tensor of shape "
+            "(2, 32, 4, 4)",
+            "it reads (N, 64) or (N, 64, H, W)",
+            "Build the head for the channels of its input. If channels are first, LinearHead(32, ...) reads 32 "
+            "channels. head_for(model, plan, example, classes) chooses a head.",
+        ):
+            call()
+    for head, shape, remedy in (
+        (LinearHead(64, 4), (2, 32), "input. LinearHead(32, ...) reads 32 channels."),
+        (LinearHead(64, 4, layout="channels_first"), (2, 32, 9), "input. LinearHead(32, ...) reads 32 channels."),
+        (LinearHead(64, 4, layout="channels_last"), (2, 9, 32), "input. LinearHead(32, ...) reads 32 channels."),
+        # A head for other channels would not read these either.
+        (LinearHead(64, 4), (64,), "The input has 64 channels in neither layout"),
+        (AuxiliaryHead(64, 4), (2, 32), "The input has 64 channels in neither layout"),
+    ):
+        with raises(HeadError, f"Head does not read a tensor of shape {shape}", "64", remedy):
+            head(torch.randn(shape))
+
+
+def test_relay_output_in_place_of_the_models_output() -> None:
+    output = relay_of(Plan(auxiliary=AUX))(torch.randn(2, 3))
+    with pytest.raises(
+        AttributeError,
+        match=r"^'RelayOutput' object has no attribute 'argmax'\. In training mode .* use output\.primary .* "
+        r"relay\.eval\(\) first$",
+    ):
+        output.argmax(1)
+    assert not hasattr(output, "shape")
+    with pytest.raises(AttributeError, match=r"^'RelayOutput' object has no attribute '_private'$"):
+        _ = output._private
+    copied = pickle.loads(pickle.dumps(output))
+    assert torch.equal(copied.losses["aux"], output.auxiliary["aux"])
+    assert copied.weights == output.weights
+
+
+def test_a_shape_is_not_an_example() -> None:
+    model, requirement = Conv(), "it must be a batch: a tensor, a tuple of arguments"
+    for shape, remedy in (((3, 32, 32), "Pass torch.empty(2, 3, 32, 32)."), ([4, 3, 8, 8], "torch.empty(4, 3, 8, 8).")):
+        with raises(PlanError, f"the example input is {tuple(shape)}, a shape", requirement, remedy):
+            suggest_plan(model, shape)
+    with raises(PlanError, "the example input is (3, 32, 32), a shape", requirement, "torch.empty(2, 3, 32, 32)"):
+        head_for(model, Plan(auxiliary={"aux": Window(top="2")}), (3, 32, 32), 4)
+    with pytest.raises(PlanError, match=r"the model raised"):
+        suggest_plan(model, (torch.randn(2, 3), 3))
+
+    class Samples(nn.Sequential):
+        def forward(self, batch: int) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.ones(batch, 3))
+
+    assert suggest_plan(Samples(*(nn.Linear(3, 3) for _ in range(8))), (2,)).depths
 
 
 def test_plan_applied_twice() -> None:
