@@ -65,7 +65,10 @@ def _run_on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callab
 
 def _is_shape(value: Any) -> bool:
     """Return whether a value looks like the shape of a tensor."""
-    return isinstance(value, (tuple, list)) and bool(value) and all(type(item) is int for item in value)
+    if not isinstance(value, (tuple, list)):
+        return False
+    items = cast(Sequence[Any], value)
+    return len(items) > 0 and all(type(item) is int for item in items)
 
 
 def _shape_error(shape: Sequence[int]) -> PlanError:
