@@ -298,7 +298,9 @@ def test_leak_error_names_both_modules() -> None:
     plan = Plan(primary=Window(bottom="decoder2"), auxiliary={"aux": Window(top="decoder2")})
     relay = Relay(UNet(), plan, {"aux": nn.Linear(3, 3)})
     with pytest.raises(
-        LeakError, match=r"from encoder1 \(below\) to decoder1 \(above\) bypasses .*'primary'.*input of decoder2"
+        LeakError,
+        match=r"from encoder1 \(below\) to decoder1 \(above\) bypasses .*'primary'.*input of decoder2.*"
+        r"on both: after=\('encoder2', 'encoder1'\)\.$",
     ):
         relay(torch.randn(2, 3))
 

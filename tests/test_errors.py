@@ -1,5 +1,6 @@
 """Bad input: each error states the problem, the requirement and the remedy. The tests check the texts too."""
 
+import ast
 import pickle
 import re
 from typing import Any
@@ -9,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import relaybackprop
-from relaybackprop import LinearHead, Plan, Relay, RelayError, RelayLoss, Window, head_for, reach, suggest_plan
+from oracle import assert_same, expected_gradients, relay_gradients, step_gradients
+from relaybackprop import (
+    AuxiliaryHead,
+    LinearHead,
+    Plan,
+    Relay,
+    RelayError,
+    RelayLoss,
+    Window,
+    head_for,
+    reach,
+    suggest_plan,
+)
 from relaybackprop.errors import (
     AppliedTwiceError,
     BoundaryError,
@@ -204,6 +217,81 @@ def test_errors_in_a_head_name_the_head() -> None:
     assert caught.value.__notes__ == ["Raised by the head 'aux', which read (2, 3), the output of 1."]
 
 
+class Conv(nn.Sequential):
+    """Two convolutions with 32 channels and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, 3),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 4),
+        )
+
+
+def test_head_for_the_wrong_channels_names_its_loss_and_boundary() -> None:
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    relay = Relay(Conv(), Plan(auxiliary={"aux": Window(top="2")}), {"aux": LinearHead(64, 4)})
+    for call in (
+        lambda: relay(x),
+        lambda: relay.forward_backward(x, target=labels, loss=RelayLoss(nn.CrossEntropyLoss())),
+    ):
+        with raises(
+            HeadError,
+            "in the head of the auxiliary loss 'aux', on the output of 2, LinearHead does not read a tensor of shape "
+            "(2, 32, 4, 4)",
+            "it reads (N, 64) or (N, 64, H, W)",
+            "Build the head for the channels of its input. If channels are first, LinearHead(32, ...) reads 32 "
+            "channels. head_for(model, plan, example, classes) chooses a head.",
+        ):
+            call()
+    for head, shape, remedy in (
+        (LinearHead(64, 4), (2, 32), "input. LinearHead(32, ...) reads 32 channels."),
+        (LinearHead(64, 4, layout="channels_first"), (2, 32, 9), "input. LinearHead(32, ...) reads 32 channels."),
+        (LinearHead(64, 4, layout="channels_last"), (2, 9, 32), "input. LinearHead(32, ...) reads 32 channels."),
+        # A head for other channels would not read these either.
+        (LinearHead(64, 4), (64,), "The input has 64 channels in neither layout"),
+        (AuxiliaryHead(64, 4), (2, 32), "The input has 64 channels in neither layout"),
+    ):
+        with raises(HeadError, f"Head does not read a tensor of shape {shape}", "64", remedy):
+            head(torch.randn(shape))
+
+
+def test_relay_output_in_place_of_the_models_output() -> None:
+    output = relay_of(Plan(auxiliary=AUX))(torch.randn(2, 3))
+    with pytest.raises(
+        AttributeError,
+        match=r"^'RelayOutput' object has no attribute 'argmax'\. In training mode .* use output\.primary .* "
+        r"relay\.eval\(\) first$",
+    ):
+        output.argmax(1)
+    assert not hasattr(output, "shape")
+    with pytest.raises(AttributeError, match=r"^'RelayOutput' object has no attribute '_private'$"):
+        _ = output._private
+    copied = pickle.loads(pickle.dumps(output))
+    assert torch.equal(copied.losses["aux"], output.auxiliary["aux"])
+    assert copied.weights == output.weights
+
+
+def test_a_shape_is_not_an_example() -> None:
+    model, requirement = Conv(), "it must be a batch: a tensor, a tuple of arguments"
+    for shape, remedy in (((3, 32, 32), "Pass torch.empty(2, 3, 32, 32)."), ([4, 3, 8, 8], "torch.empty(4, 3, 8, 8).")):
+        with raises(PlanError, f"the example input is {tuple(shape)}, a shape", requirement, remedy):
+            suggest_plan(model, shape)
+    with raises(PlanError, "the example input is (3, 32, 32), a shape", requirement, "torch.empty(2, 3, 32, 32)"):
+        head_for(model, Plan(auxiliary={"aux": Window(top="2")}), (3, 32, 32), 4)
+    with pytest.raises(PlanError, match=r"the model raised"):
+        suggest_plan(model, (torch.randn(2, 3), 3))
+
+    class Samples(nn.Sequential):
+        def forward(self, batch: int) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.ones(batch, 3))
+
+    assert suggest_plan(Samples(*(nn.Linear(3, 3) for _ in range(8))), (2,)).depths
+
+
 def test_plan_applied_twice() -> None:
     relay = relay_of(Plan(auxiliary=AUX))
     for model in (relay, nn.Sequential(relay, nn.Linear(3, 3))):
@@ -242,6 +330,79 @@ def test_leak_around_a_residual_branch() -> None:
         LeakError, "(above) bypasses the end of the window of 'primary'", "the input of layer3.1.conv2", "block"
     ):
         relay(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("bottom", "skip", "upper", "main"),
+    [
+        ("layer2.0.conv2", "layer1", "layer2.0.downsample.0", "layer2.0.bn1"),
+        ("layer2.1.conv2", "layer2.0", "layer2.1", "layer2.1.bn1"),
+        ("layer3.1.bn2", "layer3.0", "layer3.1", "layer3.1.conv2"),
+        ("layer2.1.conv1", "layer2.0", "layer2.1", None),  # the path splits at this very input
+    ],
+)
+def test_the_remedy_of_a_leak_is_accepted(bottom: str, skip: str, upper: str, main: str | None) -> None:
+    """The shared, in-place activations of these blocks run twice, so windows cannot end at them."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model, x = models.resnet18(num_classes=3).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plan = Plan(primary=Window(bottom=bottom), auxiliary={"aux": Window(top="layer3")})
+    heads = {"aux": LinearHead(256, 3).double()}
+    ends = (skip,) if main is None else (main, skip)
+    for early in (False, True):
+        # With the auxiliary loss, whose window has no end, early release raises its own error first.
+        relay = Relay(model, Plan(plan.primary)) if early else Relay(model, plan, heads)
+        with raises(LeakError, f"from {skip} (below) to {upper} (above)", f"the input of {bottom}", "after=") as caught:
+            step_gradients(relay, x) if early else relay_gradients(relay, x)
+        remedy = re.search(r"after=(\(.+\)|'[^']+')(.*)\.$", caught.value.remedy)
+        assert remedy is not None
+        assert remedy[2] == (", with an ordinary backward pass" if early and main else "")
+        after = ast.literal_eval(remedy[1])
+        assert Window(after=after) == Window(after=ends)
+        accepted = Relay(model, Plan(Window(after=after), plan.auxiliary), heads)
+        gradients = relay_gradients(accepted, x)
+        assert_same(gradients, expected_gradients(accepted, x))
+        assert_same(gradients, expected_gradients(accepted, x, plan=plan))  # the window that was asked for
+
+
+class Dense(nn.Module):
+    """Each layer reads the outputs of all earlier ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for layer in self.layers:
+            values.append(layer(torch.stack(values).sum(0)))
+        return values[-1]
+
+
+def test_the_remedy_of_a_leak_lists_a_few_ends_at_most() -> None:
+    for bottom, proposed in (("layers.3", True), ("layers.7", False)):
+        with raises(LeakError, "(below)", f"the input of {bottom}", "the whole block") as caught:
+            relay_of(Plan(primary=Window(bottom=bottom)), Dense())(torch.randn(2, 3))
+        assert ("on all paths: after=(" in caught.value.remedy) == proposed
+
+
+def test_the_remedy_of_a_leak_proposes_modules_only() -> None:
+    class Bare(nn.Module):
+        """A layer without a module below a skip."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * self.weight
+            return self.b(self.a(x)) + x
+
+    for window, remedy in ((Window(bottom="b"), "block"), (Window(bottom="a"), "block"), (Window(after="a"), "block")):
+        with raises(LeakError, "a path from MulBackward0", "the ", f"the whole {remedy}.") as caught:
+            relay_of(Plan(primary=window), Bare())(torch.randn(2, 3))
+        assert "after" not in caught.value.remedy
 
 
 def test_errors_can_be_pickled_and_derive_from_builtins() -> None:

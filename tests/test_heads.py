@@ -255,7 +255,11 @@ REFUSED: dict[str, tuple[nn.Module, Any, tuple[str, ...]]] = {
     "video": (LinearHead(64, 5), (2, 64, 4, 8, 8), ("(2, 64, 4, 8, 8)", "(N, 64, H, W)", "layout='channels_first'")),
     "audio": (AuxiliaryHead(64, 5), (2, 64, 50), ("(2, 64, 50)", "(N, 64, H, W)", "LinearHead(", "channels_first")),
     "rows": (AuxiliaryHead(64, 5), (2, 64), ("(2, 64)", "(N, 64, H, W)", "LinearHead(")),
-    "another width": (LinearHead(6, 5), (2, 5, 4, 4), ("(2, 5, 4, 4)", "(N, 6, H, W)", "has 6 channels", "head_for(")),
+    "another width": (
+        LinearHead(6, 5),
+        (2, 5, 4, 4),
+        ("(2, 5, 4, 4)", "(N, 6, H, W)", "LinearHead(5, ...) reads 5 channels", "head_for("),
+    ),
     "declared": (
         LinearHead(6, 5, layout="channels_first"),
         (2, 4, 4, 6),

@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import nn
 
 from relaybackprop import Plan, Relay, Window
-from relaybackprop.errors import WindowError
+from relaybackprop.errors import PlanError, WindowError
 from relaybackprop.plan import PRIMARY
 
 PAPER = Plan(primary=Window(bottom="layer3.0"), auxiliary={"aux": Window(top="layer3.3")})
@@ -125,6 +125,39 @@ def test_check_relay_uses_the_order_of_the_forward_pass() -> None:
     relay(torch.randn(1, 2))
     with pytest.raises(WindowError, match="ends at the input of mid"):
         relay.plan.check_relay(relay.order)
+
+
+def test_check_relay_requires_a_complete_order() -> None:
+    plan = Plan(Window(bottom="2"), {"aux": Window(top="1")})
+    relay = Relay(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), plan, {"aux": nn.Linear(2, 2)})
+    remedy = r"a forward pass in training mode records them\. Run relay\.train\(\)\(images\) with this plan first"
+    with pytest.raises(PlanError, match=rf"the order of boundaries is empty: .*{remedy}"):
+        relay.plan.check_relay(relay.order)
+    relay.eval()(torch.randn(1, 2))
+    with pytest.raises(PlanError, match="is empty"):
+        relay.plan.check_relay(relay.order)
+    relay.train()(torch.randn(1, 2))
+    with pytest.raises(WindowError, match="ends at the input of 2"):
+        relay.plan.check_relay(relay.order)
+    relay.plan = Plan(Window(bottom="0"), plan.auxiliary)  # the order is still that of the old plan
+    with pytest.raises(PlanError, match=rf"the order of boundaries does not include the input of 0: .*{remedy}"):
+        relay.plan.check_relay(relay.order)
+    relay(torch.randn(1, 2))
+    relay.plan.check_relay(relay.order)
+    Plan().check_relay(())  # no boundaries
+
+
+def test_isolated_without_an_order_uses_the_order_of_the_plan() -> None:
+    """`auxiliary` lists the lowest head first, so an empty `Relay.order` gives the same plan."""
+    relay = Relay(
+        nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))),
+        Plan(Window(bottom="1"), {"low": Window(top="0"), "high": Window(top="2", bottom="0")}),
+        {"low": nn.Linear(2, 2), "high": nn.Linear(2, 2)},
+    )
+    before = relay.plan.isolated(relay.order)
+    relay(torch.randn(1, 2))
+    assert before == relay.plan.isolated(relay.order)
+    assert before.windows["primary"].after == "2"
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters=".", exclude_categories=["C"]), min_size=1, max_size=8)

@@ -79,7 +79,9 @@ def only(relay: Relay, loss: str) -> dict[str, Tensor]:
 def test_missing_side_input_is_named() -> None:
     plan = Plan(Window(after=("mid", "enc2", "enc1")), {"aux": Window(top="mid")})
     with pytest.raises(
-        LeakError, match=r"from time.* \(below\).*output of mid and the output of enc2.*after=\(\.\.\., 'time"
+        LeakError,
+        match=r"from time \(below\) to out.*output of mid and the output of enc2.*on all paths: "
+        r"after=\('mid', 'enc2', 'enc1', 'time'\)\.$",
     ):
         Relay(SideInputs(), plan, {"aux": Mean()}).double()(X)
 

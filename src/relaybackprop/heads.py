@@ -299,6 +299,10 @@ def _layout_error(features: Any, channels: int, layout: Layout | None, head: str
         )
     elif is_first:
         remedy = "LinearHead(..., layout='channels_first') reads it."
+    elif len(shape) in dims and (layout or len(shape) in (2, 4)):  # a head for other channels would read it
+        size = shape[-1 if assumed == "channels_last" else 1]
+        condition = "" if layout or len(shape) == 2 else "If channels are first, "
+        remedy = f"Build the head for the channels of its input. {condition}{head}({size}, ...) reads {size} channels."
     else:
         remedy = f"The input has {channels} channels in neither layout: build the head for its number of channels."
     return HeadError(problem, requirement, f"{remedy} head_for(model, plan, example, classes) chooses a head.")

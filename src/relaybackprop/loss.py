@@ -1,7 +1,7 @@
 """The loss of a relay: the weighted sum of the primary and auxiliary losses."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,20 @@ class RelayOutput(NamedTuple):
     primary: Any
     auxiliary: dict[str, Any]
     weights: dict[str, float]
+
+    if not TYPE_CHECKING:  # a type checker must still reject unknown attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise the error for an unknown attribute, such as a method of the tensor that evaluation mode returns."""
+            hint = (
+                ""
+                if name.startswith("_")
+                else (
+                    ". In training mode a relay returns the outputs of all losses: use output.primary for the model's "
+                    "output, or call relay.eval() first"
+                )
+            )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
     @property
     def losses(self) -> dict[str, Any]:

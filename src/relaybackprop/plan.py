@@ -229,7 +229,7 @@ class Plan:
                 windows[name] = _ending(window)
         return self._with_windows(windows)
 
-    def check_relay(self, order: Sequence[Boundary] = ()) -> None:
+    def check_relay(self, order: Sequence[Boundary] | None = None) -> None:
         """Check that each window overlaps the next lower one, as relay backpropagation requires (section 4).
 
         Args:
@@ -238,14 +238,24 @@ class Plan:
                 are numbered modules of the same container, which are compared by number.
 
         Raises:
+            PlanError: `order` lacks a boundary of this plan. `Relay.order` is empty before the first forward pass in
+                training mode, and belongs to the old plan after `relay.plan = plan` until the next one.
             WindowError: two neighbouring windows do not have a layer in common.
 
         Example:
             ```python
-            relay(images)  # records the order of the boundaries
+            relay.train()(images)  # records the order of the boundaries
             relay.plan.check_relay(relay.order)
             ```
         """
+        missing = [] if order is None else [str(boundary) for boundary in self.boundaries if boundary not in order]
+        if missing:
+            raise PlanError(
+                f"the order of boundaries {f'does not include the {missing[0]}' if order else 'is empty'}",
+                "it must include all boundaries of the plan, as a forward pass in training mode records them",
+                "Run relay.train()(images) with this plan first, then plan.check_relay(relay.order).",
+            )
+        order = order or ()
         windows = self.windows
         for lower, upper in self._neighbours(order):
             ends, head = windows[upper].ends, windows[lower].upper

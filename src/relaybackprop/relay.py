@@ -336,10 +336,13 @@ class Relay(nn.Module):
         check_no_transforms("an early release of Relay")
 
     def _run_head(self, name: str, value: Any) -> Any:
+        top = self.plan.auxiliary[name].upper
         try:
             return self.heads[name](value)
+        except HeadError as error:
+            problem = f"in the head of the auxiliary loss {name!r}, on the {top}, {error.problem}"
+            raise HeadError(problem, error.requirement, error.remedy) from error
         except Exception as error:
-            top = self.plan.auxiliary[name].upper
             error.add_note(f"Raised by the head {name!r}, which read {shape_of(value)}, the {top}.")
             raise
 

@@ -17,21 +17,21 @@ Note [Early release]
    it, so the peak is the memory that the largest window saves.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from relaybackprop.engine import graph
 from relaybackprop.engine.calls import Calls
 from relaybackprop.engine.junction import Gradients, Junction, Lanes, Losses, add, cross
 from relaybackprop.engine.memory import InPlaceCheck
 from relaybackprop.engine.pytree import replace_tensors, tensors_in
-from relaybackprop.engine.routes import check_eager, foreign_head_error, leak_error
+from relaybackprop.engine.routes import check_eager, foreign_head_error, leak_error, same_ends
 from relaybackprop.errors import EarlyReleaseError
 from relaybackprop.plan import PRIMARY, Boundary
 
@@ -47,11 +47,14 @@ class _Segment:
         bottom: the cut at its lower end; None for the lowest segment.
         leaves: the leaves that replace the tensors of that cut.
         older_nodes: sequence numbers of the nodes below the cut, to find paths that bypass it.
+        cut: the gradient edges below the cut, for error messages. Only kept while the graph is searched, because they
+            keep its nodes.
     """
 
     bottom: Boundary | None = None
     leaves: list[Tensor] = field(default_factory=list[Tensor])
     older_nodes: frozenset[int] = frozenset()
+    cut: list[GradientEdge] = field(default_factory=list[GradientEdge])
     # Gradients at its heads, and gradients from above at its upper end, by set of losses. `held` is the sum of the
     # gradients that were already sent to lower segments, and `held_losses` are their losses.
     heads: dict[str, tuple[list[GradientEdge], Gradients]] = field(
@@ -98,14 +101,14 @@ class EarlyRelease:
     Args:
         calls: records the boundaries crossed.
         compute: runs a head and a criterion.
-        names: the module that created each node. None if an earlier step with this plan has already searched the graph
+        names: the modules at each node. None if an earlier step with this plan has already searched the graph
             for paths that bypass a cut.
 
     Attributes:
         depths: the depth of each loss's window, as in `Relay`; set during the search.
     """
 
-    def __init__(self, calls: Calls, compute: Compute, names: Mapping[Node, str] | None) -> None:
+    def __init__(self, calls: Calls, compute: Compute, names: graph.ModuleNames | None) -> None:
         self.calls = calls
         self.depths: dict[str, int] = {}
         self._in_place = InPlaceCheck()
@@ -161,6 +164,7 @@ class EarlyRelease:
         if self._names is not None or place != boundary:  # a module was skipped, so this graph was not searched yet
             segment.older_nodes = previous.older_nodes | _node_numbers(sources)
         if self._names is not None:
+            segment.cut = sources
             self._heights.append(graph.longest_path(sources, graph.follow_all))
         if len(self._segments) > self._lowest_live:  # the segment below is not freed: gradients may reach this cut
             previous.sources = sources
@@ -262,14 +266,14 @@ class EarlyRelease:
         if propagates:
             self._segments[index - 1].lanes[losses] = [leaf.grad for leaf in segment.leaves]
         # Drops the last references to the segment's graph. Later checks need its cut only.
-        self._segments[index] = _Segment(segment.bottom, older_nodes=segment.older_nodes)
+        self._segments[index] = _Segment(segment.bottom, [], segment.older_nodes, segment.cut)
 
     def _check_paths(self, index: int, edges: Iterable[GradientEdge], losses: Losses) -> None:
         """Raise if a path from this segment bypasses the cut at its lower end, or leads into a different segment."""
         segment = self._segments[index]
         if self._names is None and not segment.older_nodes:
             return
-        names = self._names or dict[Node, str]()
+        names = self._names or graph.ModuleNames()
         parents = graph.walk(edges, graph.follow_all)
         if segment.older_nodes and any(map(graph.is_reentrant_checkpoint, parents)):
             raise EarlyReleaseError(
@@ -281,7 +285,17 @@ class EarlyRelease:
         bypass = next((node for node, node_number in inner_nodes if node_number in segment.older_nodes), None)
         ending = [loss for loss in losses if segment.bottom in self.calls.plan.windows[loss].ends]
         if bypass is not None and ending:
-            raise leak_error(ending[0], str(segment.bottom), bypass, parents, names)
+            assert segment.bottom is not None, "only the lowest segment has no cut, and no nodes are below it"
+            older, ends = segment.older_nodes, {segment.bottom: same_ends(segment.bottom, segment.cut, names) or [None]}
+            raise leak_error(
+                ending[0],
+                ends,
+                edges,
+                graph.follow_all,
+                lambda node: graph.sequence_number(node) in older,
+                names,
+                early=True,
+            )
         # A node of a different segment, such as a cut in a parallel tower, can be reached without crossing this cut.
         for node, node_number in inner_nodes:
             other = self._segment_of_node.setdefault(node_number, index)

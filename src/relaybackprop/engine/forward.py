@@ -71,8 +71,8 @@ class ForwardPass:
             start = None if window.upper is None else self._junction_at.get(window.upper)
             edges = [edge for item in items.values() for edge in item]
             top = edges if loss == PRIMARY else [] if start is None else start.sources
-            ends = [self._junction_at[end] for end in window.ends if end in self._junction_at]
-            paths[loss] = LossPath(items, start, top, tuple(ends))
+            ends = {self.calls.places[end]: self._junction_at[end] for end in window.ends if end in self._junction_at}
+            paths[loss] = LossPath(items, start, top, ends)
         return paths
 
     def _insert_junction(

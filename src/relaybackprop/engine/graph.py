@@ -1,6 +1,7 @@
 """Read-only walks over the autograd graph of a forward pass."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -13,6 +14,34 @@ Follow = Callable[[Node, int], bool]
 _WEIGHT_LAYER = re.compile(r"Conv|Addmm|^Mm|Linear|Embedding")
 # Nodes allowed between a weight and the operation that uses it, including autocast's cached casts.
 _VIEW_OR_CAST = re.compile(r"^(T|Transpose|View|UnsafeView|Permute|ToCopy|Alias)Backward\d*$")
+
+
+class ModuleNames:
+    """The modules of one forward pass by the nodes of their outputs, for error messages."""
+
+    def __init__(self) -> None:
+        self._modules: dict[Node, list[str]] = {}  # from the innermost module to the outermost
+        self._calls = Counter[str]()
+        self._several = set[str]()  # modules that return several tensors
+
+    def record(self, module: str, tensors: Iterable[Tensor]) -> None:
+        """Record one call of a module, after the calls of its submodules."""
+        nodes = {tensor.grad_fn: None for tensor in tensors if tensor.grad_fn is not None}
+        self._calls[module] += 1
+        if len(nodes) > 1:
+            self._several.add(module)
+        for node in nodes:
+            self._modules.setdefault(node, []).append(module)
+
+    def innermost(self, node: Node) -> str | None:
+        """Return the innermost module whose output is at a node, if possible one that runs once."""
+        modules = self._modules.get(node, [])
+        return next((name for name in modules if self._calls[name] == 1), modules[0] if modules else None)
+
+    def possible_end(self, node: Node) -> str | None:
+        """Return the outermost module that runs once and returns the tensor at a node and no other."""
+        modules = reversed(self._modules.get(node, []))
+        return next((name for name in modules if self._calls[name] == 1 and name not in self._several), None)
 
 
 def edges_of(tensors: Iterable[Tensor]) -> list[GradientEdge]:
@@ -39,6 +68,50 @@ def walk(starts: Iterable[GradientEdge], follow: Follow) -> dict[Node, Node | No
         parents.setdefault(node, parent)
         stack.extend((below, output_nr, node) for below, output_nr in _below(node, output_nr))
     return parents
+
+
+def crossings(
+    starts: Iterable[GradientEdge], follow: Follow, is_below: Callable[[Node], bool]
+) -> tuple[dict[GradientEdge, Node | None], dict[Node, Node | None]]:
+    """Find the edges where paths from `starts` first enter a set of nodes.
+
+    Args:
+        starts: the edges where the paths start.
+        follow: the edges that the paths follow.
+        is_below: whether a node is in the set. Parameters are ignored, since layers may share them.
+
+    Returns:
+        The edges into the set, each with the node above it (None at a start), and the result of the walk above them.
+    """
+    starts = list(starts)
+    parents = walk(starts, lambda node, output_nr: follow(node, output_nr) and not is_below(node))
+    edges: list[tuple[GradientEdge, Node | None]] = [(edge, None) for edge in starts]
+    edges += [(GradientEdge(*below), node) for node in parents for below in _below(node)]
+    found: dict[GradientEdge, Node | None] = {}
+    for edge, upper in edges:
+        if is_below(edge.node) and not is_leaf(edge.node) and follow(edge.node, edge.output_nr):
+            found.setdefault(GradientEdge(edge.node, edge.output_nr), upper)
+    return found, parents
+
+
+def possible_ends(starts: Iterable[GradientEdge], follow: Follow, names: ModuleNames) -> list[str | None]:
+    """Return the modules at whose outputs a window would end that ends at `starts`, with the same parameters below it.
+
+    An item is None if an operation outside all modules reads a parameter first.
+    """
+    ends: dict[str | None, None] = {}
+    stack, seen = [(edge.node, edge.output_nr) for edge in reversed(list(starts))], set[tuple[Node, int]]()
+    while stack:
+        node, output_nr = stack.pop()
+        if (node, output_nr) in seen or is_leaf(node) or not follow(node, output_nr):
+            continue
+        seen.add((node, output_nr))
+        name = names.possible_end(node)
+        if name is not None or uses_leaf(node):
+            ends[name] = None
+        else:  # without parameters, such as an activation or a sum: the window may end at its inputs instead
+            stack.extend(reversed(list(_below(node, output_nr))))
+    return list(ends)
 
 
 def longest_path(starts: Iterable[GradientEdge], follow: Follow) -> int:
@@ -91,19 +164,23 @@ def sequence_number(node: Node) -> int:
     return cast(Any, node)._sequence_nr()
 
 
-def nearest_name(node: Node | None, names: Mapping[Node, str], parents: Mapping[Node, Node | None]) -> str | None:
+def nearest_name(node: Node | None, names: ModuleNames, parents: Mapping[Node, Node | None]) -> str | None:
     """Return the module whose output is at this node, or the first one above it on the path of the walk."""
-    while node is not None and node not in names:
+    while node is not None:
+        name = names.innermost(node)
+        if name is not None:
+            return name
         node = parents.get(node)
-    return None if node is None else names[node]
+    return None
 
 
-def nearest_name_below(node: Node, names: Mapping[Node, str]) -> str | None:
+def nearest_name_below(node: Node, names: ModuleNames) -> str | None:
     """Return the module whose output is at this node, or the first one below it, breadth first."""
     queue, seen = [node], {node}
     for current in queue:
-        if current in names:
-            return names[current]
+        name = names.possible_end(current) or names.innermost(current)
+        if name is not None:
+            return name
         for below, _ in _below(current):
             if below not in seen:
                 seen.add(below)

@@ -18,9 +18,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.autograd.graph import Node
 
 from relaybackprop.engine.calls import Calls
+from relaybackprop.engine.graph import ModuleNames
 from relaybackprop.engine.pytree import tensors_in
 from relaybackprop.errors import CompiledOverlapError, ModuleNameError, TransformError
 from relaybackprop.plan import Boundary, Plan
@@ -103,16 +103,16 @@ def _cross_late(engine: Engine, boundary: Boundary, place: Boundary, value: Any)
 
 
 @contextmanager
-def node_names(model: nn.Module, enabled: bool) -> Generator[dict[Node, str]]:
-    """Record the innermost module that creates each node of the graph, for error messages."""
-    names: dict[Node, str] = {}
+def node_names(model: nn.Module, enabled: bool) -> Generator[ModuleNames]:
+    """Record the modules whose outputs are at each node of the graph, for error messages."""
+    names = ModuleNames()
     with ExitStack() as stack:
         for name, module in _eager_modules(model, "") if enabled else ():
+            if not name:  # the model itself
+                continue
 
             def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-                for tensor in tensors_in(output):
-                    if tensor.grad_fn is not None:
-                        names.setdefault(tensor.grad_fn, name)
+                names.record(name, tensors_in(output))
 
             stack.callback(module.register_forward_hook(note).remove)
         yield names

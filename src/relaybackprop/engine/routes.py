@@ -3,7 +3,7 @@
 This module also detects paths that bypass the end of a window, and compiled code in an overlap.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from relaybackprop.engine import graph
 from relaybackprop.engine.junction import Hop, Junction, Losses, Route
 from relaybackprop.engine.memory import in_place_error
 from relaybackprop.errors import CompiledOverlapError, LeakError
+from relaybackprop.plan import Boundary
+
+MAX_ENDS = 6  # the longest list of ends that an error proposes
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class LossPath:
         items: gradient edges of each tensor of the loss's output, by the tensor's keys.
         start: the junction where its head attaches; None for the primary loss, or if nothing there needs a gradient.
         top: gradient edges at the top of its window, below its head.
-        ends: the junctions where its window ends; empty if it reaches the first layer.
+        ends: the junctions where its window ends, by place; empty if it reaches the first layer.
     """
 
     items: Mapping[tuple[Any, ...], Sequence[GradientEdge]]
     start: Junction | None
     top: Sequence[GradientEdge]
-    ends: tuple[Junction, ...]
+    ends: Mapping[Boundary, Junction]
 
     @property
     def outputs(self) -> list[GradientEdge]:
@@ -62,13 +65,13 @@ class Schedule:
                 check_eager(junction.sources, _between_junctions, f"below the {junction.boundary}")
 
 
-def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], names: Mapping[Node, str]) -> Schedule:
+def make_schedule(junctions: Sequence[Junction], paths: Mapping[str, LossPath], names: graph.ModuleNames) -> Schedule:
     """Derive each junction's route from the graph of one forward pass.
 
     Args:
         junctions: all junctions of the pass, from lowest to highest.
         paths: the path of each loss.
-        names: the module that created each node, for error messages.
+        names: the modules at each node, for error messages.
 
     Raises:
         LeakError: a path bypasses the end of a window, or a head reads more than its boundary.
@@ -157,28 +160,34 @@ def junction_at(node: Node, output: int) -> Junction | None:
 
 def leak_error(
     loss: str,
-    ends: str,
-    node: Node,
-    parents: Mapping[Node, Node | None],
-    names: Mapping[Node, str],
+    ends: Mapping[Boundary, Sequence[str | None]],
+    starts: Iterable[GradientEdge],
+    follow: graph.Follow,
+    is_below: Callable[[Node], bool],
+    names: graph.ModuleNames,
     bypassing_items: Sequence[str] = (),
+    early: bool = False,
 ) -> LeakError:
-    """Build the error for a path of a loss that bypasses the ends of its window.
+    """Build the error for paths of a loss that bypass the ends of its window.
 
     Args:
         loss: name of the loss.
-        ends: description of the ends.
-        node: the node below the ends that the path reaches.
-        parents: result of the walk that found the path.
-        names: the module that created each node.
+        ends: the ends, each with the modules whose outputs are the same ends (None if there is no such module).
+        starts: the edges where the paths start.
+        follow: the edges that the paths follow.
+        is_below: whether a node is below the ends.
+        names: the modules at each node.
         bypassing_items: items of the model's output whose paths bypass the ends, if those of other items do not.
+        early: whether the pass is an early release, which does not support several ends.
     """
-    lower = graph.nearest_name_below(node, names)
-    upper = graph.nearest_name(parents[node], names, parents) or f"the loss {loss!r}"
-    remedy = (
-        "End the window where the two paths have joined or not yet split, such as the input or output of "
-        f"the whole block, or end it on both: after=(..., {lower or '...'!r})."
-    )
+    crossings, parents = graph.crossings(starts, follow, is_below)
+    leaks = [edge for edge in crossings if any(map(graph.uses_leaf, graph.walk([edge], follow)))]
+    first = leaks[0]
+    lower = graph.nearest_name_below(first.node, names)
+    upper = graph.nearest_name(crossings[first], names, parents) or f"the loss {loss!r}"
+    main = [name for modules in ends.values() for name in modules]
+    place = _proposed_ends(main, graph.possible_ends(leaks, follow, names), early)
+    remedy = f"End the window where the two paths have joined or not yet split, such as {place}."
     if bypassing_items:
         remedy = (
             f"The path starts at {', '.join(bypassing_items)} of the model's output. If the primary loss does not read "
@@ -186,10 +195,29 @@ def leak_error(
             "output[0]."
         )
     return LeakError(
-        f"a path from {lower or node.name()} (below) to {upper} (above) bypasses the end of the window of {loss!r}",
-        f"every backward path of the loss must cross that end, the {ends}",
+        f"a path from {lower or first.node.name()} (below) to {upper} (above) bypasses the end of the window of "
+        f"{loss!r}",
+        f"every backward path of the loss must cross that end, the {' and the '.join(map(str, ends))}",
         remedy,
     )
+
+
+def _proposed_ends(main: Sequence[str | None], bypasses: Sequence[str | None], early: bool) -> str:
+    """Return where to end a window, given the modules at its present ends and those on the paths that bypass them."""
+    block = "the input or output of the whole block"
+    modules = list(dict.fromkeys((*main, *bypasses)))
+    if None in bypasses or len(modules) > MAX_ENDS:
+        return block
+    listed = ", ".join("..." if module is None else repr(module) for module in modules)
+    if len(modules) == 1:
+        return f"after={listed}"
+    paths = "both" if len(modules) == 2 else "all paths"
+    return f"{block}, or end it on {paths}: after=({listed}){', with an ordinary backward pass' if early else ''}"
+
+
+def same_ends(place: Boundary, sources: Sequence[GradientEdge], names: graph.ModuleNames) -> list[str | None]:
+    """Return the modules whose outputs are the same end of a window as a boundary: one, or those at its inputs."""
+    return [place.module] if place.side == "output" else graph.possible_ends(sources, graph.follow_all, names)
 
 
 def foreign_head_error(loss: str, start: str) -> LeakError:
@@ -216,23 +244,23 @@ def _between_junctions(node: Node, output: int) -> bool:
     return junction_at(node, output) is None
 
 
-def _check_leak(loss: str, path: LossPath, parents: Mapping[Node, Node | None], names: Mapping[Node, str]) -> None:
+def _check_leak(loss: str, path: LossPath, parents: Mapping[Node, Node | None], names: graph.ModuleNames) -> None:
     """Raise `LeakError` if a path of the loss reaches a layer below the ends of its window."""
-    below = graph.walk((edge for end in path.ends for edge in end.sources), graph.follow_all)
+    below = graph.walk((edge for end in path.ends.values() for edge in end.sources), graph.follow_all)
 
-    def leaks(nodes: Iterable[Node]) -> Node | None:  # parameters may be shared, so look for their uses
-        return next((node for node in nodes if node in below and graph.uses_leaf(node)), None)
+    def leaks(nodes: Iterable[Node]) -> bool:  # parameters may be shared, so look for their uses
+        return any(node in below and graph.uses_leaf(node) for node in nodes)
 
-    node = leaks(parents)
-    if node is None:
+    if not leaks(parents):
         return
+    follow = within_window(loss)
     # If only some items of the model's output leak, the primary loss may not read them at all, so the error lists
     # them.
-    leaking = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, within_window(loss))) is not None]
+    leaking = [keys for keys, edges in path.items.items() if leaks(graph.walk(edges, follow))]
     all_leak = len(leaking) == len(path.items)
     bypassing_items = [] if all_leak else ["".join(f"[{key!r}]" for key in keys) for keys in leaking]
-    ends = " and the ".join(end.boundary for end in path.ends)
-    raise leak_error(loss, ends, node, parents, names, bypassing_items)
+    ends = {place: same_ends(place, end.sources, names) for place, end in path.ends.items()}
+    raise leak_error(loss, ends, path.outputs, follow, below.__contains__, names, bypassing_items)
 
 
 def _check_head(loss: str, outputs: Sequence[GradientEdge], start: Junction) -> None:

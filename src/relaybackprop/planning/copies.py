@@ -42,6 +42,15 @@ def run_on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callabl
         RelayError: an error raised by `run`.
     """
     try:
+        return _run_on_copies(modules, example_input, run)
+    except PlanError as error:
+        if isinstance(error.__cause__, Exception) and _is_shape(example_input):
+            raise _shape_error(example_input) from error
+        raise
+
+
+def _run_on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callable[[list[Any], Arguments], T]) -> T:
+    try:
         with dry_run():
             return run(_copies(modules, _without_values), _arguments(example_input, _without_values))
     except PlanError:
@@ -52,6 +61,24 @@ def run_on_copies(modules: Sequence[nn.Module], example_input: Any, run: Callabl
     context = "training mode on the example, on the meta device or on its values"
     with _recording(context, gpus), _without_onednn():
         return run(_copies(modules, _with_values), _arguments(example_input, _with_values))
+
+
+def _is_shape(value: Any) -> bool:
+    """Return whether a value looks like the shape of a tensor."""
+    if not isinstance(value, (tuple, list)):
+        return False
+    items = cast(Sequence[Any], value)
+    return len(items) > 0 and all(type(item) is int for item in items)
+
+
+def _shape_error(shape: Sequence[int]) -> PlanError:
+    """Build the error for a shape in place of an example, which would be passed as one argument per dimension."""
+    batch = shape if len(shape) not in (1, 3) else (2, *shape)  # one example, such as (C, H, W)
+    return PlanError(
+        f"the example input is {tuple(shape)}, a shape",
+        "it must be a batch: a tensor, a tuple of arguments, or a dict of keyword arguments",
+        f"Pass torch.empty({', '.join(map(str, batch))}).",
+    )
 
 
 @contextmanager
