@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from relaylab.outside.showing import picture
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
-from relaylab.report.verdict import LEARNT
+from relaylab.report.verdict import is_at_chance
 from relaylab.tables import Table
 from relaylab.train.metrics import Measure
 from relaylab.train.tuning import Axis, Choice, Trial, Tuning
@@ -34,7 +34,7 @@ def tuning_table(tuning: Tuning, guess: float, measure: Measure) -> Table:
 def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
     if trial.error is None:
         return "diverged; chosen, since all trials diverged" if trial.point == choice.point else "diverged"
-    outcome = "at chance level" if trial.error >= LEARNT * guess else ""
+    outcome = "at chance level" if is_at_chance(trial.error, guess) else ""
     if trial.point == choice.point:
         outcome = "chosen" if choice.enclosed else "chosen, at the edge of the tried values"
     added = any(text not in axis.values for axis, text in zip(choice.axes, trial.point, strict=True))
