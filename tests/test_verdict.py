@@ -6,7 +6,6 @@ from scipy import stats
 from relaylab.report.verdict import (
     Cost,
     Difference,
-    chance_error,
     difference_text,
     differences,
     interval,
@@ -14,6 +13,7 @@ from relaylab.report.verdict import (
     paired_differences,
     verdict,
 )
+from relaylab.train.metrics import chance_error
 
 STANDARD = {0: 50.0, 1: 52.0, 2: 51.0}
 BASIS = "Points are per cent of top-1 error; 95 % confidence intervals over 3 paired seeds (t); chance level 90.00 %."

@@ -9,10 +9,9 @@ from typing import Any
 from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
 from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
-from relaylab.report.verdict import chance_error, guessed_precision_error
 from relaylab.train import requests, run_folder
 from relaylab.train.failures import FILE, Failure, read_failure
-from relaylab.train.metrics import MEASURES, TOP, Measure, measures_of
+from relaylab.train.metrics import MEASURES, TOP, Measure, chance_error, guessed_precision_error, measures_of
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import Tuning, read_tuning
 

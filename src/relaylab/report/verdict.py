@@ -8,12 +8,12 @@ from typing import Literal
 from scipy import stats
 
 from relaylab.recipes.schema import SCHEME_NAMES
+from relaylab.train.metrics import is_at_chance
 
 CONFIDENCE = 0.95
 RELEVANT = 1.0  # points of error; methods are equivalent if the interval is within plus or minus this value
 MOST_SEEDS = 100
 DISTURBED = 1.5  # ratio of time to FLOPs beyond which times are not reported
-LEARNT = 0.98  # fraction of the chance level; a run above it has not learnt anything
 NOT_LEARNT = "all runs are at chance level: train longer or change the learning rate"
 PAIRS = (
     ("relay", "standard"),
@@ -144,26 +144,6 @@ def difference_text(values: Sequence[float]) -> str:
         round(value, 2) + 0.0 for value in (statistics.fmean(values), *(interval(values) or ()))
     )  # adding 0.0 turns -0.00 into 0.00
     return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f"{mean:+.2f} (one seed)"
-
-
-def chance_error(classes: int, top: int) -> float:
-    """Return the top-k error at chance level, in per cent."""
-    return 100 * (1 - min(top, classes) / classes)
-
-
-def is_at_chance(error: float, guess: float) -> bool:
-    """Return whether a run with this error has not learnt anything; `guess` is the chance level."""
-    return error >= LEARNT * guess
-
-
-def guessed_precision_error(positives: Sequence[int], images: int) -> float:
-    """Return 100 minus the mean average precision at chance level, in per cent: the mean fraction of positives.
-
-    Args:
-        positives: number of positive images per class; classes without positives are ignored.
-        images: total number of images.
-    """
-    return 100 - 100 * statistics.fmean(count / images for count in positives if count)
 
 
 def compared_scheme(schemes: Collection[str]) -> str | None:
