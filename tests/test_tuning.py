@@ -110,9 +110,7 @@ def test_a_choice_among_trials_at_chance_level_says_so() -> None:
         ((75.0, 60.0, 75.0), ""),
         ((None, None, None), ""),
     ]:
-        trials = [
-            Trial(axis, error, error and 1.4) for axis, error in zip([("1",), ("2",), ("4",)], errors_of, strict=True)
-        ]
+        trials = [Trial(axis, error, error and 1.4) for axis, error in zip(points, errors_of, strict=True)]
         choice = choice_of(grid, trials)
         assert choice.chance_text(75.0) == text
         tuning = Tuning(1000, 0.2, 1, {"relay": choice})

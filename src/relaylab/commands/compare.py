@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,6 +86,8 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     request = requests.resolve(dataclasses.replace(first, out=None, resume=None))
     axes = _axes(options, request.recipe)
     shared = shared_by(folder, request.options, request.recipe, len(members))
+    for text in _window_warnings(request.recipe, dict.fromkeys(scheme for scheme, _ in members)):
+        print(f"warning: {text}", file=sys.stderr)
 
     def train(configs: "Mapping[str, TrainOptions]", iterations: int) -> bool:
         return train_many(configs, shared, at_once=options.jobs, iterations=iterations)
@@ -141,6 +143,15 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
         problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a fraction or a number above 0")
     raise_all(problems)
     return axes
+
+
+def _window_warnings(recipe: "Recipe", schemes: Iterable[str]) -> list[str]:
+    """Return the warnings about the windows of the schemes, without repetitions."""
+    from relaylab.train.segments import segments_of, window_warnings
+
+    recipes = [dataclasses.replace(recipe, scheme=scheme) for scheme in schemes]
+    texts = [text for one in recipes for text in window_warnings(one, segments_of(one))]
+    return list(dict.fromkeys(texts))
 
 
 def _check_folder(folder: Path) -> None:

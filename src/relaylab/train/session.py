@@ -34,7 +34,7 @@ from relaylab.train.normalisation import REMEDY, has_local_batch_norm
 from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, logging_to
-from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
+from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of, window_warnings
 from relaylab.train.signals import StopRequest, stopping
 from relaylab.train.state import State, load_tensors
 from relaylab.train.torchrun import environment_number, launch_id, restart_count
@@ -192,7 +192,8 @@ def _train(
     if is_first:
         _check_space(folder, trainer)
         trainer.records = Records(folder, at.step, validated=at.validated == at.step)
-    _log_start(trainer, folder, segments, state)
+    # `relaylab compare` has printed these warnings once for all its runs, which pass a task
+    _log_start(trainer, folder, segments, state, logging.WARNING if task is None else logging.INFO)
     try:
         with _watched(is_first, recipe, at.step, task) as trainer.task:
             finished = trainer.run()
@@ -294,13 +295,13 @@ def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
     return loaded.state
 
 
-def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any]) -> None:
+def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any], level: int) -> None:
     recipe = trainer.recipe
     parts = trainer.fabric.world_size * trainer.options.accumulate
     if parts == recipe.optimizer.batch_size and has_local_batch_norm(trainer.relay):
         log.warning("batch normalisation computes its statistics over micro-batches of one image; %s", REMEDY)
-    if UNTRAINED in segments.losses:
-        log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
+    for text in window_warnings(recipe, segments):
+        log.log(level, "warning: %s", text)
     if state:
         log.info("resuming from step %d of %s", trainer.progress.step, folder)
         now, before = trainer.fabric.world_size, state["processes"]
