@@ -62,12 +62,23 @@ def deciding(line: Mapping[str, Any]) -> Measure:
     return measures_of(line)[0]
 
 
-def result_text(line: Mapping[str, Any], prefix: str = "") -> str:
-    """Format the metrics of a validation; `prefix` selects the metrics of averaged weights."""
+def informative_tops(classes: int) -> list[str]:
+    """Return the names of the top-k errors to show: with at most five classes, the top-5 error is always zero."""
+    return [name for name, top in TOP.items() if top == 1 or classes > top]
+
+
+def result_text(line: Mapping[str, Any], classes: int, prefix: str = "") -> str:
+    """Format the metrics of a validation.
+
+    Args:
+        line: the metrics.
+        classes: number of classes.
+        prefix: selects the metrics of averaged weights.
+    """
     if f"{prefix}{MAP}" in line:
         return f"mean average precision {line[f'{prefix}{MAP}']:.2f} %"
-    top1, top5 = (line[f"{prefix}{name}"] for name in TOP)
-    return f"error top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+    errors = (f"top-{TOP[name]} {line[f'{prefix}{name}']:.2f} %" for name in informative_tops(classes))
+    return f"error {', '.join(errors)}"
 
 
 def chance_error(classes: int, top: int) -> float:

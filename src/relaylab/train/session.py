@@ -29,7 +29,7 @@ from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, Stream, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
-from relaylab.train.metrics import TOP, result_text
+from relaylab.train.metrics import TOP, informative_tops, result_text
 from relaylab.train.normalisation import REMEDY, has_local_batch_norm
 from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainOptions
@@ -269,7 +269,7 @@ def assemble(
         validation=validation,
         checkpoints=(request.folder or Path()) / run_folder.CHECKPOINTS,
         stop=stop,
-        meter=Meter(() if has_several else tuple(TOP)),
+        meter=Meter(() if has_several else tuple(TOP), informative_tops(recipe.network.num_classes)),
         average=None if decay is None else averaging.Average(relay, decay),
     )
 
@@ -368,7 +368,7 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
         ),
         state=state,
         mean_image=augment.mean if augment.mean.ndim == 3 else None,
-        about=f"{about}: val. {result_text(last, prefix)}",
+        about=f"{about}: val. {result_text(last, len(images.classes), prefix)}",
         has_several_labels=images.has_several_labels,
     )
     save_model(path, model)
