@@ -296,3 +296,31 @@ def test_a_network_that_cannot_be_drawn_is_an_error_of_one_line_and_has_a_page(
     assert "the network cannot be drawn: the modules form a knot: a chain is required" in capsys.readouterr().err
     assert run("report", "run") == 0
     assert Path("run/report.html").is_file()
+
+
+def test_a_drawing_has_the_sizes_below_functional_pooling(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "pooled.py").write_text(
+        dedent("""
+        from torch import nn
+        from torch.nn import functional as F
+
+        class Pooled(nn.Module):
+            def __init__(self, num_classes):
+                super().__init__()
+                self.convs = nn.ModuleList(nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8, 8))
+                self.last = nn.Linear(8 * 2 * 2, num_classes)
+
+            def forward(self, x):
+                for conv in self.convs:
+                    x = F.max_pool2d(F.relu(conv(x)), 2)
+                return self.last(x.flatten(1))
+    """)
+    )
+    assert run("recipes", "new", "pooled.py:Pooled", "--data", tiny_images) == 0
+    capsys.readouterr()
+    assert run("draw", "Pooled.toml", "--out", "drawn") == 0
+    table = capsys.readouterr().out
+    sizes = [line.split("|")[1].strip() for line in table.splitlines() if "conv 3x3" in line]
+    assert sizes == ["32x32", "16x16", "8x8", "4x4"]
