@@ -85,7 +85,8 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     first = next(iter(members.values()))
     request = requests.resolve(dataclasses.replace(first, out=None, resume=None))
     axes = _axes(options, request.recipe)
-    shared = shared_by(folder, request.options, request.recipe, len(members))
+    hold_out = options.tune_hold_out if any(len(axis.values) > 1 for axis in axes) else None
+    shared = shared_by(folder, request.options, request.recipe, len(members), hold_out=hold_out)
     for text in _window_warnings(request.recipe, dict.fromkeys(scheme for scheme, _ in members)):
         print(f"warning: {text}", file=sys.stderr)
 
