@@ -256,3 +256,11 @@ def test_a_comparisons_run_can_be_said_as_a_command() -> None:
         out=Path("out"), precision="bf16", compile=True,
     )  # fmt: skip
     assert cli.parse(requests.arguments_of(config))[1] == config
+
+
+def test_windows_that_do_not_overlap_are_a_warning_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    apart = (*SHORT, "plan.primary.bottom=segment3", "plan.auxiliary.aux.top=segment2")
+    assert cli.main(words_of(tmp_path, "--schemes", "standard,relay", "--seeds", "0,1", changes=apart)) == 0
+    text = "warning: the windows of primary and aux do not overlap: this is not relay; lower plan.primary.bottom\n"
+    assert capsys.readouterr().err.count(text) == 1
+    assert text in (tmp_path / "relay-s1" / "log.txt").read_text()

@@ -307,6 +307,9 @@ def test_the_command_tests_runs(tiny_runs: Path, tmp_path: Path, capsys: pytest.
     assert [entry["protocol"] for entry in figures["errors"]] == ["single-crop", "ten-crop", "dense"] * 2
     assert len(figures["ensembles"]) == 6
     assert "| relay | dense 32-flip, 48-flip |" in table
+    assert "top-1" in table
+    assert "top-5" not in table, "of five classes it is always zero"
+    assert "top5" in figures["errors"][0], "the file does not change"
     seen = json.loads((tiny_runs / "relay" / "metrics.jsonl").read_text().splitlines()[-1])
     ours = next(e for e in figures["errors"] if e["network"] == "relay" and e["protocol"] == "single-crop")
     assert seen["kind"] == "val"

@@ -1,6 +1,7 @@
 """`relaylab recipes new`, and custom networks from images to an exported program."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from textwrap import dedent
@@ -12,7 +13,7 @@ pytest.importorskip("lightning_fabric")
 pytest.importorskip("timm")
 
 from relaylab import cli  # noqa: E402
-from relaylab.commands.new import NewOptions, main  # noqa: E402
+from relaylab.commands.new import NewOptions, _grid, main  # noqa: E402 # pyright: ignore[reportPrivateUsage]
 from relaylab.errors import InputError  # noqa: E402
 from relaylab.models.file import read_model  # noqa: E402
 from relaylab.recipes.changes import recipe_problems  # noqa: E402
@@ -117,6 +118,7 @@ def test_a_network_that_no_plan_fits_is_left_standard_backpropagation(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("net.py",), "net.py is a file: expected net.py:FUNCTION; this file has chain, short"),
         (("timm:resnet81",), "timm has no model 'resnet81'"),
         (("net.py:chain", "--size", "4"), "--size must be at least 8"),
         (("net.py:chain", "--hold-out", "-1"), "--hold-out must be above 0"),
@@ -296,3 +298,78 @@ def test_a_network_that_cannot_be_drawn_is_an_error_of_one_line_and_has_a_page(
     assert "the network cannot be drawn: the modules form a knot: a chain is required" in capsys.readouterr().err
     assert run("report", "run") == 0
     assert Path("run/report.html").is_file()
+
+
+def test_a_drawing_has_the_sizes_below_functional_pooling(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "pooled.py").write_text(
+        dedent("""
+        from torch import nn
+        from torch.nn import functional as F
+
+        class Pooled(nn.Module):
+            def __init__(self, num_classes):
+                super().__init__()
+                self.convs = nn.ModuleList(nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8, 8))
+                self.last = nn.Linear(8 * 2 * 2, num_classes)
+
+            def forward(self, x):
+                for conv in self.convs:
+                    x = F.max_pool2d(F.relu(conv(x)), 2)
+                return self.last(x.flatten(1))
+    """)
+    )
+    assert run("recipes", "new", "pooled.py:Pooled", "--data", tiny_images) == 0
+    capsys.readouterr()
+    assert run("draw", "Pooled.toml", "--out", "drawn") == 0
+    table = capsys.readouterr().out
+    sizes = [line.split("|")[1].strip() for line in table.splitlines() if "conv 3x3" in line]
+    assert sizes == ["32x32", "16x16", "8x8", "4x4"]
+
+
+def scarce_images(folder: Path, images: Path, count: int = 1) -> Path:
+    shutil.copytree(images, folder)
+    for path in folder.glob("train/*/*"):
+        if int(path.stem) >= count:
+            path.unlink()
+    return folder
+
+
+def test_a_class_with_one_image_is_too_few_to_compare(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = scarce_images(place / "few", tiny_images)
+    assert run("recipes", "new", "net.py:chain", "--data", data) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "5 training images, 5 classes of 1 image, shorter" in out
+    assert "A class has only 1 image: too few to tune or compare." in out
+    assert "Next: relaylab train chain.toml --data" in out
+    assert "A class has only 1 image" in (place / "chain.toml").read_text()
+    assert "with 1 step per epoch" in (place / "chain.toml").read_text()
+    assert "30 epochs of 1 step\n" in (place / "chain.toml").read_text()
+    tune = ("--tune", "optimizer.lr=0.01,0.03", "--out", "compared")
+    assert run("compare", "chain.toml", "--data", data, *tune) == 2
+    assert "--tune-hold-out 0.2: too few training images of a class: " in (error := capsys.readouterr().err)
+    assert "class0 has 1 and 1 would be held out" in error
+    assert "add images of these classes, or compare without --tune" in error
+    assert not (place / "compared" / "tuning").exists(), "before any trial"
+
+
+def test_the_suggested_rates_are_round_and_small_networks_are_measured_in_kb(
+    place: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [_grid(rate) for rate in (0.003125, 0.05, 8.8e-5)] == [
+        [0.001, 0.003, 0.01], [0.01, 0.03, 0.1], [3e-5, 1e-4, 3e-4],
+    ]  # fmt: skip
+    assert run("recipes", "new", "net.py:chain", "--data", tiny_images) == 0
+    out = capsys.readouterr().out
+    assert "--tune optimizer.lr=0.003,0.01,0.03\n" in out
+    assert re.search(r"Relay BP +\S+ GFLOPs per image, +\S+ x, peak memory +[1-9][0-9,]* kB\n", out)
+
+
+def test_a_network_in_place_of_a_recipe_leads_to_recipes_new(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", "net.py:chain") == 2
+    assert "unknown recipe 'net.py:chain': it names a network; `relaylab recipes new net.py:chain ...` writes one" in (
+        capsys.readouterr().err
+    )

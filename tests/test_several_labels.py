@@ -29,9 +29,8 @@ from relaylab.models.file import read_model
 from relaylab.report.comparison import open_runs
 from relaylab.report.page import render_page
 from relaylab.report.summary import summary, verdict_of
-from relaylab.report.verdict import guessed_precision_error
 from relaylab.train import requests, run_folder, session
-from relaylab.train.metrics import average_precision, deciding
+from relaylab.train.metrics import average_precision, deciding, guessed_precision_error
 from relaylab.train.options import TrainOptions
 from relaylab.train.records import read_metrics
 from relaylab.train.validation import Validation

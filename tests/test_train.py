@@ -437,7 +437,12 @@ def test_a_loss_that_reaches_nothing_of_a_layer_leaves_it_alone_and_says_so(
     """The primary window ends above the auxiliary head: the layers between them are in no window."""
     changes = ("plan.primary.bottom=segment5", "plan.auxiliary.aux.top=segment3")
     train(tiny_images, tmp_path / "run", changes=changes)
-    assert "no loss reaches model.segment4" in capsys.readouterr().err
+    assert (
+        "warning: the windows of primary and aux do not overlap (segment4 is between them and is not trained): "
+        "this is not relay; lower plan.primary.bottom\n"
+    ) in capsys.readouterr().err
+    train(tiny_images, tmp_path / "high", changes=("plan.auxiliary.aux.bottom=segment2",))
+    assert "warning: no loss reaches model.segment1." in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten(tiny_images: Path, tmp_path: Path, reference: Path) -> None:

@@ -26,6 +26,8 @@ from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, St
 from relaylab.train import checkpoint, gradients, requests, segments, validation
 from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages, open_images
+from relaylab.train.meter import Meter
+from relaylab.train.metrics import informative_tops, result_text
 from relaylab.train.normalisation import has_local_batch_norm
 from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, read_metrics
@@ -370,3 +372,15 @@ def test_images_set_aside_take_the_place_of_the_validation_images(where: str, ti
     assert counts["val"] == [2] * 5
     with pytest.raises(InputError, match="would leave none"):
         opened(tiny_images, where, "images.held_out=12")
+
+
+def test_the_top5_error_of_at_most_five_classes_is_left_out() -> None:
+    line = {"top1": 60.0, "top5": 0.0, "ema_top1": 50.0, "ema_top5": 0.0}
+    assert result_text(line, 5) == "error top-1 60.00 %"
+    assert result_text(line, 5, "ema_") == "error top-1 50.00 %"
+    assert result_text(line, 6) == "error top-1 60.00 %, top-5 0.00 %"
+    for classes, text in ((5, " top-1 60 "), (6, " top-1/5 60/0 ")):
+        meter = Meter(shown=informative_tops(classes))
+        meter.count({"primary": 1.0, "top1": 0.6, "top5": 0.0}, 1.0)
+        assert text in meter.text(8)
+        assert {"top1", "top5"} < meter.values(8).keys(), "the records do not change"

@@ -19,8 +19,10 @@ from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.report.comparison import open_runs
 from relaylab.report.summary import summary
+from relaylab.report.tuned import tuning_table
 from relaylab.train import jobs, requests, run_folder
 from relaylab.train.failures import Failure
+from relaylab.train.metrics import MEASURES
 from relaylab.train.options import TrainOptions
 from relaylab.train.trials import Search
 from relaylab.train.tuning import (
@@ -31,6 +33,7 @@ from relaylab.train.tuning import (
     Choice,
     Point,
     Trial,
+    Tuning,
     axes_of,
     choice_of,
     name_of,
@@ -95,6 +98,33 @@ def test_ties_are_broken_by_the_loss_and_then_by_order() -> None:
     grid = axes("optimizer.lr=1,2,4")
     trials = [Trial(("4",), 5.0, 1.0), Trial(("2",), 5.0, 0.5), Trial(("1",), 5.0, 0.5)]
     assert choice_of(grid, trials).point == ("1",)
+
+
+def test_a_choice_among_trials_at_chance_level_says_so() -> None:
+    grid = axes("optimizer.lr=1,2,4")
+    points = [("1",), ("2",), ("4",)]
+    for errors_of, text in [
+        ((75.0, 75.0, 75.0), "all trials at chance level; chosen by loss"),
+        ((75.0, 74.5, 75.0), "all trials at chance level; chosen by error"),
+        ((75.0, 75.0, None), "all trials that did not diverge are at chance level; chosen by loss"),
+        ((75.0, 60.0, 75.0), ""),
+        ((None, None, None), ""),
+    ]:
+        trials = [Trial(axis, error, error and 1.4) for axis, error in zip(points, errors_of, strict=True)]
+        choice = choice_of(grid, trials)
+        assert choice.chance_text(75.0) == text
+        tuning = Tuning(1000, 0.2, 1, {"relay": choice})
+        table = tuning_table(tuning, 75.0, MEASURES[0])
+        assert table.notes[1:] == ((f"Relay BP: {text}.",) if text else ())
+    lost = choice_of(grid, [Trial((lr,), 75.0, 1.4) for lr in "124"])
+    outcomes = [row[-1] for row in tuning_table(Tuning(1000, 0.2, 1, {"relay": lost}), 75.0, MEASURES[0]).rows]
+    assert outcomes == ["at chance level; chosen, at the edge of the tried values", *["at chance level"] * 2]
+
+
+def test_tuning_says_on_stderr_that_nothing_was_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ("--tune", "optimizer.lr=1e-7,2e-7", "--set", *SHORT)
+    assert cli.main(words_of(tmp_path, *tiny, schemes="standard", seeds="0")) == 0
+    assert re.search("standard BP: all trials at chance level; chosen by (loss|error); ", capsys.readouterr().err)
 
 
 def test_choices_without_an_order_and_single_values_do_not_grow() -> None:

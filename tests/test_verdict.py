@@ -6,7 +6,6 @@ from scipy import stats
 from relaylab.report.verdict import (
     Cost,
     Difference,
-    chance_error,
     difference_text,
     differences,
     interval,
@@ -14,6 +13,7 @@ from relaylab.report.verdict import (
     paired_differences,
     verdict,
 )
+from relaylab.train.metrics import chance_error
 
 STANDARD = {0: 50.0, 1: 52.0, 2: 51.0}
 BASIS = "Points are per cent of top-1 error; 95 % confidence intervals over 3 paired seeds (t); chance level 90.00 %."
@@ -111,9 +111,9 @@ def test_failed_and_collapsed_runs_are_counted() -> None:
 
 def test_isolated_windows_are_compared_with_relay_or_else_with_the_others() -> None:
     isolated = {0: 52.0, 1: 53.1}
-    with_relay = differences({"standard": STANDARD, "relay": {0: 50.0, 1: 51.0}, "isolated": isolated})
+    with_relay = differences({"standard": STANDARD, "relay": {0: 50.0, 1: 51.0}, "isolated": isolated}, 90)
     assert [(each.ours, each.base) for each in with_relay] == [("relay", "standard"), ("isolated", "relay")]
-    without = differences({"standard": STANDARD, "multi_loss": STANDARD, "isolated": isolated})
+    without = differences({"standard": STANDARD, "multi_loss": STANDARD, "isolated": isolated}, 90)
     assert [(each.ours, each.base) for each in without] == [
         ("multi_loss", "standard"), ("isolated", "standard"), ("isolated", "multi_loss"),
     ]  # fmt: skip
@@ -123,3 +123,18 @@ def test_the_error_of_guessing() -> None:
     assert chance_error(10, 1) == pytest.approx(90)
     assert chance_error(401, 5) == pytest.approx(98.753, abs=1e-3)
     assert chance_error(3, 5) == 0
+
+
+def test_runs_that_have_learnt_nothing_give_no_verdict() -> None:
+    guessed = {0: 75.0, 1: 75.0}
+    results = {"standard": guessed, "multi_loss": {0: 75.0, 1: 60.0}, "relay": {**guessed, 2: None}}
+    relay, other, multi_loss, *_ = differences(results, 75)
+    assert relay.decision == "no verdict"
+    assert relay.text == (
+        "Relay BP vs standard BP: no verdict; all runs are at chance level: train longer or change the learning rate"
+    )
+    assert (other.decision, multi_loss.decision) == ("undecided", "undecided"), "one run of multi-loss has learnt"
+    assert verdict(results, 75)[0] == f"{relay.text}."
+    assert verdict({"standard": {0: 75.0}, "relay": {0: 74.9}}, 75)[0] == f"{relay.text}.", "also with one seed"
+    learnt = differences({"standard": {0: 50.0, 1: 50.0}, "relay": {0: 50.0, 1: 50.0}}, 75)[0]
+    assert learnt.decision == "equal", "equal errors below chance level are a result"

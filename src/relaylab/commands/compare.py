@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,7 +86,10 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     first = next(iter(members.values()))
     request = requests.resolve(dataclasses.replace(first, out=None, resume=None))
     axes = _axes(options, request.recipe)
-    shared = shared_by(folder, request.options, request.recipe, len(members))
+    hold_out = options.tune_hold_out if any(len(axis.values) > 1 for axis in axes) else None
+    shared = shared_by(folder, request.options, request.recipe, len(members), hold_out=hold_out)
+    for text in _window_warnings(request.recipe, dict.fromkeys(scheme for scheme, _ in members)):
+        print(f"warning: {text}", file=sys.stderr)
 
     def train(configs: "Mapping[str, TrainOptions]", iterations: int) -> bool:
         return train_many(configs, shared, at_once=options.jobs, iterations=iterations)
@@ -142,6 +145,15 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
         problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a fraction or a number above 0")
     raise_all(problems)
     return axes
+
+
+def _window_warnings(recipe: "Recipe", schemes: Iterable[str]) -> list[str]:
+    """Return the warnings about the windows of the schemes, without repetitions."""
+    from relaylab.train.segments import segments_of, window_warnings
+
+    recipes = [dataclasses.replace(recipe, scheme=scheme) for scheme in schemes]
+    texts = [text for one in recipes for text in window_warnings(one, segments_of(one))]
+    return list(dict.fromkeys(texts))
 
 
 def _check_folder(folder: Path) -> None:

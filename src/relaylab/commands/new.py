@@ -1,5 +1,7 @@
 """`relaylab recipes new`: write a recipe file for a network and a data set."""
 
+import ast
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import tyro
 from relaylab.errors import InputError, raise_all
 from relaylab.files import write_text
 from relaylab.options import File, Images, MustExist, Number, too_small, writable
+from relaylab.outside.reading import LARGEST, read_bytes
 from relaylab.recipes.changes import ARCHITECTURE, located
 from relaylab.recipes.decoding import plain_value
 
@@ -79,6 +82,8 @@ def main(options: NewOptions) -> int:
     problems += [f"--options {text}: expected KEY=VALUE" for text in options.options if "=" not in text]
     if not options.data:
         problems.append("--data is required: a folder or tar files with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    if options.network.endswith(".py"):
+        problems.append(_without_function(options.network))
     raise_all(problems)
     name = options.network.rpartition(":")[2] if ":" in options.network else options.network
     out = writable(options.out or Path(f"{name}.toml"), suffixes=(".toml",))
@@ -121,13 +126,31 @@ def main(options: NewOptions) -> int:
     command = ["train", str(out), "--data", *map(str, options.data)]
     if options.val_data:
         command += ["--val-data", *map(str, options.val_data)]
-    if proposal.recipe.plan.auxiliary:
-        rate = proposal.recipe.optimizer.lr
-        grid = ",".join(f"{rate * factor:.2g}" for factor in (1 / 3, 1, 3))
+    if proposal.recipe.plan.auxiliary and not proposal.is_scarce:
+        grid = ",".join(f"{rate:g}" for rate in _grid(proposal.recipe.optimizer.lr))
         command = ["compare", *command[1:], "--tune", f"optimizer.lr={grid}"]
     print("\n".join(proposal.notes[""]).rstrip())
     print(f"\nRecipe: {out.resolve()}\nNext:   relaylab {shlex.join(command)}")
     return 0
+
+
+def _grid(rate: float) -> list[float]:
+    """Return three rates of the form 1 or 3 times a power of ten; the middle one is nearest to the given rate."""
+    middle = round(2 * math.log10(rate))  # in half decades
+    return [float(f"{(1, 3)[half % 2]}e{half // 2}") for half in (middle - 1, middle, middle + 1)]
+
+
+def _without_function(path: str) -> str:
+    """Return the error message for a Python file without a function; the file is parsed, not imported."""
+    try:
+        nodes = ast.parse(read_bytes(Path(path).expanduser(), LARGEST)).body
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    except (SyntaxError, ValueError) as error:
+        return f"{path}: {error}"
+    names = [node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    public = [name for name in names if not name.startswith("_")]
+    return f"{path} is a file: expected {path}:FUNCTION; this file has {', '.join(public) or 'no function or class'}"
 
 
 def _relative(network: str, out: Path) -> str:

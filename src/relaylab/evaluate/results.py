@@ -17,6 +17,7 @@ from relaylab.outside.reading import DamagedFileError, read_json
 from relaylab.outside.showing import markdown
 from relaylab.recipes.schema import SCHEMES
 from relaylab.tables import Table, markdown_lines
+from relaylab.train.metrics import TOP, informative_tops
 
 log = logging.getLogger("relaylab.evaluate")
 
@@ -52,6 +53,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
     for name in folder.names():
         scores |= {(name, kind): folder.protocol(name, kind) for kind in folder.protocols(name)}
     rates = {key: error_rates(values, labels) for key, values in scores.items()}
+    tops = informative_tops(len(folder.images.classes))
     all_ensembles = {(e.members, e.protocol, e.how, e.images): e for e in (*_kept(folder), *ensembles)}
     text = [
         f"# {markdown(folder.images.title)}: {len(labels):,} images, {_class_count(folder)}\n",
@@ -59,7 +61,7 @@ def write(folder: ScoreFolder, ensembles: Sequence[Ensemble] = (), against: str 
         *markdown_lines(_table(folder, rates, scores, against)),
     ]
     if all_ensembles:
-        text += ["\n## Ensembles\n", *markdown_lines(_ensemble_table(list(all_ensembles.values())))]
+        text += ["\n## Ensembles\n", *markdown_lines(_ensemble_table(list(all_ensembles.values()), tops))]
     results = {
         "images": {"title": folder.images.title, "count": len(labels), "fingerprint": folder.images.fingerprint},
         "networks": {name: folder.about(name) for name in folder.names()},
@@ -109,34 +111,45 @@ def baseline(name: str, networks: Mapping[str, Mapping[str, Any]]) -> str:
 def _table(
     folder: ScoreFolder, rates: Mapping[Scored, ErrorRates], scores: Mapping[Scored, Tensor], against: str | None
 ) -> Table:
-    labels = folder.images.labels
+    labels, tops = folder.images.labels, informative_tops(len(folder.images.classes))
+    titles = [f"top-{TOP[name]}" for name in tops]
     header = (
-        "network", "protocol", "top-1", "top-5", "mean per class", "baseline", "top-1 difference", "top-5 difference"
-    )  # fmt: skip
+        "network",
+        "protocol",
+        *titles,
+        "mean per class",
+        "baseline",
+        *(f"{title} difference" for title in titles),
+    )
     rows: list[tuple[str, ...]] = []
     for (name, kind), errors in rates.items():
         networks = {other: folder.about(other) for other, protocol in scores if protocol == kind}
         base = against if against in networks else baseline(name, networks)
         scales = [view.removeprefix("dense-") for view in folder.views_of(name, kind) if kind == "dense"]
         protocol = f"{kind} {', '.join(scales)}".rstrip()
-        cells = [name, protocol, errors.top1.text(), errors.top5.text(), f"{errors.mean_per_class:.2f}"]
-        differences = ["", "", ""]
+        cells = [name, protocol, *_top_texts(errors, tops), f"{errors.mean_per_class:.2f}"]
+        differences = ["", *[""] * len(tops)]
         if name != base:
             scheme = networks[base].get("values", {}).get("scheme")
             differences[0] = f"{base} ({SCHEMES[scheme]})" if scheme in SCHEMES else base
-            for column, top in ((1, 1), (2, 5)):
-                pair = [misses(scores[network, kind], labels, top) for network in (name, base)]
+            for column, top in enumerate(tops, 1):
+                pair = [misses(scores[network, kind], labels, TOP[top]) for network in (name, base)]
                 differences[column] = difference(pair[:1], pair[1:]).text(signed=True)
         rows.append((*cells, *differences))
     return Table("Error rates", header, tuple(rows))
 
 
-def _ensemble_table(ensembles: Sequence[Ensemble]) -> Table:
-    header = ("members", "protocol", "combination", "images", "top-1", "top-5", "mean per class")
+def _top_texts(errors: ErrorRates, tops: Sequence[str]) -> list[str]:
+    return [getattr(errors, name).text() for name in tops]
+
+
+def _ensemble_table(ensembles: Sequence[Ensemble], tops: Sequence[str]) -> Table:
+    titles = [f"top-{TOP[name]}" for name in tops]
+    header = ("members", "protocol", "combination", "images", *titles, "mean per class")
     rows: list[tuple[str, ...]] = []
     for e in ensembles:
         how = e.how + (f" ({', '.join(f'{weight:.2f}' for weight in e.weights)})" if e.weights else "")
-        errors = [e.errors.top1.text(), e.errors.top5.text(), f"{e.errors.mean_per_class:.2f}"]
+        errors = [*_top_texts(e.errors, tops), f"{e.errors.mean_per_class:.2f}"]
         rows.append((", ".join(e.members), e.protocol, how, f"{e.images:,}", *errors))
     return Table("Ensembles", header, tuple(rows))
 

@@ -37,5 +37,7 @@ def find_recipe(name: str, scale: Scale = "paper") -> Recipe:
     if name in ENSEMBLES:
         members = ", ".join(member.name for member in ENSEMBLES[name].members)
         raise InputError(f"{name} is an ensemble; choose one of its members: {members}")
+    if ":" in name:
+        raise InputError(f"unknown recipe {name!r}: it names a network; `relaylab recipes new {name} ...` writes one")
     advice = nearest(name, [*RECIPES, *ENSEMBLES]) or f"; 'relaylab recipes' lists them; a recipe file ends in {SUFFIX}"
     raise InputError(f"unknown recipe {name!r}{advice}")

@@ -9,10 +9,17 @@ from typing import Any
 from relaylab.errors import InputError
 from relaylab.evaluate.trained import describe_run
 from relaylab.recipes.schema import SCHEME_NAMES, SCHEMES, Recipe
-from relaylab.report.verdict import chance_error, guessed_precision_error
 from relaylab.train import requests, run_folder
 from relaylab.train.failures import FILE, Failure, read_failure
-from relaylab.train.metrics import MEASURES, TOP, Measure, measures_of
+from relaylab.train.metrics import (
+    MEASURES,
+    TOP,
+    Measure,
+    chance_error,
+    guessed_precision_error,
+    informative_tops,
+    measures_of,
+)
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import Tuning, read_tuning
 
@@ -67,8 +74,8 @@ class Comparison:
     @property
     def measures(self) -> list[Measure]:
         """The errors that all runs have; without the top-5 error, which is zero, for up to five classes."""
-        is_few = len(self.runs[0].classes) <= 5
-        measures = [m for m in measures_of(self.runs[0].last) if not (is_few and TOP.get(m.base, 1) > 1)]
+        hidden = TOP.keys() - informative_tops(len(self.runs[0].classes))
+        measures = [measure for measure in measures_of(self.runs[0].last) if measure.base not in hidden]
         return [measure for measure in measures if all(measure.name in run.last for run in self.runs)]
 
     @property

@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from relaybackprop import Plan, RelayError
 from relaybackprop.plan import Boundary
 from relaybackprop.planning.chain import Link, chain, trace
+from relaybackprop.planning.copies import Arguments, run_on_copies
 from relaylab.errors import InputError
 from relaylab.models.model_b import Inception
 from relaylab.models.pyramid import SpatialPyramid, braces
@@ -75,14 +76,34 @@ def stages_of(model: nn.Module, plan: Plan, image_size: int) -> tuple[list[Stage
     cuts = {edge for low, top in spans.values() for edge in (low, top + 1)}
     runs = _runs(links, cuts, image_size)
     of_link = [index for index, run in enumerate(runs) for _ in run]
+    sides = _input_sides(model, images)
     stages: list[Stage] = []
     size: int | None = image_size
     first = before = 0  # index of the run's lowest link, and the depth below it
     for run in runs:
         losses = tuple(loss for loss, (low, top) in spans.items() if low <= first <= top)
-        stages.append(Stage(_name(run, links), _words(model, run, before), size, losses))
+        received = sides.get(_largest(run[0], run, links), size)  # functional pooling below it belongs to no run
+        stages.append(Stage(_name(run, links), _words(model, run, before), received, losses))
         size, first, before = _side(run[-1]), first + len(run), run[-1].depth
     return stages, [Loss(n, plan.weights[n], of_link[low], of_link[top], depths[n]) for n, (low, top) in spans.items()]
+
+
+def _input_sides(model: nn.Module, images: torch.Tensor) -> dict[str, int | None]:
+    """Return the size of the maps that each module receives in its first call; None for vectors."""
+    sides: dict[str, int | None] = {}
+
+    def record(name: str, arguments: tuple[Any, ...]) -> None:
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        if tensors and name not in sides:
+            sides[name] = _side_of(tensors[0].shape)
+
+    def run(copies: Sequence[nn.Module], arguments: Arguments) -> None:
+        for name, module in copies[0].named_modules():
+            module.register_forward_pre_hook(lambda _, values, name=name: record(name, values))
+        copies[0](*arguments[0], **arguments[1])
+
+    run_on_copies([model], images, run)
+    return sides
 
 
 def _span(links: Sequence[Link], plan: Plan, loss: str) -> tuple[int, int]:
@@ -126,7 +147,11 @@ def _runs(links: Sequence[Link], cuts: set[int], image_size: int) -> list[list[L
 
 def _side(link: Link) -> int | None:
     """Return the size of the output maps; None for vectors."""
-    return link.shape[-1] if len(link.shape) == 4 and link.shape[-1] > 1 else None
+    return _side_of(link.shape)
+
+
+def _side_of(shape: Sequence[int]) -> int | None:
+    return shape[-1] if len(shape) == 4 and shape[-1] > 1 else None
 
 
 def _name(run: Sequence[Link], links: Sequence[Link]) -> str:

@@ -92,7 +92,7 @@ def _results(comparison: Comparison, changes: Sequence[str], verdict: Sequence[s
             "decision": difference.decision,
             "text": difference.text,
         }
-        for difference in differences(comparison.errors())
+        for difference in differences(comparison.errors(), comparison.guess())
     ]
     return {
         "recipe": comparison.runs[0].recipe.name,

@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from relaylab.outside.showing import picture
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, plot
-from relaylab.report.verdict import LEARNT
 from relaylab.tables import Table
-from relaylab.train.metrics import Measure
+from relaylab.train.metrics import Measure, is_at_chance
 from relaylab.train.tuning import Axis, Choice, Trial, Tuning
 
 
@@ -28,15 +27,17 @@ def tuning_table(tuning: Tuning, guess: float, measure: Measure) -> Table:
     unit = "images per class" if tuning.images >= 1 else "of the training images of each class"
     count = f"{int(tuning.images)}" if tuning.images >= 1 else f"{100 * tuning.images:g} %"
     note = f"One run per trial with seed {tuning.seed}{share}, evaluated on held-out data: {count} {unit}."
-    return Table("Tuning trials", header, tuple(rows), (note,))
+    lost = ((SCHEME_NAMES[scheme], choice.chance_text(guess)) for scheme, choice in tuning.choices.items())
+    return Table("Tuning trials", header, tuple(rows), (note, *(f"{name}: {text}." for name, text in lost if text)))
 
 
 def _outcome(choice: Choice, trial: Trial, guess: float) -> str:
     if trial.error is None:
         return "diverged; chosen, since all trials diverged" if trial.point == choice.point else "diverged"
-    outcome = "at chance level" if trial.error >= LEARNT * guess else ""
+    outcome = "at chance level" if is_at_chance(trial.error, guess) else ""
     if trial.point == choice.point:
-        outcome = "chosen" if choice.enclosed else "chosen, at the edge of the tried values"
+        chosen = "chosen" if choice.enclosed else "chosen, at the edge of the tried values"
+        outcome = f"{outcome}; {chosen}".lstrip("; ")
     added = any(text not in axis.values for axis, text in zip(choice.axes, trial.point, strict=True))
     return f"{outcome}; added to the grid".lstrip("; ") if added else outcome
 

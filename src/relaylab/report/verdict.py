@@ -8,12 +8,13 @@ from typing import Literal
 from scipy import stats
 
 from relaylab.recipes.schema import SCHEME_NAMES
+from relaylab.train.metrics import is_at_chance
 
 CONFIDENCE = 0.95
 RELEVANT = 1.0  # points of error; methods are equivalent if the interval is within plus or minus this value
 MOST_SEEDS = 100
 DISTURBED = 1.5  # ratio of time to FLOPs beyond which times are not reported
-LEARNT = 0.98  # fraction of the chance level; a run above it has not learnt anything
+NOT_LEARNT = "all runs are at chance level: train longer or change the learning rate"
 PAIRS = (
     ("relay", "standard"),
     ("relay", "multi_loss"),
@@ -25,7 +26,7 @@ PAIRS = (
 PLURAL = ("isolated",)  # schemes with plural names
 TREATMENTS = ("relay", "isolated", "multi_loss")  # by priority
 Errors = Mapping[int, float | None]  # by seed; None where the run failed
-Decision = Literal["better", "worse", "equal", "undecided", "one seed"]
+Decision = Literal["better", "worse", "equal", "undecided", "one seed", "no verdict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,22 @@ class Difference:
         ours: scheme.
         base: baseline scheme.
         values: error of `ours` minus that of `base`, in points, for each seed that both have finished.
+        at_chance: whether all finished runs of both are at chance level.
     """
 
     ours: str
     base: str
     values: tuple[float, ...]
+    at_chance: bool = False
 
     @property
     def decision(self) -> Decision:
-        """The conclusion from the interval; "equal" if it is within plus or minus `RELEVANT` points."""
+        """The conclusion from the interval; "equal" if it is within plus or minus `RELEVANT` points.
+
+        "no verdict" if no run has learnt anything, since equal errors then say nothing about the methods.
+        """
+        if self.at_chance:
+            return "no verdict"
         ends = interval(self.values)
         if ends is None:
             return "one seed"
@@ -83,6 +91,8 @@ class Difference:
         mean, ends = statistics.fmean(self.values), interval(self.values)
         size = range_text(abs(mean), ends and ((-ends[1], -ends[0]) if mean < 0 else ends))
         match self.decision:
+            case "no verdict":
+                return f"{ours} vs {base}: no verdict; {NOT_LEARNT}"
             case "better" | "worse":
                 return f"{ours} {verb} {self.decision} than {base} by {size} points"
             case "equal":
@@ -136,37 +146,28 @@ def difference_text(values: Sequence[float]) -> str:
     return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f"{mean:+.2f} (one seed)"
 
 
-def chance_error(classes: int, top: int) -> float:
-    """Return the top-k error at chance level, in per cent."""
-    return 100 * (1 - min(top, classes) / classes)
-
-
-def guessed_precision_error(positives: Sequence[int], images: int) -> float:
-    """Return 100 minus the mean average precision at chance level, in per cent: the mean fraction of positives.
-
-    Args:
-        positives: number of positive images per class; classes without positives are ignored.
-        images: total number of images.
-    """
-    return 100 - 100 * statistics.fmean(count / images for count in positives if count)
-
-
 def compared_scheme(schemes: Collection[str]) -> str | None:
     """Return the scheme that a comparison evaluates against the others; None if there is only one scheme."""
     return next((scheme for scheme in TREATMENTS if scheme in schemes and len(schemes) > 1), None)
 
 
-def differences(results: Mapping[str, Errors]) -> list[Difference]:
-    """Return the differences of all pairs of methods with a seed in common, from the errors by scheme and seed.
+def differences(results: Mapping[str, Errors], guess: float) -> list[Difference]:
+    """Return the differences of all pairs of methods with a seed in common.
 
     Isolated windows are compared with Relay BP, and with the others only if there is no Relay BP.
+
+    Args:
+        results: errors by scheme and seed, in per cent.
+        guess: chance level of the error.
     """
     pairs: list[Difference] = []
     for ours, base in PAIRS:
         if ours == "isolated" and base != "relay" and "relay" in results:
             continue
         values = paired_differences(results.get(ours, {}), results.get(base, {}))
-        pairs += [Difference(ours, base, tuple(values))] if values else []
+        finished = [value for scheme in (ours, base) for value in results.get(scheme, {}).values() if value is not None]
+        at_chance = all(is_at_chance(value, guess) for value in finished)
+        pairs += [Difference(ours, base, tuple(values), at_chance)] if values else []
     return pairs
 
 
@@ -185,7 +186,7 @@ def verdict(
         costs: costs by scheme.
         error: unit of the errors.
     """
-    pairs = differences(results)
+    pairs = differences(results, guess)
     if not pairs:
         finished = [
             SCHEME_NAMES[scheme] for scheme, by_seed in results.items() if any(v is not None for v in by_seed.values())
@@ -234,7 +235,7 @@ def _capital(text: str) -> str:
 def _not_learnt(results: Mapping[str, Errors], guess: float) -> list[str]:
     """Report the runs at chance level."""
     lost = {
-        scheme: sum(v is not None and v >= LEARNT * guess for v in by_seed.values())
+        scheme: sum(v is not None and is_at_chance(v, guess) for v in by_seed.values())
         for scheme, by_seed in results.items()
     }
     parts = [f"{count} of {SCHEME_NAMES[scheme]}" for scheme, count in lost.items() if count]

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +338,32 @@ def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | N
         rest = np.arange(len(labels)) if chosen is None else chosen
         chosen = rest[long_tail(labels[rest], ratio=config.long_tail, seed=CHOICE_SEED)]
     return chosen, held
+
+
+def check_tuning_images(config: ImagesConfig, train: Source, hold_out: float) -> None:
+    """Check that all classes have training images left when images are held out for tuning.
+
+    Raises:
+        InputError: a class has too few; the message lists these classes.
+    """
+    if targets_of(train) is not None:  # multi-label images are one group
+        return
+    labels = np.asarray(train.labels)
+    chosen, _ = chosen_indices(replace(config, set_aside=None, long_tail=None), labels)
+    counts = np.bincount(labels if chosen is None else labels[chosen]).tolist()
+    sizes = [int(hold_out) if hold_out >= 1 else max(1, round(hold_out * count)) for count in counts]
+    keys = classes_of(train).keys
+    short = [
+        f"{keys[label]} has {count} and {size} would be held out"
+        for label, (count, size) in enumerate(zip(counts, sizes, strict=True))
+        if 0 < count <= size
+    ]
+    if short:
+        lower = "lower --tune-hold-out, " if max(counts) > 1 and hold_out >= 1 else ""
+        raise InputError(
+            f"--tune-hold-out {hold_out:g}: too few training images of a class: {few(short)}; "
+            f"add images of these classes, {lower}or compare without --tune"
+        )
 
 
 def fits_memory(options: RuntimeOptions, sources: Sequence[Source], crop_spec: CropSpec, copies: int) -> bool:

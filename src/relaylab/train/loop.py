@@ -285,9 +285,10 @@ class Trainer:
         if isinstance(schedule, PlateauConfig):
             progress.plateau = progress.plateau.after(results[error], schedule.patience)
         self.record("val", progress.step, {**results, "seconds": round(progress.seconds, 3)})
-        log.info("step %d: val. %s", progress.step, result_text(results))
+        classes = self.recipe.network.num_classes
+        log.info("step %d: val. %s", progress.step, result_text(results, classes))
         if self.average is not None:
-            log.info("step %d: averaged weights: val. %s", progress.step, result_text(results, "ema_"))
+            log.info("step %d: averaged weights: val. %s", progress.step, result_text(results, classes, "ema_"))
         if progress.plateau.drops > drops:
             rate = learning_rate(self.recipe.optimizer, progress.step, progress.plateau.drops)
             log.info("step %d: plateau reached; learning rate %g", progress.step, rate)

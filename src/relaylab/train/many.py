@@ -31,7 +31,9 @@ class Shared:
     threads: int | None
 
 
-def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -> Shared:
+def shared_by(
+    folder: Path, options: TrainOptions, recipe: Recipe, count: int, *, hold_out: float | None = None
+) -> Shared:
     """Check the images and the network of a comparison, and return the settings that its runs share.
 
     If the folder already contains a run, its settings are reused.
@@ -41,6 +43,7 @@ def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -
         options: the options of one of its runs.
         recipe: recipe of that run.
         count: number of runs.
+        hold_out: images of each class to hold out for tuning: a fraction, or a number; None without tuning.
 
     Raises:
         InputError: the images or the network cannot be trained.
@@ -52,6 +55,8 @@ def shared_by(folder: Path, options: TrainOptions, recipe: Recipe, count: int) -
     segments_of(recipe)  # builds the network, so that an unknown one raises an error before any process starts
     train, val = images.open_sources(options, recipe.images)
     images.check_images(recipe, train, val)
+    if hold_out is not None:
+        images.check_tuning_images(recipe.images, train, hold_out)
     if existing is not None:
         options = dataclasses.replace(options, images=run_folder.read_run(existing).options.images)
     in_memory = images.fits_memory(options, (train, val), images.crop_spec_of(recipe), min(cores, count))

@@ -20,10 +20,12 @@ class Meter:
 
     Args:
         errors: names of the metrics that are errors; all others are losses.
+        shown: names of the errors in the progress bar.
     """
 
-    def __init__(self, errors: Sequence[str] = tuple(TOP)) -> None:
+    def __init__(self, errors: Sequence[str] = tuple(TOP), shown: Sequence[str] = tuple(TOP)) -> None:
         self._errors = tuple(errors)
+        self._shown = tuple(name for name in errors if name in shown)
         self._seen: dict[str, float] = {}
         self.reset()
 
@@ -72,8 +74,8 @@ class Meter:
         """Format the running means in 50 columns, for a progress bar on a terminal of 80."""
         losses = [f"{name} {value:.2f}" for name, value in self._seen.items() if name not in self._errors]
         rate, wait = self._speed(batch_size)
-        errors = "/".join(f"{100 * self._seen[name]:.0f}" for name in self._errors)
-        errors = f" top-1/5 {errors}" if errors else ""
+        errors = "/".join(f"{100 * self._seen[name]:.0f}" for name in self._shown)
+        errors = f" top-{'/'.join(str(TOP[name]) for name in self._shown)} {errors}" if errors else ""
         return f"{' '.join(losses)}{errors} {rate:.0f} img/s wait {100 * wait:.0f}%"
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ Note [Measures]
 """
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Measure:
 
 TOP = {"top1": 1, "top5": 5}
 MAP, MAP_ERROR = "map", "map_error"
+LEARNT = 0.98  # fraction of the chance level; a run above it has not learnt anything
 AVERAGED = "ema_"  # prefix of metrics of averaged weights
 _OWN = (
     Measure("top1", "top-1", "top-1 error"),
@@ -60,12 +62,55 @@ def deciding(line: Mapping[str, Any]) -> Measure:
     return measures_of(line)[0]
 
 
-def result_text(line: Mapping[str, Any], prefix: str = "") -> str:
-    """Format the metrics of a validation; `prefix` selects the metrics of averaged weights."""
+def informative_tops(classes: int) -> list[str]:
+    """Return the names of the top-k errors to show: with at most five classes, the top-5 error is always zero."""
+    return [name for name, top in TOP.items() if top == 1 or classes > top]
+
+
+def result_text(line: Mapping[str, Any], classes: int, prefix: str = "") -> str:
+    """Format the metrics of a validation.
+
+    Args:
+        line: the metrics.
+        classes: number of classes.
+        prefix: selects the metrics of averaged weights.
+    """
     if f"{prefix}{MAP}" in line:
         return f"mean average precision {line[f'{prefix}{MAP}']:.2f} %"
-    top1, top5 = (line[f"{prefix}{name}"] for name in TOP)
-    return f"error top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+    errors = (f"top-{TOP[name]} {line[f'{prefix}{name}']:.2f} %" for name in informative_tops(classes))
+    return f"error {', '.join(errors)}"
+
+
+def chance_error(classes: int, top: int) -> float:
+    """Return the top-k error at chance level, in per cent."""
+    return 100 * (1 - min(top, classes) / classes)
+
+
+def is_at_chance(error: float, guess: float) -> bool:
+    """Return whether a run with this error has not learnt anything; `guess` is the chance level."""
+    return error >= LEARNT * guess
+
+
+def guessed_precision_error(positives: Sequence[int], images: int) -> float:
+    """Return 100 minus the mean average precision at chance level, in per cent: the mean fraction of positives.
+
+    Args:
+        positives: number of positive images per class; classes without positives are ignored.
+        images: total number of images.
+    """
+    return 100 - 100 * statistics.fmean(count / images for count in positives if count)
+
+
+def chance_level(measure: Measure, counts: Sequence[int], images: int) -> float:
+    """Return the chance level of an error in per cent.
+
+    Args:
+        measure: the error.
+        counts: number of validation images, or of positive images, per class.
+        images: total number of validation images.
+    """
+    top = TOP.get(measure.base)
+    return guessed_precision_error(counts, images) if top is None else chance_error(len(counts), top)
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

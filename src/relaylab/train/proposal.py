@@ -26,6 +26,7 @@ LARGEST, STEP = 224, 32  # crop size in pixels: the paper's size, and a multiple
 SMALLEST = 32  # crop size in pixels up to which images are padded
 LARGEST_BATCH, LEAST_BATCH, STEPS = 128, 8, 20  # STEPS is the intended minimum per epoch
 IMBALANCE = 1.5  # ratio of the largest to the smallest class from which sampling is class-aware
+SCARCE = 2  # images of a class up to which its errors say little
 VALIDATIONS = 50  # maximum per run
 SIZE_OPTIONS = ("img_size", "image_size")  # arguments of networks with a fixed image size
 WIDTH = 98  # columns
@@ -62,10 +63,11 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe, and notes: comments to write above its TOML tables."""
+    """A recipe, notes, which are comments to write above its TOML tables, and whether a class has too few images."""
 
     recipe: Recipe
     notes: Mapping[str, Sequence[str]]
+    is_scarce: bool = False
 
 
 def propose(
@@ -110,8 +112,13 @@ def propose(
     recipe = decode_recipe(nested(plain) | head, sources, problems)
     assert not problems, problems
     rest = "Omitted values have the defaults that `relaylab recipes show` prints for this file."
-    notes[""] = [*_wrapped(_about(preferences.network, train, chosen, results)), "", *notes[""], "", rest, ""]
-    return Proposal(recipe, notes)
+    about = [*_wrapped(_about(preferences.network, train, chosen, results)), ""]
+    counts = class_counts(train)
+    least = int(counts[counts > 0].min())
+    if is_scarce := least <= SCARCE:
+        about += [*_wrapped(f"A class has only {_counted(least, 'image')}: too few to tune or compare."), ""]
+    notes[""] = [*about, *notes[""], "", rest, ""]
+    return Proposal(recipe, notes, is_scarce)
 
 
 def _sizes(results: ScanResults, preferences: Preferences) -> dict[str, Value]:
@@ -181,8 +188,8 @@ def _optimizer(model: nn.Module, count: int, batch: int, preferences: Preference
     return {
         "optimizer.algorithm": algorithm,
         **(_adamw(batch, is_adamw) if algorithm[0] == "adamw" else _sgd(batch, has_batch_norm)),
-        "optimizer.batch_size": (batch, f"a power of two with {epoch:,} steps per epoch"),
-        "optimizer.iterations": (epochs * epoch, f"{epochs} epoch{'s' * (epochs > 1)} of {epoch:,} steps"),
+        "optimizer.batch_size": (batch, f"a power of two with {_counted(epoch, 'step')} per epoch"),
+        "optimizer.iterations": (epochs * epoch, f"{_counted(epochs, 'epoch')} of {_counted(epoch, 'step')}"),
         "optimizer.schedule.kind": ("cosine", "it has no hyperparameters"),
         "optimizer.evaluate_every": (max(epoch, epochs * epoch // VALIDATIONS), "every epoch, at most 50 times"),
         "optimizer.warmup": (epoch, "one epoch") if epochs > 1 else (0, "none in a single epoch"),
@@ -290,9 +297,10 @@ def _costs(model: nn.Module, plan: Plan, example: torch.Tensor, heads: Mapping[s
     predicted, batch = cost(model, plan, example, heads), len(example)
     names = {**SCHEME_NAMES, EARLY_RELEASE: "Relay BP, --early-release"}
     lines = [f"Predicted cost of a training step, batch size {batch}, float32 (details: relaylab cost --segments):"]
+    size, unit = (1e3, "kB") if max(predicted.peaks.values()) < 1e7 else (1e6, "MB")
     for scheme, total in predicted.totals.items():
         flops, ratio = total.flops / 1e9 / batch, predicted.ratios[scheme]
-        peak = f"peak memory {predicted.peaks[scheme] / 1e6:7,.0f} MB"
+        peak = f"peak memory {predicted.peaks[scheme] / size:7,.0f} {unit}"
         lines.append(f"  {names[scheme]:<26} {flops:7.3g} GFLOPs per image, {ratio:5.2f} x, {peak}")
     return lines
 
@@ -304,14 +312,18 @@ def _about(network: str, train: Source, chosen: int, results: ScanResults) -> st
     faults = f" {bad} of {results.examined:,} decoded images are damaged; run `relaylab data check`." if bad else ""
     labels = "" if targets_of(train) is None else "multi-label, "
     return (
-        f"{network} on {train.title}: {chosen:,} training images, {labels}{len(train.classes)} classes of "
-        f"{_range(counts)} images, shorter sides of {_range(sides)} pixels.{faults}"
+        f"{network} on {train.title}: {_counted(chosen, 'training image')}, {labels}{len(train.classes)} classes of "
+        f"{_range(counts)} image{'' if counts.max() == 1 else 's'}, shorter sides of {_range(sides)} pixels.{faults}"
     )
 
 
 def _range(values: NDArray[Any]) -> str:
     least, most = values.min(), values.max()
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'s' * (count != 1)}"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Segments: a *segment* is the part of a network that the same losses train."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,3 +77,55 @@ def segment_problems(config: OptimizerConfig, segments: Segments) -> list[str]:
         for name in config.segment_lr
         if name not in segments.losses
     ]
+
+
+def window_warnings(recipe: Recipe, segments: Segments) -> list[str]:
+    """Return warnings about layers that no loss trains, and about windows of relay that do not overlap."""
+    warnings: list[str] = []
+    untrained = segments.parameters(UNTRAINED)
+    for lower, upper in _neighbours(recipe) if recipe.scheme == "relay" else ():
+        if any({lower, upper} <= set(losses) for losses in segments.losses.values()):
+            continue
+        gap = [name for name in _between(segments, lower, upper) if name in untrained]
+        untrained = [name for name in untrained if name not in gap]
+        verb = "is" if len(modules := _modules(segments, gap)) == 1 else "are"
+        more = f" ({', '.join(modules)} {verb} between them and {verb} not trained)" if modules else ""
+        group, window = (
+            ("primary", recipe.plan.primary)
+            if upper == "primary"
+            else (f"auxiliary.{upper}", recipe.plan.auxiliary[upper])
+        )
+        end = "bottom" if window.after is None else "after"
+        warnings.append(
+            f"the windows of {upper} and {lower} do not overlap{more}: this is not relay; lower plan.{group}.{end}"
+        )
+    return [*warnings, *([f"no loss reaches {', '.join(untrained)}"] if untrained else [])]
+
+
+def _neighbours(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return pairs (lower, upper) of losses with adjacent heads; heads on one module share their lower neighbour."""
+    tops = {name: window.top for name, window in recipe.plan.auxiliary.items()}  # the lowest head first
+    levels = [list(names) for _, names in itertools.groupby(tops, key=tops.__getitem__)]
+    return [(lower[-1], upper) for lower, level in itertools.pairwise([*levels, ["primary"]]) for upper in level]
+
+
+def _between(segments: Segments, lower: str, upper: str) -> list[str]:
+    """Return the parameters between the windows of two losses, which do not overlap."""
+    names = [name for name in segments.of if not name.startswith("heads.")]
+    reached = {
+        loss: [i for i, name in enumerate(names) if loss in segments.losses[segments.of[name]]]
+        for loss in (lower, upper)
+    }
+    return names[max(reached[lower], default=0) : min(reached[upper], default=len(names))]
+
+
+def _modules(segments: Segments, parameters: Sequence[str]) -> list[str]:
+    """Return the outermost modules of the network that contain only these parameters."""
+    others = [f"{name}." for name in segments.of if name not in parameters]
+    modules: list[str] = []
+    for name in parameters:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) for count in range(2, len(parts) + 1)]  # the first part is "model"
+        outer = next((p for p in prefixes if not any(other.startswith(f"{p}.") for other in others)), name)
+        modules.append(outer.removeprefix("model."))
+    return list(dict.fromkeys(modules))

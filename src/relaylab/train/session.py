@@ -29,12 +29,12 @@ from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
-from relaylab.train.metrics import TOP, result_text
+from relaylab.train.metrics import TOP, informative_tops, result_text
 from relaylab.train.normalisation import REMEDY, has_local_batch_norm
 from relaylab.train.optimizers import build_optimizer, state_tensors
 from relaylab.train.options import TrainOptions
 from relaylab.train.records import Records, logging_to
-from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of
+from relaylab.train.segments import UNTRAINED, Segments, segment_problems, segments_of, window_warnings
 from relaylab.train.signals import StopRequest, stopping
 from relaylab.train.state import State, load_tensors
 from relaylab.train.stream import Stream
@@ -197,7 +197,8 @@ def _train(
     if is_first:
         _check_space(folder, trainer)
         trainer.records = Records(folder, at.step, validated=at.validated == at.step)
-    _log_start(trainer, folder, segments, state)
+    # `relaylab compare` has printed these warnings once for all its runs, which pass a task
+    _log_start(trainer, folder, segments, state, logging.WARNING if task is None else logging.INFO)
     try:
         with _watched(is_first, recipe, at.step, task) as trainer.task:
             finished = trainer.run()
@@ -274,7 +275,7 @@ def assemble(
         validation=validation,
         checkpoints=(request.folder or Path()) / run_folder.CHECKPOINTS,
         stop=stop,
-        meter=Meter(() if has_several else tuple(TOP)),
+        meter=Meter(() if has_several else tuple(TOP), informative_tops(recipe.network.num_classes)),
         average=None if decay is None else averaging.Average(relay, decay),
     )
 
@@ -300,13 +301,13 @@ def _resume(trainer: Trainer, path: Path | None) -> Mapping[str, Any]:
     return loaded.state
 
 
-def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any]) -> None:
+def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mapping[str, Any], level: int) -> None:
     recipe = trainer.recipe
     parts = trainer.fabric.world_size * trainer.options.accumulate
     if parts == recipe.optimizer.batch_size and has_local_batch_norm(trainer.relay):
         log.warning("batch normalisation computes its statistics over micro-batches of one image; %s", REMEDY)
-    if UNTRAINED in segments.losses:
-        log.warning("no loss reaches %s", ", ".join(segments.parameters(UNTRAINED)))
+    for text in window_warnings(recipe, segments):
+        log.log(level, "warning: %s", text)
     if state:
         log.info("resuming from step %d of %s", trainer.progress.step, folder)
         now, before = trainer.fabric.world_size, state["processes"]
@@ -374,7 +375,7 @@ def _write_model(path: Path, trainer: Trainer, images: RunImages, prefix: str = 
         ),
         state=state,
         mean_image=mean_image if mean_image.ndim == 3 else None,
-        about=f"{about}: val. {result_text(last, prefix)}",
+        about=f"{about}: val. {result_text(last, len(images.classes), prefix)}",
         has_several_labels=images.has_several_labels,
     )
     save_model(path, model)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from relaylab.errors import InputError, LabError
 from relaylab.recipes.changes import with_changes
@@ -13,7 +14,7 @@ from relaylab.recipes.schema import SCHEME_NAMES, Recipe
 from relaylab.train import requests, run_folder
 from relaylab.train.failures import read_failure
 from relaylab.train.many import is_missing
-from relaylab.train.metrics import deciding
+from relaylab.train.metrics import chance_level, deciding
 from relaylab.train.options import TrainOptions
 from relaylab.train.records import metrics_of
 from relaylab.train.tuning import (
@@ -139,6 +140,8 @@ def _choice(search: Search, scheme: str, trials: Sequence[Trial]) -> Choice:
     if not trials:  # no alternatives: the only value of each axis
         return Choice(axes, (), tuple(axis.values[0] for axis in axes), True)
     choice = choice_of(axes, trials)
+    if text := choice.chance_text(_guess(search.path(scheme, choice.point))):
+        print(f"{SCHEME_NAMES[scheme]}: {text}; train longer or extend the grid", file=sys.stderr)
     if not choice.enclosed:
         print(
             f"{SCHEME_NAMES[scheme]}: the best point is at the edge of the tried values: {choice.values}; to search "
@@ -146,6 +149,20 @@ def _choice(search: Search, scheme: str, trials: Sequence[Trial]) -> Choice:
             file=sys.stderr,
         )
     return choice
+
+
+def _guess(folder: Path) -> float:
+    """Return the chance level of the error that decides a trial, in per cent; 100 if the trial diverged."""
+    if not (folder / run_folder.MODEL).is_file():
+        return 100.0
+    stored, line = run_folder.read_run(folder), _last(folder)
+    counts = stored.counts["val"]
+    return chance_level(deciding(line), counts, stored.images.get("val", sum(counts)))
+
+
+def _last(folder: Path) -> Mapping[str, Any]:
+    """Return the metrics of the last validation of a run."""
+    return [line for line in metrics_of(folder) if line["kind"] == "val"][-1]
 
 
 def _trial(search: Search, scheme: str, point: Point) -> Trial:
@@ -161,7 +178,7 @@ def _trial(search: Search, scheme: str, point: Point) -> Trial:
         raise LabError(f"tuning, {_title(search, scheme, point)}: {reason}. Run the same command again to resume it.")
     if not (folder / run_folder.MODEL).is_file():
         return Trial(point)
-    last = [line for line in metrics_of(folder) if line["kind"] == "val"][-1]
+    last = _last(folder)
     return Trial(point, last[deciding(last).name], last["loss"])
 
 

@@ -25,6 +25,7 @@ from relaylab.files import write_text
 from relaylab.outside.reading import DamagedFileError, read_json
 from relaylab.recipes.changes import located, recipe_problems, with_changes
 from relaylab.recipes.schema import SCHEMES, DecayConfig, PlateauConfig, Recipe, value_text
+from relaylab.train.metrics import is_at_chance
 
 FILE, FOLDER = "tuning.json", "tuning"  # in the folder of a comparison
 SEED = 1000  # shared by all trials; unlikely to be a seed of the comparison
@@ -105,6 +106,16 @@ class Choice:
     def changes(self) -> list[str]:
         """The chosen values as overrides of the recipe, NAME=VALUE each."""
         return changes_of(self.axes, self.point)
+
+    def chance_text(self, guess: float) -> str:
+        """Return a warning if no trial has learnt anything, else an empty text; `guess` is the chance level."""
+        errors = [trial.error for trial in self.trials if trial.error is not None]
+        if not errors or not all(is_at_chance(error, guess) for error in errors):
+            return ""
+        which = "all trials" if len(errors) == len(self.trials) else "all trials that did not diverge are"
+        return (
+            f"{which} at chance level; chosen by {'error' if errors.count(min(errors)) == 1 < len(errors) else 'loss'}"
+        )
 
 
 def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], list[str]]:
