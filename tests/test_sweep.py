@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 NO_ROOM, NEARLY_ALL, NO_CHAIN = (
     "has only 0 valid head positions; num_auxiliary=1 was requested",
     r"a window may have at most 88% of them",
-    "module outputs that every path through it crosses: at least two are required",
+    "module output that every path crosses: at least two are required",
 )
 REFUSED = {
     "lraspp_mobilenet": NO_ROOM, "hrnet_w18_small": NO_ROOM, "hf deberta-v2": NO_ROOM,

@@ -93,7 +93,7 @@ def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
     links = run_on_copies([model], example_input, _links_of)
     if len(links) < 2:
         raise PlanError(
-            f"{type(model).__name__} has {len(links)} module outputs that every path through it crosses",
+            f"{type(model).__name__} has {len(links)} module output{'s'[: len(links) != 1]} that every path crosses",
             "at least two are required",
             "Build the model from trainable modules in sequence, or write the plan by hand; "
             "windows may have several ends, Window(after=(...)).",
