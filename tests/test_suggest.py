@@ -168,9 +168,7 @@ def test_frozen_layers_are_below_the_chain_and_tied_weights_count_where_they_are
 
 
 def test_models_without_a_chain_raise() -> None:
-    with pytest.raises(
-        PlanError, match=r"(?s)Sequential has 1 module output that every path crosses.*by hand"
-    ):
+    with pytest.raises(PlanError, match=r"(?s)Sequential has 1 module output that every path crosses.*by hand"):
         chain(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
     with pytest.raises(PlanError, match="Sequential has 0 module outputs"):
         chain(mlp().requires_grad_(False), torch.randn(2, 4))

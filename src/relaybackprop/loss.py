@@ -18,7 +18,7 @@ class RelayOutput(NamedTuple):
 
     Attributes:
         primary: the model's output.
-        auxiliary: the heads' outputs by name, except heads whose modules layer drop has skipped.
+        auxiliary: the heads' outputs by name, except heads on modules that LayerDrop skipped.
         weights: the factor of each loss by name; the primary loss is first.
 
     Example:

@@ -63,7 +63,7 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
 
     Raises:
         PlanError: `relay` is not a `Relay`.
-        HeadError: the output of a loss does not depend on a trainable parameter.
+        HeadError: the output of a loss does not depend on any trainable parameter.
         RelayError: any error that `Relay.forward` raises.
 
     Example:
@@ -87,7 +87,7 @@ def reach(relay: Relay, *inputs: Any, **named_inputs: Any) -> Reach:
         edges = graph.edges_of(tensors_in(value))
         if not edges:
             raise HeadError(
-                f"the output of {name!r} does not depend on a trainable parameter",
+                f"the output of {name!r} does not depend on any trainable parameter",
                 "each loss must reach at least one",
                 "Unfreeze a layer.",
             )

@@ -43,7 +43,7 @@ Gradients = list[Tensor | None]
 
 @dataclass(eq=False)
 class Lanes:
-    """Lanes of one forward pass that were delivered and are not used yet. Its junctions share this object."""
+    """Lanes of one forward pass that have been delivered but not yet used. Its junctions share this object."""
 
     delivered: dict[tuple[int, Losses], Gradients] = field(default_factory=dict[tuple[int, Losses], Gradients])
     is_hopping: bool = False

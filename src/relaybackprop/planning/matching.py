@@ -223,7 +223,7 @@ def _layout(observed: _Observations, name: str, top: str, shape: tuple[int, ...]
     conflict = " and ".join(f"{voter} works on dimension {axis}" for axis, voter in {a: v for v, a in group}.items())
     raise HeadError(
         f"the layout of {shape}, the output of {top}, the top of {name!r}, cannot be detected",
-        conflict or "no layer shows which dimension is the channels",
+        conflict or "no layer shows which dimension is the channel dimension",
         "Pass layout='channels_first' for (N, C, ...), or layout='channels_last' for (N, ..., C).",
     )
 

@@ -60,7 +60,7 @@ class EvaluateOptions:
 
     scales: OptionalList = ""
     """For dense: shorter sides of the images in pixels (default: the recipe's sizes or, if it has none, the paper's
-    224,256,320,384,448, scaled in proportion if the training images do not have 256 pixels)."""
+    224,256,320,384,448, scaled in proportion if the shorter side of the training images is not 256 pixels)."""
 
     flip: Switch = False
     """For dense: also evaluate mirrored images."""

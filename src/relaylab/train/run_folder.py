@@ -204,7 +204,7 @@ def remove_unstarted(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """The entries of a start that are read again; further ones are informational."""
+    """The entries of a start record that are read back; all others are informational."""
 
     versions: dict[str, str]
     threads: int
