@@ -165,7 +165,7 @@ def test_commands_that_do_not_run_have_these_options(page: str) -> None:
 
 
 def torchrun_environment() -> dict[str, str]:
-    """What `init_process_group` reads, for one process."""
+    """The environment variables that `init_process_group` reads, for one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

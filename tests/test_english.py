@@ -86,7 +86,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def faults(path: Path) -> list[str]:
-    """What the style forbids in a file, a line each."""
+    """The style faults of a file, one per line."""
     found: list[str] = []
     name = path.relative_to(ROOT).as_posix()
     banned = BANNED if name.startswith(RECORDS) else BANNED | BANNED_NOW

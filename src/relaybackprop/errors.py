@@ -76,3 +76,8 @@ class TransformError(RelayError, RuntimeError):
 
 class EarlyReleaseError(RelayError, RuntimeError):
     """A case that `Relay.forward_backward` does not support. `Relay.forward` may support it."""
+
+
+def pluralized(count: int, noun: str) -> str:
+    """Return a count with its noun for a message, such as "1 head" or "2 heads"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from relaybackprop.engine import graph
 from relaybackprop.engine.pytree import replace_tensors, tensors_in
-from relaybackprop.errors import PlanError
+from relaybackprop.errors import PlanError, pluralized
 from relaybackprop.plan import Plan
 from relaybackprop.planning.copies import Arguments, run_on_copies
 from relaybackprop.planning.layout import Vote, spatial_shape, votes_of
@@ -93,7 +93,7 @@ def chain(model: nn.Module, example_input: Any) -> tuple[Link, ...]:
     links = run_on_copies([model], example_input, _links_of)
     if len(links) < 2:
         raise PlanError(
-            f"{type(model).__name__} has {len(links)} module output{'s'[: len(links) != 1]} that every path crosses",
+            f"{type(model).__name__} has {pluralized(len(links), 'module output')} that every path crosses",
             "at least two are required",
             "Build the model from trainable modules in sequence, or write the plan by hand; "
             "windows may have several ends, Window(after=(...)).",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from relaybackprop.errors import PlanError, WindowError
+from relaybackprop.errors import PlanError, WindowError, pluralized
 from relaybackprop.plan import PRIMARY, Plan
 from relaybackprop.planning.arrange import (
     MAX_SHARE,
@@ -105,7 +105,7 @@ def suggest_plan(
         max_heads = next((k for k in range(min(num_auxiliary, len(links)) - 1, 0, -1) if arrange(links, k)), 0)
         raise WindowError(
             f"{type(model).__name__}, a chain of {len(links)} links, has only "
-            f"{_pluralized(max_heads, 'valid head position')}; num_auxiliary={num_auxiliary} was requested",
+            f"{pluralized(max_heads, 'valid head position')}; num_auxiliary={num_auxiliary} was requested",
             "all heads must be above the lowest third of the layers",
             f"Pass num_auxiliary={max_heads}."
             if max_heads
@@ -165,10 +165,10 @@ def _suggest_within_budget(
     reasons = [
         f"Standard backpropagation saves {sum(saved_bytes):,} bytes for the backward pass on this batch, half of "
         f"them up to {_halfway_module(ends, saved_bytes)}.",
-        f"{_pluralized(len(packing.tops), 'head')} is the smallest number{at_least} that fits the budget: a step then "
+        f"{pluralized(len(packing.tops), 'head')} is the smallest number{at_least} that fits the budget: a step then "
         f"peaks at {peak_of(plan):,} of {memory_budget:,} bytes.",
         "The windows save similar amounts; heads may be lower than the paper's rules allow.",
-        f"Neighbouring windows overlap over {_pluralized(packing.overlap, 'link')} of the chain.",
+        f"Neighbouring windows overlap over {pluralized(packing.overlap, 'link')} of the chain.",
     ]
     suggestion = _suggestion(model, example_input, plan, [ends[top] for top in packing.tops], reasons)
     deepest = max(suggestion.depths.values())
@@ -221,7 +221,7 @@ def _reasons(links: Sequence[Link], arrangement: Arrangement, max_layers: int | 
     segments, heads, deepest = arrangement.segments, arrangement.heads, arrangement.deepest
     total, uncut = segments[-1].end, stages(links)
     reasons = [
-        f"The {total} weight layers form {_pluralized(len(uncut), 'segment')} of equal map size; pooling ends a "
+        f"The {total} weight layers form {pluralized(len(uncut), 'segment')} of equal map size; pooling ends a "
         "segment, and the classifier belongs to the last one."
     ]
     if len(segments) > len(uncut):
@@ -250,15 +250,11 @@ def _reasons(links: Sequence[Link], arrangement: Arrangement, max_layers: int | 
             "features are closer to the output."
         )
     shared = [segments[index] for index in heads]
-    overlaps = _enumerate([f"{_pluralized(segment.layers, 'layer')} up to {segment.name}" for segment in shared])
+    overlaps = _enumerate([f"{pluralized(segment.layers, 'layer')} up to {segment.name}" for segment in shared])
     reasons.append(f"Neighbouring windows overlap over the whole segment below the lower head: {overlaps}.")
     if max_layers is not None:
         reasons.append(f"The deepest window is within max_layers={max_layers}.")
     return tuple(reasons)
-
-
-def _pluralized(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _enumerate(parts: Sequence[object]) -> str:

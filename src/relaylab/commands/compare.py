@@ -104,12 +104,12 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
             (scheme, seed): dataclasses.replace(config, changes=(*config.changes, *tuning.choices[scheme].changes))
             for (scheme, seed), config in members.items()
         }
-    requests = {key: requests.resolve(member) for key, member in members.items()}
+    resolved = {key: requests.resolve(member) for key, member in members.items()}
     folders = {key: folder / run_folder.member_name(*key) for key in members}
-    missing = {folders[key].name: request.options for key, request in requests.items() if is_missing(folders[key])}
+    missing = {folders[key].name: request.options for key, request in resolved.items() if is_missing(folders[key])}
     if not missing:
         print("All runs have finished or diverged; nothing to train.", file=sys.stderr)
-    if missing and not train(missing, next(iter(requests.values())).recipe.optimizer.iterations):
+    if missing and not train(missing, next(iter(resolved.values())).recipe.optimizer.iterations):
         done = sum((path / run_folder.MODEL).is_file() for path in folders.values())
         print(f"Stopped: {done} of {len(members)} runs have finished. Run the same command again to resume the others.")
         return None

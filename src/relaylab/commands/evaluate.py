@@ -133,7 +133,7 @@ class SubmitOptions:
     """Evaluation protocol of the scores."""
 
     combine: Literal["average", "product"] = "product"
-    """How to combine the probabilities of several networks."""
+    """Method of combining the probabilities of several networks."""
 
     format: Literal["ilsvrc", "places2"] = "places2"
     """Submission format."""

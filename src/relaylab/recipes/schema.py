@@ -334,7 +334,7 @@ class Ensemble:
     row: str
     members: tuple[Recipe, ...]
     combine: Literal["average", "product", "learnt weights"]
-    """How to combine probabilities; weights are learnt on the validation images."""
+    """Method of combining probabilities; weights are learnt on the validation images."""
     reported: ReportedErrors
     """The paper's error rates on the test images."""
     validation: ReportedErrors

@@ -25,7 +25,7 @@ from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
 from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
-from relaylab.data.sources.subset import Indices, Subset, held_out, long_tail
+from relaylab.data.sources.subset import Indices, Subset, held_out, held_out_size, long_tail
 from relaylab.data.statistics import ImageStatistics
 from relaylab.errors import InputError, raise_all
 from relaylab.files import available_cores
@@ -351,7 +351,7 @@ def check_tuning_images(config: ImagesConfig, train: Source, hold_out: float) ->
     labels = np.asarray(train.labels)
     chosen, _ = chosen_indices(replace(config, set_aside=None, long_tail=None), labels)
     counts = np.bincount(labels if chosen is None else labels[chosen]).tolist()
-    sizes = [int(hold_out) if hold_out >= 1 else max(1, round(hold_out * count)) for count in counts]
+    sizes = [held_out_size(count, hold_out) for count in counts]
     keys = classes_of(train).keys
     short = [
         f"{keys[label]} has {count} and {size} would be held out"

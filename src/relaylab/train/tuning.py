@@ -340,8 +340,8 @@ def _is_number(text: str) -> bool:
 def shortened(recipe: Recipe, share: float) -> dict[str, str]:
     """Return the overrides, by name, that shorten a recipe to a fraction of its iterations.
 
-    The schedule is shortened in proportion; with a plateau schedule, evaluations become
-    more frequent, so its patience in evaluations is unchanged.
+    The schedule is shortened in proportion; with a plateau schedule, evaluations become more frequent, so
+    its patience in evaluations is unchanged.
     """
     if share == 1:
         return {}

@@ -147,13 +147,18 @@ def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, In
         raise InputError(f"cannot hold out {count} images per class with seed {seed}: expected count > 0 and seed >= 0")
     stay, aside = list[Indices](), list[Indices]()
     for label, members in enumerate(_members(np.asarray(labels))):
-        size = int(count) if count >= 1 else max(1, round(count * len(members)))
+        size = held_out_size(len(members), count)
         if 0 < len(members) <= size:
             raise InputError(f"class {label} has {len(members)} images: holding out {size} would leave none")
         order = np.random.Generator(np.random.PCG64([seed, label])).permutation(members)
         aside.append(order[:size])
         stay.append(order[size:])
     return np.sort(np.concatenate(stay)), np.sort(np.concatenate(aside))
+
+
+def held_out_size(images: int, count: float) -> int:
+    """Return the number of images that `held_out` holds out of a class of this size."""
+    return int(count) if count >= 1 else max(1, round(count * images))
 
 
 def _members(labels: NDArray[np.integer]) -> list[Indices]:
