@@ -66,10 +66,12 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
     Raises:
         InputError: the folder is not empty, or cannot be written to.
     """
-    folder = given or (default if may_hold else _unused(default))
+    folder = given or default
     is_new = not folder.exists()
     try:
-        if not may_hold and folder.is_dir() and any(folder.iterdir()):
+        if given is None and not may_hold:
+            folder, is_new = create_folder(default), True
+        elif not may_hold and folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty; choose a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # fail before minutes of work, not after them
@@ -83,9 +85,21 @@ def new_folder(given: Path | None, default: Path, *, may_hold: bool = False) -> 
             folder.rmdir()
 
 
-def _unused(folder: Path) -> Path:
-    names = (folder, *(folder.with_name(f"{folder.name}-{attempt}") for attempt in range(2, 1000)))
-    return next((name for name in names if not name.exists()), folder)
+def create_folder(folder: Path) -> Path:
+    """Create a folder, or NAME-2, NAME-3, ... if it exists: several commands may start in the same second.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path, attempt = folder, 1
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            attempt += 1
+            path = folder.with_name(f"{folder.name}-{attempt}")
 
 
 def available_cores() -> int:

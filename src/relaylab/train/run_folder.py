@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from relaylab.errors import InputError, raise_all
-from relaylab.files import ROOT, timestamp, write_text
+from relaylab.files import ROOT, create_folder, timestamp, write_text
 from relaylab.outside.folders import open_for_writing
 from relaylab.outside.reading import DamagedFileError, read_json, typed
 from relaylab.recipes.decoding import current_name, decode_recipe, nested
@@ -168,15 +168,7 @@ def new_folder(options: TrainOptions) -> Path:
             if any(path.name not in BEFORE_THE_FIRST_STEP for path in options.out.iterdir()):
                 raise InputError(f"{options.out} is not empty; choose a new folder with --out")
             return options.out
-        parent, stem, attempt = ROOT / name_of(options), f"{timestamp()}-s{options.seed}", 1
-        parent.mkdir(parents=True, exist_ok=True)
-        while True:  # several runs may start in the same second
-            folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                attempt += 1
+        return create_folder(ROOT / name_of(options) / f"{timestamp()}-s{options.seed}")
     except OSError as error:
         raise InputError(f"cannot create a folder for the run: {error}") from None
 
