@@ -16,11 +16,12 @@ pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 from benchmarks import memory
 from benchmarks.gpu import __main__ as benchmark
 from benchmarks.gpu import compiled, largest, steps
-from benchmarks.gpu.resnet32 import recipe, resnet32
+from benchmarks.gpu.resnet32 import recipe
 from benchmarks.gpu.session import FILE, LOG, NO_TIME, Result, Session, WrongGradientsError
 from benchmarks.gpu.settings import TINY
 from benchmarks.measure import Step
 from benchmarks.networks import Workload
+from experiments.second.networks import resnet
 from relaylab.models.building import build_relay
 from relaylab.models.named import allow
 from relaylab.train.segments import segments_of
@@ -196,7 +197,7 @@ def test_targets_are_reported(time_ratio: float, text: str) -> None:
 
 
 def test_resnet32_layers_and_windows() -> None:
-    network = resnet32()
+    network = resnet(10)
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     assert len([layer for layer in layers if getattr(layer, "kernel_size", None) != (1, 1)]) == 32
@@ -205,7 +206,7 @@ def test_resnet32_layers_and_windows() -> None:
     assert build_relay(made, on_meta=True).plan.auxiliary.keys() == {"aux0", "aux1", "aux2"}
     overlaps = segments_of(made).overlaps
     assert overlaps.keys() == {"aux0+aux1", "aux1+aux2", "aux2+primary"}
-    assert all(name.startswith("model.unit3.") for name in segments_of(made).parameters("aux0+aux1"))
+    assert all(name.startswith("model.layer1.2.") for name in segments_of(made).parameters("aux0+aux1"))
 
 
 @pytest.mark.slow

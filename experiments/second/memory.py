@@ -9,17 +9,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 
-from experiments.second.networks import resnet
 from experiments.second.windows import ARMS, recipe
-from relaybackprop import Plan, Relay, cost
+from relaybackprop import cost
 from relaylab.files import write_text
-from relaylab.models.building import build_head, build_plan
+from relaylab.models.building import build_relay
+from relaylab.models.named import allow
+from relaylab.recipes.changes import with_changes
 from relaylab.recipes.files import read_recipe
 
 RESULTS = Path(__file__).parents[2] / "results" / "second-check"
-WIDTH, BATCH, CLASSES, PIXELS = 16, 1024, 10, 32
+PUBLISHED, BATCH = ("network.options.width=16", "network.image_size=32"), 1024
 ISOLATED = {15: 1, 8: 1, 4: 1, 2: 2}  # windows, and the shared blocks of the recipe that is trained isolated
 
 
@@ -28,20 +28,14 @@ def step(windows: int, shared: int, *, is_isolated: bool = False) -> dict[str, A
     with TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.toml"
         path.write_text(recipe(windows, shared), encoding="utf-8")
-        plan_config = read_recipe(path).plan
-    images = torch.empty(BATCH, 3, PIXELS, PIXELS, device="meta")
-    with torch.device("meta"):
-        model = resnet(CLASSES, width=WIDTH)
-        heads: dict[str, nn.Module] = {
-            name: build_head("conv", (WIDTH * 2 ** (int(window.top[len("layer")]) - 1), 8, 8), CLASSES, True)
-            for name, window in plan_config.auxiliary.items()
-        }
-    plan: Plan = build_plan(plan_config)
+        published, _ = with_changes(read_recipe(path), PUBLISHED)
+    allow(published.network)
+    relay = build_relay(published, on_meta=True)
+    images = torch.empty(BATCH, 3, published.network.image_size, published.network.image_size, device="meta")
     if is_isolated:
-        relay = Relay(model, plan, heads)
-        relay(images)
-        plan = plan.isolated(relay.order)
-    result = cost(model, plan, images, heads)
+        relay(images)  # sets the order
+        relay.plan = relay.plan.isolated(relay.order)
+    result = cost(relay.model, relay.plan, images, dict(relay.heads.items()))
     return {"peaks": dict(result.peaks), "flops": {name: round(ratio, 4) for name, ratio in result.ratios.items()}}
 
 

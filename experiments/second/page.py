@@ -32,7 +32,6 @@ GAIN = "network.gain"
 class Arm:
     """A scheme of a comparison: top-1 errors by seed, the chosen values, and the trials that they were chosen by."""
 
-    scheme: str
     errors: Mapping[int, float]
     values: Mapping[str, str]
     trials: tuple[tuple[Mapping[str, str], float | None], ...]
@@ -53,7 +52,7 @@ def read(name: str) -> dict[str, Arm]:
         keys = [name for axis in choice["axes"] for name in axis["names"][:1]]
         points = [dict(zip(keys, trial["point"], strict=True)) for trial in choice["trials"]]
         trials = zip(points, (trial["error"] for trial in choice["trials"]), strict=True)
-        arms[scheme] = Arm(scheme, own, dict(zip(keys, choice["point"], strict=True)), tuple(trials))
+        arms[scheme] = Arm(own, dict(zip(keys, choice["point"], strict=True)), tuple(trials))
     return arms
 
 
