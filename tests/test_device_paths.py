@@ -35,7 +35,7 @@ from relaylab.models import model_a
 from relaylab.models.file import InputConfig, ModelFile
 from relaylab.progress import Silent
 from relaylab.recipes.schema import NetworkConfig
-from relaylab.train import images, loop, requests, run_folder, session
+from relaylab.train import images, loop, requests, run_folder, session, storage
 from relaylab.train.options import TrainOptions
 from relaylab.train.state import optimizer_tensors
 from relaylab.train.stream import Stream
@@ -341,9 +341,9 @@ def test_a_gpu_stores_the_images_that_fit_into_a_share_of_its_memory(
 ) -> None:
     sources = open_source([tiny_images], split="train"), open_source([tiny_images], split="val")
     assert [len(source) for source in sources] == [60, 20]
-    monkeypatch.setattr(images, "free_memory", lambda device: {"cuda": free}[device.type])
-    assert images.storage_devices(CUDA, sources, SPEC, crops, runs) == expected
-    assert images.storage_devices(CPU, sources, SPEC, crops, runs) == (CPU, CPU)
+    monkeypatch.setattr(storage, "free_memory", lambda device: {"cuda": free}[device.type])
+    assert storage.storage_devices(CUDA, sources, SPEC, crops, runs) == expected
+    assert storage.storage_devices(CPU, sources, SPEC, crops, runs) == (CPU, CPU)
 
 
 @pytest.mark.parametrize("resized", [False, True])
@@ -357,8 +357,8 @@ def test_a_run_decodes_its_images_to_where_they_are_stored(
         devices.append(device)
         return decode_all(*arguments, **options)
 
-    monkeypatch.setattr(images, "decode_all", decode)
-    monkeypatch.setattr(images, "free_memory", lambda _: 10**12)
+    monkeypatch.setattr(storage, "decode_all", decode)
+    monkeypatch.setattr(storage, "free_memory", lambda _: 10**12)
     changes = ("augmentation.crop=resized",) if resized else ()
     options = TrainOptions(recipe="table3-model-a-relay", scale="tiny", data=(tiny_images,), changes=changes)
     recipe = requests.resolve(options).recipe

@@ -66,7 +66,7 @@ def decode_all(
         TooManyFaultsError: more images are unreadable than `faults` allows.
     """
     side = crop_spec.short_side
-    needed, free = len(source) * side * side * 3, free_memory(device)
+    needed, free = decoded_bytes(len(source), side), free_memory(device)
     if needed > SHARE * free:
         raise InputError(
             f"{len(source)} images of {side} x {side} need {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB of memory are "
@@ -99,6 +99,11 @@ def decode_all(
         good[[fault.index for fault in unreadable]] = False
         images, labels = images[good], labels[good]
     return DecodedImages(images, labels, tuple(source.classes))
+
+
+def decoded_bytes(images: int, side: int) -> int:
+    """Return the memory in bytes that decoded images of this side in pixels take."""
+    return images * side * side * 3
 
 
 def free_memory(device: torch.device | str) -> int:

@@ -1,7 +1,7 @@
 """The images of a run: open, check against the recipe, batch and normalise them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from relaylab.data.augment import Augmentation
 from relaylab.data.crops import Crops
-from relaylab.data.datasets import ImageDataset, InMemoryDataset, OnDiskDataset
-from relaylab.data.faults import FaultLog
+from relaylab.data.datasets import ImageDataset, OnDiskDataset
 from relaylab.data.geometry import CropSpec
-from relaylab.data.memory import decode_all, free_memory
 from relaylab.data.mixing import MIXES, Mixing
 from relaylab.data.policies import Policy
 from relaylab.data.sampling import SAMPLERS, KeyedSampler
@@ -32,12 +30,10 @@ from relaylab.files import available_cores
 from relaylab.progress import progress
 from relaylab.recipes.schema import ImagesConfig, Recipe, value_text
 from relaylab.train.options import RuntimeOptions, TrainOptions
+from relaylab.train.storage import decode_in_memory, fits_memory, storage_devices
 
 log = logging.getLogger("relaylab.train")
 
-MEMORY_SHARE = 0.5  # fraction of the free memory for decoded images; otherwise they are decoded on demand
-DEVICE_SHARE = 0.25  # fraction of a GPU's free memory for decoded images: training needs the rest
-IMAGES_PER_PROCESS = 2000  # with fewer images, starting another process takes longer than decoding
 LEAST_STD = 1.0  # minimum standard deviation of a channel
 SHOWN = 3  # similar class names in a message
 CHOICE_SEED = 0  # held-out images and rare classes do not depend on the seed of the run
@@ -151,7 +147,7 @@ def open_images(
             statistics = datasets[0].statistics()
             return RunImages(datasets[0], datasets[1], crop_spec, statistics, in_memory, classes_of(train))
     devices = storage_devices(device, (train, val), crop_spec, crops_of(recipe), runs)
-    decoded = list(_decoded((train, val), devices, crop_spec, workers, fault_file, pin=device.type == "cuda"))
+    decoded = list(decode_in_memory((train, val), devices, crop_spec, workers, fault_file, pin=device.type == "cuda"))
     return RunImages(decoded[0], decoded[1], crop_spec, decoded[0].statistics(), in_memory, classes_of(train))
 
 
@@ -364,58 +360,3 @@ def check_tuning_images(config: ImagesConfig, train: Source, hold_out: float) ->
             f"--tune-hold-out {hold_out:g}: too few training images of a class: {few(short)}; "
             f"add images of these classes, {lower}or compare without --tune"
         )
-
-
-def fits_memory(options: RuntimeOptions, sources: Sequence[Source], crop_spec: CropSpec, copies: int) -> bool:
-    """Return whether all images are decoded into memory: according to `--images`, or if they fit.
-
-    `copies` is the number of processes on this machine, each of which holds all images.
-    """
-    if options.images != "auto":
-        return options.images == "memory"
-    needed = sum(len(source) for source in sources) * 3 * crop_spec.short_side**2
-    return needed * copies <= MEMORY_SHARE * free_memory("cpu")
-
-
-def storage_devices(
-    device: torch.device, sources: tuple[Source, Source], crop_spec: CropSpec, crops: Crops, runs: int = 1
-) -> tuple[torch.device, torch.device]:
-    """Return the devices that store the decoded training and validation images.
-
-    A GPU stores images if they fit into `DEVICE_SHARE` of its free memory and are cropped on it; resized crops and
-    policies are computed on the CPU. Otherwise the images remain on the CPU, and batches are pinned.
-
-    Args:
-        device: device to train on.
-        sources: training and validation images.
-        crop_spec: crops with the side of the decoded images.
-        crops: settings of the training crops.
-        runs: number of concurrent runs that share the device.
-    """
-    if device.type == "cpu":
-        return device, device
-    left, devices = DEVICE_SHARE * free_memory(device) / runs, list[torch.device]()
-    for source, on_device in zip(sources, (crops.are_windows, True), strict=True):
-        needed = len(source) * 3 * crop_spec.short_side**2
-        fits = on_device and needed <= left
-        left -= needed if fits else 0
-        devices.append(device if fits else torch.device("cpu"))
-    return devices[0], devices[1]
-
-
-def _decoded(
-    sources: tuple[Source, Source],
-    devices: tuple[torch.device, torch.device],
-    crop_spec: CropSpec,
-    workers: int,
-    fault_file: Path | None,
-    *,
-    pin: bool,
-) -> Iterator[InMemoryDataset]:
-    train, val = sources
-    with progress("decoding", len(train) + len(val)) as task:
-        logs = FaultLog(len(train), file=fault_file), None
-        for source, device, faults in zip(sources, devices, logs, strict=True):
-            enough = min(workers, len(source) // IMAGES_PER_PROCESS)
-            decoded = decode_all(source, crop_spec, device=device, workers=enough, faults=faults, task=task)
-            yield InMemoryDataset(decoded, crop_spec, pin)

@@ -11,7 +11,7 @@ import torch
 from relaylab.errors import INTERRUPTED, WRONG_INPUT, InputError
 from relaylab.files import available_cores
 from relaylab.recipes.schema import Recipe
-from relaylab.train import engine, images, jobs, requests, run_folder
+from relaylab.train import engine, images, jobs, requests, run_folder, storage
 from relaylab.train.failures import Failure, read_failure, write_failure
 from relaylab.train.options import TrainOptions
 from relaylab.train.segments import segments_of
@@ -59,7 +59,7 @@ def shared_by(
         images.check_tuning_images(recipe.images, train, hold_out)
     if existing is not None:
         options = dataclasses.replace(options, images=run_folder.read_run(existing).options.images)
-    in_memory = images.fits_memory(options, (train, val), images.crop_spec_of(recipe), min(cores, count))
+    in_memory = storage.fits_memory(options, (train, val), images.crop_spec_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
     if options.accelerator != "cpu" and torch.cuda.is_available():
         return Shared(where, None)
