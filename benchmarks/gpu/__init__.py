@@ -9,8 +9,8 @@
 | A3    | the trainer against a bare loop on images in memory; decoding workers against it             | `training` |
 | A1c   | the step of A1 with `torch.compile`, in a child process with a time limit                    | `compiled` |
 | A4    | the tests marked `gpu`                                                                       | `commands` |
-| B1    | windows of ResNet-32 on CIFAR-10: `relaylab compare` on the recipes of `resnet32`            | `commands` |
-| B2    | models A and B at 64 pixels: `relaylab compare` on the recipes of `experiments`              | `commands` |
+| B1    | the second check's windows of ResNet-32 on CIFAR-10, at the published size                   | `commands` |
+| B2    | the second check's models A and B, at the paper's width on crops of 64 pixels                | `commands` |
 
 Entries run in this order. No entry starts after the time limit. DIR/results.json is rewritten after every result, so an
 interrupted run keeps its results; DIR/log.txt has the output of child processes. A contender that runs out of memory,

@@ -4,14 +4,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.resnet32 import recipe
 from benchmarks.gpu.session import NO_TIME, ROOT, Session
 from benchmarks.gpu.settings import Settings
+from experiments.second import windows
 from relaylab.files import write_text
-from relaylab.recipes.files import to_toml
 
 LEAST_S = 20.0  # the time that a comparison takes to start
-RECIPES = ROOT / "experiments" / "recipes"
+RECIPES = ROOT / "experiments" / "second"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,10 @@ def compare(session: Session, settings: Settings, data: Data) -> None:
     """B1 and B2: compare schemes, each at its own learning rate, and record each comparison."""
     folder = session.scratch / "recipes"
     folder.mkdir(exist_ok=True)
-    for modules in settings.modules:
+    for count in settings.windows:
         for shared in settings.shared:
-            generated = recipe(modules, shared, settings.iterations)
-            file = folder / f"{generated.name}.toml"
-            write_text(file, to_toml(generated))
+            file = folder / f"windows-{count}-{shared}.toml"
+            write_text(file, windows.recipe(count, shared))
             schemes = settings.schemes["B1"] if shared == settings.shared[0] else "relay"
             _compare(session, settings, "B1", file, data.cifar, schemes)
     for name in settings.places:
@@ -69,7 +67,8 @@ def _compare(session: Session, settings: Settings, entry: str, file: Path, image
         return
     overrides = [f"optimizer.iterations={settings.iterations}", f"optimizer.evaluate_every={settings.iterations}"]
     command = ["relaylab", "compare", str(file), "--data", str(images), "--seeds", settings.seeds]
-    command += ["--tune", f"optimizer.lr={settings.rates}", "--jobs", str(settings.jobs), "--images", "memory"]
+    command += ["--tune", f"optimizer.lr={settings.rates[entry]}", *settings.gains.get(entry, ())]
+    command += ["--jobs", str(settings.jobs), "--images", "memory", "--precision", "bf16"]
     command += ["--out", str(session.scratch / "runs" / name), "--set", *overrides, *settings.changes.get(entry, ())]
     command += ["--schemes", schemes]
     exit_code, output = session.run(command, session.left_s)

@@ -10,6 +10,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from benchmarks import formulations
 from benchmarks.networks import Workload, residual, without_dropout
+from experiments.second.windows import PUBLISHED
 from relaylab.recipes import find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import Recipe, changed
@@ -58,10 +59,11 @@ class Settings:
         compile_s: time limit for one compiled network, in seconds.
         backend: backend of torch.compile.
         tests_s: time limit for A4, in seconds.
-        modules: values of K (B1).
+        windows: numbers of windows (B1).
         shared: numbers of shared blocks (B1).
         places: recipes of B2.
-        rates: learning rates for `--tune` (B).
+        rates: learning rates for `--tune`, by entry.
+        gains: other values for `--tune`, by entry.
         iterations: number of updates of each run (B).
         jobs: number of concurrent runs (B).
         seeds: seeds (B).
@@ -89,10 +91,11 @@ class Settings:
     compile_s: float = 120
     backend: str = "inductor"
     tests_s: float = 60
-    modules: tuple[int, ...] = (4, 8, 16)
+    windows: tuple[int, ...] = (4, 8, 15)
     shared: tuple[int, ...] = (1, 2)
-    places: tuple[str, ...] = ("model-a-64px", "model-b-64px")
-    rates: str = "0.03,0.1,0.3"
+    places: tuple[str, ...] = ("model-a", "model-b")
+    rates: Mapping[str, str] = field(default_factory=lambda: {"B1": "0.05,0.1,0.2", "B2": "0.005,0.01,0.02"})
+    gains: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     iterations: int = 1000
     jobs: int = 6
     seeds: str = "0,1,2"
@@ -148,6 +151,18 @@ GPU = Settings(
     },
     recipe=changed(find_recipe("table6-resnet50-relay"), "one card", {"optimizer.batch_size": 256}),
     compiled=("resnet50", "vit_b"),
+    gains={"B2": ("*.gain=he,quiet",)},
+    changes={
+        "B1": ("optimizer.warmup=100", *PUBLISHED),
+        "B2": (
+            "optimizer.warmup=100",
+            "network.width=64",
+            "network.image_size=64",
+            "network.pyramid=4,2,1",
+            "images.short_side=72",
+            "evaluation.scales=72",
+        ),
+    },
 )
 TINY = Settings(
     pixels=112,  # the pyramids of models A and B need a map of 7 pixels
@@ -173,10 +188,10 @@ TINY = Settings(
     workers=2,
     compiled=("vit_b",),
     backend="aot_eager",
-    modules=(4,),
+    windows=(4,),
     shared=(1,),
-    places=("model-a-64px",),
-    rates="0.001,0.003,0.01",
+    places=("model-a",),
+    rates=dict.fromkeys(("B1", "B2"), "0.001,0.003,0.01"),
     iterations=2,
     jobs=2,
     seeds="0",

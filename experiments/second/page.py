@@ -9,20 +9,22 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.second.memory import RESULTS
+from experiments.second.windows import ARMS, ISOLATED
 from relaylab.files import write_text
 from relaylab.recipes.schema import SCHEME_NAMES
 from relaylab.report.style import SCHEME_COLOURS, SCHEME_DASHES, STYLE, write_figure
 from relaylab.report.verdict import difference_text, mean_text
 from relaylab.tables import Table, markdown_lines, renewed
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "second-check.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "evidence" / "second-check.md"
+RESULTS = ROOT / "results" / "second-check"
+STEPS = ROOT / "results" / "windows.json"
 PAIRS = (("relay", "standard"), ("relay", "multi_loss"), ("multi_loss", "standard"), ("isolated", "relay"))
 STANDARD = "windows-15-1-standard"
 GAIN = "network.gain"
@@ -81,58 +83,85 @@ def schemes_table(name: str, title: str) -> Table | None:
     return Table(title, ("", *gains, "rate", "top-1 error", "minus"), tuple(rows))
 
 
-def windows_arms() -> list[tuple[str, str, int, Arm]]:
-    """Return label, scheme, peak memory in bytes and arm of each way to divide ResNet-32 that has been run."""
-    steps: dict[str, Any] = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))
-    arms: list[tuple[str, str, int, Arm]] = []
-    if standard := read(STANDARD):
-        peak = next(iter(steps.values()))["peaks"]["standard"]
-        arms.append(("standard BP", "standard", peak, standard["standard"]))
-    for name, own in steps.items():
-        _, windows, shared, scheme = name.split("-")
-        if found := read(name):
-            kind = "isolated" if scheme == "isolated" else f"{shared} shared"
-            arms.append((f"{windows} windows, {kind}", scheme, own["peaks"]["early_release"], found[scheme]))
-    if multi := read("windows-15-1-multi-loss"):
-        peak = steps["windows-15-1-relay"]["peaks"]["multi_loss"]
-        arms.append(("15 windows, multi-loss", "multi_loss", peak, multi["multi_loss"]))
-    return sorted(arms, key=lambda arm: arm[2])
+@dataclass(frozen=True)
+class Division:
+    """A way to train ResNet-32.
+
+    Args:
+        label: name in table and figure.
+        scheme: scheme of the runs.
+        step: cost of a training step at the published size, by metric of `benchmarks.windows`.
+        arm: errors of the runs.
+    """
+
+    label: str
+    scheme: str
+    step: Mapping[str, float]
+    arm: Arm
+
+
+def divisions() -> list[Division]:
+    """Return each way to train ResNet-32 that has been run, by the memory of a step."""
+    figures: dict[str, float] = json.loads(STEPS.read_text(encoding="utf-8"))["figures"]
+
+    def step(name: str) -> Mapping[str, float]:
+        prefix = f"resnet32_{name}_"
+        return {key.removeprefix(prefix): value for key, value in figures.items() if key.startswith(prefix)}
+
+    named = [
+        (STANDARD, "standard BP", "standard", "standard"),
+        (STANDARD, "standard BP, blocks checkpointed", "standard", "checkpointed"),
+        ("windows-15-1-multi-loss", "15 windows, multi-loss", "multi_loss", "multi_loss"),
+    ]
+    for windows, shared in ISOLATED[32]:
+        label = f"{windows} windows, isolated"
+        named.append((f"windows-{windows}-{shared}-isolated", label, "isolated", f"{windows}_{shared}_isolated"))
+    for windows, shared in ARMS[32]:
+        label = f"{windows} windows, {shared} shared"
+        named.append((f"windows-{windows}-{shared}-relay", label, "relay", f"{windows}_{shared}_relay"))
+    found: list[Division] = []
+    for name, label, scheme, metric in named:
+        if arms := read(name):
+            found.append(Division(label, scheme, step(metric), arms[scheme]))
+    return sorted(found, key=lambda own: own.step["peak_mb"])
 
 
 def windows_table() -> Table | None:
-    """Return error and memory of each way to divide ResNet-32, by memory."""
-    arms = windows_arms()
-    standard = next((arm for label, _, _, arm in arms if label == "standard BP"), None)
+    """Return error, memory and time of each way to train ResNet-32, by memory."""
+    found = divisions()
+    standard = next((own for own in found if own.scheme == "standard"), None)
     if standard is None:
         return None
-    full = next(peak for label, _, peak, _ in arms if label == "standard BP")
     rows = [
         (
-            label,
-            f"{peak / 2**20:,.0f}",
-            f"{peak / full:.2f}",
-            arm.values["optimizer.lr"],
-            mean_text(list(arm.errors.values())),
-            "" if arm is standard else differences(arm, standard),
+            own.label,
+            f"{own.step['peak_mb']:,.0f}",
+            f"{own.step['peak_mb'] / standard.step['peak_mb']:.2f}",
+            f"{own.step['flops']:.2f}",
+            own.arm.values["optimizer.lr"],
+            mean_text(list(own.arm.errors.values())),
+            "" if own is standard else differences(own.arm, standard.arm),
         )
-        for label, _, peak, arm in arms
+        for own in found
     ]
-    header = ("", "peak MB", "of standard BP", "rate", "top-1 error", "minus standard BP")
+    header = ("", "peak MB", "of standard BP", "FLOPs", "rate", "top-1 error", "minus standard BP")
     return Table("ResNet-32 in windows", header, tuple(rows))
 
 
 def windows_figure() -> Figure:
     """Plot top-1 error against the peak memory of a step at the published size."""
+    found = divisions()
+    full = next(own.step["peak_mb"] for own in found if own.scheme == "standard")
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+        figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for label, scheme, peak, arm in windows_arms():
-            mean = statistics.fmean(arm.errors.values())
-            axes.plot(peak / 2**20, mean, "o", color=SCHEME_COLOURS[scheme])
-            axes.annotate(label, (peak / 2**20, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        for own in found:
+            x, y = own.step["peak_mb"] / full, statistics.fmean(own.arm.errors.values())
+            axes.plot(x, y, "o", color=SCHEME_COLOURS[own.scheme])
+            axes.annotate(own.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.margins(0.15)
-        axes.set_xlabel("predicted peak memory of a step at width 16, 32 pixels, batch 1,024, in MB")
-        axes.set_ylabel("top-1 error at width 8, 16 pixels, per cent")
+        axes.set_xlabel("peak memory of a training step, relative to standard BP (published size)")
+        axes.set_ylabel("top-1 error in per cent (width 8, 16 pixels)")
         return figure
 
 

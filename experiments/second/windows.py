@@ -1,26 +1,34 @@
 """Recipe files of the question "windows": a ResNet in K windows, each sharing its lowest blocks with the one below.
 
-python -m experiments.second.windows FOLDER    # writes windows-K-S.toml for each pair in ARMS
+python -m experiments.second.windows FOLDER    # writes windows-K-S.toml for ResNet-32
 """
 
 import itertools
 import sys
 from pathlib import Path
 
-ARMS = ((2, 2), (4, 1), (4, 4), (8, 1), (8, 2), (15, 1), (15, 2), (15, 3))  # K windows, S shared blocks
-BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(5)]  # blocks of ResNet-32
+ARMS = {  # by depth: K windows, S shared blocks
+    32: ((2, 2), (4, 1), (4, 4), (8, 1), (8, 2), (15, 1), (15, 2), (15, 3)),
+    110: ((2, 7), (4, 1), (4, 14), (8, 1), (8, 7), (27, 1), (27, 2), (54, 1), (54, 3)),
+}
+ISOLATED = {  # by depth: K windows, and the shared blocks of the recipe that is trained isolated
+    32: ((2, 2), (4, 1), (8, 1), (15, 1)),
+    110: ((2, 7), (4, 1), (8, 1), (27, 1), (54, 1)),
+}
+PUBLISHED = ("network.options.width=16", "network.image_size=32", "images.short_side=32", "augmentation.padding=4",
+             "evaluation.scales=32")  # changes to the size of the papers on local learning  # fmt: skip
 
 RECIPE = """\
-# The second check, docs/evidence/second-check.md: ResNet-32 in {windows} windows.
+# The second check, docs/evidence/second-check.md: ResNet-{depth} in {windows} windows.
 name = "windows-{windows}-{shared}"
-row = "ResNet-32, {windows} windows, {shared} shared blocks"
+row = "ResNet-{depth}, {windows} windows, {shared} shared blocks"
 scheme = "relay"
 
 [network]
 architecture = {architecture}
 num_classes = 10
 image_size = 16
-options = {{width = 8}}
+options = {{depth = {depth}, width = 8}}
 
 [plan.primary]
 bottom = "{primary}"
@@ -66,24 +74,32 @@ head = "conv"
 """
 
 
-def recipe(windows: int, shared: int) -> str:
+def blocks(depth: int) -> list[str]:
+    """Return the names of the blocks of a ResNet for small images."""
+    return [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range((depth - 2) // 6)]
+
+
+def recipe(windows: int, shared: int, depth: int = 32) -> str:
     """Return the text of a recipe file.
 
     Args:
         windows: number of windows, as equal in blocks as can be, the larger ones lowest.
         shared: blocks that each window shares with the window below.
+        depth: weight layers of the network.
     """
-    size, larger = divmod(len(BLOCKS), windows)
+    names = blocks(depth)
+    size, larger = divmod(len(names), windows)
     ends = [size * k + min(k, larger) for k in range(windows + 1)]
     auxiliary = ""
     for number, (start, end) in enumerate(itertools.pairwise(ends[:-1])):
-        bottom = f'\nbottom = "{BLOCKS[max(0, start - shared)]}"' if number else ""
-        auxiliary += AUXILIARY.format(number=number, top=BLOCKS[end - 1], bottom=bottom)
+        bottom = f'\nbottom = "{names[max(0, start - shared)]}"' if number else ""
+        auxiliary += AUXILIARY.format(number=number, top=names[end - 1], bottom=bottom)
     return RECIPE.format(
         windows=windows,
         shared=shared,
+        depth=depth,
         architecture=f'"{Path(__file__).with_name("networks.py")}:resnet"',
-        primary=BLOCKS[max(0, ends[-2] - shared)],
+        primary=names[max(0, ends[-2] - shared)],
         auxiliary=auxiliary,
     )
 
@@ -91,5 +107,5 @@ def recipe(windows: int, shared: int) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for windows, shared in ARMS:
+    for windows, shared in ARMS[32]:
         (folder / f"windows-{windows}-{shared}.toml").write_text(recipe(windows, shared), encoding="utf-8")

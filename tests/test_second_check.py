@@ -1,0 +1,58 @@
+"""The networks and windows of the second check."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightning_fabric", reason="needs the lab extra")
+
+from experiments.second import windows
+from experiments.second.networks import resnet
+from relaylab.models.building import build_relay
+from relaylab.models.named import allow
+from relaylab.recipes.files import read_recipe
+from relaylab.train.segments import segments_of
+
+
+@pytest.mark.parametrize("depth", [32, 110])
+def test_the_resnets_have_the_weight_layers_that_their_names_claim(depth: int) -> None:
+    network = resnet(10, depth, width=4)
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    assert len([layer for layer in layers if getattr(layer, "kernel_size", None) != (1, 1)]) == depth
+
+
+def test_windows_share_their_lowest_blocks_with_the_window_below(tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_text(windows.recipe(4, 2), encoding="utf-8")
+    recipe = read_recipe(path)
+    allow(recipe.network)
+    relay = build_relay(recipe, on_meta=True)
+    # 15 blocks in windows of 4, 4, 4 and 3, each with the two blocks below it.
+    tops = ["layer1.3", "layer2.2", "layer3.1"]
+    assert [window.top for window in relay.plan.auxiliary.values()] == tops
+    assert [window.bottom for window in relay.plan.auxiliary.values()] == [None, "layer1.2", "layer2.1"]
+    assert relay.plan.primary.bottom == "layer3.0"
+    segments = segments_of(recipe)
+    assert segments.overlaps.keys() == {"w0+w1", "w1+w2", "w2+primary"}
+    shared = ("model.layer1.2.", "model.layer1.3.")
+    assert all(name.startswith(shared) for name in segments.parameters("w0+w1"))
+
+
+MOST_LOSSES = {(2, 2): 2, (4, 1): 2, (4, 4): 2, (8, 1): 2, (8, 2): 2, (15, 1): 2, (15, 2): 3, (15, 3): 4}
+
+
+@pytest.mark.parametrize(("count", "shared"), windows.ARMS[32])
+def test_every_block_is_in_a_window(count: int, shared: int, tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_text(windows.recipe(count, shared), encoding="utf-8")
+    recipe = read_recipe(path)
+    allow(recipe.network)
+    segments = segments_of(recipe)
+    losses = {block: segments.losses[segments.of[f"model.{block}.conv1.weight"]] for block in windows.blocks(32)}
+    assert len(recipe.plan.auxiliary) == count - 1
+    assert max(map(len, losses.values())) == MOST_LOSSES[count, shared]
+    assert losses["layer1.0"][0] == "w0"
+    assert losses["layer3.4"] == ("primary",)
