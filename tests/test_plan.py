@@ -147,6 +147,16 @@ def test_check_relay_requires_a_complete_order() -> None:
     Plan().check_relay(())  # no boundaries
 
 
+def test_isolated_refuses_the_order_of_another_plan() -> None:
+    plan = Plan(Window(bottom="2"), {"aux": Window(top="1")})
+    relay = Relay(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), plan, {"aux": nn.Linear(2, 2)})
+    relay(torch.randn(1, 2))
+    other = Plan(Window(bottom="3"), {"aux": Window(top="2")})
+    with pytest.raises(PlanError, match=r"does not include the output of 2: .*plan\.isolated\(relay\.order\)"):
+        other.isolated(relay.order)
+    assert plan.isolated(relay.order).primary.after == "1"
+
+
 def test_isolated_without_an_order_uses_the_order_of_the_plan() -> None:
     """`auxiliary` lists the lowest head first, so an empty `Relay.order` gives the same plan."""
     relay = Relay(

@@ -754,5 +754,7 @@ def test_held_out_images() -> None:
             held_out(labels, count=count, seed=seed)
     with pytest.raises(InputError, match="class 0 has 10 images: holding out 10 would leave none"):
         held_out(labels, count=10, seed=0)
+    with pytest.raises(InputError, match="class 'oak' has 10 images: holding out 10 would leave none"):
+        held_out(labels, count=10, seed=0, classes=["oak", "elm"])
     with pytest.raises(InputError, match="cannot choose images by class: some have no label"):
         held_out(np.array([0, UNLABELLED]), count=1, seed=0)

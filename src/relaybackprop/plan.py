@@ -217,7 +217,12 @@ class Plan:
 
         Args:
             order: the boundaries from low to high, `Relay.order`. Default: the order of `auxiliary`.
+
+        Raises:
+            PlanError: `order` lacks the boundary of a head; see `check_relay`.
         """
+        if order:
+            _check_order(order, [place for window in self.windows.values() if (place := window.upper)], "isolated")
         windows = self.windows
         for lower, upper in self._neighbours(order):
             window, top = windows[upper], windows[lower].top
@@ -248,13 +253,8 @@ class Plan:
             relay.plan.check_relay(relay.order)
             ```
         """
-        missing = [] if order is None else [str(boundary) for boundary in self.boundaries if boundary not in order]
-        if missing:
-            raise PlanError(
-                f"the order of boundaries {f'does not include the {missing[0]}' if order else 'is empty'}",
-                "it must include all boundaries of the plan, as a forward pass in training mode records them",
-                "Run relay.train()(images) with this plan first, then plan.check_relay(relay.order).",
-            )
+        if order is not None:
+            _check_order(order, self.boundaries, "check_relay")
         order = order or ()
         windows = self.windows
         for lower, upper in self._neighbours(order):
@@ -309,6 +309,16 @@ class Plan:
             below = [name for name in names[:position] if windows[name].top != windows[upper].top]
             if below:
                 yield below[-1], upper
+
+
+def _check_order(order: Sequence[Boundary], boundaries: Iterable[Boundary], method: str) -> None:
+    missing = [str(boundary) for boundary in boundaries if boundary not in order]
+    if missing:
+        raise PlanError(
+            f"the order of boundaries {f'does not include the {missing[0]}' if order else 'is empty'}",
+            "it must include all boundaries of the plan, as a forward pass in training mode records them",
+            f"Run relay.train()(images) with this plan first, then plan.{method}(relay.order).",
+        )
 
 
 def _is_at_or_above(end: Boundary, head: Boundary, order: Sequence[Boundary]) -> bool:

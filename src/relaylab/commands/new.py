@@ -104,7 +104,7 @@ def main(options: NewOptions) -> int:
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
     train, val = open_sources(RuntimeOptions(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
-    chosen, _ = chosen_indices(images, groups_of(train))
+    chosen, _ = chosen_indices(images, *groups_of(train))
     results = ScanResults()
     with progress("decoding", min(SAMPLE, len(train))) as task:
         scan(train, results, limit=SAMPLE, task=task)

@@ -64,7 +64,7 @@ def held_out_images(about: Mapping[str, Any]) -> Source | None:
         return None
     data, val_data = (tuple(map(Path, about[name])) for name in ("data", "val_data"))
     train = open_training(RuntimeOptions(data=data, val_data=val_data))
-    return Subset(train, held_out(train.labels, count=count, seed=CHOICE_SEED)[1])
+    return Subset(train, held_out(train.labels, count=count, seed=CHOICE_SEED, classes=train.classes)[1])
 
 
 def open_split(data: Sequence[Path], about: Mapping[str, Any], split: str | None, classes: Classes) -> Source:

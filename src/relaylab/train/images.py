@@ -137,7 +137,7 @@ def open_images(
             skipped = getattr(source, "skipped", ())
             if skipped:
                 log.info("%s: skipped folders: %s", source.title, few(list(skipped)))
-        chosen, held = chosen_indices(recipe.images, groups_of(train))
+        chosen, held = chosen_indices(recipe.images, *groups_of(train))
         val = val if held is None else Subset(train, held)
         train = train if chosen is None else Subset(train, chosen)
         in_memory = fits_memory(options, (train, val), crop_spec, devices_here)
@@ -307,17 +307,22 @@ def _check_several(recipe: Recipe, train: Source, val: Source) -> None:
     raise_all(problems)
 
 
-def groups_of(source: Source) -> Labels:
-    """Return the group of each image for stratified splits: its class, or a single group for multi-label images."""
-    return source.labels if targets_of(source) is None else np.zeros(len(source), np.int16)
+def groups_of(source: Source) -> tuple[Labels, Sequence[str]]:
+    """Return the group of each image for stratified splits, and their names: classes, or one for multi-label images."""
+    if targets_of(source) is None:
+        return source.labels, source.classes
+    return np.zeros(len(source), np.int16), ("all images",)
 
 
-def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | None, Indices | None]:
+def chosen_indices(
+    config: ImagesConfig, labels: ArrayLike, classes: Sequence[str] = ()
+) -> tuple[Indices | None, Indices | None]:
     """Return the indices of the training images to train on, and of those to validate on.
 
     Args:
         config: settings of the recipe.
         labels: (n,), labels of all training images.
+        classes: class names for error messages.
 
     Returns:
         Sorted indices. None stands for all training images, and for the separate validation images.
@@ -325,10 +330,10 @@ def chosen_indices(config: ImagesConfig, labels: ArrayLike) -> tuple[Indices | N
     labels = np.asarray(labels)
     chosen, held = None, None
     if config.held_out is not None:
-        chosen, held = held_out(labels, count=config.held_out, seed=CHOICE_SEED)
+        chosen, held = held_out(labels, count=config.held_out, seed=CHOICE_SEED, classes=classes)
     if config.set_aside is not None:
         rest = np.arange(len(labels)) if chosen is None else chosen
-        kept, aside = held_out(labels[rest], count=config.set_aside, seed=CHOICE_SEED)
+        kept, aside = held_out(labels[rest], count=config.set_aside, seed=CHOICE_SEED, classes=classes)
         chosen, held = rest[kept], rest[aside]
     if config.long_tail is not None:
         rest = np.arange(len(labels)) if chosen is None else chosen

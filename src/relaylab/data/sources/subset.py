@@ -128,13 +128,14 @@ def long_tail(labels: ArrayLike, *, ratio: float, seed: int) -> Indices:
     return np.sort(np.concatenate(kept))
 
 
-def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, Indices]:
+def held_out(labels: ArrayLike, *, count: float, seed: int, classes: Sequence[str] = ()) -> tuple[Indices, Indices]:
     """Hold out images of each class, chosen by the seed.
 
     Args:
         labels: (n,) class indices from 0.
         count: images of each class to hold out or, below 1, a fraction of the class, rounded to at least one image.
         seed: at least 0; the same seed holds out the same images.
+        classes: class names for the error message.
 
     Returns:
         Indices of the remaining images, and of the held-out images, both in ascending order.
@@ -149,7 +150,8 @@ def held_out(labels: ArrayLike, *, count: float, seed: int) -> tuple[Indices, In
     for label, members in enumerate(_members(np.asarray(labels))):
         size = held_out_size(len(members), count)
         if 0 < len(members) <= size:
-            raise InputError(f"class {label} has {len(members)} images: holding out {size} would leave none")
+            name = repr(classes[label]) if classes else label
+            raise InputError(f"class {name} has {len(members)} images: holding out {size} would leave none")
         order = np.random.Generator(np.random.PCG64([seed, label])).permutation(members)
         aside.append(order[:size])
         stay.append(order[size:])
