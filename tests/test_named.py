@@ -111,6 +111,11 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
         ("FILE:leaves", {}, r"leaves with num_classes=5: SystemExit: usage \(.*net.py, line \d+\)"),
         ("FILE:no_module", {}, "no_module returned str: expected a torch.nn.Module"),
         ("FILE:no_scores", {}, r"shape \(2, 5, 30, 30\) for two images: expected class scores of shape \(2, 5\)"),
+        (
+            "torchvision:googlenet",
+            {"init_weights": False},
+            r"returns GoogLeNetOutputs .*; network.options.aux_logits=false removes its own auxiliary classifiers",
+        ),
         ("FILE:seven", {}, r"shape \(2, 7\) for two images: expected class scores of shape \(2, 5\)"),
         (
             "timm:vit_tiny_patch16_224",

@@ -534,6 +534,13 @@ def test_early_release_needs_whole_parameters(tiny_images: Path) -> None:
         requests.resolve(config_of(tiny_images, early_release=True, strategy="fsdp", devices=2))
 
 
+def test_early_release_needs_windows_with_one_end(tiny_images: Path) -> None:
+    several = ("plan.primary.bottom=none", "plan.primary.after=one, two")
+    with pytest.raises(InputError, match=r"--early-release does not support plan.primary.after=one, two: .*without it"):
+        requests.resolve(config_of(tiny_images, early_release=True, changes=several))
+    requests.resolve(config_of(tiny_images, early_release=True, changes=(*several, "scheme=standard")))
+
+
 @pytest.mark.filterwarnings("default")  # the compiler reads .grad of intermediate tensors, and warns itself of that
 def test_compiled_layers_outside_of_overlaps_train_to_the_same_parameters(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

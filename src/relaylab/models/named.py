@@ -155,7 +155,7 @@ def _torchvision(name: str) -> Builder:
 FINDERS: dict[str, Callable[[str], Builder]] = {"timm": _timm, "torchvision": _torchvision}
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Return the line of a network's code that raised an error; empty if the call itself raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
