@@ -38,6 +38,9 @@ NETWORK = """
     def fails(num_classes):
         return num_classes / 0
 
+    def leaves(num_classes):
+        raise SystemExit("usage")
+
     def no_scores(num_classes):
         return nn.Conv2d(3, num_classes, 3)
 
@@ -105,8 +108,14 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
             {"pretrained": True},
             r"network.options.pretrained is not allowed: .* set network.pretrained=FILE",
         ),
+        ("FILE:leaves", {}, r"leaves with num_classes=5: SystemExit: usage \(.*net.py, line \d+\)"),
         ("FILE:no_module", {}, "no_module returned str: expected a torch.nn.Module"),
         ("FILE:no_scores", {}, r"shape \(2, 5, 30, 30\) for two images: expected class scores of shape \(2, 5\)"),
+        (
+            "torchvision:googlenet",
+            {"init_weights": False},
+            r"returns GoogLeNetOutputs .*; network.options.aux_logits=false removes its own auxiliary classifiers",
+        ),
         ("FILE:seven", {}, r"shape \(2, 7\) for two images: expected class scores of shape \(2, 5\)"),
         (
             "timm:vit_tiny_patch16_224",
@@ -131,9 +140,10 @@ def test_wrong_networks_are_explained(file: Path, architecture: str, options: di
 
 def test_code_that_fails_to_import_is_an_error_of_its_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
-    path.write_text("import torch\n1 / 0\n")
-    with pytest.raises(InputError, match=r"cannot import .*broken.py: ZeroDivisionError"):
-        build_network(allowed(path, "small"))
+    for code, error in (("1 / 0", "ZeroDivisionError"), ("raise SystemExit(2)", "SystemExit: 2")):
+        path.write_text(f"import torch\n{code}\n")
+        with pytest.raises(InputError, match=rf"cannot import .*broken.py: {error}"):
+            build_network(allowed(path, "small"))
 
 
 def test_code_that_the_user_has_not_named_does_not_run(tmp_path: Path) -> None:

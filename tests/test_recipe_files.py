@@ -129,6 +129,18 @@ def test_commands_take_a_file(
     assert json.loads(config.read_text())["options"]["recipe"] == str(file)
 
 
+@pytest.mark.parametrize(
+    "command", [("eval",), ("export",), ("report",), ("diagnose", "information"), ("figure", "2")], ids=" ".join
+)
+def test_commands_for_runs_say_that_a_recipe_file_is_not_one(
+    command: tuple[str, ...], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*command, file) == 2
+    error = capsys.readouterr().err
+    assert f"{file} is a recipe file" in error
+    assert f"relaylab train {file} --data IMAGES" in error
+
+
 def test_a_run_keeps_its_recipe_when_the_file_changes(
     file: Path, tmp_path: Path, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,12 @@ SHORT = ("optimizer.iterations=6", "optimizer.evaluate_every=3", "optimizer.batc
 TABLE6: dict[str, Any] = {"recipe": "table6-resnet50-relay", "short": True, "changes": (*SHORT, "network.width=8")}
 CROPS = ("augmentation.crop=resized", "augmentation.padding=3", "augmentation.policy=randaugment")
 AUGMENTED = (*CROPS, "augmentation.erasing=0.5", "augmentation.mixup=0.4", "augmentation.cutmix=1")
+ALL = (
+    "augmentation.policy=trivialaugment", "augmentation.erasing=0.5", "augmentation.mixup=0.4", "augmentation.cutmix=1",
+    "optimizer.algorithm=adamw", "optimizer.layer_decay=0.75", "optimizer.decay_norms_and_biases=false",
+    "optimizer.ema_decay=0.9", "optimizer.schedule.kind=plateau", "optimizer.schedule.patience=1",
+    "optimizer.warmup=2", "loss.class_weights=square-root", "loss.label_smoothing=0.1",
+)  # fmt: skip
 # Dropout in one network, batch normalisation in the other; the rest are ways to train.
 KINDS: dict[str, dict[str, Any]] = {
     "dropout": {},
@@ -92,6 +98,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early release, fp16": {"early_release": True, "precision": "fp16"},
     "no momentum": {"changes": ("optimizer.momentum=0",)},
     "augmentation": {"changes": AUGMENTED},
+    "all at once": {"changes": ALL, "early_release": True, "precision": "bf16"},
     "augmentation, early release": {"changes": AUGMENTED, "early_release": True, "accumulate": 2, "precision": "bf16"},
 }
 
@@ -525,6 +532,13 @@ def test_early_release_trains_to_the_same_parameters(
 def test_early_release_needs_whole_parameters(tiny_images: Path) -> None:
     with pytest.raises(InputError, match=r"--early-release does not support --strategy fsdp"):
         requests.resolve(config_of(tiny_images, early_release=True, strategy="fsdp", devices=2))
+
+
+def test_early_release_needs_windows_with_one_end(tiny_images: Path) -> None:
+    several = ("plan.primary.bottom=none", "plan.primary.after=one, two")
+    with pytest.raises(InputError, match=r"--early-release does not support plan.primary.after=one, two: .*without it"):
+        requests.resolve(config_of(tiny_images, early_release=True, changes=several))
+    requests.resolve(config_of(tiny_images, early_release=True, changes=(*several, "scheme=standard")))
 
 
 @pytest.mark.filterwarnings("default")  # the compiler reads .grad of intermediate tensors, and warns itself of that

@@ -179,6 +179,7 @@ def test_all_wrong_changes_are_told_at_once() -> None:
         "optimizer.iterations=0", "optimizer.evaluate_every=0", "loss.label_smoothing=1", "optimizer.clip_norm=0",
         "optimizer.schedule.at=0.9,0.1", "optimizer.schedule.factor=0", "optimizer.segment_lr.aux=-1",
         "images.short_side=8", "plan.auxiliary.aux.weight=inf", "optimizer.weight_decay=nan", "images.held_out=0",
+        "images.held_out=inf", "images.held_out=nan", "images.set_aside=1.5",
         "images.long_tail=0.5", "augmentation.crop_scale=0.5", "augmentation.crop_scale=0.5,0.1",
         "augmentation.crop_scale=0,1", "augmentation.crop_scale=0.1,1.5", "augmentation.crop_ratio=2,inf",
         "augmentation.crop_ratio=nan,1", "augmentation.crop_ratio=0.5,1,2", "augmentation.padding=-1",

@@ -317,7 +317,9 @@ def test_what_cannot_be_tuned_is_an_error_before_anything_is_trained(
     for more, message in [
         (["--tune", "optimizer.lr=0.1,0.2", "--set", "optimizer.lr=1"], "--tune optimizer.lr and --set optimizer.lr"),
         (["--tune", "optimizer.lr=0.1,0.2", "--tune-share", "2"], "--tune-share 2: expected a fraction"),
-        (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "0"], "--tune-hold-out 0: expected"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "0"], "--tune-hold-out is 0: expected"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "2.5"], "--tune-hold-out is 2.5: expected"),
+        (["--tune", "optimizer.lr=0.1,0.2", "--tune-hold-out", "inf"], "--tune-hold-out is inf: expected"),
         (["--tune", "optimizer.lr=a,0.2"], "optimizer.lr=a: expected a number"),
         (["--tune", "optimizer.lr=0.1,0.2", "--set", "images.set_aside=0.1"], "--tune sets images.set_aside itself"),
     ]:

@@ -1,6 +1,7 @@
 """Option types and checks shared by the commands. Does not import torch, so that `--help` is fast."""
 
 import inspect
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -90,12 +91,18 @@ def writable(path: Path, option: str = "--out", suffixes: Sequence[str] = ()) ->
 
 
 def check_paths(options: object) -> None:
-    """Raise InputError if the path of a `MustExist` option does not exist or cannot be read."""
+    """Raise InputError if the path of a `MustExist` option does not exist, cannot be read, or is a recipe file."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         if MustExist in getattr(hint, "__metadata__", ()):
             value: Any = getattr(options, name)
-            for problem in path_problems([value] if isinstance(value, Path) else value or ()):
+            paths: Sequence[Path] = [value] if isinstance(value, Path) else value or ()
+            problems = path_problems(paths) or [_of_recipe(path) for path in paths if path.suffix == ".toml"]
+            for problem in problems:
                 raise InputError(problem)
+
+
+def _of_recipe(path: Path) -> str:
+    return f"{path} is a recipe file: to train it, run `relaylab train {shlex.quote(str(path))} --data IMAGES`"
 
 
 def path_problems(paths: Sequence[Path]) -> list[str]:

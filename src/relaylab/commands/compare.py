@@ -124,6 +124,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
 
 def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
     """Return the axes of the tuning grid."""
+    from relaylab.recipes.changes import hold_out_problems
     from relaylab.train.tuning import axes_of
 
     axes, problems = axes_of(options.tune, recipe)
@@ -141,8 +142,7 @@ def _axes(options: CompareOptions, recipe: "Recipe") -> "tuple[Axis, ...]":
         )
     if not 0 < options.tune_share <= 1:
         problems.append(f"--tune-share {options.tune_share:g}: expected a fraction above 0, at most 1")
-    if options.tune_hold_out <= 0:
-        problems.append(f"--tune-hold-out {options.tune_hold_out:g}: expected a fraction or a number above 0")
+    problems += hold_out_problems("--tune-hold-out", options.tune_hold_out)
     raise_all(problems)
     return axes
 

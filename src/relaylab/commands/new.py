@@ -14,7 +14,7 @@ from relaylab.errors import InputError, raise_all
 from relaylab.files import write_text
 from relaylab.options import File, Images, MustExist, Number, too_small, writable
 from relaylab.outside.reading import LARGEST, read_bytes
-from relaylab.recipes.changes import ARCHITECTURE, located
+from relaylab.recipes.changes import ARCHITECTURE, hold_out_problems, located
 from relaylab.recipes.decoding import plain_value
 
 SAMPLE = 500  # images to decode
@@ -75,7 +75,7 @@ class NewOptions:
 def main(options: NewOptions) -> int:
     """Scan the images, profile the network, and write the recipe."""
     problems = too_small(options, epochs=1, size=8, batch_size=2, heads=1)
-    problems += ["--hold-out must be above 0"] if options.hold_out is not None and options.hold_out <= 0 else []
+    problems += hold_out_problems("--hold-out", options.hold_out)
     if options.hold_out is not None and (options.val_split or options.val_data):
         problems.append("--hold-out cannot be combined with --val-split or --val-data")
     pairs = [text.partition("=") for text in options.options]

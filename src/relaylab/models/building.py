@@ -136,7 +136,9 @@ def _check_output(config: NetworkConfig, model: nn.Module) -> None:
         ) from error
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
         found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
-        raise InputError(f"{name} returns {found} for two images: expected class scores of shape {wanted}")
+        has_heads = any(field.startswith("aux_logits") for field in getattr(output, "_fields", ()))
+        remedy = "; network.options.aux_logits=false removes its own auxiliary classifiers" if has_heads else ""
+        raise InputError(f"{name} returns {found} for two images: expected class scores of shape {wanted}{remedy}")
 
 
 def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:

@@ -67,7 +67,7 @@ def build_named(config: NetworkConfig) -> nn.Module:
         model = build(num_classes=config.num_classes, **options)
     except InputError:
         raise
-    except Exception as error:  # third-party code can raise anything
+    except (Exception, SystemExit) as error:  # third-party code can raise anything
         given = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": config.num_classes, **options}.items())
         what = f"{type(error).__name__}: {error}{'' if name.partition(':')[0] in FINDERS else _place(error)}"
         raise InputError(f"{name} with {given}: {what}{_arguments(build, options)}") from error
@@ -108,7 +108,7 @@ def _imported(module: str, place: str) -> ModuleType:
     """Import a module; raise InputError for any exception in its code."""
     try:
         return importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         remedy = f"; install {missing.partition('.')[0]}, or pass a file: path/to/file.py:function" if missing else ""
         raise InputError(f"cannot import {place}: {type(error).__name__}: {error}{remedy}") from error
@@ -128,7 +128,7 @@ def _file(path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # such as a script that parses its arguments
             del sys.modules[module_name]
             raise InputError(f"cannot import {path}: {type(error).__name__}: {error}") from error
         finally:
@@ -155,7 +155,7 @@ def _torchvision(name: str) -> Builder:
 FINDERS: dict[str, Callable[[str], Builder]] = {"timm": _timm, "torchvision": _torchvision}
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Return the line of a network's code that raised an error; empty if the call itself raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""

@@ -28,7 +28,7 @@ LEAST = {  # minimum values, by field
 }  # fmt: skip
 ARCHITECTURE, PRETRAINED = "network.architecture", "network.pretrained"  # values that may be paths
 OPTIONS = "network.options"  # names and values are defined by the network
-POSITIVE = ("held_out", "set_aside", "lr", "eps", "clip_norm", "weight", "factor")
+POSITIVE = ("lr", "eps", "clip_norm", "weight", "factor")
 MAGNITUDE = 30  # largest magnitude of a policy's operations
 
 
@@ -142,9 +142,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     if not 0 <= recipe.loss.label_smoothing < 1:
         problems.append(f"loss.label_smoothing is {recipe.loss.label_smoothing}: expected at least 0 and below 1")
     for name in ("held_out", "set_aside"):
-        count = getattr(recipe.images, name)
-        if count is not None and count >= 1 and count != int(count):
-            problems.append(f"images.{name} is {count}: expected a number of images, or a share below 1")
+        problems += hold_out_problems(f"images.{name}", getattr(recipe.images, name))
     side, size = recipe.images.short_side, recipe.network.image_size
     if side < size:
         problems.append(f"images.short_side is {side}: expected at least network.image_size, {size}")
@@ -154,6 +152,13 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         if list(at) != sorted(at) or not all(0 < place < 1 for place in at):
             problems.append(f"optimizer.schedule.at is {at}: expected shares between 0 and 1, in ascending order")
     return problems
+
+
+def hold_out_problems(name: str, count: float | None) -> list[str]:
+    """Return an error message if a number of images per class, or a share below 1, cannot be held out."""
+    if count is None or 0 < count < 1 or (count >= 1 and math.isfinite(count) and count == int(count)):
+        return []
+    return [f"{name} is {count:g}: expected a number of images per class, or a share below 1"]
 
 
 def _augmentation_problems(config: AugmentationConfig) -> list[str]:

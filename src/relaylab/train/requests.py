@@ -101,7 +101,7 @@ def _recipe_of(options: TrainOptions, folder: Path | None = None) -> tuple[Recip
         return None, ["a recipe is required (`relaylab recipes` lists them), or --resume PATH", *problems]
     if folder is not None and is_file(options.recipe):
         recipe = stored_recipe(folder)
-        return recipe, problems + batch_problems(recipe, options, options.devices)
+        return recipe, problems + _way_problems(recipe, options)
     try:
         recipe = find_recipe(options.recipe, options.scale)
     except InputError as error:
@@ -115,7 +115,21 @@ def _recipe_of(options: TrainOptions, folder: Path | None = None) -> tuple[Recip
     if folder is None:
         _allow(recipe)
     problems += invalid or recipe_problems(recipe)
-    return recipe, problems + batch_problems(recipe, options, options.devices)
+    return recipe, problems + _way_problems(recipe, options)
+
+
+def _way_problems(recipe: Recipe, options: TrainOptions) -> list[str]:
+    """Return an error message for each option that cannot train the recipe."""
+    problems = batch_problems(recipe, options, options.devices)
+    windows = {"primary": recipe.plan.primary} | {f"auxiliary.{k}": v for k, v in recipe.plan.auxiliary.items()}
+    if options.early_release and recipe.scheme in ("relay", "isolated"):
+        problems += [
+            f"--early-release does not support plan.{name}.after={window.after}: the window has several ends; train "
+            "without it"
+            for name, window in windows.items()
+            if window.after is not None and "," in window.after
+        ]
+    return problems
 
 
 def _allow(recipe: Recipe) -> None:
