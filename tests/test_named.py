@@ -46,6 +46,13 @@ NETWORK = """
 
     def seven(num_classes):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))
+
+    class Branching(nn.Module):
+        def forward(self, images):
+            return images if images.mean() > 0 else -images
+
+    def branching(num_classes):
+        return nn.Sequential(Branching(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 """
 
 
@@ -116,6 +123,7 @@ def test_a_function_of_a_package(monkeypatch: pytest.MonkeyPatch, file: Path) ->
             {"init_weights": False},
             r"returns GoogLeNetOutputs .*; network.options.aux_logits=false removes its own auxiliary classifiers",
         ),
+        ("FILE:branching", {}, "its forward pass depends on the values of tensors, .* train it in your own loop"),
         ("FILE:seven", {}, r"shape \(2, 7\) for two images: expected class scores of shape \(2, 5\)"),
         (
             "timm:vit_tiny_patch16_224",

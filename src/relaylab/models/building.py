@@ -130,9 +130,14 @@ def _check_output(config: NetworkConfig, model: nn.Module) -> None:
         with torch.no_grad():
             output = model(torch.empty(2, 3, size, size, device="meta"))
     except Exception as error:  # third-party code can raise anything
+        remedy = "change network.image_size, or the image size in network.options"
+        if "meta" in str(error):  # a value was needed, and tensors on the meta device have none
+            remedy = (
+                "its forward pass depends on the values of tensors, so relaylab cannot place windows or predict costs; "
+                "train it in your own loop with relaybackprop, which supports it"
+            )
         raise InputError(
-            f"{name} does not run on images (2, 3, {size}, {size}): {type(error).__name__}: {error}; change "
-            "network.image_size, or the image size in network.options"
+            f"{name} does not run on images (2, 3, {size}, {size}): {type(error).__name__}: {error}; {remedy}"
         ) from error
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
         found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
