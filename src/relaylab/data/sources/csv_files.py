@@ -166,7 +166,7 @@ def list_csv(
 def _lines(file: Path, task: Task | None = None) -> Generator[str]:
     """Iterate over the lines of a file, without a byte order mark."""
     with os.fdopen(open_regular(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        if lines.buffer.peek(2)[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+        if os.pread(lines.fileno(), 2, 0) in (BOM_UTF16_LE, BOM_UTF16_BE):
             raise InputError(f"{file.name} is not UTF-8 text, but probably UTF-16; save it as UTF-8")
         unseen = 0
         for number, line in enumerate(bounded_lines(lines, file.name), 1):
