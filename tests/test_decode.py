@@ -69,10 +69,11 @@ def test_long_headers_take_no_time(kind: str) -> None:
         "digits": b"P6 " + b"0" * size + b"8 8 255\n" + bytes(192),
     }[kind]
     began = time.process_time()
-    try:
+    if kind in ("fill", "segments"):
         assert decode(data).shape == (8, 8, 3)
-    except ImageFault as fault:
-        assert "header" in str(fault)
+    else:
+        with pytest.raises(ImageFault, match="header"):
+            decode(data)
     assert time.process_time() - began < 2
 
 
