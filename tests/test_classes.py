@@ -90,6 +90,18 @@ def test_classes_that_cannot_be_matched_are_refused(
         match(own, wanted, title="others", used=used)
 
 
+@pytest.mark.timeout(60)  # a search that is quadratic in the classes takes minutes
+def test_many_repeated_classes_are_refused_quickly() -> None:
+    keys = tuple(map(str, range(50_000))) * 2
+    with pytest.raises(InputError, match="more than once"):
+        Classes(keys, keys)
+    wanted = Classes(keys[:50_000], ("crane",) * 50_000)
+    with pytest.raises(InputError, match="several classes are called crane"):
+        match(Classes(("crane",), ("crane",)), wanted, title="others")
+    with pytest.raises(InputError, match="unexpected classes"):
+        match(Classes.of([f"x{key}" for key in keys[:50_000]]), wanted, title="others")
+
+
 def test_matching_by_rank_returns_a_remark() -> None:
     places, remark = match(numbered(), folders("n2", "n1"), title="val.txt", used=[0, 1])
     assert places[:2] == (0, 1)

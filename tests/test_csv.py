@@ -141,6 +141,22 @@ def test_targets_follow_the_classes_and_the_images(listed: Open) -> None:
         source.targets[0, 0] = 1
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_header_in_quotes(mark: str, listed: Open) -> None:
+    found = listed(f'"file"{mark}"label"\n"0000"{mark}"x, y; z"\n"0001"{mark}"y"\n')
+    assert found.classes == ("x, y; z", "y")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused(encoding: str, listed: Open) -> None:
+    with pytest.raises(InputError, match=r"labels.csv is not UTF-8 text, but probably UTF-16; save it as UTF-8"):
+        listed("\ufefffile,label\n0000,x\n".encode(encoding))
+
+
+def test_a_number_that_is_too_long_is_a_name(listed: Open) -> None:
+    assert listed(f"file,label\n0000,1\n0001,{'9' * 5000}\n").classes == ("1", "9" * 5000)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -162,6 +178,7 @@ def test_targets_follow_the_classes_and_the_images(listed: Open) -> None:
             r"line 102, column a: '2'; expected 0 or",
         ),
         ("file,a,a\n0000,0,1\n", r"has the columns a more than once"),
+        (f"file{',a' * 50_000}\n0000{',1' * 50_000}\n", r"has the columns a more than once"),
     ],
 )
 def test_errors_explain_the_problem(text: str, message: str, tmp_path: Path, listed: Open) -> None:

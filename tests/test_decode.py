@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 import warnings
 import zlib
 from typing import Any
@@ -55,6 +56,25 @@ def assert_quarters(pixels: np.ndarray, tolerance: int = 12) -> None:
     assert pixels.flags.c_contiguous
     middles = pixels[8::16, 12::24].astype(int)
     assert np.abs(middles - COLOURS).max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["fill", "segments", "comment", "comments", "digits"])
+def test_long_headers_take_no_time(kind: str) -> None:
+    jpeg, size = encoded(Image.new("RGB", (8, 8), (200, 100, 50)), "JPEG"), 50_000_000
+    data = {
+        "fill": jpeg[:2] + b"\xff" * size + jpeg[2:],
+        "segments": jpeg[:2] + b"\xff\xe1\0\x02" * (size // 4) + jpeg[2:],
+        "comment": b"P6 #" + b"x" * size + b"\n8 8 255\n" + bytes(192),
+        "comments": b"P6 8 8\n" + b"#\n" * (size // 2) + b"255\n" + bytes(192),
+        "digits": b"P6 " + b"0" * size + b"8 8 255\n" + bytes(192),
+    }[kind]
+    began = time.process_time()
+    if kind in ("fill", "segments"):
+        assert decode(data).shape == (8, 8, 3)
+    else:
+        with pytest.raises(ImageFault, match="header"):
+            decode(data)
+    assert time.process_time() - began < 2
 
 
 def test_jpeg_pixels_agree_with_pillow() -> None:

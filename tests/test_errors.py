@@ -299,6 +299,13 @@ def test_plan_applied_twice() -> None:
             relay_of(Plan(), model)
 
 
+def test_relay_in_a_head() -> None:
+    inner = relay_of(Plan(auxiliary=AUX))
+    for head in (inner, nn.Sequential(nn.Linear(3, 3), inner)):
+        with raises(AppliedTwiceError, "the head 'aux' is, or contains, a Relay", "a plain module", "relay.model"):
+            Relay(nn.Sequential(*(nn.Linear(3, 3) for _ in range(8))), Plan(auxiliary=AUX), {"aux": head})
+
+
 class Odd(nn.Module):
     """A model with a layer that never runs and one that runs twice."""
 

@@ -235,6 +235,25 @@ def test_shards_with_names_as_labels(tmp_path: Path, opened: Open) -> None:
     assert labelled(source) == [("zoo", b"image 1"), ("bus", b"image 2"), ("zoo", b"image 3")]
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ((b"8" * 5000, b"a"), ("8" * 5000, "a")),
+        ((b"8" * 5000, b"9" * 5000), ("8" * 5000, "9" * 5000)),
+        ((b"--3", b"1-2"), ("--3", "1-2")),
+        ((b"\xff", b"\xfe"), ("\\xfe", "\\xff")),
+        ((b"\xef\xbb\xbf1", b"0"), ("class 0", "class 1")),
+    ],
+)
+def test_shards_with_unusual_labels(
+    labels: tuple[bytes, bytes], classes: tuple[str, ...], tmp_path: Path, opened: Open
+) -> None:
+    members = {"1.jpg": b"", "1.cls": labels[0], "2.jpg": b"", "2.cls": labels[1]}
+    source = opened(tar(tmp_path / "a.tar", members))
+    assert source.classes == classes
+    assert sorted(source.labels.tolist()) == [0, 1]
+
+
 def test_shards_with_several_labels(tmp_path: Path, opened: Open) -> None:
     source = opened(tar(tmp_path / "a.tar", shard(("1", [0, 2]), ("2", [1]), form="json")))
     assert source.targets is not None
@@ -261,6 +280,8 @@ def test_a_folder_of_shards_with_splits(tmp_path: Path, opened: Open) -> None:
         ({"1.jpg": b"", "1.cls": b"0", "1.png": b""}, "several images with one key: 1.jpg and 1.png"),
         ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b""}, "2.cls is ''; expected a class index or name"),
         ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b""}, "1 of 2 images have no label, such as 2.jpg"),
+        ({"1.jpg": b"", "2.jpg": b"", "1.cls": b"0", "2.cls": b"1"}, "the labels of 1, 2 are not next to their images"),
+        ({"1.cls": b"0", "2.cls": b"1", "2.jpg": b"", "1.jpg": b""}, "the labels of 1 are not next to their images"),
         ({"1.jpg": b"", "1.cls": b"-3"}, "has the label -3; expected 0 .. 999999"),
         ({"1.jpg": b"", "1.cls": b"5000000000"}, "has the label 5000000000; expected 0 .. 999999"),
         ({"1.jpg": b"", "1.cls": b"0", "1/1.jpg": b"", "1/1.cls": b"0", "1.JPG": b""}, "label"),
@@ -279,6 +300,13 @@ def test_unpacked_copies_of_refused_shards_are_removed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has the label -3"):
         open_source(tar(file, members, "w:gz"), split="train", cache=cache)
     assert list((cache / "tars").iterdir()) == []
+
+
+def test_class_names_that_equal_labels(tmp_path: Path, opened: Open) -> None:
+    write(tmp_path, {"labels.txt": "crane\ncrane\n0\n"})
+    source = opened(tar(tmp_path / "a.tar", shard(("1", 2), ("2", 0))))
+    assert (source.folders, source.classes) == (("0", "1", "2"), ("crane (0)", "crane (1)", "0"))
+    assert source.labels.tolist() == [2, 0]
 
 
 def test_too_few_class_names_are_refused(tmp_path: Path, opened: Open) -> None:
@@ -310,6 +338,9 @@ def test_braces_and_patterns(tmp_path: Path) -> None:
     assert expanded([tmp_path / "{x}.tar", tmp_path / "?.zip"]) == [tmp_path / "{x}.tar", tmp_path / "?.zip"]
     with pytest.raises(InputError, match=r"\{0..999999999\} in .*: expected 1 to 100,000 numbers"):
         expanded([tmp_path / "{0..999999999}"])
+    for pattern in ("{0..99999}-{0..99999}", "{a,b}" * 40):
+        with pytest.raises(InputError, match=r"more than 100,000 paths"):
+            expanded([tmp_path / pattern])
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, opened: Open, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,6 +398,24 @@ def test_parquet_images_are_copied_once(tmp_path: Path, opened: Open) -> None:
     later = parquet(path, [1, 0, 1])
     assert opened(later).labels.tolist() == [1, 0, 1]
     assert len(list((tmp_path / "cache" / "parquet").iterdir())) == 1, "that of the old file is removed"
+
+
+@pytest.mark.parametrize("kind", ["link", "owner"])
+def test_a_parquet_copy_of_another_user_is_not_used(kind: str, tmp_path: Path, opened: Open) -> None:
+    path = parquet(tmp_path / "a.parquet", [0, 1])
+    expected = content(opened(path))
+    (copy,) = (tmp_path / "cache" / "parquet").iterdir()
+    planted = tmp_path / "planted"
+    planted.write_bytes(b"x" * copy.stat().st_size)
+    copy.unlink()
+    if kind == "link":
+        copy.symlink_to(planted)
+    elif os.geteuid() == 0:
+        planted.rename(copy)
+        os.chown(copy, 65534, 65534)
+    else:
+        pytest.skip("needs root")
+    assert content(opened(path, classes=["class 0", "class 1"])) == expected
 
 
 def test_parquet_without_compression_is_read_in_place(tmp_path: Path, opened: Open) -> None:

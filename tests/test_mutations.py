@@ -27,14 +27,14 @@ from relaylab.cli import main
 from relaylab.data import decode as decoding
 from relaylab.data.geometry import CropSpec
 from relaylab.data.sources.opening import open_source
-from relaylab.data.sources.source import Source
+from relaylab.data.sources.source import LARGEST_FILE, Source
 from relaylab.data.statistics import image_statistics
 from relaylab.evaluate.predict import find_pictures, open_network, predict
 from relaylab.evaluate.results import read_ensembles
 from relaylab.evaluate.scores import ScoreFolder
 from relaylab.models.building import build_relay
 from relaylab.models.caffe.importing import import_caffe
-from relaylab.outside.reading import typed
+from relaylab.outside.reading import read_bytes, typed
 from relaylab.recipes.files import read_recipe
 from relaylab.report.comparison import open_runs
 from relaylab.train import checkpoint, requests, run_folder
@@ -145,7 +145,7 @@ def read_image(folder: Path) -> Any:
     shapes: list[Any] = []
     for file in sorted(folder.glob("x.*")):
         try:
-            shapes.append(decoding.decode(file.read_bytes()).shape)
+            shapes.append(decoding.decode(read_bytes(file, LARGEST_FILE)).shape)
         except decoding.ImageFault as fault:
             shapes.append(str(fault))
     return shapes

@@ -52,6 +52,7 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "5,000 digits": (GOOD.replace("3", "3" * 5000, 1), "an integer of 5000 digits"),
     "beyond doubles": (GOOD.replace("[1,", "[1" + "0" * 400 + ",", 1), "an integer of 401 digits"),
     "twice": (GOOD.replace('"later"', '"step"'), "the name 'step' occurs twice"),
+    "twice, among many": ("{" + ",".join(f'"{n}":0' for n in (*range(100_000), 99_999)) + "}", "'99999' occurs twice"),
     "deep": ('{"later":' + "[" * 100_000, "nested too deeply"),
     "deep objects": ('{"a":' * 100_000, "nested too deeply"),
     "not UTF-8": (GOOD.encode().replace(b"x/y", b"\xff"), "can't decode byte 0xff"),

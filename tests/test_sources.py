@@ -491,6 +491,9 @@ def test_imagenet_validation(tmp_path: Path, devkit: Path, opened: Open) -> None
     (folder / "ILSVRC2012_val_00000004.JPEG").unlink()
     with pytest.raises(InputError, match=f"3 images, but {TRUTH} has 4 lines"):
         opened(folder, devkit)
+    long = tar(tmp_path / "long.tar", {f"ILSVRC2012_val_{'1' * 5000}.JPEG": b"1"})
+    with pytest.raises(InputError, match=r"expected ILSVRC2012_val_1 \.\. 4"):
+        opened(long, devkit / "data" / TRUTH, devkit / "data" / META)
     write(devkit, {f"data/{TRUTH}": "2\n1\n9\n"})
     with pytest.raises(InputError, match=r"line 3: meta.mat has no class 9"):
         opened(folder, devkit)

@@ -311,6 +311,17 @@ def test_a_checkpoint_comes_back_as_it_was_and_old_ones_go(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 6, 8)]
 
 
+@pytest.mark.timeout(60)  # reading all of a sparse file takes hours
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
+def test_a_sparse_file_in_a_checkpoint_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(3)}, {"w/m": torch.ones(1)}
+    path = checkpoint.write(tmp_path, checkpoint.Checkpoint(*tensors, {"step": 1}))
+    with (path / name).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=f"{name} is damaged or modified"):
+        checkpoint.read(path)
+
+
 def test_the_sums_are_those_that_sha256sum_checks(tmp_path: Path) -> None:
     import shutil
     import subprocess

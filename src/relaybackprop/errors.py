@@ -59,7 +59,7 @@ class LeakError(RelayError, RuntimeError):
 
 
 class AppliedTwiceError(RelayError, RuntimeError):
-    """A plan applied to a model that is a `Relay` or contains one."""
+    """A plan applied to a model or head that is a `Relay` or contains one."""
 
 
 class CompiledOverlapError(RelayError, RuntimeError):

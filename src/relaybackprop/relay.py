@@ -83,7 +83,7 @@ class Relay(nn.Module):
         HeadError: a window has no head, a head has no window, or a head is not a module.
         CompiledOverlapError: a boundary is inside a compiled module.
         TransformError: a boundary is in a model compiled by torch.jit.
-        AppliedTwiceError: the model is a `Relay` or contains one.
+        AppliedTwiceError: the model or a head is a `Relay` or contains one.
 
     Example:
         ```python
@@ -124,13 +124,7 @@ class Relay(nn.Module):
                 "Relay requires a plain model, since DistributedDataParallel would not average the gradients of heads",
                 "Wrap the relay instead: DistributedDataParallel(Relay(model, plan, heads)).",
             )
-        for module in model.modules():
-            if isinstance(module, Relay):
-                raise AppliedTwiceError(
-                    "the model is, or contains, a Relay",
-                    "Relay requires a plain model, and one plan for it",
-                    "Pass relay.model, with a new plan.",
-                )
+        _check_plain("the model", model, "Relay requires a plain model, and one plan for it")
         heads = {} if heads is None else heads
         _check_heads(plan, heads)
         for boundary in plan.boundaries:
@@ -371,6 +365,12 @@ class _Cache(dict[Any, Any]):
         return any(key[0] == first for key in self)
 
 
+def _check_plain(title: str, module: nn.Module, requirement: str) -> None:
+    if any(isinstance(part, Relay) for part in module.modules()):
+        remedy = "Pass relay.model instead."
+        raise AppliedTwiceError(f"{title} is, or contains, a Relay", requirement, remedy)
+
+
 def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:
     if not isinstance(heads, (Mapping, nn.ModuleDict)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise HeadError(
@@ -392,3 +392,4 @@ def _check_heads(plan: Plan, heads: Mapping[str, nn.Module]) -> None:
             raise HeadError(
                 f"the head {name!r} is a {type(head).__name__}", "it must be an nn.Module", "Wrap it in a module."
             )
+        _check_plain(f"the head {name!r}", head, "a head must be a plain module, since a relay returns several outputs")

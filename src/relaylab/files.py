@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 
 from relaylab.errors import InputError
@@ -113,14 +114,17 @@ def expanded(paths: Iterable[Path]) -> list[Path]:
     An existing path, and a pattern without a match, are returned unchanged.
 
     Raises:
-        InputError: a range has too many numbers.
+        InputError: a pattern has too many numbers or paths.
     """
     result: list[Path] = []
     for path in paths:
         if path.exists():
             result.append(path)
             continue
-        for text in _braces(str(path)):
+        texts = list(islice(_braces(str(path)), MOST_SHARDS + 1))
+        if len(texts) > MOST_SHARDS:
+            raise InputError(f"{path} stands for more than {MOST_SHARDS:,} paths: pass a folder, or fewer shards")
+        for text in texts:
             matches = sorted(glob(text)) if has_magic(text) else []  # noqa: PTH207 (a pattern that may be absolute)
             result += map(Path, matches or [text])
     return result

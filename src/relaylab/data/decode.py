@@ -21,10 +21,12 @@ Note [Decoding]
    Signed 16-bit and floating-point samples are rejected because their value range is not defined.
 9. Pillow reads BMPs of several bits with a black-and-white palette as if they had one bit. They are rejected.
 10. A small file can declare many pixels, or many scans in a progressive JPEG, each of which costs a pass over all
-    pixels. Both are limited, and large images are converted a few rows at a time.
+    pixels. Both are limited, and large images are converted a few rows at a time. So are headers of JPEGs and Netpbm
+    files, which Python code reads byte by byte.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -40,6 +42,7 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS = 100_000_000  # ImageNet's largest photograph has 61 million
 MOST_PIXELS_OF = {"WEBP": 40_000_000, "AVIF": 40_000_000}  # their decoders need 26 bytes per pixel
 MAX_SCANS, MAX_SCANNED = 100, 2_000_000_000  # scans of a JPEG (about 10 in practice), and scans times pixels
+MAX_SEGMENTS, MAX_HEADER = 10_000, 1 << 16  # of a JPEG before its first scan; bytes of a Netpbm file
 ROWS_AT_ONCE, LARGE = 256, 4_000_000  # rows; pixels
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # in Pillow; some of its others run external programs
 FORMATS += ("AVIF",) if features.check("avif") else ()
@@ -66,6 +69,9 @@ _END_OF_IMAGE, _SCAN = b"\xff\xd9", b"\xff\xda"
 _PLANES, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 284, 258, 259, 262, 339  # tags of TIFF
 _SIGNED = 2
 _EXIF = b"Exif\x00\x00"
+_FILL = re.compile(rb"\xff+")
+_NUMBER = rb"(?:(?:\s|#[^\r\n]*[\r\n])+\d+)"  # after white space and comments
+_NETPBM = re.compile(rb"P(?:[14]%b{2}|[2356]%b{3})\s" % (_NUMBER, _NUMBER))
 
 
 def decode(data: bytes, *, short_side: int | None = None) -> Pixels:
@@ -167,6 +173,8 @@ def _check_scans(data: bytes, pixels: int) -> None:
 
 
 def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
+    if _is_netpbm(data) and not _NETPBM.match(data, 0, MAX_HEADER):
+        raise ImageFault(f"a Netpbm file with a damaged header, or one of more than {MAX_HEADER:,} bytes")
     try:
         return _pillow_pixels(data, short_side)
     except ImageFault:
@@ -174,6 +182,10 @@ def _decode_by_pillow(data: bytes, short_side: int | None) -> Pixels:
         if plain == data:
             raise
         return _pillow_pixels(plain, short_side)
+
+
+def _is_netpbm(data: bytes) -> bool:
+    return data[:1] == b"P" and data[1:2] in b"123456" and data[2:3] in b" \t\r\n#"
 
 
 def without_notes(data: bytes) -> bytes:
@@ -278,11 +290,12 @@ def _blocks(height: int) -> Iterator[slice]:
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, offset and length of a JPEG's segments, up to the start of its first scan."""
     at, end = 2, len(data) - 4
-    while at < end and data[at] == 0xFF:
+    for _ in range(MAX_SEGMENTS):
+        fill = _FILL.match(data, at)
+        at = fill.end() - 1 if fill else end
+        if at >= end:
+            break
         marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
         length = data[at + 2] << 8 | data[at + 3]
         yield marker, at, length
         if marker == _START_OF_SCAN:

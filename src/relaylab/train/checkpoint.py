@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from relaylab.errors import LabError
-from relaylab.outside.reading import DamagedFileError, check_keys, open_regular, read_bytes, read_json
+from relaylab.outside.reading import LARGEST, DamagedFileError, check_keys, open_regular, read_bytes, read_json
 from relaylab.outside.showing import reason
 
 log = logging.getLogger("relaylab.train")
@@ -197,8 +197,15 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _sum(path: Path) -> str:
+def _sum(path: Path) -> str | None:
+    """Return the hash of a file; None for a large file of a different size than its header states (a sparse file)."""
     with os.fdopen(open_regular(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (OSError, SafetensorError, RuntimeError, MemoryError):
+                return None
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,6 +12,7 @@ Note [Classes]
 """
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class Classes:
 
     def __post_init__(self) -> None:
         if len(set(self.keys)) < len(self.keys):
-            repeated = sorted({key for key in self.keys if self.keys.count(key) > 1})
+            repeated = sorted(key for key, count in Counter(self.keys).items() if count > 1)
             raise InputError(f"classes: {few(repeated)} more than once; give class folders or other unique keys")
         if len(self.names) != len(self.keys):
             raise InputError(f"{len(self.names)} class names for {len(self.keys)} classes")
@@ -117,7 +118,8 @@ def match(
             return found, ""
     if told_apart(wanted.names, own.keys) == own.names:  # a file without keys in which two classes have the same name
         return tuple(range(len(own.keys))), ""
-    raise _unknown(own, wanted, [label for label in needed if own.keys[label] not in wanted.keys], title)
+    known = set(wanted.keys)
+    raise _unknown(own, wanted, [label for label in needed if own.keys[label] not in known], title)
 
 
 def _places(theirs: Sequence[str], ours: Sequence[str], needed: Iterable[int]) -> tuple[int, ...] | None:
@@ -167,8 +169,8 @@ def _advice(own: Classes, wanted: Classes, strange: Sequence[str]) -> str:
     if alike:
         return f"; {alike[0]}"
     # Repeated names are followed by their keys; see `told_apart`.
-    plain = [name.removesuffix(f" ({key})") for key, name in _pairs(wanted)]
-    ambiguous = [name for name in strange if plain.count(name) > 1]
+    plain = Counter(name.removesuffix(f" ({key})") for key, name in _pairs(wanted))
+    ambiguous = [name for name in strange if plain[name] > 1]
     if ambiguous:
         return f"; several classes are called {few(ambiguous)}: name the folders by key"
     if wanted.keys == wanted.names and not own.has_only_numbers:

@@ -16,6 +16,8 @@ import csv
 import os
 import re
 from array import array
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -164,6 +166,8 @@ def list_csv(
 def _lines(file: Path, task: Task | None = None) -> Generator[str]:
     """Iterate over the lines of a file, without a byte order mark."""
     with os.fdopen(open_regular(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        if os.pread(lines.fileno(), 2, 0) in (BOM_UTF16_LE, BOM_UTF16_BE):
+            raise InputError(f"{file.name} is not UTF-8 text, but probably UTF-16; save it as UTF-8")
         unseen = 0
         for number, line in enumerate(bounded_lines(lines, file.name), 1):
             unseen += len(line)
@@ -197,11 +201,15 @@ def _header(file: Path) -> tuple[str, list[str]]:
     """Return the delimiter and the names of the columns. See Note [CSV] 1."""
     with closing(_lines(file)) as lines:
         first = next((line for line in lines if line.strip()), "")
-    try:
-        split = {mark: next(csv.reader([first], delimiter=mark, strict=True)) for mark in DELIMITERS}
-    except csv.Error as error:
-        raise InputError(f"{file.name}, line 1: {error}") from None
-    delimiter = max(DELIMITERS, key=lambda mark: len(split[mark]))
+    split, problem = dict[str, list[str]](), ""
+    for mark in DELIMITERS:
+        try:
+            split[mark] = next(csv.reader([first], delimiter=mark, strict=True))
+        except csv.Error as error:  # as for ";" in a header of quoted names separated by commas
+            problem = problem or str(error)
+    if not split:
+        raise InputError(f"{file.name}, line 1: {problem}")
+    delimiter = max(split, key=lambda mark: len(split[mark]))
     return delimiter, [name.strip() for name in split[delimiter]]
 
 
@@ -220,7 +228,8 @@ def _columns(file: Path, files: _Files) -> _Columns:
     if not sample:
         raise InputError(f"no images in {file}: there are no lines after the header; {named}")
     kinds = [re.sub(r"[\s-]+", "_", name.lower()) for name in header]
-    found = [sum(bool(row[i]) and _exists(files, row[i]) for _, row in sample) for i in range(len(header))]
+    exists = {text: bool(text) and _exists(files, text) for text in {text for _, row in sample for text in row}}
+    found = [sum(exists[row[i]] for _, row in sample) for i in range(len(header))]
     by_header = _by_header(kinds, IMAGE_HEADERS)
     best = [place for place, count in enumerate(found) if count == max(found) > 0]
     image = next((place for place in by_header if place in best), next(iter(best or by_header), None))
@@ -236,7 +245,8 @@ def _columns(file: Path, files: _Files) -> _Columns:
             f"{file.name} has no column with classes: {named}; expected a column named label, class, category or "
             "target, or a column of 0 and 1 for each class"
         )
-    repeated = sorted({header[i] for i in flags if header.count(header[i]) > 1}) if label is None else []
+    counts = Counter(header)
+    repeated = sorted({header[i] for i in flags if counts[header[i]] > 1}) if label is None else []
     if repeated:
         raise InputError(f"{file.name} has the columns {few(repeated)} more than once")
     return _Columns(delimiter, tuple(header), image, label, () if label is not None else tuple(flags))

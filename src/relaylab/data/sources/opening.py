@@ -327,7 +327,7 @@ def _with_truth(listing: Listing, truth: Path, meta: Path) -> Listing:
     for index in range(len(labels)):
         stem = os.fsdecode(listing.name(index)).rpartition("/")[2].rpartition(".")[0]
         image = stem.removeprefix(VALIDATION_IMAGE)
-        if image == stem or not image.isdecimal() or not 1 <= int(image) <= len(lines):
+        if image == stem or not image.isdecimal() or len(image) > 12 or not 1 <= int(image) <= len(lines):
             raise InputError(
                 f"image {printable(stem)}: expected {VALIDATION_IMAGE}1 .. {len(lines)}, as in {truth.name}"
             )

@@ -27,6 +27,7 @@ from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, printable
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
+from relaylab.outside.folders import is_our_own
 from relaylab.outside.reading import open_regular
 from relaylab.progress import Task
 
@@ -199,7 +200,7 @@ def _copied(path: Path, plain: Path) -> Iterator[_OffsetOf]:
     most = max(ALWAYS_UNPACKED, LARGEST_RATIO * state.st_size)
     with ExitStack() as stack:
         target: IO[bytes] | None = None
-        if not plain.exists():
+        if not is_our_own(plain):
             temporary = stack.enter_context(atomic_cache_write(plain))
             free = shutil.disk_usage(temporary.parent).free
             if free < state.st_size:

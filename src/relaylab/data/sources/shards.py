@@ -19,7 +19,7 @@ from typing import Any
 from relaylab.data.sources.archives import DAMAGE, Member, beginning, member_bytes, tar_members, unpacked
 from relaylab.data.sources.class_names import numbered_names
 from relaylab.data.sources.file_states import file_state
-from relaylab.data.sources.listing import Listing, Place, Rows, Watch, is_image, printable
+from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image, printable
 from relaylab.data.sources.valued import Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
@@ -84,11 +84,15 @@ def _list_shard(plain: Path, title: str, place: int, rows: Rows, values: Values,
         seen, current = 0, ""
         image: Member | None = None
         labels: dict[str, Value] = {}  # by extension
+        lone_images, lone_labels = set[str](), set[str]()
 
         def finish() -> None:
+            value = labels.get("cls", labels.get("json"))
             if image is not None:
                 rows.add(os.fsencode(image.path), 0, place, (image.offset, image.size))
-                values.add(labels.get("cls", labels.get("json")))
+                values.add(value)
+            if (image is None) != (value is None):
+                (lone_images if value is None else lone_labels).add(current)
 
         for count, member in enumerate(tar_members(file, title, rows)):
             if member.folder:
@@ -111,6 +115,11 @@ def _list_shard(plain: Path, title: str, place: int, rows: Rows, values: Values,
                 task.advance(member.offset - seen, f"{rows.found:,} images")
                 seen = member.offset
         finish()
+        apart = sorted(lone_images & lone_labels)
+        if apart:
+            raise InputError(
+                f"{title}: the labels of {few(apart)} are not next to their images; rewrite the shard in order of keys"
+            )
         task.advance(plain.stat().st_size - seen, f"{rows.found:,} images")
 
 
@@ -123,10 +132,10 @@ def _split(path: str) -> tuple[str, str]:
 
 def _label(data: bytes, where: str) -> int | str:
     """Return the label in a .cls file: an integer if it is one, otherwise text."""
-    text = data.decode("utf-8", errors="replace").strip()
+    text = data.decode("utf-8-sig", errors="backslashreplace").strip()
     if not text or len(text.splitlines()) > 1:
         raise InputError(f"{where} is {printable(text[:40])!r}; expected a class index or name")
-    return int(text) if text.lstrip("-").isdecimal() and len(text) < 12 else text
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 12 else text
 
 
 def _field(data: bytes) -> Value:

@@ -22,6 +22,7 @@ from relaylab.data.sources.source import UNLABELLED
 from relaylab.errors import InputError
 
 LARGEST_LABEL = 999_999
+LONGEST_NUMBER = 30  # digits; Python rejects integers of thousands of digits
 Value = int | str | tuple[int, ...] | tuple[str, ...] | None
 
 
@@ -101,12 +102,16 @@ def _text_keys(labels: Sequence[tuple[object, ...]], names: Sequence[str]) -> tu
 
 
 def in_order(keys: Collection[str]) -> tuple[str, ...]:
-    """Sort keys numerically if all are numbers, otherwise alphabetically."""
-    are_numbers = all(key.isdecimal() for key in keys)
+    """Sort keys numerically if all are numbers of a common length, otherwise alphabetically."""
+    are_numbers = all(key.isdecimal() and len(key) <= LONGEST_NUMBER for key in keys)
     return tuple(sorted(keys, key=int) if are_numbers else sorted(keys))
 
 
 def unique_keys(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys of numbered classes: the name of each class, or its label if its name is not unique."""
+    """Return the keys of numbered classes: the name of each class, or its label if its name is not unique.
+
+    If a name equals the label of another class, the keys are the labels of all classes.
+    """
     counts = Counter(names)
-    return tuple(name if counts[name] == 1 else str(label) for label, name in enumerate(names))
+    keys = tuple(name if counts[name] == 1 else str(label) for label, name in enumerate(names))
+    return keys if len(set(keys)) == len(keys) else tuple(map(str, range(len(names))))
