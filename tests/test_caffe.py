@@ -293,6 +293,12 @@ def test_other_images_are_refused(name: str, state: dict[str, Tensor], tmp_path:
         (b"<!DOCTYPE html>\n<html><body>GitHub</body></html>", "is a web page; download the raw file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 685025107\n", "is a Git LFS pointer"),
         (b"PK\x03\x04....", "is an archive"),
+        (b"PK\x03\x04" + b"\0" * 26 + b"archive/data.pkl", "is a PyTorch file"),
+        (b"\x80\x02\x8a\nl\xfc\x9c", "is a PyTorch file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(range(256)), "is an HDF5 file; .*snapshot_format: BINARYPROTO"),
+        (b"\x93NUMPY\1\0v\0{'descr': '<f4'}", "is a NumPy file"),
+        (b'\x18\0\0\0\0\0\0\0{"__metadata__":{"a":"b"}}', "is a safetensors file"),
+        (b"\x08\xe8\x07\x12\x0fnet1.caffemodel\x20\x02", "is the state of a solver .* pass the .caffemodel"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 1])

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 pytest.importorskip("simplejpeg", reason="needs the lab extra")
 
 from relaylab.cli import main
+from relaylab.data.memory import decoded_bytes
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, SplitNeededError
 from relaylab.data.sources.opening import open_source
@@ -147,6 +149,13 @@ def test_a_zip_file_in_pieces_and_with_names_of_classes(tmp_path: Path, opened: 
     assert labelled(opened(one, two)) == [("Cat", b"1"), ("Dog", b"2")]
 
 
+def test_a_zip_file_with_separators_of_windows(tmp_path: Path, opened: Open) -> None:
+    path = packed(tmp_path / "data.zip", {r"train\bus\1.jpg": b"1", r"train\zoo\2.jpg": b"2", r"val\zoo\3.jpg": b"3"})
+    source = opened(path, split="train")
+    assert names(source) == ["train/bus/1.jpg", "train/zoo/2.jpg"]
+    assert source.classes == ("bus", "zoo")
+
+
 def patched(path: Path, at: bytes, offset: int, value: bytes, last: bool = True) -> Path:
     data = bytearray(path.read_bytes())
     start = (data.rindex(at) if last else data.index(at)) + offset
@@ -169,6 +178,13 @@ CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
         (lambda path: patched(path, CENTRAL, 42, b"\0\0\0\0"), "damaged or cut short at bus/2.jpg|at bus/1.jpg"),
         (lambda path: patched(path, LOCAL, 0, b"xxxx", last=False), "damaged or cut short at bus/1.jpg"),
         (lambda path: packed(path, {"../1.jpg": b""}), "whose path leads out of it, ../1.jpg: refused"),
+        (lambda path: packed(path, {r"..\1.jpg": b""}), "whose path leads out of it, ../1.jpg: refused"),
+        (lambda path: packed(path, {r"C:\bus\1.jpg": b""}), "whose path leads out of it, C:/bus/1.jpg: refused"),
+        (lambda path: packed(path, {r"c:1.jpg": b""}), "images but no class folders"),
+        (
+            lambda path: packed(path, {r"\\host\bus\1.jpg": b""}),
+            "leads out of it, //host/bus/1.jpg: refused",
+        ),
         (lambda path: packed(path, {"bus/1.md": b""}), "has no images"),
     ],
 )
@@ -260,6 +276,30 @@ def test_shards_with_several_labels(tmp_path: Path, opened: Open) -> None:
     assert source.targets.tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
+def test_long_numbers_beside_labels(tmp_path: Path, opened: Open) -> None:
+    members = {"1.jpg": b"", "1.json": b'{"label": 1, "hash": ' + b"9" * 5000 + b"}", "2.jpg": b"", "2.cls": b"0"}
+    assert opened(tar(tmp_path / "a.tar", members)).labels.tolist() == [1, 0]
+
+
+def test_targets_that_do_not_fit_into_memory(tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tar(tmp_path / "a.tar", shard(*((str(number), [0, 99_999]) for number in range(40)), form="json"))
+    source = opened(file)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=5_000_000))
+    message = r"a.tar: 40 multi-label images and 100,000 classes need 0.00 GB; .* 0.01 GB .* numbers have gaps"
+    with pytest.raises(InputError, match=message):
+        open_source(file, cache=tmp_path / "other")
+    write(tmp_path, {f"{number}.jpg": b"" for number in range(40)})
+    columns = ",".join(f"class{number}" for number in range(60_000))
+    lines = "".join(f"{number}.jpg{',1' * 60_000}\n" for number in range(40))
+    write(tmp_path, {"list.csv": f"image,{columns}\n{lines}"})
+    with pytest.raises(InputError, match=r"list.csv: 40 multi-label images and 60,000 classes need"):
+        opened(tmp_path / "list.csv")
+    wanted = [*source.classes, *(f"other {number}" for number in range(10_000))]
+    with pytest.raises(InputError, match=r"a.tar: 40 multi-label images and 110,000 classes need"):
+        open_source(source, classes=wanted)
+    assert decoded_bytes(source, 8) == 40 * (8 * 8 * 3 + 4 * 100_000)
+
+
 def test_a_folder_of_shards_with_splits(tmp_path: Path, opened: Open) -> None:
     root = tmp_path / "set"
     root.mkdir()
@@ -274,6 +314,10 @@ def test_a_folder_of_shards_with_splits(tmp_path: Path, opened: Open) -> None:
     assert opened(root / "food-train-00.tar").labels.tolist() == [1, 1]
 
 
+LONG = b'{"id": 1, "label": ' + b"9" * 5000 + b"}"
+NO_LABELS = "a.tar has images but no class folders, and no label in its first .json files"
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -285,6 +329,12 @@ def test_a_folder_of_shards_with_splits(tmp_path: Path, opened: Open) -> None:
         ({"1.jpg": b"", "1.cls": b"-3"}, "has the label -3; expected 0 .. 999999"),
         ({"1.jpg": b"", "1.cls": b"5000000000"}, "has the label 5000000000; expected 0 .. 999999"),
         ({"1.jpg": b"", "1.cls": b"0", "1/1.jpg": b"", "1/1.cls": b"0", "1.JPG": b""}, "label"),
+        ({"1.jpg": b"", "1.json": LONG}, "1.json has a label of 5,000 digits; expected 0 .. 999999"),
+        ({"1.jpg": b"", "1.json": b'{"labels": [1, -' + b"8" * 5000 + b"]}"}, "1.json has a label of 5,000 digits"),
+        ({"1.jpg": b"", "1.json": b"{" + LONG}, f"{NO_LABELS}: expected CLASS/IMAGE"),
+        ({"1.jpg": b"", "1.json": b'{"label": 1.5}'}, f"{NO_LABELS}: expected CLASS/IMAGE"),
+        ({"1.jpg": b"", "1.json": b"[" * 100_000}, NO_LABELS),
+        ({"1.jpg": b""}, "has images but no class folders: expected CLASS/IMAGE"),
     ],
 )
 def test_invalid_shards_are_refused(members: dict[str, bytes], message: str, tmp_path: Path, opened: Open) -> None:

@@ -528,6 +528,7 @@ def test_imagenet_training_tar_of_tars(tmp_path: Path, opened: Open) -> None:
         ({"../bus/1.jpg": b""}, {}, r"whose path leads out of it, \.\./bus/1.jpg"),
         ({"bus/../../1.txt": b""}, {}, "whose path leads out of it"),
         ({"/bus/1.jpg": b""}, {}, "whose path leads out of it, /bus/1.jpg"),
+        ({"C:/bus/1.jpg": b""}, {}, "whose path leads out of it, C:/bus/1.jpg"),
         ({"bus/1.jpg": b""}, {"bus/2.jpg": "1.jpg"}, r"bus/2.jpg is a link"),
         ({"bus/1.jpg": b"", "./bus//1.jpg": b""}, {}, r"bus/1.jpg more than once"),
         ({"bus/notes.txt": b""}, {}, "no images"),
@@ -549,6 +550,7 @@ def test_droppings_in_a_tar_are_counted(tmp_path: Path, opened: Open) -> None:
 
 
 SYSTEM = ("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information", ".Trash-1000", "__MACOSX")
+SYSTEM += ("__pycache__", "node_modules", "LOST.DIR", "found.001", "$WinREAgent", "@snapshots")
 
 
 def test_system_folders_are_not_classes(tmp_path: Path, opened: Open) -> None:

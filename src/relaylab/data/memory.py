@@ -51,7 +51,7 @@ def decode_all(
     faults: FaultLog | None = None,
     task: Task | None = None,
 ) -> DecodedImages:
-    """Decode a whole source into memory. It needs n * short_side^2 * 3 bytes.
+    """Decode a whole source into memory. It needs n * short_side^2 * 3 bytes, and 4 bytes per target.
 
     Args:
         source: encoded images.
@@ -66,7 +66,7 @@ def decode_all(
         TooManyFaultsError: more images are unreadable than `faults` allows.
     """
     side = crop_spec.short_side
-    needed, free = decoded_bytes(len(source), side), free_memory(device)
+    needed, free = decoded_bytes(source, side), free_memory(device)
     if needed > SHARE * free:
         raise InputError(
             f"{len(source)} images of {side} x {side} need {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB of memory are "
@@ -101,9 +101,10 @@ def decode_all(
     return DecodedImages(images, labels, tuple(source.classes))
 
 
-def decoded_bytes(images: int, side: int) -> int:
-    """Return the memory in bytes that decoded images of this side in pixels take."""
-    return images * side * side * 3
+def decoded_bytes(source: Source, side: int) -> int:
+    """Return the memory in bytes of the targets of a source and of its decoded images with this side in pixels."""
+    targets = targets_of(source)
+    return len(source) * side * side * 3 + (0 if targets is None else 4 * targets.size)
 
 
 def free_memory(device: torch.device | str) -> int:

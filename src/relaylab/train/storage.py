@@ -26,7 +26,7 @@ def fits_memory(options: RuntimeOptions, sources: Sequence[Source], crop_spec: C
     """
     if options.images != "auto":
         return options.images == "memory"
-    needed = decoded_bytes(sum(len(source) for source in sources), crop_spec.short_side)
+    needed = sum(decoded_bytes(source, crop_spec.short_side) for source in sources)
     return needed * copies <= MEMORY_SHARE * free_memory("cpu")
 
 
@@ -49,7 +49,7 @@ def storage_devices(
         return device, device
     left, devices = DEVICE_SHARE * free_memory(device) / runs, list[torch.device]()
     for source, on_device in zip(sources, (crops.are_windows, True), strict=True):
-        needed = decoded_bytes(len(source), crop_spec.short_side)
+        needed = decoded_bytes(source, crop_spec.short_side)
         fits = on_device and needed <= left
         left -= needed if fits else 0
         devices.append(device if fits else torch.device("cpu"))

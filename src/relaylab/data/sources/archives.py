@@ -16,6 +16,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import shutil
 import tarfile
 import zlib
@@ -48,6 +49,7 @@ from relaylab.outside.reading import open_regular
 from relaylab.outside.showing import brief
 
 CHUNK = 1 << 20
+LABEL_FILES = (".cls", ".json")  # of shards, see `relaylab.data.sources.shards`
 LARGEST_TEXT = 1 << 22  # bytes of classes.txt
 MEMBERS_AT_ONCE = 1000
 MAGIC = {b"\xfd7zXZ\x00": "xz", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst"}
@@ -56,6 +58,7 @@ LARGEST_RECORD = 1 << 20  # bytes of a long name or an extended header
 LARGEST_PADDING = 256 << 20  # bytes of zeros after the end
 MOST_RECORDS = 8  # maximum number of extended headers before one member
 LARGEST_RATIO, ALWAYS_UNPACKED = 200, 64 << 20  # limit: this many times the packed size, but at least this many bytes
+DRIVE = re.compile(r"(\./)*[A-Za-z]:/")  # start of an absolute path of Windows
 RECORDS = (b"x", b"g", b"X", b"L", b"K")  # types of POSIX, Solaris and GNU
 
 
@@ -302,6 +305,8 @@ def _check(rows: Rows, title: str, split: str | None, keys: dict[str, set[str]],
         raise NoSplitError(f"{title} has no images in {split}/CLASS/IMAGE, {found}", others=splits)
     if not rows.found:
         what = "images but no class folders" if has_loose else "no images"
+        labels = [extension for extension in LABEL_FILES if has_loose and rows.ignored[extension]]
+        what += f", and no label in its first {' or '.join(labels)} files" if labels else ""
         raise InputError(f"{title} has {what}: expected CLASS/IMAGE or {{train,val}}/CLASS/IMAGE")
     rows.refuse_repeats(title)
 
@@ -331,7 +336,7 @@ def _decompressed(packed: IO[bytes], kind: str, title: str) -> Iterator[bytes]:
 def inside_path(name: str, title: str) -> str:
     """Return the normalised path of a member; raise InputError for a path that leads out of the archive."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or "\0" in name:
+    if name.startswith("/") or DRIVE.match(name) or ".." in parts or "\0" in name:
         raise InputError(f"{title} has a member whose path leads out of it, {brief(name)}: refused")
     return "/".join(parts)
 

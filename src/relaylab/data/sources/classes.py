@@ -20,6 +20,7 @@ import numpy as np
 
 from relaylab.data.sources.listing import Listing, few, label_type, told_apart
 from relaylab.data.sources.source import UNLABELLED, Source, Targets, images_by_class
+from relaylab.data.sources.targets import zero_targets
 from relaylab.errors import InputError
 
 
@@ -194,7 +195,7 @@ def relabelled(listing: Listing, wanted: Classes) -> Listing:
     return replace(
         listing,
         labels=np.array([*places, UNLABELLED])[listing.labels].astype(label_type(len(wanted.keys))),
-        targets=None if listing.targets is None else moved(listing.targets, places, len(wanted.keys)),
+        targets=None if listing.targets is None else moved(listing.targets, places, len(wanted.keys), listing.title),
         classes=tuple(names),
         folders=wanted.keys,
         numbered=wanted.numbered,
@@ -202,9 +203,9 @@ def relabelled(listing: Listing, wanted: Classes) -> Listing:
     )
 
 
-def moved(targets: Targets, places: Sequence[int], count: int) -> Targets:
+def moved(targets: Targets, places: Sequence[int], count: int, title: str) -> Targets:
     """Move the columns of targets to their places among `count` classes; those without a place have no 1."""
-    result = np.zeros((len(targets), count), np.uint8)
+    result = zero_targets(len(targets), count, title)
     kept = [label for label, place in enumerate(places) if place != UNLABELLED]
     result[:, [places[label] for label in kept]] = targets[:, kept]
     return result

@@ -32,6 +32,7 @@ from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image
 from relaylab.data.sources.lists import kinds_in, tidy_name
 from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.targets import targets_from
 from relaylab.data.sources.valued import in_order, unique_keys
 from relaylab.errors import InputError
 from relaylab.outside.reading import bounded_lines, open_regular
@@ -157,10 +158,7 @@ def list_csv(
     notes = (columns.note, *([f"several labels per image, separated by {divider}"] if has_several and divider else []))
     if not has_several:
         return replace(listing, notes=notes)
-    targets = np.zeros((len(indices), len(keys)), np.uint8)
-    for row, classes_of_value in enumerate(indices):
-        targets[row, classes_of_value] = 1
-    return replace(listing, notes=notes, targets=targets[value_of])
+    return replace(listing, notes=notes, targets=targets_from(indices, value_of, len(keys), file.name))
 
 
 def _lines(file: Path, task: Task | None = None) -> Generator[str]:

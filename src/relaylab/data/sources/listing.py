@@ -9,6 +9,7 @@ Note [Listing]
 """
 
 import os
+import re
 import zlib
 from array import array
 from collections import Counter
@@ -32,18 +33,21 @@ IMAGE_EXTENSIONS += (".avif", ".jfif", ".jpe")
 SPLITS = ("train", "val", "test")
 LARGEST_INT16 = 32_767
 EXTENSIONS_TOLD_APART = FOLDERS_NAMED = 20
-# Folders of network drives, operating systems and archives: recycle bins, thumbnails, snapshots. In lower case.
+# Folders of network drives, operating systems, archives and package managers, never classes. In lower case.
 SYSTEM_FOLDERS = frozenset(
     (
         "__macosx",
         "@eadir", "@tmp", "@sharebin", "@sharesnap", "#recycle", "#snapshot",  # Synology
         "@recycle", "@recently-snapshot", "@__thumb", "@transcode", "network recycle bin",  # QNAP
-        "~snapshot", "_snapshot",  # NetApp
-        "$recycle.bin", "recycler", "recycled", "system volume information", "$windows.~bt", "found.000",
-        "lost+found",
+        "~snapshot", "_snapshot", "@snapshots",  # NetApp, Btrfs
+        "$recycle.bin", "system volume information", "$windows.~bt", "$windows.~ws", "$winreagent", "$sysreset",
+        "$getcurrent", "$extend",  # Windows
+        "lost+found", "lost.dir",  # Linux, Android
         "network trash folder", "temporary items", "thevolumesettingsfolder",  # macOS on shared drives
+        "__pycache__", "__pypackages__", "node_modules",
     )
 )  # fmt: skip
+RECOVERED = re.compile(r"found\.\d{3}", re.IGNORECASE)  # folders of Windows' chkdsk
 
 Watch = Callable[[str, int], AbstractContextManager[Task]]
 """A progress display: `relaylab.progress.progress`, or `unwatched`."""
@@ -306,7 +310,7 @@ def inflate(data: bytes, size: int, title: str) -> bytes:
 
 def is_system_folder(name: str) -> bool:
     """Return whether a name belongs to a hidden or system folder, which is neither a class nor searched."""
-    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
+    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS or bool(RECOVERED.fullmatch(name))
 
 
 def is_image(name: str) -> bool:

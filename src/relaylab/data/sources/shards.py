@@ -20,7 +20,7 @@ from relaylab.data.sources.archives import DAMAGE, Member, beginning, member_byt
 from relaylab.data.sources.class_names import numbered_names
 from relaylab.data.sources.file_states import file_state
 from relaylab.data.sources.listing import Listing, Place, Rows, Watch, few, is_image, printable
-from relaylab.data.sources.valued import Value, Values
+from relaylab.data.sources.valued import LARGEST_LABEL, LONGEST_NUMBER, Value, Values
 from relaylab.errors import InputError
 from relaylab.outside.reading import open_regular
 
@@ -108,7 +108,7 @@ def _list_shard(plain: Path, title: str, place: int, rows: Rows, values: Values,
                 image = member
             elif extension in ("cls", "json") and member.size <= LARGEST_LABEL_FILE:
                 data, where = member_bytes(file, member), f"{title}: {printable(member.path)}"
-                labels[extension] = _label(data, where) if extension == "cls" else _field(data)
+                labels[extension] = _label(data, where) if extension == "cls" else _label_field(data, where)
             else:
                 rows.ignore(member.path)
             if count % MEMBERS_AT_ONCE == 0:
@@ -138,14 +138,31 @@ def _label(data: bytes, where: str) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() and len(text) < 12 else text
 
 
+class _LongNumber(int):
+    """An integer in JSON with more digits than Python reads; the value is the number of digits."""
+
+
+def _integer(text: str) -> int:
+    return int(text) if len(text) <= LONGEST_NUMBER else _LongNumber(len(text.lstrip("-")))
+
+
 def _field(data: bytes) -> Value:
     """Return the label in a JSON file, or None if it has no label."""
     try:
-        fields = json.loads(data)
+        fields = json.loads(data, parse_int=_integer)
     except (ValueError, RecursionError):
         return None
     value: Any = next((fields[name] for name in FIELDS if name in fields), None) if isinstance(fields, dict) else None
     items: Any = value if isinstance(value, list) else [value]
-    if not all(type(item) is int for item in items) and not all(type(item) is str for item in items):
+    if not all(type(item) in (int, _LongNumber) for item in items) and not all(type(item) is str for item in items):
         return None
     return tuple(items) if isinstance(value, list) else value
+
+
+def _label_field(data: bytes, where: str) -> Value:
+    """Return the label in a JSON file, or None if it has no label; raise InputError for a number that is too long."""
+    value = _field(data)
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, _LongNumber):
+            raise InputError(f"{where} has a label of {item:,} digits; expected 0 .. {LARGEST_LABEL}")
+    return value

@@ -82,7 +82,7 @@ class Relabelled:
         self.classes: Sequence[str] = wanted.names
         self.labels: Labels = np.array([*places, UNLABELLED])[source.labels].astype(label_type(len(wanted.keys)))
         targets = targets_of(source)
-        self.targets = None if targets is None else moved(targets, places, len(wanted.keys))
+        self.targets = None if targets is None else moved(targets, places, len(wanted.keys), source.title)
         self.fingerprint = sha256(f"{source.fingerprint} {wanted}".encode(errors="backslashreplace")).hexdigest()[:32]
 
     def __len__(self) -> int:

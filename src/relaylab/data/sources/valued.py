@@ -19,6 +19,7 @@ import numpy as np
 from relaylab.data.sources.class_names import names_beside
 from relaylab.data.sources.listing import Listing, Place, Rows, few
 from relaylab.data.sources.source import UNLABELLED
+from relaylab.data.sources.targets import targets_from
 from relaylab.errors import InputError
 
 LARGEST_LABEL = 999_999
@@ -71,10 +72,7 @@ class Values:
         listing = rows.listed(title, classes, keys, places, single, numbered=are_numbers)
         if is_single:
             return listing
-        targets = np.zeros((len(indices), len(keys)), np.uint8)
-        for row, value in enumerate(indices):
-            targets[row, value] = 1
-        return replace(listing, targets=targets[value_of])
+        return replace(listing, targets=targets_from(indices, value_of, len(keys), title))
 
     def _unlabelled(self, rows: Rows, title: str, places: Sequence[Place], names: Sequence[str]) -> Listing:
         without = np.flatnonzero(np.frombuffer(self._of, np.int32) == self._different[None]).tolist()

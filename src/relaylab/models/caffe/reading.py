@@ -102,7 +102,7 @@ def _read_caffemodel(path: Path) -> Any:
 
 
 def _refuse_mistaken(path: Path, data: bytes, expected: str) -> None:
-    """Raise InputError for files that a failed download often leaves under the right name."""
+    """Raise InputError for files of other kinds, and those that a failed download often leaves."""
     start = data[:1024].lstrip().lower()
     if not data:
         what = "is empty; download it again"
@@ -110,6 +110,16 @@ def _refuse_mistaken(path: Path, data: bytes, expected: str) -> None:
         what = "is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone"
     elif start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         what = "is a web page; download the raw file"
+    elif start.startswith(b"\x80\x02") or (start.startswith(b"pk\x03\x04") and b"/data.pkl" in start):
+        what = "is a PyTorch file, which has no layer types"
+    elif start.startswith(b"\x89hdf"):
+        what = "is an HDF5 file; convert it with Caffe (snapshot_format: BINARYPROTO)"
+    elif start.startswith(b"\x93numpy"):
+        what = "is a NumPy file"
+    elif data[4:10] == b'\0\0\0\0{"':
+        what = "is a safetensors file, which has no layer types"
+    elif data.startswith(b"\x08"):  # the first field of a caffemodel is text
+        what = "is the state of a solver (.solverstate) or an ONNX file; pass the .caffemodel"
     elif start.startswith((b"pk\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf")):
         what = "is an archive; unpack it first"
     else:
