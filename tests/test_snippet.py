@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
-from relaylab.models.building import build_network
+from relaylab.models.building import HEADS, build_network, build_relay
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import with_changes
 from relaylab.recipes.schema import Recipe
@@ -41,6 +41,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
 def test_programs_of_all_methods_and_losses_run(scheme: str, function: str) -> None:
     found = run(recipe_with(f"scheme={scheme}", f"loss.function={function}", "loss.label_smoothing=0.1"))
     assert isinstance(found["optimizer"], torch.optim.SGD)
+
+
+@pytest.mark.parametrize("head", sorted(HEADS.keys() - {"inception"}))  # Inception's requires a larger map
+def test_programs_build_every_head(head: str) -> None:
+    recipe = recipe_with(f"plan.auxiliary.aux.head={head}")
+    built = build_relay(recipe, on_meta=True).heads["aux"].state_dict()
+    own = run(recipe)["heads"]["aux"].state_dict()
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in built.items()}
 
 
 def test_the_optimizer_has_all_values_of_its_own() -> None:

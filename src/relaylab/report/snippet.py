@@ -13,6 +13,11 @@ from relaylab.recipes.schema import LossConfig, NetworkConfig, OptimizerConfig, 
 
 CODE = "relay.py"  # file in the folder of a comparison
 
+OTHER_IMPORTS = {  # of heads that are not in relaybackprop
+    "InceptionAux": "from torchvision.models.inception import InceptionAux",
+    "build_head": "from relaylab.models.building import build_head",
+}
+
 
 def snippet(recipe: Recipe) -> str:
     """Return a program that builds the network, plan, heads and optimizer of a recipe, and makes one update.
@@ -40,7 +45,7 @@ def snippet(recipe: Recipe) -> str:
         "import torch",
         f"from relaybackprop import {', '.join(names)}",
         "from torch import nn",
-        *(["from torchvision.models.inception import InceptionAux"] if "InceptionAux" in "".join(heads) else []),
+        *(line for name, line in OTHER_IMPORTS.items() if name in "".join(heads)),
         *loss_imports,
         *imports,
         "",
@@ -116,7 +121,7 @@ def _heads(recipe: Recipe) -> tuple[set[str], list[str]]:
     if all(window.head == AUTO for window in auxiliary.values()):
         return {"head_for"}, [f"heads = head_for(model, plan, example, num_classes={classes})"]
     heads = {name: _call(head, classes) for name, head in build_relay(recipe, on_meta=True).heads.items()}
-    imports = {call.partition("(")[0] for call in heads.values()} - {"InceptionAux"}
+    imports = {call.partition("(")[0] for call in heads.values()} - {*OTHER_IMPORTS}
     pairs = (f'"{name}": {call}' for name, call in heads.items())
     return imports, [f"heads = {{{', '.join(pairs)}}}"]
 
@@ -129,6 +134,10 @@ def _call(head: nn.Module, classes: int) -> str:
         case AuxiliaryHead():
             norm = ", batch_norm=True" if isinstance(head.norm, nn.BatchNorm2d) else ""
             return f"AuxiliaryHead({head.channels}, {classes}{norm})"
+        case nn.Sequential():  # the recipes' head "conv"
+            convolution = head.get_submodule("conv")
+            shape, batch_norm = (convolution.in_channels, 1, 1), isinstance(head.get_submodule("norm"), nn.BatchNorm2d)
+            return f'build_head("conv", {shape}, {classes}, batch_norm={batch_norm})'
         case TokenHead():
             return f"TokenHead({head.channels}, {classes}, pool={_text(head.pool)})"
         case _:
