@@ -1,5 +1,6 @@
-"""The networks and windows of the second check."""
+"""The networks and windows of the second check; its pages say what results/second-check/ has."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ from torch import nn
 
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
-from experiments.second import windows
+from experiments.second import page, windows
+from experiments.second.arms import ROOT, read
 from experiments.second.networks import resnet
 from relaylab.models.building import build_relay
 from relaylab.models.named import allow
 from relaylab.recipes.files import read_recipe
+from relaylab.report.verdict import interval, range_text
+from relaylab.tables import renewed
 from relaylab.train.segments import segments_of
 
 
@@ -56,3 +60,24 @@ def test_every_block_is_in_a_window(count: int, shared: int, tmp_path: Path) -> 
     assert max(map(len, losses.values())) == MOST_LOSSES[count, shared]
     assert losses["layer1.0"][0] == "w0"
     assert losses["layer3.4"] == ("primary",)
+
+
+def test_tables_of_the_page_are_those_of_the_results() -> None:
+    text, tables = page.PAGE.read_text(encoding="utf-8"), page.tables()
+    assert {"start", "model-a", "windows"} <= tables.keys()
+    assert renewed(text, tables) == text, "run: python -m experiments.second.page"
+    assert renewed(text, {"model-a": [*tables["model-a"][:-1], "| something else |"]}) != text
+
+
+def test_the_readme_quotes_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    arms = read("model-a")
+    for base in ("standard", "multi_loss"):
+        gains = [arms[base].learnt[seed] - arms["relay"].learnt[seed] for seed in range(5)]
+        assert range_text(statistics.fmean(gains), interval(gains)) in readme
+    standard = read("windows-15-1-standard")["standard"].learnt
+    mean = statistics.fmean(standard.values())
+    fours, eights = (
+        statistics.fmean(read(f"windows-{count}-1-isolated")["isolated"].learnt.values()) - mean for count in (4, 8)
+    )
+    assert f"two isolated windows cost none, four {fours:.1f} points and eight {eights:.1f}" in readme

@@ -25,6 +25,9 @@ model-a | model-b)
   rates=optimizer.lr=0.005,0.01,0.02
   compare "$question" $here/$question.toml scenes $all --seeds 0,1,2,3,4 \
     --tune-share 0.5 --tune-hold-out 100 --tune $rates '*.gain=he,quiet' "$@"
+  # At equal time instead of equal iterations: in the paper, a step of relay takes 1.1 times as long.
+  compare "$question-equal-time" $here/$question.toml scenes relay --seeds 0,1,2,3,4 --set optimizer.iterations=5455 \
+    $(python -m experiments.second.arms "$out/$question/comparison.json" relay) "$@"
   compare "$question-weight-1" $here/$question.toml scenes relay --seeds 0,1,2 --set 'plan.auxiliary.aux.weight=1' \
     --tune-share 0.5 --tune-hold-out 100 --tune $rates '*.gain=he,quiet' "$@"
   # Standard BP with a rate of its own for the layers below the overlap: multi-loss with a weight of nearly zero.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.second.page import RESULTS
+from experiments.second.arms import RESULTS
 from relaylab.data.datasets import InMemoryDataset
 from relaylab.data.memory import decode_all
 from relaylab.data.sources.subset import Subset
