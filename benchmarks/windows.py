@@ -16,19 +16,14 @@ over those of standard BP; `*_time`, the time of a step over that of standard BP
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.measure import Metrics, Step, begin, interleave, parse_arguments, peak_bytes, publish, ratio
 from benchmarks.memory import Workload, contenders
-from experiments.second.windows import ARMS, ISOLATED, PUBLISHED, recipe
+from experiments.second.windows import ARMS, ISOLATED, PUBLISHED, blocks, load
 from relaybackprop import Relay, cost
 from relaylab.models.building import build_relay
-from relaylab.models.named import allow
-from relaylab.recipes.changes import with_changes
-from relaylab.recipes.files import read_recipe
 
 SEED = 20160916
 CLASSES = 10
@@ -61,57 +56,41 @@ QUICK = Settings(depths=(32,), batch=4, timed_batch=4, pixels=16, rounds=2, budg
 GPU = Settings(depths=(32, 110), batch=1024, timed_batch=1024, rounds=20, budget_s=15)
 
 
-def build(windows: int, shared: int, depth: int) -> Relay:
-    """Build a network with its heads and windows at the published width."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.toml"
-        path.write_text(recipe(windows, shared, depth), encoding="utf-8")
-        published, _ = with_changes(read_recipe(path), PUBLISHED)
-    allow(published.network)
-    return build_relay(published)
-
-
-def workload(relay: Relay, batch: int, pixels: int, device: str) -> Workload:
+def workload(relay: Relay, depth: int, batch: int, pixels: int, device: str) -> Workload:
     """Return a relay's network, windows and heads with a batch of random images."""
-    blocks = [
-        module for name, module in relay.model.named_modules() if name.startswith("layer") and name.count(".") == 1
-    ]
+    modules = [relay.model.get_submodule(name) for name in blocks(depth)]
     with torch.device(device):
         images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(CLASSES, (batch,))
-    return Workload(relay.model, relay.plan, dict(relay.heads.items()), blocks, images, labels)
+    return Workload(relay.model, relay.plan, dict(relay.heads.items()), modules, images, labels)
 
 
-def divisions(depth: int) -> Iterator[tuple[int, int, str, str]]:
-    """Yield windows, shared blocks, scheme and contender of each division of a network, standard BP first."""
+def divisions(depth: int) -> Iterator[tuple[str, int, int, str]]:
+    """Yield name, windows, shared blocks and contender of each division of a network, standard BP first."""
     most = max(ARMS[depth])
-    yield *most, "standard", "standard"
-    yield *most, "checkpointed", "checkpoint_every"
-    yield *most, "multi_loss", "multi_loss"
+    yield "standard", *most, "standard"
+    yield "checkpointed", *most, "checkpoint_every"
+    yield "multi_loss", *most, "multi_loss"
     for windows, shared in ISOLATED[depth]:
-        yield windows, shared, "isolated", "isolated_release"
+        yield f"{windows}_{shared}_isolated", windows, shared, "isolated_release"
     for windows, shared in ARMS[depth]:
-        yield windows, shared, "relay", "early_release"
+        yield f"{windows}_{shared}_relay", windows, shared, "early_release"
 
 
 def measure_network(depth: int, settings: Settings, device: str) -> Metrics:
     """Measure memory and time of all divisions of one network."""
     metrics: Metrics = {}
     timed: dict[str, Step] = {}
-    for windows, shared, scheme, contender in divisions(depth):
-        key = (
-            f"resnet{depth}_{windows}_{shared}_{scheme}"
-            if scheme in ("isolated", "relay")
-            else f"resnet{depth}_{scheme}"
-        )
-        relay = build(windows, shared, depth).to(device)
-        own = workload(relay, settings.batch, settings.pixels, device)
-        metrics |= {f"{key}_{name}": value for name, value in _predicted(own, scheme).items()}
+    for division, windows, shared, contender in divisions(depth):
+        key = f"resnet{depth}_{division}"
+        relay = build_relay(load(windows, shared, depth, PUBLISHED)).to(device)
+        own = workload(relay, depth, settings.batch, settings.pixels, device)
+        metrics |= {f"{key}_{name}": value for name, value in _predicted(own, contender).items()}
         for parameter in own.modules.parameters():
             parameter.grad = torch.zeros_like(parameter)
         step = contenders(own)[contender]
         metrics[f"{key}_first_mb"] = peak_bytes(step) / MB
         metrics[f"{key}_peak_mb"] = peak_bytes(step) / MB
-        timed[key] = contenders(workload(relay, settings.timed_batch, settings.pixels, device))[contender]
+        timed[key] = contenders(workload(relay, depth, settings.timed_batch, settings.pixels, device))[contender]
     times = interleave(timed, rounds=settings.rounds, budget_s=settings.budget_s, warmup=1)
     standard = times[f"resnet{depth}_standard"]
     for key, seconds in times.items():
@@ -120,18 +99,13 @@ def measure_network(depth: int, settings: Settings, device: str) -> Metrics:
     return metrics
 
 
-def _predicted(own: Workload, scheme: str) -> Metrics:
+def _predicted(own: Workload, contender: str) -> Metrics:
     """Return the predicted peak in MB and the operations relative to standard BP; none for checkpointing."""
-    plan = own.plan
-    if scheme == "isolated":
-        relay = Relay(own.model, plan, own.heads)
-        relay(own.images[:2])
-        plan = plan.isolated(relay.order)
-    if scheme == "checkpointed":
+    if contender == "checkpoint_every":
         return {}
+    plan, scheme = (own.plan.isolated(), "early_release") if contender == "isolated_release" else (own.plan, contender)
     result = cost(own.model, plan, own.images.to("meta"), own.heads)
-    name = "early_release" if scheme in ("isolated", "relay") else scheme
-    return {"predicted_mb": result.peaks[name] / MB, "flops": result.ratios[name]}
+    return {"predicted_mb": result.peaks[scheme] / MB, "flops": result.ratios[scheme]}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """The networks and windows of the second check; its pages say what results/second-check/ has."""
 
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from experiments.second import page, windows
 from experiments.second.arms import ROOT, read
 from experiments.second.networks import resnet
 from relaylab.models.building import build_relay
-from relaylab.models.named import allow
-from relaylab.recipes.files import read_recipe
 from relaylab.report.verdict import interval, range_text
 from relaylab.tables import renewed
 from relaylab.train.segments import segments_of
@@ -28,11 +25,8 @@ def test_the_resnets_have_the_weight_layers_that_their_names_claim(depth: int) -
     assert len([layer for layer in layers if getattr(layer, "kernel_size", None) != (1, 1)]) == depth
 
 
-def test_windows_share_their_lowest_blocks_with_the_window_below(tmp_path: Path) -> None:
-    path = tmp_path / "windows.toml"
-    path.write_text(windows.recipe(4, 2), encoding="utf-8")
-    recipe = read_recipe(path)
-    allow(recipe.network)
+def test_windows_share_their_lowest_blocks_with_the_window_below() -> None:
+    recipe = windows.load(4, 2)
     relay = build_relay(recipe, on_meta=True)
     # 15 blocks in windows of 4, 4, 4 and 3, each with the two blocks below it.
     tops = ["layer1.3", "layer2.2", "layer3.1"]
@@ -49,11 +43,8 @@ MOST_LOSSES = {(2, 2): 2, (4, 1): 2, (4, 4): 2, (8, 1): 2, (8, 2): 2, (15, 1): 2
 
 
 @pytest.mark.parametrize(("count", "shared"), windows.ARMS[32])
-def test_every_block_is_in_a_window(count: int, shared: int, tmp_path: Path) -> None:
-    path = tmp_path / "windows.toml"
-    path.write_text(windows.recipe(count, shared), encoding="utf-8")
-    recipe = read_recipe(path)
-    allow(recipe.network)
+def test_every_block_is_in_a_window(count: int, shared: int) -> None:
+    recipe = windows.load(count, shared)
     segments = segments_of(recipe)
     losses = {block: segments.losses[segments.of[f"model.{block}.conv1.weight"]] for block in windows.blocks(32)}
     assert len(recipe.plan.auxiliary) == count - 1

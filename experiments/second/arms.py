@@ -75,10 +75,7 @@ def read(name: str) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for scheme, own in errors.items():
         curve = {step: statistics.fmean(values) for step, values in curves.get(scheme, {}).items()}
-        choice = ((found["tuning"] or {}).get("choices") or {}).get(scheme)
-        if choice is None:
-            arms[scheme] = Arm(own, {}, (), found["guessing"], curve)
-            continue
+        choice = found["tuning"]["choices"][scheme] if found["tuning"] else {"axes": [], "trials": [], "point": []}
         keys = [name for axis in choice["axes"] for name in axis["names"][:1]]
         points = [dict(zip(keys, trial["point"], strict=True)) for trial in choice["trials"]]
         trials = tuple(zip(points, (trial["error"] for trial in choice["trials"]), strict=True))

@@ -17,17 +17,16 @@ from relaylab.tables import Table, markdown_lines, renewed
 
 PAGE = ROOT / "docs" / "evidence" / "index.md"
 # Further rows of a comparison's table: comparison, scheme, label.
+MODELS = ("model-a", "model-b")
 FURTHER = {
-    "model-a": (
-        ("model-a-weight-1", "relay", "Relay BP, weight 1"),
-        ("model-a-equal-time", "relay", "Relay BP, equal time"),
-        ("model-a-rates", "multi_loss", "standard BP, own rate below the overlap"),
-    ),
-    "model-b": (
-        ("model-b-weight-1", "relay", "Relay BP, weight 1"),
-        ("model-b-equal-time", "relay", "Relay BP, equal time"),
-        ("model-b-rates", "multi_loss", "standard BP, own rate below the overlap"),
-    ),
+    **{
+        model: (
+            (f"{model}-weight-1", "relay", "Relay BP, weight 1"),
+            (f"{model}-equal-time", "relay", "Relay BP, equal time"),
+            (f"{model}-rates", "multi_loss", "standard BP, own rate below the overlap"),
+        )
+        for model in MODELS
+    },
     "resnet18": (("resnet18-two-branches", "relay", "Relay BP, the two branches that save memory"),),
 }
 BASES = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay"}
@@ -72,7 +71,7 @@ def copy_results(runs: Path) -> None:
 
 def tables() -> dict[str, list[str]]:
     """Return the lines of each table of the page that has results, by the table's marker."""
-    names = ("model-a", "model-b", "resnet18", "resnet18-tuned", "vit", "vit-tuned")
+    names = (*MODELS, "resnet18", "resnet18-tuned", "vit", "vit-tuned")
     found = {"start": start_table(), "windows": windows_table(), **{name: schemes_table(name) for name in names}}
     return {name: markdown_lines(table) for name, table in found.items() if table is not None}
 
@@ -84,7 +83,7 @@ def main(arguments: list[str]) -> None:
     write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8"), tables()))
     if divisions():
         write_figure(windows_figure(), RESULTS / "windows.svg")
-    models = [model for model in ("model-a", "model-b") if read(model)]
+    models = [model for model in MODELS if read(model)]
     if models:
         write_figure(rates_figure(models), RESULTS / "rates.svg")
         write_figure(curves_figure(models), RESULTS / "curves.svg")

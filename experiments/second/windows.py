@@ -5,16 +5,21 @@ python -m experiments.second.windows FOLDER    # writes windows-K-S.toml for Res
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from relaylab.models.named import allow
+from relaylab.recipes.changes import with_changes
+from relaylab.recipes.files import read_recipe
+from relaylab.recipes.schema import Recipe
 
 ARMS = {  # by depth: K windows, S shared blocks
     32: ((2, 2), (4, 1), (4, 4), (8, 1), (8, 2), (15, 1), (15, 2), (15, 3)),
     110: ((2, 7), (4, 1), (4, 14), (8, 1), (8, 7), (27, 1), (27, 2), (54, 1), (54, 3)),
 }
-ISOLATED = {  # by depth: K windows, and the shared blocks of the recipe that is trained isolated
-    32: ((2, 2), (4, 1), (8, 1), (15, 1)),
-    110: ((2, 7), (4, 1), (8, 1), (27, 1), (54, 1)),
-}
+# For each K, the first of its recipes, which is trained isolated, too.
+ISOLATED = {depth: tuple(dict(reversed(arms)).items()) for depth, arms in ARMS.items()}
 PUBLISHED = ("network.options.width=16", "network.image_size=32", "images.short_side=32", "augmentation.padding=4",
              "evaluation.scales=32")  # changes to the size of the papers on local learning  # fmt: skip
 
@@ -102,6 +107,16 @@ def recipe(windows: int, shared: int, depth: int = 32) -> str:
         primary=names[max(0, ends[-2] - shared)],
         auxiliary=auxiliary,
     )
+
+
+def load(windows: int, shared: int, depth: int = 32, changes: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of `recipe` with changes such as `PUBLISHED`; its network can be built."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.toml"
+        path.write_text(recipe(windows, shared, depth), encoding="utf-8")
+        loaded, _ = with_changes(read_recipe(path), changes)
+    allow(loaded.network)
+    return loaded
 
 
 if __name__ == "__main__":

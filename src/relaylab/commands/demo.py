@@ -111,8 +111,6 @@ def _sizes(recipe: "Recipe", name: str) -> dict[str, object]:
 
 def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, object]:
     """Return the values that depend on the images: the numbers of classes and of iterations."""
-    import numpy as np
-
     from relaylab.data.sources.digits import digits_tar
     from relaylab.data.sources.source import targets_of
     from relaylab.train.images import check_classes, chosen_indices, open_sources
@@ -124,9 +122,8 @@ def _counts(recipe: "Recipe", name: str, options: DemoOptions) -> dict[str, obje
         advice = "use `relaylab recipes new` and `relaylab compare` for multi-label images"
         raise InputError(f"{train.title}: the demo does not support multi-label images; {advice}")
     check_classes(train, val)
-    labels = np.asarray(train.labels)
-    chosen, _ = chosen_indices(recipe.images, labels)
-    count = len(labels) if chosen is None else len(chosen)
+    chosen, _ = chosen_indices(recipe.images, train)
+    count = len(train) if chosen is None else len(chosen)
     epoch = max(1, count // recipe.optimizer.batch_size)
     return {
         "network.num_classes": len(train.classes),

@@ -94,7 +94,7 @@ def main(options: NewOptions) -> int:
     from relaylab.progress import progress
     from relaylab.recipes.files import to_toml
     from relaylab.recipes.schema import ImagesConfig, NetworkConfig
-    from relaylab.train.images import check_classes, chosen_indices, groups_of, open_sources
+    from relaylab.train.images import check_classes, chosen_indices, open_sources
     from relaylab.train.options import RuntimeOptions
     from relaylab.train.proposal import Preferences, propose
 
@@ -104,7 +104,7 @@ def main(options: NewOptions) -> int:
     allow(NetworkConfig(architecture=network, num_classes=2, image_size=1))
     train, val = open_sources(RuntimeOptions(data=options.data, val_data=options.val_data), images)
     check_classes(train, val)
-    chosen, _ = chosen_indices(images, *groups_of(train))
+    chosen, _ = chosen_indices(images, train)
     results = ScanResults()
     with progress("decoding", min(SAMPLE, len(train))) as task:
         scan(train, results, limit=SAMPLE, task=task)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from relaylab.data.augment import Augmentation
 from relaylab.data.crops import Crops
@@ -22,7 +22,7 @@ from relaylab.data.sources.classes import Classes, classes_of, look_alikes
 from relaylab.data.sources.index import IndexedImages
 from relaylab.data.sources.listing import NoSplitError, few
 from relaylab.data.sources.opening import open_source
-from relaylab.data.sources.source import UNLABELLED, Labels, Source, class_counts, images_by_class, targets_of
+from relaylab.data.sources.source import UNLABELLED, Source, class_counts, images_by_class, targets_of
 from relaylab.data.sources.subset import Indices, Subset, held_out, held_out_size, long_tail
 from relaylab.data.statistics import ImageStatistics
 from relaylab.errors import InputError, raise_all
@@ -137,7 +137,7 @@ def open_images(
             skipped = getattr(source, "skipped", ())
             if skipped:
                 log.info("%s: skipped folders: %s", source.title, few(list(skipped)))
-        chosen, held = chosen_indices(recipe.images, *groups_of(train))
+        chosen, held = chosen_indices(recipe.images, train)
         val = val if held is None else Subset(train, held)
         train = train if chosen is None else Subset(train, chosen)
         in_memory = fits_memory(options, (train, val), crop_spec, devices_here)
@@ -307,27 +307,21 @@ def _check_several(recipe: Recipe, train: Source, val: Source) -> None:
     raise_all(problems)
 
 
-def groups_of(source: Source) -> tuple[Labels, Sequence[str]]:
-    """Return the group of each image for stratified splits, and their names: classes, or one for multi-label images."""
-    if targets_of(source) is None:
-        return source.labels, source.classes
-    return np.zeros(len(source), np.int16), ("all images",)
-
-
-def chosen_indices(
-    config: ImagesConfig, labels: ArrayLike, classes: Sequence[str] = ()
-) -> tuple[Indices | None, Indices | None]:
+def chosen_indices(config: ImagesConfig, train: Source) -> tuple[Indices | None, Indices | None]:
     """Return the indices of the training images to train on, and of those to validate on.
+
+    Images are chosen by class; multi-label images are one group.
 
     Args:
         config: settings of the recipe.
-        labels: (n,), labels of all training images.
-        classes: class names for error messages.
+        train: all training images.
 
     Returns:
         Sorted indices. None stands for all training images, and for the separate validation images.
     """
-    labels = np.asarray(labels)
+    labels, classes = np.asarray(train.labels), train.classes
+    if targets_of(train) is not None:
+        labels, classes = np.zeros(len(train), np.int16), ("all images",)
     chosen, held = None, None
     if config.held_out is not None:
         chosen, held = held_out(labels, count=config.held_out, seed=CHOICE_SEED, classes=classes)
@@ -350,7 +344,7 @@ def check_tuning_images(config: ImagesConfig, train: Source, hold_out: float) ->
     if targets_of(train) is not None:  # multi-label images are one group
         return
     labels = np.asarray(train.labels)
-    chosen, _ = chosen_indices(replace(config, set_aside=None, long_tail=None), labels)
+    chosen, _ = chosen_indices(replace(config, set_aside=None, long_tail=None), train)
     counts = np.bincount(labels if chosen is None else labels[chosen]).tolist()
     sizes = [held_out_size(count, hold_out) for count in counts]
     keys = classes_of(train).keys
