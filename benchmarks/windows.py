@@ -9,9 +9,9 @@ heads of the largest number of windows, and each division into K windows that sh
 none (isolated). `benchmarks.memory` and the tests check the gradients.
 
 Metrics, by network and division, such as `resnet32_15_1_relay`: `*_peak_mb`, the peak of allocated memory of a step
-without parameters, gradients and the batch; `*_first_mb`, that of the first step, in which the order of the windows is
-not yet known; `*_predicted_mb`, the prediction of `relaybackprop.planning.cost`; `*_flops`, floating-point operations
-over those of standard BP; `*_time`, the time of a step over that of standard BP, at a batch of 128.
+without parameters, gradients and the batch; `*_first_mb`, that of the first step, which also searches the graph;
+`*_predicted_mb`, the prediction of `relaybackprop.planning.cost`; `*_flops`, floating-point operations over those of
+standard BP; `*_time`, the time of a step over that of standard BP, at a batch of 128.
 """
 
 from collections.abc import Iterator

@@ -214,10 +214,12 @@ def test_peak_is_that_of_the_largest_window(depth: int) -> None:
     assert window <= 8 * layer + 4 * layer, (window / layer, everything / layer)
 
 
-def test_lower_layers_are_freed_before_the_upper_ones_run() -> None:
+@pytest.mark.parametrize("earlier_steps", [0, 1])
+def test_lower_layers_are_freed_before_the_upper_ones_run(earlier_steps: int) -> None:
     relay = conv_relay(THREE)
     loss = RelayLoss(nn.CrossEntropyLoss())
-    relay.forward_backward(X, target=LABELS, loss=loss)
+    for _ in range(earlier_steps):
+        relay.forward_backward(X, target=LABELS, loss=loss)
     kept: dict[str, list[weakref.ref[Tensor]]] = {}
     seen: dict[str, int] = {}
     for name in ("0", "1", "2", "3", "4", "5"):
@@ -230,9 +232,11 @@ def test_lower_layers_are_freed_before_the_upper_ones_run() -> None:
         relay.model.get_submodule(name)[1].register_forward_hook(note)
     relay.forward_backward(X, target=LABELS, loss=loss)
     assert seen["0 at 2"] == seen["1 at 2"] == 1  # those of its own window, before its head
-    assert seen["0 at 3"] == seen["1 at 3"] == 0  # one layer higher, both are freed
+    # One layer higher, both are freed. The first step keeps the tensor at the cut until the window above it is freed:
+    # no memory, as that window's input is the same.
+    assert (seen["0 at 3"], seen["1 at 3"]) == (0, 0 if earlier_steps else 1)
     assert seen["2 at 4"] == seen["3 at 4"] == 1
-    assert seen["2 at 5"] == seen["3 at 5"] == 0
+    assert (seen["1 at 5"], seen["2 at 5"], seen["3 at 5"]) == (0, 0, 0 if earlier_steps else 1)
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet", "transformer"])

@@ -81,16 +81,24 @@ def windows_table() -> Table | None:
 
 
 def windows_figure() -> Figure:
-    """Plot top-1 error against the peak memory of a step at the published size."""
+    """Plot top-1 error against the peak memory of a step at the published size.
+
+    Lines connect the isolated windows, and the windows of the same number that share more and more blocks.
+    """
     found = divisions()
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     full = next(own.step["peak_mb"] for own in found if own.label == STANDARD)
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
         for own in found:
             x, y = own.step["peak_mb"] / full, statistics.fmean(own.arm.learnt.values())
-            axes.plot(x, y, "o", color=SCHEME_COLOURS[own.scheme])
+            count = own.label.partition(" ")[0] if own.scheme == "relay" else ""
+            lines.setdefault((own.scheme, count), []).append((x, y))
             axes.annotate(own.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        for (scheme, _), points in lines.items():
+            style = "o" if scheme == "standard" else "o-"
+            axes.plot(*zip(*points, strict=True), style, color=SCHEME_COLOURS[scheme], linewidth=1)
         axes.margins(0.15)
         axes.set_xlabel("peak memory of a training step, relative to standard BP (published size)")
         axes.set_ylabel("top-1 error, % (width 8, 16 pixels)")

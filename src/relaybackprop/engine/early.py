@@ -143,7 +143,6 @@ class EarlyRelease:
         with self._suspended():
             self._start(PRIMARY, output, None)
             self._release(len(self._segments))
-        self._in_place.check()
 
     @contextmanager
     def _suspended(self) -> Generator[None]:
@@ -172,8 +171,8 @@ class EarlyRelease:
         self._segment_above[boundary] = len(self._segments) - 1
         if not tensors:  # nothing below needs a gradient
             return value
-        segment.leaves, crossed, junction = _leaves_of(tensors, str(place))
         index = len(self._segments) - 1
+        segment.leaves, crossed, junction = _leaves_of(tensors, str(place), index)
         self._segment_of_node |= {graph.sequence_number(edge.node): index for edge in graph.edges_of(crossed)}
         if self._names is not None:
             self._in_place.watch(junction, tensors, crossed)
@@ -208,6 +207,7 @@ class EarlyRelease:
         final = range(self._lowest_live, end)
         if not final:
             return
+        self._in_place.check(end)
         highest = final[-1]
         # The losses that reach each final segment. No later loss does, so these are its complete sums.
         reaching = {n: frozenset(loss for loss, span in self._spans.items() if n in span) for n in final}
@@ -265,8 +265,8 @@ class EarlyRelease:
             _backward(edges, gradients, needed)
         if propagates:
             self._segments[index - 1].lanes[losses] = [leaf.grad for leaf in segment.leaves]
-        # Drops the last references to the segment's graph. Later checks need its cut only.
-        self._segments[index] = _Segment(segment.bottom, [], segment.older_nodes, segment.cut)
+        # Drops the last references to the segment's graph.
+        self._segments[index] = _Segment(segment.bottom, [], segment.older_nodes)
 
     def _check_paths(self, index: int, edges: Iterable[GradientEdge], losses: Losses) -> None:
         """Raise if a path from this segment bypasses the cut at its lower end, or leads into a different segment."""
@@ -309,10 +309,10 @@ class EarlyRelease:
             )
 
 
-def _leaves_of(tensors: list[Tensor], place: str) -> tuple[list[Tensor], list[Tensor], Junction]:
+def _leaves_of(tensors: list[Tensor], place: str, index: int = 0) -> tuple[list[Tensor], list[Tensor], Junction]:
     """Return new leaves in the same memory, and tensors computed from them that may be modified in place."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    junction = Junction(place, 0, (), frozenset(), Lanes(), [get_gradient_edge(leaf) for leaf in leaves])
+    junction = Junction(place, index, (), frozenset(), Lanes(), [get_gradient_edge(leaf) for leaf in leaves])
     return leaves, cross(junction, leaves)[0] if leaves else [], junction
 
 

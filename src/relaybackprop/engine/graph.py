@@ -17,10 +17,13 @@ _VIEW_OR_CAST = re.compile(r"^(T|Transpose|View|UnsafeView|Permute|ToCopy|Alias)
 
 
 class ModuleNames:
-    """The modules of one forward pass by the nodes of their outputs, for error messages."""
+    """The modules of one forward pass by the nodes of their outputs, for error messages.
+
+    It stores the nodes' sequence numbers, so that early release can free them.
+    """
 
     def __init__(self) -> None:
-        self._modules: dict[Node, list[str]] = {}  # from the innermost module to the outermost
+        self._modules: dict[int, list[str]] = {}  # from the innermost module to the outermost
         self._calls = Counter[str]()
         self._several = set[str]()  # modules that return several tensors
 
@@ -31,16 +34,16 @@ class ModuleNames:
         if len(nodes) > 1:
             self._several.add(module)
         for node in nodes:
-            self._modules.setdefault(node, []).append(module)
+            self._modules.setdefault(sequence_number(node), []).append(module)
 
     def innermost(self, node: Node) -> str | None:
         """Return the innermost module whose output is at a node, if possible one that runs once."""
-        modules = self._modules.get(node, [])
+        modules = self._modules.get(sequence_number(node), [])
         return next((name for name in modules if self._calls[name] == 1), modules[0] if modules else None)
 
     def possible_end(self, node: Node) -> str | None:
         """Return the outermost module that runs once and returns the tensor at a node and no other."""
-        modules = reversed(self._modules.get(node, []))
+        modules = reversed(self._modules.get(sequence_number(node), []))
         return next((name for name in modules if self._calls[name] == 1 and name not in self._several), None)
 
 

@@ -16,8 +16,11 @@ class InPlaceCheck:
         """Add the tensors of a junction."""
         self._crossed.append((junction, below, [(tensor, tensor._version) for tensor in above]))
 
-    def check(self) -> None:
-        """Mark the junctions whose values the layers above modified in place.
+    def check(self, below: int | None = None) -> None:
+        """Mark the junctions whose values the layers above modified in place, and release their tensors.
+
+        Args:
+            below: release the junctions with a smaller index only; None releases all.
 
         Raises:
             BoundaryError: a value was modified through a tensor that autograd does not relate to the junction.
@@ -34,6 +37,7 @@ class InPlaceCheck:
             if direct:
                 junction.in_place = True
                 explained |= {id(tensor) for tensor in sources}
+        self._crossed = [watched for watched in self._crossed if below is not None and watched[0].index >= below]
 
 
 def in_place_error(boundary: str) -> BoundaryError:

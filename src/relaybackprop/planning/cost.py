@@ -283,7 +283,7 @@ def _profile_step(
         profiler.record_parameters(loss)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
-    if early:  # warm-up, since the first step searches the graph and holds one activation per boundary longer
+    if early:  # warm-up, since the first step searches the graph and holds a little more memory
         run()
     profiler.enter_row(0)
     with ExitStack() as stack:

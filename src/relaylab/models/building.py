@@ -18,7 +18,7 @@ from relaylab.errors import InputError, nearest
 from relaylab.models.layers import initialise, set_gain
 from relaylab.models.losses import BinaryCrossEntropy, WeightedCrossEntropy, class_weights
 from relaylab.models.named import build_named
-from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, LossConfig, NetworkConfig, PlanConfig, Recipe
+from relaylab.recipes.schema import LIBRARIES, AuxiliaryConfig, LossConfig, NetworkConfig, PlanConfig, Recipe, ends_of
 
 LARGEST = {"num_classes": 10_000_000, "image_size": 16_384, "width": 65_536, "convs": 1000}
 INCEPTION_HEAD_MAP = 17  # pixels; a pooling of 5x5 with stride 3, then a convolution of 5x5
@@ -153,10 +153,10 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
         InputError: the scheme is unknown, or is not "standard" and the plan has no auxiliary losses.
     """
     auxiliary = {
-        name: Window(top=window.top, bottom=window.bottom, after=_ends(window.after), weight=window.weight)
+        name: Window(top=window.top, bottom=window.bottom, after=ends_of(window.after), weight=window.weight)
         for name, window in config.auxiliary.items()
     }
-    plan = Plan(Window(bottom=config.primary.bottom, after=_ends(config.primary.after)), auxiliary)
+    plan = Plan(Window(bottom=config.primary.bottom, after=ends_of(config.primary.after)), auxiliary)
     makers: dict[str, Callable[[], Plan]] = {
         "standard": plan.standard,
         "multi_loss": plan.multi_loss,
@@ -168,10 +168,6 @@ def build_plan(config: PlanConfig, scheme: str = "relay") -> Plan:
     if not auxiliary and scheme != "standard":
         raise InputError(f"the scheme {scheme!r} requires auxiliary losses, and the plan has none")
     return makers[scheme]()
-
-
-def _ends(after: str | None) -> str | tuple[str, ...] | None:
-    return tuple(name.strip() for name in after.split(",")) if after and "," in after else after
 
 
 def build_heads(plan: PlanConfig, network: NetworkConfig, model: nn.Module) -> dict[str, nn.Module]:

@@ -87,7 +87,12 @@ class PrimaryConfig:
 
     bottom: str | None = None
     after: str | None = None
-    """Name of a module; several names, separated by commas, if the window has side inputs."""
+    """Name of a module; several names, separated by commas, if the window has side inputs; see `ends_of`."""
+
+
+def ends_of(after: str | None) -> str | tuple[str, ...] | None:
+    """Return the name of a window's `after`, a tuple of several names, or None."""
+    return tuple(name.strip() for name in after.split(",")) if after and "," in after else after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

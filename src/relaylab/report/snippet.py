@@ -9,7 +9,7 @@ from torchvision.models.inception import InceptionAux
 
 from relaybackprop.heads import AuxiliaryHead, LinearHead, TokenHead
 from relaylab.models.building import AUTO, build_relay
-from relaylab.recipes.schema import LossConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe
+from relaylab.recipes.schema import LossConfig, NetworkConfig, OptimizerConfig, PlanConfig, Recipe, ends_of
 
 CODE = "relay.py"  # file in the folder of a comparison
 
@@ -110,8 +110,7 @@ def _ends(bottom: str | None, after: str | None, top: str | None = None) -> str:
     """Format the arguments of a window; several names form a tuple."""
     parts = [f"top={_text(top)}"] if top else []
     parts += [f"bottom={_text(bottom)}"] if bottom else []
-    if after:
-        parts.append(f"after={_text(tuple(name.strip() for name in after.split(',')) if ',' in after else after)}")
+    parts += [f"after={_text(ends_of(after))}"] if after else []
     return ", ".join(parts)
 
 

@@ -12,7 +12,7 @@ from relaylab.options import path_problems
 from relaylab.recipes import find_recipe
 from relaylab.recipes.changes import recipe_problems, with_absolute_paths, with_changes
 from relaylab.recipes.files import is_file
-from relaylab.recipes.schema import SCHEMES, Recipe
+from relaylab.recipes.schema import SCHEMES, Recipe, ends_of
 from relaylab.train.options import TrainOptions, option_problems
 from relaylab.train.run_folder import CHECKPOINTS, CONFIG, candidates, read_run, stored_recipe, value_changes
 from relaylab.train.torchrun import restart_count
@@ -127,7 +127,7 @@ def _way_problems(recipe: Recipe, options: TrainOptions) -> list[str]:
             f"--early-release does not support plan.{name}.after={window.after}: the window has several ends; train "
             "without it"
             for name, window in windows.items()
-            if window.after is not None and "," in window.after
+            if isinstance(ends_of(window.after), tuple)
         ]
     return problems
 
