@@ -20,7 +20,7 @@ from oracle import (
     relay_gradients,
     weighted_sum,
 )
-from relaybackprop import LinearHead, Plan, Relay, Window
+from relaybackprop import LinearHead, Plan, Relay, RelayLoss, Window
 from relaybackprop.engine import forward
 from relaybackprop.engine.junction import Junction
 from relaybackprop.errors import BoundaryError, DoubleBackwardError, LeakError
@@ -463,15 +463,26 @@ ALIASED = {
 }
 
 
+class First(nn.Module):
+    def forward(self, value: Any) -> Tensor:
+        return value[0] if isinstance(value, tuple) else value
+
+
 @pytest.mark.parametrize("how", ALIASED)
 def test_in_place_change_through_an_alias_raises(how: str) -> None:
-    class First(nn.Module):
-        def forward(self, value: Any) -> Tensor:
-            return value[0] if isinstance(value, tuple) else value
-
     relay = Relay(Aliased(how), ALIASED[how], {"aux": First()}).double()
     with pytest.raises(BoundaryError, match=r"modified in place through another tensor.*inplace=False"):
         relay(torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_in_place_change_through_an_alias_raises_in_early_release() -> None:
+    plan = Plan(Window(after="two"), {"aux": Window(top="two")})
+    relay = Relay(Aliased("two names in one boundary"), plan, {"aux": First()}).double()
+    with pytest.raises(BoundaryError, match=r"modified in place through another tensor.*inplace=False"):
+        relay.forward_backward(
+            torch.randn(2, 3, dtype=torch.float64), target=None, loss=RelayLoss(lambda output, _: output.sum())
+        )
+    assert relay.model.b.weight.grad is None, "the window above the cut was run backward"
 
 
 @pytest.mark.parametrize("names", [["output of 0", "input of 1"], ["output of 0"], ["input of 1"]])
