@@ -30,7 +30,7 @@ model-a | model-b)
     $(python -m experiments.second.arms "$out/$question/comparison.json" relay) "$@"
   compare "$question-weight-1" $here/$question.toml scenes relay --seeds 0,1,2 --set 'plan.auxiliary.aux.weight=1' \
     --tune-share 0.5 --tune-hold-out 100 --tune $rates '*.gain=he,quiet' "$@"
-  # Standard BP with a rate of its own for the layers below the overlap: multi-loss with a weight of nearly zero.
+  # Standard BP with a separate rate for the layers below the head: multi-loss with a weight of nearly zero.
   compare "$question-rates" $here/$question.toml scenes multi-loss --seeds 0,1,2 \
     --set 'plan.auxiliary.aux.weight=0.000001' --tune-share 0.5 --tune-hold-out 100 \
     --tune optimizer.lr=0.005,0.01,0.02 'optimizer.segment_lr.aux+primary=1,2,4' "$@"
