@@ -172,6 +172,13 @@ def test_the_axes_of_a_scheme_follow_from_their_names() -> None:
     assert of_scheme((weights,), "standard") == ()
 
 
+def test_a_wildcard_matches_values_that_the_recipe_does_not_set() -> None:
+    assert DIGITS.network.gain is None
+    (gains,) = axes("*.gain=he,quiet")
+    assert gains.names == ("network.gain", "plan.auxiliary.aux.gain")
+    assert of_scheme((gains,), "standard") == (gains,), "standard BP depends on the gain of the output layer"
+
+
 def test_names_of_folders_hold_no_slashes() -> None:
     (files,) = axes("network.pretrained=/some where/a.pth,/some where/../b.pth")
     assert files.values == ("/some where/a.pth", "/b.pth")

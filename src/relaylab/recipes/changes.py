@@ -10,7 +10,6 @@ from relaylab.errors import nearest
 from relaylab.recipes.decoding import Problem, decode, no_value, parse
 from relaylab.recipes.schema import (
     GROUPS,
-    LACKING,
     AugmentationConfig,
     Recipe,
     ScheduleConfig,
@@ -92,16 +91,9 @@ def _with_schedule(recipe: Recipe, pairs: dict[str, str], problems: list[str]) -
     return recipe if wrong else changed(recipe, SOURCE, {group: schedule})
 
 
-def _unset(recipe: Recipe) -> list[str]:
-    """Return the names of the optional values that a recipe does not set."""
-    values = {group: getattr(recipe, group) for group in LACKING}
-    entries = [(group, entry.name) for group, value in values.items() for entry in dataclasses.fields(value)]
-    return [f"{group}.{name}" for group, name in entries if getattr(values[group], name) is None]
-
-
 def _hint(recipe: Recipe, key: str) -> Any:
     """Return the type of the value with this dotted name."""
-    names = [*(name for name, _, _ in recipe.fields()), *_unset(recipe)]
+    names = recipe.names()
     value: Any = recipe
     hint: Any = None
     for depth, name in enumerate(key.split(".")):

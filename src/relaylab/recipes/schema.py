@@ -322,6 +322,10 @@ class Recipe:
                 if value is not None or group not in LACKING:
                     yield name, value, self.source_of(name)
 
+    def names(self) -> list[str]:
+        """Return the dotted names of all values, including those that the recipe does not set."""
+        return [name for group in GROUPS for name, _ in _leaves(group, getattr(self, group))]
+
     def source_of(self, name: str) -> str:
         """Return the source of the value with this dotted name."""
         while name not in self.sources:

@@ -130,8 +130,8 @@ def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], lis
     for text in texts:
         key, _, rest = text.partition("=")
         key, values = key.strip(), [value.strip() for value in rest.split(",") if value.strip()]
-        present = [name for name, _, _ in recipe.fields()]
-        names = [name for name in present if fnmatchcase(name, key)] if "*" in key else [key]
+        possible = recipe.names()
+        names = [name for name in possible if fnmatchcase(name, key)] if "*" in key else [key]
         if not key or not values or len(set(values)) < len(values):
             problems.append(f"--tune {text}: expected KEY=VALUE,VALUE,... with different values")
         elif any(key == axis.key for axis in axes):
@@ -142,7 +142,7 @@ def axes_of(texts: Sequence[str], recipe: Recipe) -> tuple[tuple[Axis, ...], lis
                 "use --schemes to choose schemes"
             )
         elif not names:
-            problems.append(f"--tune {key}: unknown value of the recipe{nearest(key, present)}")
+            problems.append(f"--tune {key}: unknown value of the recipe{nearest(key, possible)}")
         else:
             axis, invalid = _axis(key, names, values, recipe)
             problems += invalid
