@@ -435,6 +435,10 @@ class Aliased(nn.Module):
         if self.how == "source changed":
             inside = self.same(h)
             return self.c(self.b(torch.relu_(h)) + inside)
+        if self.how == "both changed":
+            inside = self.same(h)
+            h.mul_(2)
+            return self.c(self.b(inside.mul_(3)))
         if self.how == "source read":
             return self.c(self.block(h) + h)
         u, v = self.two(h)
@@ -458,6 +462,7 @@ class Two(nn.Module):
 
 ALIASED = {
     "source changed": Plan(auxiliary={"aux": Window(top="same")}),
+    "both changed": Plan(auxiliary={"aux": Window(top="b", after="same")}),
     "source read": Plan(auxiliary={"aux": Window(top="block", bottom="block")}),
     "two names in one boundary": Plan(auxiliary={"aux": Window(top="two")}),
 }

@@ -174,7 +174,7 @@ class Relay(nn.Module):
         calls = Calls(self.plan, self._missed)
         engine = ForwardPass(calls)
         is_new = not self._schedules.has_prefix(key)
-        with boundary_hooks(self.model, self.plan, engine), node_names(self.model, is_new) as names:
+        with boundary_hooks(self.model, self.plan, engine), node_names(self.model, calls, is_new) as names:
             primary = self._select_output(self.model(*args, **kwargs))
         calls.check()
         primary = engine.finish(primary)
@@ -259,14 +259,15 @@ class Relay(nn.Module):
 
         key = self._cache_key()
         is_new = key not in self._released
-        with self._averaging(sync), node_names(self.model, is_new) as names:
-            release = EarlyRelease(Calls(self.plan, self._missed), compute, names if is_new else None)
+        calls = Calls(self.plan, self._missed)
+        with self._averaging(sync), node_names(self.model, calls, is_new) as names:
+            release = EarlyRelease(calls, compute, names if is_new else None)
             with boundary_hooks(self.model, self.plan, release):
                 primary = self._select_output(self.model(*args, **kwargs))
             release.finish(primary)
-            cached = self._released.get(key, (tuple(release.calls.order), release.depths))
+            cached = self._released.get(key, (tuple(calls.order), release.depths))
             # If a module was skipped, the search saw a different graph: do not cache its result.
-            if is_new and all(boundary == place for boundary, place in release.calls.places.items()):
+            if is_new and all(boundary == place for boundary, place in calls.places.items()):
                 self._released.add(key, cached)
             self.order, self.depths = cached
             auxiliary = {name: outputs[name] for name in self.plan.auxiliary if name in outputs}

@@ -48,7 +48,7 @@ class _Segment:
         leaves: the leaves that replace the tensors of that cut.
         older_nodes: sequence numbers of the nodes below the cut, to find paths that bypass it.
         cut: the gradient edges below the cut, for error messages. Only kept while the graph is searched, because they
-            keep its nodes.
+            keep its nodes, and until the segment is freed.
     """
 
     bottom: Boundary | None = None
@@ -283,7 +283,8 @@ class EarlyRelease:
             )
         inner_nodes = [(node, graph.sequence_number(node)) for node in parents if not graph.is_leaf(node)]
         bypass = next((node for node, node_number in inner_nodes if node_number in segment.older_nodes), None)
-        ending = [loss for loss in losses if segment.bottom in self.calls.plan.windows[loss].ends]
+        windows = self.calls.plan.windows.items()
+        ending = [loss for loss, window in windows if loss in losses and segment.bottom in window.ends]
         if bypass is not None and ending:
             assert segment.bottom is not None, "only the lowest segment has no cut, and no nodes are below it"
             older, ends = segment.older_nodes, {segment.bottom: same_ends(segment.bottom, segment.cut, names) or [None]}

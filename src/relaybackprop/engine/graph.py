@@ -19,7 +19,7 @@ _VIEW_OR_CAST = re.compile(r"^(T|Transpose|View|UnsafeView|Permute|ToCopy|Alias)
 class ModuleNames:
     """The modules of one forward pass by the nodes of their outputs, for error messages.
 
-    It stores the nodes' sequence numbers, so that early release can free them.
+    It stores the nodes' sequence numbers, which are unique per thread, so that early release can free the nodes.
     """
 
     def __init__(self) -> None:

@@ -103,8 +103,11 @@ def _cross_late(engine: Engine, boundary: Boundary, place: Boundary, value: Any)
 
 
 @contextmanager
-def node_names(model: nn.Module, enabled: bool) -> Generator[ModuleNames]:
-    """Record the modules whose outputs are at each node of the graph, for error messages."""
+def node_names(model: nn.Module, calls: Calls, enabled: bool) -> Generator[ModuleNames]:
+    """Record the modules whose outputs are at each node of the graph, for error messages.
+
+    Modules that run in heads, in another thread or again in a backward pass are not recorded.
+    """
     names = ModuleNames()
     with ExitStack() as stack:
         for name, module in _eager_modules(model, "") if enabled else ():
@@ -112,7 +115,8 @@ def node_names(model: nn.Module, enabled: bool) -> Generator[ModuleNames]:
                 continue
 
             def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-                names.record(name, tensors_in(output))
+                if calls.is_active():
+                    names.record(name, tensors_in(output))
 
             stack.callback(module.register_forward_hook(note).remove)
         yield names

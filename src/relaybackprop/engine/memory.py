@@ -1,33 +1,56 @@
 """Detection of in-place operations at boundaries, where two tensors of the graph share memory."""
 
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from relaybackprop.engine.graph import sequence_number
 from relaybackprop.engine.junction import Junction
 from relaybackprop.errors import BoundaryError
+
+
+@dataclass(eq=False)
+class _Crossed:
+    """The tensors of a junction.
+
+    Args:
+        junction: the junction.
+        below: those that it reads, with their places in the graph.
+        above: those that it returns, with their versions.
+    """
+
+    junction: Junction
+    below: list[tuple[Tensor, tuple[int, int]]]
+    above: list[tuple[Tensor, int]]
 
 
 class InPlaceCheck:
     """Checks the tensors below and above each junction, which share memory, by their version counters."""
 
     def __init__(self) -> None:
-        self._crossed: list[tuple[Junction, list[Tensor], list[tuple[Tensor, int]]]] = []
+        self._crossed: list[_Crossed] = []
 
-    def watch(self, junction: Junction, below: list[Tensor], above: list[Tensor]) -> None:
+    def watch(self, junction: Junction, below: Sequence[Tensor], above: Sequence[Tensor]) -> None:
         """Add the tensors of a junction."""
-        self._crossed.append((junction, below, [(tensor, tensor._version) for tensor in above]))
+        places = [(tensor, _place(tensor)) for tensor in below]
+        self._crossed.append(_Crossed(junction, places, [(tensor, tensor._version) for tensor in above]))
 
-    def check(self, below: int | None = None) -> None:
+    def check(self, end: int | None = None) -> None:
         """Mark the junctions whose values the layers above modified in place, and release their tensors.
 
         Args:
-            below: release the junctions with a smaller index only; None releases all.
+            end: release the junctions with a smaller index only, if no later loss reaches the layers above them:
+                later changes of their values do not affect a gradient. None releases all.
 
         Raises:
             BoundaryError: a value was modified through a tensor that autograd does not relate to the junction.
         """
         explained = set[int]()  # tensors that were modified above another, higher junction
-        for junction, sources, above in reversed(self._crossed):
-            changed = [tensor for tensor, version in above if tensor._version != version]
+        for crossed in reversed(self._crossed):
+            junction = crossed.junction
+            changed = [tensor for tensor, version in crossed.above if tensor._version != version]
             aliased = [t for t in changed if id(t) not in explained and _is_at(t, junction)]
             direct = {tensor.data_ptr() for tensor in changed if not any(tensor is other for other in aliased)}
             # Tensors of one storage, as from chunk(), share the version counter. Only those at the address of a
@@ -35,9 +58,12 @@ class InPlaceCheck:
             if any(not direct or tensor.data_ptr() in direct for tensor in aliased):
                 raise in_place_error(junction.boundary)
             if direct:
+                # A view has a new place after any change of its memory, so it tells nothing.
+                if any(not tensor._is_view() and _place(tensor) != place for tensor, place in crossed.below):
+                    raise in_place_error(junction.boundary)
                 junction.in_place = True
-                explained |= {id(tensor) for tensor in sources}
-        self._crossed = [watched for watched in self._crossed if below is not None and watched[0].index >= below]
+                explained |= {id(tensor) for tensor, _ in crossed.below}
+        self._crossed = [crossed for crossed in self._crossed if end is not None and crossed.junction.index >= end]
 
 
 def in_place_error(boundary: str) -> BoundaryError:
@@ -52,3 +78,9 @@ def in_place_error(boundary: str) -> BoundaryError:
 def _is_at(tensor: Tensor, junction: Junction) -> bool:
     """Return whether autograd still treats the tensor as the junction's output."""
     return getattr(tensor.grad_fn, "junction", None) is junction
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return a tensor's place in the graph, which an in-place operation changes."""
+    edge = get_gradient_edge(tensor)
+    return sequence_number(edge.node), edge.output_nr
