@@ -55,17 +55,18 @@ def test_every_block_is_in_a_window(count: int, shared: int) -> None:
 
 def test_tables_of_the_page_are_those_of_the_results() -> None:
     text, tables = page.PAGE.read_text(encoding="utf-8"), page.tables()
-    assert {"start", "model-a", "windows"} <= tables.keys()
+    assert {"start", "model-a", "model-b", "windows"} <= tables.keys()
     assert renewed(text, tables) == text, "run: python -m experiments.second.page"
     assert renewed(text, {"model-a": [*tables["model-a"][:-1], "| something else |"]}) != text
 
 
 def test_the_readme_quotes_the_results() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    arms = read("model-a")
-    for base in ("standard", "multi_loss"):
-        gains = [arms[base].learnt[seed] - arms["relay"].learnt[seed] for seed in range(5)]
-        assert range_text(statistics.fmean(gains), interval(gains)) in readme
+    for model in ("model-a", "model-b"):
+        arms = read(model)
+        for base in ("standard", "multi_loss"):
+            gains = [arms[base].learnt[seed] - arms["relay"].learnt[seed] for seed in range(5)]
+            assert range_text(statistics.fmean(gains), interval(gains)) in readme
     standard = read("windows-15-1-standard")["standard"].learnt
     mean = statistics.fmean(standard.values())
     fours, eights = (
