@@ -31,15 +31,17 @@ def rates_figure(models: Sequence[str]) -> Figure:
                     )
                     if points:
                         rates, errors = zip(*points, strict=True)
-                        axes.plot(rates, errors, dashes, marker=marker, color=SCHEME_COLOURS[scheme], label=gain)
+                        axes.plot(
+                            rates, errors, dashes, marker=marker, color=SCHEME_COLOURS[scheme], label=f'gain "{gain}"'
+                        )
                 axes.set_xscale("log")
                 axes.set_xticks(TICKS, [f"{rate:g}" for rate in TICKS])
                 axes.minorticks_off()
                 axes.set_title(SCHEME_NAMES[scheme], fontsize=10)
             row[0].set_ylabel(f"{_title(model)}: top-1 error, %")
-            row[0].legend(fontsize=9, title="gain")
         for axes in panels[-1]:
             axes.set_xlabel("learning rate")
+        figure.legend(handles=panels[0][0].get_lines(), loc="outside upper right", ncols=2, fontsize=9)
         return figure
 
 
