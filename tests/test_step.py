@@ -232,7 +232,7 @@ def test_lower_layers_are_freed_before_the_upper_ones_run(earlier_steps: int) ->
         relay.model.get_submodule(name)[1].register_forward_hook(note)
     relay.forward_backward(X, target=LABELS, loss=loss)
     assert seen["0 at 2"] == seen["1 at 2"] == 1  # those of its own window, before its head
-    # One layer higher, both are freed. The first step keeps the tensor at the cut until the window above it is freed.
+    # One layer higher, both are freed, but the first step keeps the tensor at the cut until the window above is freed.
     assert (seen["0 at 3"], seen["1 at 3"]) == (0, 0 if earlier_steps else 1)
     assert seen["2 at 4"] == seen["3 at 4"] == 1
     assert (seen["1 at 5"], seen["2 at 5"], seen["3 at 5"]) == (0, 0, 0 if earlier_steps else 1)

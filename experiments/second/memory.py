@@ -83,7 +83,7 @@ def windows_table() -> Table | None:
 def windows_figure() -> Figure:
     """Plot top-1 error against the peak memory of a step at the published size.
 
-    Lines connect the isolated windows, and the windows of the same number that share more and more blocks.
+    One line connects the isolated divisions. For each number of windows, another connects those that share blocks.
     """
     found = divisions()
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}

@@ -47,8 +47,8 @@ class _Segment:
         bottom: the cut at its lower end; None for the lowest segment.
         leaves: the leaves that replace the tensors of that cut.
         older_nodes: sequence numbers of the nodes below the cut, to find paths that bypass it.
-        cut: the gradient edges below the cut, for error messages. Only kept while the graph is searched, because they
-            keep its nodes, and until the segment is freed.
+        cut: the gradient edges below the cut, for error messages. Set only while the graph is searched and cleared when
+            the segment is freed, because the edges keep their nodes.
     """
 
     bottom: Boundary | None = None

@@ -13,12 +13,12 @@ from relaybackprop.errors import BoundaryError
 
 @dataclass(eq=False)
 class _Crossed:
-    """The tensors of a junction.
+    """The tensors at a junction.
 
     Args:
         junction: the junction.
-        below: those that it reads, with their places in the graph.
-        above: those that it returns, with their versions.
+        below: its input tensors, with their gradient edges (number of the node, number of its output).
+        above: its output tensors, with their versions.
     """
 
     junction: Junction
@@ -34,18 +34,18 @@ class InPlaceCheck:
 
     def watch(self, junction: Junction, below: Sequence[Tensor], above: Sequence[Tensor]) -> None:
         """Add the tensors of a junction."""
-        places = [(tensor, _place(tensor)) for tensor in below]
-        self._crossed.append(_Crossed(junction, places, [(tensor, tensor._version) for tensor in above]))
+        edges = [(tensor, _edge_of(tensor)) for tensor in below]
+        self._crossed.append(_Crossed(junction, edges, [(tensor, tensor._version) for tensor in above]))
 
     def check(self, end: int | None = None) -> None:
-        """Mark the junctions whose values the layers above modified in place, and release their tensors.
+        """Mark the junctions whose values were modified in place above them, and stop watching them.
 
         Args:
-            end: release the junctions with a smaller index only, if no later loss reaches the layers above them:
-                later changes of their values do not affect a gradient. None releases all.
+            end: stop watching only the junctions with an index below `end`. No later loss reaches the layers above
+                these, so later changes cannot affect a gradient. None stops watching all.
 
         Raises:
-            BoundaryError: a value was modified through a tensor that autograd does not relate to the junction.
+            BoundaryError: a value was modified through another tensor, or both above and below the junction.
         """
         explained = set[int]()  # tensors that were modified above another, higher junction
         for crossed in reversed(self._crossed):
@@ -58,8 +58,8 @@ class InPlaceCheck:
             if any(not direct or tensor.data_ptr() in direct for tensor in aliased):
                 raise in_place_error(junction.boundary)
             if direct:
-                # A view has a new place after any change of its memory, so it tells nothing.
-                if any(not tensor._is_view() and _place(tensor) != place for tensor, place in crossed.below):
+                # The edge of a view changes with every change of its memory, so views are not checked.
+                if any(not tensor._is_view() and _edge_of(tensor) != edge for tensor, edge in crossed.below):
                     raise in_place_error(junction.boundary)
                 junction.in_place = True
                 explained |= {id(tensor) for tensor, _ in crossed.below}
@@ -80,7 +80,7 @@ def _is_at(tensor: Tensor, junction: Junction) -> bool:
     return getattr(tensor.grad_fn, "junction", None) is junction
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
-    """Return a tensor's place in the graph, which an in-place operation changes."""
+def _edge_of(tensor: Tensor) -> tuple[int, int]:
+    """Return a tensor's gradient edge, which an in-place operation changes, as numbers of its node and output."""
     edge = get_gradient_edge(tensor)
     return sequence_number(edge.node), edge.output_nr

@@ -283,7 +283,7 @@ def _profile_step(
         profiler.record_parameters(loss)
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
-    if early:  # warm-up, since the first step searches the graph and keeps one more activation
+    if early:  # warm-up: the first step searches the graph and keeps the tensor at a cut longer
         run()
     profiler.enter_row(0)
     with ExitStack() as stack:

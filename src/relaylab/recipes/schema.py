@@ -91,7 +91,7 @@ class PrimaryConfig:
 
 
 def ends_of(after: str | None) -> str | tuple[str, ...] | None:
-    """Return the name of a window's `after`, a tuple of several names, or None."""
+    """Parse a window's `after`: return a tuple if it lists several modules, otherwise the value itself."""
     return tuple(name.strip() for name in after.split(",")) if after and "," in after else after
 
 
