@@ -17,8 +17,8 @@ class _Crossed:
 
     Args:
         junction: the junction.
-        below: its input tensors, with their gradient edges (number of the node, number of its output).
-        above: its output tensors, with their versions.
+        below: input tensors with their gradient edges (number of the node, number of its output).
+        above: output tensors with their versions.
     """
 
     junction: Junction
