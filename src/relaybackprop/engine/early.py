@@ -175,7 +175,7 @@ class EarlyRelease:
         segment.leaves, crossed, junction = _leaves_of(tensors, str(place), index)
         self._segment_of_node |= {graph.sequence_number(edge.node): index for edge in graph.edges_of(crossed)}
         if self._names is not None:
-            self._in_place.watch(junction, tensors, crossed)
+            self._in_place.watch(junction, tensors, sources, crossed)
         return replace_tensors(value, tensors, crossed)
 
     def _start(self, loss: str, value: Any, boundary: Boundary | None) -> None:

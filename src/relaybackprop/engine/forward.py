@@ -88,7 +88,7 @@ class ForwardPass:
         trunk, branches = cross(junction, tensors)
         self.junctions.append(junction)
         self.edges.append([get_gradient_edge(tensor) for tensor in trunk])
-        self._in_place.watch(junction, tensors, trunk)
+        self._in_place.watch(junction, tensors, sources, trunk)
         if boundary is not None:
             self._junction_at[boundary] = junction
         return trunk, branches

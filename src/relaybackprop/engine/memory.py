@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from relaybackprop.engine.graph import sequence_number
 from relaybackprop.engine.junction import Junction
 from relaybackprop.errors import BoundaryError
 
@@ -17,12 +16,12 @@ class _Crossed:
 
     Args:
         junction: the junction.
-        below: input tensors with their gradient edges (number of the node, number of its output).
+        below: input tensors with their gradient edges.
         above: output tensors with their versions.
     """
 
     junction: Junction
-    below: list[tuple[Tensor, tuple[int, int]]]
+    below: list[tuple[Tensor, GradientEdge]]
     above: list[tuple[Tensor, int]]
 
 
@@ -32,10 +31,12 @@ class InPlaceCheck:
     def __init__(self) -> None:
         self._crossed: list[_Crossed] = []
 
-    def watch(self, junction: Junction, below: Sequence[Tensor], above: Sequence[Tensor]) -> None:
-        """Add the tensors of a junction."""
-        edges = [(tensor, _edge_of(tensor)) for tensor in below]
-        self._crossed.append(_Crossed(junction, edges, [(tensor, tensor._version) for tensor in above]))
+    def watch(
+        self, junction: Junction, below: Sequence[Tensor], edges: Sequence[GradientEdge], above: Sequence[Tensor]
+    ) -> None:
+        """Add the tensors of a junction; `edges` are those of the tensors below it."""
+        versions = [(tensor, tensor._version) for tensor in above]
+        self._crossed.append(_Crossed(junction, list(zip(below, edges, strict=True)), versions))
 
     def check(self, end: int | None = None) -> None:
         """Mark the junctions whose values were modified in place above them, and stop watching them.
@@ -58,8 +59,7 @@ class InPlaceCheck:
             if any(not direct or tensor.data_ptr() in direct for tensor in aliased):
                 raise in_place_error(junction.boundary)
             if direct:
-                # The edge of a view changes with every change of its memory, so views are not checked.
-                if any(not tensor._is_view() and _edge_of(tensor) != edge for tensor, edge in crossed.below):
+                if any(_has_moved(tensor, edge) for tensor, edge in crossed.below):
                     raise in_place_error(junction.boundary)
                 junction.in_place = True
                 explained |= {id(tensor) for tensor, _ in crossed.below}
@@ -80,7 +80,9 @@ def _is_at(tensor: Tensor, junction: Junction) -> bool:
     return getattr(tensor.grad_fn, "junction", None) is junction
 
 
-def _edge_of(tensor: Tensor) -> tuple[int, int]:
-    """Return a tensor's gradient edge, which an in-place operation changes, as numbers of its node and output."""
-    edge = get_gradient_edge(tensor)
-    return sequence_number(edge.node), edge.output_nr
+def _has_moved(tensor: Tensor, edge: GradientEdge) -> bool:
+    """Return whether a tensor has been modified in place since its gradient edge was `edge`.
+
+    The edge of a view changes with every change of its memory, so views are not checked.
+    """
+    return not tensor._is_view() and get_gradient_edge(tensor)[:2] != edge[:2]
