@@ -24,12 +24,14 @@ class Division:
 
     Args:
         label: name in table and figure.
+        windows: number of windows; 1 for standard BP.
         scheme: scheme of the runs.
         step: cost of a training step at the published size, by metric of `benchmarks.windows`.
         arm: errors of the runs.
     """
 
     label: str
+    windows: int
     scheme: str
     step: Mapping[str, float]
     arm: Arm
@@ -39,22 +41,23 @@ def divisions() -> list[Division]:
     """Return each way to train ResNet-32 that has been run, by the memory of a step."""
     figures: dict[str, float] = json.loads(STEPS.read_text(encoding="utf-8"))["figures"]
     named = [
-        ("windows-15-1-standard", STANDARD, "standard", "standard"),
-        ("windows-15-1-standard", CHECKPOINTED, "standard", "checkpointed"),
-        ("windows-15-1-multi-loss", "15 windows, multi-loss", "multi_loss", "multi_loss"),
+        ("windows-15-1-standard", STANDARD, 1, "standard", "standard"),
+        ("windows-15-1-standard", CHECKPOINTED, 1, "standard", "checkpointed"),
+        ("windows-15-1-multi-loss", "15 windows, multi-loss", 15, "multi_loss", "multi_loss"),
     ]
     for windows, shared in ISOLATED[32]:
         label = f"{windows} windows, isolated"
-        named.append((f"windows-{windows}-{shared}-isolated", label, "isolated", f"{windows}_{shared}_isolated"))
+        metric = f"{windows}_{shared}_isolated"
+        named.append((f"windows-{windows}-{shared}-isolated", label, windows, "isolated", metric))
     for windows, shared in ARMS[32]:
         label = f"{windows} windows, {shared} shared"
-        named.append((f"windows-{windows}-{shared}-relay", label, "relay", f"{windows}_{shared}_relay"))
+        named.append((f"windows-{windows}-{shared}-relay", label, windows, "relay", f"{windows}_{shared}_relay"))
     found: list[Division] = []
-    for name, label, scheme, metric in named:
+    for name, label, windows, scheme, metric in named:
         prefix = f"resnet32_{metric}_"
         step = {key.removeprefix(prefix): value for key, value in figures.items() if key.startswith(prefix)}
         if arms := read(name):
-            found.append(Division(label, scheme, step, arms[scheme]))
+            found.append(Division(label, windows, scheme, step, arms[scheme]))
     return sorted(found, key=lambda own: own.step["peak_mb"])
 
 
@@ -86,15 +89,14 @@ def windows_figure() -> Figure:
     One line connects the isolated divisions. For each number of windows, another connects those that share blocks.
     """
     found = divisions()
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     full = next(own.step["peak_mb"] for own in found if own.label == STANDARD)
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
         for own in found:
             x, y = own.step["peak_mb"] / full, statistics.fmean(own.arm.learnt.values())
-            count = own.label.partition(" ")[0] if own.scheme == "relay" else ""
-            lines.setdefault((own.scheme, count), []).append((x, y))
+            lines.setdefault((own.scheme, own.windows if own.scheme == "relay" else 0), []).append((x, y))
             axes.annotate(own.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
         for (scheme, _), points in lines.items():
             style = "o" if scheme == "standard" else "o-"
