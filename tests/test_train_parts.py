@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
 from relaylab.train import checkpoint, gradients, requests, segments, validation
-from relaylab.train.engine import make_fabric
+from relaylab.train.engine import make_fabric, precision_warnings
 from relaylab.train.images import RunImages, open_images
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import informative_tops, result_text
@@ -396,3 +397,27 @@ def test_the_top5_error_of_at_most_five_classes_is_left_out() -> None:
         meter.count({"primary": 1.0, "top1": 0.6, "top5": 0.0}, 1.0)
         assert text in meter.text(8)
         assert {"top1", "top5"} < meter.values(8).keys(), "the records do not change"
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "warned"),
+    [
+        ("bf16", {"architecture": "x86_64", "avx512_f": True}, True),
+        ("bf16", {"architecture": "x86_64", "avx512_bf16": True}, False),
+        ("bf16", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, False),
+        ("fp16", {"architecture": "x86_64", "amx_bf16": True, "amx_fp16": False}, True),
+        ("fp16", {"architecture": "x86_64", "avx512_fp16": True}, False),
+        ("bf16", {"architecture": "aarch64"}, False),
+        ("32", {"architecture": "x86_64"}, False),
+    ],
+)
+def test_a_precision_that_the_cpu_emulates_is_a_warning(
+    precision: Literal["32", "bf16", "fp16"],
+    capabilities: dict[str, object],
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    texts = precision_warnings(TrainOptions(recipe="x", accelerator="cpu", precision=precision))
+    expected = f"this CPU has no instructions for --precision {precision}: --precision 32 is usually faster"
+    assert texts == [expected] * warned

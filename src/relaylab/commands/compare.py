@@ -78,6 +78,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
         LabError: a tuning trial failed.
     """
     from relaylab.train import failures, requests, run_folder
+    from relaylab.train.engine import precision_warnings
     from relaylab.train.many import is_missing, shared_by, train_many
     from relaylab.train.trials import Search, tune
 
@@ -88,7 +89,8 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
     axes = _axes(options, request.recipe)
     hold_out = options.tune_hold_out if any(len(axis.values) > 1 for axis in axes) else None
     shared = shared_by(folder, request.options, request.recipe, len(members), hold_out=hold_out)
-    for text in _window_warnings(request.recipe, dict.fromkeys(scheme for scheme, _ in members)):
+    schemes = list(dict.fromkeys(scheme for scheme, _ in members))
+    for text in (*precision_warnings(request.options), *_window_warnings(request.recipe, schemes)):
         print(f"warning: {text}", file=sys.stderr)
 
     def train(configs: "Mapping[str, TrainOptions]", iterations: int) -> bool:
@@ -96,7 +98,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
 
     if axes:
         search = Search(folder, request.recipe, first, axes, options.tune_hold_out, options.tune_share)
-        tuning = tune(search, list(dict.fromkeys(scheme for scheme, _ in members)), train)
+        tuning = tune(search, schemes, train)
         if tuning is None:
             print("Stopped while tuning. Run the same command again to resume.")
             return None

@@ -25,7 +25,7 @@ from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import averaging, checkpoint, failures, requests, run_folder
 from relaylab.train.compiling import compile_outside_overlaps
-from relaylab.train.engine import make_fabric, whole
+from relaylab.train.engine import make_fabric, precision_warnings, whole
 from relaylab.train.images import RunImages, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
@@ -306,7 +306,7 @@ def _log_start(trainer: Trainer, folder: Path, segments: Segments, state: Mappin
     parts = trainer.fabric.world_size * trainer.options.accumulate
     if parts == recipe.optimizer.batch_size and has_local_batch_norm(trainer.relay):
         log.warning("batch normalisation computes its statistics over micro-batches of one image; %s", REMEDY)
-    for text in window_warnings(recipe, segments):
+    for text in (*precision_warnings(trainer.options), *window_warnings(recipe, segments)):
         log.log(level, "warning: %s", text)
     if state:
         log.info("resuming from step %d of %s", trainer.progress.step, folder)
