@@ -67,6 +67,9 @@ def test_the_readme_quotes_the_results() -> None:
         for base in ("standard", "multi_loss"):
             gains = [arms[base].learnt[seed] - arms["relay"].learnt[seed] for seed in range(5)]
             assert range_text(statistics.fmean(gains), interval(gains)) in readme
+    ours, base = read("resnet18-two-branches")["relay"].learnt, read("resnet18")["standard"].learnt
+    costs = [ours[seed] - base[seed] for seed in range(3)]
+    assert f"two branches cost {range_text(statistics.fmean(costs), interval(costs))} points" in readme
     standard = read("windows-15-1-standard")["standard"].learnt
     mean = statistics.fmean(standard.values())
     fours, eights = (

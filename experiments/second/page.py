@@ -27,7 +27,10 @@ FURTHER = {
         )
         for model in MODELS
     },
-    "resnet18": (("resnet18-two-branches", "relay", "Relay BP, the two branches that save memory"),),
+    "resnet18": (
+        ("resnet18-two-branches", "relay", "Relay BP, two branches (layer2.0, layer3.0)"),
+        ("resnet18-early-branches", "relay", "Relay BP, two branches (layer1.1, layer2.1)"),
+    ),
 }
 BASES = {"standard BP": "standard", "multi-loss": "multi_loss", "Relay BP": "relay"}
 

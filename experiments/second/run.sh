@@ -18,8 +18,6 @@ compare() { # NAME RECIPE DATA SCHEMES, then options
     --precision "$precision" --workers 0 --diagnose-every 0 "$@"
 }
 
-precision_of() { if [ "$1" = vit ]; then echo 32; else echo bf16; fi; } # small matrices are slow in bfloat16 on a CPU
-
 case $question in
 model-a | model-b)
   rates=optimizer.lr=0.005,0.01,0.02
@@ -50,14 +48,13 @@ windows)
   ;;
 today)
   rates=optimizer.lr=0.001,0.003,0.01
-  for name in resnet18 vit; do
-    precision=$(precision_of $name)
-    compare $name $here/$name.toml cifar $all --tune-share 0.5 --tune $rates "$@"
+  compare resnet18 $here/resnet18.toml cifar $all --tune-share 0.5 --tune $rates "$@"
+  for name in resnet18-two-branches resnet18-early-branches; do
+    compare $name $here/$name.toml cifar relay --tune-share 0.5 --tune $rates "$@"
   done
-  precision=bf16
-  compare resnet18-two-branches $here/resnet18-two-branches.toml cifar relay --tune-share 0.5 --tune $rates "$@"
+  precision=32 # the small matrices of the ViT are slow in bfloat16
+  compare vit $here/vit.toml cifar $all --tune-share 0.5 --tune $rates "$@"
   for name in resnet18 vit; do # pretrained by standard BP on five classes, fine-tuned on the five others
-    precision=$(precision_of $name)
     compare $name-first $here/$name.toml cifar-first standard --seeds 0 --tune-share 0.5 --tune $rates \
       --set network.num_classes=5 "$@"
     compare $name-tuned $here/$name.toml cifar-last $all --tune-share 0.5 --tune optimizer.lr=0.0003,0.001,0.003 \
