@@ -1,8 +1,8 @@
-"""The page of the first check, the README and the figures say what results/evidence-SIZE.json has."""
+"""The page of the first check and its figures say what results/evidence-SIZE.json has."""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +17,7 @@ from experiments.studies import METHODS, PLOTTED, RATES, STUDIES, TAIL
 from relaylab.recipes import find_recipe
 from relaylab.report.costs import BATCH, cost_of
 from relaylab.report.verdict import difference_text, mean_text
-from relaylab.tables import markdown_lines, renewed
+from relaylab.tables import renewed
 from relaylab.train import requests
 from relaylab.train.options import TrainOptions
 
@@ -152,22 +152,6 @@ def test_the_figures_are_drawn_from_the_runs(size: Size) -> None:
     assert len(drawn["errors"].axes) == len(PLOTTED[size])
     for name in drawn:
         assert (RESULTS / f"evidence-{size}-{name}.svg").stat().st_size > 10_000
-
-
-def quoted_rows(lines: Sequence[str]) -> dict[str, str]:
-    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if "| " in line}
-
-
-def test_the_readme_quotes_the_runs() -> None:
-    _, _, *rows = markdown_lines(page.study_table(STUDIES["model-a"], read_findings("64px")))
-    words = {"standard BP": "standard BP", "multi-loss": "multi-loss + standard BP", "Relay BP": "Relay BP"}
-    quoted = quoted_rows(README.read_text().splitlines())
-    for row in rows:
-        word, _, top1, _, minus, *_ = (cell.strip() for cell in row.strip("|").split("|"))
-        line = quoted[words.get(word, "isolated windows (no overlap)")]
-        assert top1.split(" ")[0] in line
-        assert minus in line
-        assert ("collapsed" in top1) == ("collapsed" in line)
 
 
 def test_the_page_quotes_32_pixels() -> None:

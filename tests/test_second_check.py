@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from experiments.second import page, windows
-from experiments.second.arms import ROOT, read
+from experiments.second.arms import read
 from experiments.second.networks import resnet
 from relaylab.models.building import build_relay
 from relaylab.report.verdict import interval, range_text
@@ -61,12 +61,17 @@ def test_tables_of_the_page_are_those_of_the_results() -> None:
 
 
 def test_the_readme_quotes_the_results() -> None:
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for model in ("model-a", "model-b"):
-        arms = read(model)
-        for base in ("standard", "multi_loss"):
-            gains = [arms[base].learnt[seed] - arms["relay"].learnt[seed] for seed in range(5)]
-            assert range_text(statistics.fmean(gains), interval(gains)) in readme
+    text = page.README.read_text(encoding="utf-8")
+    assert renewed(text, page.readme_tables()) == text, "run: python -m experiments.second.page"
+    readme = " ".join(text.split())
+    for name, worse, better in (
+        ("model-a", "multi_loss", "relay"),
+        ("model-b", "multi_loss", "relay"),
+        ("resnet18", "relay", "standard"),
+    ):
+        arms = read(name)
+        gains = [arms[worse].learnt[seed] - error for seed, error in arms[better].learnt.items()]
+        assert range_text(statistics.fmean(gains), interval(gains)) in readme
     ours, base = read("resnet18-two-branches")["relay"].learnt, read("resnet18")["standard"].learnt
     costs = [ours[seed] - base[seed] for seed in range(3)]
     assert f"two branches cost {range_text(statistics.fmean(costs), interval(costs))} points" in readme

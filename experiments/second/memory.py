@@ -97,7 +97,8 @@ def windows_figure() -> Figure:
         for own in found:
             x, y = own.step["peak_mb"] / full, statistics.fmean(own.arm.learnt.values())
             lines.setdefault((own.scheme, own.windows if own.scheme == "relay" else 0), []).append((x, y))
-            axes.annotate(own.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            offset = (6, -11) if own.scheme == "relay" else (6, 4)
+            axes.annotate(own.label, (x, y), xytext=offset, textcoords="offset points", fontsize=8)
         for (scheme, _), points in lines.items():
             style = "o" if scheme == "standard" else "o-"
             axes.plot(*zip(*points, strict=True), style, color=SCHEME_COLOURS[scheme], linewidth=1)

@@ -1,13 +1,14 @@
-"""Redraws the tables and figures of docs/evidence/index.md from results/second-check/.
+"""Redraws the tables and figures of docs/evidence/index.md, and the README's table, from results/second-check/.
 
 python -m experiments.second.page [runs/second]    # first copies the results of comparisons from their folders
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.second.arms import BELOW, GAIN, RATE, RESULTS, ROOT, SCHEMES, read
+from experiments.second.arms import BELOW, GAIN, RATE, RESULTS, ROOT, SCHEMES, Arm, read
 from experiments.second.memory import divisions, windows_figure, windows_table
 from experiments.second.rates import curves_figure, rates_figure
 from relaylab.files import write_text
@@ -16,6 +17,7 @@ from relaylab.report.style import write_figure
 from relaylab.tables import Table, markdown_lines, renewed
 
 PAGE = ROOT / "docs" / "evidence" / "index.md"
+README = ROOT / "README.md"
 # Further rows of a comparison's table: comparison, scheme, label.
 MODELS = ("model-a", "model-b")
 FURTHER = {
@@ -56,6 +58,21 @@ def schemes_table(name: str) -> Table | None:
     return Table(name, ("", *gains, "learning rate", "top-1 error", *(f"minus {base}" for base in BASES)), tuple(cells))
 
 
+def models_table() -> Table:
+    """Return the errors of models A and B by scheme, with differences to standard BP."""
+    arms = [read(model) for model in MODELS]
+    rows = [
+        (SCHEME_NAMES[scheme], *(cell for own in arms for cell in _against_standard(own, scheme))) for scheme in SCHEMES
+    ]
+    header = [cell for model in ("model A", "model B") for cell in (f"{model}: top-1 error, %", "minus standard BP")]
+    return Table("models A and B", ("method", *header), tuple(rows))
+
+
+def _against_standard(arms: Mapping[str, Arm], scheme: str) -> tuple[str, str]:
+    own = arms[scheme]
+    return own.error_text, "" if scheme == "standard" else own.minus(arms["standard"])
+
+
 def start_table() -> Table:
     """Return the initial losses of untrained networks over the loss of guessing, by gain."""
     found: dict[str, dict[str, dict[str, float]]] = json.loads((RESULTS / "start.json").read_text(encoding="utf-8"))
@@ -79,11 +96,17 @@ def tables() -> dict[str, list[str]]:
     return {name: markdown_lines(table) for name, table in found.items() if table is not None}
 
 
+def readme_tables() -> dict[str, list[str]]:
+    """Return the lines of the README's table, by its marker."""
+    return {"models": markdown_lines(models_table())}
+
+
 def main(arguments: list[str]) -> None:
-    """Copy results if a folder of runs is given, and redraw the page and its figures."""
+    """Copy results if a folder of runs is given, and redraw the tables and figures."""
     if arguments:
         copy_results(Path(arguments[0]))
-    write_text(PAGE, renewed(PAGE.read_text(encoding="utf-8"), tables()))
+    for page, lines in {PAGE: tables(), README: readme_tables()}.items():
+        write_text(page, renewed(page.read_text(encoding="utf-8"), lines))
     if divisions():
         write_figure(windows_figure(), RESULTS / "windows.svg")
     models = [model for model in MODELS if read(model)]
