@@ -72,6 +72,8 @@ def test_the_readme_quotes_the_results() -> None:
         arms = read(name)
         gains = [arms[worse].learnt[seed] - error for seed, error in arms[better].learnt.items()]
         assert range_text(statistics.fmean(gains), interval(gains)) in readme
+    vit = read("vit")
+    assert f"relay minus standard BP is {vit['relay'].minus(vit['standard'])} points" in readme
     ours, base = read("resnet18-two-branches")["relay"].learnt, read("resnet18")["standard"].learnt
     costs = [ours[seed] - base[seed] for seed in range(3)]
     assert f"two branches cost {range_text(statistics.fmean(costs), interval(costs))} points" in readme
