@@ -74,9 +74,11 @@ def test_the_readme_quotes_the_results() -> None:
         assert range_text(statistics.fmean(gains), interval(gains)) in readme
     vit = read("vit")
     assert f"relay minus standard BP is {vit['relay'].minus(vit['standard'])} points" in readme
-    ours, base = read("resnet18-two-branches")["relay"].learnt, read("resnet18")["standard"].learnt
-    costs = [ours[seed] - base[seed] for seed in range(3)]
-    assert f"two branches cost {range_text(statistics.fmean(costs), interval(costs))} points" in readme
+    base = read("resnet18")["standard"].learnt
+    for name, places in (("early", "layer1.1 and layer2.1"), ("two", "layer2.0 and layer3.0")):
+        ours = read(f"resnet18-{name}-branches")["relay"].learnt
+        costs = [ours[seed] - base[seed] for seed in range(3)]
+        assert f"branches after {places} cost {range_text(statistics.fmean(costs), interval(costs))}" in readme
     standard = read("windows-15-1-standard")["standard"].learnt
     mean = statistics.fmean(standard.values())
     fours, eights = (
