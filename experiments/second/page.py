@@ -24,7 +24,7 @@ FURTHER = {
     **{
         model: (
             (f"{model}-weight-1", "relay", "Relay BP, weight 1"),
-            (f"{model}-equal-time", "relay", "Relay BP, equal time"),
+            (f"{model}-equal-time", "relay", "Relay BP, 5,455 iterations"),
             (f"{model}-rates", "multi_loss", "standard BP, separate rate below the head"),
         )
         for model in MODELS

@@ -69,8 +69,8 @@ def suggest_plan(
         max_layers: maximum number of weight layers in a window (the paper's N). Default: no limit.
         memory_budget: maximum peak memory of `Relay.forward_backward` on a batch like `example_input`, in bytes,
             without parameters, gradients, buffers, the batch and the heads. The windows then follow Note [Packing] in
-            `relaybackprop.planning.budget` instead. Low heads can cost accuracy, unlike activation checkpointing.
-            Default: no limit.
+            `relaybackprop.planning.budget` instead. Such windows can cost accuracy; activation
+            checkpointing does not change the gradients. Default: no limit.
 
     Returns:
         The plan, its reasons and the shapes of the heads' inputs. The heads are named "aux", or "aux1", "aux2", ...,
@@ -168,7 +168,8 @@ def _suggest_within_budget(
         f"them up to {_halfway_module(ends, saved_bytes)}.",
         f"{pluralized(len(packing.tops), 'head')} is the smallest number{at_least} that fits the budget: a step then "
         f"peaks at {peak_of(plan):,} of {memory_budget:,} bytes.",
-        "The windows save similar amounts; heads may be lower than the paper's rules allow, which can cost accuracy.",
+        "The windows save similar amounts; heads may be lower than the paper's rules allow. Such windows "
+        "can cost accuracy.",
         f"Neighbouring windows overlap over {pluralized(packing.overlap, 'link')} of the chain.",
     ]
     suggestion = _suggestion(model, example_input, plan, [ends[top] for top in packing.tops], reasons)

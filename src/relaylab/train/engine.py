@@ -24,7 +24,7 @@ from relaylab.errors import FAILED, INTERRUPTED, InputError
 from relaylab.train.options import RuntimeOptions
 from relaylab.train.torchrun import FAILURE, environment_number, is_launched, noted_failure
 
-# Instruction sets of x86 processors that compute in a precision, by their names in `torch.cpu.get_capabilities`.
+# x86 instruction sets with native arithmetic in each precision, named as in `torch.cpu.get_capabilities`.
 INSTRUCTIONS = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "amx_fp16")}
 
 
