@@ -279,7 +279,8 @@ def test_optimizers_in_the_backward_pass(name: str, options: dict[str, bool]) ->
     for module in (relay, usual):
         seed_each_module(module)
     start = {name: parameter.detach().clone() for name, parameter in relay.named_parameters()}
-    optimizers = {p: torch.optim.AdamW([p], lr=1e-2, **options) for p in relay.parameters()}
+    # The gradient of the keys' bias is zero but for rounding, which AdamW's usual eps of 1e-8 would amplify.
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2, eps=1e-4, **options) for p in relay.parameters()}
 
     def update(parameter: Tensor) -> None:
         optimizers[parameter].step()
@@ -287,7 +288,7 @@ def test_optimizers_in_the_backward_pass(name: str, options: dict[str, bool]) ->
 
     for parameter in relay.parameters():
         parameter.register_post_accumulate_grad_hook(update)
-    together = torch.optim.AdamW(usual.parameters(), lr=1e-2, **options)
+    together = torch.optim.AdamW(usual.parameters(), lr=1e-2, eps=1e-4, **options)
     for _ in range(3):
         step_gradients(relay, *case.inputs)
         relay_gradients(usual, *case.inputs)
