@@ -229,7 +229,8 @@ def _columns(file: Path, files: _Files) -> _Columns:
     exists = {text: bool(text) and _exists(files, text) for text in {text for _, row in sample for text in row}}
     found = [sum(exists[row[i]] for _, row in sample) for i in range(len(header))]
     by_header = _by_header(kinds, IMAGE_HEADERS)
-    best = [place for place, count in enumerate(found) if count == max(found) > 0]
+    most = max(found)
+    best = [place for place, count in enumerate(found) if count == most > 0]
     image = next((place for place in by_header if place in best), next(iter(best or by_header), None))
     if image is None:
         raise InputError(
