@@ -69,8 +69,8 @@ def suggest_plan(
         max_layers: maximum number of weight layers in a window (the paper's N). Default: no limit.
         memory_budget: maximum peak memory of `Relay.forward_backward` on a batch like `example_input`, in bytes,
             without parameters, gradients, buffers, the batch and the heads. The windows then follow Note [Packing] in
-            `relaybackprop.planning.budget` instead. Such windows can cost accuracy; activation
-            checkpointing does not change the gradients. Default: no limit.
+            `relaybackprop.planning.budget` instead. Such windows can cost accuracy; activation checkpointing
+            does not change the gradients. Default: no limit.
 
     Returns:
         The plan, its reasons and the shapes of the heads' inputs. The heads are named "aux", or "aux1", "aux2", ...,
