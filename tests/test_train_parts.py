@@ -25,7 +25,8 @@ from relaylab.recipes import changes, find_recipe
 from relaylab.recipes.scales import at_scale
 from relaylab.recipes.schema import CosineConfig, DecayConfig, PlateauConfig, StepsConfig
 from relaylab.train import checkpoint, gradients, requests, segments, validation
-from relaylab.train.engine import make_fabric, precision_warnings
+from relaylab.train.devices import precision_warnings
+from relaylab.train.engine import make_fabric
 from relaylab.train.images import RunImages, open_images
 from relaylab.train.meter import Meter
 from relaylab.train.metrics import informative_tops, result_text

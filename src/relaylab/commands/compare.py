@@ -78,7 +78,7 @@ def compare(options: CompareOptions, folder: Path) -> "Comparison | None":
         LabError: a tuning trial failed.
     """
     from relaylab.train import failures, requests, run_folder
-    from relaylab.train.engine import precision_warnings
+    from relaylab.train.devices import precision_warnings
     from relaylab.train.many import is_missing, shared_by, train_many
     from relaylab.train.trials import Search, tune
 

@@ -155,10 +155,11 @@ def main(options: EvaluateOptions) -> int:
     from relaylab.evaluate.protocols import views_of
     from relaylab.evaluate.results import ensemble_of, write
     from relaylab.evaluate.scores import SCORES, ScoreFolder, describe_images
-    from relaylab.evaluate.testing import Scorer, check_dense, device_of, evaluate
+    from relaylab.evaluate.testing import Scorer, check_dense, evaluate
     from relaylab.evaluate.trained import find_trained
     from relaylab.models.file import read_model
     from relaylab.progress import progress
+    from relaylab.train.devices import device_of
     from relaylab.train.signals import stopping
 
     networks = find_trained(options.runs)

@@ -214,14 +214,3 @@ def _map_size(model: nn.Module, crop: int) -> int | None:
     first = next(model.parameters())
     with torch.inference_mode():
         return model.features(torch.zeros(1, 3, crop, crop, device=first.device)).shape[-1]
-
-
-def device_of(accelerator: str) -> torch.device:
-    """Return the device for `--accelerator` auto, cpu or cuda.
-
-    Raises:
-        InputError: cuda without a GPU.
-    """
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("--accelerator cuda: PyTorch found no GPU on this machine")
-    return torch.device("cpu" if accelerator == "cpu" or not torch.cuda.is_available() else "cuda")

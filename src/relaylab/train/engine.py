@@ -21,11 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from relaybackprop import Relay
 from relaylab.errors import FAILED, INTERRUPTED, InputError
+from relaylab.train.devices import device_of
 from relaylab.train.options import RuntimeOptions
 from relaylab.train.torchrun import FAILURE, environment_number, is_launched, noted_failure
-
-# x86 instruction sets with native arithmetic in each precision, named as in `torch.cpu.get_capabilities`.
-INSTRUCTIONS = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "amx_fp16")}
 
 
 def launch(options: RuntimeOptions, arguments: Sequence[str]) -> int:
@@ -64,9 +62,7 @@ def make_fabric(options: RuntimeOptions) -> Fabric:
     Raises:
         InputError: devices or batch normalisation that this machine does not support.
     """
-    device = _device(options)
-    if options.accelerator == "cuda" and device == "cpu":
-        raise InputError("--accelerator cuda: PyTorch found no GPU on this machine")
+    device = device_of(options.accelerator).type
     world, here = (environment_number(name, 1) if is_launched() else 1 for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if device == "cuda" and here > torch.cuda.device_count():
         raise InputError(f"{here} processes, but only {torch.cuda.device_count()} GPUs on this machine")
@@ -81,21 +77,6 @@ def make_fabric(options: RuntimeOptions) -> Fabric:
     )
     fabric.launch()
     return fabric
-
-
-def precision_warnings(options: RuntimeOptions) -> list[str]:
-    """Return a warning if the CPU has no instructions for the precision: PyTorch then emulates it, which is slow."""
-    needed = INSTRUCTIONS.get(options.precision)
-    capabilities = torch.cpu.get_capabilities()
-    if needed is None or _device(options) == "cuda" or capabilities.get("architecture") != "x86_64":
-        return []
-    if any(capabilities.get(name) for name in needed):
-        return []
-    return [f"this CPU has no instructions for --precision {options.precision}: --precision 32 is usually faster"]
-
-
-def _device(options: RuntimeOptions) -> str:
-    return "cuda" if torch.cuda.is_available() and options.accelerator != "cpu" else "cpu"
 
 
 def _strategy(options: RuntimeOptions, device: str, world: int) -> Strategy | str:

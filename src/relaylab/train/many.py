@@ -12,6 +12,7 @@ from relaylab.errors import INTERRUPTED, WRONG_INPUT, InputError
 from relaylab.files import available_cores
 from relaylab.recipes.schema import Recipe
 from relaylab.train import engine, images, jobs, requests, run_folder, storage
+from relaylab.train.devices import device_of
 from relaylab.train.failures import Failure, read_failure, write_failure
 from relaylab.train.options import TrainOptions
 from relaylab.train.segments import segments_of
@@ -61,7 +62,7 @@ def shared_by(
         options = dataclasses.replace(options, images=run_folder.read_run(existing).options.images)
     in_memory = storage.fits_memory(options, (train, val), images.crop_spec_of(recipe), min(cores, count))
     where = "memory" if in_memory else "disk"
-    if options.accelerator != "cpu" and torch.cuda.is_available():
+    if device_of(options.accelerator).type == "cuda":
         return Shared(where, None)
     threads = min(torch.get_num_threads(), max(1, cores // count))
     starts = run_folder.read_starts(existing) if existing is not None else []

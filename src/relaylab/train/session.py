@@ -25,7 +25,8 @@ from relaylab.progress import Silent, Task, progress
 from relaylab.recipes.schema import SCHEMES, Recipe
 from relaylab.train import averaging, checkpoint, failures, requests, run_folder
 from relaylab.train.compiling import compile_outside_overlaps
-from relaylab.train.engine import make_fabric, precision_warnings, whole
+from relaylab.train.devices import precision_warnings
+from relaylab.train.engine import make_fabric, whole
 from relaylab.train.images import RunImages, crops_of, mixing_of, open_images
 from relaylab.train.loop import Trainer
 from relaylab.train.meter import Meter
