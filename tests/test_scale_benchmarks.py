@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +43,37 @@ def test_data_parallel_by_hand(gradients: tuple[float, float, float], ordinary: 
     assert scale.data_parallel(given, CLUSTER, 2, early=True, hidden=False) == 35 + sum(gradients)
 
 
-def test_link_transmits_one_message_at_a_time() -> None:
+def test_link_transmits_one_message_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
     class Done:
         def wait(self) -> None:
             pass
 
+    clock = Clock()
+    monkeypatch.setattr(overlap, "time", clock)
     link = overlap.Link(lambda *_args, **_kwargs: Done())
     message = torch.zeros(1000)
-    begin = time.perf_counter()
     link.all_reduce(message)
-    assert time.perf_counter() - begin < 0.02  # without delay
-    link.latency, link.bandwidth = 0.01, 4000 / 0.02
-    begin = time.perf_counter()
+    assert clock.now == 100  # without delay
+    link.latency, link.bandwidth = 1.0, 4000 / 2
     works = [link.all_reduce(message, async_op=True) for _ in range(2)]
-    assert time.perf_counter() - begin < 0.02
+    assert clock.now == 100
+    clock.now = 101
+    arrivals = []
     for work in works:
         assert work is not None
         work.wait()
-    assert 0.06 <= time.perf_counter() - begin < 0.1
+        arrivals.append(clock.now)
+    assert arrivals == [103, 106]
+    assert link.waited == 5
     assert link.sizes == [4000] * 3
 
 
