@@ -15,10 +15,10 @@ FOLDERS = ("docs/**", "examples/**", ".github/**")  # results/ are written by pr
 EXCEPT = ("docs/evidence/first-check.md",)  # an appendix that stays as it is
 ITEM = re.compile(r"(?P<indent> *)(?P<mark>[-*+]|\d+\.) +(?P<text>.*)")
 FIXED = re.compile(r" *(\||#|<|>|!\[|```|---|:::|\[[^]]+\]:)|$")  # lines that are not prose
-ATOM = re.compile(
-    r"[(*]*`[^`]+`\S*|\(?\[[^]\s][^]]{0,40}\]\([^)\s]{1,60}\)\S*|\S+"
-)  # code and short links are not split
-LIKE_A_MARK = re.compile(r"([-*+#>]+|\d+\.)$")  # a line must not begin with it
+ATOM = re.compile(  # not split: code, short links, intervals
+    r"[(*]*`[^`]+`\S*|\(?\[[^]\s][^]]{0,40}\]\([^)\s]{1,60}\)\S*|\[[-+\d.]+, [-+\d.]+\]\S*|\S+"
+)
+NEVER_FIRST = re.compile(r"([-*+#>]+|\d+\.|%\S*)$")  # a line must not begin with it: a mark, or the unit of a number
 
 
 def pages() -> list[Path]:
@@ -69,8 +69,8 @@ def _lines(words: Sequence[str], first: str, rest: str) -> Iterator[str]:
     line = f"{first}{words[0]}"
     for at, word in enumerate(words[1:], 1):
         following = words[at + 1] if at + 1 < len(words) else ""
-        needed = f"{word} {following}" if LIKE_A_MARK.fullmatch(following) else word
-        if len(line) + 1 + len(needed) > WIDTH and not LIKE_A_MARK.fullmatch(word):
+        needed = f"{word} {following}" if NEVER_FIRST.fullmatch(following) else word
+        if len(line) + 1 + len(needed) > WIDTH and not NEVER_FIRST.fullmatch(word):
             yield line
             line = f"{rest}{word}"
         else:

@@ -258,6 +258,8 @@ def test_wrapping_keeps_what_a_page_says() -> None:
     assert wrap.wrapped(new) == new
     assert max(map(len, new.splitlines())) <= wrap.WIDTH
     assert [line[:6] for line in new.splitlines() if line.startswith(("-", " "))] == ["- an i", "  item", "    - "]
+    for kept in ("46.1 %", "[-2.0, +1.3]"):
+        assert all(kept in wrap.wrapped(f"{'x ' * count}{kept} of all\n") for count in range(60))
     assert wrap.wrapped("| a | b |\n```\n" + "x " * 90 + "\n```\n").splitlines()[2] == "x " * 90
 
 
