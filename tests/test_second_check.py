@@ -55,7 +55,7 @@ def test_every_block_is_in_a_window(count: int, shared: int) -> None:
 
 def test_tables_of_the_page_are_those_of_the_results() -> None:
     text, tables = page.PAGE.read_text(encoding="utf-8"), page.tables()
-    assert {"start", "model-a", "model-b", "windows"} <= tables.keys()
+    assert {"start", "model-a", "model-b", "windows", "overlap", "similar"} <= tables.keys()
     assert renewed(text, tables) == text, "run: python -m experiments.second.page"
     assert renewed(text, {"model-a": [*tables["model-a"][:-1], "| something else |"]}) != text
 
@@ -85,3 +85,29 @@ def test_the_readme_quotes_the_results() -> None:
         ours = read(f"windows-{count}-1-isolated")["isolated"].learnt
         costs = [ours[seed] - error for seed, error in standard.items()]
         assert words.format(range_text(statistics.fmean(costs), interval(costs))) in readme
+
+
+# Differences of the page's text: first and second comparison, and their schemes.
+QUOTED = (
+    ("windows-4-4-relay", "relay", "windows-4-1-isolated", "isolated"),
+    ("windows-8-2-relay", "relay", "windows-8-1-isolated", "isolated"),
+    ("windows-15-3-relay", "relay", "windows-2-2-isolated", "isolated"),
+    ("windows-15-3-relay", "relay", "windows-4-4-relay", "relay"),
+    ("model-b-weight-1", "relay", "model-b", "relay"),
+    ("model-b-rates", "multi_loss", "model-b", "standard"),
+    ("model-b-rates", "multi_loss", "model-b", "relay"),
+    ("model-b-equal-time", "relay", "model-b", "standard"),
+    ("model-b-equal-time", "relay", "model-b", "multi_loss"),
+)
+
+
+@pytest.mark.parametrize(("name", "scheme", "base", "base_scheme"), QUOTED)
+def test_the_page_quotes_the_results(name: str, scheme: str, base: str, base_scheme: str) -> None:
+    """Each difference is quoted with its sign, or as an amount."""
+    text = " ".join(page.PAGE.read_text(encoding="utf-8").split())
+    ours, theirs = read(name)[scheme].learnt, read(base)[base_scheme].learnt
+    differences = [error - theirs[seed] for seed, error in ours.items()]
+    low, high = interval(differences) or ()
+    mean, low, high = (round(value, 1) + 0.0 for value in (statistics.fmean(differences), low, high))
+    amounts = {f"{mean:.1f} [{low:.1f}, {high:.1f}]", f"{-mean:.1f} [{-high:.1f}, {-low:.1f}]"}
+    assert any(quoted in text for quoted in {f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", *amounts}), amounts

@@ -1,5 +1,6 @@
-"""Table and figure of question 3: error of ResNet-32 in windows against the memory of a training step."""
+"""Tables and figure of question 3: error of ResNet-32 in windows against the memory of a training step."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping
@@ -16,6 +17,16 @@ from relaylab.tables import Table
 STEPS = ROOT / "results" / "windows.json"
 STANDARD = "standard BP"
 CHECKPOINTED = "standard BP, checkpointed blocks"
+ABOVE = (
+    "15 windows, 1 shared",
+    "8 windows, 2 shared",
+    "4 windows, 4 shared",
+)  # so that labels hide no point
+SIMILAR = (  # divisions that take about as much memory, as the protocol lists them: windows, shared blocks
+    ((15, 1), (8, 0)),
+    ((15, 2), (8, 2), (4, 0)),
+    ((15, 3), (4, 4), (2, 0)),
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,11 @@ def divisions() -> list[Division]:
         ("windows-15-1-multi-loss", "15 windows, multi-loss", 15, "multi_loss", "multi_loss"),
     ]
     for windows, shared in ISOLATED[32]:
-        label = f"{windows} windows, isolated"
+        label = _label(windows, 0)
         metric = f"{windows}_{shared}_isolated"
         named.append((f"windows-{windows}-{shared}-isolated", label, windows, "isolated", metric))
     for windows, shared in ARMS[32]:
-        label = f"{windows} windows, {shared} shared"
+        label = _label(windows, shared)
         named.append((f"windows-{windows}-{shared}-relay", label, windows, "relay", f"{windows}_{shared}_relay"))
     found: list[Division] = []
     for name, label, windows, scheme, metric in named:
@@ -63,32 +74,70 @@ def divisions() -> list[Division]:
 
 def windows_table() -> Table | None:
     """Return error, memory and time of each way to train ResNet-32, by memory; None without standard BP."""
-    found = divisions()
-    standard = next((own for own in found if own.label == STANDARD), None)
-    if standard is None:
+    found = {own.label: own for own in divisions()}
+    if STANDARD not in found:
         return None
+    standard = found[STANDARD].arm
     rows = [
         (
             own.label,
             f"{own.step['peak_mb']:,.0f}",
-            f"{own.step['peak_mb'] / standard.step['peak_mb']:.2f}",
-            f"{own.step['time']:.2f}",
+            *_cost(own, found),
             own.arm.values[RATE],
             own.arm.error_text,
-            "" if own.arm is standard.arm or own.label == CHECKPOINTED else own.arm.minus(standard.arm),
+            "" if own.arm.errors == standard.errors else own.arm.minus(standard),
         )
-        for own in found
+        for own in found.values()
     ]
     header = ("", "peak MB", "memory", "time", "learning rate", "top-1 error", "minus standard BP")
     return Table("ResNet-32 in windows", header, tuple(rows))
+
+
+def overlap_table() -> Table:
+    """Return the difference in error between windows that share blocks and as many isolated windows."""
+    found = {own.label: own for own in divisions()}
+    rows = [
+        (f"{windows}", f"{shared}", *_cost(ours, found), ours.arm.minus(isolated.arm))
+        for windows, shared in ARMS[32]
+        if (ours := found.get(_label(windows, shared))) and (isolated := found.get(_label(windows, 0)))
+    ]
+    header = ("windows", "shared blocks", "memory", "time", "minus isolated windows")
+    return Table("overlap", header, tuple(rows))
+
+
+def similar_table() -> Table:
+    """Return the difference in error between more and fewer windows at about equal memory."""
+    found = {own.label: own for own in divisions()}
+    pairs = [
+        (found[_label(*more)], found[_label(*fewer)])
+        for group in SIMILAR
+        for more, fewer in itertools.combinations(group, 2)
+        if {_label(*more), _label(*fewer)} <= found.keys()
+    ]
+    rows = [
+        (more.label, *_cost(more, found), fewer.label, *_cost(fewer, found), more.arm.minus(fewer.arm))
+        for more, fewer in pairs
+    ]
+    header = ("more windows", "memory", "time", "fewer windows", "memory", "time", "difference in error")
+    return Table("about equal memory", header, tuple(rows))
+
+
+def _cost(division: Division, found: Mapping[str, Division]) -> tuple[str, str]:
+    """Memory and time relative to standard BP."""
+    return f"{division.step['peak_mb'] / found[STANDARD].step['peak_mb']:.2f}", f"{division.step['time']:.2f}"
+
+
+def _label(windows: int, shared: int) -> str:
+    return f"{windows} windows, {f'{shared} shared' if shared else 'isolated'}"
 
 
 def windows_figure() -> Figure:
     """Plot top-1 error against the peak memory of a step at the published size.
 
     One line connects the isolated divisions. For each number of windows, another connects those that share blocks.
+    Multi-loss, which saves no memory, is left out.
     """
-    found = divisions()
+    found = [own for own in divisions() if own.scheme != "multi_loss"]
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     full = next(own.step["peak_mb"] for own in found if own.label == STANDARD)
     with rc_context(STYLE):
@@ -97,8 +146,9 @@ def windows_figure() -> Figure:
         for own in found:
             x, y = own.step["peak_mb"] / full, statistics.fmean(own.arm.learnt.values())
             lines.setdefault((own.scheme, own.windows if own.scheme == "relay" else 0), []).append((x, y))
-            offset = (6, -11) if own.scheme == "relay" else (6, 4)
-            axes.annotate(own.label, (x, y), xytext=offset, textcoords="offset points", fontsize=8)
+            offset = (6, 4 if own.scheme != "relay" or own.label in ABOVE else -11)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.annotate(own.label, (x, y), xytext=offset, textcoords="offset points", fontsize=8, bbox=box)
         for (scheme, _), points in lines.items():
             style = "o" if scheme == "standard" else "o-"
             axes.plot(*zip(*points, strict=True), style, color=SCHEME_COLOURS[scheme], linewidth=1)
