@@ -85,6 +85,9 @@ def test_the_readme_quotes_the_results() -> None:
         ours = read(f"windows-{count}-1-isolated")["isolated"].learnt
         costs = [ours[seed] - error for seed, error in standard.items()]
         assert words.format(range_text(statistics.fmean(costs), interval(costs))) in readme
+    isolated, shared = read("windows-4-1-isolated")["isolated"].learnt, read("windows-4-4-relay")["relay"].learnt
+    gains = [isolated[seed] - error for seed, error in shared.items()]
+    assert f"share four blocks are {range_text(statistics.fmean(gains), interval(gains))} points better" in readme
 
 
 # Differences of the page's text: first and second comparison, and their schemes.
@@ -93,6 +96,8 @@ QUOTED = (
     ("windows-8-2-relay", "relay", "windows-8-1-isolated", "isolated"),
     ("windows-15-3-relay", "relay", "windows-2-2-isolated", "isolated"),
     ("windows-15-3-relay", "relay", "windows-4-4-relay", "relay"),
+    ("model-a-equal-time", "relay", "model-a", "standard"),
+    ("model-a-equal-time", "relay", "model-a", "multi_loss"),
     ("model-b-weight-1", "relay", "model-b", "relay"),
     ("model-b-rates", "multi_loss", "model-b", "standard"),
     ("model-b-rates", "multi_loss", "model-b", "relay"),
@@ -107,7 +112,8 @@ def test_the_page_quotes_the_results(name: str, scheme: str, base: str, base_sch
     text = " ".join(page.PAGE.read_text(encoding="utf-8").split())
     ours, theirs = read(name)[scheme].learnt, read(base)[base_scheme].learnt
     differences = [error - theirs[seed] for seed, error in ours.items()]
-    low, high = interval(differences) or ()
-    mean, low, high = (round(value, 1) + 0.0 for value in (statistics.fmean(differences), low, high))
+    bounds = interval(differences)
+    assert bounds
+    mean, low, high = (round(value, 1) + 0.0 for value in (statistics.fmean(differences), *bounds))
     amounts = {f"{mean:.1f} [{low:.1f}, {high:.1f}]", f"{-mean:.1f} [{-high:.1f}, {-low:.1f}]"}
     assert any(quoted in text for quoted in {f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", *amounts}), amounts

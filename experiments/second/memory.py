@@ -85,7 +85,7 @@ def windows_table() -> Table | None:
             *_cost(own, found),
             own.arm.values[RATE],
             own.arm.error_text,
-            "" if own.arm.errors == standard.errors else own.arm.minus(standard),
+            "" if own.label in (STANDARD, CHECKPOINTED) else own.arm.minus(standard),
         )
         for own in found.values()
     ]
@@ -93,9 +93,11 @@ def windows_table() -> Table | None:
     return Table("ResNet-32 in windows", header, tuple(rows))
 
 
-def overlap_table() -> Table:
+def overlap_table() -> Table | None:
     """Return the difference in error between windows that share blocks and as many isolated windows."""
     found = {own.label: own for own in divisions()}
+    if STANDARD not in found:
+        return None
     rows = [
         (f"{windows}", f"{shared}", *_cost(ours, found), ours.arm.minus(isolated.arm))
         for windows, shared in ARMS[32]
@@ -105,9 +107,11 @@ def overlap_table() -> Table:
     return Table("overlap", header, tuple(rows))
 
 
-def similar_table() -> Table:
+def similar_table() -> Table | None:
     """Return the difference in error between more and fewer windows at about equal memory."""
     found = {own.label: own for own in divisions()}
+    if STANDARD not in found:
+        return None
     pairs = [
         (found[_label(*more)], found[_label(*fewer)])
         for group in SIMILAR
