@@ -54,7 +54,7 @@ def divisions() -> list[Division]:
     named = [
         ("windows-15-1-standard", STANDARD, 1, "standard", "standard"),
         ("windows-15-1-standard", CHECKPOINTED, 1, "standard", "checkpointed"),
-        ("windows-15-1-multi-loss", "15 windows, multi-loss", 15, "multi_loss", "multi_loss"),
+        ("windows-15-1-multi-loss", "multi-loss, 14 auxiliary heads", 15, "multi_loss", "multi_loss"),
     ]
     for windows, shared in ISOLATED[32]:
         label = _label(windows, 0)
