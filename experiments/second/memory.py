@@ -119,10 +119,14 @@ def similar_table() -> Table | None:
         if {_label(*more), _label(*fewer)} <= found.keys()
     ]
     rows = [
-        (more.label, *_cost(more, found), fewer.label, *_cost(fewer, found), more.arm.minus(fewer.arm))
-        for more, fewer in pairs
+        (
+            *(own.label.replace(" windows", "") for own in pair),
+            *(" / ".join(both) for both in zip(*(_cost(own, found) for own in pair), strict=True)),
+            pair[0].arm.minus(pair[1].arm),
+        )
+        for pair in pairs
     ]
-    header = ("more windows", "memory", "time", "fewer windows", "memory", "time", "difference in error")
+    header = ("more windows", "fewer windows", "memory", "time", "difference in error")
     return Table("about equal memory", header, tuple(rows))
 
 
