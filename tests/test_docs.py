@@ -312,8 +312,9 @@ def test_ci_runs_the_documented_commands() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert re.search(r"run: \.ci/run$", workflow, re.MULTILINE)
     commands = (ROOT / ".ci" / "run").read_text()
+    made = {word for line in re.findall(r"^make (.+)$", commands, re.MULTILINE) for word in line.split()}
     for target in ("lint", "types", "docs", "test"):
-        assert f"\nmake {target}" in commands, target
+        assert target in made
         assert re.search(rf"^{target}: ", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
