@@ -161,7 +161,7 @@ def test_commands_that_do_not_run_have_these_options(page: str) -> None:
         if block.language == "bash" and block.reason is not None:
             for words in commands_of(block):
                 if words[0] == "relaylab" and len(words) > 1 and not PLACEHOLDER.fullmatch(words[1]):
-                    assert cli.parse([word for word in words[1:] if word != "..."]), f"{block}: {shlex.join(words)}"
+                    cli.parse([word for word in words[1:] if word != "..."])  # an unknown option exits
 
 
 def torchrun_environment() -> dict[str, str]:
