@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("lightning_fabric", reason="needs the lab extra")
 
 from experiments.second import page, windows
-from experiments.second.arms import read
+from experiments.second.arms import Arm, read
 from experiments.second.networks import resnet
 from relaylab.models.building import build_relay
 from relaylab.report.verdict import interval, range_text
@@ -60,6 +60,12 @@ def test_tables_of_the_page_are_those_of_the_results() -> None:
     assert renewed(text, {"model-a": [*tables["model-a"][:-1], "| something else |"]}) != text
 
 
+def excess(worse: Arm, better: Arm) -> str:
+    """Return the difference in error as an amount, with its interval."""
+    differences = worse.differences(better)
+    return range_text(statistics.fmean(differences), interval(differences))
+
+
 def test_the_readme_quotes_the_results() -> None:
     text = page.README.read_text(encoding="utf-8")
     assert renewed(text, page.readme_tables()) == text, "run: python -m experiments.second.page"
@@ -71,23 +77,17 @@ def test_the_readme_quotes_the_results() -> None:
         ("resnet18-tuned", "relay", "standard"),
     ):
         arms = read(name)
-        gains = [arms[worse].learnt[seed] - error for seed, error in arms[better].learnt.items()]
-        assert range_text(statistics.fmean(gains), interval(gains)) in readme
+        assert excess(arms[worse], arms[better]) in readme
     vit = read("vit")
     assert f"relay minus standard BP is {vit['relay'].minus(vit['standard'])} points" in readme
-    base = read("resnet18")["standard"].learnt
+    base = read("resnet18")["standard"]
     for name, places in (("early", "layer1.1 and layer2.1"), ("two", "layer2.0 and layer3.0")):
-        ours = read(f"resnet18-{name}-branches")["relay"].learnt
-        costs = [ours[seed] - base[seed] for seed in range(3)]
-        assert f"branches after {places} cost {range_text(statistics.fmean(costs), interval(costs))}" in readme
-    standard = read("windows-15-1-standard")["standard"].learnt
+        assert f"branches after {places} cost {excess(read(f'resnet18-{name}-branches')['relay'], base)}" in readme
+    standard = read("windows-15-1-standard")["standard"]
     for count, words in ((4, "four cost {} points"), (8, "eight {}")):
-        ours = read(f"windows-{count}-1-isolated")["isolated"].learnt
-        costs = [ours[seed] - error for seed, error in standard.items()]
-        assert words.format(range_text(statistics.fmean(costs), interval(costs))) in readme
-    isolated, shared = read("windows-4-1-isolated")["isolated"].learnt, read("windows-4-4-relay")["relay"].learnt
-    gains = [isolated[seed] - error for seed, error in shared.items()]
-    assert f"share four blocks are {range_text(statistics.fmean(gains), interval(gains))} points better" in readme
+        assert words.format(excess(read(f"windows-{count}-1-isolated")["isolated"], standard)) in readme
+    isolated, shared = read("windows-4-1-isolated")["isolated"], read("windows-4-4-relay")["relay"]
+    assert f"share four blocks are {excess(isolated, shared)} points better" in readme
 
 
 # Differences of the page's text: first and second comparison, and their schemes.
@@ -113,8 +113,7 @@ QUOTED = (
 def test_the_page_quotes_the_results(name: str, scheme: str, base: str, base_scheme: str) -> None:
     """Each difference is quoted with its sign, or as an amount."""
     text = " ".join(page.PAGE.read_text(encoding="utf-8").split())
-    ours, theirs = read(name)[scheme].learnt, read(base)[base_scheme].learnt
-    differences = [error - theirs[seed] for seed, error in ours.items()]
+    differences = read(name)[scheme].differences(read(base)[base_scheme])
     bounds = interval(differences)
     assert bounds
     mean, low, high = (round(value, 1) + 0.0 for value in (statistics.fmean(differences), *bounds))

@@ -53,9 +53,13 @@ class Arm:
         note = f" ({lost} of {len(self.errors)} failed)" if lost else ""
         return (mean_text(list(self.learnt.values())) if self.learnt else "") + note
 
+    def differences(self, base: "Arm") -> list[float]:
+        """Return the error minus that of another arm for each seed, without failed and collapsed runs."""
+        return [self.learnt[seed] - base.learnt[seed] for seed in self.learnt.keys() & base.learnt]
+
     def minus(self, base: "Arm") -> str:
         """Return the paired difference to another arm with its interval, without failed and collapsed runs."""
-        return difference_text([self.learnt[seed] - base.learnt[seed] for seed in self.learnt.keys() & base.learnt])
+        return difference_text(self.differences(base))
 
 
 def read(name: str) -> dict[str, Arm]:

@@ -17,11 +17,8 @@ from relaylab.tables import Table
 STEPS = ROOT / "results" / "windows.json"
 STANDARD = "standard BP"
 CHECKPOINTED = "standard BP, checkpointed blocks"
-ABOVE = (
-    "15 windows, 1 shared",
-    "8 windows, 2 shared",
-    "4 windows, 4 shared",
-)  # so that labels hide no point
+# The labels of these are above their points, so that they hide no other point.
+ABOVE = ("15 windows, 1 shared", "8 windows, 2 shared", "4 windows, 4 shared")
 SIMILAR = (  # divisions that take about as much memory, as the protocol lists them: windows, shared blocks
     ((15, 1), (8, 0)),
     ((15, 2), (8, 2), (4, 0)),
@@ -72,11 +69,16 @@ def divisions() -> list[Division]:
     return sorted(found, key=lambda own: own.step["peak_mb"])
 
 
-def windows_table() -> Table | None:
-    """Return error, memory and time of each way to train ResNet-32, by memory; None without standard BP."""
+def windows_tables() -> dict[str, Table]:
+    """Return the tables of ResNet-32 in windows, by the page's marker; none without standard BP."""
     found = {own.label: own for own in divisions()}
     if STANDARD not in found:
-        return None
+        return {}
+    return {"windows": _windows_table(found), "overlap": _overlap_table(found), "similar": _similar_table(found)}
+
+
+def _windows_table(found: Mapping[str, Division]) -> Table:
+    """Error, memory and time of each way to train ResNet-32, by memory."""
     standard = found[STANDARD].arm
     rows = [
         (
@@ -93,11 +95,8 @@ def windows_table() -> Table | None:
     return Table("ResNet-32 in windows", header, tuple(rows))
 
 
-def overlap_table() -> Table | None:
-    """Return the difference in error between windows that share blocks and as many isolated windows."""
-    found = {own.label: own for own in divisions()}
-    if STANDARD not in found:
-        return None
+def _overlap_table(found: Mapping[str, Division]) -> Table:
+    """The difference in error between windows that share blocks and as many isolated windows."""
     rows = [
         (f"{windows}", f"{shared}", *_cost(ours, found), ours.arm.minus(isolated.arm))
         for windows, shared in ARMS[32]
@@ -107,11 +106,8 @@ def overlap_table() -> Table | None:
     return Table("overlap", header, tuple(rows))
 
 
-def similar_table() -> Table | None:
-    """Return the difference in error between more and fewer windows at about equal memory."""
-    found = {own.label: own for own in divisions()}
-    if STANDARD not in found:
-        return None
+def _similar_table(found: Mapping[str, Division]) -> Table:
+    """The difference in error between more and fewer windows at about equal memory."""
     pairs = [
         (found[_label(*more)], found[_label(*fewer)])
         for group in SIMILAR

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.second.arms import BELOW, GAIN, RATE, RESULTS, ROOT, SCHEMES, Arm, read
-from experiments.second.memory import divisions, overlap_table, similar_table, windows_figure, windows_table
+from experiments.second.memory import divisions, windows_figure, windows_tables
 from experiments.second.rates import curves_figure, rates_figure
 from relaylab.files import write_text
 from relaylab.recipes.schema import SCHEME_NAMES
@@ -92,13 +92,7 @@ def copy_results(runs: Path) -> None:
 def tables() -> dict[str, list[str]]:
     """Return the lines of each table of the page that has results, by the table's marker."""
     names = (*MODELS, "resnet18", "resnet18-tuned", "vit", "vit-tuned")
-    found = {
-        "start": start_table(),
-        "windows": windows_table(),
-        "overlap": overlap_table(),
-        "similar": similar_table(),
-        **{name: schemes_table(name) for name in names},
-    }
+    found = {"start": start_table(), **windows_tables(), **{name: schemes_table(name) for name in names}}
     return {name: markdown_lines(table) for name, table in found.items() if table is not None}
 
 
